@@ -1,0 +1,122 @@
+"""The sizes of a segmentation model as plain data: what a checkpoint's ``config.json`` records.
+
+The modules that these numbers build are in :mod:`coprs_deploy.models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coprs_deploy.specs import Geometry, Record
+
+
+class SamConfig(Record, frozen=True):
+    """Sizes of SAM's three parts; the defaults are those of the public ViT-B.
+
+    Attributes:
+        encoder_width: channels inside the image encoder.
+        encoder_depth: number of transformer blocks.
+        encoder_heads: attention heads of each block.
+        global_attention_blocks: blocks that attend over the whole grid; the others use windows.
+        window_size: side of an attention window in cells.
+        mlp_ratio: hidden width of a block's MLP, in multiples of ``encoder_width``.
+        relative_positions: whether attention adds SAM's decomposed relative positions.
+        mask_prompt_channels: channels of the mask prompt before its last convolution.
+        decoder_depth: two-way blocks of the mask decoder.
+        decoder_heads: attention heads of the mask decoder.
+        decoder_mlp_width: hidden width of the mask decoder's MLP.
+        num_masks: masks that the decoder has tokens for; only the first is used.
+        iou_head_width: hidden width of the IoU head (kept so that SAM's weights load strictly).
+        geometry: image sizes and pixel normalization.
+    """
+
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    encoder_heads: int = 12
+    global_attention_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    window_size: int = 14
+    mlp_ratio: float = 4.0
+    relative_positions: bool = True
+    mask_prompt_channels: int = 16
+    decoder_depth: int = 2
+    decoder_heads: int = 8
+    decoder_mlp_width: int = 2048
+    num_masks: int = 4
+    iou_head_width: int = 256
+    geometry: Geometry = Geometry()
+
+    def __post_init__(self) -> None:
+        channels = self.geometry.embedding_channels
+        for name, width, divisor in (
+            ("encoder_width", self.encoder_width, self.encoder_heads),
+            ("geometry.embedding_channels", channels, 2 * self.decoder_heads),
+            ("geometry.embedding_channels", channels, 8),
+            ("mask_prompt_channels", self.mask_prompt_channels, 4),
+        ):
+            if width % divisor:
+                raise ValueError(f"{name} is {width}; it must be a multiple of {divisor}")
+        outside = [b for b in self.global_attention_blocks if not 0 <= b < self.encoder_depth]
+        if outside:
+            raise ValueError(
+                f"global_attention_blocks names block {outside[0]}; "
+                f"the encoder has blocks 0 to {self.encoder_depth - 1}"
+            )
+
+
+SAM_SIZES: Mapping[str, SamConfig] = {
+    "vit_b": SamConfig(),
+    "vit_l": SamConfig(
+        encoder_width=1024,
+        encoder_depth=24,
+        encoder_heads=16,
+        global_attention_blocks=(5, 11, 17, 23),
+    ),
+    "vit_h": SamConfig(
+        encoder_width=1280,
+        encoder_depth=32,
+        encoder_heads=16,
+        global_attention_blocks=(7, 15, 23, 31),
+    ),
+    "tiny": SamConfig(
+        encoder_width=96,
+        encoder_depth=3,
+        encoder_heads=3,
+        global_attention_blocks=(2,),
+        window_size=6,
+        mlp_ratio=2.0,
+        mask_prompt_channels=8,
+        decoder_heads=2,
+        decoder_mlp_width=128,
+        iou_head_width=64,
+        geometry=Geometry(image_size=128, patch_size=8, embedding_channels=64),
+    ),
+}
+"""Named sizes: the three public ones, and a tiny one for tests and demonstrations."""
+
+
+class SegmentationConfig(Record, frozen=True):
+    """A whole segmentation path: SAM's parts and the prior that queries them.
+
+    Attributes:
+        policy_width: D, the width of the policy's hidden state.
+        prior_heads: heads of the positional prior; divides the embedding channels.
+        sam: sizes of the image encoder, the prompt encoder and the mask decoder.
+    """
+
+    policy_width: int
+    prior_heads: int = 4
+    sam: SamConfig = SamConfig()
+
+    def __post_init__(self) -> None:
+        if self.policy_width < 1:
+            raise ValueError(f"policy_width is {self.policy_width}; it must be at least 1")
+        if self.geometry.embedding_channels % self.prior_heads:
+            raise ValueError(
+                f"prior_heads is {self.prior_heads}; it must divide the "
+                f"{self.geometry.embedding_channels} embedding channels"
+            )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Image sizes and pixel normalization."""
+        return self.sam.geometry

@@ -1,0 +1,113 @@
+"""Directories that are written whole or not at all, and the hashes of the files in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coprs_deploy.errors import ArtifactError
+from coprs_deploy.specs import Record
+
+
+class FileRecord(Record, frozen=True):
+    """One file: its path below the directory (with forward slashes), its size and SHA-256."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@contextmanager
+def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """Give a hidden directory beside ``path`` that takes its place when the block ends well.
+
+    When the block raises, nothing is left behind and what stood at ``path`` is untouched.
+
+    Args:
+        path: where the directory shall stand.
+        marker: the file that marks a directory of this kind; only such a one is overwritten.
+        overwrite: whether an existing directory may be replaced.
+
+    Raises:
+        ArtifactError: ``path`` exists and may not, or must not, be replaced.
+    """
+    check_replaceable(path, marker, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    partial.chmod(0o755)
+    try:
+        yield partial
+        _sync(partial)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+            path.rename(old / path.name)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
+    """Refuse early what :func:`new_directory` would refuse.
+
+    Raises:
+        ArtifactError: ``path`` exists and ``overwrite`` is false, or it is something else than a
+            directory with the marker file.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+        raise ArtifactError(
+            f"{path} exists and holds no {marker}: it is not replaced; choose another name"
+        )
+    if any(path.iterdir()) and not overwrite:
+        raise ArtifactError(f"{path} exists; pass --overwrite to replace it, or choose another name")
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_files(root: Path, below: str = "") -> tuple[FileRecord, ...]:
+    """Hash every file under ``root / below``, sorted by path; several at a time."""
+    paths = sorted(p for p in (root / below).rglob("*") if p.is_file())
+
+    def record(path: Path) -> FileRecord:
+        name = path.relative_to(root).as_posix()
+        return FileRecord(name, path.stat().st_size, hash_file(path))
+
+    with ThreadPoolExecutor() as pool:
+        return tuple(pool.map(record, paths))
+
+
+def fingerprint(files: tuple[FileRecord, ...]) -> str:
+    """Name a set of files by their paths and contents."""
+    lines = (f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda f: f.path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write indented JSON that ends with a newline."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(directory: Path) -> None:
+    """Push the files to the disk, so that a renamed directory survives a loss of power."""
+    for path in (p for p in directory.rglob("*") if p.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,204 @@
+"""The bundle: what export writes and the runtime reads, a directory with a manifest.
+
+    manifest.json     graphs, files and their hashes, prompt, policy, toolchain, measured equivalence
+    *.onnx (*.data)   the three graphs; plans of an engine stay pure files
+    policy/           the policy, unless the manifest refers to it elsewhere
+
+Opening a bundle checks every file against the manifest before anything else opens it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from coprs_deploy.artifacts import FileRecord, hash_file, write_json
+from coprs_deploy.errors import BundleError, BundleIntegrityError
+from coprs_deploy.prompts import PromptTemplate
+from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class GraphRecord(Record, frozen=True):
+    """One exported graph.
+
+    Attributes:
+        spec: its inputs and outputs.
+        runtime: the runtime that runs it, as in ``--runtime``.
+        precision: of its weights and products, as in ``--precision``.
+        file: path of the graph below the bundle; its external data stand beside it.
+    """
+
+    spec: GraphSpec
+    runtime: str
+    precision: str
+    file: str
+
+
+class PolicyRecord(Record, frozen=True):
+    """The policy of a bundle.
+
+    Attributes:
+        path: ``policy`` inside the bundle, or an absolute path that it refers to.
+        prompt: the prompt template.
+        width: D, the width of the hidden state.
+        min_pixels: smallest image area that the policy sees.
+        max_pixels: largest image area.
+        files: the policy's files with paths below ``path``.
+    """
+
+    path: str
+    prompt: PromptTemplate
+    width: int
+    min_pixels: int
+    max_pixels: int
+    files: tuple[FileRecord, ...]
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the policy stands outside the bundle."""
+        return Path(self.path).is_absolute()
+
+
+class EquivalenceRecord(Record, frozen=True):
+    """How far one graph is from PyTorch in float32, the worst over all inputs.
+
+    Attributes:
+        graph: its name, or ``end_to_end`` for the chain of all three.
+        max_abs: largest absolute difference.
+        relative: ``max_abs`` over the largest absolute value of the reference.
+        mean_signed: mean difference over that scale; a one-sided shift shows here.
+        cosine: cosine between the two outputs.
+        mask_iou: IoU of the two masks where the output is a mask, else None.
+        inputs: how many inputs were compared.
+        passed: whether all are inside the tolerance.
+    """
+
+    graph: str
+    max_abs: float
+    relative: float
+    mean_signed: float
+    cosine: float
+    mask_iou: float | None
+    inputs: int
+    passed: bool
+
+
+class Manifest(Record, frozen=True):
+    """What a bundle holds and how it came about."""
+
+    schema_version: int
+    package_version: str
+    checkpoint_fingerprint: str
+    checkpoint_note: str
+    geometry: Geometry
+    graphs: dict[str, GraphRecord]
+    policy: PolicyRecord
+    files: tuple[FileRecord, ...]
+    toolchain: dict[str, str]
+    gpu: str | None
+    equivalence: tuple[EquivalenceRecord, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files have been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def graph_path(self, name: str) -> Path:
+        """Path of a graph's file."""
+        return self.path / self.manifest.graphs[name].file
+
+    @property
+    def policy_path(self) -> Path:
+        """Path of the policy's transformers directory."""
+        return self.path / self.manifest.policy.path  # an absolute path stands for itself
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bundle."""
+    write_json(directory / MANIFEST_FILE, manifest.to_json())
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read the manifest of a bundle without touching its other files.
+
+    Raises:
+        BundleError: there is none, it is not valid, or it is of another schema version.
+    """
+    file = Path(path) / MANIFEST_FILE
+    if not file.is_file():
+        raise BundleError(
+            f"there is no bundle at {path} (no {MANIFEST_FILE}); "
+            f"`coprs-deploy export CHECKPOINT --out {path}` makes one"
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{file} has schema version {version}; this package reads {SCHEMA_VERSION}: "
+                "export the checkpoint again"
+            )
+        manifest = Manifest.from_json(data)
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{file} is not valid: {error}; export the checkpoint again") from error
+    missing = [name for name in GRAPH_NAMES if name not in manifest.graphs]
+    if missing:
+        raise BundleError(f"{file} lists no graph {missing[0]!r}; export the checkpoint again")
+    return manifest
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read the manifest and check every file of the bundle against it.
+
+    Raises:
+        BundleError: there is no valid manifest.
+        BundleIntegrityError: a file is missing, cut short, changed, a link, or not of the bundle.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    policy = manifest.policy
+    inside = {MANIFEST_FILE} if policy.is_external else {MANIFEST_FILE, policy.path}
+    _check_files(root, manifest.files, others=inside)
+    _check_files(root / policy.path, policy.files)
+    return Bundle(root, manifest)
+
+
+def _check_files(
+    root: Path, files: tuple[FileRecord, ...], others: Collection[str] = ()
+) -> None:
+    """Check a directory against its list; ``others`` are entries that the list does not cover."""
+    listed = {file.path for file in files}
+    unsafe = [p for p in listed if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts]
+    if unsafe:
+        raise BundleIntegrityError(f"the manifest lists {unsafe[0]!r}, which leaves {root}")
+    if not root.is_dir():
+        raise BundleIntegrityError(f"{root} is missing; export the checkpoint again")
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink():
+            raise BundleIntegrityError(f"{path} is a link; a bundle holds plain files only")
+        if path.is_file() and name not in listed and name.split("/")[0] not in others:
+            raise BundleIntegrityError(f"{path} is not a file of this bundle: remove it")
+
+    def check(file: FileRecord) -> str | None:
+        path = root / file.path
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != file.size_bytes:
+            return f"{path} has {size} bytes, not {file.size_bytes}: it was cut short or changed"
+        return None if hash_file(path) == file.sha256 else f"{path} was changed (SHA-256 differs)"
+
+    with ThreadPoolExecutor() as pool:
+        problems = [problem for problem in pool.map(check, files) if problem]
+    if problems:
+        raise BundleIntegrityError("; ".join(problems) + ". Export the checkpoint again")

@@ -1,0 +1,208 @@
+"""The checkpoint directory: what training and conversion write, and what export reads.
+
+    config.json                  architecture, prompt template, policy image limits, provenance
+    segmentation.safetensors     image encoder, prior, prompt encoder, mask decoder
+    policy/                      a transformers directory: config, weights, tokenizer, processor
+
+It is written atomically, holds safetensors only, and is read back strictly. Turning public weight
+files into one is left to :mod:`coprs_deploy.conversion`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coprs_deploy.architecture import SegmentationConfig
+from coprs_deploy.artifacts import fingerprint, new_directory, record_files, write_json
+from coprs_deploy.errors import CheckpointError
+from coprs_deploy.prompts import PromptTemplate
+from coprs_deploy.specs import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coprs_deploy.models import SegmentationModel
+
+CONFIG_FILE = "config.json"
+SEGMENTATION_FILE = "segmentation.safetensors"
+POLICY_DIRECTORY = "policy"
+
+NAMES_SHOWN = 5
+"""Tensor names listed in an error before the rest is only counted."""
+
+
+class PolicyImageLimits(Record, frozen=True):
+    """Smallest and largest image area in pixels that the policy sees (defaults: paper, 3.3)."""
+
+    min_pixels: int = 3_136
+    max_pixels: int = 705_600
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"min_pixels is {self.min_pixels}, max_pixels {self.max_pixels}; "
+                "accepted: 1 <= min_pixels <= max_pixels"
+            )
+
+
+class CheckpointConfig(Record, frozen=True):
+    """Everything about a checkpoint that is not a weight.
+
+    Attributes:
+        model: sizes of the segmentation path.
+        prompt: the prompt that the policy's weights are tuned to.
+        policy_image: how large an image the policy sees.
+        provenance: where the weights come from, for people.
+    """
+
+    model: SegmentationConfig
+    prompt: PromptTemplate
+    policy_image: PolicyImageLimits = PolicyImageLimits()
+    provenance: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose configuration has been read."""
+
+    path: Path
+    config: CheckpointConfig
+
+    @property
+    def policy_path(self) -> Path:
+        """The transformers directory."""
+        return self.path / POLICY_DIRECTORY
+
+    def fingerprint(self) -> str:
+        """Name the checkpoint by the contents of all its files."""
+        return fingerprint(record_files(self.path))
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint directory and read its configuration; no weight is loaded.
+
+    Raises:
+        CheckpointError: a part is missing, or the configuration is not valid.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint directory {root}; `coprs-deploy convert --help` says how to "
+            "make one"
+        )
+    for part in (CONFIG_FILE, SEGMENTATION_FILE, POLICY_DIRECTORY):
+        if not (root / part).exists():
+            raise CheckpointError(
+                f"{root} holds no {part}; a checkpoint holds {CONFIG_FILE}, {SEGMENTATION_FILE} "
+                f"and {POLICY_DIRECTORY}/"
+            )
+    try:
+        data = json.loads((root / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = CheckpointConfig.from_json(data)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{root / CONFIG_FILE} is not valid: {error}") from error
+    return Checkpoint(root, config)
+
+
+def write_checkpoint(
+    path: str | Path,
+    config: CheckpointConfig,
+    tensors: Mapping[str, Tensor],
+    save_policy: Callable[[Path], object],
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Write a checkpoint directory; it appears complete or not at all.
+
+    Args:
+        path: the directory.
+        config: everything but the weights.
+        tensors: the segmentation weights under the names of ``SegmentationModel``.
+        save_policy: called with an existing empty directory to fill with the policy.
+        overwrite: whether a checkpoint that stands there may be replaced.
+
+    Raises:
+        CheckpointError: the tensors do not fit ``config.model``.
+        ArtifactError: the path is taken.
+    """
+    from safetensors.torch import save_file
+
+    root = Path(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors(shapes, expected_shapes(config.model), "the segmentation weights")
+    with new_directory(root, CONFIG_FILE, overwrite) as partial:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial / SEGMENTATION_FILE, metadata={"format": "pt"})
+        del contiguous
+        policy = partial / POLICY_DIRECTORY
+        policy.mkdir()
+        save_policy(policy)
+        write_json(partial / CONFIG_FILE, config.to_json())
+    return Checkpoint(root, config)
+
+
+def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
+    """Build the segmentation path and fill it with the checkpoint's weights, in float32.
+
+    Weights already in float32 are mapped from the file, not copied.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or of another shape (it is named).
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from coprs_deploy.models import SegmentationModel
+
+    file = checkpoint.path / SEGMENTATION_FILE
+    with torch.device("meta"):
+        model = SegmentationModel(checkpoint.config.model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+            check_tensors(shapes, wanted, str(file))
+            tensors = {name: stored.get_tensor(name).to(torch.float32) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def expected_shapes(config: SegmentationConfig) -> dict[str, tuple[int, ...]]:
+    """Name every tensor of a segmentation path with its shape; no memory is taken."""
+    import torch
+
+    from coprs_deploy.models import SegmentationModel
+
+    with torch.device("meta"):
+        state = SegmentationModel(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_tensors(
+    found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], where: str
+) -> None:
+    """Refuse tensors that are missing, extra or of another shape, by name.
+
+    Raises:
+        CheckpointError: anything does not fit; every kind of misfit is listed.
+    """
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    misshaped = [
+        f"{name} is {tuple(found[name])}, not {tuple(wanted[name])}"
+        for name in wanted
+        if name in found and tuple(found[name]) != tuple(wanted[name])
+    ]
+    problems = [
+        f"{label}: {', '.join(names[:NAMES_SHOWN])}"
+        + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+        for label, names in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where} do not fit the architecture: " + "; ".join(problems))

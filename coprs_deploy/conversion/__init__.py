@@ -1,0 +1,15 @@
+"""Checkpoints from the files that people have: SAM weights, policies, public training checkpoints."""
+
+from coprs_deploy.conversion.converters import (
+    ConversionOptions,
+    checkpoint_from_policy_and_sam,
+    checkpoint_from_public_training,
+    random_checkpoint,
+)
+
+__all__ = [
+    "ConversionOptions",
+    "checkpoint_from_policy_and_sam",
+    "checkpoint_from_public_training",
+    "random_checkpoint",
+]

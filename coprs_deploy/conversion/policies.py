@@ -1,0 +1,122 @@
+"""Making an ordinary transformers policy into one that can emit ``<REF_POS>``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coprs_deploy.errors import ConversionError
+from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_REQUEST = (
+    "Find the part of the picture that this describes: {instruction}\n"
+    "Think it through inside <think> and </think>, then write <REF_POS> once for it."
+)
+
+DEFAULT_PROMPTS: Mapping[str, PromptTemplate] = {
+    "qwen2_5_vl": PromptTemplate(
+        text=(
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+            + _REQUEST
+            + "<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        image_token="<|image_pad|>",
+    ),
+    "llava": PromptTemplate(text="USER: <image>\n" + _REQUEST + " ASSISTANT:", image_token="<image>"),
+}
+"""This project's own wording, for a policy that no template is known for."""
+
+_SKIPPED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
+    """Load a policy and its tokenizer in the dtype in which it is stored.
+
+    Args:
+        path: a transformers directory.
+        weights: its weights, where they lie in another place.
+
+    Raises:
+        ConversionError: the directory is no supported policy, or weights are missing.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    if not (path / "config.json").is_file():
+        raise ConversionError(f"{path} is not a transformers directory: it holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if config.model_type not in DEFAULT_PROMPTS:
+            raise ConversionError(
+                f"the policy in {path} is of type {config.model_type!r}; "
+                f"supported: {', '.join(DEFAULT_PROMPTS)}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if weights is None:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, dtype="auto", local_files_only=True, output_loading_info=True
+            )
+        else:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                None, config=config, state_dict=weights, dtype="auto", output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(kind):
+            raise ConversionError(
+                f"the weights of the policy in {path} do not fit its config.json: "
+                f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}"
+            )
+    return model, tokenizer
+
+
+def register_reference_token(model: Any, tokenizer: Any) -> bool:
+    """Give a policy the special token ``<REF_POS>``, with a row in both embedding tables.
+
+    A new row starts as the mean of the rows in use, which says nothing yet and disturbs nothing.
+
+    Returns:
+        Whether anything was changed; a policy that has the token is left as it is.
+    """
+    import torch
+    from transformers import AddedToken
+
+    if REFERENCE_TOKEN in tokenizer.get_vocab():
+        return False
+    tokenizer.add_tokens(
+        [AddedToken(REFERENCE_TOKEN, special=True, normalized=False)], special_tokens=True
+    )
+    token = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token >= rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in tables.values():  # one table where the two are tied
+            weight[token] = weight[: min(token, rows)].float().mean(dim=0).to(weight.dtype)
+    return True
+
+
+def save_policy(model: Any, tokenizer: Any, source: Path | None, out: Path) -> None:
+    """Write a policy directory: weights and tokenizer as they are now, the rest as it was."""
+    if source is not None:
+        copy_policy_files(source, out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def copy_policy_files(source: Path, out: Path, with_weights: bool = False) -> None:
+    """Copy the files of a policy directory (not its folders), with or without its weights."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (with_weights or not path.name.endswith(_SKIPPED_SUFFIXES)):
+            shutil.copyfile(path, out / path.name)
+
+
+def has_weights(directory: Path) -> bool:
+    """Say whether a transformers directory holds weights in safetensors."""
+    return any(directory.glob("*.safetensors"))

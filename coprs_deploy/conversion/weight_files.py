@@ -1,0 +1,202 @@
+"""Reading ``.pth`` and ``.pt`` files of other projects, never running what they hold.
+
+Files are read with ``weights_only=True`` and mapped into memory, so that converting a large one
+does not hold it twice. Sharded training states are put together here too.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coprs_deploy.architecture import SamConfig
+from coprs_deploy.errors import ConversionError
+from coprs_deploy.specs import Geometry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PUBLIC_DECODER_HEADS = 8
+"""Heads of SAM's mask decoder; the one size that no tensor shows."""
+
+_SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a flat file of named tensors.
+
+    Raises:
+        ConversionError: the file is absent, is no such file, or would have to run code to be read.
+    """
+    data = _load(path)
+    import torch
+
+    if not isinstance(data, Mapping) or not data:
+        raise ConversionError(f"{path} holds a {type(data).__name__}, not a dictionary of tensors")
+    strangers = [key for key, value in data.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        raise ConversionError(
+            f"{path} holds {strangers[0]!r}, which is no tensor; accepted: a flat state dict as "
+            "torch.save(model.state_dict(), path) writes it"
+        )
+    return dict(data)
+
+
+def _load(path: Path) -> Any:
+    import torch
+
+    if not path.is_file():
+        raise ConversionError(f"there is no file {path}")
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the old file format
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        named = next((line for line in reason if "GLOBAL" in line or "global" in line), reason[0])
+        raise ConversionError(
+            f"{path} is refused: it holds more than weights, and reading it could run code "
+            f"({named.strip()}). Load it where you trust it and save its state dict alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ConversionError(f"{path} is not a PyTorch file, or was cut short: {error}") from error
+
+
+def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
+    """Read a ``sam_vit_*.pth`` file and the sizes that its shapes tell.
+
+    Raises:
+        ConversionError: the file is none of SAM.
+    """
+    tensors = read_state_dict(path)
+    try:
+        return sam_config_from_shapes({n: tuple(t.shape) for n, t in tensors.items()}), tensors
+    except (KeyError, ValueError, IndexError) as error:
+        shown = ", ".join(sorted(tensors)[:3])
+        raise ConversionError(
+            f"{path} is not a SAM checkpoint ({error}); it holds {shown}, ...; "
+            "accepted: sam_vit_b, sam_vit_l or sam_vit_h as segment-anything publishes them"
+        ) from error
+
+
+def sam_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> SamConfig:
+    """Infer the sizes of a SAM model from its tensors' shapes.
+
+    Raises:
+        KeyError: a tensor that tells a size is missing.
+    """
+    encoder, decoder = "image_encoder", "mask_decoder"
+    _, grid, _, width = shapes[f"{encoder}.pos_embed"]
+    patch = shapes[f"{encoder}.patch_embed.proj.weight"][-1]
+    depth = _count(shapes, rf"{encoder}\.blocks\.(\d+)\.")
+    has_positions = f"{encoder}.blocks.0.attn.rel_pos_h" in shapes
+    windows, head_width = [], width // 12
+    for block in range(depth if has_positions else 0):
+        length, head_width = shapes[f"{encoder}.blocks.{block}.attn.rel_pos_h"]
+        windows.append((length + 1) // 2)
+    local = [window for window in windows if window != grid]
+    return SamConfig(
+        encoder_width=width,
+        encoder_depth=depth,
+        encoder_heads=width // head_width,
+        global_attention_blocks=tuple(i for i, window in enumerate(windows) if window == grid),
+        window_size=local[0] if local else grid,
+        mlp_ratio=shapes[f"{encoder}.blocks.0.mlp.lin1.weight"][0] / width,
+        relative_positions=has_positions,
+        mask_prompt_channels=shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+        decoder_depth=_count(shapes, rf"{decoder}\.transformer\.layers\.(\d+)\."),
+        decoder_heads=PUBLIC_DECODER_HEADS,
+        decoder_mlp_width=shapes[f"{decoder}.transformer.layers.0.mlp.lin1.weight"][0],
+        num_masks=shapes[f"{decoder}.mask_tokens.weight"][0],
+        iou_head_width=shapes[f"{decoder}.iou_prediction_head.layers.0.weight"][0],
+        geometry=Geometry(
+            image_size=grid * patch,
+            patch_size=patch,
+            embedding_channels=shapes[f"{encoder}.neck.0.weight"][0],
+        ),
+    )
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1
+
+
+def find_shards(directory: Path) -> list[Path]:
+    """List the rank files of a sharded training state in the order of their ranks.
+
+    Raises:
+        ConversionError: ranks are missing, or files of several world sizes lie together.
+    """
+    found = {
+        (int(match[1]), int(match[2])): path
+        for path in directory.glob("model_world_size_*_rank_*.pt")
+        if (match := _SHARD.fullmatch(path.name))
+    }
+    if not found:
+        return []
+    sizes = {size for size, _ in found}
+    if len(sizes) > 1:
+        raise ConversionError(
+            f"{directory} holds shards of the world sizes {sorted(sizes)}: keep one set of them"
+        )
+    size = sizes.pop()
+    missing = [rank for rank in range(size) if (size, rank) not in found]
+    if missing:
+        raise ConversionError(
+            f"{directory} lacks model_world_size_{size}_rank_{missing[0]}.pt "
+            f"({len(missing)} of {size} ranks are missing)"
+        )
+    return [found[size, rank] for rank in range(size)]
+
+
+def merge_shards(paths: list[Path]) -> dict[str, Tensor]:
+    """Put the tensors of an FSDP training state together.
+
+    Args:
+        paths: one file a rank, in order; each maps names to sharded or plain tensors.
+
+    Raises:
+        ConversionError: a file cannot be read safely, or a tensor is split in a way other than one
+            dimension of one group of ranks (as tensor parallelism does).
+    """
+    import torch.distributed.tensor  # noqa: F401  lets weights_only read sharded tensors
+
+    ranks: list[dict[str, Any]] = [_load(path) for path in paths]
+    names = list(ranks[0])
+    for path, rank in zip(paths, ranks, strict=True):
+        if list(rank) != names:
+            raise ConversionError(f"{path} holds other tensors than {paths[0]}")
+    return {name: _merge(name, [rank.pop(name) for rank in ranks]) for name in names}
+
+
+def _merge(name: str, parts: list[Any]) -> Tensor:
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    first = parts[0]
+    if not isinstance(first, DTensor):
+        if not isinstance(first, torch.Tensor):
+            raise ConversionError(f"{name} is a {type(first).__name__}, which cannot be merged")
+        return first
+    sharded = [p for p in first.placements if p.is_shard()]
+    if not sharded:
+        return first.to_local()
+    if len(sharded) > 1 or not first.placements[-1].is_shard():
+        raise ConversionError(
+            f"{name} is split as {first.placements}; supported: sharded over the last mesh "
+            "dimension only (FSDP or HSDP)"
+        )
+    group = first.device_mesh.size(first.device_mesh.ndim - 1)
+    merged = torch.cat([part.to_local() for part in parts[:group]], dim=sharded[0].dim)
+    if merged.shape != first.shape:
+        raise ConversionError(
+            f"{name} has shape {tuple(merged.shape)} when merged, not {tuple(first.shape)}"
+        )
+    return merged

@@ -1,0 +1,65 @@
+"""Runners: one for each runtime, all with one call signature.
+
+A runtime is one module of this package whose name ends in ``_runner``; adding a runtime is adding
+such a file (see :class:`RuntimeModule` for what it defines). The names that users type are the
+module names without that ending.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Protocol, cast
+
+from coprs_deploy.engines.runner import Availability, DeviceTensor, Runner, RunnerOptions
+from coprs_deploy.engines.stages import Stages
+from coprs_deploy.specs import GraphSpec
+
+__all__ = [
+    "Availability",
+    "DeviceTensor",
+    "Runner",
+    "RunnerOptions",
+    "Stages",
+    "open_graph",
+    "runtime_module",
+    "runtime_names",
+]
+
+_SUFFIX = "_runner"
+
+
+class RuntimeModule(Protocol):
+    """What a module ``<name>_runner`` defines."""
+
+    def open_graph(self, path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+        """Open an exported graph."""
+
+    def availability(self) -> list[Availability]:
+        """Say which devices this runtime can use here, and what the others lack."""
+
+
+def runtime_names() -> list[str]:
+    """Name the runtimes of this package, whether or not they can run here."""
+    return [
+        module.name.removesuffix(_SUFFIX)
+        for module in pkgutil.iter_modules(__path__)
+        if module.name.endswith(_SUFFIX)
+    ]
+
+
+def runtime_module(name: str) -> RuntimeModule:
+    """Import the module of a runtime.
+
+    Raises:
+        ValueError: there is no such runtime.
+    """
+    if name not in runtime_names():
+        raise ValueError(f"runtime is {name!r}; accepted: {', '.join(runtime_names())}")
+    return cast(RuntimeModule, importlib.import_module(f"{__name__}.{name}{_SUFFIX}"))
+
+
+def open_graph(name: str, path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+    """Open an exported graph with the runtime of that name."""
+    return runtime_module(name).open_graph(path, spec, options)

@@ -1,0 +1,147 @@
+"""ONNX graphs through ONNX Runtime, on the CPU or on CUDA.
+
+Outputs are bound to the device and handed on as they are, so the image embedding is never copied
+between the graphs. A provider that was asked for and is not used is an error, never a fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coprs_deploy.engines.runner import (
+    Array,
+    Availability,
+    DeviceTensor,
+    Runner,
+    RunnerOptions,
+    host_array,
+)
+from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
+from coprs_deploy.specs import GraphSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+INSTALL = {
+    "cpu": 'pip install "coprs-deploy[cpu]"',
+    "cuda": 'pip uninstall onnxruntime; pip install "coprs-deploy[gpu]"',
+}
+_ELEMENT_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+
+
+@dataclass(frozen=True)
+class OrtTensor:
+    """An ``OrtValue`` as a :class:`DeviceTensor`."""
+
+    value: onnxruntime.OrtValue
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return tuple(self.value.shape())
+
+    @property
+    def dtype(self) -> str:
+        """Its element type."""
+        name = self.value.data_type()
+        return _ELEMENT_TYPES.get(name, name)
+
+    def numpy(self) -> Array:
+        """Return the values on the host."""
+        array: Array = self.value.numpy()
+        return array
+
+
+class OrtRunner(Runner):
+    """One ONNX graph in an ONNX Runtime session."""
+
+    def __init__(self, path: Path, spec: GraphSpec, options: RunnerOptions) -> None:
+        ort = _import_onnxruntime(options.device_type)
+        provider = PROVIDERS[options.device_type]
+        if provider not in ort.get_available_providers():
+            raise RuntimeUnavailableError(
+                f"ONNX Runtime {ort.__version__} has no {provider} here (it has "
+                f"{', '.join(ort.get_available_providers())}); {INSTALL[options.device_type]}"
+            )
+        settings = ort.SessionOptions()
+        if options.num_threads is not None:
+            settings.intra_op_num_threads = options.num_threads
+        provider_options = [{"device_id": options.device_index}] if provider != PROVIDERS["cpu"] else [{}]
+        try:
+            session = ort.InferenceSession(str(path), settings, [provider], provider_options)
+        except Exception as error:  # ONNX Runtime raises classes of its own that share no base
+            raise BundleError(f"ONNX Runtime cannot open {path}: {error}") from error
+        if session.get_providers()[0] != provider:
+            raise RuntimeUnavailableError(
+                f"ONNX Runtime could not start {provider} and chose {session.get_providers()[0]}; "
+                "check the driver and the CUDA libraries with `coprs-deploy doctor`"
+            )
+        super().__init__(spec, f"onnxruntime {ort.__version__} on {options.device}")
+        self._ort = ort
+        self._device = (options.device_type, options.device_index)
+        self._session: onnxruntime.InferenceSession | None = session
+
+    def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
+        assert self._session is not None, "the runner was closed"
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, self._ort_value(value))
+        for tensor in self.spec.outputs:
+            binding.bind_output(tensor.name, *self._device)
+        self._session.run_with_iobinding(binding)
+        names = (tensor.name for tensor in self.spec.outputs)
+        return {n: OrtTensor(v) for n, v in zip(names, binding.get_outputs(), strict=True)}
+
+    def _ort_value(self, value: Array | DeviceTensor) -> onnxruntime.OrtValue:
+        if isinstance(value, OrtTensor):
+            return value.value
+        return self._ort.OrtValue.ortvalue_from_numpy(host_array(value), *self._device)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+def open_graph(path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+    """Open an ONNX file.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        RuntimeUnavailableError: it cannot use the device.
+        BundleError: it cannot read the file.
+    """
+    return OrtRunner(path, spec, options)
+
+
+def availability() -> list[Availability]:
+    """Say which of the two providers can be used here."""
+    try:
+        ort = _import_onnxruntime("cpu")
+    except MissingDependencyError as error:
+        return [Availability("onnxruntime", False, str(error), INSTALL["cpu"])]
+    present = ort.get_available_providers()
+    return [
+        Availability(
+            f"onnxruntime {device}",
+            provider in present,
+            f"{ort.__version__}, {provider}" + ("" if provider in present else " is not in it"),
+            "" if provider in present else INSTALL[device],
+        )
+        for device, provider in PROVIDERS.items()
+    ]
+
+
+def _import_onnxruntime(device_type: str) -> onnxruntime:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"ONNX Runtime is not installed; {INSTALL[device_type]}"
+        ) from error
+    if device_type == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch's wheels brought
+    return onnxruntime

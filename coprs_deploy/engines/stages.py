@@ -1,0 +1,93 @@
+"""The three runners as one pipeline: an image once, then any number of targets on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.engines.runner import DeviceTensor, Runner
+from coprs_deploy.images import PreparedImage
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
+
+
+class Stages:
+    """Image encoder, prior and mask decoder of one bundle (or of one model).
+
+    Calls from several threads are safe where the runners' are (ONNX Runtime: yes).
+    """
+
+    def __init__(self, runners: Mapping[str, Runner]) -> None:
+        self.runners = dict(runners)
+
+    def encode(self, prepared: PreparedImage) -> DeviceTensor:
+        """Encode an image; the embedding stays on the device, (1, C, G, G)."""
+        return self.runners[IMAGE_ENCODER](image=prepared.image)["image_embedding"]
+
+    def priors(
+        self, image_embedding: DeviceTensor, concentrations: NDArray[np.float32]
+    ) -> list[DeviceTensor]:
+        """Score N concentrations against an image.
+
+        Args:
+            image_embedding: what :meth:`encode` gave.
+            concentrations: (N, D) float32, N at least 1.
+
+        Returns:
+            Prior logits in chunks of as many targets as the graph takes; the last chunk may repeat
+            its last target to fill the graph's fixed number.
+        """
+        return [
+            self.runners[PRIOR](image_embedding=image_embedding, concentration=chunk)["prior_logits"]
+            for chunk in self._chunks(concentrations)
+        ]
+
+    def masks(
+        self,
+        image_embedding: DeviceTensor,
+        prior_chunks: list[DeviceTensor],
+        unpadded_size: NDArray[np.int64],
+    ) -> list[DeviceTensor]:
+        """Decode the chunks that :meth:`priors` gave into mask logits, chunk by chunk."""
+        return [
+            self.runners[MASK_DECODER](
+                image_embedding=image_embedding,
+                prior_logits=chunk,
+                unpadded_size=unpadded_size,
+            )["mask_logits"]
+            for chunk in prior_chunks
+        ]
+
+    def _chunks(self, concentrations: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        profile = self.runners[PRIOR].spec.targets
+        for start in range(0, len(concentrations), profile.maximum):
+            chunk = concentrations[start : start + profile.maximum]
+            lacking = max(0, profile.minimum - len(chunk))
+            yield np.concatenate([chunk, np.repeat(chunk[-1:], lacking, axis=0)])
+
+    def close(self) -> None:
+        """Free all three graphs."""
+        with ExitStack() as stack:
+            for runner in self.runners.values():
+                stack.callback(runner.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def join_chunks(chunks: list[DeviceTensor], num_targets: int) -> NDArray[np.float32]:
+    """Bring chunks of logits to the host as one (num_targets, 1, M, M) array."""
+    joined: NDArray[np.float32] = np.concatenate([chunk.numpy() for chunk in chunks])
+    return joined[:num_targets]

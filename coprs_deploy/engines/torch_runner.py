@@ -1,0 +1,107 @@
+"""PyTorch modules behind the common call signature: the reference for every other runtime.
+
+It wraps modules that the caller built; a bundle holds none, so opening a graph file is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coprs_deploy.engines.runner import (
+    Array,
+    Availability,
+    DeviceTensor,
+    Runner,
+    RunnerOptions,
+    host_array,
+)
+from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.specs import GraphSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TorchTensor:
+    """A torch tensor as a :class:`DeviceTensor`."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Its element type."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    def numpy(self) -> Array:
+        """Return the values on the host."""
+        array: Array = self.tensor.detach().cpu().numpy()
+        return array
+
+
+class TorchRunner(Runner):
+    """Run one stage of a ``SegmentationModel`` without gradients."""
+
+    def __init__(
+        self, module: torch.nn.Module, spec: GraphSpec, options: RunnerOptions | None = None
+    ) -> None:
+        self._device = (options or RunnerOptions()).device
+        super().__init__(spec, f"torch on {self._device}")
+        self._module: torch.nn.Module | None = module.to(self._device).eval()
+
+    def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
+        import torch
+
+        assert self._module is not None, "the runner was closed"
+        with torch.inference_mode():
+            output = self._module(*(self._tensor(inputs[t.name]) for t in self.spec.inputs))
+        return {self.spec.outputs[0].name: TorchTensor(output)}
+
+    def _tensor(self, value: Array | DeviceTensor) -> torch.Tensor:
+        import torch
+
+        if isinstance(value, TorchTensor):
+            return value.tensor.to(self._device)
+        return torch.from_numpy(host_array(value)).to(self._device)
+
+    def close(self) -> None:
+        """Let go of the module."""
+        self._module = None
+
+
+def open_graph(path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+    """Refuse: PyTorch runs modules, not graph files.
+
+    Raises:
+        RuntimeUnavailableError: always.
+    """
+    raise RuntimeUnavailableError(
+        f"PyTorch cannot run {path.name}: it is the reference that graphs are compared with; "
+        "export for another runtime"
+    )
+
+
+def availability() -> list[Availability]:
+    """Say whether PyTorch is installed, and whether it sees a GPU."""
+    try:
+        import torch
+    except ImportError:
+        return [Availability("torch", False, "not installed", "pip install torch")]
+    cuda = torch.cuda.is_available()
+    return [
+        Availability("torch cpu", True, torch.__version__),
+        Availability(
+            "torch cuda",
+            cuda,
+            torch.cuda.get_device_name() if cuda else "torch sees no CUDA device",
+            "" if cuda else "install an NVIDIA driver and a CUDA build: pip install torch",
+        ),
+    ]

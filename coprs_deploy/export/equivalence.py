@@ -1,0 +1,232 @@
+"""Does an exported graph compute what PyTorch computes in float32? Measured, not assumed.
+
+Each graph is compared alone, fed with the reference's own inputs, and then the chain of all three
+end to end, where the masks count. Every graph is open only while it is compared, so that the peak
+of memory is one graph's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.bundle import EquivalenceRecord
+from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.images import PreparedImage, prepare_image
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry
+
+END_TO_END = "end_to_end"
+
+RunnerOpener = Callable[[str], Runner]
+"""Opens the runner of a graph by name; it is closed after use."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an output may differ by.
+
+    Attributes:
+        relative: largest absolute difference over the largest absolute value of the reference.
+        mean_signed: largest absolute mean difference on that scale; noise averages out, a shift
+            does not.
+        cosine: smallest cosine.
+        mask_iou: smallest IoU of the thresholded masks; None where the output is no mask.
+        reason: why these numbers.
+    """
+
+    relative: float
+    mean_signed: float
+    cosine: float
+    mask_iou: float | None
+    reason: str
+
+
+_FLOAT32_ENCODER = "up to 32 blocks of float32 sums in another order; ViT-H measures below 2e-5"
+_FLOAT32_PRIOR = "one product and two small convolutions in another order"
+_FLOAT32_DECODER = "two attention blocks; logits cancel near zero, so the scale is the maximum"
+_FLOAT32_CHAIN = "only cells whose logit is within the decoder's error of zero may flip"
+
+TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
+    ("onnxruntime", "fp32"): {
+        IMAGE_ENCODER: Tolerance(1e-4, 1e-6, 0.999999, None, _FLOAT32_ENCODER),
+        PRIOR: Tolerance(1e-5, 1e-6, 0.999999, None, _FLOAT32_PRIOR),
+        MASK_DECODER: Tolerance(1e-4, 1e-5, 0.999999, 0.999, _FLOAT32_DECODER),
+        END_TO_END: Tolerance(1e-3, 1e-4, 0.99999, 0.999, _FLOAT32_CHAIN),
+    },
+}
+"""The one table of tolerances, by runtime and precision."""
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """One image and the concentrations that are asked of it."""
+
+    prepared: PreparedImage
+    concentration: NDArray[np.float32]
+
+
+def sample_inputs(
+    geometry: Geometry, policy_width: int, num_targets: int = 1, seed: int = 0
+) -> list[SampleInput]:
+    """Draw inputs that differ in content and in padding: landscape, portrait and square.
+
+    Args:
+        geometry: sizes of the model.
+        policy_width: D.
+        num_targets: N, concentrations an image.
+        seed: equal seeds give equal inputs.
+
+    Returns:
+        Three samples: shapes on a gradient, noise, and shapes in a near-square picture. The
+        concentrations are standard normal, the scale of a normalized hidden state.
+    """
+    generator = np.random.default_rng(seed)
+    samples = []
+    for height, width, is_noise in ((270, 480, False), (400, 256, True), (333, 333, False)):
+        if is_noise:
+            picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        else:
+            picture = _draw_scene(generator, height, width)
+        concentration = generator.standard_normal((num_targets, policy_width), dtype=np.float32)
+        samples.append(SampleInput(prepare_image(picture, geometry), concentration))
+    return samples
+
+
+def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    ramp = generator.uniform(0, 255, (3, 3))
+    picture = ramp[0] * x[..., None] + ramp[1] * y[..., None] + ramp[2] * 0.5
+    for _ in range(8):
+        center, radius = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.2)
+        inside = (y - center[0]) ** 2 + (x - center[1]) ** 2 < radius**2
+        picture[inside] = generator.uniform(0, 255, 3)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def compare_stages(
+    reference: RunnerOpener,
+    candidate: RunnerOpener,
+    samples: Sequence[SampleInput],
+    tolerances: Mapping[str, Tolerance],
+    report: Callable[[str], None] = lambda step: None,
+) -> tuple[EquivalenceRecord, ...]:
+    """Compare three stages with the reference, each alone and then as a chain.
+
+    Args:
+        reference: opens PyTorch's stages.
+        candidate: opens the stages in question.
+        samples: what both are fed.
+        tolerances: by graph name and ``end_to_end``.
+        report: called with the name of each step as it starts.
+
+    Returns:
+        A record for each graph and one for the chain.
+    """
+    records = []
+    # What each stage is fed with: the reference's outputs of the stage before, or (in the chain)
+    # the candidate's own.
+    truth: list[dict[str, Array]] = [_first_inputs(sample) for sample in samples]
+    chain: list[dict[str, Array]] = [_first_inputs(sample) for sample in samples]
+    for name in GRAPH_NAMES:
+        report(f"reference {name}")
+        with reference(name) as runner:
+            expected = [_run(runner, values) for values in truth]
+        report(f"candidate {name}")
+        with candidate(name) as runner:
+            found = [_run(runner, values) for values in truth]
+            follows = found if name == IMAGE_ENCODER else [_run(runner, v) for v in chain]
+            output = runner.spec.outputs[0].name
+        records.append(_record(name, found, expected, tolerances[name]))
+        for values, chained, ours, next_value in zip(truth, chain, expected, follows, strict=True):
+            values[output] = ours
+            chained[output] = next_value
+    last = [values["mask_logits"] for values in truth]
+    final = [values["mask_logits"] for values in chain]
+    records.append(_record(END_TO_END, final, last, tolerances[END_TO_END]))
+    return tuple(records)
+
+
+def require_equivalence(
+    records: Sequence[EquivalenceRecord], tolerances: Mapping[str, Tolerance]
+) -> None:
+    """Raise when any record is outside its tolerance.
+
+    Raises:
+        EquivalenceError: names each failing graph, what was measured and what is allowed.
+    """
+    lines = []
+    for record in records:
+        if not record.passed:
+            allowed = tolerances[record.graph]
+            iou = "" if record.mask_iou is None else f", mask IoU {record.mask_iou:.5f}"
+            least = "" if allowed.mask_iou is None else f", mask IoU {allowed.mask_iou}"
+            lines.append(
+                f"{record.graph}: relative {record.relative:.2e}, mean {record.mean_signed:+.2e}, "
+                f"cosine {record.cosine:.7f}{iou} (allowed: {allowed.relative:.0e}, "
+                f"{allowed.mean_signed:.0e}, {allowed.cosine}{least})"
+            )
+    if lines:
+        raise EquivalenceError(
+            "the exported graphs do not compute what PyTorch computes. " + "; ".join(lines)
+        )
+
+
+def mask_iou(first: Array, second: Array) -> float:
+    """IoU of two stacks of mask logits thresholded at 0; two empty masks agree (1.0)."""
+    a, b = first > 0, second > 0
+    union = np.count_nonzero(a | b)
+    return float(np.count_nonzero(a & b) / union) if union else 1.0
+
+
+def _first_inputs(sample: SampleInput) -> dict[str, Array]:
+    return {
+        "image": sample.prepared.image,
+        "concentration": sample.concentration,
+        "unpadded_size": sample.prepared.unpadded_size,
+    }
+
+
+def _run(runner: Runner, values: Mapping[str, Array]) -> Array:
+    outputs = runner(**{tensor.name: values[tensor.name] for tensor in runner.spec.inputs})
+    return outputs[runner.spec.outputs[0].name].numpy()
+
+
+def _record(
+    name: str, found: Sequence[Array], expected: Sequence[Array], allowed: Tolerance
+) -> EquivalenceRecord:
+    """Summarize by the worst sample; a value that is not finite fails every comparison."""
+    max_abs = relative = mean_signed = 0.0
+    cosine = iou = 1.0
+    finite = True
+    for a, b in zip(found, expected, strict=True):
+        finite = finite and bool(np.isfinite(a).all())
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        difference, scale = a - b, float(np.abs(b).max()) or 1.0
+        max_abs = max(max_abs, float(np.abs(difference).max()))
+        relative = max(relative, float(np.abs(difference).max()) / scale)
+        mean = float(difference.mean()) / scale
+        mean_signed = mean if abs(mean) > abs(mean_signed) else mean_signed
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        cosine = min(cosine, float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b)))
+        iou = min(iou, mask_iou(a, b))
+    passed = (
+        finite
+        and relative <= allowed.relative
+        and abs(mean_signed) <= allowed.mean_signed
+        and cosine >= allowed.cosine
+        and (allowed.mask_iou is None or iou >= allowed.mask_iou)
+    )
+    return EquivalenceRecord(
+        graph=name,
+        max_abs=max_abs,
+        relative=relative,
+        mean_signed=mean_signed,
+        cosine=min(cosine, 1.0),
+        mask_iou=None if allowed.mask_iou is None else iou,
+        inputs=len(found),
+        passed=passed,
+    )

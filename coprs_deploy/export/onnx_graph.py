@@ -1,0 +1,136 @@
+"""One stage of a model to one ONNX file.
+
+The graph is static but for the number of targets, if that was asked for. Checking that it computes
+the same thing is left to :mod:`coprs_deploy.export.equivalence`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coprs_deploy.errors import EquivalenceError, MissingDependencyError
+from coprs_deploy.specs import TARGETS_DIMENSION, GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 20
+"""The newest opset that TensorRT 10.3 (JetPack 6) parses; it has LayerNormalization and Gelu."""
+
+EXTERNAL_DATA_BYTES = 2_000_000_000
+"""Weights above this go into a ``.data`` file; a protobuf holds at most 2 GiB."""
+
+INSTALL = 'pip install "coprs-deploy[cpu]"'
+
+
+def export_onnx_graph(
+    module: torch.nn.Module, spec: GraphSpec, path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a stage as ONNX and check the file.
+
+    Args:
+        module: takes and returns the tensors of ``spec`` in order, in float32 on the CPU.
+        spec: names, dtypes and shapes of inputs and outputs.
+        path: the file to write; large weights go to ``<path>.data`` beside it.
+        metadata: stored inside the file under ``coprs_deploy.*``.
+
+    Raises:
+        MissingDependencyError: the exporter's packages are not installed.
+        EquivalenceError: the written graph has other inputs or outputs than ``spec``.
+    """
+    import torch
+
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"onnxscript is not installed; {INSTALL}") from error
+    dynamic = None
+    if not spec.targets.is_static:
+        targets = torch.export.Dim(
+            TARGETS_DIMENSION, min=spec.targets.minimum, max=spec.targets.maximum
+        )
+        dynamic = tuple(
+            {i: targets for i, size in enumerate(tensor.shape) if size == TARGETS_DIMENSION}
+            for tensor in spec.inputs
+        )
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            tuple(_example(tensor) for tensor in spec.inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.graph.name = spec.name
+    program.model.producer_name = "coprs_deploy"
+    for key, value in metadata.items():
+        program.model.metadata_props[f"coprs_deploy.{key}"] = value
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    program.save(path, external_data=weights > EXTERNAL_DATA_BYTES)
+    del program
+    check_onnx_graph(path, spec)
+
+
+def check_onnx_graph(path: Path, spec: GraphSpec) -> None:
+    """Run the ONNX checker on a file, by path, and compare its inputs and outputs with ``spec``.
+
+    Raises:
+        EquivalenceError: the file is not valid ONNX, or its signature differs.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise EquivalenceError(f"{path.name} is not valid ONNX: {error}") from error
+    graph = onnx.load(path, load_external_data=False).graph
+    for kind, found, wanted in (
+        ("inputs", graph.input, spec.inputs),
+        ("outputs", graph.output, spec.outputs),
+    ):
+        written = tuple(_tensor_spec(value) for value in found)
+        if written != wanted:
+            raise EquivalenceError(
+                f"{path.name} has the {kind} {'; '.join(map(str, written))}, "
+                f"not {'; '.join(map(str, wanted))}"
+            )
+
+
+def _tensor_spec(value: Any) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    shape = tuple(d.dim_param if d.dim_param else d.dim_value for d in tensor.shape.dim)
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _example(tensor: TensorSpec) -> torch.Tensor:
+    import torch
+
+    # A symbolic dimension must not be traced with 0 or 1, which torch.export takes for constants.
+    shape = tuple(2 if isinstance(size, str) else size for size in tensor.shape)
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's notes about packages that no graph here uses from the user."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

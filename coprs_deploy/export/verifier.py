@@ -1,0 +1,63 @@
+"""The equivalence check of an existing bundle against the checkpoint that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from coprs_deploy.bundle import EquivalenceRecord, open_bundle
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.engines import RunnerOptions, open_graph
+from coprs_deploy.engines.torch_runner import TorchRunner
+from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.export.equivalence import TOLERANCES, compare_stages, sample_inputs
+from coprs_deploy.specs import PRIOR
+
+
+def verify_bundle(
+    bundle_path: str | Path,
+    checkpoint_path: str | Path,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda step: None,
+) -> tuple[EquivalenceRecord, ...]:
+    """Compare a bundle's graphs with PyTorch again, on inputs of another seed than export's.
+
+    Args:
+        bundle_path: a bundle.
+        checkpoint_path: the checkpoint that it was exported from.
+        device: where the graphs run; PyTorch runs on the CPU in float32.
+        progress: called with the name of each step as it starts.
+
+    Returns:
+        A record for each graph and one for the chain, passed or not.
+
+    Raises:
+        BundleIntegrityError: a file of the bundle was changed.
+        EquivalenceError: the bundle was exported from another checkpoint.
+    """
+    bundle = open_bundle(bundle_path)
+    checkpoint = read_checkpoint(checkpoint_path)
+    manifest = bundle.manifest
+    if manifest.checkpoint_fingerprint != checkpoint.fingerprint():
+        raise EquivalenceError(
+            f"{bundle_path} was exported from another checkpoint "
+            f"({manifest.checkpoint_fingerprint[:12]}) than {checkpoint_path} "
+            f"({checkpoint.fingerprint()[:12]}): export it again, or name the right checkpoint"
+        )
+    graphs = manifest.graphs
+    stages = load_segmentation_model(checkpoint).stages()
+    targets = graphs[PRIOR].spec.targets
+    return compare_stages(
+        reference=lambda name: TorchRunner(stages[name], graphs[name].spec),
+        candidate=lambda name: open_graph(
+            graphs[name].runtime,
+            bundle.graph_path(name),
+            graphs[name].spec,
+            RunnerOptions(device=device),
+        ),
+        samples=sample_inputs(
+            manifest.geometry, manifest.policy.width, targets.preferred, seed=1
+        ),
+        tolerances=TOLERANCES[graphs[PRIOR].runtime, graphs[PRIOR].precision],
+        report=progress,
+    )

@@ -1,0 +1,282 @@
+"""Pictures: decoding them, fitting them to SAM and to the policy, and the way back.
+
+Everything here is numpy and Pillow, so that an edge device needs no torch for it. The three graphs
+see only what :func:`prepare_image` gives; nothing inside a graph resizes to the original size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from os import PathLike, fspath
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from coprs_deploy.errors import ImageDecodeError, ImageSizeError
+from coprs_deploy.specs import Geometry
+
+ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
+"""A path, the bytes of an image file, a Pillow image, or an array (H, W), (H, W, 1 | 3 | 4)."""
+
+RgbArray: TypeAlias = NDArray[np.uint8]
+"""(H, W, 3) uint8, RGB, upright, C-contiguous."""
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Decoding limit: Pillow's own warning level, a quarter of a gigabyte as RGB."""
+
+UINT16_TO_UINT8 = 257
+"""65535 / 255: maps the full 16-bit range to the full 8-bit range."""
+
+
+def load_image(source: ImageSource) -> RgbArray:
+    """Decode any picture that Pillow reads to upright RGB.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit values are scaled to 8,
+    palettes, grey and CMYK are converted, and an animation gives its first frame.
+
+    Args:
+        source: a path, the bytes of a file, a Pillow image, or an array of shape (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4): uint8, uint16, bool, or float in [0, 1]. Channels are RGB(A).
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageDecodeError: the source is no readable image.
+        ImageSizeError: it has no pixels, or more than ``MAX_IMAGE_PIXELS``.
+        FileNotFoundError: the path does not exist.
+        ValueError: the array has another shape, dtype or range; the source has another type.
+    """
+    if isinstance(source, np.ndarray):
+        return _rgb_from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(lambda: source, "the Pillow image")
+    if isinstance(source, (bytes, bytearray)):
+        if not source:
+            raise ImageDecodeError("the image has 0 bytes; accepted: the bytes of an image file")
+        data = bytes(source)
+        return _decode(lambda: Image.open(io.BytesIO(data)), f"the image of {len(data)} bytes")
+    if isinstance(source, (str, PathLike)):
+        path = fspath(source)
+        return _decode(lambda: Image.open(path), f"the image {path!r}")
+    raise ValueError(
+        f"image is a {type(source).__name__}; accepted: a path, bytes, a PIL image or a numpy array"
+    )
+
+
+def image_key(rgb: RgbArray) -> str:
+    """Name a decoded image by its content: equal pixels and size give equal keys."""
+    digest = hashlib.blake2b(str(rgb.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(rgb).data)
+    return digest.hexdigest()
+
+
+def _decode(opening: Callable[[], Image.Image], what: str) -> RgbArray:
+    try:
+        image = opening()
+        _check_size(image.width, image.height, what)
+        image.seek(0) if getattr(image, "n_frames", 1) > 1 else image.load()
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except (FileNotFoundError, ImageSizeError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageSizeError(f"{what} is too large to decode: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageDecodeError(
+            f"{what} is not an image that Pillow can read; accepted: PNG, JPEG, WebP, TIFF, BMP, "
+            "GIF and the like"
+        ) from error
+    except IsADirectoryError as error:
+        raise ImageDecodeError(f"{what} is a directory; accepted: an image file") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageDecodeError(
+            f"{what} cannot be decoded ({error}); it may be cut short: open it in a viewer, or "
+            "save it again"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
+            raise ValueError("its integer pixels are outside 0..65535")
+        return Image.fromarray((values // UINT16_TO_UINT8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; pass an array in [0, 1] instead")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _rgb_from_array(array: NDArray[Any]) -> RgbArray:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(
+            f"image has shape {array.shape}; accepted: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        )
+    _check_size(array.shape[1], array.shape[0], "the image array")
+    if array.dtype == np.uint16:
+        array = array // UINT16_TO_UINT8
+    elif array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    elif array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"image holds floats from {array.min():g} to {array.max():g}; accepted: [0, 1], "
+                "or uint8 in 0..255"
+            )
+        array = np.rint(array * 255)
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"image has dtype {array.dtype}; accepted: uint8, uint16, bool, or float in [0, 1]"
+        )
+    pixels = array.astype(np.uint8, copy=False)
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        return np.ascontiguousarray(pixels)
+    pixels = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    return np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(pixels))))
+
+
+def _check_size(width: int, height: int, what: str) -> None:
+    if width < 1 or height < 1:
+        raise ImageSizeError(f"{what} is {width} x {height}; it needs at least one pixel")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ImageSizeError(
+            f"{what} is {width} x {height}, {width * height:,} pixels; the limit is "
+            f"{MAX_IMAGE_PIXELS:,}: scale it down first"
+        )
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """What the image encoder and the mask decoder take, and the size to come back to.
+
+    Attributes:
+        image: (1, 3, S, S) float32, normalized RGB, zero where padded.
+        unpadded_size: int64 (2,), height and width in pixels of the padded image.
+        original_size: height and width of the picture in pixels.
+    """
+
+    image: NDArray[np.float32]
+    unpadded_size: NDArray[np.int64]
+    original_size: tuple[int, int]
+
+
+def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """Scale a size so that its longer side is ``image_size``, rounding half up as SAM does."""
+    scale = image_size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
+    """Fit a picture to the image encoder: longer side to S, normalized, padded bottom and right.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        geometry: image size and normalization of the model.
+
+    Returns:
+        The encoder's input with the two sizes that lead back.
+    """
+    size = geometry.image_size
+    height, width = unpadded_size(rgb.shape[0], rgb.shape[1], size)
+    resized = rgb
+    if (height, width) != rgb.shape[:2]:
+        picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
+        resized = np.asarray(picture)
+    image = np.zeros((1, 3, size, size), dtype=np.float32)
+    inside = image[0, :, :height, :width]
+    mean = np.asarray(geometry.pixel_mean, dtype=np.float32)[:, None, None]
+    std = np.asarray(geometry.pixel_std, dtype=np.float32)[:, None, None]
+    np.subtract(resized.transpose(2, 0, 1), mean, out=inside, dtype=np.float32)
+    np.divide(inside, std, out=inside)
+    return PreparedImage(
+        image, np.array([height, width], dtype=np.int64), (rgb.shape[0], rgb.shape[1])
+    )
+
+
+def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Image:
+    """Scale a picture, aspect kept, until its area lies between two numbers of pixels.
+
+    Both sides are rounded down after shrinking and up after growing, so that the limits hold.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        min_pixels: smallest area that the policy takes (3,136 for Qwen2.5-VL).
+        max_pixels: largest area (705,600 for CoPRS).
+
+    Returns:
+        The picture for the policy's own image processor.
+    """
+    height, width = rgb.shape[:2]
+    picture = Image.fromarray(rgb)
+    if height * width > max_pixels:
+        factor = math.sqrt(max_pixels / (height * width))
+        size = (max(1, int(width * factor)), max(1, int(height * factor)))
+    elif height * width < min_pixels:
+        factor = math.sqrt(min_pixels / (height * width))
+        size = (math.ceil(width * factor), math.ceil(height * factor))
+    else:
+        return picture
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def resize_logits(
+    logits: NDArray[np.float32], prepared: PreparedImage, geometry: Geometry
+) -> NDArray[np.float32]:
+    """Bring mask or prior logits to the original size.
+
+    SAM's way back is bilinear to the padded image, a crop, and bilinear to the original size (half
+    pixel centers, no antialiasing). All three are linear and separable, so they are done here as
+    one matrix a side, which is exact and never builds the padded image.
+
+    Args:
+        logits: (N, 1, M, M) float32, M = ``geometry.mask_size``.
+        prepared: the image that the logits belong to.
+        geometry: sizes of the model.
+
+    Returns:
+        (N, H, W) float32 logits.
+    """
+    inside, original = prepared.unpadded_size, prepared.original_size
+    sizes = (geometry.mask_size, geometry.image_size)
+    rows = _return_matrix(*sizes, int(inside[0]), original[0])
+    columns = _return_matrix(*sizes, int(inside[1]), original[1])
+    result: NDArray[np.float32] = rows @ logits[:, 0] @ columns.T
+    return result
+
+
+@lru_cache(maxsize=16)
+def _return_matrix(
+    mask_size: int, image_size: int, unpadded: int, original: int
+) -> NDArray[np.float32]:
+    """Compose mask -> padded image -> crop -> original along one side: (original, mask_size)."""
+    up = _bilinear_matrix(mask_size, image_size)[:unpadded]
+    lower, upper, weight = _bilinear_taps(unpadded, original)
+    composed = up[lower] * (1 - weight)[:, None] + up[upper] * weight[:, None]
+    return np.asarray(composed, dtype=np.float32)
+
+
+def _bilinear_matrix(size_in: int, size_out: int) -> NDArray[np.float64]:
+    lower, upper, weight = _bilinear_taps(size_in, size_out)
+    matrix = np.zeros((size_out, size_in))
+    rows = np.arange(size_out)
+    matrix[rows, lower] += 1 - weight
+    matrix[rows, upper] += weight
+    return matrix
+
+
+def _bilinear_taps(
+    size_in: int, size_out: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Two source cells and the weight of the second, for each output (half-pixel centers)."""
+    position = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0.0)
+    lower = np.minimum(position.astype(np.int64), size_in - 1)
+    return lower, np.minimum(lower + 1, size_in - 1), position - lower

@@ -1,0 +1,55 @@
+"""The positional prior: one query from the policy, scored against every cell of the image.
+
+Paper, section 3.1, equation 2 and algorithm 1; the fusion and its starting bias follow the public
+code. The result stays a logit: ``sigmoid`` of it is the heatmap.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coprs_deploy.architecture import SegmentationConfig
+
+INITIAL_LOGIT = -1.8
+"""Starting bias of the last convolution, so that a fresh prior says "mostly background"."""
+
+
+class PositionalPrior(nn.Module):
+    """Multi-head dot products between the concentration and the image embedding, fused to one map."""
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        super().__init__()
+        channels, heads = config.geometry.embedding_channels, config.prior_heads
+        self.heads = heads
+        self.head_width = channels // heads
+        self.mask_size = config.geometry.mask_size
+        self.q_proj = nn.Linear(config.policy_width, channels, bias=False)
+        self.k_proj = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
+        self.fuser = nn.Sequential(
+            nn.Conv2d(heads, heads, kernel_size=3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(heads, 1, kernel_size=3, padding=1),
+        )
+        nn.init.constant_(self.fuser[2].bias, INITIAL_LOGIT)
+
+    def forward(self, image_embedding: Tensor, concentration: Tensor) -> Tensor:
+        """Score how strongly each cell of the image answers the concentration (paper, eq. 2).
+
+        Args:
+            image_embedding: (B, C, G, G); B is 1 (one image, N questions) or N.
+            concentration: (N, D) hidden state of <REF_POS>; D is the policy width.
+
+        Returns:
+            (N, 1, 4 G, 4 G) logits; 0 is undecided, the padding is not yet masked.
+        """
+        keys = self.k_proj(image_embedding)  # (B, C, G, G)
+        grid = keys.shape[-1]
+        keys = keys.reshape(keys.shape[0], self.heads, self.head_width, grid * grid)
+        query = self.q_proj(concentration) * self.head_width**-0.5
+        query = query.reshape(-1, self.heads, 1, self.head_width)
+        scores = torch.matmul(query, keys)  # (N, heads, 1, G * G)
+        scores = scores.reshape(-1, self.heads, grid, grid)
+        size = (self.mask_size, self.mask_size)
+        return F.interpolate(self.fuser(scores), size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,248 @@
+"""The policy in transformers: greedy decoding with a KV cache, one request at a time.
+
+The hidden state of ``<REF_POS>`` is taken where the token is *fed*, after the final norm: the cached
+step that follows its emission gives it, so one pass over the prompt is enough.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coprs_deploy.errors import MissingDependencyError, PolicyError
+from coprs_deploy.images import fit_pixel_count
+from coprs_deploy.policy.policy import (
+    Policy,
+    PolicyRequest,
+    PolicyResult,
+    PolicyStream,
+    StopReason,
+    Words,
+)
+from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt, read_response
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransformersPolicy(Policy):
+    """A Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
+
+    Requests from several threads are answered one after the other.
+
+    Args:
+        path: the policy directory of a checkpoint or a bundle.
+        prompt: its prompt template.
+        min_pixels: smallest image area that it sees.
+        max_pixels: largest image area that it sees.
+        device: where it runs, as torch names it.
+        dtype: of its weights, as torch names it (``float32``, ``bfloat16``); None keeps the stored
+            one.
+
+    Raises:
+        MissingDependencyError: torch or transformers is not installed.
+        PolicyError: the directory is not a policy that can be used.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prompt: PromptTemplate,
+        min_pixels: int,
+        max_pixels: int,
+        device: str = "cpu",
+        dtype: str | None = None,
+    ) -> None:
+        try:
+            import torch
+            from transformers import AutoModelForImageTextToText, AutoTokenizer
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"the transformers policy needs {error.name}; pip install torch transformers"
+            ) from error
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16, float16 or None")
+        try:
+            with _no_progress_bars():
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+                model = AutoModelForImageTextToText.from_pretrained(
+                    path, dtype=dtype or "auto", local_files_only=True
+                )
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
+        reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+        if reference_id is None or reference_id == tokenizer.unk_token_id:
+            raise PolicyError(
+                f"the tokenizer in {path} has no {REFERENCE_TOKEN}; `coprs-deploy convert` adds it"
+            )
+        self._model = model.to(device).requires_grad_(False).eval()
+        self._vision = VisionProcessor(path, model.config)
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._pixels = (min_pixels, max_pixels)
+        self._reference_id = reference_id
+        self._end_ids = _end_ids(model, tokenizer)
+        self._lock = threading.Lock()
+        self.width = int(model.get_output_embeddings().weight.shape[1])
+        self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
+
+    def stream(self, request: PolicyRequest) -> PolicyStream:
+        """See :meth:`Policy.stream`."""
+        import torch
+        from tokenizers.decoders import DecodeStream
+
+        vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
+        prompt_ids = encode_prompt(
+            self._prompt, self._tokenizer, request.instruction, vision.num_tokens
+        )
+        budget = request.max_new_tokens or self._prompt.max_response_tokens
+        pieces = DecodeStream(skip_special_tokens=True)
+        backend = self._tokenizer.backend_tokenizer
+        token_ids: list[int] = []
+        concentrations: list[torch.Tensor] = []
+        stop: StopReason | None = None
+        with self._lock:
+            start = time.perf_counter()
+            hidden, cache = self._prefill(prompt_ids, vision.tensors, vision.marks_image_tokens)
+            token = self._next_token(hidden)
+            first = time.perf_counter()
+            while stop is None:
+                token_ids.append(token)
+                if token in self._end_ids:
+                    stop = StopReason.END_OF_TEXT
+                    break
+                is_reference = token == self._reference_id
+                text = REFERENCE_TOKEN if is_reference else pieces.step(backend, token)
+                if text:
+                    yield Words(text)
+                if len(token_ids) >= budget:
+                    stop = StopReason.TOKEN_BUDGET
+                    if not is_reference:
+                        break
+                hidden = self._step(token, cache)
+                if is_reference:
+                    concentrations.append(hidden)
+                    if len(concentrations) == request.targets:
+                        stop = StopReason.TARGETS_REACHED
+                if stop is None:
+                    token = self._next_token(hidden)
+            end = time.perf_counter()
+        yield PolicyResult(
+            response=read_response(token_ids, self._reference_id, self._decode),
+            concentrations=(
+                torch.cat(concentrations).float().cpu().numpy()
+                if concentrations
+                else np.zeros((0, self.width), dtype=np.float32)
+            ),
+            stop_reason=stop,
+            token_ids=tuple(token_ids),
+            num_prompt_tokens=len(prompt_ids),
+            prefill_ms=1e3 * (first - start),
+            decode_ms=1e3 * (end - first),
+        )
+
+    def hidden_states(self, request: PolicyRequest, token_ids: tuple[int, ...]) -> torch.Tensor:
+        """Read prompt and response in one uncached forward pass.
+
+        The slow reference for what :meth:`stream` collects step by step, and for training.
+
+        Returns:
+            (len(token_ids), D) post-norm hidden states at the response's tokens.
+        """
+        vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
+        prompt_ids = encode_prompt(
+            self._prompt, self._tokenizer, request.instruction, vision.num_tokens
+        )
+        with self._lock:
+            hidden, _ = self._prefill(
+                [*prompt_ids, *token_ids], vision.tensors, vision.marks_image_tokens
+            )
+        return hidden[0, len(prompt_ids) :]
+
+    def _prefill(
+        self, ids: list[int], vision: dict[str, torch.Tensor], marks_image_tokens: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Read a prompt: post-norm hidden states (1, L, D) and the filled cache."""
+        import torch
+        from transformers import DynamicCache
+
+        device = self._model.device
+        input_ids = torch.tensor([ids], device=device)
+        inputs = {
+            name: t.to(device, self._model.dtype if t.is_floating_point() else t.dtype)
+            for name, t in vision.items()
+        }
+        if marks_image_tokens:
+            image_id = self._model.config.image_token_id
+            inputs["mm_token_type_ids"] = (input_ids == image_id).int()
+        with torch.inference_mode():
+            output = self._model.model(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=DynamicCache(config=self._model.config),
+                use_cache=True,
+                **inputs,
+            )
+        return output.last_hidden_state, output.past_key_values
+
+    def _step(self, token: int, cache: Any) -> torch.Tensor:
+        """Feed one token; its post-norm hidden state, (1, D)."""
+        import torch
+
+        with torch.inference_mode():
+            output = self._model.model(
+                input_ids=torch.tensor([[token]], device=self._model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        state: torch.Tensor = output.last_hidden_state[:, -1]
+        return state
+
+    def _next_token(self, hidden: torch.Tensor) -> int:
+        """Choose the most likely token after the last state of (1, L, D) or (1, D)."""
+        import torch
+
+        with torch.inference_mode():
+            last = hidden.reshape(-1, hidden.shape[-1])[-1:]
+            return int(self._model.get_output_embeddings()(last).argmax())
+
+    def _decode(self, token_ids: Any) -> str:
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Collect every token that ends an answer."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    ends = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    if not ends:
+        raise PolicyError(
+            "the policy names no end token (eos_token_id) in its generation config or tokenizer"
+        )
+    return ends
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' loading bars off a terminal that shows ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
