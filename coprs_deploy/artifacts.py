@@ -71,7 +71,9 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
             f"{path} exists and holds no {marker}: it is not replaced; choose another name"
         )
     if any(path.iterdir()) and not overwrite:
-        raise ArtifactError(f"{path} exists; pass --overwrite to replace it, or choose another name")
+        raise ArtifactError(
+            f"{path} exists; pass --overwrite to replace it, or choose another name"
+        )
 
 
 def hash_file(path: Path) -> str:

@@ -1,6 +1,6 @@
 """The bundle: what export writes and the runtime reads, a directory with a manifest.
 
-    manifest.json     graphs, files and their hashes, prompt, policy, toolchain, measured equivalence
+    manifest.json     graphs, hashes of the files, prompt, policy, versions, measured equality
     *.onnx (*.data)   the three graphs; plans of an engine stay pure files
     policy/           the policy, unless the manifest refers to it elsewhere
 
@@ -172,9 +172,7 @@ def open_bundle(path: str | Path) -> Bundle:
     return Bundle(root, manifest)
 
 
-def _check_files(
-    root: Path, files: tuple[FileRecord, ...], others: Collection[str] = ()
-) -> None:
+def _check_files(root: Path, files: tuple[FileRecord, ...], others: Collection[str] = ()) -> None:
     """Check a directory against its list; ``others`` are entries that the list does not cover."""
     listed = {file.path for file in files}
     unsafe = [p for p in listed if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts]

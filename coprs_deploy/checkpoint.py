@@ -163,7 +163,8 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(file, framework="pt") as stored:
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+            names = list(stored.keys())
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
             check_tensors(shapes, wanted, str(file))
             tensors = {name: stored.get_tensor(name).to(torch.float32) for name in wanted}
     except (SafetensorError, OSError) as error:

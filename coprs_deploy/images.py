@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
@@ -57,7 +58,7 @@ def load_image(source: ImageSource) -> RgbArray:
     if isinstance(source, np.ndarray):
         return _rgb_from_array(source)
     if isinstance(source, Image.Image):
-        return _decode(lambda: source, "the Pillow image")
+        return _decode(lambda: nullcontext(source), "the Pillow image")
     if isinstance(source, (bytes, bytearray)):
         if not source:
             raise ImageDecodeError("the image has 0 bytes; accepted: the bytes of an image file")
@@ -78,12 +79,12 @@ def image_key(rgb: RgbArray) -> str:
     return digest.hexdigest()
 
 
-def _decode(opening: Callable[[], Image.Image], what: str) -> RgbArray:
+def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: str) -> RgbArray:
     try:
-        image = opening()
-        _check_size(image.width, image.height, what)
-        image.seek(0) if getattr(image, "n_frames", 1) > 1 else image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        with opening() as image:
+            _check_size(image.width, image.height, what)
+            image.seek(0) if getattr(image, "n_frames", 1) > 1 else image.load()
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except (FileNotFoundError, ImageSizeError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -249,8 +250,7 @@ def resize_logits(
     sizes = (geometry.mask_size, geometry.image_size)
     rows = _return_matrix(*sizes, int(inside[0]), original[0])
     columns = _return_matrix(*sizes, int(inside[1]), original[1])
-    result: NDArray[np.float32] = rows @ logits[:, 0] @ columns.T
-    return result
+    return np.asarray(rows @ logits[:, 0] @ columns.T, dtype=np.float32)
 
 
 @lru_cache(maxsize=16)

@@ -68,6 +68,19 @@ class PromptTemplate(Record, frozen=True):
             raise ValueError("max_prompt_tokens and max_response_tokens must be at least 1")
 
 
+def check_instruction(instruction: str) -> str:
+    """Return the instruction without surrounding blanks.
+
+    Raises:
+        InstructionError: nothing is left, or it is no text.
+    """
+    if not isinstance(instruction, str):
+        raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
+    if not instruction.strip():
+        raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
+    return instruction.strip()
+
+
 def encode_prompt(
     template: PromptTemplate, tokenizer: Tokenizer, instruction: str, num_image_tokens: int
 ) -> list[int]:
@@ -87,11 +100,7 @@ def encode_prompt(
     Raises:
         InstructionError: the instruction is blank, or the prompt becomes too long.
     """
-    if not isinstance(instruction, str):
-        raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
-    instruction = instruction.strip()
-    if not instruction:
-        raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
+    instruction = check_instruction(instruction)
     image_id = tokenizer.convert_tokens_to_ids(template.image_token)
     ids: list[int] = []
     for token in _encode_text(template.text, tokenizer, instruction):
@@ -100,7 +109,7 @@ def encode_prompt(
         excess = len(ids) - template.max_prompt_tokens
         raise InstructionError(
             f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
-            f"({num_image_tokens} of them for the image): shorten the instruction by {excess} tokens"
+            f"({num_image_tokens} of them for the image): shorten the instruction by {excess}"
         )
     return ids
 

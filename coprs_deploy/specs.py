@@ -120,7 +120,9 @@ class TargetsProfile(Record, frozen=True):
         """
         parts = text.split(",")
         if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
-            raise ValueError(f"targets is {text!r}; accepted: N, or min,preferred,max (as in 1,4,16)")
+            raise ValueError(
+                f"targets is {text!r}; accepted: N, or min,preferred,max (as in 1,4,16)"
+            )
         numbers = [int(part) for part in parts]
         return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.architecture import SAM_SIZES, SamConfig, SegmentationConfig
+from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.artifacts import check_replaceable
 from coprs_deploy.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
     CheckpointConfig,
-    PolicyImageLimits,
     write_checkpoint,
 )
 from coprs_deploy.conversion.policies import (

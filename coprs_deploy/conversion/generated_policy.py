@@ -1,20 +1,21 @@
 """Policies without trained weights: real architectures in real sizes, and tiny ones with a script.
 
-A tiny policy answers with a fixed text that ends in ``<REF_POS>``: its output head maps each token's
-embedding to the token that follows it in the script, and its layers stay weak enough not to
-interfere, yet the hidden states depend on the image and the instruction as in any policy.
+A tiny policy answers with a fixed text that ends in ``<REF_POS>``: its output head maps each
+token's embedding to the token that follows it in the script, and its layers stay weak enough not
+to interfere, yet the hidden states depend on the image and the instruction as in any policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from coprs_deploy.checkpoint import PolicyImageLimits
 from coprs_deploy.conversion.policies import DEFAULT_PROMPTS
+from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
 
 Family = Literal["qwen2_5_vl", "llava"]
@@ -57,12 +58,14 @@ class PolicySize:
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     tie_word_embeddings: bool = False
-    image_limits: PolicyImageLimits = PolicyImageLimits()
+    image_limits: PolicyImageLimits = field(default_factory=PolicyImageLimits)
     is_scripted: bool = False
     dtype: str = "bfloat16"
 
 
-def _qwen_text(width: int, layers: int, heads: int, mlp: int, vocab: int, kv: int) -> dict[str, Any]:
+def _qwen_text(
+    width: int, layers: int, heads: int, mlp: int, *, vocab: int, kv: int
+) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -116,7 +119,7 @@ POLICY_SIZES: Mapping[str, PolicySize] = {
     "tiny": PolicySize(
         "qwen2_5_vl",
         {
-            **_qwen_text(64, 2, 2, 128, 512, 2),
+            **_qwen_text(64, 2, 2, 128, vocab=512, kv=2),
             "max_position_embeddings": 2048,
             "rope_parameters": {
                 "rope_type": "default",
@@ -155,11 +158,13 @@ POLICY_SIZES: Mapping[str, PolicySize] = {
     ),
     "3b": PolicySize(
         "qwen2_5_vl",
-        _qwen_text(2048, 36, 16, 11008, 151936, 2),
+        _qwen_text(2048, 36, 16, 11008, vocab=151936, kv=2),
         _QWEN_VISION,
         tie_word_embeddings=True,
     ),
-    "7b": PolicySize("qwen2_5_vl", _qwen_text(3584, 28, 28, 18944, 152064, 4), _QWEN_VISION),
+    "7b": PolicySize(
+        "qwen2_5_vl", _qwen_text(3584, 28, 28, 18944, vocab=152064, kv=4), _QWEN_VISION
+    ),
     "llava-7b": PolicySize("llava", _llama_text(4096, 32, 32, 11008), _CLIP_VISION),
     "llava-13b": PolicySize("llava", _llama_text(5120, 40, 40, 13824), _CLIP_VISION),
 }
@@ -178,7 +183,8 @@ class GeneratedPolicy:
 
     def save(self, directory: Path) -> None:
         """Write the transformers directory."""
-        self.model.save_pretrained(directory)
+        with without_progress_bars():
+            self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.image_processor.save_pretrained(directory)
 
@@ -255,7 +261,9 @@ def build_config(size: PolicySize, tokenizer: Any) -> Any:
     )
 
 
-def build_tokenizer(family: Family, script: Sequence[str] = SCRIPT, has_reference_token: bool = True) -> Any:
+def build_tokenizer(
+    family: Family, script: Sequence[str] = SCRIPT, has_reference_token: bool = True
+) -> Any:
     """Train a small byte-level BPE in which every word of the script is one token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.errors import ConversionError
+from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ DEFAULT_PROMPTS: Mapping[str, PromptTemplate] = {
         ),
         image_token="<|image_pad|>",
     ),
-    "llava": PromptTemplate(text="USER: <image>\n" + _REQUEST + " ASSISTANT:", image_token="<image>"),
+    "llava": PromptTemplate(
+        text="USER: <image>\n" + _REQUEST + " ASSISTANT:", image_token="<image>"
+    ),
 }
 """This project's own wording, for a policy that no template is known for."""
 
@@ -49,20 +52,21 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
     if not (path / "config.json").is_file():
         raise ConversionError(f"{path} is not a transformers directory: it holds no config.json")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if config.model_type not in DEFAULT_PROMPTS:
-            raise ConversionError(
-                f"the policy in {path} is of type {config.model_type!r}; "
-                f"supported: {', '.join(DEFAULT_PROMPTS)}"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        if weights is None:
+        with without_progress_bars():
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            if config.model_type not in DEFAULT_PROMPTS:
+                raise ConversionError(
+                    f"the policy in {path} is of type {config.model_type!r}; "
+                    f"supported: {', '.join(DEFAULT_PROMPTS)}"
+                )
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            source = {"config": config, "state_dict": weights} if weights else {}
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path, dtype="auto", local_files_only=True, output_loading_info=True
-            )
-        else:
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                None, config=config, state_dict=weights, dtype="auto", output_loading_info=True
+                None if weights else path,
+                dtype="auto",
+                local_files_only=True,
+                output_loading_info=True,
+                **source,
             )
     except (OSError, ValueError) as error:
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error
@@ -95,7 +99,10 @@ def register_reference_token(model: Any, tokenizer: Any) -> bool:
     rows = model.get_input_embeddings().weight.shape[0]
     if token >= rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
+    tables = {
+        id(t.weight): t.weight
+        for t in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
     with torch.no_grad():
         for weight in tables.values():  # one table where the two are tied
             weight[token] = weight[: min(token, rows)].float().mean(dim=0).to(weight.dtype)
@@ -106,7 +113,8 @@ def save_policy(model: Any, tokenizer: Any, source: Path | None, out: Path) -> N
     """Write a policy directory: weights and tokenizer as they are now, the rest as it was."""
     if source is not None:
         copy_policy_files(source, out)
-    model.save_pretrained(out)
+    with without_progress_bars():
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

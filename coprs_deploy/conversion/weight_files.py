@@ -178,14 +178,14 @@ def merge_shards(paths: list[Path]) -> dict[str, Tensor]:
 
 def _merge(name: str, parts: list[Any]) -> Tensor:
     import torch
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
     first = parts[0]
     if not isinstance(first, DTensor):
         if not isinstance(first, torch.Tensor):
             raise ConversionError(f"{name} is a {type(first).__name__}, which cannot be merged")
         return first
-    sharded = [p for p in first.placements if p.is_shard()]
+    sharded = [p for p in first.placements if isinstance(p, Shard)]
     if not sharded:
         return first.to_local()
     if len(sharded) > 1 or not first.placements[-1].is_shard():

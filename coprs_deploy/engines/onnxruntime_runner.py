@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.engines.runner import (
     Array,
@@ -47,7 +47,7 @@ class OrtTensor:
     @property
     def dtype(self) -> str:
         """Its element type."""
-        name = self.value.data_type()
+        name: str = self.value.data_type()
         return _ELEMENT_TYPES.get(name, name)
 
     def numpy(self) -> Array:
@@ -70,7 +70,9 @@ class OrtRunner(Runner):
         settings = ort.SessionOptions()
         if options.num_threads is not None:
             settings.intra_op_num_threads = options.num_threads
-        provider_options = [{"device_id": options.device_index}] if provider != PROVIDERS["cpu"] else [{}]
+        provider_options = (
+            [{"device_id": options.device_index}] if provider != PROVIDERS["cpu"] else [{}]
+        )
         try:
             session = ort.InferenceSession(str(path), settings, [provider], provider_options)
         except Exception as error:  # ONNX Runtime raises classes of its own that share no base
@@ -88,8 +90,10 @@ class OrtRunner(Runner):
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         assert self._session is not None, "the runner was closed"
         binding = self._session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, self._ort_value(value))
+        # A CPU OrtValue points into its numpy array and the binding keeps neither: hold them here.
+        bound = {name: self._ort_value(value) for name, value in inputs.items()}
+        for name, value in bound.items():
+            binding.bind_ortvalue_input(name, value)
         for tensor in self.spec.outputs:
             binding.bind_output(tensor.name, *self._device)
         self._session.run_with_iobinding(binding)
@@ -135,7 +139,7 @@ def availability() -> list[Availability]:
     ]
 
 
-def _import_onnxruntime(device_type: str) -> onnxruntime:
+def _import_onnxruntime(device_type: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:

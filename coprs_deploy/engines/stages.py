@@ -42,7 +42,9 @@ class Stages:
             its last target to fill the graph's fixed number.
         """
         return [
-            self.runners[PRIOR](image_embedding=image_embedding, concentration=chunk)["prior_logits"]
+            self.runners[PRIOR](image_embedding=image_embedding, concentration=chunk)[
+                "prior_logits"
+            ]
             for chunk in self._chunks(concentrations)
         ]
 

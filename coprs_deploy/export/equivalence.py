@@ -97,14 +97,15 @@ def sample_inputs(
 
 
 def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     ramp = generator.uniform(0, 255, (3, 3))
     picture = ramp[0] * x[..., None] + ramp[1] * y[..., None] + ramp[2] * 0.5
     for _ in range(8):
         center, radius = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.2)
         inside = (y - center[0]) ** 2 + (x - center[1]) ** 2 < radius**2
         picture[inside] = generator.uniform(0, 255, 3)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    drawn: NDArray[np.uint8] = np.clip(picture, 0, 255).astype(np.uint8)
+    return drawn
 
 
 def compare_stages(

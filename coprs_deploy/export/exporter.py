@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import resource
 import shutil
 import sys
@@ -40,14 +38,12 @@ from coprs_deploy.export.equivalence import (
 from coprs_deploy.export.onnx_graph import OPSET, export_onnx_graph
 from coprs_deploy.models.sam_encoder import AttentionForm
 from coprs_deploy.specs import GRAPH_NAMES, GraphSpec, TargetsProfile, graph_specs
-from coprs_deploy.version import __version__
+from coprs_deploy.version import __version__, installed_versions
 
 Progress = Callable[[str], None]
 
 ATTENTION_FORMS: dict[str, AttentionForm] = {"onnxruntime": "bias"}
 """The form of relative positions that measured best in each runtime (see ``AttentionForm``)."""
-
-TOOLCHAIN = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def export_checkpoint(
                 files=record_files(partial / policy_path),
             ),
             files=files,
-            toolchain=toolchain_versions(),
+            toolchain=installed_versions(),
             gpu=None,
             equivalence=records,
         )
@@ -197,17 +193,6 @@ def _graph_opener(
         return open_graph(runtime, directory / f"{name}.onnx", specs[name], RunnerOptions())
 
     return opener
-
-
-def toolchain_versions() -> dict[str, str]:
-    """Name the versions of everything that shapes a graph, as far as it is installed."""
-    versions = {"python": platform.python_version()}
-    for package in TOOLCHAIN:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def peak_memory_bytes() -> int:

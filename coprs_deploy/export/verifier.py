@@ -55,9 +55,7 @@ def verify_bundle(
             graphs[name].spec,
             RunnerOptions(device=device),
         ),
-        samples=sample_inputs(
-            manifest.geometry, manifest.policy.width, targets.preferred, seed=1
-        ),
+        samples=sample_inputs(manifest.geometry, manifest.policy.width, targets.preferred, seed=1),
         tolerances=TOLERANCES[graphs[PRIOR].runtime, graphs[PRIOR].precision],
         report=progress,
     )

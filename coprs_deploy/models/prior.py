@@ -17,7 +17,7 @@ INITIAL_LOGIT = -1.8
 
 
 class PositionalPrior(nn.Module):
-    """Multi-head dot products between the concentration and the image embedding, fused to one map."""
+    """Multi-head dot products of the concentration with the image embedding, fused to one map."""
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__()
@@ -27,12 +27,12 @@ class PositionalPrior(nn.Module):
         self.mask_size = config.geometry.mask_size
         self.q_proj = nn.Linear(config.policy_width, channels, bias=False)
         self.k_proj = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
+        last = nn.Conv2d(heads, 1, kernel_size=3, padding=1)
+        assert last.bias is not None
+        nn.init.constant_(last.bias, INITIAL_LOGIT)
         self.fuser = nn.Sequential(
-            nn.Conv2d(heads, heads, kernel_size=3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(heads, 1, kernel_size=3, padding=1),
+            nn.Conv2d(heads, heads, kernel_size=3, padding=1), nn.SiLU(), last
         )
-        nn.init.constant_(self.fuser[2].bias, INITIAL_LOGIT)
 
     def forward(self, image_embedding: Tensor, concentration: Tensor) -> Tensor:
         """Score how strongly each cell of the image answers the concentration (paper, eq. 2).

@@ -44,7 +44,9 @@ class MaskDecoderStage(nn.Module):
         self.mask_decoder = mask_decoder
         self.geometry = geometry
 
-    def forward(self, image_embedding: Tensor, prior_logits: Tensor, unpadded_size: Tensor) -> Tensor:
+    def forward(
+        self, image_embedding: Tensor, prior_logits: Tensor, unpadded_size: Tensor
+    ) -> Tensor:
         """Turn prior logits into mask logits.
 
         Args:

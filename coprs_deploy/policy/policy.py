@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.images import RgbArray
-from coprs_deploy.prompts import Response
+from coprs_deploy.prompts import Response, check_instruction
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class PolicyRequest:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_instruction(self.instruction)
         if self.targets < 1:
             raise ValueError(f"targets is {self.targets}; it must be at least 1")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

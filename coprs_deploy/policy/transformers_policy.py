@@ -1,15 +1,13 @@
 """The policy in transformers: greedy decoding with a KV cache, one request at a time.
 
-The hidden state of ``<REF_POS>`` is taken where the token is *fed*, after the final norm: the cached
-step that follows its emission gives it, so one pass over the prompt is enough.
+The hidden state of ``<REF_POS>`` is taken where the token is *fed*, after the final norm: the
+cached step that follows its emission gives it, so one pass over the prompt is enough.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from coprs_deploy.policy.policy import (
     StopReason,
     Words,
 )
+from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt, read_response
 
@@ -57,6 +56,7 @@ class TransformersPolicy(Policy):
         prompt: PromptTemplate,
         min_pixels: int,
         max_pixels: int,
+        *,
         device: str = "cpu",
         dtype: str | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class TransformersPolicy(Policy):
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16, float16 or None")
         try:
-            with _no_progress_bars():
+            with without_progress_bars():
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
                 model = AutoModelForImageTextToText.from_pretrained(
                     path, dtype=dtype or "auto", local_files_only=True
@@ -232,17 +232,3 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
             "the policy names no end token (eos_token_id) in its generation config or tokenizer"
         )
     return ends
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' loading bars off a terminal that shows ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

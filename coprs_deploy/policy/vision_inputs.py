@@ -63,7 +63,9 @@ class VisionProcessor:
 def _qwen2_5_vl(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
     grid = processed["image_grid_thw"]
     tensors = {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
-    return VisionInputs(tensors, int(grid.prod()) // config.vision_config.spatial_merge_size**2, True)
+    return VisionInputs(
+        tensors, int(grid.prod()) // config.vision_config.spatial_merge_size**2, True
+    )
 
 
 def _llava(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:

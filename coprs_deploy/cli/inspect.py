@@ -1,0 +1,60 @@
+"""Show a bundle at a glance: graphs, policy, toolchain, and how equal it was measured to be.
+
+Every file is checked against its hash. Exit code 1 when one was changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy.cli.tables import equivalence_table, table
+
+SUMMARY = "show what a bundle holds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of this verb."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    add_json_flag(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and show."""
+    from coprs_deploy.bundle import open_bundle
+
+    bundle = open_bundle(arguments.bundle)
+    manifest = bundle.manifest
+    if arguments.json:
+        print_json(manifest.to_json())
+        return 0
+    sizes = {file.path: file.size_bytes for file in manifest.files}
+    rows = []
+    for name, graph in manifest.graphs.items():
+        stored = sum(size for path, size in sizes.items() if path.startswith(graph.file))
+        shapes = [
+            f"{t.name} ({', '.join(map(str, t.shape))})"
+            for t in (*graph.spec.inputs, *graph.spec.outputs)
+        ]
+        rows.append((name, graph.runtime, graph.precision, f"{stored / 1e6:,.1f} MB"))
+        rows.extend((f"  {shape}", "", "", "") for shape in shapes)
+    policy_bytes = sum(file.size_bytes for file in manifest.policy.files)
+    geometry = manifest.geometry
+    print(f"{bundle.path}: every file is as it was written")
+    if manifest.checkpoint_note:
+        print(f"note: {manifest.checkpoint_note}")
+    print(
+        f"checkpoint {manifest.checkpoint_fingerprint[:12]}, "
+        f"written by version {manifest.package_version}"
+    )
+    print(f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells\n")
+    print(table(("graph", "runtime", "precision", "size"), rows))
+    print(
+        f"\npolicy: {bundle.policy_path}, {policy_bytes / 1e6:,.1f} MB, "
+        f"width {manifest.policy.width}, "
+        f"{manifest.policy.min_pixels:,} to {manifest.policy.max_pixels:,} pixels\n"
+    )
+    print(equivalence_table(manifest.equivalence))
+    print("\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()))
+    return 0

@@ -1,0 +1,71 @@
+"""``coprs-deploy``: parse the arguments, run the verb, turn errors into exit codes.
+
+Exit codes: 0 done, 1 a check failed (or nothing was found), 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from coprs_deploy.cli.parser import SuggestingParser
+from coprs_deploy.errors import CoPRSError
+from coprs_deploy.version import __version__
+
+VERBS = ("segment", "export", "verify", "inspect", "convert", "bench", "doctor")
+
+DESCRIPTION = """Reasoning segmentation with CoPRS, deployed: a picture and an instruction become
+reasoning, a heatmap and a mask, through exported graphs."""
+
+EPILOG = """examples:
+  coprs-deploy convert --random --out checkpoint
+  coprs-deploy export checkpoint --out bundle
+  coprs-deploy segment photo.jpg "the cup that is about to fall" --bundle bundle --out answer
+
+exit codes: 0 done, 1 a check failed or nothing was found, 2 wrong use"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Assemble the parser of all verbs; no heavy library is imported."""
+    parser = SuggestingParser(
+        prog="coprs-deploy",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"coprs-deploy {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"coprs_deploy.cli.{name}")
+        verb = verbs.add_parser(name, help=module.SUMMARY, description=module.__doc__)
+        verb.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+    except CoPRSError as error:
+        print(f"coprs-deploy {parsed.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"coprs-deploy {parsed.verb}: {reason}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"coprs-deploy {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"coprs-deploy {parsed.verb}: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

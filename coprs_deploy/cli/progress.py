@@ -1,0 +1,46 @@
+"""Steps of a long command on stderr: one line a step, with its seconds when it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+
+class StepPrinter:
+    """Call it with the name of each step as it starts; leave the block when the last is done.
+
+    On a terminal the running step is shown at once; elsewhere each step is one line when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._step = ""
+        self._since = 0.0
+        self._is_terminal = sys.stderr.isatty()
+
+    def __call__(self, step: str) -> None:
+        """End the running step and start another."""
+        self._end("done")
+        self._step, self._since = step, time.perf_counter()
+        if self._is_terminal:
+            print(f"  {step} ...", end="", file=sys.stderr, flush=True)
+
+    def _end(self, word: str) -> None:
+        if not self._step:
+            return
+        seconds = time.perf_counter() - self._since
+        start = "\r" if self._is_terminal else ""
+        print(f"{start}  {self._step:<36}{word} {seconds:7.1f} s", file=sys.stderr, flush=True)
+        self._step = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end("done" if kind is None else "stop")

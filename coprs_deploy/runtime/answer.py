@@ -1,0 +1,168 @@
+"""What an answer is, and how it is written to disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coprs_deploy.images import RgbArray
+from coprs_deploy.runtime.overlay import draw_heatmap, draw_overlay
+from coprs_deploy.specs import OUTSIDE_IMAGE_LOGIT
+
+
+@dataclass(frozen=True)
+class PriorReady:
+    """The prior, streamed as soon as it exists.
+
+    Attributes:
+        priors: (N, H, W) float32 logits, one map a target.
+    """
+
+    priors: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time of each stage in milliseconds.
+
+    Attributes:
+        image_ms: decoding and preparing the picture.
+        image_encoder_ms: the image encoder; 0 when the embedding was kept from before.
+        image_encoder_hidden_ms: the part of it during which the policy was at work anyway.
+        prefill_ms: the policy reading prompt and image.
+        decode_ms: the policy writing, the last hidden state included.
+        prior_ms: the prior graph, for all targets.
+        mask_decoder_ms: the mask decoder graph, for all targets.
+        resize_ms: bringing priors and masks to the original size.
+        total_ms: from the call to the answer.
+        prompt_tokens: tokens of the prompt, vision tokens included.
+        response_tokens: tokens that the policy wrote.
+    """
+
+    image_ms: float = 0.0
+    image_encoder_ms: float = 0.0
+    image_encoder_hidden_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    prior_ms: float = 0.0
+    mask_decoder_ms: float = 0.0
+    resize_ms: float = 0.0
+    total_ms: float = 0.0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Answer:
+    """Reasoning, prior and mask for one instruction.
+
+    Attributes:
+        found: whether the policy named a target; if not, the masks are empty and ``reason`` says
+            why.
+        masks: (N, H, W) bool, one mask a target, in the order in which they were named.
+        priors: (N, H, W) float32 logits of the heatmaps.
+        reasoning: what the policy thought.
+        response: its whole text.
+        reason: why nothing was found; empty when something was.
+        format_faults: what is wrong with the form of the response, for people.
+        instruction: the question.
+        timings: milliseconds a stage.
+        runtime: what ran the graphs and the policy.
+        image: (H, W, 3) uint8, the picture, upright.
+    """
+
+    found: bool
+    masks: NDArray[np.bool_]
+    priors: NDArray[np.float32]
+    reasoning: str
+    response: str
+    reason: str
+    format_faults: tuple[str, ...]
+    instruction: str
+    timings: Timings
+    runtime: str
+    image: RgbArray
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W) bool: the last target's mask, the one that counts; empty when none was found."""
+        if self.found:
+            last: NDArray[np.bool_] = self.masks[-1]
+            return last
+        return np.zeros(self.image.shape[:2], dtype=np.bool_)
+
+    @property
+    def prior(self) -> NDArray[np.float32]:
+        """(H, W) float32 logits: the last target's prior; -50 everywhere when none was found."""
+        if self.found:
+            last: NDArray[np.float32] = self.priors[-1]
+            return last
+        return np.full(self.image.shape[:2], OUTSIDE_IMAGE_LOGIT, dtype=np.float32)
+
+    def rle(self) -> list[dict[str, Any]]:
+        """Return each mask in COCO's compressed run-length form, counts as text."""
+        from pycocotools import mask as coco
+
+        encoded = (coco.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in self.masks)
+        return [{"size": e["size"], "counts": e["counts"].decode("ascii")} for e in encoded]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the arrays; masks are in COCO's run-length form."""
+        height, width = self.image.shape[:2]
+        return {
+            "found": self.found,
+            "instruction": self.instruction,
+            "reasoning": self.reasoning,
+            "response": self.response,
+            "reason": self.reason,
+            "format_faults": list(self.format_faults),
+            "image_size": [height, width],
+            "mask_pixels": [int(mask.sum()) for mask in self.masks],
+            "masks": self.rle(),
+            "timings": asdict(self.timings),
+            "runtime": self.runtime,
+        }
+
+    def save(self, directory: str | Path) -> dict[str, Path]:
+        """Write the answer to a directory.
+
+        Several targets give ``mask-1.png``, ``mask-2.png`` and so on, and likewise for the priors.
+
+        Returns:
+            What was written: ``overlay``, ``result`` and, for each target, ``mask`` and ``prior``
+            (with the target's number when there are several).
+        """
+        root = Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        written = {"overlay": root / "overlay.png", "result": root / "result.json"}
+        draw_overlay(self.image, self.masks, self.instruction).save(written["overlay"])
+        several = len(self.masks) > 1
+        masks = self.masks if self.found else self.mask[None]
+        priors = self.priors if self.found else self.prior[None]
+        for number, (mask, prior) in enumerate(zip(masks, priors, strict=True), start=1):
+            suffix = f"-{number}" if several else ""
+            written[f"mask{suffix}"] = root / f"mask{suffix}.png"
+            written[f"prior{suffix}"] = root / f"prior{suffix}.png"
+            Image.fromarray(mask.astype(np.uint8) * 255).save(written[f"mask{suffix}"])
+            draw_heatmap(self.image, prior).save(written[f"prior{suffix}"])
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        written["result"].write_text(text, encoding="utf-8")
+        return written
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        thought = self.reasoning if len(self.reasoning) <= 60 else self.reasoning[:57] + "..."
+        if not self.found:
+            return f"Answer(nothing found: {self.reason}; {width}x{height}, reasoning={thought!r})"
+        shares = ", ".join(f"{100 * mask.mean():.1f}%" for mask in self.masks)
+        noun = "mask" if len(self.masks) == 1 else "masks"
+        return (
+            f"Answer({len(self.masks)} {noun} covering {shares} of {width}x{height}, "
+            f"{self.timings.total_ms:.0f} ms, reasoning={thought!r})"
+        )

@@ -1,0 +1,60 @@
+"""Image embeddings that are kept for further questions on the same picture."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+from coprs_deploy.engines import DeviceTensor
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image embedding and the time that computing it took.
+
+    Attributes:
+        embedding: (1, C, G, G), where the image encoder left it.
+        finished: ``time.perf_counter()`` when it was ready.
+        milliseconds: how long the image encoder ran.
+    """
+
+    embedding: DeviceTensor
+    finished: float
+    milliseconds: float
+
+
+class EmbeddingCache:
+    """The least recently used embeddings, by image content; safe to use from several threads.
+
+    An embedding that is still being computed counts as present, so that two questions on one new
+    picture encode it once. A failed computation is forgotten.
+    """
+
+    def __init__(self, capacity: int, executor: Executor) -> None:
+        self._capacity = capacity
+        self._executor = executor
+        self._entries: OrderedDict[str, Future[EncodedImage]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get_or_submit(
+        self, key: str, compute: Callable[[], EncodedImage]
+    ) -> tuple[Future[EncodedImage], bool]:
+        """Return the future of an embedding, and whether it was there already."""
+        with self._lock:
+            known = self._entries.get(key)
+            if known is not None and not (known.done() and known.exception()):
+                self._entries.move_to_end(key)
+                return known, True
+            future = self._executor.submit(compute)
+            if self._capacity:
+                self._entries[key] = future
+                self._entries.move_to_end(key)
+                while len(self._entries) > self._capacity:
+                    self._entries.popitem(last=False)
+            return future, False
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,183 @@
+"""Several questions in one row of tokens, behind one image.
+
+The image and what stands before it are read once; each question with its response sees them and
+itself, but no other question. Positions start anew behind the image for each, so that every token
+has the hidden state that it would have alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
+from coprs_deploy.training.losses import IGNORED_LABEL
+
+PREFIX_BLOCK = 0
+PADDING_BLOCK = -1
+"""Block numbers of tokens; questions are numbered from 1."""
+
+
+class PackedRows(NamedTuple):
+    """Rows of tokens, one row an image, with everything that a forward pass needs.
+
+    Attributes:
+        input_ids: int64 (B, L).
+        positions: int64 (3, B, L), time, row and column for the rotary embedding.
+        blocks: int64 (B, L), which question a token belongs to.
+        labels: int64 (B, L), the token that follows, where it is to be learned.
+        references: int64 (N, 2), row and column of each ``<REF_POS>`` that is fed.
+        sources: int64 (N, 2), row and question of each of them; -1 where a question has none.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    blocks: Tensor
+    labels: Tensor
+    references: Tensor
+    sources: Tensor
+
+
+def attention_bias(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Say what each token sees: what came before it in the prefix and in its own question.
+
+    Args:
+        blocks: int64 (B, L).
+        dtype: of the result.
+
+    Returns:
+        (B, 1, L, L), 0 where the row's token sees the column's, far below 0 elsewhere.
+    """
+    length = blocks.shape[1]
+    shared = (blocks[:, None, :] == PREFIX_BLOCK) | (blocks[:, None, :] == blocks[:, :, None])
+    earlier = torch.ones(length, length, dtype=torch.bool, device=blocks.device).tril()
+    bias = torch.zeros(shared.shape, dtype=dtype, device=blocks.device)
+    return bias.masked_fill_(~(shared & earlier), -1e4)[:, None]
+
+
+class QuestionPacker:
+    """Lays out questions behind an image for one tokenizer, prompt and image grid.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        template: its prompt; the instruction stands behind the image.
+        grid_size: image tokens along one side.
+    """
+
+    def __init__(self, tokenizer: Any, template: PromptTemplate, grid_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._num_image_tokens = grid_size**2
+        image_id = tokenizer.convert_tokens_to_ids(template.image_token)
+        self.reference_id: int = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+        whole = encode_prompt(template, tokenizer, "x", self._num_image_tokens)
+        self.image_start = whole.index(image_id)
+        self.prefix = whole[: self.image_start + self._num_image_tokens]
+        start, cells = self.image_start, np.arange(self._num_image_tokens)
+        positions = np.zeros((3, len(self.prefix)), np.int64)
+        positions[:, :start] = np.arange(start)
+        positions[0, start:] = start
+        positions[1, start:] = start + cells // grid_size
+        positions[2, start:] = start + cells % grid_size
+        self.prefix_positions = positions
+        self._next_position = start + grid_size
+
+    @property
+    def image_stop(self) -> int:
+        """Column behind the last image token."""
+        return self.image_start + self._num_image_tokens
+
+    def prefix_rows(self, num_rows: int) -> PackedRows:
+        """Lay out images without a question."""
+        return self.pack([[] for _ in range(num_rows)], len(self.prefix))
+
+    def pack(
+        self, questions: Sequence[Sequence[tuple[str, str]]], length: int | None = None
+    ) -> PackedRows:
+        """Lay out pairs of instruction and response.
+
+        Args:
+            questions: the pairs of each image; a response ends with the end token when it is whole.
+            length: L; questions that no longer fit are left out. None takes what is needed.
+
+        Returns:
+            The rows; a question that was left out has no entry in ``sources``.
+        """
+        rows = [self._row(pairs, length) for pairs in questions]
+        width = length or max(len(row.ids) for row in rows)
+        count = len(rows)
+        ids = np.full((count, width), self._tokenizer.pad_token_id)
+        labels = np.full((count, width), IGNORED_LABEL)
+        blocks = np.full((count, width), PADDING_BLOCK)
+        positions = np.zeros((3, count, width), np.int64)
+        references, sources = [], []
+        for index, row in enumerate(rows):
+            used = len(row.ids)
+            ids[index, :used] = row.ids
+            labels[index, :used] = row.labels
+            blocks[index, :used] = row.blocks
+            positions[:, index, :used] = row.positions
+            for question, column in row.references:
+                references.append((index, column))
+                sources.append((index, question))
+        return PackedRows(
+            torch.from_numpy(ids),
+            torch.from_numpy(positions),
+            torch.from_numpy(blocks),
+            torch.from_numpy(labels),
+            torch.tensor(references, dtype=torch.int64).reshape(-1, 2),
+            torch.tensor(sources, dtype=torch.int64).reshape(-1, 2),
+        )
+
+    def encode_question(self, instruction: str, response: str) -> tuple[list[int], list[int]]:
+        """Encode what stands behind the image: the rest of the prompt, and the response."""
+        prompt = encode_prompt(
+            self._template, self._tokenizer, instruction, self._num_image_tokens
+        )
+        return prompt[len(self.prefix) :], list(self._tokenizer(response)["input_ids"])
+
+    def _row(self, pairs: Sequence[tuple[str, str]], length: int | None) -> _Row:
+        row = _Row(
+            list(self.prefix),
+            [IGNORED_LABEL] * len(self.prefix),
+            [PREFIX_BLOCK] * len(self.prefix),
+            self.prefix_positions,
+            [],
+        )
+        for question, (instruction, response) in enumerate(pairs):
+            prompt, answer = self.encode_question(instruction, response)
+            tokens = prompt + answer
+            if length is not None and len(row.ids) + len(tokens) > length:
+                continue
+            row = self._append(row, question, tokens, len(prompt))
+        return row
+
+    def _append(self, row: _Row, question: int, tokens: list[int], num_prompt: int) -> _Row:
+        following = [*tokens[num_prompt:], IGNORED_LABEL]
+        labels = [IGNORED_LABEL] * (num_prompt - 1) + following
+        own = self._next_position + np.arange(len(tokens))
+        start = len(row.ids)
+        references = [
+            (question, start + i) for i, token in enumerate(tokens) if token == self.reference_id
+        ]
+        return _Row(
+            row.ids + tokens,
+            row.labels + labels,
+            row.blocks + [question + 1] * len(tokens),
+            np.concatenate([row.positions, np.repeat(own[None], 3, axis=0)], axis=1),
+            row.references + references,
+        )
+
+
+class _Row(NamedTuple):
+    """One row while it is laid out; ``references`` holds question and column."""
+
+    ids: list[int]
+    labels: list[int]
+    blocks: list[int]
+    positions: Any
+    references: list[tuple[int, int]]

@@ -1,0 +1,219 @@
+"""A Qwen2.5-VL policy of small size: its tokenizer, its configuration, its starting weights.
+
+The architecture is transformers' own, so that every runtime that knows Qwen2.5-VL runs it. Only the
+sizes are small, and the rotary frequencies fit a grid of few cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
+from coprs_deploy.training.recipe import SmallPolicy
+
+PAD_TOKEN = "<|endoftext|>"
+END_TOKEN = "<|im_end|>"
+IMAGE_TOKEN = "<|image_pad|>"
+SPECIAL_TOKENS = (
+    PAD_TOKEN,
+    "<|im_start|>",
+    END_TOKEN,
+    "<|vision_start|>",
+    "<|vision_end|>",
+    IMAGE_TOKEN,
+    "<|video_pad|>",
+    REFERENCE_TOKEN,
+)
+THOUGHT_MARKS = ("<think>", "</think>")
+
+WORDS = r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+"""Where text is cut before tokens are learned: a word takes its leading blank along."""
+
+BRANCH_SCALE = 0.5
+"""Factor on the layers that write to the residual stream, so that it grows slowly with depth."""
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """A policy in memory with everything that its directory needs.
+
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        image_processor: its image processor.
+        prompt: the prompt that it is trained with.
+    """
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    prompt: PromptTemplate
+
+    def save(self, directory: Path, dtype: str) -> None:
+        """Write the transformers directory, its weights in ``dtype`` (as torch names it)."""
+        import torch
+
+        wanted = getattr(torch, dtype)
+        stored = self.model.dtype
+        self.model.to(wanted)
+        try:
+            with without_progress_bars():
+                self.model.save_pretrained(directory)
+        finally:
+            self.model.to(stored)
+        self.tokenizer.save_pretrained(directory)
+        self.image_processor.save_pretrained(directory)
+
+
+def prompt_template(sizes: SmallPolicy) -> PromptTemplate:
+    """Lay out the prompt: the image first, so that many questions can follow one image."""
+    return PromptTemplate(
+        text=(
+            f"<|im_start|>user\n<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{sizes.instruction}"
+            f"{END_TOKEN}\n<|im_start|>assistant\n"
+        ),
+        image_token=IMAGE_TOKEN,
+        max_prompt_tokens=sizes.grid_size**2 + 128,
+        max_response_tokens=256,
+    )
+
+
+def build_small_policy(sizes: SmallPolicy, corpus: Iterable[str], seed: int) -> PolicyParts:
+    """Build a policy with random weights.
+
+    Args:
+        sizes: of the policy.
+        corpus: texts whose words become tokens: instructions and responses.
+        seed: of the weights.
+    """
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    template = prompt_template(sizes)
+    tokenizer = build_tokenizer([template.text, *corpus], sizes.vocabulary_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(small_config(sizes, tokenizer))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("proj.weight", "down_proj.weight")) and "attn.proj" in name:
+                weight.mul_(BRANCH_SCALE)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(BRANCH_SCALE)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return PolicyParts(model, tokenizer, small_image_processor(sizes), template)
+
+
+def small_config(sizes: SmallPolicy, tokenizer: Any) -> Any:
+    """Describe the architecture for transformers."""
+    from transformers import Qwen2_5_VLConfig
+
+    token = tokenizer.convert_tokens_to_ids
+    return Qwen2_5_VLConfig(
+        text_config={
+            "initializer_range": sizes.initializer_range,
+            "vocab_size": len(tokenizer),
+            "hidden_size": sizes.width,
+            "intermediate_size": sizes.mlp_width,
+            "num_hidden_layers": sizes.depth,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.heads,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": sizes.rope_theta,
+                "mrope_section": list(sizes.mrope_section),
+            },
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "initializer_range": sizes.initializer_range,
+            "depth": sizes.vision_depth,
+            "hidden_size": sizes.vision_width,
+            "intermediate_size": sizes.vision_mlp_width,
+            "num_heads": sizes.vision_heads,
+            "patch_size": sizes.patch_size,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": sizes.image_size,
+            "out_hidden_size": sizes.width,
+            "fullatt_block_indexes": list(range(sizes.vision_depth)),
+        },
+        image_token_id=token(IMAGE_TOKEN),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def small_image_processor(sizes: SmallPolicy) -> Any:
+    """Make the image processor that gives every square image the same number of tokens."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    area = sizes.image_size**2
+    return Qwen2VLImageProcessorPil(
+        patch_size=sizes.patch_size,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": area, "longest_edge": area},
+    )
+
+
+def build_tokenizer(corpus: Iterable[str], vocabulary_size: int) -> Any:
+    """Train a byte-level BPE in which every word of the corpus becomes one token.
+
+    ``<REF_POS>`` is one special token; the marks of a thought are ordinary added tokens, so that
+    they survive in decoded text.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    marks = (*SPECIAL_TOKENS, *THOUGHT_MARKS)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - len(marks),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((_without(text, marks) for text in corpus), trainer)
+    backend.add_special_tokens(
+        [AddedToken(mark, special=True, normalized=False) for mark in SPECIAL_TOKENS]
+    )
+    backend.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in THOUGHT_MARKS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=END_TOKEN,
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        padding_side="left",
+    )
+
+
+def _without(text: str, marks: Iterable[str]) -> str:
+    for mark in marks:
+        text = text.replace(mark, "\n")
+    return text

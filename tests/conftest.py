@@ -1,0 +1,86 @@
+"""What many tests share: a tiny checkpoint of each policy family, its bundle, and a picture."""
+
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from coprs_deploy.conversion import random_checkpoint
+from coprs_deploy.export import export_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Fail whatever reaches for another machine, even if the caller swallows the error."""
+    attempts = []
+    connect, resolve = socket.socket.connect, socket.getaddrinfo
+
+    def refuse(address):
+        attempts.append(address)
+        raise AssertionError(f"a test reached for the network: {address}")
+
+    def is_local(host):
+        if host in (None, "", "localhost"):
+            return True
+        try:
+            return ip_address(host).is_loopback or ip_address(host).is_unspecified
+        except ValueError:
+            return False
+
+    def guarded_connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
+            refuse(address)
+        return connect(self, address)
+
+    def guarded_resolve(host, *args, **kwargs):
+        if not is_local(host.decode() if isinstance(host, bytes) else host):
+            refuse(host)
+        return resolve(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded_connect)
+        patch.setattr(socket, "getaddrinfo", guarded_resolve)
+        yield
+    assert attempts == []
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint with a tiny Qwen2.5-VL policy that follows a script. Read it, never change it."""
+    return random_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "tiny").path
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_checkpoint(tmp_path_factory) -> Path:
+    """The same with a tiny LLaVA-1.5 policy."""
+    out = tmp_path_factory.mktemp("tiny-llava") / "checkpoint"
+    return random_checkpoint(out, "tiny-llava").path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+    """``tiny_checkpoint`` as a bundle. Read it, never change it."""
+    out = tmp_path_factory.mktemp("tiny-bundle") / "bundle"
+    return export_checkpoint(tiny_checkpoint, out).bundle.path
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_bundle(tiny_llava_checkpoint, tmp_path_factory) -> Path:
+    """``tiny_llava_checkpoint`` as a bundle."""
+    out = tmp_path_factory.mktemp("tiny-llava-bundle") / "bundle"
+    return export_checkpoint(tiny_llava_checkpoint, out).bundle.path
+
+
+@pytest.fixture
+def scene() -> NDArray[np.uint8]:
+    """(90, 140, 3) uint8 RGB: three shapes on grey, wider than high so that there is padding."""
+    picture = Image.new("RGB", (140, 90), (120, 124, 130))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((12, 20, 52, 60), fill=(214, 40, 40))
+    draw.rectangle((70, 10, 100, 40), fill=(36, 90, 200))
+    draw.polygon([(110, 80), (135, 80), (122, 50)], fill=(30, 160, 70))
+    return np.array(picture)

@@ -1,0 +1,220 @@
+"""Every verb through the command line, in fresh processes, on a generated model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "coprs_deploy.cli.main", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
+
+
+def run_json(*arguments: str | Path) -> dict:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-llava"])
+def road(request, tmp_path_factory) -> Path:
+    """Convert and export by the command line; the folder holds checkpoint, bundle and scene.png."""
+    root = tmp_path_factory.mktemp(request.param)
+    made = run_json(
+        "convert", "--random", "--policy-size", request.param, "--out", root / "checkpoint"
+    )
+    assert "random weights" in made["note"]
+    exported = run_json("export", root / "checkpoint", "--out", root / "bundle")
+    assert all(row["passed"] for row in exported["equivalence"])
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "scene.png")
+    return root
+
+
+@pytest.mark.slow
+class TestTheMainRoad:
+    def test_verify_repeats_the_check(self, road):
+        verified = run_json("verify", road / "bundle", "--against", road / "checkpoint")
+        assert verified["passed"]
+        assert [row["graph"] for row in verified["equivalence"]] == [
+            "image_encoder",
+            "prior",
+            "mask_decoder",
+            "end_to_end",
+        ]
+
+    def test_segment_answers_and_leaves_its_files(self, road, tmp_path):
+        done = run_json(
+            "segment",
+            road / "scene.png",
+            "the red thing",
+            "--bundle",
+            road / "bundle",
+            "--out",
+            tmp_path,
+        )
+        assert done["found"]
+        assert done["image_size"] == [96, 160]
+        saved = json.loads((tmp_path / "result.json").read_text())
+        assert saved["masks"] == done["masks"]
+        mask = np.asarray(Image.open(tmp_path / "mask.png"))
+        assert mask.shape == (96, 160)
+        assert np.count_nonzero(mask) == done["mask_pixels"][0]
+        for name in ("overlay.png", "prior.png"):
+            with Image.open(tmp_path / name) as picture:
+                assert picture.size[0] >= 640
+
+    def test_the_mask_of_the_bundle_is_that_of_pytorch(self, road):
+        from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+        from coprs_deploy.engines import Stages
+        from coprs_deploy.engines.torch_runner import TorchRunner
+        from coprs_deploy.policy.transformers_policy import TransformersPolicy
+        from coprs_deploy.runtime import CoPRS
+        from coprs_deploy.specs import graph_specs
+
+        done = run_json("segment", road / "scene.png", "the red thing", "--bundle", road / "bundle")
+        checkpoint = read_checkpoint(road / "checkpoint")
+        config = checkpoint.config
+        specs = graph_specs(config.model.geometry, config.model.policy_width)
+        stages = load_segmentation_model(checkpoint).stages()
+        policy = TransformersPolicy(
+            checkpoint.policy_path,
+            config.prompt,
+            config.policy_image.min_pixels,
+            config.policy_image.max_pixels,
+        )
+        runners = {name: TorchRunner(module, specs[name]) for name, module in stages.items()}
+        with CoPRS(Stages(runners), policy, config.model.geometry) as reference:
+            answer = reference.segment(road / "scene.png", "the red thing")
+        assert answer.rle() == done["masks"]
+        assert answer.response == done["response"]
+
+    def test_the_picture_may_come_from_stdin(self, road):
+        done = run(
+            "segment",
+            "-",
+            "the red thing",
+            "--bundle",
+            road / "bundle",
+            stdin=(road / "scene.png").read_bytes(),
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout.decode().strip().endswith("<REF_POS>")
+
+    def test_several_targets_give_numbered_files(self, road, tmp_path):
+        done = run_json(
+            "segment",
+            road / "scene.png",
+            "every thing",
+            "--targets",
+            "3",
+            "--bundle",
+            road / "bundle",
+            "--out",
+            tmp_path,
+        )
+        assert len(done["masks"]) == 3
+        assert (tmp_path / "mask-3.png").is_file()
+
+    def test_nothing_found_is_exit_code_1(self, road, tmp_path):
+        done = run(
+            "segment",
+            road / "scene.png",
+            "the red thing",
+            "--max-new-tokens",
+            "3",
+            "--bundle",
+            road / "bundle",
+            "--out",
+            tmp_path,
+            "--json",
+        )
+        assert done.returncode == 1
+        answer = json.loads(done.stdout)
+        assert not answer["found"]
+        assert answer["masks"] == []
+        assert "token budget" in answer["reason"]
+        assert answer["reasoning"]
+        assert not np.asarray(Image.open(tmp_path / "mask.png")).any()
+
+    def test_inspect_shows_graphs_and_equality(self, road):
+        shown = run("inspect", road / "bundle")
+        assert shown.returncode == 0
+        for part in (b"image_encoder", b"mask_logits (1, 1, 64, 64)", b"random weights", b"ok"):
+            assert part in shown.stdout
+
+    def test_a_changed_graph_is_refused_by_name(self, road, tmp_path):
+        import shutil
+
+        changed = shutil.copytree(road / "bundle", tmp_path / "changed")
+        graph = changed / "prior.onnx"
+        data = bytearray(graph.read_bytes())
+        data[len(data) // 2] ^= 1
+        graph.write_bytes(bytes(data))
+        done = run("segment", road / "scene.png", "x", "--bundle", changed)
+        assert done.returncode == 1
+        assert b"prior.onnx was changed" in done.stderr
+
+    def test_verify_against_another_checkpoint_fails(self, road, tmp_path):
+        run_json("convert", "--random", "--seed", "1", "--out", tmp_path / "other")
+        done = run("verify", road / "bundle", "--against", tmp_path / "other")
+        assert done.returncode == 1
+        assert b"another checkpoint" in done.stderr
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize(
+        ("arguments", "hint"),
+        [
+            (["exprot"], "did you mean export?"),
+            (["inspect", "b", "--jsn"], "did you mean --json?"),
+            (["segment", "nowhere.png", "x"], "no bundle was named"),
+            (["inspect", "nowhere"], "there is no bundle at nowhere"),
+            (["export", "nowhere", "--out", "b"], "there is no checkpoint directory nowhere"),
+            (["export", "nowhere", "--out", "b", "--precision", "fp17"], "accepted: onnxruntime"),
+            (["export", "nowhere", "--out", "b", "--targets", "4,1"], "min,preferred,max"),
+            (["convert", "--out", "c"], "one of the arguments --policy"),
+            (["convert", "--random", "--sam", "vit_x", "--out", "c"], "vit_b, vit_l, vit_h"),
+            (["convert", "--policy", "p", "--out", "c"], "--sam is missing"),
+            (["convert", "--policy", "p", "--sam", "s.pth", "--out", "c"], "no file s.pth"),
+        ],
+    )
+    def test_it_ends_with_2_and_a_way_out(self, arguments, hint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert hint in done.stderr.decode()
+        assert b"Traceback" not in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_help_names_every_verb(self):
+        from coprs_deploy.cli.main import VERBS
+
+        shown = run("--help").stdout.decode()
+        assert all(f"\n    {verb} " in shown for verb in VERBS)
+
+
+def test_help_loads_no_heavy_library():
+    program = (
+        "import sys; from coprs_deploy.cli.main import build_parser; build_parser();"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'onnxruntime', 'PIL')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.strip() == b"[]"
+
+
+def test_doctor_says_that_this_machine_can_answer():
+    report = run_json("doctor")
+    assert report["can_answer"]
+    names = {entry["name"]: entry for entry in report["runtimes"]}
+    assert names["onnxruntime cpu"]["is_available"]
+    for entry in report["runtimes"] + report["policies"]:
+        assert entry["is_available"] or entry["remedy"]
