@@ -22,7 +22,7 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/python -m coprs_deploy.cli.main convert --random --out $(DEMO)/checkpoint --overwrite
 	$(BIN)/python -m coprs_deploy.cli.main export $(DEMO)/checkpoint --out $(DEMO)/bundle --overwrite
-	$(BIN)/python -m coprs_deploy.cli.main segment examples/scene.png "the largest red circle" \
+	$(BIN)/python -m coprs_deploy.cli.main segment examples/scene.png "the plain red circle right of the plain cross" \
 		--bundle $(DEMO)/bundle --out $(DEMO)/answer
 	@echo
 	@echo "The generated model of this demo has random weights: it shows the road, not a right answer."

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.bundle import EquivalenceRecord
+from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.images import PreparedImage, prepare_image
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, GraphSpec
 
 END_TO_END = "end_to_end"
 
@@ -106,6 +108,14 @@ def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDAr
         picture[inside] = generator.uniform(0, 255, 3)
     drawn: NDArray[np.uint8] = np.clip(picture, 0, 255).astype(np.uint8)
     return drawn
+
+
+def reference_opener(checkpoint: Checkpoint, specs: Mapping[str, GraphSpec]) -> RunnerOpener:
+    """Open PyTorch's stages of a checkpoint, on the CPU in float32.
+
+    The weights are mapped anew for each stage, so that they are gone when its runner is closed.
+    """
+    return lambda name: TorchRunner(load_segmentation_model(checkpoint).stages()[name], specs[name])
 
 
 def compare_stages(
@@ -203,9 +213,9 @@ def _record(
     max_abs = relative = mean_signed = 0.0
     cosine = iou = 1.0
     finite = True
-    for a, b in zip(found, expected, strict=True):
-        finite = finite and bool(np.isfinite(a).all())
-        a, b = a.astype(np.float64), b.astype(np.float64)
+    for output, truth in zip(found, expected, strict=True):
+        finite = finite and bool(np.isfinite(output).all())
+        a, b = output.astype(np.float64), truth.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
         max_abs = max(max_abs, float(np.abs(difference).max()))
         relative = max(relative, float(np.abs(difference).max()) / scale)

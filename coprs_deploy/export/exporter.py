@@ -27,17 +27,16 @@ from coprs_deploy.checkpoint import (
     read_checkpoint,
 )
 from coprs_deploy.engines import RunnerOptions, open_graph
-from coprs_deploy.engines.runner import Runner
-from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.export.equivalence import (
     TOLERANCES,
     compare_stages,
+    reference_opener,
     require_equivalence,
     sample_inputs,
 )
 from coprs_deploy.export.onnx_graph import OPSET, export_onnx_graph
 from coprs_deploy.models.sam_encoder import AttentionForm
-from coprs_deploy.specs import GRAPH_NAMES, GraphSpec, TargetsProfile, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, TargetsProfile, graph_specs
 from coprs_deploy.version import __version__, installed_versions
 
 Progress = Callable[[str], None]
@@ -136,11 +135,14 @@ def export_checkpoint(
             }
             export_onnx_graph(stages[name], specs[name], partial / f"{name}.onnx", metadata)
         peak_bytes_export = peak_memory_bytes()
+        del model, stages  # the check maps the weights again, a stage at a time
 
         tolerances = TOLERANCES[options.runtime, options.precision]
         records = compare_stages(
-            reference=lambda name: TorchRunner(stages[name], specs[name]),
-            candidate=_graph_opener(options.runtime, partial, specs),
+            reference=reference_opener(source, specs),
+            candidate=lambda name: open_graph(
+                options.runtime, partial / f"{name}.onnx", specs[name], RunnerOptions()
+            ),
             samples=sample_inputs(geometry, width, options.targets.preferred),
             tolerances=tolerances,
             report=lambda step: clock.start(f"check {step}"),
@@ -184,15 +186,6 @@ def export_checkpoint(
         peak_bytes_export=peak_bytes_export,
         peak_bytes_total=peak_memory_bytes(),
     )
-
-
-def _graph_opener(
-    runtime: str, directory: Path, specs: dict[str, GraphSpec]
-) -> Callable[[str], Runner]:
-    def opener(name: str) -> Runner:
-        return open_graph(runtime, directory / f"{name}.onnx", specs[name], RunnerOptions())
-
-    return opener
 
 
 def peak_memory_bytes() -> int:

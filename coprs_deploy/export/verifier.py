@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coprs_deploy.bundle import EquivalenceRecord, open_bundle
-from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import RunnerOptions, open_graph
-from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.equivalence import TOLERANCES, compare_stages, sample_inputs
+from coprs_deploy.export.equivalence import (
+    TOLERANCES,
+    compare_stages,
+    reference_opener,
+    sample_inputs,
+)
 from coprs_deploy.specs import PRIOR
 
 
@@ -45,10 +49,9 @@ def verify_bundle(
             f"({checkpoint.fingerprint()[:12]}): export it again, or name the right checkpoint"
         )
     graphs = manifest.graphs
-    stages = load_segmentation_model(checkpoint).stages()
     targets = graphs[PRIOR].spec.targets
     return compare_stages(
-        reference=lambda name: TorchRunner(stages[name], graphs[name].spec),
+        reference=reference_opener(checkpoint, {name: g.spec for name, g in graphs.items()}),
         candidate=lambda name: open_graph(
             graphs[name].runtime,
             bundle.graph_path(name),

@@ -1,0 +1,97 @@
+"""Reasoning: the text that leads from an instruction to its targets.
+
+The order is what makes it learnable: the noun phrase is repeated, then each candidate is given by
+its place first and its attributes after, and the target by its place again. A place is read off the
+picture; attributes written before it would be guesses that the place then has to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coprs_deploy.prompts import REFERENCE_TOKEN
+from coprs_deploy.training.scenes.expressions import (
+    SIDES,
+    Expression,
+    candidates,
+    in_order,
+    resolve,
+)
+from coprs_deploy.training.scenes.scene import SceneObject
+from coprs_deploy.training.scenes.wording import noun, phrase
+
+NOTHING_MATCHES = "nothing matches"
+"""What follows the thought in place of ``<REF_POS>`` when there is no target."""
+
+
+def write_reasoning(expression: Expression, objects: Sequence[SceneObject], clear_px: float) -> str:
+    """Explain how an expression leads to its targets.
+
+    Args:
+        expression: a clear one; see :func:`expressions.resolve`.
+        objects: the table of the scene.
+        clear_px: by how much positions must differ to be told apart.
+
+    Returns:
+        Sentences in canonical words, without the marks of a thought.
+    """
+    targets = [objects[i] for i in resolve(expression, objects, clear_px)]
+    if not expression.is_known:
+        sentences = ["There is no such shape."]
+    elif not (
+        expression.relations or expression.extreme or expression.rank or expression.is_plural
+    ):
+        sentences = [_locate(expression, targets)]
+    else:
+        sentences = _locate_anchors(expression, objects, clear_px)
+        if all(resolve(anchor, objects, clear_px) for _, anchor in expression.relations):
+            sentences.append(_list_candidates(expression, objects, clear_px))
+    return " ".join([*sentences, _conclude(targets)])
+
+
+def write_response(reasoning: str, num_targets: int) -> str:
+    """Put a reasoning into the form of a whole response, one ``<REF_POS>`` for each target."""
+    ending = " ".join([REFERENCE_TOKEN] * num_targets) or NOTHING_MATCHES
+    return f"<think>{reasoning}</think> {ending}"
+
+
+def _locate(expression: Expression, found: Sequence[SceneObject]) -> str:
+    place = f"at {found[0].place}" if found else "nowhere"
+    words = phrase(expression)
+    return f"{words[0].upper()}{words[1:]} is {place}."
+
+
+def _locate_anchors(
+    expression: Expression, objects: Sequence[SceneObject], clear_px: float
+) -> list[str]:
+    """Say where each anchor is, those that another needs first; stop at one that is missing."""
+    sentences: list[str] = []
+    for _, anchor in expression.relations:
+        inner = _locate_anchors(anchor, objects, clear_px)
+        sentences += inner
+        if inner and inner[-1].endswith("nowhere."):
+            break
+        found = [objects[i] for i in resolve(anchor, objects, clear_px)]
+        sentences.append(_locate(anchor, found))
+        if not found:
+            break
+    return sentences
+
+
+def _list_candidates(
+    expression: Expression, objects: Sequence[SceneObject], clear_px: float
+) -> str:
+    pool = candidates(expression, objects, clear_px)
+    order = ""
+    if expression.side:
+        pool = in_order(pool, SIDES[expression.side], objects)
+        order = f" from the {expression.side}"
+    listed = ", ".join(f"at {objects[i].place} {objects[i].name}" for i in pool) or "none"
+    return f"The {noun(expression.description)} candidates{order} are: {listed}."
+
+
+def _conclude(targets: Sequence[SceneObject]) -> str:
+    if not targets:
+        return "The target is nowhere."
+    listed = ", ".join(f"at {item.place}, the {item.name}" for item in targets)
+    return f"The target is {listed}." if len(targets) == 1 else f"The targets are {listed}."
