@@ -46,6 +46,20 @@ class SamConfig(Record, frozen=True):
     geometry: Geometry = Geometry()
 
     def __post_init__(self) -> None:
+        for name in (
+            "encoder_width",
+            "encoder_depth",
+            "encoder_heads",
+            "mask_prompt_channels",
+            "decoder_depth",
+            "decoder_heads",
+            "decoder_mlp_width",
+            "num_masks",
+            "iou_head_width",
+            "window_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         channels = self.geometry.embedding_channels
         for name, width, divisor in (
             ("encoder_width", self.encoder_width, self.encoder_heads),
@@ -110,7 +124,7 @@ class SegmentationConfig(Record, frozen=True):
     def __post_init__(self) -> None:
         if self.policy_width < 1:
             raise ValueError(f"policy_width is {self.policy_width}; it must be at least 1")
-        if self.geometry.embedding_channels % self.prior_heads:
+        if self.prior_heads < 1 or self.geometry.embedding_channels % self.prior_heads:
             raise ValueError(
                 f"prior_heads is {self.prior_heads}; it must divide the "
                 f"{self.geometry.embedding_channels} embedding channels"

@@ -39,6 +39,7 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
     Raises:
         ArtifactError: ``path`` exists and may not, or must not, be replaced.
     """
+    path = path.absolute()  # "." has no name of its own
     check_replaceable(path, marker, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -49,8 +50,13 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
             path.rename(old / path.name)
-            partial.rename(path)
-            shutil.rmtree(old)
+            try:
+                partial.rename(path)
+            except BaseException:
+                (old / path.name).rename(path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(path)
     finally:
@@ -64,7 +70,7 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
         ArtifactError: ``path`` exists and ``overwrite`` is false, or it is something else than a
             directory with the marker file.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
         raise ArtifactError(
@@ -106,8 +112,8 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Push the files to the disk, so that a renamed directory survives a loss of power."""
-    for path in (p for p in directory.rglob("*") if p.is_file()):
+    """Push files and folders to the disk, so that a renamed directory survives a loss of power."""
+    for path in (directory, *directory.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -22,6 +22,7 @@ from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
+POLICY_DIRECTORY = "policy"
 
 
 class GraphRecord(Record, frozen=True):
@@ -150,9 +151,22 @@ def read_manifest(path: str | Path) -> Manifest:
         manifest = Manifest.from_json(data)
     except (ValueError, OSError) as error:
         raise BundleError(f"{file} is not valid: {error}; export the checkpoint again") from error
-    missing = [name for name in GRAPH_NAMES if name not in manifest.graphs]
-    if missing:
-        raise BundleError(f"{file} lists no graph {missing[0]!r}; export the checkpoint again")
+    listed = {record.path for record in manifest.files}
+    for name in GRAPH_NAMES:
+        graph = manifest.graphs.get(name)
+        if graph is None:
+            raise BundleError(f"{file} lists no graph {name!r}; export the checkpoint again")
+        if graph.spec.name != name or graph.file not in listed:
+            raise BundleError(
+                f"{file} describes graph {name!r} as {graph.spec.name!r} in {graph.file!r}, which "
+                "is not one of its files; export the checkpoint again"
+            )
+    policy = manifest.policy
+    if not policy.is_external and policy.path != POLICY_DIRECTORY:
+        raise BundleError(
+            f"{file} has its policy in {policy.path!r}; accepted: {POLICY_DIRECTORY!r} or an "
+            "absolute path"
+        )
     return manifest
 
 
@@ -168,12 +182,24 @@ def open_bundle(path: str | Path) -> Bundle:
     policy = manifest.policy
     inside = {MANIFEST_FILE} if policy.is_external else {MANIFEST_FILE, policy.path}
     _check_files(root, manifest.files, others=inside)
-    _check_files(root / policy.path, policy.files)
+    _check_files(root / policy.path, policy.files, may_link=policy.is_external)
     return Bundle(root, manifest)
 
 
-def _check_files(root: Path, files: tuple[FileRecord, ...], others: Collection[str] = ()) -> None:
-    """Check a directory against its list; ``others`` are entries that the list does not cover."""
+def _check_files(
+    root: Path,
+    files: tuple[FileRecord, ...],
+    others: Collection[str] = (),
+    may_link: bool = False,
+) -> None:
+    """Check a directory against its list.
+
+    Args:
+        root: the directory.
+        files: what it holds.
+        others: entries that the list does not cover.
+        may_link: whether links are followed, as a model cache outside the bundle has them.
+    """
     listed = {file.path for file in files}
     unsafe = [p for p in listed if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts]
     if unsafe:
@@ -182,7 +208,7 @@ def _check_files(root: Path, files: tuple[FileRecord, ...], others: Collection[s
         raise BundleIntegrityError(f"{root} is missing; export the checkpoint again")
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_symlink():
+        if path.is_symlink() and not may_link:
             raise BundleIntegrityError(f"{path} is a link; a bundle holds plain files only")
         if path.is_file() and name not in listed and name.split("/")[0] not in others:
             raise BundleIntegrityError(f"{path} is not a file of this bundle: remove it")

@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from coprs_deploy.errors import ImageDecodeError, ImageSizeError
+from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
 from coprs_deploy.specs import Geometry
 
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
@@ -31,6 +31,17 @@ RgbArray: TypeAlias = NDArray[np.uint8]
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Decoding limit: Pillow's own warning level, a quarter of a gigabyte as RGB."""
+
+_INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 UINT16_TO_UINT8 = 257
 """65535 / 255: maps the full 16-bit range to the full 8-bit range."""
@@ -83,9 +94,11 @@ def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: st
     try:
         with opening() as image:
             _check_size(image.width, image.height, what)
-            image.seek(0) if getattr(image, "n_frames", 1) > 1 else image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except (FileNotFoundError, ImageSizeError):
+            if image.tell():
+                image.seek(0)
+            image.load()
+            return np.array(_to_rgb(_upright(image)))
+    except (FileNotFoundError, PermissionError, MemoryError, ImageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageSizeError(f"{what} is too large to decode: {error}") from error
@@ -96,25 +109,43 @@ def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: st
         ) from error
     except IsADirectoryError as error:
         raise ImageDecodeError(f"{what} is a directory; accepted: an image file") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's decoders raise anything on damaged bytes
         raise ImageDecodeError(
             f"{what} cannot be decoded ({error}); it may be cut short: open it in a viewer, or "
             "save it again"
         ) from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Undo the EXIF orientation; unlike ``ImageOps.exif_transpose`` it never writes EXIF again."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+    if image.mode in _INTEGER_MODES:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
-            raise ValueError("its integer pixels are outside 0..65535")
-        return Image.fromarray((values // UINT16_TO_UINT8).astype(np.uint8)).convert("RGB")
+            raise ImageDecodeError(
+                "the image has integer pixels outside 0..65535; scale them first"
+            )
+        grey = _from_16_bit(values)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range; pass an array in [0, 1] instead")
+        raise ImageDecodeError(
+            "the image has floats of unknown range; pass an array in [0, 1] instead"
+        )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale 0..65535 to 0..255, rounding to the nearest level."""
+    half = UINT16_TO_UINT8 // 2
+    return ((values.astype(np.uint32) + half) // UINT16_TO_UINT8).astype(np.uint8)
 
 
 def _rgb_from_array(array: NDArray[Any]) -> RgbArray:
@@ -124,10 +155,12 @@ def _rgb_from_array(array: NDArray[Any]) -> RgbArray:
         )
     _check_size(array.shape[1], array.shape[0], "the image array")
     if array.dtype == np.uint16:
-        array = array // UINT16_TO_UINT8
+        array = _from_16_bit(array)
     elif array.dtype == np.bool_:
         array = array * np.uint8(255)
     elif array.dtype.kind == "f":
+        if np.isnan(array).any():
+            raise ValueError("image holds NaN; accepted: [0, 1], or uint8 in 0..255")
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError(
                 f"image holds floats from {array.min():g} to {array.max():g}; accepted: [0, 1], "
@@ -140,7 +173,7 @@ def _rgb_from_array(array: NDArray[Any]) -> RgbArray:
         )
     pixels = array.astype(np.uint8, copy=False)
     if pixels.ndim == 3 and pixels.shape[2] == 3:
-        return np.ascontiguousarray(pixels)
+        return pixels.copy(order="C")  # the caller may use its buffer again while we answer
     pixels = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     return np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(pixels))))
 
@@ -218,14 +251,19 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
     """
     height, width = rgb.shape[:2]
     picture = Image.fromarray(rgb)
-    if height * width > max_pixels:
-        factor = math.sqrt(max_pixels / (height * width))
-        size = (max(1, int(width * factor)), max(1, int(height * factor)))
-    elif height * width < min_pixels:
-        factor = math.sqrt(min_pixels / (height * width))
-        size = (math.ceil(width * factor), math.ceil(height * factor))
-    else:
+    if min_pixels <= height * width <= max_pixels:
         return picture
+    limit, rounded = (
+        (max_pixels, math.floor) if height * width > max_pixels else (min_pixels, math.ceil)
+    )
+    factor = math.sqrt(limit / (height * width))
+    new_width, new_height = (max(1, rounded(side * factor)) for side in (width, height))
+    if new_width * new_height > max_pixels:  # a line of pixels, or limits that are close
+        if new_width > new_height:
+            new_width = max(1, max_pixels // new_height)
+        else:
+            new_height = max(1, max_pixels // new_width)
+    size = (new_width, new_height)
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -78,6 +78,10 @@ def check_instruction(instruction: str) -> str:
         raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
     if not instruction.strip():
         raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
+    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+        raise InstructionError(
+            "the instruction holds half a surrogate pair; accepted: Unicode text"
+        )
     return instruction.strip()
 
 
@@ -101,12 +105,22 @@ def encode_prompt(
         InstructionError: the instruction is blank, or the prompt becomes too long.
     """
     instruction = check_instruction(instruction)
+    if template.image_token not in tokenizer.get_added_vocab():
+        raise ValueError(
+            f"the tokenizer has no {template.image_token}, the image token of the prompt template; "
+            "use the tokenizer that belongs to the template"
+        )
     image_id = tokenizer.convert_tokens_to_ids(template.image_token)
     ids: list[int] = []
     for token in _encode_text(template.text, tokenizer, instruction):
         ids.extend([token] * (num_image_tokens if token == image_id else 1))
     if len(ids) > template.max_prompt_tokens:
         excess = len(ids) - template.max_prompt_tokens
+        if excess >= len(instruction):
+            raise InstructionError(
+                f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
+                f"({num_image_tokens} of them for the image): show the policy a smaller image"
+            )
         raise InstructionError(
             f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
             f"({num_image_tokens} of them for the image): shorten the instruction by {excess}"
@@ -116,11 +130,12 @@ def encode_prompt(
 
 def _encode_text(text: str, tokenizer: Tokenizer, instruction: str) -> list[int]:
     added = sorted((t for t in tokenizer.get_added_vocab() if len(t) > 1), key=len, reverse=True)
-    if not any(token in instruction for token in added):
-        return _encode_plain(text.replace(_INSTRUCTION, instruction), tokenizer)
+    whole = text.replace(_INSTRUCTION, instruction)
+    pattern = re.compile("(" + "|".join(map(re.escape, added)) + ")")
+    if not added or pattern.findall(whole) == pattern.findall(text):
+        return _encode_plain(whole, tokenizer)
     # Only the template's own added tokens may act: cut the template at them, and encode what lies
     # between with the added tokens of the instruction broken into letters.
-    pattern = re.compile("(" + "|".join(map(re.escape, added)) + ")")
     ids: list[int] = []
     for piece in pattern.split(text):
         if pattern.fullmatch(piece):
@@ -212,7 +227,8 @@ def _reasoning(pieces: Sequence[str]) -> str:
     thought = _THOUGHT.search(text)
     if thought:
         return thought[1].strip()
-    return text.partition("<think>")[2].strip() or text.strip()
+    before, opened, after = text.partition("<think>")
+    return (after if opened else before).strip()
 
 
 def _faults(pieces: Sequence[str]) -> list[FormatFault]:

@@ -29,7 +29,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A frozen record that JSON files hold; reading one back checks names, types and ranges."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries, lists, strings and numbers."""
+        """Return plain dictionaries, sequences, strings and numbers, as JSON takes them."""
         data: dict[str, Any] = msgspec.to_builtins(self)
         return data
 
@@ -62,6 +62,10 @@ class Geometry(Record, frozen=True):
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
+        if self.embedding_channels < 1:
+            raise ValueError(
+                f"embedding_channels is {self.embedding_channels}; it must be at least 1"
+            )
         if self.patch_size < 4 or self.patch_size % 4:
             raise ValueError(f"patch_size is {self.patch_size}; it must be a multiple of 4")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:

@@ -45,7 +45,7 @@ class EmbeddingCache:
         """Return the future of an embedding, and whether it was there already."""
         with self._lock:
             known = self._entries.get(key)
-            if known is not None and not (known.done() and known.exception()):
+            if known is not None and not _has_failed(known):
                 self._entries.move_to_end(key)
                 return known, True
             future = self._executor.submit(compute)
@@ -58,3 +58,7 @@ class EmbeddingCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _has_failed(future: Future[EncodedImage]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)

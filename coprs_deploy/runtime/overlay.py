@@ -126,7 +126,10 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines = [""]
-    for word in text.split():
+    for piece in text.split():
+        word = piece
+        while len(word) > 1 and font.getlength(word) > width:
+            word = word[:-2] + "\u2026"
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)

@@ -1,0 +1,191 @@
+import re
+
+import numpy as np
+import pytest
+
+from coprs_deploy import engines
+from coprs_deploy.engines import RunnerOptions, runtime_module, runtime_names
+from coprs_deploy.engines.runner import Runner, check_inputs, host_array
+from coprs_deploy.specs import PRIOR, Geometry, TargetsProfile, graph_specs
+
+GEOMETRY = Geometry(image_size=16, patch_size=4, embedding_channels=8)
+SPEC = graph_specs(GEOMETRY, 3, TargetsProfile(1, 2, 4))[PRIOR]
+
+
+class Held:
+    def __init__(self, values):
+        self.values = values
+        self.shape = values.shape
+        self.dtype = str(values.dtype)
+
+    def numpy(self):
+        return self.values
+
+
+class RecordingRunner(Runner):
+    def __init__(self):
+        super().__init__(SPEC, "a runner for tests")
+        self.calls = []
+        self.is_closed = False
+
+    def _run(self, inputs):
+        self.calls.append(dict(inputs))
+        return {"prior_logits": Held(np.zeros((1, 1, 16, 16), np.float32))}
+
+    def close(self):
+        self.is_closed = True
+
+
+def good_inputs(**changes):
+    inputs = {
+        "image_embedding": np.zeros((1, 8, 4, 4), np.float32),
+        "concentration": np.zeros((2, 3), np.float32),
+    }
+    inputs.update(changes)
+    return inputs
+
+
+def test_a_runner_runs_inputs_that_fit_and_passes_them_unchanged():
+    runner = RecordingRunner()
+    inputs = good_inputs()
+    outputs = runner(**inputs)
+    assert list(outputs) == ["prior_logits"]
+    assert len(runner.calls) == 1
+    assert all(runner.calls[0][name] is value for name, value in inputs.items())
+
+
+def test_tensors_of_a_runner_are_accepted_as_inputs():
+    runner = RecordingRunner()
+    runner(**good_inputs(image_embedding=Held(np.zeros((1, 8, 4, 4), np.float32))))
+    assert len(runner.calls) == 1
+
+
+@pytest.mark.parametrize("targets", [1, 2, 5])
+def test_a_named_dimension_takes_any_size(targets):
+    check_inputs(SPEC, good_inputs(concentration=np.zeros((targets, 3), np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "prior was given nothing; it takes image_embedding, concentration"),
+        (["concentration"], "prior was given concentration; it takes image_embedding, conc"),
+        (
+            ["image_embedding", "concentration", "extra"],
+            "prior was given concentration, extra, image_embedding; it takes",
+        ),
+        (["image_embedding", "Concentration"], "Concentration, image_embedding; it takes"),
+    ],
+)
+def test_missing_and_unknown_inputs_are_refused_by_name(names, message):
+    runner = RecordingRunner()
+    inputs = {name: good_inputs().get(name, np.zeros(1)) for name in names}
+    with pytest.raises(ValueError, match=message):
+        runner(**inputs)
+    assert runner.calls == []
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, Held])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (np.zeros((2, 3)), "float64 (2, 3)"),
+        (np.zeros((2, 3), np.float16), "float16 (2, 3)"),
+        (np.zeros((2, 4), np.float32), "float32 (2, 4)"),
+        (np.zeros(3, np.float32), "float32 (3,)"),
+        (np.zeros((2, 3, 1), np.float32), "float32 (2, 3, 1)"),
+    ],
+)
+def test_an_input_of_another_dtype_or_shape_is_refused(wrap, value, found):
+    runner = RecordingRunner()
+    message = (
+        f"prior was given concentration as {found}; it takes concentration: float32 (targets, 3)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner(**good_inputs(concentration=wrap(value)))
+    assert runner.calls == []
+
+
+def test_leaving_the_block_closes_the_runner():
+    with RecordingRunner() as runner:
+        assert not runner.is_closed
+    assert runner.is_closed
+
+
+def test_an_error_in_the_block_closes_the_runner_and_passes():
+    with pytest.raises(KeyError, match="inside"), RecordingRunner() as runner:
+        raise KeyError("inside")
+    assert runner.is_closed
+
+
+def test_an_incomplete_runner_cannot_be_made():
+    class Incomplete(Runner):
+        def close(self):
+            pass
+
+    with pytest.raises(TypeError, match="_run"):
+        Incomplete(SPEC, "incomplete")
+
+
+def test_host_arrays_are_not_copied_when_they_are_contiguous():
+    array = np.arange(6.0).reshape(2, 3)
+    assert host_array(array) is array
+    assert host_array(Held(array)) is array
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, Held])
+def test_strided_arrays_become_contiguous(wrap):
+    array = np.arange(6.0).reshape(2, 3).T
+    result = host_array(wrap(array))
+    assert result.flags.c_contiguous
+    np.testing.assert_array_equal(result, array)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "index"),
+    [("cpu", "cpu", 0), ("cuda", "cuda", 0), ("cuda:0", "cuda", 0), ("cuda:12", "cuda", 12)],
+)
+def test_a_device_is_taken_apart(device, kind, index):
+    options = RunnerOptions(device=device)
+    assert (options.device_type, options.device_index) == (kind, index)
+
+
+@pytest.mark.parametrize(
+    "device", ["", "gpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:0:1"]
+)
+def test_another_device_is_refused(device):
+    with pytest.raises(
+        ValueError, match=f"device is {device!r}; accepted: 'cpu', 'cuda' or 'cuda:N'"
+    ):
+        RunnerOptions(device=device)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_no_threads_are_refused(num_threads):
+    with pytest.raises(ValueError, match=f"num_threads is {num_threads}; it must be at least 1"):
+        RunnerOptions(num_threads=num_threads)
+
+
+def test_the_default_is_the_cpu_with_the_threads_that_the_runtime_chooses():
+    assert RunnerOptions() == RunnerOptions(device="cpu", num_threads=None)
+
+
+# Runtimes
+
+
+def test_every_runtime_module_keeps_the_contract():
+    assert "onnxruntime" in runtime_names()
+    assert "torch" in runtime_names()
+    for name in runtime_names():
+        module = runtime_module(name)
+        assert callable(module.open_graph)
+        assert callable(module.availability)
+
+
+@pytest.mark.parametrize("name", ["", "onnx", "onnxruntime_runner", "runner", "stages"])
+def test_an_unknown_runtime_is_refused_with_those_that_exist(name, tmp_path):
+    with pytest.raises(ValueError, match=f"runtime is '{name}'; accepted: .*onnxruntime"):
+        engines.open_graph(name, tmp_path, SPEC, RunnerOptions())

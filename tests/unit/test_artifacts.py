@@ -1,0 +1,268 @@
+import hashlib
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coprs_deploy.artifacts import (
+    FileRecord,
+    check_replaceable,
+    fingerprint,
+    hash_file,
+    new_directory,
+    record_files,
+    write_json,
+)
+from coprs_deploy.errors import ArtifactError
+
+MARKER = "config.json"
+
+
+def write_kind(path, content="old"):
+    path.mkdir(parents=True)
+    (path / MARKER).write_text(content)
+    (path / "weights").write_text("of the " + content)
+    return path
+
+
+def contents(path):
+    return {
+        file.relative_to(path).as_posix(): file.read_text()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def names_in(path):
+    return sorted(entry.name for entry in path.iterdir())
+
+
+OLD = {MARKER: "old", "weights": "of the old"}
+
+
+# Writing all or nothing
+
+
+def test_a_directory_appears_when_its_block_ends(tmp_path):
+    target = tmp_path / "deep" / "er" / "model"
+    with new_directory(target, MARKER) as partial:
+        assert partial.parent == target.parent
+        assert partial.name.startswith(".")
+        assert not target.exists()
+        (partial / MARKER).write_text("new")
+        (partial / "folder").mkdir()
+        (partial / "folder" / "file").write_text("inside")
+    assert contents(target) == {MARKER: "new", "folder/file": "inside"}
+    assert names_in(target.parent) == ["model"]
+
+
+def test_a_new_directory_can_be_read_by_others(tmp_path):
+    with new_directory(tmp_path / "model", MARKER):
+        pass
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_raises_leaves_nothing_behind(tmp_path, error):
+    with (
+        pytest.raises(error, match="the reason"),
+        new_directory(tmp_path / "model", MARKER) as partial,
+    ):
+        (partial / MARKER).write_text("new")
+        raise error("the reason")
+    assert names_in(tmp_path) == []
+
+
+def test_a_block_that_raises_keeps_the_old_directory(tmp_path):
+    target = write_kind(tmp_path / "model")
+    with (
+        pytest.raises(ValueError, match="the reason"),
+        new_directory(target, MARKER, overwrite=True) as partial,
+    ):
+        (partial / MARKER).write_text("new")
+        raise ValueError("the reason")
+    assert contents(target) == OLD
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_overwriting_replaces_everything(tmp_path):
+    target = write_kind(tmp_path / "model")
+    with new_directory(target, MARKER, overwrite=True) as partial:
+        (partial / MARKER).write_text("new")
+        assert contents(target) == OLD
+    assert contents(target) == {MARKER: "new"}
+    assert names_in(tmp_path) == ["model"]
+
+
+KILLED_WRITER = """
+import os, sys
+from pathlib import Path
+from coprs_deploy.artifacts import new_directory
+
+with new_directory(Path(sys.argv[1]), "config.json", overwrite=True) as partial:
+    (partial / "config.json").write_text("new")
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_killed_process_leaves_the_target_untouched(tmp_path, exists):
+    target = tmp_path / "model"
+    if exists:
+        write_kind(target)
+    run = subprocess.run([sys.executable, "-c", KILLED_WRITER, target], check=False)
+    assert run.returncode == 9
+    assert (contents(target) == OLD) if exists else not target.exists()
+    with new_directory(target, MARKER, overwrite=True) as partial:
+        (partial / MARKER).write_text("newer")
+    assert contents(target) == {MARKER: "newer"}
+
+
+def test_a_failed_swap_brings_the_old_directory_back(tmp_path, monkeypatch):
+    target = write_kind(tmp_path / "model")
+    rename = Path.rename
+
+    def fail_to_take_the_place(self, destination):
+        if ".partial-" in self.name:
+            raise OSError("no space left")
+        return rename(self, destination)
+
+    monkeypatch.setattr(Path, "rename", fail_to_take_the_place)
+    with (
+        pytest.raises(OSError, match="no space left"),
+        new_directory(target, MARKER, overwrite=True) as partial,
+    ):
+        (partial / MARKER).write_text("new")
+    assert target.exists()
+    assert contents(target) == OLD
+
+
+def test_the_working_directory_can_be_the_target(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_directory(Path(), MARKER) as partial:
+        (partial / MARKER).write_text("new")
+    assert contents(tmp_path / "here") == {MARKER: "new"}
+
+
+# What may be replaced
+
+
+def refused(path, message, overwrite):
+    before = path.lstat()
+    with pytest.raises(ArtifactError, match=message):
+        check_replaceable(path, MARKER, overwrite)
+    with (
+        pytest.raises(ArtifactError, match=message),
+        new_directory(path, MARKER, overwrite),
+    ):
+        pytest.fail("the block was entered")
+    assert path.lstat() == before
+    assert [name for name in names_in(path.parent) if name.startswith(".")] == []
+
+
+def test_a_directory_of_the_kind_is_kept_without_overwrite(tmp_path):
+    target = write_kind(tmp_path / "model")
+    refused(target, r"model exists; pass --overwrite", overwrite=False)
+    assert contents(target) == OLD
+    check_replaceable(target, MARKER, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_foreign_directory_is_never_replaced(tmp_path, overwrite):
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "holiday.jpg").write_text("dear")
+    refused(foreign, r"photos exists and holds no config\.json: it is not replaced", overwrite)
+    assert contents(foreign) == {"holiday.jpg": "dear"}
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_directory_whose_marker_is_a_folder_is_foreign(tmp_path, overwrite):
+    (tmp_path / "photos" / MARKER).mkdir(parents=True)
+    refused(tmp_path / "photos", "it is not replaced", overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "model").write_text("a file")
+    refused(tmp_path / "model", "it is not replaced", overwrite)
+    assert (tmp_path / "model").read_text() == "a file"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_empty_directory_is_filled(tmp_path, overwrite):
+    (tmp_path / "model").mkdir()
+    with new_directory(tmp_path / "model", MARKER, overwrite) as partial:
+        (partial / MARKER).write_text("new")
+    assert contents(tmp_path / "model") == {MARKER: "new"}
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_replacing_a_link_leaves_what_it_points_to(tmp_path):
+    behind = write_kind(tmp_path / "behind")
+    (tmp_path / "model").symlink_to(behind, target_is_directory=True)
+    with new_directory(tmp_path / "model", MARKER, overwrite=True) as partial:
+        (partial / MARKER).write_text("new")
+    assert contents(tmp_path / "model") == {MARKER: "new"}
+    assert not (tmp_path / "model").is_symlink()
+    assert contents(behind) == OLD
+
+
+def test_a_link_to_nothing_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "model").symlink_to(tmp_path / "nowhere")
+    refused(tmp_path / "model", "it is not replaced", overwrite=True)
+
+
+# Records
+
+
+def test_a_file_is_hashed_with_sha_256(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    assert hash_file(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    file.write_bytes(bytes(3_000_000))
+    assert hash_file(file) == hashlib.sha256(bytes(3_000_000)).hexdigest()
+
+
+def test_files_are_recorded_with_sorted_forward_slash_paths(tmp_path):
+    for name in ("b", "a/z", "a/y/x", ".hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty").mkdir()
+    records = record_files(tmp_path)
+    assert [record.path for record in records] == [".hidden", "a/y/x", "a/z", "b"]
+    assert [record.size_bytes for record in records] == [7, 5, 3, 1]
+    assert records[3].sha256 == hashlib.sha256(b"b").hexdigest()
+
+
+def test_files_below_a_folder_keep_their_paths_from_the_root(tmp_path):
+    for name in ("graph", "policy/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [record.path for record in record_files(tmp_path, "policy")] == ["policy/config.json"]
+
+
+def test_a_fingerprint_depends_on_paths_and_contents_and_not_on_their_order():
+    first, second = FileRecord("a", 1, "0" * 64), FileRecord("b", 1, "1" * 64)
+    names = {
+        fingerprint((first, second)),
+        fingerprint((FileRecord("a", 1, "1" * 64), FileRecord("b", 1, "0" * 64))),
+        fingerprint((FileRecord("a", 1, "2" * 64), second)),
+        fingerprint((FileRecord("c", 1, "0" * 64), second)),
+        fingerprint((first,)),
+        fingerprint(()),
+    }
+    assert len(names) == 6
+    assert fingerprint((first, second)) == fingerprint((second, first))
+
+
+def test_json_is_written_for_people(tmp_path):
+    write_json(tmp_path / "file.json", {"name": "Größe 日本", "numbers": [1, 2.5, None]})
+    text = (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert text.startswith('{\n  "name": "Größe 日本",\n')
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"name": "Größe 日本", "numbers": [1, 2.5, None]}

@@ -1,0 +1,326 @@
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+from coprs_deploy.artifacts import record_files
+from coprs_deploy.bundle import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    EquivalenceRecord,
+    GraphRecord,
+    Manifest,
+    PolicyRecord,
+    open_bundle,
+    read_manifest,
+    write_manifest,
+)
+from coprs_deploy.errors import BundleError, BundleIntegrityError
+from coprs_deploy.prompts import PromptTemplate
+from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER, PRIOR, Geometry, graph_specs
+
+GEOMETRY = Geometry(image_size=128, patch_size=8, embedding_channels=64)
+
+
+def manifest_of(root, policy_path="policy"):
+    specs = graph_specs(GEOMETRY, 64)
+    policy_files = record_files(root / policy_path)
+    others = ("policy", MANIFEST_FILE)
+    inside = tuple(f for f in record_files(root) if f.path.partition("/")[0] not in others)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        package_version="0.1.0",
+        checkpoint_fingerprint="0" * 64,
+        checkpoint_note="made by hand",
+        geometry=GEOMETRY,
+        graphs={
+            name: GraphRecord(specs[name], "onnxruntime", "fp32", f"{name}.onnx")
+            for name in GRAPH_NAMES
+        },
+        policy=PolicyRecord(
+            path=policy_path,
+            prompt=PromptTemplate("<image> {instruction}", "<image>"),
+            width=64,
+            min_pixels=784,
+            max_pixels=12_544,
+            files=policy_files,
+        ),
+        files=inside,
+        toolchain={"onnx": "1.0"},
+        gpu=None,
+        equivalence=(EquivalenceRecord("end_to_end", 1e-6, 1e-7, 0.0, 1.0, 1.0, 3, True),),
+    )
+
+
+def write_files(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(f"the content of {name}".encode())
+
+
+GRAPH_FILES = [f"{name}.onnx" for name in GRAPH_NAMES] + ["image_encoder.onnx.data"]
+POLICY_FILES = ["config.json", "tokenizer/vocab.json"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "bundle"
+    write_files(root, GRAPH_FILES)
+    write_files(root / "policy", POLICY_FILES)
+    write_manifest(root, manifest_of(root))
+    return root
+
+
+def change_manifest(root, change):
+    file = root / MANIFEST_FILE
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+# A good bundle
+
+
+def test_a_bundle_opens_with_what_was_written(root):
+    bundle = open_bundle(root)
+    assert bundle.manifest == manifest_of(root)
+    assert bundle.graph_path(PRIOR) == root / "prior.onnx"
+    assert bundle.policy_path == root / "policy"
+    assert not bundle.manifest.policy.is_external
+    assert open_bundle(str(root)) == bundle
+
+
+def test_a_bundle_can_be_moved(root):
+    moved = root.rename(root.parent / "elsewhere")
+    assert open_bundle(moved).policy_path == moved / "policy"
+
+
+def test_a_bundle_may_refer_to_a_policy_elsewhere(root, tmp_path):
+    outside = shutil.move(root / "policy", tmp_path / "shared policy")
+    (root / MANIFEST_FILE).unlink()
+    write_manifest(root, manifest_of(root, str(outside)))
+    bundle = open_bundle(root)
+    assert bundle.manifest.policy.is_external
+    assert bundle.policy_path == outside
+    (outside / "config.json").write_text("another policy")
+    with pytest.raises(BundleIntegrityError, match=r"shared policy/config\.json has 14 bytes"):
+        open_bundle(root)
+    shutil.rmtree(outside)
+    with pytest.raises(BundleIntegrityError, match="shared policy is missing"):
+        open_bundle(root)
+
+
+def test_reading_the_manifest_touches_no_other_file(root):
+    for name in GRAPH_FILES:
+        (root / name).unlink()
+    shutil.rmtree(root / "policy")
+    assert read_manifest(root).checkpoint_note == "made by hand"
+
+
+# Files that are not the ones that were written
+
+
+@pytest.fixture(params=[*GRAPH_FILES, *(f"policy/{name}" for name in POLICY_FILES)])
+def damaged(request, root):
+    return root / request.param
+
+
+def test_a_changed_byte_is_found(root, damaged):
+    content = bytearray(damaged.read_bytes())
+    content[5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(BundleIntegrityError, match=rf"{damaged} was changed \(SHA-256 differs\)"):
+        open_bundle(root)
+
+
+def test_a_truncated_file_is_found(root, damaged):
+    size = damaged.stat().st_size
+    os.truncate(damaged, size - 1)
+    with pytest.raises(
+        BundleIntegrityError, match=f"{damaged} has {size - 1} bytes, not {size}: it was cut short"
+    ):
+        open_bundle(root)
+
+
+def test_an_emptied_file_is_found(root, damaged):
+    os.truncate(damaged, 0)
+    with pytest.raises(BundleIntegrityError, match=f"{damaged} has 0 bytes"):
+        open_bundle(root)
+
+
+def test_a_missing_file_is_found(root, damaged):
+    damaged.unlink()
+    with pytest.raises(BundleIntegrityError, match=f"{damaged} is missing.*Export the checkpoint"):
+        open_bundle(root)
+
+
+def test_a_folder_in_place_of_a_file_is_found(root, damaged):
+    damaged.unlink()
+    damaged.mkdir()
+    with pytest.raises(BundleIntegrityError, match=f"{damaged} is missing"):
+        open_bundle(root)
+
+
+def test_a_link_to_the_same_content_is_refused(root, damaged, tmp_path):
+    damaged.rename(tmp_path / "outside")
+    damaged.symlink_to(tmp_path / "outside")
+    with pytest.raises(BundleIntegrityError, match=f"{damaged} is a link"):
+        open_bundle(root)
+
+
+def test_every_damaged_file_is_named_at_once(root):
+    (root / "prior.onnx").unlink()
+    (root / "mask_decoder.onnx").write_text("other")
+    with pytest.raises(BundleIntegrityError, match=r"mask_decoder\.onnx") as refusal:
+        open_bundle(root)
+    assert "prior.onnx is missing" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extra.onnx", "graphs/extra.onnx", ".hidden", "policy/extra.py", "policy/tokenizer/extra.bin"],
+)
+def test_an_extra_file_is_refused_by_name(root, name):
+    write_files(root, [name])
+    with pytest.raises(BundleIntegrityError, match=f"{root / name} is not a file of this bundle"):
+        open_bundle(root)
+
+
+@pytest.mark.parametrize("name", ["extra", "policy/extra"])
+def test_a_link_to_a_directory_is_refused(root, tmp_path, name):
+    (root / name).symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(BundleIntegrityError, match=f"{root / name} is a link"):
+        open_bundle(root)
+
+
+def test_a_link_to_nothing_is_refused(root):
+    (root / "extra").symlink_to(root / "nowhere")
+    with pytest.raises(BundleIntegrityError, match=f"{root / 'extra'} is a link"):
+        open_bundle(root)
+
+
+def test_a_missing_policy_is_named(root):
+    shutil.rmtree(root / "policy")
+    with pytest.raises(BundleIntegrityError, match="policy is missing"):
+        open_bundle(root)
+
+
+# Manifests that lead elsewhere
+
+
+@pytest.mark.parametrize("place", ["files", "policy"])
+@pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/hostname", ".."])
+def test_a_listed_path_that_leaves_the_bundle_is_refused(root, place, path):
+    write_files(root.parent, ["outside"])
+    record = {"path": path, "size_bytes": 1, "sha256": "0" * 64}
+
+    def change(data):
+        (data["files"] if place == "files" else data["policy"]["files"]).append(record)
+
+    change_manifest(root, change)
+    with pytest.raises(BundleIntegrityError, match=re.escape(f"lists {path!r}, which leaves")):
+        open_bundle(root)
+
+
+@pytest.mark.parametrize("path", ["../outside.onnx", "/tmp/outside.onnx", "missing.onnx", "", "."])
+def test_a_graph_whose_file_is_not_listed_is_refused(root, path):
+    write_files(root.parent, ["outside.onnx"])
+
+    def change(data):
+        data["graphs"][PRIOR]["file"] = path
+
+    change_manifest(root, change)
+    with pytest.raises(BundleError, match="prior"):
+        open_bundle(root)
+
+
+def test_a_relative_policy_path_that_leaves_the_bundle_is_refused(root):
+    shutil.move(root / "policy", root.parent / "outside")
+
+    def change(data):
+        data["policy"]["path"] = "../outside"
+
+    change_manifest(root, change)
+    with pytest.raises(BundleError, match="outside"):
+        open_bundle(root)
+
+
+# Manifests that cannot be read
+
+
+@pytest.mark.parametrize("reader", [read_manifest, open_bundle])
+def test_a_place_without_a_bundle_is_refused_with_the_command_that_makes_one(tmp_path, reader):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        message = rf"no bundle at {place} \(no manifest\.json\); `coprs-deploy export .* {place}`"
+        with pytest.raises(BundleError, match=message):
+            reader(place)
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "1", None])
+def test_another_schema_version_is_refused_before_anything_else(root, version):
+    (root / MANIFEST_FILE).write_text(json.dumps({"schema_version": version, "news": 1}))
+    message = rf"has schema version {version}; this package reads {SCHEMA_VERSION}: export"
+    with pytest.raises(BundleError, match=message):
+        open_bundle(root)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"schema_version": 1,}', b"\xff\xfe\x00", b"PK\3"]
+)
+def test_a_manifest_that_is_no_json_is_refused_by_name(root, content):
+    (root / MANIFEST_FILE).write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json is not valid: .*; export"):
+        open_bundle(root)
+
+
+@pytest.mark.parametrize("data", [[], "bundle", 1, None])
+def test_a_manifest_of_another_form_is_refused(root, data):
+    (root / MANIFEST_FILE).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="has schema version None"):
+        open_bundle(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("files"), "missing required field `files`"),
+        (lambda data: data.update(news=1), "unknown field `news`"),
+        (lambda data: data["files"][0].update(size_bytes="1"), r"size_bytes"),
+        (lambda data: data["geometry"].update(image_size=100), "image_size is 100"),
+        (lambda data: data["policy"]["prompt"].update(text="none"), "exactly once"),
+        (lambda data: data.update(schema_version=True), "schema_version"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named(root, change, message):
+    change_manifest(root, change)
+    with pytest.raises(BundleError, match=rf"manifest\.json is not valid: .*{message}"):
+        open_bundle(root)
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_a_missing_graph_is_named(root, name):
+    change_manifest(root, lambda data: data["graphs"].pop(name))
+    with pytest.raises(BundleError, match=f"lists no graph '{name}'; export"):
+        read_manifest(root)
+
+
+def test_a_graph_listed_under_the_name_of_another_one_is_refused(root):
+    def change(data):
+        graphs = data["graphs"]
+        graphs[PRIOR], graphs[MASK_DECODER] = graphs[MASK_DECODER], graphs[PRIOR]
+
+    change_manifest(root, change)
+    with pytest.raises(BundleError, match="prior"):
+        open_bundle(root)
+
+
+def test_integrity_is_a_failed_check_and_a_missing_bundle_wrong_use(root, tmp_path):
+    (root / "prior.onnx").unlink()
+    with pytest.raises(BundleError) as refusal:
+        open_bundle(root)
+    assert refusal.value.exit_code == 1
+    with pytest.raises(BundleError) as refusal:
+        open_bundle(tmp_path / "nowhere")
+    assert refusal.value.exit_code == 2

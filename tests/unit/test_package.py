@@ -1,0 +1,115 @@
+import ast
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import coprs_deploy
+from coprs_deploy.errors import CoPRSError
+
+PUBLIC_NAMES = ["Answer", "CoPRS", "CoPRSError", "PriorReady", "Words", "__version__"]
+
+ANY_LIBRARY = [
+    "PIL",
+    "accelerate",
+    "fastapi",
+    "huggingface_hub",
+    "matplotlib",
+    "msgspec",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "pycocotools",
+    "safetensors",
+    "tensorrt",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+    "vllm",
+]
+HEAVY_LIBRARIES = sorted(set(ANY_LIBRARY) - {"PIL", "msgspec", "numpy"})
+
+
+def roots_loaded_by(statement):
+    program = (
+        f"import json, sys\n{statement}\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stderr == ""
+    return set(json.loads(run.stdout))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import coprs_deploy",
+        "from coprs_deploy import CoPRSError, __version__",
+        "import coprs_deploy; dir(coprs_deploy); coprs_deploy.__version__",
+    ],
+)
+def test_importing_the_package_loads_no_library(statement):
+    loaded = roots_loaded_by(statement)
+    assert "coprs_deploy" in loaded
+    assert loaded.isdisjoint(ANY_LIBRARY)
+
+
+def test_the_runtime_itself_loads_no_heavy_library():
+    loaded = roots_loaded_by("from coprs_deploy import CoPRS, Answer, PriorReady, Words")
+    assert "numpy" in loaded
+    assert loaded.isdisjoint(HEAVY_LIBRARIES)
+
+
+def test_the_public_names_are_these():
+    assert coprs_deploy.__all__ == PUBLIC_NAMES
+    assert dir(coprs_deploy) == sorted(PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_every_public_name_resolves_to_the_thing_of_that_name(name):
+    value = getattr(coprs_deploy, name)
+    assert value is getattr(coprs_deploy, name)
+    if isinstance(value, type):
+        assert value.__name__ == name
+        assert value.__module__.startswith("coprs_deploy.")
+
+
+def test_a_star_import_brings_every_public_name():
+    namespace = {}
+    exec("from coprs_deploy import *", namespace)
+    assert set(PUBLIC_NAMES) <= set(namespace)
+    assert namespace["CoPRSError"] is CoPRSError
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(coprs_deploy.__file__).read_text(encoding="utf-8"))
+    guarded = [
+        node
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+    ]
+    seen = {alias.name: node.module for node in guarded for alias in node.names}
+    assert seen == {
+        name: module for name, module in coprs_deploy._HOMES.items() if name != "__version__"
+    }
+    assert {*seen, "__version__"} == set(PUBLIC_NAMES)
+
+
+def test_an_unknown_name_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match=r"'coprs_deploy' has no attribute 'Coprs'"):
+        _ = coprs_deploy.Coprs
+    with pytest.raises(ImportError, match="Coprs"):
+        exec("from coprs_deploy import Coprs")
+
+
+def test_the_version_is_that_of_the_installed_distribution():
+    assert coprs_deploy.__version__ == version("coprs-deploy")
