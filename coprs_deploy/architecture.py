@@ -98,7 +98,6 @@ SAM_SIZES: Mapping[str, SamConfig] = {
         global_attention_blocks=(2,),
         window_size=6,
         mlp_ratio=2.0,
-        mask_prompt_channels=8,
         decoder_heads=2,
         decoder_mlp_width=128,
         iou_head_width=64,

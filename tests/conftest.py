@@ -50,13 +50,13 @@ def no_network():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint with a tiny Qwen2.5-VL policy that follows a script. Read it, never change it."""
+    """A checkpoint with a tiny, scripted Qwen2.5-VL policy. Read it, never change it."""
     return random_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "tiny").path
 
 
 @pytest.fixture(scope="session")
 def tiny_llava_checkpoint(tmp_path_factory) -> Path:
-    """The same with a tiny LLaVA-1.5 policy."""
+    """The same with a LLaVA-1.5 policy."""
     out = tmp_path_factory.mktemp("tiny-llava") / "checkpoint"
     return random_checkpoint(out, "tiny-llava").path
 

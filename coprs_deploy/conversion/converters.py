@@ -162,7 +162,12 @@ def checkpoint_from_public_training(
         sam=sam_config,
     )
     image_encoder = {n: t for n, t in tensors.items() if n.startswith("image_encoder.")}
-    merged, model_type, save = _public_policy(root, source, progress)
+    merged, policy_width, model_type, save = _public_policy(root, source, progress)
+    if policy_width != config.policy_width:
+        raise ConversionError(
+            f"the policy in {source} is {policy_width} wide and the query head in "
+            f"{root / PUBLIC_MODULES_FILE} takes {config.policy_width}: they do not belong together"
+        )
     progress("write checkpoint")
     return write_checkpoint(
         out,
@@ -265,8 +270,8 @@ def _fresh_prior(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
 
 def _public_policy(
     root: Path, source: Path, progress: Progress
-) -> tuple[bool, str, Callable[[Path], object]]:
-    """Find the policy's weights: whether they were merged, its type, and how to save it."""
+) -> tuple[bool, int, str, Callable[[Path], object]]:
+    """Find the policy: whether it was merged, its width, its type, and how to save it."""
     if not source.is_dir():
         raise ConversionError(
             f"{root} holds no {PUBLIC_POLICY_DIRECTORY}/; accepted: a checkpoint of the public "
@@ -289,9 +294,10 @@ def _public_policy(
             f"the tokenizer in {source} has no <REF_POS>, so this policy was never trained to "
             "write it; accepted: a checkpoint of CoPRS training"
         )
+    width, model_type = _width(model), model.config.model_type
     if shards:
-        return True, model.config.model_type, lambda d: save_policy(model, tokenizer, source, d)
-    return False, model.config.model_type, lambda d: copy_policy_files(source, d, with_weights=True)
+        return True, width, model_type, lambda d: save_policy(model, tokenizer, source, d)
+    return False, width, model_type, lambda d: copy_policy_files(source, d, with_weights=True)
 
 
 def _width(model: Any) -> int:

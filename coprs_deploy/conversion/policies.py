@@ -47,7 +47,13 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
     Raises:
         ConversionError: the directory is no supported policy, or weights are missing.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        GenerationConfig,
+    )
 
     if not (path / "config.json").is_file():
         raise ConversionError(f"{path} is not a transformers directory: it holds no config.json")
@@ -60,15 +66,30 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
                     f"supported: {', '.join(DEFAULT_PROMPTS)}"
                 )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            source = {"config": config, "state_dict": weights} if weights else {}
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                None if weights else path,
-                dtype="auto",
-                local_files_only=True,
-                output_loading_info=True,
-                **source,
-            )
-    except (OSError, ValueError) as error:
+            image_token = DEFAULT_PROMPTS[config.model_type].image_token
+            if image_token not in tokenizer.get_vocab():
+                raise ConversionError(
+                    f"{path} holds no tokenizer of such a policy: it does not know {image_token}"
+                )
+            options = {
+                "dtype": "auto",
+                "local_files_only": True,
+                "output_loading_info": True,
+                "ignore_mismatched_sizes": True,  # they are named below
+            }
+            if weights is None:
+                model, info = AutoModelForImageTextToText.from_pretrained(path, **options)
+            else:
+                # The automatic class takes no state dict, the class that it chooses does.
+                chosen = AutoModelForImageTextToText._model_mapping[type(config)]
+                model, info = chosen.from_pretrained(
+                    None, config=config, state_dict=weights, **options
+                )
+                if (path / "generation_config.json").is_file():
+                    model.generation_config = GenerationConfig.from_pretrained(
+                        path, local_files_only=True
+                    )
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):

@@ -58,14 +58,25 @@ def _load(path: Path) -> Any:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the old file format
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        named = next((line for line in reason if "GLOBAL" in line or "global" in line), reason[0])
+        if not _may_be_pytorch(path):
+            raise ConversionError(f"{path} is not a PyTorch file") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        named = next((n for n in lines if "GLOBAL" in n or n.startswith("Unsupported")), "pickle")
         raise ConversionError(
             f"{path} is refused: it holds more than weights, and reading it could run code "
-            f"({named.strip()}). Load it where you trust it and save its state dict alone"
+            f"({named}). Load it where you trust it and save its state dict alone"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        if not _may_be_pytorch(path):
+            raise ConversionError(f"{path} is not a PyTorch file, or was cut short") from error
         raise ConversionError(f"{path} is not a PyTorch file, or was cut short: {error}") from error
+
+
+def _may_be_pytorch(path: Path) -> bool:
+    """Say whether a file begins like a zip archive or a pickle, as PyTorch's two formats do."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80"
 
 
 def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:

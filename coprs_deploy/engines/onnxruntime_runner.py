@@ -93,7 +93,7 @@ class OrtRunner(Runner):
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         assert self._session is not None, "the runner was closed"
         binding = self._session.io_binding()
-        # A CPU OrtValue points into its numpy array and the binding keeps neither: hold them here.
+        # A CPU OrtValue points into its numpy array; not every version lets the binding keep both.
         bound = {name: self._ort_value(value) for name, value in inputs.items()}
         for name, value in bound.items():
             binding.bind_ortvalue_input(name, value)

@@ -214,7 +214,7 @@ def _record(
     cosine = iou = 1.0
     finite = True
     for output, truth in zip(found, expected, strict=True):
-        finite = finite and bool(np.isfinite(output).all())
+        finite = finite and bool(np.isfinite(output).all() and np.isfinite(truth).all())
         a, b = output.astype(np.float64), truth.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
         max_abs = max(max_abs, float(np.abs(difference).max()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,32 @@ from coprs_deploy.policy.policy import (
     Words,
 )
 from coprs_deploy.policy.progress_bars import without_progress_bars
-from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt, read_response
 
 if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """What a request keeps between its steps.
+
+    Attributes:
+        cache: keys and values of all tokens so far.
+        position_offsets: Qwen2.5-VL's offset of text positions behind an image. transformers keeps
+            it on the model, where the next request overwrites it, so each request brings its own.
+    """
+
+    cache: Any
+    position_offsets: Any
+
+
 class TransformersPolicy(Policy):
     """A Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
 
-    Requests from several threads are answered one after the other.
+    Requests from several threads take turns, a token at a time: a stream that nobody reads holds
+    up no other.
 
     Args:
         path: the policy directory of a checkpoint or a bundle.
@@ -62,6 +78,7 @@ class TransformersPolicy(Policy):
     ) -> None:
         try:
             import torch
+            from safetensors import SafetensorError
             from transformers import AutoModelForImageTextToText, AutoTokenizer
         except ImportError as error:
             raise MissingDependencyError(
@@ -75,7 +92,7 @@ class TransformersPolicy(Policy):
                 model = AutoModelForImageTextToText.from_pretrained(
                     path, dtype=dtype or "auto", local_files_only=True
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
         reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
         if reference_id is None or reference_id == tokenizer.unk_token_id:
@@ -106,36 +123,40 @@ class TransformersPolicy(Policy):
         pieces = DecodeStream(skip_special_tokens=True)
         backend = self._tokenizer.backend_tokenizer
         token_ids: list[int] = []
+        num_written = 0
         concentrations: list[torch.Tensor] = []
         stop: StopReason | None = None
-        with self._lock:
-            start = time.perf_counter()
-            hidden, cache = self._prefill(prompt_ids, vision.tensors, vision.marks_image_tokens)
-            token = self._next_token(hidden)
-            first = time.perf_counter()
-            while stop is None:
-                token_ids.append(token)
-                if token in self._end_ids:
-                    stop = StopReason.END_OF_TEXT
+        start = time.perf_counter()
+        hidden, memory = self._prefill(prompt_ids, vision)
+        token = self._next_token(hidden)
+        first = time.perf_counter()
+        while stop is None:
+            token_ids.append(token)
+            if token in self._end_ids:
+                stop = StopReason.END_OF_TEXT
+                break
+            is_reference = token == self._reference_id
+            text = REFERENCE_TOKEN if is_reference else pieces.step(backend, token)
+            if text:
+                num_written += len(text)
+                yield Words(text)
+            if len(token_ids) >= budget:
+                stop = StopReason.TOKEN_BUDGET
+                if not is_reference:
                     break
-                is_reference = token == self._reference_id
-                text = REFERENCE_TOKEN if is_reference else pieces.step(backend, token)
-                if text:
-                    yield Words(text)
-                if len(token_ids) >= budget:
-                    stop = StopReason.TOKEN_BUDGET
-                    if not is_reference:
-                        break
-                hidden = self._step(token, cache)
-                if is_reference:
-                    concentrations.append(hidden)
-                    if len(concentrations) == request.targets:
-                        stop = StopReason.TARGETS_REACHED
-                if stop is None:
-                    token = self._next_token(hidden)
-            end = time.perf_counter()
+            hidden = self._step(token, memory)
+            if is_reference:
+                concentrations.append(hidden)
+                if len(concentrations) == request.targets:
+                    stop = StopReason.TARGETS_REACHED
+            if stop is None:
+                token = self._next_token(hidden)
+        end = time.perf_counter()
+        response = read_response(token_ids, self._reference_id, self._decode)
+        if stop is StopReason.TOKEN_BUDGET and len(response.text) > num_written:
+            yield Words(response.text[num_written:])  # a letter that the budget cut in two
         yield PolicyResult(
-            response=read_response(token_ids, self._reference_id, self._decode),
+            response=response,
             concentrations=(
                 torch.cat(concentrations).float().cpu().numpy()
                 if concentrations
@@ -160,16 +181,11 @@ class TransformersPolicy(Policy):
         prompt_ids = encode_prompt(
             self._prompt, self._tokenizer, request.instruction, vision.num_tokens
         )
-        with self._lock:
-            hidden, _ = self._prefill(
-                [*prompt_ids, *token_ids], vision.tensors, vision.marks_image_tokens
-            )
+        hidden, _ = self._prefill([*prompt_ids, *token_ids], vision)
         return hidden[0, len(prompt_ids) :]
 
-    def _prefill(
-        self, ids: list[int], vision: dict[str, torch.Tensor], marks_image_tokens: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """Read a prompt: post-norm hidden states (1, L, D) and the filled cache."""
+    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _Memory]:
+        """Read a prompt: post-norm hidden states (1, L, D) and what the next step needs."""
         import torch
         from transformers import DynamicCache
 
@@ -177,12 +193,12 @@ class TransformersPolicy(Policy):
         input_ids = torch.tensor([ids], device=device)
         inputs = {
             name: t.to(device, self._model.dtype if t.is_floating_point() else t.dtype)
-            for name, t in vision.items()
+            for name, t in vision.tensors.items()
         }
-        if marks_image_tokens:
+        if vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
-        with torch.inference_mode():
+        with self._lock, torch.inference_mode():
             output = self._model.model(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -190,16 +206,19 @@ class TransformersPolicy(Policy):
                 use_cache=True,
                 **inputs,
             )
-        return output.last_hidden_state, output.past_key_values
+            offsets = getattr(self._model.model, "rope_deltas", None)
+        return output.last_hidden_state, _Memory(output.past_key_values, offsets)
 
-    def _step(self, token: int, cache: Any) -> torch.Tensor:
+    def _step(self, token: int, memory: _Memory) -> torch.Tensor:
         """Feed one token; its post-norm hidden state, (1, D)."""
         import torch
 
-        with torch.inference_mode():
+        with self._lock, torch.inference_mode():
+            if memory.position_offsets is not None:
+                self._model.model.rope_deltas = memory.position_offsets
             output = self._model.model(
                 input_ids=torch.tensor([[token]], device=self._model.device),
-                past_key_values=cache,
+                past_key_values=memory.cache,
                 use_cache=True,
             )
         state: torch.Tensor = output.last_hidden_state[:, -1]

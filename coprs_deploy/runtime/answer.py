@@ -16,7 +16,7 @@ from coprs_deploy.runtime.overlay import draw_heatmap, draw_overlay
 from coprs_deploy.specs import OUTSIDE_IMAGE_LOGIT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PriorReady:
     """The prior, streamed as soon as it exists.
 

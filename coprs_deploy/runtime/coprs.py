@@ -163,11 +163,7 @@ class CoPRS:
             waiting: list[Future[Answer]] = []
             try:
                 for image, instruction in questions:
-                    start = time.perf_counter()
-                    picture = self._open(image)
-                    request = PolicyRequest(picture.rgb, instruction, targets)
-                    events = self._stream(picture, request, self._encode(picture), start)
-                    waiting.append(pool.submit(_last, events))
+                    waiting.append(self._submit(pool, image, instruction, targets))
                     if len(waiting) > workers:
                         yield waiting.pop(0).result()
                 while waiting:
@@ -175,6 +171,21 @@ class CoPRS:
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, image: ImageSource, instruction: str, targets: int
+    ) -> Future[Answer]:
+        """Start a question; one that cannot be asked fails when its turn comes."""
+        start = time.perf_counter()
+        try:
+            picture = self._open(image)
+            request = PolicyRequest(picture.rgb, instruction, targets)
+        except Exception as error:
+            failed: Future[Answer] = Future()
+            failed.set_exception(error)
+            return failed
+        events = self._stream(picture, request, self._encode(picture), start)
+        return pool.submit(_last, events)
 
     def stream(
         self,
@@ -218,14 +229,15 @@ class CoPRS:
         """Do what :meth:`stream` does without blocking the event loop."""
         events = self.stream(image, instruction, targets, max_new_tokens)
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, thread_name_prefix="stream") as thread:
-            try:
-                while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
-                    yield event
-            finally:
-                # In the same thread, after the step that is running: a generator cannot be closed
-                # while it works.
-                thread.submit(events.close)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        try:
+            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
+                yield event
+        finally:
+            # In the same thread, after the step that is running: a generator cannot be closed
+            # while it works. Nobody waits for it, least of all the event loop.
+            thread.submit(events.close)
+            thread.shutdown(wait=False)
 
     def _open(self, image: ImageSource) -> _Picture:
         start = time.perf_counter()

@@ -1,0 +1,77 @@
+"""Small files of the kinds that people have: SAM weights and public training checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coprs_deploy.architecture import SamConfig, SegmentationConfig
+from coprs_deploy.conversion.converters import random_tensors
+from coprs_deploy.conversion.generated_policy import generate_policy
+from coprs_deploy.specs import Geometry
+
+WIDTH = 64
+"""Hidden size of the tiny policies."""
+
+SCRIPT_WITHOUT_REFERENCE = ("<think>", " this", " policy", " is", " untuned", "</think>")
+
+
+@pytest.fixture(scope="session")
+def sam_config() -> SamConfig:
+    """Sizes that can be read off the weights: the decoder has the eight heads of the public SAM."""
+    return SamConfig(
+        encoder_width=48,
+        encoder_depth=2,
+        encoder_heads=4,
+        global_attention_blocks=(1,),
+        window_size=3,
+        mlp_ratio=2.0,
+        mask_prompt_channels=8,
+        decoder_mlp_width=32,
+        iou_head_width=16,
+        geometry=Geometry(image_size=64, patch_size=8, embedding_channels=64),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_tensors(sam_config) -> dict[str, torch.Tensor]:
+    """Weights of a whole segmentation path, as if trained."""
+    config = SegmentationConfig(policy_width=WIDTH, sam=sam_config)
+    tensors = random_tensors(config, seed=7)
+    generator = torch.Generator().manual_seed(8)
+    return {
+        name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def sam_tensors(sam_config) -> dict[str, torch.Tensor]:
+    """Weights of SAM's three parts, other ones than ``trained_tensors``."""
+    tensors = random_tensors(SegmentationConfig(policy_width=WIDTH, sam=sam_config), seed=1)
+    return {name: t for name, t in tensors.items() if not name.startswith("prior.")}
+
+
+@pytest.fixture(scope="session")
+def sam_file(sam_tensors, tmp_path_factory) -> Path:
+    """``sam_tensors`` as a ``.pth`` file."""
+    path = tmp_path_factory.mktemp("sam") / "sam_vit_small.pth"
+    torch.save(sam_tensors, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def untuned_policy(tmp_path_factory) -> Path:
+    """An ordinary policy directory: its tokenizer has no ``<REF_POS>``, its table spare rows."""
+    directory = tmp_path_factory.mktemp("untuned")
+    script = SCRIPT_WITHOUT_REFERENCE
+    generate_policy("tiny", script=script, has_reference_token=False).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tuned_policy(tmp_path_factory) -> Path:
+    """A policy directory whose tokenizer has ``<REF_POS>``."""
+    directory = tmp_path_factory.mktemp("tuned")
+    generate_policy("tiny", seed=3).save(directory)
+    return directory

@@ -1,0 +1,452 @@
+"""The three ways to a checkpoint, each from small files of the real kinds."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_weight_files import write_shards
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
+from coprs_deploy.checkpoint import expected_shapes, load_segmentation_model, read_checkpoint
+from coprs_deploy.conversion import (
+    ConversionOptions,
+    checkpoint_from_policy_and_sam,
+    checkpoint_from_public_training,
+    random_checkpoint,
+)
+from coprs_deploy.conversion.converters import random_tensors
+from coprs_deploy.conversion.generated_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.policies import DEFAULT_PROMPTS
+from coprs_deploy.errors import ArtifactError, CheckpointError, ConversionError
+from coprs_deploy.policy import PolicyRequest
+from coprs_deploy.policy.transformers_policy import TransformersPolicy
+from coprs_deploy.prompts import REFERENCE_TOKEN
+
+PROMPT = (
+    "<|im_start|>user\n<|image_pad|>\nSegment: {instruction}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def stored_tensors(checkpoint):
+    return load_file(checkpoint.path / "segmentation.safetensors")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def answer_of(checkpoint, picture=None):
+    """Ask a checkpoint's policy one thing."""
+    config = checkpoint.config
+    limits = config.policy_image
+    rgb = np.zeros((56, 56, 3), dtype=np.uint8) if picture is None else picture
+    with TransformersPolicy(
+        checkpoint.policy_path,
+        config.prompt,
+        min_pixels=limits.min_pixels,
+        max_pixels=min(limits.max_pixels, 12_544),
+    ) as policy:
+        return list(policy.stream(PolicyRequest(rgb, "the cup", max_new_tokens=12)))[-1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(untuned_policy, sam_file, tmp_path_factory):
+    """An ordinary policy joined with SAM."""
+    out = tmp_path_factory.mktemp("joined") / "checkpoint"
+    return checkpoint_from_policy_and_sam(untuned_policy, sam_file, out)
+
+
+class TestPolicyAndSam:
+    def test_what_was_written_is_what_is_read_back(self, checkpoint):
+        assert read_checkpoint(checkpoint.path) == checkpoint
+
+    def test_the_segmentation_weights_are_sams_and_a_fresh_prior(
+        self, checkpoint, sam_tensors, sam_config
+    ):
+        assert checkpoint.config.model == SegmentationConfig(policy_width=64, sam=sam_config)
+        stored = stored_tensors(checkpoint)
+        prior = {name: t for name, t in stored.items() if name.startswith("prior.")}
+        assert_same({n: t for n, t in stored.items() if n not in prior}, sam_tensors)
+        assert prior["prior.q_proj.weight"].shape == (64, 64)
+        assert all(float(tensor.abs().max()) > 0 for tensor in prior.values())
+        assert prior["prior.fuser.2.bias"].tolist() == pytest.approx([-1.8])
+
+    def test_the_fresh_prior_follows_the_seed(self, untuned_policy, sam_file, tmp_path):
+        heads = [
+            stored_tensors(
+                checkpoint_from_policy_and_sam(
+                    untuned_policy, sam_file, tmp_path / str(i), ConversionOptions(seed=seed)
+                )
+            )["prior.q_proj.weight"]
+            for i, seed in enumerate((5, 5, 6))
+        ]
+        assert torch.equal(heads[0], heads[1])
+        assert not torch.equal(heads[0], heads[2])
+
+    def test_the_policy_gains_the_token_and_keeps_the_rest(self, checkpoint, untuned_policy):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.policy_path)
+        token = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+        assert tokenizer.added_tokens_decoder[token].special
+        before, after = (
+            AutoModelForImageTextToText.from_pretrained(path).state_dict()
+            for path in (untuned_policy, checkpoint.policy_path)
+        )
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            if not torch.equal(tensor, after[name]):
+                assert name in ("model.language_model.embed_tokens.weight", "lm_head.weight")
+                changed = (tensor != after[name]).any(dim=1).nonzero().flatten()
+                assert changed.tolist() == [token]
+                torch.testing.assert_close(after[name][token], tensor[:token].mean(dim=0))
+
+    def test_this_projects_prompt_is_stored_unless_another_is_given(
+        self, checkpoint, untuned_policy, sam_file, tmp_path
+    ):
+        assert checkpoint.config.prompt == DEFAULT_PROMPTS["qwen2_5_vl"]
+        options = ConversionOptions(prompt=PROMPT)
+        other = checkpoint_from_policy_and_sam(untuned_policy, sam_file, tmp_path / "c", options)
+        assert read_checkpoint(other.path).config.prompt.text == PROMPT
+        assert other.config.prompt.image_token == "<|image_pad|>"
+
+    def test_a_prompt_without_a_place_for_the_instruction_is_refused(
+        self, untuned_policy, sam_file, tmp_path
+    ):
+        options = ConversionOptions(prompt="<|image_pad|> find it")
+        with pytest.raises(ValueError, match=r"\{instruction\} 0 times"):
+            checkpoint_from_policy_and_sam(untuned_policy, sam_file, tmp_path / "c", options)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_people_are_told_where_it_comes_from_and_that_it_is_untrained(self, checkpoint):
+        provenance = checkpoint.config.provenance
+        assert provenance["converter"] == "checkpoint_from_policy_and_sam"
+        assert provenance["sam"] == "sam_vit_small.pth"
+        assert "untrained" in provenance["note"]
+
+    def test_the_policy_can_be_asked(self, checkpoint):
+        assert answer_of(checkpoint).response.text.startswith("<think> this policy is untuned")
+
+    def test_it_loads_as_a_model(self, checkpoint, sam_tensors):
+        model = load_segmentation_model(checkpoint)
+        name = "image_encoder.blocks.1.attn.rel_pos_h"
+        assert torch.equal(model.state_dict()[name], sam_tensors[name])
+
+    def test_the_steps_are_announced(self, untuned_policy, sam_file, tmp_path):
+        steps = []
+        checkpoint_from_policy_and_sam(
+            untuned_policy, sam_file, tmp_path / "c", progress=steps.append
+        )
+        assert steps == ["read SAM", "load policy", "write checkpoint"]
+
+    def test_a_source_that_cannot_be_used_leaves_nothing_behind(
+        self, untuned_policy, sam_file, tmp_path
+    ):
+        broken = tmp_path / "sources" / "sam.pth"
+        broken.parent.mkdir()
+        torch.save({"w": torch.zeros(2)}, broken)
+        out = tmp_path / "out" / "checkpoint"
+        for policy, sam in ((untuned_policy, broken), (broken.parent, sam_file)):
+            with pytest.raises(ConversionError):
+                checkpoint_from_policy_and_sam(policy, sam, out)
+        assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+    def test_sam_weights_with_a_tensor_too_many_are_named(
+        self, untuned_policy, sam_tensors, tmp_path
+    ):
+        path = tmp_path / "sam.pth"
+        torch.save({**sam_tensors, "image_encoder.extra": torch.zeros(1)}, path)
+        with pytest.raises(CheckpointError, match=r"extra: image_encoder\.extra"):
+            checkpoint_from_policy_and_sam(untuned_policy, path, tmp_path / "c")
+        assert not (tmp_path / "c").exists()
+
+
+class TestOverwriting:
+    def convert(self, untuned_policy, sam_file, out, overwrite):
+        options = ConversionOptions(overwrite=overwrite)
+        return checkpoint_from_policy_and_sam(untuned_policy, sam_file, out, options)
+
+    def test_a_checkpoint_is_replaced_only_when_asked(self, untuned_policy, sam_file, tmp_path):
+        out = random_checkpoint(tmp_path / "checkpoint").path
+        before = (out / "config.json").read_bytes()
+        with pytest.raises(ArtifactError, match="--overwrite"):
+            self.convert(untuned_policy, sam_file, out, overwrite=False)
+        assert (out / "config.json").read_bytes() == before
+        self.convert(untuned_policy, sam_file, out, overwrite=True)
+        provenance = read_checkpoint(out).config.provenance
+        assert provenance["converter"] == "checkpoint_from_policy_and_sam"
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    def test_a_directory_of_something_else_is_never_replaced(
+        self, untuned_policy, sam_file, tmp_path
+    ):
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+        with pytest.raises(ArtifactError, match=r"holds no config\.json: it is not replaced"):
+            self.convert(untuned_policy, sam_file, tmp_path / "photos", overwrite=True)
+        assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+    def test_the_place_is_checked_before_anything_is_read(self, tmp_path):
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "file").touch()
+        steps = []
+        for convert in (
+            lambda out: checkpoint_from_policy_and_sam("no", "no", out, progress=steps.append),
+            lambda out: checkpoint_from_public_training("no", "no", out, progress=steps.append),
+            lambda out: random_checkpoint(out, progress=steps.append),
+        ):
+            with pytest.raises(ArtifactError):
+                convert(tmp_path / "taken")
+        assert steps == []
+
+    def test_a_failed_replacement_keeps_the_old_checkpoint(
+        self, untuned_policy, sam_file, sam_tensors, tmp_path
+    ):
+        out = random_checkpoint(tmp_path / "checkpoint").path
+        before = read_checkpoint(out).fingerprint()
+        broken = tmp_path / "sam.pth"
+        torch.save({**sam_tensors, "extra": torch.zeros(1)}, broken)
+        with pytest.raises(CheckpointError):
+            self.convert(untuned_policy, broken, out, overwrite=True)
+        assert read_checkpoint(out).fingerprint() == before
+
+
+def public_names(tensors):
+    """Name trained tensors as the public training code does; the image encoder is not saved."""
+    return {
+        name.replace("prior.", "heatmap_head.", 1): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("image_encoder.")
+    }
+
+
+@pytest.fixture
+def public_directory(tmp_path, trained_tensors, tuned_policy):
+    """What the public training code leaves: modules, and a policy with its weights."""
+    root = tmp_path / "global_step_100"
+    root.mkdir()
+    torch.save(public_names(trained_tensors), root / "refseg_modules.pt")
+    shutil.copytree(tuned_policy, root / "huggingface")
+    return root
+
+
+def replace_weights_by_shards(root, tensors, world_size=2):
+    for file in (root / "huggingface").glob("*.safetensors*"):
+        file.unlink()
+    write_shards(root, tensors, world_size)
+
+
+class TestPublicTraining:
+    def test_trained_modules_and_the_image_encoder_of_sam_are_joined(
+        self, public_directory, sam_file, sam_tensors, trained_tensors, tmp_path
+    ):
+        checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+        expected = {
+            name: sam_tensors[name] if name.startswith("image_encoder.") else tensor
+            for name, tensor in trained_tensors.items()
+        }
+        assert_same(stored_tensors(checkpoint), expected)
+        assert read_checkpoint(checkpoint.path) == checkpoint
+        assert checkpoint.config.provenance["policy"] == "as it was saved"
+
+    def test_a_policy_with_weights_is_copied_file_by_file(
+        self, public_directory, sam_file, tuned_policy, tmp_path
+    ):
+        checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+        for file in tuned_policy.iterdir():
+            assert (checkpoint.policy_path / file.name).read_bytes() == file.read_bytes()
+
+    @pytest.mark.parametrize("names", ["in memory", "on the hub"])
+    @pytest.mark.parametrize("size", ["tiny", "tiny-llava"])
+    def test_a_policy_in_shards_is_put_together(
+        self, public_directory, sam_file, tmp_path, size, names
+    ):
+        policy = generate_policy(size, seed=11)
+        ends = [policy.model.generation_config.eos_token_id, policy.tokenizer.pad_token_id]
+        policy.model.generation_config.eos_token_id = ends
+        shutil.rmtree(public_directory / "huggingface")
+        policy.save(public_directory / "huggingface")
+        weights = policy.model.state_dict()
+        if names == "on the hub":  # older versions of transformers train under these
+            weights = load_file(public_directory / "huggingface" / "model.safetensors")
+        replace_weights_by_shards(public_directory, weights, world_size=3)
+
+        checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+        loaded = AutoModelForImageTextToText.from_pretrained(checkpoint.policy_path)
+        assert_same(loaded.state_dict(), policy.model.state_dict())
+        assert loaded.generation_config.eos_token_id == ends
+        assert checkpoint.config.provenance["policy"] == "merged from FSDP shards"
+        expected = "<think> this generated policy follows a script</think><REF_POS>"
+        assert answer_of(checkpoint).response.text == expected
+
+    @pytest.mark.parametrize("with_head", [True, False])
+    def test_a_policy_with_tied_embeddings_in_shards_stays_tied(
+        self, public_directory, sam_file, tmp_path, monkeypatch, with_head
+    ):
+        tied = dataclasses.replace(POLICY_SIZES["tiny"], tie_word_embeddings=True)
+        monkeypatch.setitem(POLICY_SIZES, "tied", tied)
+        policy = generate_policy("tied", seed=11)
+        shutil.rmtree(public_directory / "huggingface")
+        policy.save(public_directory / "huggingface")
+        weights = policy.model.state_dict()
+        assert "lm_head.weight" in weights
+        if not with_head:
+            del weights["lm_head.weight"]
+        replace_weights_by_shards(public_directory, weights)
+
+        checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+        loaded = AutoModelForImageTextToText.from_pretrained(checkpoint.policy_path)
+        assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+        assert_same(loaded.state_dict(), policy.model.state_dict())
+
+    def test_the_prompt_that_it_was_trained_with_is_stored(
+        self, public_directory, sam_file, tmp_path
+    ):
+        options = ConversionOptions(prompt=PROMPT)
+        checkpoint = checkpoint_from_public_training(
+            public_directory, sam_file, tmp_path / "c", options
+        )
+        assert checkpoint.config.prompt.text == PROMPT
+
+    def test_the_steps_are_announced(self, public_directory, sam_file, tuned_policy, tmp_path):
+        steps = []
+        checkpoint_from_public_training(
+            public_directory, sam_file, tmp_path / "a", progress=steps.append
+        )
+        weights = AutoModelForImageTextToText.from_pretrained(tuned_policy).state_dict()
+        replace_weights_by_shards(public_directory, weights)
+        checkpoint_from_public_training(
+            public_directory, sam_file, tmp_path / "b", progress=steps.append
+        )
+        first = "read SAM and the trained modules"
+        assert steps == [
+            *(first, "load policy", "write checkpoint"),
+            *(first, "merge 2 FSDP shards", "write checkpoint"),
+        ]
+
+    def test_a_missing_rank_is_named(self, public_directory, sam_file, tuned_policy, tmp_path):
+        weights = AutoModelForImageTextToText.from_pretrained(tuned_policy).state_dict()
+        replace_weights_by_shards(public_directory, weights)
+        (public_directory / "model_world_size_2_rank_1.pt").unlink()
+        with pytest.raises(ConversionError, match=r"lacks model_world_size_2_rank_1\.pt"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+        assert not (tmp_path / "c").exists()
+
+    def test_a_policy_without_weights_or_shards_is_refused(
+        self, public_directory, sam_file, tmp_path
+    ):
+        replace_weights_by_shards(public_directory, {}, world_size=0)
+        with pytest.raises(ConversionError, match=r"neither .*huggingface holds weights"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+    def test_a_directory_without_its_parts_is_refused(self, public_directory, sam_file, tmp_path):
+        shutil.rmtree(public_directory / "huggingface")
+        with pytest.raises(ConversionError, match=r"holds no huggingface/"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+        (public_directory / "refseg_modules.pt").unlink()
+        with pytest.raises(ConversionError, match=r"no file .*refseg_modules\.pt"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+    @pytest.mark.parametrize("name", ["heatmap_head.q_proj.weight", "heatmap_head.fuser.0.weight"])
+    def test_modules_without_a_head_are_refused_under_their_public_names(
+        self, public_directory, sam_file, trained_tensors, tmp_path, name
+    ):
+        lacking = {n: t for n, t in public_names(trained_tensors).items() if n != name}
+        torch.save(lacking, public_directory / "refseg_modules.pt")
+        with pytest.raises(ConversionError, match=f"holds no {name}"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+    def test_modules_of_another_size_than_sam_are_named(
+        self, public_directory, sam_file, trained_tensors, tmp_path
+    ):
+        tensors = public_names(trained_tensors)
+        tensors["mask_decoder.mask_tokens.weight"] = torch.zeros(3, 64)
+        torch.save(tensors, public_directory / "refseg_modules.pt")
+        with pytest.raises(CheckpointError, match=r"mask_tokens\.weight is \(3, 64\), not \(4, 64"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+        assert not (tmp_path / "c").exists()
+
+    def test_a_policy_that_never_knew_the_token_is_refused(
+        self, public_directory, sam_file, untuned_policy, tmp_path
+    ):
+        shutil.rmtree(public_directory / "huggingface")
+        shutil.copytree(untuned_policy, public_directory / "huggingface")
+        with pytest.raises(ConversionError, match="has no <REF_POS>"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+    def test_a_policy_of_another_width_than_the_query_head_is_refused(
+        self, public_directory, sam_file, trained_tensors, tmp_path
+    ):
+        tensors = public_names(trained_tensors)
+        tensors["heatmap_head.q_proj.weight"] = torch.zeros(64, 32)
+        torch.save(tensors, public_directory / "refseg_modules.pt")
+        with pytest.raises(ConversionError, match="32"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+    def test_a_policy_whose_weights_do_not_fit_is_refused(
+        self, public_directory, sam_file, tmp_path
+    ):
+        file = public_directory / "huggingface" / "model.safetensors"
+        weights = load_file(file)
+        del weights["lm_head.weight"]
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ConversionError, match="missing keys"):
+            checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+
+
+class TestRandomCheckpoint:
+    def test_equal_seeds_give_equal_checkpoints(self, tiny_checkpoint, tmp_path):
+        again = random_checkpoint(tmp_path / "again")
+        other = random_checkpoint(tmp_path / "other", options=ConversionOptions(seed=1))
+        fingerprint = read_checkpoint(tiny_checkpoint).fingerprint()
+        assert again.fingerprint() == fingerprint
+        assert other.fingerprint() != fingerprint
+
+    @pytest.mark.parametrize("size", ["tiny", "tiny-llava"])
+    def test_a_tiny_checkpoint_is_whole_and_answers(self, size, request):
+        name = "tiny_checkpoint" if size == "tiny" else "tiny_llava_checkpoint"
+        checkpoint = read_checkpoint(request.getfixturevalue(name))
+        assert checkpoint.config.model.sam == SAM_SIZES["tiny"]
+        assert checkpoint.config.policy_image == POLICY_SIZES[size].image_limits
+        assert "mean nothing" in checkpoint.config.provenance["note"]
+        load_segmentation_model(checkpoint)
+        result = answer_of(checkpoint)
+        assert result.response.text.endswith("</think><REF_POS>")
+        assert result.concentrations.shape == (1, checkpoint.config.model.policy_width)
+
+    def test_every_weight_shows(self):
+        config = SegmentationConfig(policy_width=8, sam=SAM_SIZES["tiny"])
+        tensors = random_tensors(config, seed=0)
+        assert {n: tuple(t.shape) for n, t in tensors.items()} == expected_shapes(config)
+        silent = [name for name, tensor in tensors.items() if not tensor.any()]
+        # Biases of normalizations start at zero in every implementation.
+        assert [name for name in silent if not name.endswith("bias")] == []
+
+    def test_drawing_leaves_the_random_state_of_the_caller_alone(self):
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        random_tensors(SegmentationConfig(policy_width=8, sam=SAM_SIZES["tiny"]), seed=5)
+        generate_policy("tiny", seed=5)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_an_unknown_size_is_answered_with_those_that_exist(self, tmp_path):
+        with pytest.raises(ValueError, match=r"sam is 'vit_x'; .*vit_b, vit_l, vit_h, tiny"):
+            random_checkpoint(tmp_path / "c", sam_size="vit_x")
+        with pytest.raises(ValueError, match=r"policy-size is '8b'; .*3b, 7b, llava-7b, llava-13b"):
+            random_checkpoint(tmp_path / "c", policy_size="8b")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_steps_are_announced(self, tmp_path):
+        steps = []
+        random_checkpoint(tmp_path / "c", progress=steps.append)
+        assert steps == [
+            "generate the tiny policy",
+            "generate the tiny segmentation path",
+            "write checkpoint",
+        ]

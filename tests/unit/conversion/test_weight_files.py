@@ -1,0 +1,394 @@
+"""Reading files of other projects: what is accepted, and what is refused without being run."""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from coprs_deploy.architecture import SAM_SIZES, SamConfig, SegmentationConfig
+from coprs_deploy.checkpoint import expected_shapes
+from coprs_deploy.conversion.weight_files import (
+    find_shards,
+    merge_shards,
+    read_sam,
+    read_state_dict,
+    sam_config_from_shapes,
+)
+from coprs_deploy.errors import ConversionError
+from coprs_deploy.specs import Geometry
+
+
+def sam_shapes(config):
+    shapes = expected_shapes(SegmentationConfig(policy_width=8, sam=config))
+    return {name: shape for name, shape in shapes.items() if not name.startswith("prior.")}
+
+
+@st.composite
+def sam_configs(draw):
+    heads, patch = draw(st.integers(1, 3)), 4 * draw(st.integers(1, 3))
+    depth, grid = draw(st.integers(1, 4)), draw(st.integers(2, 6))
+    windowed = draw(st.integers(0, depth - 1))  # at least one block shows the window's size
+    others = [block for block in range(depth) if block != windowed]
+    global_blocks = draw(st.sets(st.sampled_from(others))) if others else ()
+    return SamConfig(
+        encoder_width=heads * 4 * draw(st.integers(1, 3)),
+        encoder_depth=depth,
+        encoder_heads=heads,
+        global_attention_blocks=tuple(sorted(global_blocks)),
+        window_size=draw(st.integers(1, grid - 1)),
+        mlp_ratio=float(draw(st.integers(1, 4))),
+        mask_prompt_channels=4 * draw(st.integers(1, 3)),
+        decoder_depth=draw(st.integers(1, 2)),
+        decoder_mlp_width=draw(st.integers(1, 9)),
+        num_masks=draw(st.integers(1, 4)),
+        iou_head_width=draw(st.integers(1, 9)),
+        geometry=Geometry(
+            image_size=grid * patch,
+            patch_size=patch,
+            embedding_channels=16 * draw(st.integers(1, 3)),
+        ),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(sam_configs())
+def test_the_sizes_of_a_sam_are_read_off_its_shapes(config):
+    assert sam_config_from_shapes(sam_shapes(config)) == config
+
+
+@pytest.mark.parametrize("size", ["vit_b", "vit_l", "vit_h"])
+def test_the_public_sizes_are_read_off_their_shapes(size):
+    assert sam_config_from_shapes(sam_shapes(SAM_SIZES[size])) == SAM_SIZES[size]
+
+
+def test_a_sam_file_gives_its_sizes_and_its_weights(sam_file, sam_config, sam_tensors):
+    config, tensors = read_sam(sam_file)
+    assert config == sam_config
+    assert tensors.keys() == sam_tensors.keys()
+    assert all(torch.equal(tensors[name], sam_tensors[name]) for name in tensors)
+
+
+def test_the_old_file_format_is_read_too(tmp_path):
+    path = tmp_path / "old.pth"
+    weight = torch.arange(6.0)
+    torch.save({"weight": weight}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read_state_dict(path)["weight"], weight)
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+def write_with_torch(data, path):
+    torch.save(data, path)
+
+
+def write_in_the_old_format(data, path):
+    torch.save(data, path, _use_new_zipfile_serialization=False)
+
+
+def write_a_plain_pickle(data, path):
+    path.write_bytes(pickle.dumps(data))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's note on a plain pickle
+@pytest.mark.parametrize("write", [write_with_torch, write_in_the_old_format, write_a_plain_pickle])
+def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, write):
+    path, victim = tmp_path / "sam.pth", tmp_path / "victim"
+    write({"weight": torch.zeros(2), "more": Malicious(victim)}, path)
+    with pytest.raises(ConversionError) as caught:
+        read_state_dict(path)
+    assert not victim.exists()
+    message = str(caught.value)
+    assert str(path) in message
+    assert "save its state dict alone" in message
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert victim.exists() or write is write_a_plain_pickle  # the file was really armed
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 0.5, 0.9, -1])
+def test_a_file_that_was_cut_short_is_named(tmp_path, sam_file, kept):
+    whole = sam_file.read_bytes()
+    end = int(kept * len(whole)) if isinstance(kept, float) else kept
+    path = tmp_path / "cut.pth"
+    path.write_bytes(whole[:end])
+    with pytest.raises(ConversionError, match=r"cut\.pth"):
+        read_state_dict(path)
+
+
+OTHER_KINDS = {
+    "web page": b"<html>404</html>",
+    "picture": b"\x89PNG\r\n\x1a\n" + bytes(64),
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("content", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_file_of_another_kind_is_named(tmp_path, content):
+    path = tmp_path / "sam.pth"
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match=r"sam\.pth"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_file_of_another_kind_is_said_to_be_none_of_pytorch(tmp_path, content):
+    path = tmp_path / "sam.pth"
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match="is not a PyTorch file") as caught:
+        read_state_dict(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(ConversionError, match=f"there is no file {path}"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.zeros(1)], "holds a list, not a dictionary of tensors"),
+        ({}, "holds a dict, not a dictionary of tensors"),
+        (torch.zeros(1), "holds a Tensor, not a dictionary of tensors"),
+        ({"model": {"w": torch.zeros(1)}}, "holds 'model', which is no tensor; accepted: a flat"),
+        ({"w": torch.zeros(1), "epoch": 3}, "holds 'epoch', which is no tensor"),
+    ],
+)
+def test_a_file_without_a_flat_state_dict_is_refused(tmp_path, data, message):
+    path = tmp_path / "weights.pth"
+    torch.save(data, path)
+    with pytest.raises(ConversionError, match=message):
+        read_state_dict(path)
+
+
+def test_weights_of_another_model_are_no_sam(tmp_path):
+    path = tmp_path / "resnet.pth"
+    torch.save({"layer1.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}, path)
+    with pytest.raises(ConversionError, match=r"not a SAM checkpoint .* fc.bias, layer1.weight"):
+        read_sam(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_encoder.pos_embed",
+        "image_encoder.blocks.0.mlp.lin1.weight",
+        "image_encoder.neck.0.weight",
+        "prompt_encoder.mask_downscaling.3.weight",
+        "mask_decoder.mask_tokens.weight",
+    ],
+)
+def test_a_sam_without_a_part_is_refused(tmp_path, sam_tensors, name):
+    path = tmp_path / "sam.pth"
+    torch.save({n: t for n, t in sam_tensors.items() if n != name}, path)
+    with pytest.raises(ConversionError, match="not a SAM checkpoint"):
+        read_sam(path)
+
+
+@contextlib.contextmanager
+def rank_of(world_size, rank):
+    """Be one rank of a process group that never communicates."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def write_shards(directory, tensors, world_size, mesh_shape=None, placements=None):
+    """Write what FSDP saves on each rank: DTensors of the rank's part, split as Shard splits."""
+    mesh_shape = mesh_shape or (world_size,)
+    placements = placements or (*[Replicate()] * (len(mesh_shape) - 1), Shard(0))
+    for rank in range(world_size):
+        with rank_of(world_size, rank):
+            mesh = init_device_mesh("cpu", mesh_shape)
+            state = {}
+            for name, tensor in tensors.items():
+                local = tensor
+                for dimension, placement in enumerate(placements):
+                    if placement.is_shard():
+                        count = mesh_shape[dimension]
+                        parts = list(local.chunk(count, placement.dim))
+                        parts += [parts[0].narrow(placement.dim, 0, 0)] * (count - len(parts))
+                        local = parts[mesh.get_coordinate()[dimension]]
+                state[name] = DTensor.from_local(
+                    local.clone(memory_format=torch.contiguous_format),
+                    mesh,
+                    placements,
+                    run_check=False,
+                    shape=tensor.shape,
+                    stride=tensor.stride(),
+                )
+            torch.save(state, directory / f"model_world_size_{world_size}_rank_{rank}.pt")
+
+
+@pytest.fixture
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "even": torch.randn(8, 3, generator=generator),
+        "uneven": torch.randn(7, 3, generator=generator),
+        "fewer_rows_than_ranks": torch.randn(2, 5, generator=generator),
+        "bias": torch.randn(4, generator=generator).bfloat16(),
+    }
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert type(found[name]) is torch.Tensor
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_merged_shards_are_the_whole_weights(tmp_path, weights, world_size):
+    write_shards(tmp_path, weights, world_size)
+    paths = find_shards(tmp_path)
+    assert [path.name for path in paths] == [
+        f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)
+    ]
+    assert_same(merge_shards(paths), weights)
+
+
+def test_shards_of_the_second_dimension_are_merged_along_it(tmp_path, weights):
+    matrices = {name: t for name, t in weights.items() if t.ndim == 2}
+    write_shards(tmp_path, matrices, 2, placements=(Shard(1),))
+    assert_same(merge_shards(find_shards(tmp_path)), matrices)
+
+
+def test_replicated_shards_are_merged_once(tmp_path, weights):
+    write_shards(tmp_path, weights, 4, mesh_shape=(2, 2))  # HSDP: two replicas of two shards
+    assert_same(merge_shards(find_shards(tmp_path)), weights)
+
+
+def test_unsharded_tensors_are_taken_from_the_first_rank(tmp_path, weights):
+    for rank in range(2):
+        torch.save(weights, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+    assert_same(merge_shards(find_shards(tmp_path)), weights)
+    replicated = tmp_path / "replicated"
+    replicated.mkdir()
+    write_shards(replicated, weights, 2, placements=(Replicate(),))
+    assert_same(merge_shards(find_shards(replicated)), weights)
+
+
+def test_ranks_are_ordered_by_number_not_by_name(tmp_path):
+    whole = {"weight": torch.arange(24.0).reshape(12, 2)}
+    write_shards(tmp_path, whole, 12)  # rank_10 sorts before rank_2 as text
+    assert_same(merge_shards(find_shards(tmp_path)), whole)
+
+
+def test_tensor_parallel_shards_are_refused(tmp_path, weights):
+    matrices = {"even": weights["even"]}
+    write_shards(tmp_path, matrices, 4, mesh_shape=(2, 2), placements=(Shard(0), Shard(1)))
+    with pytest.raises(ConversionError, match=r"even is split as .*; supported: sharded over the"):
+        merge_shards(find_shards(tmp_path))
+
+
+def test_the_first_missing_rank_is_named(tmp_path, weights):
+    write_shards(tmp_path, weights, 4)
+    (tmp_path / "model_world_size_4_rank_1.pt").unlink()
+    (tmp_path / "model_world_size_4_rank_3.pt").unlink()
+    with pytest.raises(ConversionError, match=r"lacks model_world_size_4_rank_1\.pt \(2 of 4"):
+        find_shards(tmp_path)
+
+
+def test_shards_of_two_runs_are_not_mixed(tmp_path, weights):
+    write_shards(tmp_path, weights, 2)
+    write_shards(tmp_path, weights, 3)
+    with pytest.raises(ConversionError, match=r"world sizes \[2, 3\]: keep one set"):
+        find_shards(tmp_path)
+
+
+def test_a_directory_without_shards_has_none(tmp_path):
+    (tmp_path / "optim_world_size_2_rank_0.pt").touch()
+    (tmp_path / "model_world_size_2_rank_0.pt.tmp").touch()
+    assert find_shards(tmp_path) == []
+
+
+def test_a_rank_with_other_tensors_is_named(tmp_path, weights):
+    write_shards(tmp_path, weights, 2)
+    torch.save({"even": torch.zeros(4, 3)}, tmp_path / "model_world_size_2_rank_1.pt")
+    with pytest.raises(ConversionError, match=r"rank_1\.pt holds other tensors than .*rank_0\.pt"):
+        merge_shards(find_shards(tmp_path))
+
+
+def test_a_part_that_is_too_short_is_refused(tmp_path, weights):
+    write_shards(tmp_path, {"even": weights["even"]}, 2)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_shards(elsewhere, {"even": weights["even"][:4]}, 2)
+    (elsewhere / "model_world_size_2_rank_1.pt").replace(tmp_path / "model_world_size_2_rank_1.pt")
+    with pytest.raises(ConversionError, match=r"even has shape \(6, 3\) when merged, not \(8, 3\)"):
+        merge_shards(find_shards(tmp_path))
+
+
+@pytest.mark.parametrize("values", [([1], [1]), (3, 3)])
+def test_a_shard_that_holds_no_tensor_is_refused(tmp_path, values):
+    for rank, value in enumerate(values):
+        torch.save({"weight": value}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+    with pytest.raises(ConversionError, match=r"weight is a (list|int), which cannot be merged"):
+        merge_shards(find_shards(tmp_path))
+
+
+def test_a_shard_that_would_run_code_is_refused_and_not_run(tmp_path):
+    victim = tmp_path / "victim"
+    for rank in range(2):
+        torch.save({"w": Malicious(victim)}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+    with pytest.raises(ConversionError, match=r"rank_0\.pt is refused"):
+        merge_shards(find_shards(tmp_path))
+    assert not victim.exists()
+
+
+FSDP_SCRIPT = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, directory = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+    if rank == 0:
+        torch.save(model.state_dict(), f"{directory}/whole.pt")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    torch.save(model.state_dict(), f"{directory}/model_world_size_2_rank_{rank}.pt")
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_shards_that_fsdp_wrote_in_two_processes_are_merged(tmp_path):
+    script = textwrap.dedent(FSDP_SCRIPT)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)])
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert_same(merge_shards(find_shards(tmp_path)), whole)

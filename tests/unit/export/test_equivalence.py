@@ -1,0 +1,262 @@
+"""The equivalence check itself: what it lets pass, and what it must not."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from coprs_deploy.engines.runner import Runner
+from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.export.equivalence import (
+    TOLERANCES,
+    Tolerance,
+    compare_stages,
+    mask_iou,
+    require_equivalence,
+    sample_inputs,
+)
+from coprs_deploy.export.exporter import ATTENTION_FORMS
+from coprs_deploy.specs import GRAPH_NAMES, Geometry, graph_specs
+
+GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
+SPECS = graph_specs(GEOMETRY, policy_width=6)
+LIMITS = {
+    name: Tolerance(1e-3, 1e-5, 0.999, 0.99 if name in ("mask_decoder", "end_to_end") else None, "")
+    for name in (*GRAPH_NAMES, "end_to_end")
+}
+
+
+@dataclass(frozen=True)
+class HostTensor:
+    """An array as a tensor of a runner."""
+
+    values: np.ndarray
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return str(self.values.dtype)
+
+    def numpy(self):
+        return self.values
+
+
+class FunctionRunner(Runner):
+    """A stage that is a function of the sums of its inputs, with an error added on top."""
+
+    opened = 0
+
+    def __init__(self, name, error):
+        super().__init__(SPECS[name], "function")
+        self.error = error
+        type(self).opened += 1
+
+    def _run(self, inputs):
+        arrays = [v if isinstance(v, np.ndarray) else v.numpy() for v in inputs.values()]
+        spec = self.spec.outputs[0]
+        seed = np.float32(sum(float(np.tanh(np.abs(a.astype(np.float64)).mean())) for a in arrays))
+        ramp = np.linspace(-1, 1, int(np.prod(spec.shape)), dtype=np.float32).reshape(spec.shape)
+        return {spec.name: HostTensor(self.error(ramp * (2 + seed)))}
+
+    def close(self):
+        type(self).opened -= 1
+
+
+def exact(values):
+    return values
+
+
+def opener(**errors):
+    return lambda name: FunctionRunner(name, errors.get(name, exact))
+
+
+def compare(**errors):
+    samples = sample_inputs(GEOMETRY, 6)
+    records = compare_stages(opener(), opener(**errors), samples, LIMITS)
+    return {record.graph: record for record in records}
+
+
+def test_equal_stages_pass_with_nothing_between_them():
+    records = compare()
+    assert list(records) == ["image_encoder", "prior", "mask_decoder", "end_to_end"]
+    for record in records.values():
+        assert record.passed
+        assert (record.max_abs, record.relative, record.mean_signed) == (0, 0, 0)
+        assert record.cosine == pytest.approx(1)
+        assert record.inputs == 3
+    assert [r.mask_iou for r in records.values()] == [None, None, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("graph", GRAPH_NAMES)
+def test_an_error_is_seen_in_its_own_graph_and_in_the_chain(graph):
+    records = compare(**{graph: lambda values: values * np.float32(1.1)})
+    assert {name for name, record in records.items() if not record.passed} >= {graph}
+    assert all(records[name].passed for name in GRAPH_NAMES if name != graph)
+    assert records[graph].relative == pytest.approx(0.1, rel=1e-3)  # float32 of 1.1
+    assert records["end_to_end"].max_abs > 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("graph", GRAPH_NAMES)
+def test_a_single_value_that_is_not_finite_fails(graph, value):
+    def spoil(values):
+        spoiled = values.copy()
+        spoiled.flat[3] = value
+        return spoiled
+
+    with np.errstate(invalid="ignore"):
+        assert not compare(**{graph: spoil})[graph].passed
+
+
+def test_a_reference_that_is_not_finite_fails():
+    samples = sample_inputs(GEOMETRY, 6)
+    spoiled = opener(prior=lambda values: values * np.float32(np.nan))
+    with np.errstate(invalid="ignore"):
+        records = compare_stages(spoiled, opener(), samples, LIMITS)
+    assert not records[1].passed
+
+
+def test_a_shift_in_one_direction_fails_inside_the_largest_difference():
+    def shift(values):
+        return values + np.float32(1e-4)
+
+    def shake(values):
+        return values + np.float32(1e-4) * np.where(np.arange(values.size) % 2, 1, -1).reshape(
+            values.shape
+        ).astype(np.float32)
+
+    shifted, shaken = compare(prior=shift)["prior"], compare(prior=shake)["prior"]
+    assert shifted.relative == pytest.approx(shaken.relative, rel=0.01)  # float32 rounding
+    assert shifted.mean_signed > 10 * abs(shaken.mean_signed)
+    assert shaken.passed
+    assert not shifted.passed
+    assert compare(prior=lambda values: values - np.float32(1e-4))["prior"].mean_signed < 0
+
+
+def test_the_worst_sample_counts():
+    calls = []
+
+    def worse_every_time(values):
+        calls.append(None)
+        return values * np.float32(1 + 1e-4 * len(calls))
+
+    assert compare(prior=worse_every_time)["prior"].relative == pytest.approx(3e-4, rel=0.01)
+
+
+def test_masks_that_overlap_too_little_fail_whatever_the_logits():
+    tolerances = {**LIMITS, "mask_decoder": Tolerance(10, 10, -1, 0.99, "only the masks count")}
+    samples = sample_inputs(GEOMETRY, 6)
+
+    def flip_some(values):
+        return np.where(np.arange(values.size).reshape(values.shape) % 10 == 0, -values, values)
+
+    records = compare_stages(opener(), opener(mask_decoder=flip_some), samples, tolerances)
+    assert records[2].mask_iou == pytest.approx(0.818, abs=0.01)  # one cell in ten is flipped
+    assert not records[2].passed
+
+
+def test_a_turned_output_fails_by_its_cosine():
+    tolerances = {**LIMITS, "prior": Tolerance(10, 10, 0.9, None, "only the direction counts")}
+    samples = sample_inputs(GEOMETRY, 6)
+    turned = opener(prior=lambda values: -values)
+    records = compare_stages(opener(), turned, samples, tolerances)
+    assert records[1].cosine == pytest.approx(-1)
+    assert not records[1].passed
+
+
+def test_outputs_that_are_zero_everywhere_agree():
+    def silent(values):
+        return np.zeros_like(values)
+
+    samples = sample_inputs(GEOMETRY, 6)
+    both = compare_stages(opener(prior=silent), opener(prior=silent), samples, LIMITS)
+    one = compare_stages(opener(), opener(prior=silent), samples, LIMITS)
+    assert both[1].passed
+    assert not one[1].passed
+
+
+def test_one_graph_is_open_at_a_time_and_none_after():
+    most = []
+
+    def watch(values):
+        most.append(FunctionRunner.opened)
+        return values
+
+    FunctionRunner.opened = 0
+    compare(**dict.fromkeys(GRAPH_NAMES, watch))
+    assert set(most) == {1}
+    assert FunctionRunner.opened == 0
+
+
+def test_each_step_is_announced():
+    steps = []
+    compare_stages(opener(), opener(), sample_inputs(GEOMETRY, 6), LIMITS, steps.append)
+    assert steps == [f"{who} {name}" for name in GRAPH_NAMES for who in ("reference", "candidate")]
+
+
+def test_the_error_names_each_failing_graph_with_numbers_and_limits():
+    samples = sample_inputs(GEOMETRY, 6)
+    candidate = opener(mask_decoder=lambda values: values * np.float32(1.1))
+    records = compare_stages(opener(), candidate, samples, LIMITS)
+    with pytest.raises(EquivalenceError) as caught:
+        require_equivalence(records, LIMITS)
+    message = str(caught.value)
+    assert caught.value.exit_code == 1
+    assert "mask_decoder: relative 1.00e-01, mean " in message
+    assert "mask IoU 1.00000 (allowed: 1e-03, 1e-05, 0.999, mask IoU 0.99)" in message
+    assert "end_to_end: relative" in message
+    assert "image_encoder" not in message
+    assert "prior:" not in message
+
+
+def test_records_that_pass_raise_nothing():
+    require_equivalence(tuple(compare().values()), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "iou"),
+    [
+        ([1, 1, -1, -1], [1, 1, -1, -1], 1.0),
+        ([1, 1, -1, -1], [-1, 1, 1, -1], 1 / 3),
+        ([1, 1, -1, -1], [-1, -1, 1, 1], 0.0),
+        ([-1, -1, -1, -1], [-1, -1, -1, -1], 1.0),
+        ([-1, -1, -1, -1], [-1, 1, -1, -1], 0.0),
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0),
+        ([0, 1, 0, 0], [1, 1, 0, 0], 0.5),
+    ],
+)
+def test_mask_iou_thresholds_above_zero_and_takes_empty_masks_for_equal(first, second, iou):
+    arrays = (np.array(x, dtype=np.float32).reshape(1, 1, 2, 2) for x in (first, second))
+    assert mask_iou(*arrays) == pytest.approx(iou)
+
+
+def test_samples_differ_in_padding_content_and_concentration():
+    samples = sample_inputs(GEOMETRY, 6, num_targets=3)
+    sizes = [tuple(sample.prepared.unpadded_size) for sample in samples]
+    assert sizes == [(18, 32), (32, 20), (32, 32)]
+    assert [sample.concentration.shape for sample in samples] == [(3, 6)] * 3
+    assert len({sample.concentration.tobytes() for sample in samples}) == 3
+    assert len({sample.prepared.image.tobytes() for sample in samples}) == 3
+
+
+def test_equal_seeds_give_equal_samples():
+    first, again, other = (sample_inputs(GEOMETRY, 6, seed=seed) for seed in (0, 0, 1))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert np.array_equal(a.prepared.image, b.prepared.image)
+        assert np.array_equal(a.concentration, b.concentration)
+        assert not np.array_equal(a.prepared.image, c.prepared.image)
+
+
+@pytest.mark.parametrize("key", TOLERANCES, ids=" ".join)
+def test_every_tolerance_has_a_reason_and_can_fail(key):
+    table = TOLERANCES[key]
+    assert set(table) == {*GRAPH_NAMES, "end_to_end"}
+    assert key[0] in ATTENTION_FORMS
+    for name, tolerance in table.items():
+        assert tolerance.reason
+        assert 0 < tolerance.mean_signed <= tolerance.relative < 0.1
+        assert 0.9 < tolerance.cosine < 1
+        assert (tolerance.mask_iou is not None) == (name in ("mask_decoder", "end_to_end"))

@@ -1,0 +1,307 @@
+"""From checkpoint to bundle: what is written, what is proven, and what is left when proof fails."""
+
+import importlib.metadata
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from coprs_deploy.artifacts import record_files
+from coprs_deploy.bundle import open_bundle, read_manifest
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.engines import RunnerOptions, Stages, open_graph
+from coprs_deploy.engines.torch_runner import TorchRunner
+from coprs_deploy.errors import ArtifactError, CheckpointError, EquivalenceError
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter
+from coprs_deploy.export.equivalence import TOLERANCES, Tolerance
+from coprs_deploy.images import prepare_image
+from coprs_deploy.specs import GRAPH_NAMES, TargetsProfile, graph_specs
+
+FP32 = ("onnxruntime", "fp32")
+
+
+def stages_of(bundle_path):
+    """Open the three graphs of a bundle."""
+    bundle = open_bundle(bundle_path)
+    return Stages(
+        {
+            name: open_graph("onnxruntime", bundle.graph_path(name), graph.spec, RunnerOptions())
+            for name, graph in bundle.manifest.graphs.items()
+        }
+    )
+
+
+def run(stages, scene, geometry, concentrations):
+    prepared = prepare_image(scene, geometry)
+    embedding = stages.encode(prepared)
+    priors = stages.priors(embedding, concentrations)
+    masks = stages.masks(embedding, priors, prepared.unpadded_size)
+    return [np.concatenate([chunk.numpy() for chunk in chunks]) for chunks in (priors, masks)]
+
+
+def reference(checkpoint_path, scene, concentrations):
+    """Run PyTorch's own stages, one target at a time."""
+    checkpoint = read_checkpoint(checkpoint_path)
+    model = load_segmentation_model(checkpoint)
+    specs = read_specs(checkpoint)
+    with Stages({n: TorchRunner(m, specs[n]) for n, m in model.stages().items()}) as stages:
+        return run(stages, scene, checkpoint.config.model.geometry, concentrations)
+
+
+def read_specs(checkpoint):
+    config = checkpoint.config.model
+    return graph_specs(config.geometry, config.policy_width)
+
+
+def concentrations_of(count):
+    return np.random.default_rng(5).standard_normal((count, 64), dtype=np.float32)
+
+
+@pytest.fixture
+def written_graphs(tiny_bundle, monkeypatch):
+    """Take the graphs of the tiny bundle instead of tracing them again, which takes seconds.
+
+    The dictionary that it gives maps a graph's name to a factor for its weights.
+    """
+    factors = {}
+
+    def copy_graph(module, spec, path, metadata):
+        model = onnx.load(tiny_bundle / f"{spec.name}.onnx")
+        for weight in model.graph.initializer:
+            values = numpy_helper.to_array(weight)
+            if values.dtype == np.float32:
+                values = values * np.float32(factors.get(spec.name, 1))
+                weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(exporter, "export_onnx_graph", copy_graph)
+    return factors
+
+
+class TestBundle:
+    def test_it_opens_and_holds_what_the_checkpoint_says(self, tiny_bundle, tiny_checkpoint):
+        manifest = open_bundle(tiny_bundle).manifest
+        checkpoint = read_checkpoint(tiny_checkpoint)
+        config = checkpoint.config
+        assert manifest.checkpoint_fingerprint == checkpoint.fingerprint()
+        assert manifest.checkpoint_note == config.provenance["note"]
+        assert manifest.geometry == config.model.geometry
+        assert manifest.policy.prompt == config.prompt
+        assert manifest.policy.width == config.model.policy_width == 64
+        assert manifest.policy.min_pixels == config.policy_image.min_pixels
+        assert manifest.policy.max_pixels == config.policy_image.max_pixels
+        assert manifest.gpu is None
+
+    def test_each_graph_is_described(self, tiny_bundle, tiny_checkpoint):
+        manifest = read_manifest(tiny_bundle)
+        assert list(manifest.graphs) == list(GRAPH_NAMES)
+        specs = read_specs(read_checkpoint(tiny_checkpoint))
+        for name, graph in manifest.graphs.items():
+            assert (graph.runtime, graph.precision, graph.file) == (*FP32, f"{name}.onnx")
+            assert graph.spec == specs[name]
+
+    def test_every_file_is_listed_and_the_policy_is_a_copy(self, tiny_bundle, tiny_checkpoint):
+        manifest = read_manifest(tiny_bundle)
+        assert manifest.policy.path == "policy"
+        assert manifest.policy.files == record_files(tiny_checkpoint / "policy")
+        listed = {file.path for file in manifest.files}
+        assert listed == {f"{name}.onnx" for name in GRAPH_NAMES}
+        on_disk = {p.relative_to(tiny_bundle).parts[0] for p in tiny_bundle.iterdir()}
+        assert on_disk == {*listed, "manifest.json", "policy"}
+
+    def test_the_toolchain_is_recorded(self, tiny_bundle):
+        toolchain = read_manifest(tiny_bundle).toolchain
+        for package in ("torch", "onnx", "onnxscript", "onnxruntime", "transformers"):
+            assert toolchain[package] == importlib.metadata.version(package)
+        assert toolchain["python"].startswith("3.")
+        assert "onnxruntime-gpu" not in toolchain
+
+    @pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_llava_bundle"])
+    def test_the_measured_equivalence_is_recorded_and_inside_the_tolerances(self, bundle, request):
+        records = read_manifest(request.getfixturevalue(bundle)).equivalence
+        assert [record.graph for record in records] == [*GRAPH_NAMES, "end_to_end"]
+        for record in records:
+            limit = TOLERANCES[FP32][record.graph]
+            assert record.passed
+            assert 0 < record.relative <= limit.relative  # 0 would mean that nothing was compared
+            assert record.max_abs > 0
+            assert abs(record.mean_signed) <= limit.mean_signed
+            assert limit.cosine <= record.cosine <= 1
+            assert record.inputs == 3
+        assert [record.mask_iou for record in records[:2]] == [None, None]
+
+    def test_the_graphs_compute_what_pytorch_computes(self, tiny_bundle, tiny_checkpoint, scene):
+        concentrations = concentrations_of(2)
+        with stages_of(tiny_bundle) as stages:
+            geometry = read_manifest(tiny_bundle).geometry
+            found = run(stages, scene, geometry, concentrations)
+        expected = reference(tiny_checkpoint, scene, concentrations)
+        for ours, theirs in zip(found, expected, strict=True):
+            limit = TOLERANCES[FP32]["end_to_end"].relative
+            assert np.abs(ours - theirs).max() <= limit * np.abs(theirs).max()
+        priors = expected[0]
+        assert np.abs(priors[0] - priors[1]).max() > 0.01 * np.abs(priors).max()
+
+    def test_the_manifest_is_plain_json_for_people(self, tiny_bundle):
+        text = (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
+        data = json.loads(text)
+        assert text.endswith("}\n")
+        assert data["schema_version"] == 1
+        assert data["graphs"]["prior"]["spec"]["inputs"][1] == {
+            "name": "concentration",
+            "dtype": "float32",
+            "shape": [1, 64],
+        }
+
+
+class TestReferredPolicy:
+    def test_a_policy_may_stay_where_it_is(self, tiny_checkpoint, tmp_path, written_graphs):
+        options = ExportOptions(copy_policy=False)
+        path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
+        policy = open_bundle(path).manifest.policy
+        assert policy.is_external
+        assert policy.path == str((tiny_checkpoint / "policy").resolve())
+        assert policy.files == record_files(tiny_checkpoint / "policy")
+        assert not (path / "policy").exists()
+
+
+class TestReport:
+    def test_steps_are_announced_and_timed_and_memory_is_measured(
+        self, tiny_checkpoint, tmp_path, written_graphs
+    ):
+        steps = []
+        report = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", progress=steps.append)
+        assert steps == [
+            "load checkpoint",
+            "fingerprint checkpoint",
+            *(f"export {name}" for name in GRAPH_NAMES),
+            *(f"check {who} {n}" for n in GRAPH_NAMES for who in ("reference", "candidate")),
+            "write bundle",
+        ]
+        assert list(report.seconds) == steps
+        assert all(seconds >= 0 for seconds in report.seconds.values())
+        model = load_segmentation_model(read_checkpoint(tiny_checkpoint))
+        assert report.weights_bytes == sum(4 * p.numel() for p in model.parameters())
+        assert report.weights_bytes < report.peak_bytes_export <= report.peak_bytes_total
+        assert report.bundle.manifest == read_manifest(tmp_path / "bundle")
+
+
+class TestTargets:
+    @pytest.fixture(scope="module")
+    @staticmethod
+    def export(tiny_checkpoint, tmp_path_factory):
+        """Export the tiny checkpoint for a number of targets, once for each."""
+        exported = {}
+
+        def exporter_of(text):
+            if text not in exported:
+                out = tmp_path_factory.mktemp("targets") / "bundle"
+                options = ExportOptions(targets=TargetsProfile.parse(text))
+                exported[text] = export_checkpoint(tiny_checkpoint, out, options).bundle.path
+            return exported[text]
+
+        return exporter_of
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("profile", ["1,2,4", "3"])
+    @pytest.mark.parametrize("count", [1, 2, 4, 5])
+    def test_any_number_of_targets_is_answered(
+        self, export, profile, count, tiny_checkpoint, scene
+    ):
+        path = export(profile)
+        concentrations = concentrations_of(count)
+        with stages_of(path) as stages:
+            found = run(stages, scene, read_manifest(path).geometry, concentrations)
+        expected = reference(tiny_checkpoint, scene, concentrations)
+        for ours, theirs in zip(found, expected, strict=True):
+            limit = TOLERANCES[FP32]["end_to_end"].relative * np.abs(theirs).max()
+            assert np.abs(ours[:count] - theirs).max() <= limit
+
+    @pytest.mark.slow
+    def test_a_profile_gives_a_symbolic_dimension_and_a_number_a_static_one(self, export):
+        ranged, fixed = (read_manifest(export(text)).graphs for text in ("1,2,4", "3"))
+        assert ranged["prior"].spec.inputs[1].shape == ("targets", 64)
+        assert ranged["prior"].spec.targets == TargetsProfile(1, 2, 4)
+        assert ranged["mask_decoder"].spec.outputs[0].shape == ("targets", 1, 64, 64)
+        assert fixed["prior"].spec.inputs[1].shape == (3, 64)
+        for graphs in (ranged, fixed):
+            assert graphs["image_encoder"].spec.outputs[0].shape == (1, 64, 16, 16)
+
+
+class TestProof:
+    @pytest.mark.parametrize("graph", GRAPH_NAMES)
+    def test_a_graph_with_other_weights_is_refused_and_nothing_is_written(
+        self, graph, tiny_checkpoint, tmp_path, written_graphs
+    ):
+        written_graphs[graph] = 1.01
+        with pytest.raises(EquivalenceError) as caught:
+            export_checkpoint(tiny_checkpoint, tmp_path / "bundle")
+        message = str(caught.value)
+        assert f"{graph}: relative " in message
+        limit = TOLERANCES[FP32][graph]
+        assert f"(allowed: {limit.relative:.0e}, {limit.mean_signed:.0e}" in message
+        assert not [n for n in GRAPH_NAMES if n != graph and f"{n}: relative" in message]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_stricter_table_is_obeyed(
+        self, tiny_checkpoint, tmp_path, monkeypatch, written_graphs
+    ):
+        impossible = Tolerance(0.0, 0.0, 1.0, None, "nothing is exactly equal")
+        monkeypatch.setitem(TOLERANCES, FP32, {**TOLERANCES[FP32], "image_encoder": impossible})
+        with pytest.raises(EquivalenceError, match=r"image_encoder: relative .* \(allowed: 0e\+00"):
+            export_checkpoint(tiny_checkpoint, tmp_path / "bundle")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_bundle_that_stood_there_survives_a_failed_export(
+        self, tiny_bundle, tiny_checkpoint, tmp_path, written_graphs
+    ):
+        out = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle, out)
+        before = record_files(out)
+        written_graphs["prior"] = 1.01
+        with pytest.raises(EquivalenceError):
+            export_checkpoint(tiny_checkpoint, out, ExportOptions(overwrite=True))
+        assert record_files(out) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+class TestPlace:
+    def test_a_bundle_is_replaced_only_when_asked(
+        self, tiny_bundle, tiny_checkpoint, tmp_path, written_graphs
+    ):
+        out = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle, out)
+        (out / "manifest.json").write_text("{}")
+        steps = []
+        with pytest.raises(ArtifactError, match="--overwrite"):
+            export_checkpoint(tiny_checkpoint, out, progress=steps.append)
+        assert steps == []
+        assert (out / "manifest.json").read_text() == "{}"
+        export_checkpoint(tiny_checkpoint, out, ExportOptions(overwrite=True))
+        assert open_bundle(out).manifest.checkpoint_fingerprint
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+    def test_a_directory_of_something_else_is_never_replaced(self, tiny_checkpoint, tmp_path):
+        (tmp_path / "cat.jpg").write_bytes(b"cat")
+        with pytest.raises(ArtifactError, match=r"holds no manifest\.json: it is not replaced"):
+            export_checkpoint(tiny_checkpoint, tmp_path, ExportOptions(overwrite=True))
+
+    def test_a_checkpoint_is_not_replaced_by_its_own_bundle(self, tiny_checkpoint):
+        with pytest.raises(ArtifactError, match="it is not replaced"):
+            export_checkpoint(tiny_checkpoint, tiny_checkpoint, ExportOptions(overwrite=True))
+
+    def test_a_missing_checkpoint_is_named(self, tmp_path):
+        with pytest.raises(CheckpointError, match="there is no checkpoint directory"):
+            export_checkpoint(tmp_path / "absent", tmp_path / "bundle")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"runtime": "tensorflow"}, {"precision": "fp4"}])
+def test_an_unknown_runtime_or_precision_is_answered_with_the_known_pairs(options):
+    with pytest.raises(
+        ValueError, match=r"runtime and precision are .*; accepted: onnxruntime fp32"
+    ):
+        ExportOptions(**options)
