@@ -313,6 +313,33 @@ def test_an_abandoned_request_does_not_change_the_next_answer(policy, ask, noise
     assert np.array_equal(found.concentrations, expected.concentrations)
 
 
+def test_streams_that_are_read_in_turns_do_not_touch_each_other(unscripted, scene, noise):
+    policy, _, _ = unscripted
+    requests = [
+        PolicyRequest(scene, "the red disc", max_new_tokens=12),
+        PolicyRequest(noise, "a blue square that stands left of it", max_new_tokens=12),
+    ]
+    alone = [list(policy.stream(request))[-1] for request in requests]
+    streams = [policy.stream(request) for request in requests]
+    last = {}
+    while len(last) < len(streams):
+        for number, stream in enumerate(streams):
+            event = next(stream, None)
+            if hasattr(event, "token_ids"):
+                last[number] = event
+    for number, expected in enumerate(alone):
+        assert last[number].token_ids == expected.token_ids
+
+
+def test_an_unread_stream_holds_up_no_other(policy, ask, noise):
+    unread = policy.stream(PolicyRequest(noise, "another thing", targets=2))
+    next(unread)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(ask, policy).result(timeout=60)[1]
+    assert found.stop_reason is StopReason.TARGETS_REACHED
+    assert list(unread)[-1].stop_reason is StopReason.TARGETS_REACHED
+
+
 def test_threads_that_ask_at_once_each_get_their_own_answer(policy, ask, scene, noise):
     questions = [
         {"instruction": instruction, "rgb": rgb, "targets": targets}
