@@ -103,12 +103,13 @@ def render(report: dict[str, Any]) -> str:
         "",
         "Memory is the peak of the whole process, in multiples of the float32 weights.",
         "",
-        "| | weights | convert | memory | export of 3 graphs | memory | check | memory with check |",
+        "| | weights | convert | memory | export, 3 graphs | memory | check | memory with check |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         lines.append(
-            f"| {row['sam']} | {row['weights_bytes'] / 1e6:,.0f} MB | {row['convert_seconds']:.0f} s "
+            f"| {row['sam']} | {row['weights_bytes'] / 1e6:,.0f} MB "
+            f"| {row['convert_seconds']:.0f} s "
             f"| {row['convert_peak_over_weights']:.2f} x | {row['export_seconds']:.0f} s "
             f"| {row['export_peak_over_weights']:.2f} x | {row['check_seconds']:.0f} s "
             f"| {row['total_peak_over_weights']:.2f} x |"

@@ -14,7 +14,7 @@ from coprs_deploy.cli.parser import SuggestingParser
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.version import __version__
 
-VERBS = ("segment", "export", "verify", "inspect", "convert", "bench", "doctor")
+VERBS = ("segment", "export", "verify", "inspect", "convert", "train", "bench", "doctor")
 
 DESCRIPTION = """Reasoning segmentation with CoPRS, deployed: a picture and an instruction become
 reasoning, a heatmap and a mask, through exported graphs."""

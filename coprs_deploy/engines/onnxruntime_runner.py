@@ -68,9 +68,11 @@ class OrtRunner(Runner):
                 f"{', '.join(ort.get_available_providers())}); {INSTALL[options.device_type]}"
             )
         settings = ort.SessionOptions()
-        # The pattern found in the first run would be allocated whole beside what that run left in
-        # the arena: ViT-H would hold 11.5 GB instead of 7.0 from its second image on.
+        # The CPU arena keeps what it took and grows in powers of two, and the pattern found in the
+        # first run is allocated whole beside it: ViT-H would hold 11.5 GB instead of 7.0 from its
+        # second image on, for the same time.
         settings.enable_mem_pattern = False
+        settings.enable_cpu_mem_arena = False
         if options.num_threads is not None:
             settings.intra_op_num_threads = options.num_threads
         provider_options = (

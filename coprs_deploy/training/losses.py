@@ -1,7 +1,7 @@
 """What training minimizes: segmentation losses on the mask grid, and cross-entropy on the response.
 
-Every loss is handed over as a :class:`Mean`, a sum and what to divide it by, so that a batch that is
-spread over several processes gives the same mean as the same batch in one.
+Every loss is handed over as a :class:`Mean`, a sum and what to divide it by, so that a batch that
+is spread over several processes gives the same mean as the same batch in one.
 """
 
 from __future__ import annotations

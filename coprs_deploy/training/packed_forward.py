@@ -19,6 +19,9 @@ from coprs_deploy.training.packing import PackedRows, attention_bias
 VISION_ROPE_THETA = 10_000.0
 """Base of the rotary frequencies of Qwen2.5-VL's vision tower."""
 
+VISION_EPS = 1e-6
+"""Added to the mean square in its norms."""
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of the rotary angles, each broadcastable to (B, heads, L, head_width)."""
@@ -74,6 +77,7 @@ def transformer_block(
     rotation: Rotation,
     bias: Tensor | None,
     weights: BlockWeights,
+    *,
     num_heads: int,
     eps: float,
     dtype: torch.dtype,
@@ -162,18 +166,22 @@ class PackedForward:
         features = self.image_features(images)
         embedded = F.embedding(rows.input_ids, self._language.embed_tokens.weight)
         stop_column = image_start + features.shape[1]
-        hidden = torch.cat(
-            [embedded[:, :image_start], features, embedded[:, stop_column:]], dim=1
-        )
+        hidden = torch.cat([embedded[:, :image_start], features, embedded[:, stop_column:]], dim=1)
         bias = attention_bias(rows.blocks, self._dtype)
         rotation = self._token_rotation(rows.positions)
         layers = self._language.layers
         eps = self._text.rms_norm_eps
         wanted = hidden
         for number, layer in enumerate(layers[:middle] if stop else layers, start=1):
-            weights = _language_weights(layer)
-            heads = self._text.num_attention_heads
-            hidden = self._block()(hidden, rotation, bias, weights, heads, eps, self._dtype)
+            hidden = self._block()(
+                hidden,
+                rotation,
+                bias,
+                _language_weights(layer),
+                num_heads=self._text.num_attention_heads,
+                eps=eps,
+                dtype=self._dtype,
+            )
             if number == middle:
                 wanted = hidden
         if stop:
@@ -191,12 +199,12 @@ class PackedForward:
                 self._vision_rotation,
                 None,
                 _vision_weights(block),
-                vision.num_heads,
-                1e-6,
-                self._dtype,
+                num_heads=vision.num_heads,
+                eps=VISION_EPS,
+                dtype=self._dtype,
             )
         merger = visual.merger
-        merged = rms_norm(hidden, merger.ln_q.weight, 1e-6)
+        merged = rms_norm(hidden, merger.ln_q.weight, VISION_EPS)
         merged = merged.reshape(hidden.shape[0], -1, merger.hidden_size)
         features: Tensor = merger.mlp(merged)
         return features.float()

@@ -8,7 +8,7 @@ has the hidden state that it would have alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
 from coprs_deploy.training.losses import IGNORED_LABEL
+
+Answered: TypeAlias = tuple[str, str | Sequence[int]]
+"""An instruction, and its response as text or as token ids."""
 
 PREFIX_BLOCK = 0
 PADDING_BLOCK = -1
@@ -31,7 +34,7 @@ class PackedRows(NamedTuple):
         blocks: int64 (B, L), which question a token belongs to.
         labels: int64 (B, L), the token that follows, where it is to be learned.
         references: int64 (N, 2), row and column of each ``<REF_POS>`` that is fed.
-        sources: int64 (N, 2), row and question of each of them; -1 where a question has none.
+        sources: int64 (N, 2), row and question of each of them.
     """
 
     input_ids: Tensor
@@ -96,16 +99,17 @@ class QuestionPacker:
         return self.pack([[] for _ in range(num_rows)], len(self.prefix))
 
     def pack(
-        self, questions: Sequence[Sequence[tuple[str, str]]], length: int | None = None
+        self, questions: Sequence[Sequence[Answered]], length: int | None = None
     ) -> PackedRows:
         """Lay out pairs of instruction and response.
 
         Args:
-            questions: the pairs of each image; a response ends with the end token when it is whole.
+            questions: the pairs of each image; a response, text or token ids, ends with the end
+                token when it is whole.
             length: L; questions that no longer fit are left out. None takes what is needed.
 
         Returns:
-            The rows; a question that was left out has no entry in ``sources``.
+            The rows.
         """
         rows = [self._row(pairs, length) for pairs in questions]
         width = length or max(len(row.ids) for row in rows)
@@ -133,14 +137,11 @@ class QuestionPacker:
             torch.tensor(sources, dtype=torch.int64).reshape(-1, 2),
         )
 
-    def encode_question(self, instruction: str, response: str) -> tuple[list[int], list[int]]:
-        """Encode what stands behind the image: the rest of the prompt, and the response."""
-        prompt = encode_prompt(
-            self._template, self._tokenizer, instruction, self._num_image_tokens
-        )
-        return prompt[len(self.prefix) :], list(self._tokenizer(response)["input_ids"])
+    def encode_prompt(self, instruction: str) -> list[int]:
+        """Encode a whole prompt, the image's tokens included."""
+        return encode_prompt(self._template, self._tokenizer, instruction, self._num_image_tokens)
 
-    def _row(self, pairs: Sequence[tuple[str, str]], length: int | None) -> _Row:
+    def _row(self, pairs: Sequence[Answered], length: int | None) -> _Row:
         row = _Row(
             list(self.prefix),
             [IGNORED_LABEL] * len(self.prefix),
@@ -149,8 +150,10 @@ class QuestionPacker:
             [],
         )
         for question, (instruction, response) in enumerate(pairs):
-            prompt, answer = self.encode_question(instruction, response)
-            tokens = prompt + answer
+            prompt = self.encode_prompt(instruction)[len(self.prefix) :]
+            is_text = isinstance(response, str)
+            answer = self._tokenizer(response)["input_ids"] if is_text else response
+            tokens = [*prompt, *answer]
             if length is not None and len(row.ids) + len(tokens) > length:
                 continue
             row = self._append(row, question, tokens, len(prompt))

@@ -21,6 +21,9 @@ from coprs_deploy.training.losses import SegmentationLossWeights
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
+FREE_TABLES = ("rate_factors", "gates", "kinds", "opening_kinds")
+"""Tables whose keys are not fields of a record."""
+
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
 
 
@@ -43,6 +46,7 @@ class SmallPolicy(Record, frozen=True):
         mrope_section: rotary frequencies for time, row and column; they add up to half a head.
         initializer_range: standard deviation of the starting weights.
         vocabulary_size: largest number of tokens.
+        max_response_tokens: longest response.
         instruction: what stands around an instruction in the prompt.
     """
 
@@ -60,6 +64,7 @@ class SmallPolicy(Record, frozen=True):
     mrope_section: tuple[int, int, int] = (2, 3, 11)
     initializer_range: float = 0.06
     vocabulary_size: int = 1024
+    max_response_tokens: int = 128
     instruction: str = "{instruction}"
 
     def __post_init__(self) -> None:
@@ -108,7 +113,6 @@ class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
         path: the checkpoint directory.
         policy: name of the policy's size, as ``coprs-deploy convert --random`` knows it.
         sam: name of SAM's size.
-        freeze_image_encoder: whether SAM's image encoder stays as it is (paper, 3.3).
         freeze_vision_tower: whether the policy's vision tower stays as it is.
         gradient_checkpointing: whether activations are computed twice to save memory.
     """
@@ -116,7 +120,6 @@ class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
     path: str
     policy: str
     sam: str
-    freeze_image_encoder: bool = True
     freeze_vision_tower: bool = False
     gradient_checkpointing: bool = True
 
@@ -127,14 +130,14 @@ class SceneData(Record, frozen=True, tag_field="kind", tag="scenes"):
     Attributes:
         tier: which world the scenes come from.
         training_scenes: how many different scenes are trained on.
-        held_out_scenes: how many others the finished model is judged on.
-        no_match_share: share of questions that nothing in the scene answers.
+        held_out_scenes: how many others the finished model is judged on, one question each.
+        no_match_scenes: how many more it is asked about something that is not there.
     """
 
     tier: Literal["plain", "full"] = "plain"
     training_scenes: int = 36_000
     held_out_scenes: int = 1024
-    no_match_share: float = 0.08
+    no_match_scenes: int = 256
 
 
 class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
@@ -208,9 +211,11 @@ class WarmUpPhase(Phase, frozen=True, tag_field="kind", tag="warm_up"):
 
     Attributes:
         language_layers: layers of the language model that take part.
+        compile: whether the transformer blocks are compiled.
     """
 
     language_layers: int = 2
+    compile: bool = False
 
 
 class SegmentationPhase(Phase, frozen=True, tag_field="kind", tag="segmentation"):
@@ -232,6 +237,9 @@ class SupervisedPhase(Phase, frozen=True, tag_field="kind", tag="supervised"):
 
     Attributes:
         questions_per_image: questions asked on one image at most.
+        kinds: weight of each kind of question; empty takes the tier's own.
+        opening_kinds: the same for the first steps, simple ones first.
+        opening_share: share of the steps that take ``opening_kinds``.
         packed_length: tokens of one image with its questions behind it; 0 gives each question a
             row of its own and takes the policy's own forward pass.
         reasoning_weight: of the cross-entropy on the response.
@@ -248,6 +256,9 @@ class SupervisedPhase(Phase, frozen=True, tag_field="kind", tag="supervised"):
     """
 
     questions_per_image: int = 4
+    kinds: dict[str, float] = {}
+    opening_kinds: dict[str, float] = {}
+    opening_share: float = 0.0
     packed_length: int = 0
     reasoning_weight: float = 1.0
     place_weight: float = 1.0
@@ -310,16 +321,14 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: the recipe is unknown, or a key or value is not accepted.
     """
-    data = _read(source)
-    recipe = _convert(data, f"the recipe {source}")
+    recipe = _convert(_read(source), f"the recipe {source}")
+    data = recipe.to_json()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, not {setting!r}")
-        data = recipe.to_json()
         _assign(data, key.strip(), _parse_value(text.strip()))
-        recipe = _convert(data, f"--set {setting}")
-    return recipe
+    return _convert(data, f"--set {' '.join(settings)}") if settings else recipe
 
 
 def changed_keys(one: Recipe, other: Recipe) -> list[str]:
@@ -358,7 +367,7 @@ def _assign(data: dict[str, Any], key: str, value: object) -> None:
     table: Any = data
     for part in parents:
         table = table.get(part) if isinstance(table, dict) else None
-    is_free = bool(parents) and parents[-1] in ("rate_factors", "gates")
+    is_free = bool(parents) and parents[-1] in FREE_TABLES
     if not isinstance(table, dict) or (last not in table and not is_free):
         known = [name for name, _ in _leaves(data)]
         raise ValueError(f"there is no key {key!r} in this recipe{_suggestion(key, known)}")

@@ -6,7 +6,9 @@ sizes are small, and the rotary frequencies fit a grid of few cells.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +56,27 @@ class PolicyParts:
     prompt: PromptTemplate
 
     def save(self, directory: Path, dtype: str) -> None:
-        """Write the transformers directory, its weights in ``dtype`` (as torch names it)."""
+        """Write the transformers directory.
+
+        Args:
+            directory: an existing empty one.
+            dtype: of the stored weights, as torch names it. The configuration keeps the dtype that
+                the policy was trained in: weights stored in half are computed with in full.
+        """
         import torch
 
-        wanted = getattr(torch, dtype)
-        stored = self.model.dtype
-        self.model.to(wanted)
+        trained_dtype = self.model.dtype
+        self.model.to(getattr(torch, dtype))
         try:
             with without_progress_bars():
                 self.model.save_pretrained(directory)
         finally:
-            self.model.to(stored)
+            self.model.to(trained_dtype)
+        config = deepcopy(self.model.config)
+        config.dtype = trained_dtype
+        for part in (config.text_config, config.vision_config):
+            part.dtype = trained_dtype
+        config.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.image_processor.save_pretrained(directory)
 
@@ -78,7 +90,7 @@ def prompt_template(sizes: SmallPolicy) -> PromptTemplate:
         ),
         image_token=IMAGE_TOKEN,
         max_prompt_tokens=sizes.grid_size**2 + 128,
-        max_response_tokens=256,
+        max_response_tokens=sizes.max_response_tokens,
     )
 
 
@@ -100,9 +112,7 @@ def build_small_policy(sizes: SmallPolicy, corpus: Iterable[str], seed: int) -> 
         model = Qwen2_5_VLForConditionalGeneration(small_config(sizes, tokenizer))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("proj.weight", "down_proj.weight")) and "attn.proj" in name:
-                weight.mul_(BRANCH_SCALE)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("attn.proj.weight", "o_proj.weight", "down_proj.weight")):
                 weight.mul_(BRANCH_SCALE)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -199,11 +209,14 @@ def build_tokenizer(corpus: Iterable[str], vocabulary_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((_without(text, marks) for text in corpus), trainer)
+    pieces = (piece for text in corpus for piece in _between(text, marks))
+    backend.train_from_iterator(pieces, trainer)
     backend.add_special_tokens(
         [AddedToken(mark, special=True, normalized=False) for mark in SPECIAL_TOKENS]
     )
-    backend.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in THOUGHT_MARKS])
+    backend.add_tokens(
+        [AddedToken(mark, special=False, normalized=False) for mark in THOUGHT_MARKS]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
@@ -213,7 +226,6 @@ def build_tokenizer(corpus: Iterable[str], vocabulary_size: int) -> Any:
     )
 
 
-def _without(text: str, marks: Iterable[str]) -> str:
-    for mark in marks:
-        text = text.replace(mark, "\n")
-    return text
+def _between(text: str, marks: Iterable[str]) -> list[str]:
+    """Cut a text at its special tokens, which the merges must not see."""
+    return re.split("|".join(map(re.escape, marks)), text)

@@ -1,0 +1,84 @@
+"""Train a model by a recipe.
+
+A recipe is one TOML file; --list shows those of the package. A run that was stopped goes on when
+the same command is given again. Exit code 1 when the run ended below one of its gates.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from coprs_deploy.cli.parser import add_json_flag, log, print_json
+
+SUMMARY = "train a model by a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of this verb."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a name, or a .toml file")
+    parser.add_argument("--list", action="store_true", help="list the recipes of the package")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value, as in phases.reasoning.steps=100; may be repeated",
+    )
+    parser.add_argument("--scenes", type=Path, help="folder that keeps generated pictures")
+    add_json_flag(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List the recipes, or train."""
+    from coprs_deploy.training.recipe import load_recipe, recipe_names
+    from coprs_deploy.training.run_folder import read_report
+
+    if arguments.list:
+        described = {name: load_recipe(name).description for name in recipe_names()}
+        if arguments.json:
+            print_json(described)
+        else:
+            for name, description in described.items():
+                print(f"{name:<20}{description}")
+        return 0
+    if arguments.recipe is None:
+        raise ValueError("no recipe was named; `coprs-deploy train --list` shows what there is")
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    out = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    from coprs_deploy.training.launch import is_worker, launch
+
+    if recipe.processes > 1 and not is_worker():
+        code = launch(_command_line(arguments, out), recipe.processes, recipe.threads)
+        if code:
+            return code
+        report = read_report(out)
+    else:
+        from coprs_deploy.training.run import train
+
+        report = train(recipe, out, arguments.scenes)
+    if is_worker():  # a process that ends with another code than 0 takes the others with it
+        return 0
+    _show(report, out, arguments.json)
+    return 0 if report["passed"] else 1
+
+
+def _command_line(arguments: argparse.Namespace, out: Path) -> list[str]:
+    """Write the same command for the processes of the run."""
+    line = ["train", arguments.recipe, "--out", str(out)]
+    for setting in arguments.set:
+        line += ["--set", setting]
+    if arguments.scenes:
+        line += ["--scenes", str(arguments.scenes)]
+    return line
+
+
+def _show(report: dict[str, object], out: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({k: v for k, v in report.items() if k not in ("answers", "recipe")})
+        return
+    from coprs_deploy.training.report import page
+
+    print(page(report))
+    log(f"{out}: checkpoint, report.md, report.json, plots")

@@ -1,0 +1,204 @@
+"""Generated scenes as training batches: pictures kept on disk, questions asked on the fly.
+
+What a step sees is a function of the seed and the number of the step alone, so a run that was
+killed goes on with the very batch that it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coprs_deploy.artifacts import new_directory
+from coprs_deploy.training.scenes import vocabulary
+from coprs_deploy.training.scenes.generator import make_scene
+from coprs_deploy.training.scenes.questions import Question, ask
+from coprs_deploy.training.scenes.scene import Scene, SceneObject
+from coprs_deploy.training.scenes.tiers import HELD_OUT_SEED, Tier
+
+ATTRIBUTES = ("shape", "color", "texture", "size", "row", "column")
+"""What the table of a batch holds of each object, in this order."""
+
+_MARKER = "scenes.json"
+
+
+class SceneBatch(NamedTuple):
+    """Some scenes as tensors.
+
+    Attributes:
+        images: uint8 (B, S, S, 3) RGB.
+        owners: uint8 (B, S, S); 0 is background, n the pixel of object n - 1.
+        attributes: int64 (B, M, 6), numbers of ``ATTRIBUTES``, from 0; 0 beyond the last object.
+        centers: float32 (B, M, 2), x and y in pixels.
+        num_objects: int64 (B,).
+    """
+
+    images: Tensor
+    owners: Tensor
+    attributes: Tensor
+    centers: Tensor
+    num_objects: Tensor
+
+
+@dataclass(frozen=True)
+class StoredScenes:
+    """Scenes on disk, mapped into memory.
+
+    Attributes:
+        images: uint8 (N, S, S, 3).
+        owners: uint8 (N, S, S).
+        objects: the table of each scene.
+    """
+
+    images: NDArray[np.uint8]
+    owners: NDArray[np.uint8]
+    objects: list[tuple[SceneObject, ...]]
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def scene(self, index: int) -> Scene:
+        """Return one scene."""
+        return Scene(self.images[index], self.owners[index], self.objects[index])
+
+
+def store_scenes(tier: Tier, first_seed: int, count: int, folder: Path) -> StoredScenes:
+    """Draw scenes of consecutive seeds into a folder, unless they lie there already."""
+    path = folder / f"{tier.name}-{tier.image_size}-{first_seed}-{count}"
+    if not (path / _MARKER).is_file():
+        shape = (count, tier.image_size, tier.image_size)
+        with new_directory(path, _MARKER) as partial:
+            images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, (*shape, 3))
+            owners = np.lib.format.open_memmap(partial / "owners.npy", "w+", np.uint8, shape)
+            tables = []
+            for index in range(count):
+                scene = make_scene(tier, first_seed + index)
+                images[index], owners[index] = scene.image, scene.owners
+                tables.append(scene.objects)
+            images.flush()
+            owners.flush()
+            (partial / _MARKER).write_bytes(msgspec.json.encode(tables))
+    return StoredScenes(
+        np.load(path / "images.npy", mmap_mode="r"),
+        np.load(path / "owners.npy", mmap_mode="r"),
+        msgspec.json.decode((path / _MARKER).read_bytes(), type=list[tuple[SceneObject, ...]]),
+    )
+
+
+class SceneSource:
+    """Training batches in an order that is shuffled afresh in each epoch.
+
+    Args:
+        tier: the world of the scenes.
+        scenes: scenes of that tier.
+        seed: of the order and the questions.
+    """
+
+    def __init__(self, tier: Tier, scenes: StoredScenes, seed: int) -> None:
+        self.tier = tier
+        self.scenes = scenes
+        self._seed = seed
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def indices(self, step: int, batch_images: int, rank: int, num_ranks: int) -> list[int]:
+        """Choose the scenes of one process in one step; all processes together take the batch."""
+        first = step * batch_images
+        return [self._at(first + offset) for offset in range(rank, batch_images, num_ranks)]
+
+    def batch(self, indices: Sequence[int]) -> SceneBatch:
+        """Collect scenes as tensors."""
+        return collect_scenes(self.tier, self.scenes, indices)
+
+    def questions(
+        self, index: int, step: int, count: int, kinds: Mapping[str, float]
+    ) -> list[Question]:
+        """Ask about a scene; other questions in each step.
+
+        Args:
+            index: of the scene.
+            step: of the run.
+            count: how many at most.
+            kinds: weight of each kind of question; empty takes the tier's own.
+        """
+        seed = (self._seed * 1_000_003 + step) * 1_000_003 + index
+        return ask(self.scenes.scene(index), with_kinds(self.tier, kinds), seed, count)
+
+    def generator(self, step: int, index: int) -> np.random.Generator:
+        """Return the random numbers of one scene in one step, in whichever process it falls."""
+        return np.random.default_rng([self._seed, step, index])
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.scenes))
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._order = (epoch, generator.permutation(len(self.scenes)))
+        return int(self._order[1][place])
+
+
+def with_kinds(tier: Tier, kinds: Mapping[str, float]) -> Tier:
+    """Exchange the weights of a tier's kinds of question; empty ones leave it as it is."""
+    return msgspec.structs.replace(tier, kinds=dict(kinds)) if kinds else tier
+
+
+def collect_scenes(tier: Tier, scenes: StoredScenes, indices: Sequence[int]) -> SceneBatch:
+    """Collect some scenes as tensors."""
+    rows = [scenes.objects[i] for i in indices]
+    attributes = np.zeros((len(rows), tier.num_objects[1], len(ATTRIBUTES)), np.int64)
+    centers = np.zeros((len(rows), tier.num_objects[1], 2), np.float32)
+    for row, objects in enumerate(rows):
+        for number, item in enumerate(objects):
+            attributes[row, number] = encode_object(tier, item)
+            centers[row, number] = item.center
+    return SceneBatch(
+        torch.from_numpy(np.stack([scenes.images[i] for i in indices])),
+        torch.from_numpy(np.stack([scenes.owners[i] for i in indices])),
+        torch.from_numpy(attributes),
+        torch.from_numpy(centers),
+        torch.tensor([len(objects) for objects in rows]),
+    )
+
+
+def encode_object(tier: Tier, item: SceneObject) -> tuple[int, ...]:
+    """Number the attributes of an object as ``ATTRIBUTES`` lists them."""
+    return (
+        tier.shapes.index(item.shape),
+        list(vocabulary.COLORS).index(item.color),
+        tier.textures.index(item.texture),
+        vocabulary.SIZES.index(item.size),
+        item.row - 1,
+        item.column - 1,
+    )
+
+
+def attribute_sizes(tier: Tier) -> tuple[int, ...]:
+    """Count the values of each attribute."""
+    grid = vocabulary.GRID_SIZE
+    return (
+        len(tier.shapes),
+        len(vocabulary.COLORS),
+        len(tier.textures),
+        len(vocabulary.SIZES),
+        grid,
+        grid,
+    )
+
+
+def corpus(tier: Tier, seed: int = 0, num_scenes: int = 2000) -> list[str]:
+    """Write instructions and responses for the tokenizer to learn its words from."""
+    words = [f" row{n} col{n}" for n in range(1, vocabulary.GRID_SIZE + 1)] * 50
+    words += [f" {thing}" for thing in tier.things] * 50
+    blank = np.zeros((1, 1, 3), np.uint8)
+    for index in range(num_scenes):
+        scene = make_scene(tier, HELD_OUT_SEED - 1 - index)
+        lean = Scene(blank, scene.owners, scene.objects)
+        for question in ask(lean, tier, seed + index, 4):
+            words += [question.instruction, question.response]
+    return words

@@ -1,0 +1,140 @@
+"""What a run works on: policy, segmentation path, and the heads that are thrown away in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coprs_deploy.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    PolicyImageLimits,
+    write_checkpoint,
+)
+from coprs_deploy.models import SegmentationModel
+from coprs_deploy.training.heads import SceneHeads
+from coprs_deploy.training.recipe import SmallModel
+from coprs_deploy.training.scene_source import attribute_sizes
+from coprs_deploy.training.scenes.tiers import Tier
+from coprs_deploy.training.small_policy import PolicyParts, build_small_policy
+
+POSITION_SCALE = 0.1
+"""Standard deviation of the image encoder's starting position embedding."""
+
+TOKEN_SCALE = 0.5
+"""Standard deviation of the mask decoder's starting tokens."""
+
+UNUSED_PARTS = (
+    "prompt_encoder.point_embeddings",
+    "prompt_encoder.not_a_point_embed",
+    "prompt_encoder.no_mask_embed",
+    "mask_decoder.iou_prediction_head",
+    *(f"mask_decoder.output_hypernetworks_mlps.{i}" for i in (1, 2, 3)),
+)
+"""Parameters that SAM has and CoPRS never calls: nothing can be learned there."""
+
+
+@dataclass
+class Workbench:
+    """The parts of a model in training.
+
+    Attributes:
+        policy: the policy with tokenizer, image processor and prompt.
+        segmentation: the segmentation path.
+        heads: throw-away heads; without any for a model that starts from a checkpoint.
+        image_limits: how large an image the policy sees.
+    """
+
+    policy: PolicyParts
+    segmentation: SegmentationModel
+    heads: nn.Module
+    image_limits: PolicyImageLimits
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return every weight, by part."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take weights back; names must match exactly."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def save_checkpoint(
+        self, path: Path, dtype: str, provenance: dict[str, Any], overwrite: bool = False
+    ) -> Checkpoint:
+        """Write the checkpoint directory that ``coprs-deploy export`` takes.
+
+        Args:
+            path: the directory.
+            dtype: of the stored weights, as torch names it.
+            provenance: where the weights come from, for people.
+            overwrite: whether a checkpoint that stands there may be replaced.
+        """
+        wanted = getattr(torch, dtype)
+        tensors = {
+            name: tensor.detach().to("cpu", wanted)
+            for name, tensor in self.segmentation.state_dict().items()
+        }
+        config = CheckpointConfig(
+            self.segmentation.config, self.policy.prompt, self.image_limits, provenance
+        )
+        return write_checkpoint(
+            path, config, tensors, lambda folder: self.policy.save(folder, dtype), overwrite
+        )
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {
+            "policy": self.policy.model,
+            "segmentation": self.segmentation,
+            "heads": self.heads,
+        }
+
+
+def build_small_workbench(
+    settings: SmallModel, tier: Tier, corpus: list[str], seed: int
+) -> Workbench:
+    """Build a small model with random weights; its heads are :class:`SceneHeads`.
+
+    Raises:
+        ValueError: the model's image sizes are not those of the scenes.
+    """
+    geometry = settings.segmentation.geometry
+    for name, size in (
+        ("model.policy.image_size", settings.policy.image_size),
+        ("model.segmentation.sam.geometry.image_size", geometry.image_size),
+    ):
+        if size != tier.image_size:
+            raise ValueError(
+                f"{name} is {size}; the scenes of the tier {tier.name!r} have {tier.image_size}"
+            )
+    policy = build_small_policy(settings.policy, corpus, seed)
+    sizes, width = attribute_sizes(tier), settings.policy.width
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        segmentation = SegmentationModel(settings.segmentation)
+        initialize_segmentation(segmentation)
+        heads = SceneHeads(width, geometry.embedding_channels, sizes, settings.policy.grid_size)
+    area = settings.policy.image_size**2
+    return Workbench(policy, segmentation, heads, PolicyImageLimits(area, area))
+
+
+def initialize_segmentation(model: SegmentationModel) -> None:
+    """Draw the starting weights that SAM's own modules leave at zero or too large."""
+    with torch.no_grad():
+        nn.init.normal_(model.image_encoder.pos_embed, std=POSITION_SCALE)
+        for name, weight in model.named_parameters():
+            if name.endswith(("mask_tokens.weight", "iou_token.weight")):
+                nn.init.normal_(weight, std=TOKEN_SCALE)
+        for projection in (model.prior.q_proj, model.prior.k_proj):
+            nn.init.normal_(projection.weight, std=1.5 * projection.weight.shape[1] ** -0.5)
+
+
+def freeze_unused(model: SegmentationModel) -> None:
+    """Take the parameters out of training that no stage calls."""
+    for name, weight in model.named_parameters():
+        if name.startswith(UNUSED_PARTS):
+            weight.requires_grad_(False)

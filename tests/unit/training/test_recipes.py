@@ -1,0 +1,151 @@
+"""Recipes: reading, changing, refusing; and the real sizes on the meta device."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from coprs_deploy.cli.main import main
+from coprs_deploy.training.example_run import build_on_meta
+from coprs_deploy.training.optimizers import build_optimizers, relative_rate, set_rate
+from coprs_deploy.training.recipe import (
+    CheckpointModel,
+    Optimizer,
+    Recipe,
+    SupervisedPhase,
+    changed_keys,
+    load_recipe,
+    recipe_names,
+)
+
+REAL_SIZES = ["llava_13b", "llava_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b"]
+PARAMETERS = {
+    "llava_13b": 13.4e9,
+    "llava_7b": 7.1e9,
+    "qwen2_5_vl_3b": 3.75e9,
+    "qwen2_5_vl_7b": 8.3e9,
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_reads_and_survives_json(name):
+    recipe = load_recipe(name)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert recipe.phases
+
+
+def test_the_shipped_recipe_runs_its_phases_in_order():
+    assert list(load_recipe("shipped").phases) == [
+        "warm_up",
+        "segmentation",
+        "reasoning",
+        "together",
+    ]
+
+
+def test_a_setting_changes_one_value():
+    plain = load_recipe("shipped")
+    changed = load_recipe(
+        "shipped",
+        [
+            "phases.reasoning.steps=7",
+            "data.tier=full",
+            "phases.reasoning.optimizer.betas=[0.9, 0.99]",
+            "phases.together.gates.mask_iou=0.5",
+        ],
+    )
+    assert changed.phases["reasoning"].steps == 7
+    assert changed_keys(plain, changed) == [
+        "data.tier",
+        "phases.reasoning.optimizer.betas",
+        "phases.reasoning.steps",
+        "phases.together.gates.mask_iou",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("phases.reasonin.steps=7", "did you mean phases.reasoning.steps"),
+        ("phases.reasoning.step=7", "did you mean phases.reasoning.steps"),
+        ("sed=1", "did you mean seed"),
+        ("phases.reasoning.steps=many", "Expected `int`"),
+        ("phases.reasoning.steps=0", "must be at least 1"),
+        ("data.tier=plane", "Invalid enum value 'plane'"),
+        ("seed", "takes key=value"),
+        ("model.segmentation.policy_width=96", "must be equal"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_helps(setting, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("shipped", [setting])
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean shipped"):
+        load_recipe("shiped")
+
+
+def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path, write_recipe):
+    path = tmp_path / "wrong.toml"
+    path.write_text(write_recipe().read_text().replace("save_every", "save_evry"))
+    with pytest.raises(ValueError, match="did you mean save_every"):
+        load_recipe(str(path))
+
+
+def test_the_command_line_lists_every_recipe(capsys):
+    assert main(["train", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in recipe_names())
+
+
+def test_the_command_line_refuses_an_unknown_key(capsys):
+    assert main(["train", "shipped", "--set", "phases.warm_up.stps=3"]) == 2
+    assert "did you mean phases.warm_up.steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", REAL_SIZES)
+def test_real_sizes_build_on_the_meta_device(name):
+    recipe = load_recipe(name)
+    assert isinstance(recipe.model, CheckpointModel)
+    assert all(isinstance(phase, SupervisedPhase) for phase in recipe.phases.values())
+    policy, segmentation = build_on_meta(recipe.model)
+    count = sum(p.numel() for p in policy.parameters())
+    assert count == pytest.approx(PARAMETERS[name], rel=0.05)
+    assert segmentation.config.policy_width == policy.get_output_embeddings().weight.shape[1]
+    assert segmentation.config.sam.encoder_depth == 32
+
+
+def test_rate_factors_reach_their_parts():
+    recipe = load_recipe("qwen2_5_vl_3b")
+    settings = recipe.phases["supervised"].optimizer
+    _, segmentation = build_on_meta(recipe.model)
+    (optimizer,) = build_optimizers(segmentation, settings)
+    base = settings.rate
+    peaks = {
+        group["peak_rate"]: sum(p.numel() for p in group["params"])
+        for group in optimizer.param_groups
+    }
+    assert set(peaks) == {base, 5 * base, 10 * base, 25 * base}
+    assert peaks[25 * base] == sum(p.numel() for p in segmentation.prior.parameters())
+    set_rate([optimizer], 0.5)
+    assert {g["lr"] for g in optimizer.param_groups} == {p / 2 for p in peaks}
+
+
+def test_the_rate_rises_stays_and_falls():
+    settings = Optimizer(warm_up_steps=10, decay_share=0.5, floor=0.02)
+    rates = [relative_rate(settings, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:50] == [1.0] * 41
+    assert rates[75] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.02)
+    assert all(a >= b for a, b in pairwise(rates[50:]))
+
+
+def test_the_paper_schedule_is_a_cosine_without_rise():
+    settings = load_recipe("qwen2_5_vl_7b").phases["supervised"].optimizer
+    assert relative_rate(settings, 0, 1000) == pytest.approx(1.0)
+    middle = settings.floor + (1 - settings.floor) / 2
+    assert relative_rate(settings, 500, 1000) == pytest.approx(middle)
+    assert relative_rate(settings, 1000, 1000) == pytest.approx(1 / 6.7, abs=1e-4)
+    assert math.isfinite(relative_rate(settings, 999, 1000))

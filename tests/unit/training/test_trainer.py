@@ -1,0 +1,152 @@
+"""Whole runs of a tiny recipe: resumed after a kill, in two processes, and what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.training.recipe import load_recipe
+from coprs_deploy.training.run import train
+from coprs_deploy.training.run_folder import RunFolder
+
+SAME_BATCH_TOLERANCE = 2e-4
+"""Relative difference of losses when one batch is summed in another order, over a few steps."""
+
+
+def start(recipe, out, scenes_folder, *settings):
+    command = [sys.executable, "-m", "coprs_deploy.cli.main", "train", str(recipe)]
+    command += ["--out", str(out), "--scenes", str(scenes_folder)]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (out.parent / f"{out.name}.log").open("a") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def losses(out):
+    lines = RunFolder(out).read_log()
+    return {
+        (line["phase"], line["step"]): {k: v for k, v in line.items() if k.startswith("loss")}
+        for line in lines
+        if "loss" in line
+    }
+
+
+def weights(out, phase):
+    return torch.load(out / "phases" / phase / "weights.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, write_recipe, scenes_folder):
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(write_recipe(steps=8), out, scenes_folder).wait() in (0, 1)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["segmentation", "together"])
+def test_a_killed_run_goes_on_to_the_last_digit(
+    phase, tmp_path, whole_run, write_recipe, scenes_folder
+):
+    out = tmp_path / "killed"
+    recipe = write_recipe(steps=8)
+    process = start(recipe, out, scenes_folder)
+    deadline = time.monotonic() + 300
+    while not list((out / "phases" / phase).glob("state-*/progress.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no state was written"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "phases" / "together" / "result.json").exists()
+    assert start(recipe, out, scenes_folder).wait() in (0, 1)
+    assert losses(out) == losses(whole_run)
+    for name in ("warm_up", "segmentation", "together"):
+        ours, theirs = weights(out, name), weights(whole_run, name)
+        for part, tensors in ours.items():
+            for key, tensor in tensors.items():
+                assert torch.equal(tensor, theirs[part][key]), f"{name} {part} {key}"
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path, write_recipe, scenes_folder):
+    outs = {}
+    for processes in (1, 2):
+        out = tmp_path / f"processes-{processes}"
+        recipe = write_recipe(processes=processes, muon=False)
+        assert start(recipe, out, scenes_folder).wait() in (0, 1)
+        outs[processes] = losses(out)
+    assert outs[1].keys() == outs[2].keys()
+    for key, one in outs[1].items():
+        for name, value in one.items():
+            assert outs[2][key][name] == pytest.approx(value, rel=SAME_BATCH_TOLERANCE), (key, name)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_checkpoint_and_its_report(whole_run):
+    checkpoint = read_checkpoint(whole_run / "checkpoint")
+    assert checkpoint.config.policy_image.max_pixels == 128**2
+    report = json.loads((whole_run / "report.json").read_text())
+    assert {"mask_iou", "right_object", "no_match_recall"} <= set(report["teacher_forced"])
+    assert len(report["answers"]) == 4
+    assert report["phases"]["together"]["facts"]["join_r2"] <= 1
+    page = (whole_run / "report.md").read_text()
+    assert "| warm_up | 2 |" in page
+    plots = {path.name for path in (whole_run / "plots").iterdir()}
+    assert plots >= {"warm_up.png", "segmentation.png", "together.png"}
+    assert list((whole_run / "tensorboard").rglob("events.*"))
+    assert not list(whole_run.glob("phases/*/*state-*"))
+
+
+@pytest.mark.slow
+def test_losses_fall(whole_run):
+    found = losses(whole_run)
+    for phase in ("segmentation", "together"):
+        assert found[phase, 8]["loss"] < found[phase, 1]["loss"]
+
+
+def test_another_recipe_is_refused_in_the_same_folder(tmp_path, write_recipe):
+    folder = RunFolder(tmp_path / "run")
+    recipe = load_recipe(str(write_recipe()))
+    assert not folder.open(recipe)
+    assert folder.open(recipe)
+    changed = load_recipe(str(write_recipe()), ["phases.segmentation.steps=9"])
+    with pytest.raises(ValueError, match=r"phases\.segmentation\.steps"):
+        folder.open(changed)
+
+
+def test_the_log_is_rewound_to_the_state(tmp_path):
+    folder = RunFolder(tmp_path)
+    for phase, step in (("one", 1), ("one", 2), ("two", 1), ("two", 2), ("two", 3)):
+        folder.log({"phase": phase, "step": step})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"phase": "two", "st')
+    folder.rewind_log("two", 2)
+    kept = [(line["phase"], line["step"]) for line in folder.read_log()]
+    assert kept == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
+
+
+def test_scenes_and_examples_do_not_mix(tmp_path, write_recipe):
+    recipe = load_recipe(str(write_recipe()))
+    wrong = load_recipe("qwen2_5_vl_3b")
+    mixed = type(recipe)(description="", model=wrong.model, data=recipe.data, phases=recipe.phases)
+    with pytest.raises(ValueError, match="go together"):
+        train(mixed, tmp_path / "run")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with (
+        RunFolder(tmp_path).lock(),
+        pytest.raises(ValueError, match="another process trains"),
+        RunFolder(tmp_path).lock(),
+    ):
+        pass
+    with RunFolder(tmp_path).lock():
+        pass
