@@ -6,15 +6,15 @@ tensors that a runner gave, and returns its outputs by name as tensors that stay
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.closing import Closeable
 from coprs_deploy.specs import GraphSpec
 
 Array: TypeAlias = NDArray[Any]
@@ -75,7 +75,7 @@ class Availability:
     remedy: str = ""
 
 
-class Runner(ABC):
+class Runner(Closeable):
     """A graph that is ready to run.
 
     Attributes:
@@ -109,17 +109,6 @@ class Runner(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the graph's memory; the runner must not be called again."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.runner import DeviceTensor, Runner
 from coprs_deploy.images import PreparedImage
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
 
 
-class Stages:
+class Stages(Closeable):
     """Image encoder, prior and mask decoder of one bundle (or of one model).
 
     Calls from several threads are safe where the runners' are (ONNX Runtime: yes).
@@ -76,17 +75,6 @@ class Stages:
         with ExitStack() as stack:
             for runner in self.runners.values():
                 stack.callback(runner.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def join_chunks(chunks: list[DeviceTensor], num_targets: int) -> NDArray[np.float32]:

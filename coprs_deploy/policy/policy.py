@@ -7,16 +7,16 @@ continuously serves many, without a change to its callers.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.closing import Closeable
 from coprs_deploy.images import RgbArray
 from coprs_deploy.prompts import Response, check_instruction
 
@@ -87,7 +87,7 @@ class PolicyResult:
 PolicyStream: TypeAlias = Generator[Words | PolicyResult, None, None]
 
 
-class Policy(ABC):
+class Policy(Closeable):
     """Writes reasoning and gives the hidden state of each ``<REF_POS>``.
 
     Attributes:
@@ -114,14 +114,3 @@ class Policy(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the policy; it must not be asked again."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.bundle import Bundle, open_bundle
+from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_graph
 from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.errors import BundleError, PolicyError
@@ -66,7 +66,7 @@ class _Clock:
         return elapsed_ms
 
 
-class CoPRS:
+class CoPRS(Closeable):
     """Answers "segment what the instruction describes", with its reasoning.
 
     Make one with :meth:`load`; it may be used from several threads, and should be closed (it is a
@@ -326,17 +326,6 @@ class CoPRS:
         self._encoder_thread.shutdown(wait=True, cancel_futures=True)
         self._policy.close()
         self._stages.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"CoPRS({self.description})"
