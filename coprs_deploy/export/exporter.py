@@ -135,7 +135,11 @@ def export_checkpoint(
             }
             export_onnx_graph(stages[name], specs[name], partial / f"{name}.onnx", metadata)
         peak_bytes_export = peak_memory_bytes()
-        del model, stages  # the check maps the weights again, a stage at a time
+        # The check maps the weights again, a stage at a time; PyTorch's exporter keeps some of these
+        # parameters alive, so they are emptied.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        del model, stages
 
         tolerances = TOLERANCES[options.runtime, options.precision]
         records = compare_stages(
