@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
@@ -135,10 +136,10 @@ def export_checkpoint(
             }
             export_onnx_graph(stages[name], specs[name], partial / f"{name}.onnx", metadata)
         peak_bytes_export = peak_memory_bytes()
-        # The check maps the weights again, a stage at a time; PyTorch's exporter keeps some of these
-        # parameters alive, so they are emptied.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        # The check maps the weights again, a stage at a time. PyTorch's exporter keeps some of these
+        # tensors alive, and one is enough to keep the whole file mapped, so all are emptied.
+        for tensor in chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.new_empty(0)
         del model, stages
 
         tolerances = TOLERANCES[options.runtime, options.precision]
