@@ -136,8 +136,8 @@ def export_checkpoint(
             }
             export_onnx_graph(stages[name], specs[name], partial / f"{name}.onnx", metadata)
         peak_bytes_export = peak_memory_bytes()
-        # The check maps the weights again, a stage at a time. PyTorch's exporter keeps some of these
-        # tensors alive, and one is enough to keep the whole file mapped, so all are emptied.
+        # The check maps the weights again, a stage at a time. PyTorch's exporter keeps some tensors
+        # alive, and one is enough to keep the whole file mapped, so all are emptied.
         for tensor in chain(model.parameters(), model.buffers()):
             tensor.data = tensor.data.new_empty(0)
         del model, stages

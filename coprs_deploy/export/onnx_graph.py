@@ -76,8 +76,8 @@ def export_onnx_graph(
         program.model.metadata_props[f"coprs_deploy.{key}"] = value
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(path, external_data=weights > EXTERNAL_DATA_BYTES)
-    for value in program.model.graph.initializers.values():
-        value.const_value = None  # onnx_ir keeps the graph alive; it shall not keep the weights
+    for initializer in program.model.graph.initializers.values():
+        initializer.const_value = None  # onnx_ir keeps the graph alive; it shall not keep the weights
     del program
     check_onnx_graph(path, spec)
 
