@@ -77,7 +77,7 @@ def export_onnx_graph(
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(path, external_data=weights > EXTERNAL_DATA_BYTES)
     for initializer in program.model.graph.initializers.values():
-        initializer.const_value = None  # onnx_ir keeps the graph alive; it shall not keep the weights
+        initializer.const_value = None  # the graph is kept alive; its weights must not be
     del program
     check_onnx_graph(path, spec)
 
