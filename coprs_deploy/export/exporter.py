@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
@@ -37,7 +37,7 @@ from coprs_deploy.export.equivalence import (
 )
 from coprs_deploy.export.onnx_graph import OPSET, export_onnx_graph
 from coprs_deploy.models.sam_encoder import AttentionForm
-from coprs_deploy.specs import GRAPH_NAMES, TargetsProfile, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, TargetsProfile, graph_specs
 from coprs_deploy.version import __version__, installed_versions
 
 Progress = Callable[[str], None]
@@ -118,7 +118,12 @@ def export_checkpoint(
     clock.start("load checkpoint")
     model = load_segmentation_model(source)
     model.image_encoder.set_attention_form(ATTENTION_FORMS[options.runtime])
-    stages = model.stages()
+    # PyTorch's exporter keeps some small tensors alive, and one is enough to keep the checkpoint's
+    # whole file mapped: the small stages are copies.
+    stages = {
+        name: stage if name == IMAGE_ENCODER else copy.deepcopy(stage)
+        for name, stage in model.stages().items()
+    }
     weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     geometry, width = source.config.model.geometry, source.config.model.policy_width
     specs = graph_specs(geometry, width, options.targets)
@@ -136,10 +141,9 @@ def export_checkpoint(
             }
             export_onnx_graph(stages[name], specs[name], partial / f"{name}.onnx", metadata)
         peak_bytes_export = peak_memory_bytes()
-        # The check maps the weights again, a stage at a time. PyTorch's exporter keeps some tensors
-        # alive, and one is enough to keep the whole file mapped, so all are emptied.
-        for tensor in chain(model.parameters(), model.buffers()):
-            tensor.data = tensor.data.new_empty(0)
+        # The check maps the weights again, a stage at a time; the large ones are let go before.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.new_empty(0)
         del model, stages
 
         tolerances = TOLERANCES[options.runtime, options.precision]
