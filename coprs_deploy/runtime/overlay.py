@@ -17,6 +17,9 @@ SHORTEST_LONG_SIDE = 640
 TARGET_COLORS = ((255, 64, 129), (0, 200, 255), (255, 196, 0), (118, 255, 3), (170, 120, 255))
 """RGB of the first targets; they repeat after the last."""
 
+WHITE = np.full(3, 255, dtype=np.float32)
+"""Drawn around each outline, so that it stands out on a target of its own color."""
+
 HEAT_COLORS = (
     (0, 0, 4),
     (31, 12, 72),
@@ -47,14 +50,16 @@ def draw_overlay(rgb: RgbArray, masks: NDArray[np.bool_], caption: str = "") -> 
     canvas = np.asarray(picture, dtype=np.float32)
     line = max(2, round(max(size) / 320))
     covered = np.zeros(canvas.shape[:2], dtype=np.float32)
-    layers = [_smooth_mask(mask, size, line) for mask in masks]
-    for inside, _ in layers:
+    layers = [
+        (*_smooth_mask(mask, size, line), _smooth_mask(mask, size, 2 * line)[1]) for mask in masks
+    ]
+    for inside, _, _ in layers:
         covered = np.maximum(covered, inside)
     canvas = canvas * (1 - 0.45 * (1 - covered) * bool(layers))[..., None]
-    for number, (inside, outline) in enumerate(layers):
+    for number, (inside, outline, halo) in enumerate(layers):
         color = np.array(TARGET_COLORS[number % len(TARGET_COLORS)], dtype=np.float32)
-        for weight in (0.35 * inside, outline):
-            canvas += (color - canvas) * weight[..., None]
+        for paint, weight in ((color, 0.35 * inside), (WHITE, halo), (color, outline)):
+            canvas += (paint - canvas) * weight[..., None]
     drawn = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     return _with_caption(drawn, caption) if caption else drawn
 
