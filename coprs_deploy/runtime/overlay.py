@@ -50,13 +50,12 @@ def draw_overlay(rgb: RgbArray, masks: NDArray[np.bool_], caption: str = "") -> 
     canvas = np.asarray(picture, dtype=np.float32)
     line = max(2, round(max(size) / 320))
     covered = np.zeros(canvas.shape[:2], dtype=np.float32)
-    layers = [
-        (*_smooth_mask(mask, size, line), _smooth_mask(mask, size, 2 * line)[1]) for mask in masks
-    ]
-    for inside, _, _ in layers:
+    layers = [_smooth_mask(mask, size) for mask in masks]
+    for inside in layers:
         covered = np.maximum(covered, inside)
     canvas = canvas * (1 - 0.45 * (1 - covered) * bool(layers))[..., None]
-    for number, (inside, outline, halo) in enumerate(layers):
+    for number, inside in enumerate(layers):
+        outline, halo = _outline(inside, line), _outline(inside, 2 * line)
         color = np.array(TARGET_COLORS[number % len(TARGET_COLORS)], dtype=np.float32)
         for paint, weight in ((color, 0.35 * inside), (WHITE, halo), (color, outline)):
             canvas += (paint - canvas) * weight[..., None]
@@ -98,20 +97,23 @@ def _display_size(rgb: RgbArray) -> tuple[int, int]:
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def _smooth_mask(
-    mask: NDArray[np.bool_], size: tuple[int, int], line: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Enlarge a mask with soft edges: how much each pixel is inside, and on the outline."""
+def _smooth_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Enlarge a mask with soft edges: how much each pixel is inside, 0 to 1."""
     grown = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
     if size[0] > mask.shape[1]:  # round the steps that enlarging left
         grown = grown.filter(ImageFilter.GaussianBlur(0.35 * size[0] / mask.shape[1]))
     sharp = np.asarray(grown, dtype=np.float32) / np.float32(255)
     inside: NDArray[np.float32] = np.clip((sharp - 0.5) * 4 + 0.5, 0, 1).astype(np.float32)
+    return inside
+
+
+def _outline(inside: NDArray[np.float32], line: int) -> NDArray[np.float32]:
+    """Trace the edge of a smooth mask about ``line`` pixels wide: weights from 0 to 1."""
     solid = Image.fromarray((inside > 0.5).astype(np.uint8) * 255)
     wide = np.asarray(solid.filter(ImageFilter.MaxFilter(2 * (line // 2) + 1)), dtype=np.float32)
     thin = np.asarray(solid.filter(ImageFilter.MinFilter(2 * (line // 2) + 1)), dtype=np.float32)
     edge = Image.fromarray((wide - thin).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
-    return inside, np.asarray(edge, dtype=np.float32) / np.float32(255)
+    return np.asarray(edge, dtype=np.float32) / np.float32(255)
 
 
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
