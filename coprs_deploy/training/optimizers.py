@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coprs_deploy.training.muon import Muon
 from coprs_deploy.training.recipe import Optimizer
 
 HIDDEN_PARTS = ("blocks.", "layers.", "merger.mlp.", "transformer.", "prior.q_proj")
@@ -16,9 +17,6 @@ HIDDEN_PARTS = ("blocks.", "layers.", "merger.mlp.", "transformer.", "prior.q_pr
 
 SMALLEST_HIDDEN_SIDE = 8
 """A matrix with a shorter side is left to AdamW."""
-
-MUON_STEPS = 4
-"""Newton-Schulz iterations of an update."""
 
 
 def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
@@ -44,14 +42,7 @@ def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.op
             if kind == is_muon
         ]
         if chosen and is_muon:
-            optimizers.append(
-                torch.optim.Muon(
-                    chosen,
-                    weight_decay=settings.weight_decay,
-                    ns_steps=MUON_STEPS,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            optimizers.append(Muon(chosen, weight_decay=settings.weight_decay))
         elif chosen:
             optimizers.append(
                 torch.optim.AdamW(chosen, betas=settings.betas, weight_decay=settings.weight_decay)

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.training.recipe import (
@@ -46,6 +48,7 @@ def train(recipe: Recipe, out: Path, scenes: Path | None = None) -> dict[str, An
         MissingDependencyError: a package of the extra ``train`` is not installed.
         ValueError: ``out`` holds another recipe's run, or settings do not fit together.
     """
+    recipe = with_precision_of_this_machine(recipe)
     starts_from_checkpoint = isinstance(recipe.model, CheckpointModel)
     if starts_from_checkpoint != isinstance(recipe.data, ExampleData):
         raise ValueError('model.kind "checkpoint" and data.kind "examples" go together')
@@ -63,6 +66,20 @@ def train(recipe: Recipe, out: Path, scenes: Path | None = None) -> dict[str, An
             report = _train_on_scenes(recipe, accelerator, folder, scenes or out / "scenes")
     accelerator.end_training()
     return report
+
+
+def with_precision_of_this_machine(recipe: Recipe) -> Recipe:
+    """Settle ``precision = "auto"``: bf16 on a device that has units for it, else fp32."""
+    import torch
+
+    if recipe.precision != "auto":
+        return recipe
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.cpu.get_capabilities()
+        has_bf16 = bool(units.get("avx512_bf16") or units.get("amx_bf16") or units.get("sve_bf16"))
+    return msgspec.structs.replace(recipe, precision="bf16" if has_bf16 else "fp32")
 
 
 def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
