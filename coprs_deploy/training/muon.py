@@ -96,4 +96,5 @@ def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
     for _ in range(num_iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+    result: Tensor = x.mT if is_tall else x
+    return result
