@@ -45,7 +45,8 @@ class PolicyRecord(Record, frozen=True):
     """The policy of a bundle.
 
     Attributes:
-        path: ``policy`` inside the bundle, or an absolute path that it refers to.
+        path: ``policy`` inside the bundle, or where it stands outside: a path that starts with
+            ``..``, from the bundle, or an absolute one.
         prompt: the prompt template.
         width: D, the width of the hidden state.
         min_pixels: smallest image area that the policy sees.
@@ -63,7 +64,8 @@ class PolicyRecord(Record, frozen=True):
     @property
     def is_external(self) -> bool:
         """Whether the policy stands outside the bundle."""
-        return Path(self.path).is_absolute()
+        path = PurePosixPath(self.path)
+        return path.is_absolute() or path.parts[:1] == ("..",)
 
 
 class EquivalenceRecord(Record, frozen=True):
@@ -164,8 +166,8 @@ def read_manifest(path: str | Path) -> Manifest:
     policy = manifest.policy
     if not policy.is_external and policy.path != POLICY_DIRECTORY:
         raise BundleError(
-            f"{file} has its policy in {policy.path!r}; accepted: {POLICY_DIRECTORY!r} or an "
-            "absolute path"
+            f"{file} has its policy in {policy.path!r}; accepted: {POLICY_DIRECTORY!r}, a path "
+            "that starts with '..', or an absolute path"
         )
     return manifest
 

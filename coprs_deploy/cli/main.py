@@ -14,13 +14,25 @@ from coprs_deploy.cli.parser import SuggestingParser
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.version import __version__
 
-VERBS = ("segment", "export", "verify", "inspect", "convert", "train", "bench", "doctor")
+VERBS = (
+    "segment",
+    "export",
+    "verify",
+    "inspect",
+    "convert",
+    "train",
+    "scenes",
+    "evaluate",
+    "bench",
+    "doctor",
+)
 
 DESCRIPTION = """Reasoning segmentation with CoPRS, deployed: a picture and an instruction become
 reasoning, a heatmap and a mask, through exported graphs."""
 
 EPILOG = """examples:
-  coprs-deploy convert --random --out checkpoint
+  coprs-deploy segment examples/scene.png "the largest red circle" --out answer
+  coprs-deploy convert --policy DIR --sam sam_vit_h.pth --out checkpoint
   coprs-deploy export checkpoint --out bundle
   coprs-deploy segment photo.jpg "the cup that is about to fall" --bundle bundle --out answer
 

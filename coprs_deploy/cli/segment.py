@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("image", metavar="IMAGE", help="a picture file, or - for stdin")
     parser.add_argument("instruction", metavar="INSTRUCTION", help="what to segment, in words")
-    parser.add_argument("--bundle", type=Path, help="the bundle that answers")
+    parser.add_argument(
+        "--bundle", type=Path, help="the bundle that answers (default: the shipped model)"
+    )
     parser.add_argument("--out", type=Path, help="folder for overlay, mask, prior and result.json")
     parser.add_argument(
         "--targets", type=int, default=1, help="objects to name at most (default 1)"

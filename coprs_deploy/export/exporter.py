@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
 import shutil
 import sys
@@ -54,7 +55,8 @@ class ExportOptions:
         runtime: which runtime shall run the graphs.
         precision: of weights and products.
         targets: how many concentrations one call takes.
-        copy_policy: whether the policy is copied into the bundle; else it is referred to.
+        copy_policy: whether the policy is copied into the bundle; else it is referred to, from
+            the bundle, so that both may move together.
         overwrite: whether a bundle that stands there may be replaced.
     """
 
@@ -162,7 +164,11 @@ def export_checkpoint(
         files = record_files(partial)
         if options.copy_policy:
             shutil.copytree(source.policy_path, partial / POLICY_DIRECTORY)
-        policy_path = POLICY_DIRECTORY if options.copy_policy else str(source.policy_path.resolve())
+        policy_path = POLICY_DIRECTORY
+        if not options.copy_policy:
+            policy_path = Path(
+                os.path.relpath(source.policy_path.resolve(), out.resolve())
+            ).as_posix()
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             package_version=__version__,
@@ -179,7 +185,7 @@ def export_checkpoint(
                 width=width,
                 min_pixels=source.config.policy_image.min_pixels,
                 max_pixels=source.config.policy_image.max_pixels,
-                files=record_files(partial / policy_path),
+                files=record_files(source.policy_path),
             ),
             files=files,
             toolchain=installed_versions(),

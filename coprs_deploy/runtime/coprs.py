@@ -13,6 +13,7 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy import shipped
 from coprs_deploy.bundle import Bundle, open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_graph
@@ -96,7 +97,8 @@ class CoPRS(Closeable):
         """Open a bundle: check its files, then load graphs and policy side by side.
 
         Args:
-            bundle: a bundle directory that ``coprs-deploy export`` wrote.
+            bundle: a bundle directory that ``coprs-deploy export`` wrote; None takes the small
+                model that comes with the package.
             options: where and how to run it.
 
         Raises:
@@ -104,13 +106,7 @@ class CoPRS(Closeable):
             EnvironmentNotReadyError: a library or device that was asked for is not here.
         """
         options = options or RuntimeOptions()
-        if bundle is None:
-            raise BundleError(
-                "no bundle was named, and this version ships no trained model; make a bundle: "
-                "`coprs-deploy convert --random --out CHECKPOINT`, then "
-                "`coprs-deploy export CHECKPOINT --out BUNDLE`"
-            )
-        opened = open_bundle(bundle)
+        opened = open_bundle(shipped.BUNDLE if bundle is None else bundle)
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(_load_policy, opened, options)
             stages = _open_stages(opened, options)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coprs_deploy.evaluation.overlap import no_match_figures, overlap, pearson_r, union
 from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.prompts import read_response
 from coprs_deploy.training.masks import decode_targets, whole_images
@@ -245,11 +246,11 @@ class Judge:
         masks: NDArray[np.bool_],
     ) -> JudgedAnswer:
         scene = self._scenes.scene(item.index)
-        truth = _union(scene.masks(item.question.targets))
+        truth = union(scene.masks(item.question.targets))
         everything = scene.masks(range(len(scene.objects)))
         meant = set()
         for mask in masks:
-            overlaps = [_iou(mask, other) for other in everything]
+            overlaps = [overlap(mask, other).iou for other in everything]
             if max(overlaps) > LEAST_OVERLAP:
                 meant.add(int(np.argmax(overlaps)))
         tokenizer = self._workbench.policy.tokenizer
@@ -268,8 +269,8 @@ class Judge:
             == {scene.objects[i].place for i in item.question.targets},
             num_targets=len(item.question.targets),
             num_found=len(masks),
-            mask_iou=_iou(_union(masks), truth) if len(masks) else 0.0,
-            prior_iou=_iou(_union(priors), truth) if len(priors) else 0.0,
+            mask_iou=overlap(union(masks), truth).iou,
+            prior_iou=overlap(union(priors), truth).iou,
             is_right=len(masks) > 0 and meant == set(item.question.targets),
         )
 
@@ -284,20 +285,16 @@ def summarize(answers: Sequence[JudgedAnswer]) -> dict[str, float]:
         objects by kind. Over all: ``no_match_precision`` and ``no_match_recall``.
     """
     present = [a for a in answers if a.num_targets]
-    absent = [a for a in answers if not a.num_targets]
     figures = _figures(present)
     for kind in sorted({a.kind for a in present}):
         part = _figures([a for a in present if a.kind == kind])
         figures.update({f"{kind}.{name}": value for name, value in part.items()})
-    priors, masks = [a.prior_iou for a in present], [a.mask_iou for a in present]
-    if np.std(priors) > 0 and np.std(masks) > 0:
-        figures["pearson_r"] = float(np.corrcoef(priors, masks)[0, 1])
-    refused = [a for a in answers if not a.num_found]
-    rightly = sum(not a.num_targets for a in refused)
-    if absent:
-        figures["no_match_recall"] = rightly / len(absent)
-    if refused:
-        figures["no_match_precision"] = rightly / len(refused)
+    pearson = pearson_r([a.prior_iou for a in present], [a.mask_iou for a in present])
+    if pearson is not None:
+        figures["pearson_r"] = pearson
+    figures.update(
+        no_match_figures([a.num_targets for a in answers], [a.num_found for a in answers])
+    )
     return figures
 
 
@@ -317,13 +314,3 @@ def _figures(answers: Sequence[JudgedAnswer]) -> dict[str, float]:
         "text_right": float(np.mean([a.names_targets for a in answers])),
         "exact": float(np.mean([a.is_exact for a in answers])),
     }
-
-
-def _union(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    union: NDArray[np.bool_] = np.any(masks, axis=0)
-    return union
-
-
-def _iou(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    union = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / union if union else 0.0

@@ -112,6 +112,19 @@ def test_a_bundle_may_refer_to_a_policy_elsewhere(root, tmp_path):
         open_bundle(root)
 
 
+def test_a_bundle_may_refer_to_a_policy_beside_it(root):
+    shutil.move(root / "policy", root.parent / "beside")
+    (root / MANIFEST_FILE).unlink()
+    write_manifest(root, manifest_of(root, "../beside"))
+    moved = root.parent.rename(root.parent.parent / "moved together") / root.name
+    bundle = open_bundle(moved)
+    assert bundle.manifest.policy.is_external
+    assert (bundle.policy_path / "config.json").is_file()
+    (bundle.policy_path / "config.json").write_text("another policy")
+    with pytest.raises(BundleIntegrityError, match="has 14 bytes"):
+        open_bundle(moved)
+
+
 def test_reading_the_manifest_touches_no_other_file(root):
     for name in GRAPH_FILES:
         (root / name).unlink()
@@ -238,14 +251,15 @@ def test_a_graph_whose_file_is_not_listed_is_refused(root, path):
         open_bundle(root)
 
 
-def test_a_relative_policy_path_that_leaves_the_bundle_is_refused(root):
-    shutil.move(root / "policy", root.parent / "outside")
+@pytest.mark.parametrize("path", ["policy/../../outside", "elsewhere", "", "."])
+def test_a_policy_path_of_another_form_is_refused(root, path):
+    shutil.copytree(root / "policy", root.parent / "outside")
 
     def change(data):
-        data["policy"]["path"] = "../outside"
+        data["policy"]["path"] = path
 
     change_manifest(root, change)
-    with pytest.raises(BundleError, match="outside"):
+    with pytest.raises(BundleError, match=r"starts with '\.\.'"):
         open_bundle(root)
 
 

@@ -163,9 +163,21 @@ class TestReferredPolicy:
         path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
         policy = open_bundle(path).manifest.policy
         assert policy.is_external
-        assert policy.path == str((tiny_checkpoint / "policy").resolve())
+        assert policy.path.startswith("../")
+        assert (path / policy.path).resolve() == (tiny_checkpoint / "policy").resolve()
         assert policy.files == record_files(tiny_checkpoint / "policy")
         assert not (path / "policy").exists()
+
+    def test_bundle_and_checkpoint_may_move_together(
+        self, tiny_checkpoint, tmp_path, written_graphs
+    ):
+        home = tmp_path / "home"
+        shutil.copytree(tiny_checkpoint, home / "checkpoint")
+        options = ExportOptions(copy_policy=False)
+        export_checkpoint(home / "checkpoint", home / "bundle", options)
+        assert open_bundle(home / "bundle").manifest.policy.path == "../checkpoint/policy"
+        bundle = open_bundle(home.rename(tmp_path / "elsewhere") / "bundle")
+        assert (bundle.policy_path / "config.json").is_file()
 
 
 class TestReport:

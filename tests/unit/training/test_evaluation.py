@@ -24,7 +24,7 @@ from coprs_deploy.training.evaluation import (
 from coprs_deploy.training.packed_forward import PackedForward
 from coprs_deploy.training.packing import QuestionPacker
 from coprs_deploy.training.recipe import load_recipe
-from coprs_deploy.training.report import page, regression_band
+from coprs_deploy.training.report import page
 from coprs_deploy.training.scene_source import SceneSource, attribute_sizes, store_scenes
 from coprs_deploy.training.scenes import HELD_OUT_SEED, PLAIN
 from coprs_deploy.training.small_policy import build_small_policy
@@ -139,16 +139,6 @@ def test_places_are_read_from_the_conclusion_only():
     text = "The red shape candidates are: at row1 col1 x. The target is at row3 col4, the x."
     assert named_places(text) == {"row3 col4"}
     assert named_places("The target is nowhere.") == set()
-
-
-def test_the_band_is_narrowest_at_the_mean():
-    x = np.array([0.0, 1.0, 2.0, 3.0])
-    line, half = regression_band(x, 2 * x + np.array([0.1, -0.1, -0.1, 0.1]), x)
-    assert line == pytest.approx(2 * x, abs=0.2)
-    # sigma = sqrt(0.04 / 2); at the mean the band is eta * sigma / sqrt(n).
-    _, at_mean = regression_band(x, 2 * x + np.array([0.1, -0.1, -0.1, 0.1]), np.array([1.5]))
-    assert at_mean[0] == pytest.approx(10 * np.sqrt(0.02) / 2)
-    assert (half > at_mean[0]).all()
 
 
 def test_a_missed_gate_is_shown():

@@ -1,0 +1,88 @@
+"""Judge a bundle on questions whose answers are known: generated scenes, or a file of examples.
+
+Every answer goes through the runtime, exactly as a user gets it. With --out, a page, a plot of the
+prior against the mask, and every answer are left in a folder. Exit code 1 when a figure named with
+--require is not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.tables import table
+
+SUMMARY = "judge a bundle on questions whose answers are known"
+
+LOG_EVERY = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of this verb."""
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="default: the shipped model"
+    )
+    parser.add_argument("--examples", type=Path, help="a .parquet or .jsonl file of examples")
+    parser.add_argument("--tier", default="plain", help="world of generated scenes: plain or full")
+    parser.add_argument("--count", type=int, help="how many (default: 256 scenes, or all examples)")
+    parser.add_argument(
+        "--absent", type=int, default=64, help="scenes asked about what is not there (default 64)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for report.md, answers.jsonl and the plot")
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        metavar="FIGURE=VALUE",
+        help="fail below this, as in mask_iou=0.93; may be repeated",
+    )
+    parser.add_argument("--device", default="cpu", help="of graphs and policy: cpu, cuda, cuda:N")
+    add_json_flag(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask, compare, report."""
+    from coprs_deploy.evaluation.overlap import summarize
+    from coprs_deploy.evaluation.report import write_evaluation
+    from coprs_deploy.evaluation.scoring import score_examples
+    from coprs_deploy.runtime import CoPRS, RuntimeOptions
+    from coprs_deploy.training.asked import choose_examples
+
+    required = _required(arguments.require)
+    chosen = choose_examples(arguments.examples, arguments.tier, arguments.count, arguments.absent)
+    scored = []
+    with CoPRS.load(arguments.bundle, RuntimeOptions(device=arguments.device)) as coprs:
+        for answer in score_examples(coprs.segment, chosen.examples, chosen.max_targets):
+            scored.append(answer)
+            if len(scored) % LOG_EVERY == 0:
+                log(f"{len(scored)} of {len(chosen.examples)} answers")
+    figures = summarize([answer.score for answer in scored])
+    missed = [
+        f"{name} is {figures.get(name, float('nan')):.4f}, below {wanted:g}"
+        for name, wanted in required.items()
+        if not figures.get(name, float("-inf")) >= wanted
+    ]
+    if arguments.out:
+        write_evaluation(arguments.out, chosen.description, scored)
+    if arguments.json:
+        print_json({"examples": chosen.description, "figures": figures, "missed": missed})
+    else:
+        rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in figures.items()]
+        print(table((chosen.description, ""), rows))
+    for line in missed:
+        log(line)
+    return 1 if missed else 0
+
+
+def _required(settings: list[str]) -> dict[str, float]:
+    required = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        try:
+            required[name.strip()] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--require takes FIGURE=VALUE, as in mask_iou=0.93, not {setting!r}")
+    return required

@@ -1,0 +1,1 @@
+"""Judging answers: overlaps with the truth, figures over many answers, prior against mask."""
