@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-output
 
-.PHONY: demo test check format report clean
+.PHONY: demo test check format shipped report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -20,12 +20,10 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/python -m coprs_deploy.cli.main convert --random --out $(DEMO)/checkpoint --overwrite
-	$(BIN)/python -m coprs_deploy.cli.main export $(DEMO)/checkpoint --out $(DEMO)/bundle --overwrite
-	$(BIN)/python -m coprs_deploy.cli.main segment examples/scene.png "the plain red circle right of the plain cross" \
+	$(BIN)/python -m coprs_deploy.cli.main export coprs_deploy/shipped/checkpoint --out $(DEMO)/bundle --overwrite
+	$(BIN)/python -m coprs_deploy.cli.main segment examples/scene.png "the largest red circle" \
 		--bundle $(DEMO)/bundle --out $(DEMO)/answer
 	@echo
-	@echo "The generated model of this demo has random weights: it shows the road, not a right answer."
 	@echo "Look at $(DEMO)/answer/overlay.png, prior.png, mask.png and result.json."
 
 test: $(VENV)/.dev
@@ -41,6 +39,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+shipped: $(VENV)/.dev
+	$(BIN)/python -m coprs_deploy.cli.main train shipped --out runs/shipped
+	$(BIN)/python -m coprs_deploy.training.shipping runs/shipped
 
 report: $(VENV)/.base
 	$(BIN)/python -m coprs_deploy.cli.main bench --suite full-size-export --out docs/reports

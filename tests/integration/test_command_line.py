@@ -175,7 +175,13 @@ class TestWrongUse:
         [
             (["exprot"], "did you mean export?"),
             (["inspect", "b", "--jsn"], "did you mean --json?"),
-            (["segment", "nowhere.png", "x"], "no bundle was named"),
+            (["segment", "nowhere.png", "x", "--bundle", "b"], "there is no bundle at b"),
+            (["segment", "nowhere.png", "x"], "nowhere.png"),
+            (["scenes", "--out", "sheet.gif"], "ends in .png"),
+            (["scenes", "--tier", "plane", "--out", "s.png"], "accepted: plain, full"),
+            (["scenes", "--count", "0", "--out", "s.png"], "must be at least 1"),
+            (["evaluate", "--tier", "plane"], "accepted: plain, full"),
+            (["evaluate", "--examples", "nowhere.jsonl"], "nowhere.jsonl"),
             (["inspect", "nowhere"], "there is no bundle at nowhere"),
             (["export", "nowhere", "--out", "b"], "there is no checkpoint directory nowhere"),
             (["export", "nowhere", "--out", "b", "--precision", "fp17"], "accepted: onnxruntime"),
@@ -199,6 +205,19 @@ class TestWrongUse:
 
         shown = run("--help").stdout.decode()
         assert all(f"\n    {verb} " in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "some.jsonl", "some.parquet"])
+def test_scenes_are_drawn_to_look_at_or_to_learn_from(name, tmp_path):
+    done = run_json("scenes", "--tier", "full", "--count", "3", "--out", tmp_path / name)
+    assert done["scenes"] == 3
+    if name == "sheet.png":
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.size[0] > 900
+    else:
+        from coprs_deploy.training.examples import ExampleFile
+
+        assert len(ExampleFile(tmp_path / name, strict=True)) == 3
 
 
 def test_help_loads_no_heavy_library():

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from coprs_deploy.cli.main import main
 from coprs_deploy.training.example_run import build_on_meta
@@ -17,6 +18,7 @@ from coprs_deploy.training.recipe import (
     load_recipe,
     recipe_names,
 )
+from coprs_deploy.training.run import with_precision_of_this_machine
 
 REAL_SIZES = ["llava_13b", "llava_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b"]
 PARAMETERS = {
@@ -34,13 +36,28 @@ def test_every_recipe_reads_and_survives_json(name):
     assert recipe.phases
 
 
-def test_the_shipped_recipe_runs_its_phases_in_order():
-    assert list(load_recipe("shipped").phases) == [
+@pytest.mark.parametrize("name", ["shipped", "full"])
+def test_a_small_model_runs_its_phases_in_order(name):
+    assert list(load_recipe(name).phases) == [
         "warm_up",
         "segmentation",
         "reasoning",
         "together",
     ]
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
+)
+def test_the_precision_is_that_of_the_machine(units, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **units})
+    recipe = load_recipe("shipped")
+    assert recipe.precision == "auto"
+    assert with_precision_of_this_machine(recipe).precision == expected
+    chosen = load_recipe("shipped", ["precision=bf16"])
+    assert with_precision_of_this_machine(chosen) == chosen
 
 
 def test_a_setting_changes_one_value():

@@ -1,0 +1,115 @@
+"""The shipped model against the truth: what its files are, and what it answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from coprs_deploy import CoPRS, shipped
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.cli.main import main
+from coprs_deploy.evaluation.overlap import overlap, summarize
+from coprs_deploy.evaluation.scoring import score_examples
+from coprs_deploy.export import verify_bundle
+from coprs_deploy.training.asked import choose_examples
+from coprs_deploy.training.scenes import PLAIN
+from coprs_deploy.training.scenes.expressions import Description, Expression, resolve
+from coprs_deploy.training.scenes.generator import make_scene
+from coprs_deploy.training.scenes.tiers import HELD_OUT_SEED
+from coprs_deploy.training.shipping import LARGEST_BYTES
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE_TIER = msgspec.structs.replace(PLAIN, image_size=768)
+EXAMPLE_SEED = HELD_OUT_SEED + 0
+EXAMPLE_TARGET = Expression(Description(shape="circle", color="red"), extreme="largest")
+
+FIGURES = {"mask_iou": 0.85, "precision_at_half": 0.9, "no_match_recall": 0.8}
+"""What 48 scenes must reach: below the committed report by more than their standard error."""
+
+
+@pytest.fixture(scope="module")
+def coprs():
+    with CoPRS.load() as loaded:
+        yield loaded
+
+
+def test_it_is_small_and_its_files_are_whole():
+    files = [path for path in shipped.ROOT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < LARGEST_BYTES
+    bundle, checkpoint = open_bundle(shipped.BUNDLE), read_checkpoint(shipped.CHECKPOINT)
+    assert bundle.manifest.checkpoint_fingerprint == checkpoint.fingerprint()
+    assert bundle.policy_path.resolve() == checkpoint.policy_path.resolve()
+    assert bundle.manifest.policy.path == "../checkpoint/policy"
+
+
+def test_no_path_of_a_machine_is_in_its_files():
+    for path in shipped.ROOT.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert "/home/" not in text, path
+        assert "/root/" not in text, path
+        assert "/tmp/" not in text, path
+
+
+def test_its_card_tells_the_figures_of_its_report():
+    report = json.loads((ROOT / "docs/reports/shipped-model/report.json").read_text())
+    card = shipped.MODEL_CARD.read_text(encoding="utf-8")
+    assert f"| all | {report['generated']['mask_iou']:.3f} |" in card
+    for phase in report["phases"].values():
+        for gate in phase["gates"].values():
+            assert gate["passed"] == (gate["found"] >= gate["wanted"])
+
+
+@pytest.mark.slow
+def test_its_graphs_compute_what_its_checkpoint_does():
+    assert all(record.passed for record in verify_bundle(shipped.BUNDLE, shipped.CHECKPOINT))
+
+
+@pytest.mark.slow
+def test_its_answers_on_held_out_scenes_are_right(coprs):
+    chosen = choose_examples(None, "plain", 48, 16)
+    scored = list(score_examples(coprs.segment, chosen.examples, chosen.max_targets))
+    figures = summarize([answer.score for answer in scored])
+    for name, least in FIGURES.items():
+        assert figures[name] >= least, (name, figures[name])
+
+
+def test_the_example_of_the_repository_is_answered_right(coprs):
+    scene = make_scene(EXAMPLE_TIER, EXAMPLE_SEED)
+    with Image.open(ROOT / "examples/scene.png") as picture:
+        assert np.array_equal(np.asarray(picture), scene.image)
+    (target,) = resolve(EXAMPLE_TARGET, scene.objects, PLAIN.clear_distance * 768)
+    answer = coprs.segment(scene.image, "the largest red circle")
+    assert answer.found
+    assert overlap(answer.mask, scene.masks([target])[0]).iou > 0.9
+    assert scene.objects[target].place in answer.reasoning
+
+
+def test_what_is_not_there_is_not_segmented(coprs):
+    answer = coprs.segment(ROOT / "examples/scene.png", "the cat")
+    assert not answer.found
+    assert not answer.mask.any()
+    assert "nothing matches" in answer.response
+
+
+def test_the_command_line_answers_without_a_bundle(tmp_path, capsys):
+    picture = str(ROOT / "examples/scene.png")
+    assert main(["segment", picture, "the largest red circle", "--out", str(tmp_path)]) == 0
+    assert "<think>" in capsys.readouterr().out
+    assert (tmp_path / "overlay.png").is_file()
+
+
+def test_evaluation_by_the_command_line_fails_below_what_is_required(tmp_path, capsys):
+    command = ["evaluate", "--count", "2", "--absent", "1", "--out", str(tmp_path)]
+    assert main([*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["missed"] == []
+    assert (tmp_path / "report.md").is_file()
+    assert main([*command, "--require", "mask_iou=1.01"]) == 1
+    assert "below 1.01" in capsys.readouterr().err
+    assert main([*command, "--require", "mask_iou"]) == 2
