@@ -1,0 +1,139 @@
+"""What a sampled response earns: how well its mask fits, and how well its form (paper, B.2).
+
+    reward = 0.7 * mask score + 0.3 * format score
+    mask score = 0.5 * soft IoU + 0.2 * soft dice + 0.3 * hard IoU
+
+Masks are compared on the mask grid. The paper and its public code disagree on one point of form;
+:class:`FormatConvention` names both.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from coprs_deploy.prompts import FormatFault, Response
+from coprs_deploy.specs import Record
+
+SOFT_IOU_WEIGHT, SOFT_DICE_WEIGHT, HARD_IOU_WEIGHT = 0.5, 0.2, 0.3
+"""Parts of the mask score (paper, B.2)."""
+
+HARD_THRESHOLD = 0.5
+"""Probability above which a cell belongs to the hard mask."""
+
+IMPERFECT_FORMAT_SCORE = 0.9
+"""Format score of a response whose form has a minor fault."""
+
+
+class FormatConvention(str, Enum):
+    """Which minor fault of form counts beside a long thought and text before it."""
+
+    PAPER = "paper"
+    """Text after ``<REF_POS>``."""
+
+    PUBLIC_CODE = "public_code"
+    """More than ten words between the thought and ``<REF_POS>``."""
+
+
+_MINOR_FAULTS = {
+    FormatConvention.PAPER: FormatFault.TEXT_AFTER_REFERENCE,
+    FormatConvention.PUBLIC_CODE: FormatFault.LONG_BRIDGE,
+}
+
+
+class RewardWeights(Record, frozen=True):
+    """How mask and form are mixed; the paper ablates the mask's share from 0 to 1.
+
+    Attributes:
+        mask: weight of the mask score, in [0, 1]; the format score has the rest.
+        convention: which convention judges the form.
+    """
+
+    mask: float = 0.7
+    convention: FormatConvention = FormatConvention.PAPER
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask <= 1:
+            raise ValueError(f"mask is {self.mask}; the weight of the mask score is in [0, 1]")
+
+
+def mask_score(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Score predicted masks against true ones.
+
+    Args:
+        probabilities: (N, M, M) float in [0, 1], ``sigmoid`` of the mask logits; 0 in the padding.
+        target: (N, M, M) float in [0, 1], share of each cell that the object covers.
+
+    Returns:
+        (N,) scores in [0, 1]: 1 for identical masks of zeros and ones, 0 for disjoint ones; two
+        empty masks are identical.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if probabilities.shape != target.shape:
+        raise ValueError(
+            f"probabilities are {tuple(probabilities.shape)}, target is {tuple(target.shape)}; "
+            "they must have one shape"
+        )
+    soft, truth = probabilities.float().flatten(1), target.float().flatten(1)
+    hard, hard_truth = (soft > HARD_THRESHOLD).float(), (truth > HARD_THRESHOLD).float()
+    overlap, total = (soft * truth).sum(1), (soft + truth).sum(1)
+    hard_overlap = (hard * hard_truth).sum(1)
+    hard_union = (hard + hard_truth).sum(1) - hard_overlap
+    return (
+        SOFT_IOU_WEIGHT * _ratio(overlap, total - overlap)
+        + SOFT_DICE_WEIGHT * _ratio(2 * overlap, total)
+        + HARD_IOU_WEIGHT * _ratio(hard_overlap, hard_union)
+    )
+
+
+def format_score(
+    response: Response,
+    convention: FormatConvention = FormatConvention.PAPER,
+    num_targets: int = 1,
+) -> float:
+    """Score the form of a response.
+
+    Args:
+        response: read from its token ids (the text alone would have lost ``<REF_POS>``).
+        convention: the paper's or its public code's.
+        num_targets: how many ``<REF_POS>`` the response should hold.
+
+    Returns:
+        0 unless there is one thought that says something, and after it ``num_targets`` times
+        ``<REF_POS>``; 0.9 for a minor fault; else 1.
+
+    Raises:
+        ValueError: num_targets is below 1.
+    """
+    if num_targets < 1:
+        raise ValueError(f"num_targets is {num_targets}; it must be at least 1")
+    faults = set(response.faults)
+    if len(response.reference_positions) == num_targets:
+        faults.discard(FormatFault.SEVERAL_REFERENCES)
+    elif num_targets > 1:
+        return 0.0
+    if any(fault.is_fatal for fault in faults):
+        return 0.0
+    minor = {
+        FormatFault.LONG_THOUGHT,
+        FormatFault.TEXT_BEFORE_THOUGHT,
+        _MINOR_FAULTS[convention],
+    }
+    return IMPERFECT_FORMAT_SCORE if faults & minor else 1.0
+
+
+def total_reward(
+    mask_scores: Tensor, format_scores: Tensor, weights: RewardWeights | None = None
+) -> Tensor:
+    """Mix both scores; (N,) each, in [0, 1]."""
+    weights = weights or RewardWeights()
+    return weights.mask * mask_scores + (1 - weights.mask) * format_scores
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide; nothing over nothing is 1, since two empty masks are the same."""
+    return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny), 1.0)

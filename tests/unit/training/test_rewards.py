@@ -1,0 +1,121 @@
+"""Rewards: worked values of the paper, bounds and symmetries, and every case of form."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprs_deploy.prompts import read_response
+from coprs_deploy.training.rewards import (
+    FormatConvention,
+    RewardWeights,
+    format_score,
+    mask_score,
+    total_reward,
+)
+
+REFERENCE = 0
+
+
+def square(left, top=0, side=128, grid=256):
+    mask = torch.zeros(1, grid, grid)
+    mask[0, top : top + side, left : left + side] = 1
+    return mask
+
+
+def respond(text):
+    """Read a response from one token a letter, ``<REF_POS>`` being one token."""
+    pieces = text.split("<REF_POS>")
+    ids = [ord(letter) for letter in pieces[0]]
+    for piece in pieces[1:]:
+        ids += [REFERENCE, *(ord(letter) for letter in piece)]
+    return read_response(ids, REFERENCE, lambda part: "".join(map(chr, part)))
+
+
+class TestMaskScore:
+    def test_identical_masks_earn_everything(self):
+        assert mask_score(square(0), square(0)).item() == pytest.approx(1)
+
+    def test_a_square_shifted_by_half_its_side(self):
+        # Soft and hard IoU are 1/3, dice is 1/2.
+        expected = 0.5 / 3 + 0.2 * 0.5 + 0.3 / 3
+        assert mask_score(square(0), square(64)).item() == pytest.approx(expected)
+        assert expected == pytest.approx(0.3667, abs=1e-4)
+
+    def test_disjoint_masks_earn_nothing(self):
+        assert mask_score(square(0), square(128)).item() == 0
+
+    def test_two_empty_masks_are_identical(self):
+        nothing = torch.zeros(1, 8, 8)
+        assert mask_score(nothing, nothing).item() == pytest.approx(1)
+        assert mask_score(nothing, square(0, side=4, grid=8)).item() == 0
+
+    def test_each_mask_is_scored_alone(self):
+        both = mask_score(torch.cat([square(0), square(0)]), torch.cat([square(0), square(64)]))
+        assert both.tolist() == pytest.approx([1, 0.36667], abs=1e-4)
+
+    def test_other_shapes_are_refused(self):
+        with pytest.raises(ValueError, match="one shape"):
+            mask_score(torch.zeros(1, 4, 4), torch.zeros(2, 4, 4))
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 2**32 - 1))
+    def test_it_is_bounded_and_symmetric(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        one, other = torch.rand(2, 3, 6, 6, generator=generator)
+        score = mask_score(one, other)
+        assert ((score >= 0) & (score <= 1)).all()
+        assert torch.allclose(score, mask_score(other, one))
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(0, 2**32 - 1))
+    def test_more_of_the_truth_is_never_worse(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        truth = (torch.rand(1, 6, 6, generator=generator) > 0.5).float()
+        found = truth * (torch.rand(1, 6, 6, generator=generator) > 0.5)
+        more = torch.maximum(found, truth * (torch.rand(1, 6, 6, generator=generator) > 0.5))
+        assert mask_score(more, truth) >= mask_score(found, truth)
+
+
+class TestFormatScore:
+    @pytest.mark.parametrize(
+        ("text", "paper", "public_code"),
+        [
+            ("<think>here</think><REF_POS>", 1, 1),
+            ("<think>here</think> so: <REF_POS>", 1, 1),
+            ("here<REF_POS>", 0, 0),
+            ("<think> \n</think><REF_POS>", 0, 0),
+            ("<think>here</think>", 0, 0),
+            ("<think>here</think><REF_POS><REF_POS>", 0, 0),
+            ("<think>a</think><think>b</think><REF_POS>", 0, 0),
+            ("<REF_POS><think>here</think>", 0, 0),
+            (f"<think>{'x' * 2048}</think><REF_POS>", 1, 1),
+            (f"<think>{'x' * 2049}</think><REF_POS>", 0.9, 0.9),
+            ("Well. <think>here</think><REF_POS>", 0.9, 0.9),
+            (" \n<think>here</think><REF_POS> \n", 1, 1),
+            ("<think>here</think><REF_POS> done", 0.9, 1),
+            (f"<think>here</think>{' word' * 10}<REF_POS>", 1, 1),
+            (f"<think>here</think>{' word' * 11}<REF_POS>", 1, 0.9),
+        ],
+    )
+    def test_every_case_of_both_conventions(self, text, paper, public_code):
+        response = respond(text)
+        assert format_score(response) == paper
+        assert format_score(response, FormatConvention.PUBLIC_CODE) == public_code
+
+    @pytest.mark.parametrize(("count", "score"), [(1, 0), (2, 1), (3, 0)])
+    def test_several_targets_want_as_many_references(self, count, score):
+        response = respond(f"<think>here</think>{'<REF_POS>' * count}")
+        assert format_score(response, num_targets=2) == score
+
+    def test_no_target_is_refused(self):
+        with pytest.raises(ValueError, match="num_targets is 0"):
+            format_score(respond("<think>x</think><REF_POS>"), num_targets=0)
+
+
+def test_mask_and_form_are_mixed():
+    masks, forms = torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.0])
+    assert total_reward(masks, forms).tolist() == pytest.approx([0.97, 0.35])
+    assert total_reward(masks, forms, RewardWeights(mask=0)).tolist() == pytest.approx([0.9, 0])
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        RewardWeights(mask=1.2)
