@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -61,6 +62,25 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(lock: Path, taken: str) -> Iterator[None]:
+    """Hold a lock file for the length of a block; a process that dies lets go of it.
+
+    Args:
+        lock: the file; it stays behind, empty.
+        taken: what the error says where another process holds it.
+
+    Raises:
+        ArtifactError: another process holds it.
+    """
+    with lock.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(taken) from error
+        yield
 
 
 def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:

@@ -21,6 +21,7 @@ VERBS = (
     "inspect",
     "convert",
     "train",
+    "features",
     "scenes",
     "evaluate",
     "bench",

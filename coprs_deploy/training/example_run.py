@@ -16,6 +16,7 @@ from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.examples import ExampleFile
+from coprs_deploy.training.features import FeatureStore
 from coprs_deploy.training.phases.example_answers import ExampleAnswers, ExampleSets
 from coprs_deploy.training.recipe import CheckpointModel, ExampleData, Recipe, SupervisedPhase
 from coprs_deploy.training.report import write_report
@@ -46,7 +47,10 @@ def train_on_examples(
         part.to(accelerator.device)
     vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
     training, held_out = ExampleFile(data.training), ExampleFile(data.held_out)
-    examples = ExampleSets(training, held_out, vision, recipe.seed)
+    features = FeatureStore(data.features) if data.features else None
+    if features is not None:
+        features.require_encoder(workbench.segmentation)
+    examples = ExampleSets(training, held_out, vision, recipe.seed, features)
     trainer = Trainer(accelerator, recipe, folder, workbench)
     results = {}
     for name, settings in recipe.phases.items():

@@ -146,10 +146,13 @@ class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
     Attributes:
         training: file to train on.
         held_out: file to judge the model on.
+        features: folder of image embeddings, as ``coprs-deploy features`` writes it; empty
+            computes them in every step.
     """
 
     training: str
     held_out: str
+    features: str = ""
 
 
 class Optimizer(Record, frozen=True):

@@ -13,7 +13,6 @@ report.json, report.md, plots/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.artifacts import write_json
+from coprs_deploy.artifacts import exclusive, write_json
 from coprs_deploy.training.recipe import Recipe, changed_keys
 
 RECIPE_FILE = "recipe.json"
@@ -54,17 +53,14 @@ class RunFolder:
         """Keep other runs out of the folder; a process that dies lets go of it.
 
         Raises:
-            ValueError: another process trains in it.
+            ArtifactError: another process trains in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK_FILE).open("w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another process trains in {self.path}; wait for it, stop it, or choose "
-                    "another folder with --out"
-                ) from error
+        taken = (
+            f"another process trains in {self.path}; wait for it, stop it, or choose another "
+            "folder with --out"
+        )
+        with exclusive(self.path / LOCK_FILE, taken):
             yield
 
     def open(self, recipe: Recipe) -> bool:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coprs_deploy.images import fit_pixel_count, prepare_image
+from coprs_deploy.images import PreparedImage, fit_pixel_count, prepare_image
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.examples import Example
+from coprs_deploy.training.features import FeatureStore
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     inside_image,
@@ -48,12 +49,14 @@ class ExampleSets:
         held_out: examples to be judged on.
         vision: the policy's image side.
         seed: of the order.
+        features: image embeddings that are known already.
     """
 
     training: Sequence[Example]
     held_out: Sequence[Example]
     vision: VisionProcessor
     seed: int
+    features: FeatureStore | None = None
 
 
 class ExampleBatch(NamedTuple):
@@ -63,7 +66,8 @@ class ExampleBatch(NamedTuple):
         inputs: keyword arguments of the policy's forward pass.
         labels: int64 (B, L), the token that follows, where it is to be learned.
         references: int64 (N, 2), row and column of each ``<REF_POS>`` that is fed.
-        images: (B, 3, S, S) float32, padded and normalized for the image encoder.
+        images: (B, 3, S, S) float32, padded and normalized for the image encoder, or where
+            embeddings are known (B, C, G, G) float16.
         masks: (N, 1, M, M), share of each mask cell that the target covers.
         unpadded_sizes: int64 (B, 2), height and width in pixels of each padded image.
     """
@@ -98,7 +102,7 @@ class ExampleObjective(nn.Module):
         geometry = model.config.geometry
         learns = torch.is_grad_enabled() and self._settings.train_image_encoder
         with torch.set_grad_enabled(learns):
-            embedding = encode_images(model, batch.images)
+            embedding = self._embed(batch.images)
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
@@ -109,6 +113,12 @@ class ExampleObjective(nn.Module):
         shown = [torch.where(inside > 0, x.float(), far_outside) for x in (priors, masks)]
         return Outcome(losses, mask_metrics(shown[0], shown[1], truth))
 
+    def _embed(self, images: Tensor) -> Tensor:
+        """Run the image encoder, unless these are embeddings already."""
+        if images.dtype == torch.float16:
+            return images.float()
+        return encode_images(self.segmentation, images)
+
 
 class ExampleCollector:
     """Turns examples into batches for one policy and one segmentation path.
@@ -116,9 +126,16 @@ class ExampleCollector:
     Args:
         workbench: the model.
         vision: the policy's image side.
+        features: image embeddings that are known already.
     """
 
-    def __init__(self, workbench: Workbench, vision: VisionProcessor) -> None:
+    def __init__(
+        self,
+        workbench: Workbench,
+        vision: VisionProcessor,
+        features: FeatureStore | None = None,
+    ) -> None:
+        self._features = features
         self._tokenizer = workbench.policy.tokenizer
         self._prompt = workbench.policy.prompt
         self._limits = workbench.image_limits
@@ -167,10 +184,15 @@ class ExampleCollector:
             inputs,
             labels,
             torch.tensor(references, dtype=torch.int64).reshape(-1, 2),
-            torch.from_numpy(np.concatenate([p.image for p in prepared])),
+            self._images(examples, prepared),
             torch.stack(masks) if masks else torch.zeros(0, 1, grid, grid),
             sizes,
         )
+
+    def _images(self, examples: Sequence[Example], prepared: Sequence[PreparedImage]) -> Tensor:
+        if self._features is None:
+            return torch.from_numpy(np.concatenate([p.image for p in prepared]))
+        return torch.stack([self._features.embedding(example.image) for example in examples])
 
     def _encode(self, example: Example, num_image_tokens: int) -> tuple[list[int], int]:
         """Encode prompt and response; the latter's tokens start at the number returned."""
@@ -193,8 +215,13 @@ class ExampleAnswers(TrainingPhase[SupervisedPhase]):
             workbench.segmentation.image_encoder.requires_grad_(False)
         if not settings.segmentation_weight:
             workbench.segmentation.requires_grad_(False)
+        if settings.train_image_encoder and examples.features is not None:
+            raise ValueError(
+                f"phases.{name}.train_image_encoder is set, and data.features holds what the "
+                "encoder gave before it: leave one of them out"
+            )
         self.objective = ExampleObjective(workbench, settings)
-        self._collect = ExampleCollector(workbench, examples.vision)
+        self._collect = ExampleCollector(workbench, examples.vision, examples.features)
         self._training, self._held_out = examples.training, examples.held_out
         self._seed = examples.seed
 

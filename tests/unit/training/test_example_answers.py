@@ -11,6 +11,7 @@ from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.example_run import workbench_from_checkpoint
 from coprs_deploy.training.examples import Example, write_examples
+from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.masks import fit_mask
 from coprs_deploy.training.phases.example_answers import (
@@ -98,6 +99,25 @@ def test_a_mask_keeps_its_area_on_the_grid(examples):
     pixels = fitted.sum().item() * geometry.mask_stride**2
     assert pixels == pytest.approx(1000 * (128 / 100) ** 2, rel=0.03)
     assert fitted[0, 39:].sum() == 0
+
+
+def test_known_embeddings_give_the_losses_of_the_encoder(checkpoint, examples, tmp_path):
+    workbench = workbench_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
+    compute_features(checkpoint, [e.image for e in examples], len(examples), tmp_path)
+    store = FeatureStore(tmp_path)
+    store.require_encoder(workbench.segmentation)
+    losses = []
+    for features in (None, store):
+        sets = ExampleSets(examples, examples, vision, seed=0, features=features)
+        phase = ExampleAnswers("supervised", SETTINGS, workbench, sets)
+        batch = phase.batch(0, 0, 1)
+        assert (batch.images.shape[1:] == store.index.shape) == (features is not None)
+        losses.append({k: v.value().item() for k, v in phase.objective(batch).losses.items()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    learning = msgspec.structs.replace(SETTINGS, train_image_encoder=True)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        ExampleAnswers("supervised", learning, workbench, sets)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.errors import ArtifactError
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.run_folder import RunFolder
@@ -144,7 +145,7 @@ def test_scenes_and_examples_do_not_mix(tmp_path, write_recipe):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with (
         RunFolder(tmp_path).lock(),
-        pytest.raises(ValueError, match="another process trains"),
+        pytest.raises(ArtifactError, match="another process trains"),
         RunFolder(tmp_path).lock(),
     ):
         pass
