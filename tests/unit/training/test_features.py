@@ -14,7 +14,7 @@ import torch
 from coprs_deploy.artifacts import exclusive
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.cli.main import main
-from coprs_deploy.conversion import random_checkpoint
+from coprs_deploy.conversion import ConversionOptions, random_checkpoint
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import image_key, prepare_image
 from coprs_deploy.training import features
@@ -116,7 +116,7 @@ def test_a_listing_without_its_shard_is_refused(store):
 
 
 def test_another_encoder_is_refused(store, images, tmp_path):
-    other = random_checkpoint(tmp_path / "other", "tiny", seed=1)
+    other = random_checkpoint(tmp_path / "other", options=ConversionOptions(seed=1))
     with pytest.raises(ValueError, match="another image encoder"):
         FeatureStore(store).require_encoder(load_segmentation_model(other))
     with pytest.raises(ValueError, match="choose another folder"):
