@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE_TIER = msgspec.structs.replace(PLAIN, image_size=640)
 """Drawn larger than the scenes of training, for eyes; the model sees 128 pixels."""
 
-EXAMPLE_SEED = HELD_OUT_SEED + 101_453
+EXAMPLE_SEED = HELD_OUT_SEED + 101_366
 EXAMPLE_TARGET = Expression(Description(shape="circle", color="red"), extreme="largest")
 
 FIGURES = {"mask_iou": 0.85, "precision_at_half": 0.9, "no_match_recall": 0.8}
