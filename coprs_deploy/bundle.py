@@ -1,7 +1,7 @@
 """The bundle: what export writes and the runtime reads, a directory with a manifest.
 
     manifest.json     graphs, hashes of the files, prompt, policy, versions, measured equality
-    *.onnx (*.data)   the three graphs; plans of an engine stay pure files
+    *.onnx (*.data)   the three graphs, or *.engine: plans, which stay pure files
     policy/           the policy, unless the manifest refers to it elsewhere
 
 Opening a bundle checks every file against the manifest before anything else opens it.
@@ -26,6 +26,11 @@ READABLE_VERSIONS = (1, 2)
 """Version 2 added what is known about engines; a manifest of version 1 describes none."""
 
 POLICY_DIRECTORY = "policy"
+PLAN_SUFFIX = ".engine"
+"""Ending of an engine's plan file."""
+
+
+ENGINE_FLAVORS = ("tensorrt", "tensorrt-rtx")
 
 
 class EngineRecord(Record, frozen=True):
@@ -65,6 +70,10 @@ class EngineRecord(Record, frozen=True):
     layers: tuple[str, ...] | None = None
     device_memory_bytes: int | None = None
     verified_on: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.flavor not in ENGINE_FLAVORS:
+            raise ValueError(f"flavor is {self.flavor!r}; accepted: {', '.join(ENGINE_FLAVORS)}")
 
 
 class GraphRecord(Record, frozen=True):

@@ -19,7 +19,7 @@ from coprs_deploy.errors import EngineBuildError
 from coprs_deploy.specs import GraphSpec, TargetsProfile, TensorSpec
 
 BUILDER_REVISION = 1
-"""Raised when this module builds another engine from the same graph: cached plans are stale then."""
+"""Raised when this module builds another engine from the same graph; older plans are stale."""
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 _DTYPES |= {"INT32": "int32", "BOOL": "bool"}
@@ -139,15 +139,21 @@ class _Build:
     ) -> BuiltPlan:
         start = time.perf_counter()
         logger = make_logger(self._library)
-        builder = self._library.Builder(logger)
-        if builder is None:
-            raise EngineBuildError(f"{self._name} cannot start. {self._hint(logger.errors)}")
+        try:
+            builder = self._library.Builder(logger)
+        except TypeError as error:  # what its bindings raise where there is no GPU
+            raise EngineBuildError(
+                f"{self._name} cannot start. {self._hint(logger.errors or [str(error)])}"
+            ) from error
         network = self._parse(builder, logger)
         self._check_signature(network)
         config, timing = self._configure(builder, timing_cache)
-        config.progress_monitor = make_monitor(self._library, on_phase, cancelled)
+        monitor = make_monitor(self._library, on_phase, cancelled)
+        config.progress_monitor = monitor
         num_layers = network.num_layers
         plan = builder.build_serialized_network(network, config)
+        if monitor.failure is not None:
+            raise monitor.failure
         if cancelled.is_set():
             raise KeyboardInterrupt
         if plan is None:
@@ -196,9 +202,7 @@ class _Build:
         config.clear_flag(library.BuilderFlag.TF32)
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
         if settings.workspace_bytes is not None:
-            config.set_memory_pool_limit(
-                library.MemoryPoolType.WORKSPACE, settings.workspace_bytes
-            )
+            config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
         if settings.version_compatible:
             config.set_flag(library.BuilderFlag.VERSION_COMPATIBLE)
         if settings.hardware_compatible:
@@ -296,16 +300,17 @@ def make_monitor(library: Any, on_phase: Callable[[str], None], cancelled: Event
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
+            self.failure: Exception | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
-            self._say(f"{phase_name}")
+            self._say(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             total = self._steps.get(phase_name, 0)
             if total > 1:
                 self._say(f"{phase_name} {step + 1}/{total}")
-            return not cancelled.is_set()
+            return self.failure is None and not cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)
@@ -313,7 +318,7 @@ def make_monitor(library: Any, on_phase: Callable[[str], None], cancelled: Event
         def _say(self, text: str) -> None:
             try:
                 on_phase(text)
-            except Exception:  # an error must not cross the library; the build is what matters
-                cancelled.set()
+            except Exception as error:  # it must not cross the library's own code
+                self.failure = error
 
     return Monitor()

@@ -32,7 +32,11 @@ INSTALL = 'pip install "coprs-deploy[cpu]"'
 
 
 def export_onnx_graph(
-    module: torch.nn.Module, spec: GraphSpec, path: Path, metadata: Mapping[str, str], opset: int = OPSET
+    module: torch.nn.Module,
+    spec: GraphSpec,
+    path: Path,
+    metadata: Mapping[str, str],
+    opset: int = OPSET,
 ) -> None:
     """Write a stage as ONNX and check the file.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export.onnx_graph import (
     EXTERNAL_DATA_BYTES,
     INSTALL,
@@ -25,7 +26,6 @@ from coprs_deploy.export.onnx_graph import (
     OPSET,
     check_onnx_graph,
 )
-from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.specs import MASK_DECODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
@@ -175,11 +175,13 @@ def convert_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTens
     """Convert a weight when it is asked for, so that only one is in memory at a time."""
     import onnx_ir as ir
 
+    shape = ir.Shape(tensor.numpy().shape)
+
     def convert() -> ir.TensorProtocol:
         with np.errstate(over="ignore"):  # an infinite weight fails the check that follows
             return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=tensor.name)
 
-    return ir.LazyTensor(convert, dtype, tensor.shape, name=tensor.name)
+    return ir.LazyTensor(convert, dtype, shape, name=tensor.name)
 
 
 class _Typing:

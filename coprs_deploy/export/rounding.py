@@ -1,9 +1,9 @@
 """A typed graph as a GPU computes it, run on any CPU: float32 inside a node, rounded between nodes.
 
 ONNX Runtime's CPU provider computes float16 graphs in float32 and drops the roundings between two
-nodes, so a value above 65504 does not overflow; it refuses bfloat16. OpenVINO on a processor without
-such units does the same. Checking a typed graph with either would therefore let overflow pass. Here
-every rounding is written out as a pair of casts, which no runtime may drop.
+nodes, so that a value above 65504 does not overflow; it refuses bfloat16, and OpenVINO on a
+processor without such units computes that in float32 too. A check with either would let overflow
+pass. Here every rounding is written out as a pair of casts, which are not dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,20 @@ from pathlib import Path
 from coprs_deploy.export.precision import convert_tensor, save_graph
 
 MOVES = frozenset(
-    "Reshape Transpose Slice Squeeze Unsqueeze Split Concat Expand Identity Gather Pad Flatten".split()
+    (
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Pad",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    )
 )
 """Operators that move values: rounded values stay rounded."""
 
