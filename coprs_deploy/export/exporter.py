@@ -59,7 +59,7 @@ ATTENTION_FORMS: dict[str, AttentionForm] = {
     "tensorrt": "bias",
     "tensorrt-rtx": "bias",
 }
-"""The form of relative positions in each runtime (see ``AttentionForm``): measured for ONNX Runtime,
+"""The form of relative positions in each runtime, see ``AttentionForm``: measured for ONNX Runtime,
 not yet for TensorRT, whose fused attention takes an additive mask."""
 
 
