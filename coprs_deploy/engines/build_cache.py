@@ -187,7 +187,10 @@ class BuildCache:
             except BlockingIOError:
                 on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:  # closing is not enough: a process forked meanwhile has the file open too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def default_cache() -> Path:
