@@ -138,17 +138,18 @@ class PlanRunner(Runner):
 
     def _shape(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Shape:
         """Give the context of this number of targets; captured work must keep its context."""
-        count = 0
+        count: int | None = None  # a static graph has one shape
         for tensor in self.spec.inputs:
             for size, found in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
                 if isinstance(size, str):
                     count = found
         profile = self.spec.targets
-        if count and not profile.minimum <= count <= profile.maximum:
+        if count is not None and not profile.minimum <= count <= profile.maximum:
             raise ValueError(
                 f"{self.spec.name} was given {count} targets; its engine was built for "
                 f"{profile.minimum} to {profile.maximum}: ask in parts, or export with --targets"
             )
+        count = count or profile.preferred
         if count not in self._shapes:
             self._shapes[count] = self._make_shape(count)
         return self._shapes[count]

@@ -200,4 +200,3 @@ def test_a_signature_is_compared_whatever_the_order():
     assert check_signature(spec, tensors) is None
     wrong = [TensorSpec("prior_logits", "float16", spec.outputs[0].shape), *spec.inputs]
     assert "prior_logits: float16" in check_signature(spec, wrong)
-
