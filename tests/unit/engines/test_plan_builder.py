@@ -106,7 +106,7 @@ def test_another_file_is_refused(content, specs, tmp_path):
 
 def test_a_builder_error_says_what_to_try(prior, specs):
     turing = BuildSettings("tensorrt-rtx", ("sm_75",))
-    with pytest.raises(EngineBuildError, match="cannot build .*What to try: leave sm_75 out"):
+    with pytest.raises(EngineBuildError, match=r"cannot build .*What to try: leave sm_75 out"):
         build_plan(prior, specs["prior"], turing)
 
 

@@ -1,6 +1,6 @@
 """Engines as they are loaded and run: the checks for real, the library and the GPU played.
 
-What a GPU computes is not tested here; which calls are made, in which order, with which tensors, is.
+What a GPU computes is not tested here; which calls are made, in which order, on what, is.
 """
 
 import hashlib
@@ -250,12 +250,12 @@ class TestChecks:
 
     def test_an_engine_with_other_tensors_is_refused(self, monkeypatch, plan):
         library = play(monkeypatch, FakeLibrary(dtype="HALF"))
-        with pytest.raises(BundleIntegrityError, match="the engine has .*float16.*manifest says"):
+        with pytest.raises(BundleIntegrityError, match=r"the engine has .*float16.*manifest says"):
             open_runner(library, plan)
 
     def test_a_plan_that_the_library_refuses(self, monkeypatch, plan):
         library = play(monkeypatch, FakeLibrary(accepts=False))
-        with pytest.raises(BundleError, match="refuses .*Build it again"):
+        with pytest.raises(BundleError, match=r"refuses .*Build it again"):
             open_runner(library, plan)
 
 
