@@ -81,8 +81,6 @@ class EngineMismatchError(BundleError):
 class EngineBuildError(CoPRSError):
     """An engine could not be built; the message names the node where there is one."""
 
-    exit_code = 1
-
 
 class EquivalenceError(CoPRSError):
     """An exported graph differs from PyTorch by more than its tolerance."""
