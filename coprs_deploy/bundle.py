@@ -1,7 +1,7 @@
 """The bundle: what export writes and the runtime reads, a directory with a manifest.
 
     manifest.json     graphs, hashes of the files, prompt, policy, versions, measured equality
-    *.onnx (*.data)   the three graphs; plans of an engine stay pure files
+    *.onnx (*.data)   the three graphs, or *.engine: plans, which stay pure files
     policy/           the policy, unless the manifest refers to it elsewhere
 
 Opening a bundle checks every file against the manifest before anything else opens it.
@@ -21,8 +21,59 @@ from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 2 added what is known about engines; a manifest of version 1 describes none."""
+
 POLICY_DIRECTORY = "policy"
+PLAN_SUFFIX = ".engine"
+"""Ending of an engine's plan file."""
+
+
+ENGINE_FLAVORS = ("tensorrt", "tensorrt-rtx")
+
+
+class EngineRecord(Record, frozen=True):
+    """What is known about an engine; its plan file holds nothing but the plan.
+
+    Attributes:
+        flavor: ``tensorrt`` or ``tensorrt-rtx``.
+        version: of the library that built it; no other version loads it, but for plans that are
+            ``version_compatible``.
+        compute_capabilities: of the GPUs that it runs on, as in ``sm_89``.
+        gpu: the GPU that it was built on; None where it was built without one.
+        hardware_compatible: whether it runs on every GPU from sm_80 on.
+        version_compatible: whether later versions load it; such a plan carries code.
+        workspace_bytes: the limit of scratch memory that was set; None left it to the library.
+        graph_sha256: hash of the ONNX graph that it was built from, external weights included.
+        sha256: hash of the plan.
+        size_bytes: size of the plan.
+        build_seconds: wall time of the build.
+        network_layers: layers of the parsed network, before fusion.
+        layers: what the engine runs, one line a layer; None where no GPU could read it back.
+        device_memory_bytes: scratch memory of one context; None likewise.
+        verified_on: the GPU on which it was compared with PyTorch; None means that it never ran.
+    """
+
+    flavor: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    hardware_compatible: bool
+    version_compatible: bool
+    workspace_bytes: int | None
+    graph_sha256: str
+    sha256: str
+    size_bytes: int
+    build_seconds: float
+    network_layers: int
+    layers: tuple[str, ...] | None = None
+    device_memory_bytes: int | None = None
+    verified_on: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.flavor not in ENGINE_FLAVORS:
+            raise ValueError(f"flavor is {self.flavor!r}; accepted: {', '.join(ENGINE_FLAVORS)}")
 
 
 class GraphRecord(Record, frozen=True):
@@ -33,12 +84,14 @@ class GraphRecord(Record, frozen=True):
         runtime: the runtime that runs it, as in ``--runtime``.
         precision: of its weights and products, as in ``--precision``.
         file: path of the graph below the bundle; its external data stand beside it.
+        engine: what is known about the engine; None for a graph that is no plan.
     """
 
     spec: GraphSpec
     runtime: str
     precision: str
     file: str
+    engine: EngineRecord | None = None
 
 
 class PolicyRecord(Record, frozen=True):
@@ -145,10 +198,10 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise BundleError(
-                f"{file} has schema version {version}; this package reads {SCHEMA_VERSION}: "
-                "export the checkpoint again"
+                f"{file} has schema version {version}; this package reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: export the checkpoint again"
             )
         manifest = Manifest.from_json(data)
     except (ValueError, OSError) as error:

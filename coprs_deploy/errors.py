@@ -9,7 +9,9 @@
     │   ├── CheckpointError         a checkpoint directory is incomplete or does not fit
     │   ├── ConversionError         a public weight file cannot be converted
     │   └── BundleError             a bundle is absent, of another version, or incomplete
-    │       └── BundleIntegrityError    a file was changed, cut short, removed or added
+    │       ├── BundleIntegrityError    a file was changed, cut short, removed or added
+    │       └── EngineMismatchError     an engine was built for another library or GPU
+    ├── EngineBuildError            an engine could not be built
     ├── EquivalenceError            an exported graph does not compute what PyTorch computes
     ├── PolicyError                 the policy could not write an answer
     └── EnvironmentNotReadyError    this machine lacks something
@@ -70,6 +72,14 @@ class BundleIntegrityError(BundleError):
     """A file of a bundle is not the one that was written: changed, cut short, removed or added."""
 
     exit_code = 1
+
+
+class EngineMismatchError(BundleError):
+    """An engine was built by another library or version, or for another GPU, than those here."""
+
+
+class EngineBuildError(CoPRSError):
+    """An engine could not be built; the message names the node where there is one."""
 
 
 class EquivalenceError(CoPRSError):

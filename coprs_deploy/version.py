@@ -15,6 +15,8 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
     "numpy",
     "pillow",
 )

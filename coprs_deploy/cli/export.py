@@ -21,8 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
-    parser.add_argument("--runtime", default="onnxruntime", help="default: onnxruntime")
-    parser.add_argument("--precision", default="fp32", help="default: fp32")
+    parser.add_argument(
+        "--runtime",
+        default="onnxruntime",
+        help="onnxruntime (default), tensorrt or tensorrt-rtx",
+    )
+    parser.add_argument("--precision", default="fp32", help="fp32 (default), bf16 or fp16")
     parser.add_argument(
         "--targets",
         default="1",
@@ -34,12 +38,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the policy where it is instead of copying it into the bundle",
     )
+    engines = parser.add_argument_group("engines (tensorrt, tensorrt-rtx)")
+    engines.add_argument(
+        "--gpu",
+        metavar="SM,SM",
+        help="compute capabilities that tensorrt-rtx builds for, as sm_80,sm_89,sm_120 "
+        "(default: the GPU of this machine)",
+    )
+    engines.add_argument(
+        "--workspace", type=float, metavar="GIB", help="limit of an engine's scratch memory"
+    )
+    engines.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="later versions of tensorrt load the engines, which then carry code",
+    )
+    engines.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="every GPU from sm_80 on runs the engines of tensorrt, somewhat slower",
+    )
+    engines.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of engines that were built before (default: COPRS_DEPLOY_CACHE, "
+        "or the user's cache folder)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, then show what was measured."""
+    from coprs_deploy.engines.engine_builder import BuildWatch
+    from coprs_deploy.engines.flavors import parse_gpus
     from coprs_deploy.export import ExportOptions, export_checkpoint
     from coprs_deploy.specs import TargetsProfile
 
@@ -49,9 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
         targets=TargetsProfile.parse(arguments.targets),
         copy_policy=not arguments.refer_to_policy,
         overwrite=arguments.overwrite,
+        gpus=parse_gpus(arguments.gpu),
+        workspace_bytes=None if arguments.workspace is None else int(arguments.workspace * 2**30),
+        version_compatible=arguments.version_compatible,
+        hardware_compatible=arguments.hardware_compatible,
+        cache=arguments.cache,
     )
     with StepPrinter() as progress:
-        report = export_checkpoint(arguments.checkpoint, arguments.out, options, progress)
+        watch = BuildWatch(note=progress.note, phase=progress.phase)
+        report = export_checkpoint(arguments.checkpoint, arguments.out, options, progress, watch)
     records = report.bundle.manifest.equivalence
     if arguments.json:
         print_json(
@@ -68,4 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"{report.peak_bytes_export / 1e6:,.0f} MB exporting, "
             f"{report.peak_bytes_total / 1e6:,.0f} MB with the check"
         )
+        engines = [g.engine for g in report.bundle.manifest.graphs.values() if g.engine]
+        if any(engine.verified_on is None for engine in engines):
+            log(
+                "The engines never ran: the figures above are of the graphs that they were built "
+                "from. On the machine that will run them: `coprs-deploy verify "
+                f"{arguments.out} --against {arguments.checkpoint} --device cuda`"
+            )
     return 0

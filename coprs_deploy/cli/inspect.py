@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.cli.parser import add_json_flag, print_json
 from coprs_deploy.cli.tables import equivalence_table, table
 
@@ -39,6 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         rows.append((name, graph.runtime, graph.precision, f"{stored / 1e6:,.1f} MB"))
         rows.extend((f"  {shape}", "", "", "") for shape in shapes)
+    engines = [
+        f"{name}: {engine_line(graph.engine)}"
+        for name, graph in manifest.graphs.items()
+        if graph.engine
+    ]
     policy_bytes = sum(file.size_bytes for file in manifest.policy.files)
     geometry = manifest.geometry
     print(f"{bundle.path}: every file is as it was written")
@@ -50,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells\n")
     print(table(("graph", "runtime", "precision", "size"), rows))
+    if engines:
+        print("\n" + "\n".join(engines))
+        print(cache_line())
     print(
         f"\npolicy: {bundle.policy_path}, {policy_bytes / 1e6:,.1f} MB, "
         f"width {manifest.policy.width}, "
@@ -58,3 +67,26 @@ def run(arguments: argparse.Namespace) -> int:
     print(equivalence_table(manifest.equivalence))
     print("\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()))
     return 0
+
+
+def engine_line(engine: EngineRecord) -> str:
+    """Say what an engine runs on, and whether it ever did."""
+    where = "every GPU from sm_80 on" if engine.hardware_compatible else ""
+    seen = f"verified on {engine.verified_on}" if engine.verified_on else "never verified on a GPU"
+    code = ", carries code (version-compatible)" if engine.version_compatible else ""
+    return (
+        f"{engine.flavor} {engine.version} for "
+        f"{where or ', '.join(engine.compute_capabilities)}, "
+        f"built in {engine.build_seconds:.1f} s, {seen}{code}"
+    )
+
+
+def cache_line() -> str:
+    """Say where engines that were built before are kept, and how many there are."""
+    from coprs_deploy.engines.build_cache import BuildCache
+
+    cache = BuildCache()
+    return (
+        f"engine cache: {cache.root}, {len(cache.entries())} engines, "
+        f"{cache.size_bytes() / 1e6:,.1f} MB"
+    )

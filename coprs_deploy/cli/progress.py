@@ -7,6 +7,9 @@ import time
 from types import TracebackType
 from typing import Self
 
+QUIET_SECONDS = 30
+"""How long a step may say nothing in a log file."""
+
 
 class StepPrinter:
     """Call it with the name of each step as it starts; leave the block when the last is done.
@@ -17,6 +20,7 @@ class StepPrinter:
     def __init__(self) -> None:
         self._step = ""
         self._since = 0.0
+        self._said = 0.0
         self._is_terminal = sys.stderr.isatty()
 
     def __call__(self, step: str) -> None:
@@ -26,11 +30,25 @@ class StepPrinter:
         if self._is_terminal:
             print(f"  {step} ...", end="", file=sys.stderr, flush=True)
 
+    def phase(self, text: str) -> None:
+        """Show what the running step does right now; elsewhere than on a terminal, now and then."""
+        now = time.perf_counter()
+        if self._is_terminal:
+            print(f"\r  {self._step}: {text:<60.60}", end="", file=sys.stderr, flush=True)
+        elif now - max(self._since, self._said) >= QUIET_SECONDS:
+            self._said = now
+            print(f"  {self._step}: {text}", file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        """Print a line that stays."""
+        start = f"\r{'':<80}\r" if self._is_terminal else ""
+        print(f"{start}  {line}", file=sys.stderr, flush=True)
+
     def _end(self, word: str) -> None:
         if not self._step:
             return
         seconds = time.perf_counter() - self._since
-        start = "\r" if self._is_terminal else ""
+        start = f"\r{'':<80}\r" if self._is_terminal else ""
         print(f"{start}  {self._step:<36}{word} {seconds:7.1f} s", file=sys.stderr, flush=True)
         self._step = ""
 

@@ -2,7 +2,7 @@
 
 A runtime is one module of this package whose name ends in ``_runner``; adding a runtime is adding
 such a file (see :class:`RuntimeModule` for what it defines). The names that users type are the
-module names without that ending.
+module names without that ending, with hyphens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pkgutil
 from pathlib import Path
 from typing import Protocol, cast
 
+from coprs_deploy.bundle import Bundle, EngineRecord
 from coprs_deploy.engines.runner import Availability, DeviceTensor, Runner, RunnerOptions
 from coprs_deploy.engines.stages import Stages
 from coprs_deploy.specs import GraphSpec
@@ -22,6 +23,7 @@ __all__ = [
     "Runner",
     "RunnerOptions",
     "Stages",
+    "open_bundle_graph",
     "open_graph",
     "runtime_module",
     "runtime_names",
@@ -33,8 +35,14 @@ _SUFFIX = "_runner"
 class RuntimeModule(Protocol):
     """What a module ``<name>_runner`` defines."""
 
-    def open_graph(self, path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
-        """Open an exported graph."""
+    def open_graph(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        options: RunnerOptions,
+        engine: EngineRecord | None = None,
+    ) -> Runner:
+        """Open an exported graph; ``engine`` is what its manifest says of a plan."""
 
     def availability(self) -> list[Availability]:
         """Say which devices this runtime can use here, and what the others lack."""
@@ -43,7 +51,7 @@ class RuntimeModule(Protocol):
 def runtime_names() -> list[str]:
     """Name the runtimes of this package, whether or not they can run here."""
     return [
-        module.name.removesuffix(_SUFFIX)
+        module.name.removesuffix(_SUFFIX).replace("_", "-")
         for module in pkgutil.iter_modules(__path__)
         if module.name.endswith(_SUFFIX)
     ]
@@ -57,9 +65,22 @@ def runtime_module(name: str) -> RuntimeModule:
     """
     if name not in runtime_names():
         raise ValueError(f"runtime is {name!r}; accepted: {', '.join(runtime_names())}")
-    return cast(RuntimeModule, importlib.import_module(f"{__name__}.{name}{_SUFFIX}"))
+    module = f"{__name__}.{name.replace('-', '_')}{_SUFFIX}"
+    return cast(RuntimeModule, importlib.import_module(module))
 
 
-def open_graph(name: str, path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+def open_graph(
+    name: str,
+    path: Path,
+    spec: GraphSpec,
+    options: RunnerOptions,
+    engine: EngineRecord | None = None,
+) -> Runner:
     """Open an exported graph with the runtime of that name."""
-    return runtime_module(name).open_graph(path, spec, options)
+    return runtime_module(name).open_graph(path, spec, options, engine)
+
+
+def open_bundle_graph(bundle: Bundle, name: str, options: RunnerOptions) -> Runner:
+    """Open a graph of a bundle with the runtime that its manifest names."""
+    graph = bundle.manifest.graphs[name]
+    return open_graph(graph.runtime, bundle.graph_path(name), graph.spec, options, graph.engine)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.runner import (
     Array,
     Availability,
@@ -115,7 +116,9 @@ class OrtRunner(Runner):
         self._session = None
 
 
-def open_graph(path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+def open_graph(
+    path: Path, spec: GraphSpec, options: RunnerOptions, engine: EngineRecord | None = None
+) -> Runner:
     """Open an ONNX file.
 
     Raises:

@@ -42,10 +42,14 @@ class RunnerOptions:
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         num_threads: threads of one operator on the CPU; None leaves it to the runtime.
+        cuda_graphs: whether an engine's work is captured once and launched whole.
+        allow_plan_code: whether version-compatible plans, which carry code, may be loaded.
     """
 
     device: str = "cpu"
     num_threads: int | None = None
+    cuda_graphs: bool = True
+    allow_plan_code: bool = False
 
     def __post_init__(self) -> None:
         kind, colon, index = self.device.partition(":")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.runner import (
     Array,
     Availability,
@@ -77,7 +78,9 @@ class TorchRunner(Runner):
         self._module = None
 
 
-def open_graph(path: Path, spec: GraphSpec, options: RunnerOptions) -> Runner:
+def open_graph(
+    path: Path, spec: GraphSpec, options: RunnerOptions, engine: EngineRecord | None = None
+) -> Runner:
     """Refuse: PyTorch runs modules, not graph files.
 
     Raises:

@@ -7,16 +7,22 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
 from coprs_deploy.bundle import (
+    ENGINE_FLAVORS,
     MANIFEST_FILE,
+    PLAN_SUFFIX,
     SCHEMA_VERSION,
     Bundle,
+    EngineRecord,
     GraphRecord,
     Manifest,
     PolicyRecord,
@@ -28,23 +34,34 @@ from coprs_deploy.checkpoint import (
     load_segmentation_model,
     read_checkpoint,
 )
-from coprs_deploy.engines import RunnerOptions, open_graph
-from coprs_deploy.export.equivalence import (
-    TOLERANCES,
-    compare_stages,
-    reference_opener,
-    require_equivalence,
-    sample_inputs,
+from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.engine_builder import (
+    BuildWatch,
+    build_engine,
+    resolve_target,
+    state_need,
 )
-from coprs_deploy.export.onnx_graph import OPSET, export_onnx_graph
+from coprs_deploy.engines.plan_builder import BuildSettings
+from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.export.graph_check import GraphCheck, can_run_here
+from coprs_deploy.export.onnx_graph import export_onnx_graph
+from coprs_deploy.export.precision import FP32, OPSETS, check_precision, type_graph
 from coprs_deploy.models.sam_encoder import AttentionForm
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, TargetsProfile, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, GraphSpec, TargetsProfile, graph_specs
 from coprs_deploy.version import __version__, installed_versions
+
+if TYPE_CHECKING:
+    import torch
 
 Progress = Callable[[str], None]
 
-ATTENTION_FORMS: dict[str, AttentionForm] = {"onnxruntime": "bias"}
-"""The form of relative positions that measured best in each runtime (see ``AttentionForm``)."""
+ATTENTION_FORMS: dict[str, AttentionForm] = {
+    "onnxruntime": "bias",
+    "tensorrt": "bias",
+    "tensorrt-rtx": "bias",
+}
+"""The form of relative positions in each runtime, see ``AttentionForm``: measured for ONNX Runtime,
+not yet for TensorRT, whose fused attention takes an additive mask."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,11 @@ class ExportOptions:
         copy_policy: whether the policy is copied into the bundle; else it is referred to, from
             the bundle, so that both may move together.
         overwrite: whether a bundle that stands there may be replaced.
+        gpus: compute capabilities that engines are built for; empty takes the GPU of this machine.
+        workspace_bytes: limit of an engine's scratch memory; None leaves it to TensorRT.
+        version_compatible: whether later versions of TensorRT shall load the engines.
+        hardware_compatible: whether every GPU from sm_80 on shall run the engines.
+        cache: folder of engines that were built before; None takes the user's.
     """
 
     runtime: str = "onnxruntime"
@@ -65,13 +87,43 @@ class ExportOptions:
     targets: TargetsProfile = field(default_factory=TargetsProfile)
     copy_policy: bool = True
     overwrite: bool = False
+    gpus: tuple[str, ...] = ()
+    workspace_bytes: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if (self.runtime, self.precision) == ("onnxruntime", "bf16"):
+            raise ValueError(
+                "precision is 'bf16', whose operators ONNX Runtime's CPU provider does not have; "
+                "accepted for onnxruntime: fp32, fp16; bf16 is for tensorrt and tensorrt-rtx"
+            )
         if (self.runtime, self.precision) not in TOLERANCES:
             known = ", ".join(f"{runtime} {precision}" for runtime, precision in TOLERANCES)
             raise ValueError(
                 f"runtime and precision are {self.runtime} {self.precision}; accepted: {known}"
             )
+        build = (self.workspace_bytes, self.version_compatible, self.hardware_compatible, self.gpus)
+        if self.runtime in ENGINE_FLAVORS:
+            self.build_settings()  # refuses what does not fit together
+        elif any(build):
+            raise ValueError(
+                f"--gpu, --workspace, --version-compatible and --hardware-compatible are for "
+                f"engines, and the runtime is {self.runtime}; accepted: "
+                f"{', '.join(ENGINE_FLAVORS)}"
+            )
+
+    def build_settings(self) -> BuildSettings:
+        """Say how the engines are built."""
+        return BuildSettings(
+            flavor=self.runtime,
+            gpus=self.gpus,
+            workspace_bytes=self.workspace_bytes,
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +150,7 @@ def export_checkpoint(
     out: str | Path,
     options: ExportOptions | None = None,
     progress: Progress = lambda step: None,
+    watch: BuildWatch | None = None,
 ) -> ExportReport:
     """Export a checkpoint; the bundle appears complete and proven equal, or not at all.
 
@@ -106,14 +159,19 @@ def export_checkpoint(
         out: where the bundle shall stand.
         options: how to export.
         progress: called with the name of each step as it starts.
+        watch: who listens to the build of engines.
 
     Raises:
         CheckpointError: the checkpoint is not usable.
         ArtifactError: ``out`` is taken.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
+        EngineBuildError: an engine cannot be built; nothing is written.
+        RuntimeUnavailableError: engines of this flavor cannot be built here.
     """
     options = options or ExportOptions()
     out = Path(out)
+    builds_engines = options.runtime in ENGINE_FLAVORS
+    target = resolve_target(options.build_settings()) if builds_engines else None
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     check_replaceable(out, MANIFEST_FILE, options.overwrite)
     clock = _StepClock(progress)
@@ -131,34 +189,59 @@ def export_checkpoint(
     specs = graph_specs(geometry, width, options.targets)
     clock.start("fingerprint checkpoint")
     checkpoint_fingerprint = source.fingerprint()
-    with new_directory(out, MANIFEST_FILE, options.overwrite) as partial:
+    with ExitStack() as stack:
+        partial = stack.enter_context(new_directory(out, MANIFEST_FILE, options.overwrite))
+        # Beside the bundle rather than in a temporary folder, which may be in memory.
+        scratch = stack.enter_context(new_scratch(out))
+        graphs = {
+            name: (scratch if builds_engines else partial) / f"{name}.onnx" for name in GRAPH_NAMES
+        }
         for name in GRAPH_NAMES:
             clock.start(f"export {name}")
             metadata = {
                 "graph": name,
                 "version": __version__,
                 "checkpoint": checkpoint_fingerprint,
-                "opset": str(OPSET),
+                "opset": str(OPSETS[options.precision]),
                 "precision": options.precision,
             }
-            export_onnx_graph(stages[name], specs[name], partial / f"{name}.onnx", metadata)
+            write_graph(
+                stages[name],
+                specs[name],
+                graphs[name],
+                metadata,
+                precision=options.precision,
+                scratch=scratch,
+            )
         peak_bytes_export = peak_memory_bytes()
         # The check maps the weights again, a stage at a time; the large ones are let go before.
         for parameter in model.parameters():
             parameter.data = parameter.data.new_empty(0)
         del model, stages
 
-        tolerances = TOLERANCES[options.runtime, options.precision]
-        records = compare_stages(
-            reference=reference_opener(source, specs),
-            candidate=lambda name: open_graph(
-                options.runtime, partial / f"{name}.onnx", specs[name], RunnerOptions()
-            ),
-            samples=sample_inputs(geometry, width, options.targets.preferred),
-            tolerances=tolerances,
-            report=lambda step: clock.start(f"check {step}"),
+        check = GraphCheck(
+            source, specs, options, lambda step: clock.start(f"check {step}"), scratch
         )
-        require_equivalence(records, tolerances)
+        records = check.graphs(graphs)
+        engines: dict[str, EngineRecord] = {}
+        if target is not None:
+            watch = watch or BuildWatch()
+            cache = BuildCache(options.cache)
+            watch.note(state_need(list(graphs.values()), partial, cache))
+            for name in GRAPH_NAMES:
+                clock.start(f"build {name}")
+                plan = partial / f"{name}{PLAN_SUFFIX}"
+                engines[name] = build_engine(
+                    graphs[name],
+                    plan,
+                    spec=specs[name],
+                    precision=options.precision,
+                    target=target,
+                    cache=cache,
+                    watch=watch,
+                )
+            if can_run_here(target):
+                records, engines = check.engines(partial, engines)
 
         clock.start("write bundle")
         files = record_files(partial)
@@ -176,7 +259,13 @@ def export_checkpoint(
             checkpoint_note=str(source.config.provenance.get("note", "")),
             geometry=geometry,
             graphs={
-                name: GraphRecord(specs[name], options.runtime, options.precision, f"{name}.onnx")
+                name: GraphRecord(
+                    spec=specs[name],
+                    runtime=options.runtime,
+                    precision=options.precision,
+                    file=f"{name}{PLAN_SUFFIX if builds_engines else '.onnx'}",
+                    engine=engines.get(name),
+                )
                 for name in GRAPH_NAMES
             },
             policy=PolicyRecord(
@@ -189,7 +278,7 @@ def export_checkpoint(
             ),
             files=files,
             toolchain=installed_versions(),
-            gpu=None,
+            gpu=target.gpu if target else None,
             equivalence=records,
         )
         write_manifest(partial, manifest)
@@ -201,6 +290,33 @@ def export_checkpoint(
         peak_bytes_export=peak_bytes_export,
         peak_bytes_total=peak_memory_bytes(),
     )
+
+
+def write_graph(
+    module: torch.nn.Module,
+    spec: GraphSpec,
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    precision: str,
+    scratch: Path,
+) -> None:
+    """Write a stage as ONNX in a precision; the float32 graph in between is removed again."""
+    if precision == FP32:
+        export_onnx_graph(module, spec, path, metadata, OPSETS[precision])
+        return
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        float32 = Path(folder) / path.name
+        export_onnx_graph(module, spec, float32, metadata, OPSETS[precision])
+        type_graph(float32, path, spec, precision)
+
+
+@contextmanager
+def new_scratch(out: Path) -> Iterator[Path]:
+    """Give a hidden folder beside the bundle, for graphs that do not stay."""
+    parent = out.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=f".{out.absolute().name}.graphs-", dir=parent) as path:
+        yield Path(path)
 
 
 def peak_memory_bytes() -> int:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 OPSET = 20
 """The newest opset that TensorRT 10.3 (JetPack 6) parses; it has LayerNormalization and Gelu."""
 
+METADATA_PREFIX = "coprs_deploy."
+"""What this package writes into a file's metadata begins with this."""
+
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Weights above this go into a ``.data`` file; a protobuf holds at most 2 GiB."""
 
@@ -29,7 +32,11 @@ INSTALL = 'pip install "coprs-deploy[cpu]"'
 
 
 def export_onnx_graph(
-    module: torch.nn.Module, spec: GraphSpec, path: Path, metadata: Mapping[str, str]
+    module: torch.nn.Module,
+    spec: GraphSpec,
+    path: Path,
+    metadata: Mapping[str, str],
+    opset: int = OPSET,
 ) -> None:
     """Write a stage as ONNX and check the file.
 
@@ -38,6 +45,7 @@ def export_onnx_graph(
         spec: names, dtypes and shapes of inputs and outputs.
         path: the file to write; large weights go to ``<path>.data`` beside it.
         metadata: stored inside the file under ``coprs_deploy.*``.
+        opset: of the graph.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
@@ -63,7 +71,7 @@ def export_onnx_graph(
             module,
             tuple(_example(tensor) for tensor in spec.inputs),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=dynamic,
@@ -73,7 +81,7 @@ def export_onnx_graph(
     program.model.graph.name = spec.name
     program.model.producer_name = "coprs_deploy"
     for key, value in metadata.items():
-        program.model.metadata_props[f"coprs_deploy.{key}"] = value
+        program.model.metadata_props[f"{METADATA_PREFIX}{key}"] = value
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(path, external_data=weights > EXTERNAL_DATA_BYTES)
     for initializer in program.model.graph.initializers.values():

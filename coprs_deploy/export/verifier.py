@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from coprs_deploy.bundle import EquivalenceRecord, open_bundle
+import msgspec
+
+from coprs_deploy.bundle import EngineRecord, EquivalenceRecord, open_bundle, write_manifest
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.engines import RunnerOptions, open_graph
+from coprs_deploy.engines import Runner, RunnerOptions, open_bundle_graph
+from coprs_deploy.engines.plan_execution import PlanRunner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.equivalence import (
     TOLERANCES,
@@ -15,6 +18,7 @@ from coprs_deploy.export.equivalence import (
     reference_opener,
     sample_inputs,
 )
+from coprs_deploy.export.graph_check import open_unverified, verified_record
 from coprs_deploy.specs import PRIOR
 
 
@@ -25,6 +29,8 @@ def verify_bundle(
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[EquivalenceRecord, ...]:
     """Compare a bundle's graphs with PyTorch again, on inputs of another seed than export's.
+
+    Engines that pass on a GPU are marked as verified on it in the manifest.
 
     Args:
         bundle_path: a bundle.
@@ -49,16 +55,34 @@ def verify_bundle(
             f"({checkpoint.fingerprint()[:12]}): export it again, or name the right checkpoint"
         )
     graphs = manifest.graphs
+    read_back: dict[str, EngineRecord] = {}
+
+    def candidate(name: str) -> Runner:
+        graph = graphs[name]
+        if graph.engine is None:
+            return open_bundle_graph(bundle, name, RunnerOptions(device=device))
+        runner = open_unverified(
+            graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, device
+        )
+        if isinstance(runner, PlanRunner):
+            read_back[name] = verified_record(graph.engine, runner)
+        return runner
+
     targets = graphs[PRIOR].spec.targets
-    return compare_stages(
+    records = compare_stages(
         reference=reference_opener(checkpoint, {name: g.spec for name, g in graphs.items()}),
-        candidate=lambda name: open_graph(
-            graphs[name].runtime,
-            bundle.graph_path(name),
-            graphs[name].spec,
-            RunnerOptions(device=device),
-        ),
+        candidate=candidate,
         samples=sample_inputs(manifest.geometry, manifest.policy.width, targets.preferred, seed=1),
         tolerances=TOLERANCES[graphs[PRIOR].runtime, graphs[PRIOR].precision],
         report=progress,
     )
+    if read_back and all(record.passed for record in records):
+        verified = {
+            name: msgspec.structs.replace(graph, engine=read_back.get(name, graph.engine))
+            for name, graph in graphs.items()
+        }
+        write_manifest(
+            bundle.path,
+            msgspec.structs.replace(manifest, graphs=verified, equivalence=records),
+        )
+    return records

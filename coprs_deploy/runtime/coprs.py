@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from coprs_deploy import shipped
 from coprs_deploy.bundle import Bundle, open_bundle
 from coprs_deploy.closing import Closeable
-from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_graph
+from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_bundle_graph
 from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.errors import BundleError, PolicyError
 from coprs_deploy.images import (
@@ -328,12 +328,13 @@ class CoPRS(Closeable):
 
 
 def _open_stages(bundle: Bundle, options: RuntimeOptions) -> Stages:
-    settings = RunnerOptions(device=options.device, num_threads=options.num_threads)
+    settings = RunnerOptions(
+        device=options.device,
+        num_threads=options.num_threads,
+        allow_plan_code=options.allow_plan_code,
+    )
     return Stages(
-        {
-            name: open_graph(graph.runtime, bundle.graph_path(name), graph.spec, settings)
-            for name, graph in bundle.manifest.graphs.items()
-        }
+        {name: open_bundle_graph(bundle, name, settings) for name in bundle.manifest.graphs}
     )
 
 

@@ -16,6 +16,7 @@ class RuntimeOptions:
         policy_dtype: dtype of its weights (``float32``, ``bfloat16``); None keeps the stored one.
         num_threads: CPU threads of one graph operator; None leaves it to the runtime.
         cached_images: how many image embeddings are kept for further questions; 0 keeps none.
+        allow_plan_code: whether version-compatible engine plans, which carry code, may be loaded.
     """
 
     device: str = "cpu"
@@ -24,6 +25,7 @@ class RuntimeOptions:
     policy_dtype: str | None = None
     num_threads: int | None = None
     cached_images: int = 8
+    allow_plan_code: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

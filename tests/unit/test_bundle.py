@@ -277,7 +277,7 @@ def test_a_place_without_a_bundle_is_refused_with_the_command_that_makes_one(tmp
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "1", None])
 def test_another_schema_version_is_refused_before_anything_else(root, version):
     (root / MANIFEST_FILE).write_text(json.dumps({"schema_version": version, "news": 1}))
-    message = rf"has schema version {version}; this package reads {SCHEMA_VERSION}: export"
+    message = rf"has schema version {version}; this package reads 1 and {SCHEMA_VERSION}: export"
     with pytest.raises(BundleError, match=message):
         open_bundle(root)
 
@@ -340,3 +340,13 @@ def test_integrity_is_a_failed_check_and_a_missing_bundle_wrong_use(root, tmp_pa
     with pytest.raises(BundleError) as refusal:
         open_bundle(tmp_path / "nowhere")
     assert refusal.value.exit_code == 2
+
+
+def test_a_manifest_of_version_1_is_read(root):
+    data = json.loads((root / MANIFEST_FILE).read_text())
+    data["schema_version"] = 1
+    for graph in data["graphs"].values():
+        del graph["engine"]
+    (root / MANIFEST_FILE).write_text(json.dumps(data))
+    manifest = read_manifest(root)
+    assert [graph.engine for graph in manifest.graphs.values()] == [None] * 3

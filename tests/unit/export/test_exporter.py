@@ -68,7 +68,7 @@ def written_graphs(tiny_bundle, monkeypatch):
     """
     factors = {}
 
-    def copy_graph(module, spec, path, metadata):
+    def copy_graph(module, spec, path, metadata, opset):
         model = onnx.load(tiny_bundle / f"{spec.name}.onnx")
         for weight in model.graph.initializer:
             values = numpy_helper.to_array(weight)
@@ -149,7 +149,7 @@ class TestBundle:
         text = (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
         data = json.loads(text)
         assert text.endswith("}\n")
-        assert data["schema_version"] == 1
+        assert data["schema_version"] == 2
         assert data["graphs"]["prior"]["spec"]["inputs"][1] == {
             "name": "concentration",
             "dtype": "float32",

@@ -1,0 +1,151 @@
+"""A CUDA device through PyTorch: memory, a stream with a priority, copies, captured work.
+
+Everything that a plan needs of CUDA is here; nothing here knows TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coprs_deploy.engines.runner import Array, DeviceTensor, host_array
+from coprs_deploy.errors import RuntimeUnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its name and its compute capability, as in ``sm_89``."""
+
+    name: str
+    compute_capability: str
+
+
+def current_gpu(index: int = 0) -> Gpu | None:
+    """Describe the GPU of that number; None where PyTorch sees none."""
+    import torch
+
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}")
+
+
+@dataclass(frozen=True)
+class CudaTensor:
+    """A tensor in GPU memory, and the event after which its values are there."""
+
+    tensor: torch.Tensor
+    ready: torch.cuda.Event
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Its element type."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    def numpy(self) -> Array:
+        """Return the values on the host, through pinned memory."""
+        import torch
+
+        stream = torch.cuda.current_stream(self.tensor.device)
+        stream.wait_event(self.ready)
+        self.tensor.record_stream(stream)
+        host = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=True)
+        host.copy_(self.tensor, non_blocking=True)
+        stream.synchronize()
+        array: Array = host.numpy()
+        return array
+
+
+class CudaDevice:
+    """One stream of one device, and the buffers that work on it reads and writes.
+
+    Args:
+        index: number of the device.
+        high_priority: whether its kernels go before those of other streams.
+    """
+
+    def __init__(self, index: int, high_priority: bool) -> None:
+        import torch
+
+        gpu = current_gpu(index)
+        if gpu is None:
+            raise RuntimeUnavailableError(
+                f"PyTorch {torch.__version__} sees no CUDA device {index}; check the driver with "
+                "nvidia-smi and that PyTorch is a CUDA build, or export for onnxruntime"
+            )
+        self._torch: Any = torch  # its streams and events have no types
+        self._device = torch.device("cuda", index)
+        self.gpu = gpu
+        self.stream = self._torch.cuda.Stream(self._device, priority=-1 if high_priority else 0)
+        self._staging: dict[str, tuple[torch.Tensor, torch.cuda.Event]] = {}
+
+    @property
+    def stream_handle(self) -> int:
+        """The stream as the number that TensorRT takes."""
+        handle: int = self.stream.cuda_stream
+        return handle
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Allocate a buffer; ``data_ptr()`` gives its address."""
+        with self._torch.cuda.stream(self.stream):
+            return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._device)
+
+    def fill(self, name: str, buffer: Any, value: Array | DeviceTensor) -> None:
+        """Copy a value into a buffer on the stream; a host array goes through pinned memory."""
+        with self._torch.cuda.stream(self.stream):
+            if isinstance(value, CudaTensor):
+                self.stream.wait_event(value.ready)
+                value.tensor.record_stream(self.stream)
+                buffer.copy_(value.tensor, non_blocking=True)
+                return
+            array = host_array(value)
+            pinned, used = self._pinned(name, buffer)
+            used.synchronize()  # the copy before may still read it
+            np.copyto(pinned.numpy(), array)
+            buffer.copy_(pinned, non_blocking=True)
+            used.record(self.stream)
+
+    def _pinned(self, name: str, buffer: Any) -> tuple[Any, Any]:
+        known = self._staging.get(name)
+        if known is None or known[0].shape != buffer.shape:
+            pinned = self._torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+            known = (pinned, self._torch.cuda.Event())
+            self._staging[name] = known
+        return known
+
+    def copy_out(self, buffer: Any) -> CudaTensor:
+        """Copy a buffer that the next call overwrites into a tensor of its own."""
+        with self._torch.cuda.stream(self.stream):
+            copy = buffer.clone()
+            ready = self._torch.cuda.Event()
+            ready.record(self.stream)
+        return CudaTensor(copy, ready)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record work that was run once before; the result runs it again in one launch."""
+        graph = self._torch.cuda.CUDAGraph()
+        self.stream.synchronize()
+        # Other threads go on using CUDA meanwhile: the policy decodes.
+        with self._torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+
+        def replay() -> None:
+            with self._torch.cuda.stream(self.stream):
+                graph.replay()
+
+        return replay
+
+    def synchronize(self) -> None:
+        """Wait until the stream has nothing left to do."""
+        self.stream.synchronize()

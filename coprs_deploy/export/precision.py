@@ -1,0 +1,267 @@
+"""The precision of a graph, written into the graph: every tensor of an exported file has its type.
+
+Weights and products become bfloat16 or float16; what keeps float32 is :data:`FLOAT32_PARTS`. Inputs
+and outputs keep their names and stay float32, so that the stages fit together in any precision.
+
+Why a pass of our own: ONNX Runtime's converter knows float16 only, and NVIDIA ModelOpt asks for
+older releases of onnx and onnxruntime than this package is tested with. The pass reads and writes
+paths and converts one weight at a time, so it holds above 2 GB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.export.onnx_graph import (
+    EXTERNAL_DATA_BYTES,
+    INSTALL,
+    METADATA_PREFIX,
+    OPSET,
+    check_onnx_graph,
+)
+from coprs_deploy.specs import MASK_DECODER, PRIOR, GraphSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FP32 = "fp32"
+BF16 = "bf16"
+FP16 = "fp16"
+PRECISIONS = (FP32, BF16, FP16)
+"""As users type them; int8 is not among them yet."""
+
+OPSETS: Mapping[str, int] = {FP32: OPSET, BF16: 22, FP16: OPSET}
+"""Opset of each precision: convolutions take bfloat16 from opset 22 on."""
+
+
+@dataclass(frozen=True)
+class Float32Part:
+    """Nodes that compute in float32 whatever the precision of the graph is.
+
+    Attributes:
+        graph: the graph that the rule is for; None for all.
+        operator: the operator that it names.
+        onwards: False takes every node of that operator; True takes the last one in the graph and
+            all that follows it.
+        reason: why.
+        precisions: the precisions of the graph that need it.
+    """
+
+    graph: str | None
+    operator: str
+    onwards: bool
+    reason: str
+    precisions: tuple[str, ...] = (BF16, FP16)
+
+
+FLOAT32_PARTS = (
+    Float32Part(
+        None,
+        "LayerNormalization",
+        False,
+        "the variance sums squares: float16 overflows from 256 on, bfloat16 loses the mean",
+    ),
+    Float32Part(
+        PRIOR,
+        "MatMul",
+        True,
+        "scores, fusion and enlargement are a thousandth of the work, and the heatmap is read "
+        "as logits",
+    ),
+    Float32Part(
+        MASK_DECODER,
+        "Where",
+        False,
+        "prior logits come in float32 and meet the -50 of the padding before they are rounded",
+    ),
+    Float32Part(
+        MASK_DECODER,
+        "ConvTranspose",
+        False,
+        "TensorRT for RTX 1.7 cannot build a transposed convolution in bfloat16",
+        (BF16,),
+    ),
+    Float32Part(
+        MASK_DECODER,
+        "MatMul",
+        True,
+        "the last product sums few terms of either sign, and the mask is the sign of the sum",
+    ),
+)
+"""The one table of what keeps float32.
+
+A softmax is not in it: its tensors are half, and runtimes sum in float32 inside the node, while
+casts around it would keep them from fusing the attention.
+"""
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that no graph can have.
+
+    Raises:
+        ValueError: names what is accepted.
+    """
+    if precision == "int8":
+        raise ValueError(
+            "precision is 'int8', which needs a calibrated graph that this version cannot make; "
+            f"accepted: {', '.join(PRECISIONS)}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
+
+
+def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> None:
+    """Write a float32 graph in a lower precision, and check the file.
+
+    Args:
+        source: the exported float32 graph, of the opset in :data:`OPSETS`.
+        target: another path; large weights go to ``<target>.data`` beside it.
+        spec: inputs and outputs, the same before and after.
+        precision: ``bf16`` or ``fp16``.
+
+    Raises:
+        MissingDependencyError: the exporter's packages are not installed.
+        EquivalenceError: the written graph is not valid or has another signature.
+    """
+    assert precision in (BF16, FP16) and source != target
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
+    model = ir.load(source)
+    low = ir.DataType.BFLOAT16 if precision == BF16 else ir.DataType.FLOAT16
+    kept = float32_nodes(model.graph, spec.name, precision)
+    _Typing(model.graph, low).apply(kept)
+    names = [node.name or "" for node in model.graph if node in kept]
+    model.metadata_props[f"{METADATA_PREFIX}precision"] = precision
+    model.metadata_props[f"{METADATA_PREFIX}float32_nodes"] = json.dumps(names)
+    save_graph(model, target)
+    check_onnx_graph(target, spec)
+
+
+def float32_nodes(graph: ir.Graph, name: str, precision: str) -> set[ir.Node]:
+    """Collect the nodes of a graph that :data:`FLOAT32_PARTS` names."""
+    nodes = list(graph)
+    kept: set[ir.Node] = set()
+    for part in FLOAT32_PARTS:
+        if part.graph not in (None, name) or precision not in part.precisions:
+            continue
+        named = [i for i, node in enumerate(nodes) if node.op_type == part.operator]
+        if not named and part.graph is None:
+            continue
+        assert named, f"{name} has no {part.operator}; the table of float32 parts is out of date"
+        chosen = nodes[named[-1] :] if part.onwards else [nodes[i] for i in named]
+        kept.update(chosen)
+    return kept
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Save a graph; weights above the size that a protobuf holds go beside it."""
+    import onnx_ir as ir
+
+    values = model.graph.initializers.values()
+    size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+
+
+def convert_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+    """Convert a weight when it is asked for, so that only one is in memory at a time."""
+    import onnx_ir as ir
+
+    shape = ir.Shape(tensor.numpy().shape)
+
+    def convert() -> ir.TensorProtocol:
+        with np.errstate(over="ignore"):  # an infinite weight fails the check that follows
+            return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=tensor.name)
+
+    return ir.LazyTensor(convert, dtype, shape, name=tensor.name)
+
+
+class _Typing:
+    """Gives each node its type, with a cast where two types meet."""
+
+    def __init__(self, graph: ir.Graph, low: ir.DataType) -> None:
+        import onnx_ir as ir
+
+        self._ir = ir
+        self._graph = graph
+        self._low = low
+        self._float32 = ir.DataType.FLOAT
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def apply(self, kept: set[ir.Node]) -> None:
+        ir = self._ir
+        original = {value: value.dtype for node in self._graph for value in node.outputs}
+        original |= {value: value.dtype for value in self._graph.inputs}
+        original |= {value: value.dtype for value in self._graph.initializers.values()}
+        for node in list(self._graph):
+            assert node.op_type not in ("Cast", "Constant"), node
+            wanted = self._float32 if node in kept else self._low
+            for index, value in enumerate(node.inputs):
+                if value is not None and original[value] == self._float32:
+                    node.replace_input_with(index, self._as(value, wanted, node))
+            for value in node.outputs:
+                if original[value] == self._float32:
+                    value.type = ir.TensorType(wanted)
+        self._drop_unused_weights()
+        self._keep_output_types(original)
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """Return a value in a type: itself, a converted weight, or a cast of it."""
+        if value.dtype == dtype:
+            return value
+        known = self._casts.get((value, dtype))
+        if known is None:
+            suffix = dtype.name.lower()
+            if value.const_value is not None:
+                known = self._ir.Value(
+                    name=f"{value.name}.{suffix}",
+                    shape=value.shape,
+                    type=self._ir.TensorType(dtype),
+                    const_value=convert_tensor(value.const_value, dtype),
+                )
+                self._graph.register_initializer(known)
+            else:
+                known = self._cast(value, dtype, before)
+            self._casts[value, dtype] = known
+        return known
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
+        suffix = dtype.name.lower()
+        node = self._ir.node(
+            "Cast",
+            [value],
+            {"to": dtype.value},
+            name=f"{value.name}.to_{suffix}",
+        )
+        (result,) = node.outputs
+        result.name, result.shape = f"{value.name}.{suffix}", value.shape
+        result.type = self._ir.TensorType(dtype)
+        if before is None:
+            self._graph.append(node)
+        else:
+            self._graph.insert_before(before, node)
+        return result
+
+    def _drop_unused_weights(self) -> None:
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self._graph.initializers[name]
+
+    def _keep_output_types(self, original: dict[ir.Value, ir.DataType | None]) -> None:
+        for index, value in enumerate(self._graph.outputs):
+            wanted = original[value]
+            if value.dtype == wanted or wanted is None:
+                continue
+            name = value.name
+            value.name = f"{name}.{self._low.name.lower()}"
+            result = self._cast(value, wanted, None)
+            result.name = name
+            self._graph.outputs[index] = result

@@ -1,0 +1,91 @@
+"""A checkpoint to a bundle of engines, with real builds and without a GPU."""
+
+import msgspec
+import onnx
+import pytest
+
+from coprs_deploy.bundle import open_bundle, read_manifest
+from coprs_deploy.engines import RunnerOptions, open_bundle_graph
+from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter
+from coprs_deploy.specs import GRAPH_NAMES
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+GPUS = ("sm_80", "sm_89", "sm_120")
+
+
+@pytest.fixture
+def written_graphs(tiny_bundle, monkeypatch):
+    """Take the graphs of the tiny bundle instead of tracing them again."""
+    factors = {}
+
+    def copy_graph(module, spec, path, metadata, opset):
+        model = onnx.load(tiny_bundle / f"{spec.name}.onnx")
+        model.opset_import[0].version = opset
+        for weight in model.graph.initializer if spec.name in factors else ():
+            values = onnx.numpy_helper.to_array(weight)
+            if values.dtype == "float32":
+                scaled = values * values.dtype.type(factors[spec.name])
+                weight.CopyFrom(onnx.numpy_helper.from_array(scaled, weight.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(exporter, "export_onnx_graph", copy_graph)
+    return factors
+
+
+def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_graphs):
+    options = ExportOptions(
+        runtime="tensorrt-rtx", precision="fp16", gpus=GPUS, cache=tmp_path / "cache"
+    )
+    path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
+    assert {p.name for p in tmp_path.iterdir()} == {"bundle", "cache"}
+    bundle = open_bundle(path)
+    assert {p.name for p in path.glob("*.*")} == {
+        "manifest.json",
+        *(f"{name}.engine" for name in GRAPH_NAMES),
+    }
+    for name, graph in bundle.manifest.graphs.items():
+        assert (graph.runtime, graph.precision) == ("tensorrt-rtx", "fp16")
+        assert graph.engine.compute_capabilities == GPUS
+        assert graph.engine.verified_on is None
+        assert graph.engine.size_bytes == bundle.graph_path(name).stat().st_size
+    with pytest.raises(RuntimeUnavailableError, match="pass --device cuda"):
+        open_bundle_graph(bundle, "prior", RunnerOptions())
+    plan = path / "prior.engine"
+    plan.write_bytes(plan.read_bytes()[:-100])
+    with pytest.raises(BundleIntegrityError, match="was cut short or changed"):
+        open_bundle(path)
+    assert msgspec.json.decode(msgspec.json.encode(read_manifest(path).to_json()))
+
+
+def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
+    tiny_checkpoint, tmp_path, written_graphs, monkeypatch
+):
+    def build(*args, **kwargs):
+        raise AssertionError("an engine was built")
+
+    monkeypatch.setattr(exporter, "build_engine", build)
+    written_graphs["mask_decoder"] = 1e6
+    options = ExportOptions(
+        runtime="tensorrt-rtx", precision="fp16", gpus=("sm_89",), cache=tmp_path / "cache"
+    )
+    with pytest.raises(EquivalenceError, match="mask_decoder: relative"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_are_refused_before_the_checkpoint_is_read(tmp_path):
+    options = ExportOptions(runtime="tensorrt-rtx", gpus=("sm_90",))
+    with pytest.raises(ValueError, match="gpu names 'sm_90'"):
+        export_checkpoint(tmp_path / "nothing", tmp_path / "bundle", options)
+
+
+def test_onnx_runtime_runs_a_float16_bundle(tiny_checkpoint, tmp_path, written_graphs):
+    steps = []
+    options = ExportOptions(precision="fp16")
+    report = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options, steps.append)
+    assert "check rounded candidate prior" in steps and "check candidate prior" in steps
+    assert all(0 < record.relative < 0.02 for record in report.bundle.manifest.equivalence)
+    bundle = open_bundle(report.bundle.path)
+    with open_bundle_graph(bundle, "prior", RunnerOptions()) as runner:
+        assert runner.spec.inputs[0].dtype == "float32"
