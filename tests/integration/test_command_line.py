@@ -184,7 +184,7 @@ class TestWrongUse:
             (["evaluate", "--examples", "nowhere.jsonl"], "nowhere.jsonl"),
             (["inspect", "nowhere"], "there is no bundle at nowhere"),
             (["export", "nowhere", "--out", "b"], "there is no checkpoint directory nowhere"),
-            (["export", "nowhere", "--out", "b", "--precision", "fp17"], "accepted: onnxruntime"),
+            (["export", "nowhere", "--out", "b", "--precision", "fp17"], "accepted: fp32, bf16"),
             (["export", "nowhere", "--out", "b", "--targets", "4,1"], "min,preferred,max"),
             (["convert", "--out", "c"], "one of the arguments --policy"),
             (["convert", "--random", "--sam", "vit_x", "--out", "c"], "vit_b, vit_l, vit_h"),

@@ -311,9 +311,15 @@ class TestPlace:
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"runtime": "tensorflow"}, {"precision": "fp4"}])
-def test_an_unknown_runtime_or_precision_is_answered_with_the_known_pairs(options):
-    with pytest.raises(
-        ValueError, match=r"runtime and precision are .*; accepted: onnxruntime fp32"
-    ):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "tensorflow"}, r"runtime and precision are .*; accepted: onnxruntime fp32"),
+        ({"precision": "bf16"}, r"accepted for onnxruntime: fp32, fp16"),
+        ({"precision": "fp4"}, r"precision is 'fp4'; accepted: fp32, bf16, fp16"),
+        ({"precision": "int8"}, r"calibrated .* accepted: fp32, bf16, fp16"),
+    ],
+)
+def test_an_unknown_runtime_or_precision_is_answered_with_what_is_known(options, message):
+    with pytest.raises(ValueError, match=message):
         ExportOptions(**options)

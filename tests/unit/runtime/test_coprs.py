@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,9 +232,11 @@ class TestBundle:
 
 
 class TestLoading:
-    def test_no_bundle_is_answered_with_the_way_to_one(self):
-        with pytest.raises(BundleError, match="coprs-deploy convert --random"):
-            CoPRS.load()
+    def test_without_a_bundle_the_shipped_model_is_loaded(self):
+        with CoPRS.load() as coprs:
+            answer = coprs.segment(Path(__file__).parents[3] / "examples/scene.png", "the cat")
+        assert answer.image.shape == (640, 640, 3)
+        assert not answer.found
 
     def test_a_directory_that_is_no_bundle_is_named(self, tmp_path):
         with pytest.raises(BundleError, match=f"there is no bundle at {tmp_path}"):
