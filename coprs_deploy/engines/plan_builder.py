@@ -235,7 +235,7 @@ class _Build:
         if "memory" in lower or "workspace" in lower:
             advice = "free memory, or give less to --workspace"
         elif "turing" in lower or "sm75" in lower:
-            advice = "leave sm_75 out of --gpu, or build it with --precision fp16"
+            advice = "leave sm_75 out of --gpu"
         elif "cuda" in lower and ("driver" in lower or "device" in lower):
             advice = "check the driver with nvidia-smi, or build for RTX without a GPU with --gpu"
         else:
