@@ -56,6 +56,8 @@ _HALF_ENCODER = "every tensor between two nodes is rounded, over up to 32 blocks
 _HALF_PRIOR = "only the keys and the query are rounded; scores and fusion are float32"
 _HALF_DECODER = "two attention blocks in half precision; the last product is float32"
 _HALF_CHAIN = "random weights put many logits near zero, where a rounding flips the mask"
+_BFLOAT16_PRIOR = "eight bits of keys and query; the shipped model's sharp prior measures 2.3e-2"
+_BFLOAT16_MASK = "a mask of some dozen cells may lose two: the shipped model measures .943 at worst"
 
 _FLOAT32 = {
     IMAGE_ENCODER: Tolerance(1e-4, 1e-6, 0.999999, None, _FLOAT32_ENCODER),
@@ -71,9 +73,9 @@ _FLOAT16 = {
 }
 _BFLOAT16 = {
     IMAGE_ENCODER: Tolerance(5e-2, 5e-4, 0.999, None, _HALF_ENCODER),
-    PRIOR: Tolerance(1e-2, 1e-3, 0.999, None, _HALF_PRIOR),
-    MASK_DECODER: Tolerance(5e-2, 5e-3, 0.999, 0.95, _HALF_DECODER),
-    END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.94, _HALF_CHAIN),
+    PRIOR: Tolerance(5e-2, 5e-3, 0.999, None, _BFLOAT16_PRIOR),
+    MASK_DECODER: Tolerance(5e-2, 5e-3, 0.999, 0.92, _BFLOAT16_MASK),
+    END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.92, _BFLOAT16_MASK),
 }
 
 TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {

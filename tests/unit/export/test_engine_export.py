@@ -4,6 +4,7 @@ import msgspec
 import onnx
 import pytest
 
+from coprs_deploy import shipped
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph
 from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
@@ -56,6 +57,21 @@ def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_g
     with pytest.raises(BundleIntegrityError, match="was cut short or changed"):
         open_bundle(path)
     assert msgspec.json.decode(msgspec.json.encode(read_manifest(path).to_json()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
+    options = ExportOptions(
+        runtime="tensorrt-rtx", precision=precision, gpus=GPUS, cache=tmp_path / "cache"
+    )
+    bundle = export_checkpoint(shipped.CHECKPOINT, tmp_path / "bundle", options).bundle
+    for graph in bundle.manifest.graphs.values():
+        assert graph.engine.compute_capabilities == GPUS
+        assert graph.engine.network_layers > 10
+    end_to_end = bundle.manifest.equivalence[-1]
+    assert end_to_end.passed
+    assert (end_to_end.relative > 1e-4) == (precision != "fp32")
 
 
 def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
