@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy-device", help="of the policy (default: as --device)")
     parser.add_argument("--policy-dtype", help="float32, bfloat16 or float16 (default: as stored)")
     parser.add_argument("--threads", type=int, help="CPU threads of one graph operator")
+    parser.add_argument(
+        "--allow-plan-code",
+        action="store_true",
+        help="load version-compatible engines, which carry code: only from bundles that you trust",
+    )
     add_json_flag(parser)
 
 
@@ -43,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         policy_device=arguments.policy_device,
         policy_dtype=arguments.policy_dtype,
         num_threads=arguments.threads,
+        allow_plan_code=arguments.allow_plan_code,
     )
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
     with CoPRS.load(arguments.bundle, options) as coprs:
