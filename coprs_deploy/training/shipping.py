@@ -19,7 +19,7 @@ from coprs_deploy.artifacts import new_directory, write_json
 from coprs_deploy.checkpoint import CONFIG_FILE, read_checkpoint
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.training.report import page
-from coprs_deploy.training.run_folder import CHECKPOINT_FOLDER, read_report
+from coprs_deploy.training.run_folder import CHECKPOINT_FOLDER, REPORT_FILE, read_report
 from coprs_deploy.training.scenes.tiers import TIERS, Tier
 
 LARGEST_BYTES = 12_000_000
@@ -43,9 +43,9 @@ def ship(run: Path, root: Path = shipped.ROOT, reports: Path = REPORT_FOLDER) ->
         ValueError: the run has no report yet, or its model is too large.
         EquivalenceError: a graph does not compute what PyTorch computes.
     """
-    if not (run / "report.json").is_file():
+    if not (run / REPORT_FILE).is_file():
         raise ValueError(
-            f"{run} holds no report.json: the run has not ended; `coprs-deploy train` with the "
+            f"{run} holds no {REPORT_FILE}: the run has not ended; `coprs-deploy train` with the "
             "same --out goes on with it"
         )
     report = read_report(run)
@@ -61,7 +61,7 @@ def ship(run: Path, root: Path = shipped.ROOT, reports: Path = REPORT_FOLDER) ->
     if total > LARGEST_BYTES:
         raise ValueError(f"checkpoint and bundle have {total:,} bytes; at most {LARGEST_BYTES:,}")
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    (root / "MODEL_CARD.md").write_text(card(report, environment, total), encoding="utf-8")
+    (root / shipped.MODEL_CARD.name).write_text(card(report, environment, total), encoding="utf-8")
     _copy_report(run, report, environment, reports)
     return total
 
@@ -162,7 +162,7 @@ def _copy_report(
     text = page(report) + "\n" + "\n".join(shown) + "\n"
     (reports / "report.md").write_text(text, encoding="utf-8")
     figures = {key: value for key, value in report.items() if key != "answers"}
-    write_json(reports / "report.json", {**figures, "environment": dict(environment)})
+    write_json(reports / REPORT_FILE, {**figures, "environment": dict(environment)})
 
 
 def _plots(folder: Path) -> list[Path]:

@@ -66,10 +66,11 @@ class ExampleBatch(NamedTuple):
         inputs: keyword arguments of the policy's forward pass.
         labels: int64 (B, L), the token that follows, where it is to be learned.
         references: int64 (N, 2), row and column of each ``<REF_POS>`` that is fed.
-        images: (B, 3, S, S) float32, padded and normalized for the image encoder, or where
-            embeddings are known (B, C, G, G) float16.
+        images: (B, 3, S, S) float32, padded and normalized for the image encoder; where
+            ``is_encoded``, (B, C, G, G) float16, what the encoder made of them.
         masks: (N, 1, M, M), share of each mask cell that the target covers.
         unpadded_sizes: int64 (B, 2), height and width in pixels of each padded image.
+        is_encoded: whether ``images`` holds embeddings.
     """
 
     inputs: dict[str, Tensor]
@@ -78,6 +79,7 @@ class ExampleBatch(NamedTuple):
     images: Tensor
     masks: Tensor
     unpadded_sizes: Tensor
+    is_encoded: bool = False
 
 
 class ExampleObjective(nn.Module):
@@ -102,7 +104,7 @@ class ExampleObjective(nn.Module):
         geometry = model.config.geometry
         learns = torch.is_grad_enabled() and self._settings.train_image_encoder
         with torch.set_grad_enabled(learns):
-            embedding = self._embed(batch.images)
+            embedding = self._embed(batch)
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
@@ -113,11 +115,11 @@ class ExampleObjective(nn.Module):
         shown = [torch.where(inside > 0, x.float(), far_outside) for x in (priors, masks)]
         return Outcome(losses, mask_metrics(shown[0], shown[1], truth))
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """Run the image encoder, unless these are embeddings already."""
-        if images.dtype == torch.float16:
-            return images.float()
-        return encode_images(self.segmentation, images)
+    def _embed(self, batch: ExampleBatch) -> Tensor:
+        """Run the image encoder, unless the batch holds embeddings already."""
+        if batch.is_encoded:
+            return batch.images.float()
+        return encode_images(self.segmentation, batch.images)
 
 
 class ExampleCollector:
@@ -187,6 +189,7 @@ class ExampleCollector:
             self._images(examples, prepared),
             torch.stack(masks) if masks else torch.zeros(0, 1, grid, grid),
             sizes,
+            is_encoded=self._features is not None,
         )
 
     def _images(self, examples: Sequence[Example], prepared: Sequence[PreparedImage]) -> Tensor:

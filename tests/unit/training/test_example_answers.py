@@ -121,7 +121,8 @@ def test_known_embeddings_give_the_losses_of_the_encoder(checkpoint, examples, t
 
 
 @pytest.mark.slow
-def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_path):
+@pytest.mark.parametrize("has_features", [False, True])
+def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_path, has_features):
     for name in ("training", "held_out"):
         write_examples(tmp_path / f"{name}.jsonl", examples)
     settings = [
@@ -132,6 +133,10 @@ def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_p
         "store=float32",
         "threads=1",
     ]
+    if has_features:
+        features = tmp_path / "features"
+        compute_features(checkpoint, [e.image for e in examples], len(examples), features)
+        settings.append(f"data.features={features}")
     recipe = load_recipe("qwen2_5_vl_3b", settings)
     recipe = msgspec.structs.replace(recipe, phases={"supervised": SETTINGS})
     report = train(recipe, tmp_path / "run")
