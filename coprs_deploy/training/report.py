@@ -9,6 +9,9 @@ from typing import Any
 from coprs_deploy.evaluation.correlation import plot_correlation, pyplot
 from coprs_deploy.training.run_folder import RunFolder
 
+HEAD_COLORS = {"dense": "#c7d2da", "readout": "#e8cfa9"}
+"""Of the losses of throw-away heads, by the first part of their names."""
+
 
 def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
     """Write ``report.md`` and ``plots/`` into the folder of a run."""
@@ -71,10 +74,20 @@ def plot_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> Non
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     steps = [line["step"] for line in losses]
+    labeled = set[str]()
     for key in [k for k in losses[0] if k == "loss" or k.startswith("loss.")]:
         values = [line.get(key, float("nan")) for line in losses]
-        style = {"color": "black", "linewidth": 1.6} if key == "loss" else {"linewidth": 0.8}
-        left.plot(steps, values, label=key.removeprefix("loss."), **style)
+        group, dot, _ = key.removeprefix("loss.").partition(".")
+        label = key.removeprefix("loss.")
+        style: dict[str, Any] = {"linewidth": 1.0}
+        if key == "loss":
+            style = {"color": "black", "linewidth": 1.8}
+        elif dot and group in HEAD_COLORS:
+            # Up to twenty heads, thrown away in the end: one color and one entry for each group.
+            style = {"color": HEAD_COLORS[group], "linewidth": 0.6, "zorder": 1}
+            label = "" if group in labeled else f"{group} heads"
+            labeled.add(group)
+        left.plot(steps, values, label=label, **style)
     left.set(xlabel="step", ylabel="loss", yscale="log", title=name)
     for key in sorted({k for line in looks for k in line if k.startswith("held_out.")}):
         label = key.removeprefix("held_out.")
