@@ -23,6 +23,7 @@ from coprs_deploy.training.scenes.generator import make_scene
 from coprs_deploy.training.scenes.questions import Question, ask
 from coprs_deploy.training.scenes.scene import Scene, SceneObject
 from coprs_deploy.training.scenes.tiers import HELD_OUT_SEED, Tier
+from coprs_deploy.training.shuffling import EpochOrder
 
 ATTRIBUTES = ("shape", "color", "texture", "size", "row", "column")
 """What the table of a batch holds of each object, in this order."""
@@ -106,12 +107,12 @@ class SceneSource:
         self.tier = tier
         self.scenes = scenes
         self._seed = seed
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._order = EpochOrder(len(scenes), seed)
 
     def indices(self, step: int, batch_images: int, rank: int, num_ranks: int) -> list[int]:
         """Choose the scenes of one process in one step; all processes together take the batch."""
         first = step * batch_images
-        return [self._at(first + offset) for offset in range(rank, batch_images, num_ranks)]
+        return [self._order[first + offset] for offset in range(rank, batch_images, num_ranks)]
 
     def batch(self, indices: Sequence[int]) -> SceneBatch:
         """Collect scenes as tensors."""
@@ -134,13 +135,6 @@ class SceneSource:
     def generator(self, step: int, index: int) -> np.random.Generator:
         """Return the random numbers of one scene in one step, in whichever process it falls."""
         return np.random.default_rng([self._seed, step, index])
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.scenes))
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng([self._seed, epoch])
-            self._order = (epoch, generator.permutation(len(self.scenes)))
-        return int(self._order[1][place])
 
 
 def with_kinds(tier: Tier, kinds: Mapping[str, float]) -> Tier:

@@ -34,6 +34,7 @@ from coprs_deploy.training.masks import (
 from coprs_deploy.training.phases.held_out import mean_metrics
 from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
 from coprs_deploy.training.recipe import SupervisedPhase
+from coprs_deploy.training.shuffling import EpochOrder
 from coprs_deploy.training.workbench import Workbench, freeze_unused
 
 if TYPE_CHECKING:
@@ -226,13 +227,13 @@ class ExampleAnswers(TrainingPhase[SupervisedPhase]):
         self.objective = ExampleObjective(workbench, settings)
         self._collect = ExampleCollector(workbench, examples.vision, examples.features)
         self._training, self._held_out = examples.training, examples.held_out
-        self._seed = examples.seed
+        self._order = EpochOrder(len(examples.training), examples.seed)
 
     def batch(self, step: int, rank: int, num_ranks: int) -> ExampleBatch:
         """See :meth:`TrainingPhase.batch`."""
         size = self.settings.batch_images
         positions = range(step * size + rank, (step + 1) * size, num_ranks)
-        return self._collect([self._training[self._at(position)] for position in positions])
+        return self._collect([self._training[self._order[position]] for position in positions])
 
     def coefficients(self, relative_rate: float) -> dict[str, float]:
         """See :meth:`TrainingPhase.coefficients`."""
@@ -250,10 +251,4 @@ class ExampleAnswers(TrainingPhase[SupervisedPhase]):
             lambda indices: self._collect([self._held_out[i] for i in indices]),
             min(num_scenes, len(self._held_out)),
             rows_at_once=self.settings.batch_images,
-        )
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._training))
-        return int(
-            np.random.default_rng([self._seed, epoch]).permutation(len(self._training))[place]
         )
