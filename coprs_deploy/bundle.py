@@ -21,9 +21,9 @@ from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 2 added what is known about engines; a manifest of version 1 describes none."""
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Version 2 added what is known about engines, version 3 what an int8 graph was calibrated on."""
 
 POLICY_DIRECTORY = "policy"
 PLAN_SUFFIX = ".engine"
@@ -76,15 +76,31 @@ class EngineRecord(Record, frozen=True):
             raise ValueError(f"flavor is {self.flavor!r}; accepted: {', '.join(ENGINE_FLAVORS)}")
 
 
+class CalibrationRecord(Record, frozen=True):
+    """What the ranges of an int8 graph were measured on.
+
+    Attributes:
+        pictures: how many.
+        held_out: how many more the graph was checked on.
+        sha256: names the pictures by their contents.
+    """
+
+    pictures: int
+    held_out: int
+    sha256: str
+
+
 class GraphRecord(Record, frozen=True):
     """One exported graph.
 
     Attributes:
         spec: its inputs and outputs.
         runtime: the runtime that runs it, as in ``--runtime``.
-        precision: of its weights and products, as in ``--precision``.
+        precision: of its weights and products: ``fp32``, ``bf16``, ``fp16``, or ``int8`` for its
+            large products.
         file: path of the graph below the bundle; its external data stand beside it.
         engine: what is known about the engine; None for a graph that is no plan.
+        calibration: what an int8 graph was calibrated on; None for any other.
     """
 
     spec: GraphSpec
@@ -92,6 +108,7 @@ class GraphRecord(Record, frozen=True):
     precision: str
     file: str
     engine: EngineRecord | None = None
+    calibration: CalibrationRecord | None = None
 
 
 class PolicyRecord(Record, frozen=True):
@@ -201,7 +218,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if version not in READABLE_VERSIONS:
             raise BundleError(
                 f"{file} has schema version {version}; this package reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}: export the checkpoint again"
+                f"{', '.join(map(str, READABLE_VERSIONS))}: export the checkpoint again"
             )
         manifest = Manifest.from_json(data)
     except (ValueError, OSError) as error:

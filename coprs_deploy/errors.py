@@ -14,12 +14,16 @@
     ├── EngineBuildError            an engine could not be built
     ├── EquivalenceError            an exported graph does not compute what PyTorch computes
     ├── PolicyError                 the policy could not write an answer
+    │   └── LostConcentrationError      it wrote <REF_POS>, and its hidden state was not captured
+    ├── QueueFullError              more answers are asked for than may wait
+    ├── AnswerTimeoutError          an answer was not ready in time
     └── EnvironmentNotReadyError    this machine lacks something
         ├── MissingDependencyError  a Python package; the message holds the pip line
         └── RuntimeUnavailableError a runtime or device that was asked for is not here
 
 A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError`` instead.
-``ImageError`` and ``InstructionError`` are ``ValueError`` too, because their cause is an argument.
+``ImageError`` and ``InstructionError`` are ``ValueError`` too, because their cause is an argument;
+``AnswerTimeoutError`` is Python's ``TimeoutError`` too.
 """
 
 from __future__ import annotations
@@ -90,6 +94,26 @@ class EquivalenceError(CoPRSError):
 
 class PolicyError(CoPRSError):
     """The policy could not write an answer."""
+
+
+class LostConcentrationError(PolicyError):
+    """A ``<REF_POS>`` was written and its hidden state is missing; the reasoning is kept.
+
+    Attributes:
+        reasoning: what the policy thought.
+    """
+
+    def __init__(self, message: str, reasoning: str = "") -> None:
+        super().__init__(message)
+        self.reasoning = reasoning
+
+
+class QueueFullError(CoPRSError):
+    """More answers are asked for at once than may wait; asking again later is the remedy."""
+
+
+class AnswerTimeoutError(CoPRSError, TimeoutError):
+    """An answer was not ready in the time that was given; its request was abandoned."""
 
 
 class EnvironmentNotReadyError(CoPRSError):

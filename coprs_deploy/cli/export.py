@@ -24,9 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime",
         default="onnxruntime",
-        help="onnxruntime (default), tensorrt or tensorrt-rtx",
+        help="onnxruntime (default), openvino, tensorrt or tensorrt-rtx",
     )
-    parser.add_argument("--precision", default="fp32", help="fp32 (default), bf16 or fp16")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default), bf16, fp16 or int8")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="pictures of the kind that the model will see, 32 to 128 of them, for int8",
+    )
     parser.add_argument(
         "--targets",
         default="1",
@@ -62,8 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="folder of engines that were built before (default: COPRS_DEPLOY_CACHE, "
-        "or the user's cache folder)",
+        help="folder of engines and calibrations that were made before (default: "
+        "COPRS_DEPLOY_CACHE, or the user's cache folder)",
+    )
+    engines.add_argument(
+        "--cache-limit",
+        type=float,
+        metavar="GIB",
+        help="remove engines from this folder that were not used for longest, down to this size",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     add_json_flag(parser)
@@ -83,10 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
         copy_policy=not arguments.refer_to_policy,
         overwrite=arguments.overwrite,
         gpus=parse_gpus(arguments.gpu),
-        workspace_bytes=None if arguments.workspace is None else int(arguments.workspace * 2**30),
+        workspace_bytes=_bytes_from_gib(arguments.workspace),
         version_compatible=arguments.version_compatible,
         hardware_compatible=arguments.hardware_compatible,
+        cache_limit_bytes=_bytes_from_gib(arguments.cache_limit),
         cache=arguments.cache,
+        calibration=arguments.calibration,
     )
     with StepPrinter() as progress:
         watch = BuildWatch(note=progress.note, phase=progress.phase)
@@ -115,3 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{arguments.out} --against {arguments.checkpoint} --device cuda`"
             )
     return 0
+
+
+def _bytes_from_gib(size: float | None) -> int | None:
+    return None if size is None else int(size * 2**30)

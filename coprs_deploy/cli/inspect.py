@@ -18,6 +18,12 @@ SUMMARY = "show what a bundle holds"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="the engine cache to show, as in export (default: COPRS_DEPLOY_CACHE, or the user's)",
+    )
     add_json_flag(parser)
 
 
@@ -58,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(("graph", "runtime", "precision", "size"), rows))
     if engines:
         print("\n" + "\n".join(engines))
-        print(cache_line())
+    if engines or arguments.cache:
+        print(cache_line(arguments.cache))
     print(
         f"\npolicy: {bundle.policy_path}, {policy_bytes / 1e6:,.1f} MB, "
         f"width {manifest.policy.width}, "
@@ -81,11 +88,11 @@ def engine_line(engine: EngineRecord) -> str:
     )
 
 
-def cache_line() -> str:
+def cache_line(root: Path | None = None) -> str:
     """Say where engines that were built before are kept, and how many there are."""
     from coprs_deploy.engines.build_cache import BuildCache
 
-    cache = BuildCache()
+    cache = BuildCache(root)
     return (
         f"engine cache: {cache.root}, {len(cache.entries())} engines, "
         f"{cache.size_bytes() / 1e6:,.1f} MB"

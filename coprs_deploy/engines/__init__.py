@@ -12,22 +12,27 @@ import pkgutil
 from pathlib import Path
 from typing import Protocol, cast
 
-from coprs_deploy.bundle import Bundle, EngineRecord
+from coprs_deploy.bundle import Bundle, EngineRecord, GraphRecord
 from coprs_deploy.engines.runner import Availability, DeviceTensor, Runner, RunnerOptions
 from coprs_deploy.engines.stages import Stages
 from coprs_deploy.specs import GraphSpec
 
 __all__ = [
+    "ONNX_RUNTIMES",
     "Availability",
     "DeviceTensor",
     "Runner",
     "RunnerOptions",
     "Stages",
+    "check_runtime",
     "open_bundle_graph",
     "open_graph",
     "runtime_module",
     "runtime_names",
 ]
+
+ONNX_RUNTIMES = ("onnxruntime", "openvino")
+"""Runtimes that read ONNX files; each runs what was exported for the other."""
 
 _SUFFIX = "_runner"
 
@@ -76,11 +81,55 @@ def open_graph(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> Runner:
-    """Open an exported graph with the runtime of that name."""
+    """Open an exported graph with the runtime of that name.
+
+    Raises:
+        ValueError: there is no such runtime, or it cannot compute in the asked precision.
+    """
+    if options.inference_precision != "fp32" and name != "openvino":
+        raise ValueError(
+            f"inference_precision is {options.inference_precision!r}, and {name} computes in the "
+            "precision of the graph; accepted: fp32, or the runtime openvino"
+        )
     return runtime_module(name).open_graph(path, spec, options, engine)
 
 
-def open_bundle_graph(bundle: Bundle, name: str, options: RunnerOptions) -> Runner:
-    """Open a graph of a bundle with the runtime that its manifest names."""
+def open_bundle_graph(
+    bundle: Bundle, name: str, options: RunnerOptions, runtime: str | None = None
+) -> Runner:
+    """Open a graph of a bundle.
+
+    Args:
+        bundle: the bundle.
+        name: of the graph.
+        options: how to run it.
+        runtime: which runtime runs it; None takes the one that the manifest names.
+
+    Raises:
+        ValueError: that runtime cannot run the graph.
+    """
     graph = bundle.manifest.graphs[name]
-    return open_graph(graph.runtime, bundle.graph_path(name), graph.spec, options, graph.engine)
+    if runtime is not None:
+        check_runtime(graph, runtime)
+    return open_graph(
+        runtime or graph.runtime, bundle.graph_path(name), graph.spec, options, graph.engine
+    )
+
+
+def check_runtime(graph: GraphRecord, runtime: str) -> None:
+    """Refuse a runtime that cannot run a graph: an engine has one, an ONNX file has two.
+
+    int8 is checked with one runtime and run with it: each has int8 sums of its own, and on a
+    processor without instructions for them OpenVINO's were measured to be four times as far off.
+
+    Raises:
+        ValueError: says which runtimes can.
+    """
+    is_free = graph.runtime in ONNX_RUNTIMES and graph.precision != "int8"
+    accepted = ONNX_RUNTIMES if is_free else (graph.runtime,)
+    if runtime not in accepted:
+        raise ValueError(
+            f"runtime is {runtime!r}, and {graph.file} was exported for {graph.runtime} in "
+            f"{graph.precision}; accepted: "
+            f"{', '.join(accepted)}"
+        )

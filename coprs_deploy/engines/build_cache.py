@@ -2,6 +2,7 @@
 
     plans/<key>/engine.plan record.json    a plan, the key that it was built for, its hash
     timing/<name>, runtime/<name>          what TensorRT measured, what TensorRT for RTX compiled
+    calibration/<name>                     ranges that int8 was calibrated to
     locks/<name>                           one file a writer holds
 
 A plan is found by everything that shapes it (:class:`BuildKey`) and used only while its hash holds.
@@ -132,6 +133,7 @@ class BuildCache:
         except (ValueError, OSError) as error:
             problem = f"cannot be read ({error})"
         if problem is None:
+            os.utime(place / RECORD_FILE)  # what prune() goes by
             return entry.engine
         warnings.warn(f"the cached engine in {place} {problem}: it is built anew", stacklevel=2)
         shutil.rmtree(place, ignore_errors=True)
@@ -152,6 +154,34 @@ class BuildCache:
             with suppress(OSError):  # another process may remove it meanwhile
                 total += path.stat().st_size if path.is_file() else 0
         return total
+
+    def prune(self, limit_bytes: int) -> int:
+        """Remove the engines that were not used for longest until the cache is within a limit.
+
+        What a killed build left is removed as well. An engine that another process builds or copies
+        at this moment stays.
+
+        Args:
+            limit_bytes: most bytes that the cache shall hold, timing and runtime caches included.
+
+        Returns:
+            How many engines were removed.
+        """
+        plans = self.root / "plans"
+        for partial in plans.glob(".*.partial-*"):
+            with self._lock_if_free(partial.name[1:].partition(".")[0]) as is_free:
+                if is_free:
+                    shutil.rmtree(partial, ignore_errors=True)
+        num_removed, total = 0, self.size_bytes()
+        for place in sorted(plans.glob("[!.]*"), key=_last_use):
+            if total <= limit_bytes:
+                break
+            with self._lock_if_free(place.name) as is_free:
+                if is_free:
+                    total -= sum(path.stat().st_size for path in place.iterdir())
+                    shutil.rmtree(place, ignore_errors=True)
+                    num_removed += 1
+        return num_removed
 
     def load_blob(self, folder: str, name: str) -> bytes | None:
         """Read what :meth:`keep_blob` kept; None when there is none."""
@@ -191,6 +221,29 @@ class BuildCache:
                 yield
             finally:  # closing is not enough: a process forked meanwhile has the file open too
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+    @contextmanager
+    def _lock_if_free(self, name: str) -> Iterator[bool]:
+        """Hold a lock between processes; False where another holds it."""
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _last_use(place: Path) -> float:
+    try:
+        return (place / RECORD_FILE).stat().st_mtime
+    except OSError:  # a folder without a record is of no use to anyone
+        return 0.0
 
 
 def default_cache() -> Path:

@@ -15,6 +15,7 @@ from threading import Event
 from typing import Any
 
 from coprs_deploy.engines.flavors import FLAVORS, Flavor, check_capabilities
+from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.errors import EngineBuildError
 from coprs_deploy.specs import GraphSpec, TargetsProfile, TensorSpec
 
@@ -160,6 +161,7 @@ class _Build:
             raise EngineBuildError(
                 f"{self._name} cannot build {self._graph.name}. {self._hint(logger.errors)}"
             )
+        self._check_text(plan)
         kept = None if timing is None else bytes(timing.serialize())
         return BuiltPlan(plan, time.perf_counter() - start, num_layers, kept)
 
@@ -194,6 +196,22 @@ class _Build:
                     f"{'; '.join(map(str, found))}, not {'; '.join(map(str, wanted))}: the graph "
                     "is not the one that its specification describes; export it again"
                 )
+
+    def _check_text(self, plan: Any) -> None:
+        text = read_plan_text(plan)
+        if text is None:
+            return
+        problem = check_signature(self._spec, list(text.tensors))
+        if problem is None and self._settings.gpus and text.capabilities != self._settings.gpus:
+            problem = (
+                f"the engine is for {', '.join(text.capabilities)}, and "
+                f"{', '.join(self._settings.gpus)} was asked for"
+            )
+        if problem is not None:
+            raise EngineBuildError(
+                f"{self._name} built {self._graph.name} into something else: {problem}. "
+                "Try another release of it"
+            )
 
     def _configure(self, builder: Any, timing_cache: bytes | None) -> tuple[Any, Any]:
         library, settings = self._library, self._settings

@@ -184,6 +184,11 @@ class PlanRunner(Runner):
                 f"{'; '.join(self._logger.errors[-3:]) or 'no reason given'}"
             )
 
+    @property
+    def stream(self) -> Any:
+        """The CUDA stream on which the engine runs, as PyTorch's object."""
+        return self._device.stream
+
     def close(self) -> None:
         """Wait for the GPU, keep what was compiled, and free the engine."""
         if self._engine is None:

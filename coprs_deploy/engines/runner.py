@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -18,6 +19,8 @@ from coprs_deploy.closing import Closeable
 from coprs_deploy.specs import GraphSpec
 
 Array: TypeAlias = NDArray[Any]
+
+INFERENCE_PRECISIONS = ("fp32", "bf16")
 
 
 class DeviceTensor(Protocol):
@@ -44,12 +47,17 @@ class RunnerOptions:
         num_threads: threads of one operator on the CPU; None leaves it to the runtime.
         cuda_graphs: whether an engine's work is captured once and launched whole.
         allow_plan_code: whether version-compatible plans, which carry code, may be loaded.
+        inference_precision: what float32 products are computed in: ``fp32``, or ``bf16``, which
+            OpenVINO does on processors that have such units.
+        cache: folder of graphs that were compiled before; None takes the user's.
     """
 
     device: str = "cpu"
     num_threads: int | None = None
     cuda_graphs: bool = True
     allow_plan_code: bool = False
+    inference_precision: str = "fp32"
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         kind, colon, index = self.device.partition(":")
@@ -57,6 +65,11 @@ class RunnerOptions:
             raise ValueError(f"device is {self.device!r}; accepted: 'cpu', 'cuda' or 'cuda:N'")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
+        if self.inference_precision not in INFERENCE_PRECISIONS:
+            raise ValueError(
+                f"inference_precision is {self.inference_precision!r}; accepted: "
+                f"{', '.join(INFERENCE_PRECISIONS)}"
+            )
 
     @property
     def device_type(self) -> str:

@@ -9,11 +9,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
 from coprs_deploy.bundle import (
@@ -42,21 +41,31 @@ from coprs_deploy.engines.engine_builder import (
     state_need,
 )
 from coprs_deploy.engines.plan_builder import BuildSettings
+from coprs_deploy.export.calibration import find_pictures
 from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.export.graph_check import GraphCheck, can_run_here
-from coprs_deploy.export.onnx_graph import export_onnx_graph
-from coprs_deploy.export.precision import FP32, OPSETS, check_precision, type_graph
+from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
+from coprs_deploy.export.precision import (
+    INT8,
+    OPSETS,
+    check_precision,
+    graph_precision,
+    rest_precision,
+)
 from coprs_deploy.models.sam_encoder import AttentionForm
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, GraphSpec, TargetsProfile, graph_specs
+from coprs_deploy.specs import (
+    GRAPH_NAMES,
+    IMAGE_ENCODER,
+    TargetsProfile,
+    graph_specs,
+)
 from coprs_deploy.version import __version__, installed_versions
-
-if TYPE_CHECKING:
-    import torch
 
 Progress = Callable[[str], None]
 
 ATTENTION_FORMS: dict[str, AttentionForm] = {
     "onnxruntime": "bias",
+    "openvino": "bias",
     "tensorrt": "bias",
     "tensorrt-rtx": "bias",
 }
@@ -79,7 +88,9 @@ class ExportOptions:
         workspace_bytes: limit of an engine's scratch memory; None leaves it to TensorRT.
         version_compatible: whether later versions of TensorRT shall load the engines.
         hardware_compatible: whether every GPU from sm_80 on shall run the engines.
-        cache: folder of engines that were built before; None takes the user's.
+        cache_limit_bytes: most bytes that this folder shall hold afterwards; None keeps all.
+        cache: folder of engines and calibrations that were made before; None takes the user's.
+        calibration: folder of pictures that int8 is calibrated on.
     """
 
     runtime: str = "onnxruntime"
@@ -91,27 +102,41 @@ class ExportOptions:
     workspace_bytes: int | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    cache_limit_bytes: int | None = None
     cache: Path | None = None
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         if (self.runtime, self.precision) == ("onnxruntime", "bf16"):
             raise ValueError(
                 "precision is 'bf16', whose operators ONNX Runtime's CPU provider does not have; "
-                "accepted for onnxruntime: fp32, fp16; bf16 is for tensorrt and tensorrt-rtx"
+                "accepted for onnxruntime: fp32, fp16, int8; bf16 is for openvino, tensorrt and "
+                "tensorrt-rtx"
             )
         if (self.runtime, self.precision) not in TOLERANCES:
             known = ", ".join(f"{runtime} {precision}" for runtime, precision in TOLERANCES)
             raise ValueError(
                 f"runtime and precision are {self.runtime} {self.precision}; accepted: {known}"
             )
-        build = (self.workspace_bytes, self.version_compatible, self.hardware_compatible, self.gpus)
+        if (self.precision == INT8) != (self.calibration is not None):
+            raise ValueError(
+                "int8 is calibrated on pictures of the kind that the model will see: pass "
+                "--calibration DIR with --precision int8, and with no other"
+            )
+        build = (
+            self.workspace_bytes,
+            self.version_compatible,
+            self.hardware_compatible,
+            self.gpus,
+            self.cache_limit_bytes,
+        )
         if self.runtime in ENGINE_FLAVORS:
             self.build_settings()  # refuses what does not fit together
         elif any(build):
             raise ValueError(
-                f"--gpu, --workspace, --version-compatible and --hardware-compatible are for "
-                f"engines, and the runtime is {self.runtime}; accepted: "
+                "--gpu, --workspace, --version-compatible, --hardware-compatible and "
+                f"--cache-limit are for engines, and the runtime is {self.runtime}; accepted: "
                 f"{', '.join(ENGINE_FLAVORS)}"
             )
 
@@ -164,16 +189,19 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is not usable.
         ArtifactError: ``out`` is taken.
+        ImageError: a picture of the calibration cannot be read.
+        ValueError: there are too few of them.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
         EngineBuildError: an engine cannot be built; nothing is written.
         RuntimeUnavailableError: engines of this flavor cannot be built here.
     """
-    options = options or ExportOptions()
+    options, watch = options or ExportOptions(), watch or BuildWatch()
     out = Path(out)
     builds_engines = options.runtime in ENGINE_FLAVORS
     target = resolve_target(options.build_settings()) if builds_engines else None
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     check_replaceable(out, MANIFEST_FILE, options.overwrite)
+    pictures = None if options.calibration is None else find_pictures(options.calibration)
     clock = _StepClock(progress)
     clock.start("load checkpoint")
     model = load_segmentation_model(source)
@@ -196,21 +224,41 @@ def export_checkpoint(
         graphs = {
             name: (scratch if builds_engines else partial) / f"{name}.onnx" for name in GRAPH_NAMES
         }
+        cache = BuildCache(options.cache)
+        precisions = {
+            name: graph_precision(name, options.runtime, options.precision) for name in GRAPH_NAMES
+        }
+        calibrated = None
         for name in GRAPH_NAMES:
             clock.start(f"export {name}")
             metadata = {
                 "graph": name,
                 "version": __version__,
                 "checkpoint": checkpoint_fingerprint,
-                "opset": str(OPSETS[options.precision]),
-                "precision": options.precision,
+                "opset": str(OPSETS[precisions[name]]),
+                "precision": precisions[name],
             }
+            if pictures is not None and name == IMAGE_ENCODER:
+                calibrated = write_int8_graph(
+                    stages[name],
+                    specs[name],
+                    graphs[name],
+                    metadata,
+                    rest=rest_precision(options.runtime, options.precision),
+                    scratch=scratch,
+                    pictures=pictures,
+                    geometry=geometry,
+                    cache=cache,
+                    progress=clock.start,
+                    watch=watch,
+                )
+                continue
             write_graph(
                 stages[name],
                 specs[name],
                 graphs[name],
                 metadata,
-                precision=options.precision,
+                precision=precisions[name],
                 scratch=scratch,
             )
         peak_bytes_export = peak_memory_bytes()
@@ -220,13 +268,16 @@ def export_checkpoint(
         del model, stages
 
         check = GraphCheck(
-            source, specs, options, lambda step: clock.start(f"check {step}"), scratch
+            source,
+            specs,
+            options,
+            lambda step: clock.start(f"check {step}"),
+            scratch,
+            calibrated=calibrated,
         )
         records = check.graphs(graphs)
         engines: dict[str, EngineRecord] = {}
         if target is not None:
-            watch = watch or BuildWatch()
-            cache = BuildCache(options.cache)
             watch.note(state_need(list(graphs.values()), partial, cache))
             for name in GRAPH_NAMES:
                 clock.start(f"build {name}")
@@ -235,11 +286,14 @@ def export_checkpoint(
                     graphs[name],
                     plan,
                     spec=specs[name],
-                    precision=options.precision,
+                    precision=precisions[name],
                     target=target,
                     cache=cache,
                     watch=watch,
                 )
+            if options.cache_limit_bytes is not None:
+                num_removed = cache.prune(options.cache_limit_bytes)
+                watch.note(f"removed {num_removed} older engines from the cache")
             if can_run_here(target):
                 records, engines = check.engines(partial, engines)
 
@@ -262,9 +316,10 @@ def export_checkpoint(
                 name: GraphRecord(
                     spec=specs[name],
                     runtime=options.runtime,
-                    precision=options.precision,
+                    precision=precisions[name],
                     file=f"{name}{PLAN_SUFFIX if builds_engines else '.onnx'}",
                     engine=engines.get(name),
+                    calibration=pictures.record() if pictures and name == IMAGE_ENCODER else None,
                 )
                 for name in GRAPH_NAMES
             },
@@ -290,25 +345,6 @@ def export_checkpoint(
         peak_bytes_export=peak_bytes_export,
         peak_bytes_total=peak_memory_bytes(),
     )
-
-
-def write_graph(
-    module: torch.nn.Module,
-    spec: GraphSpec,
-    path: Path,
-    metadata: Mapping[str, str],
-    *,
-    precision: str,
-    scratch: Path,
-) -> None:
-    """Write a stage as ONNX in a precision; the float32 graph in between is removed again."""
-    if precision == FP32:
-        export_onnx_graph(module, spec, path, metadata, OPSETS[precision])
-        return
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        float32 = Path(folder) / path.name
-        export_onnx_graph(module, spec, float32, metadata, OPSETS[precision])
-        type_graph(float32, path, spec, precision)
 
 
 @contextmanager

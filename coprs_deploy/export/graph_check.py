@@ -14,28 +14,40 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coprs_deploy.bundle import PLAN_SUFFIX, EngineRecord, EquivalenceRecord
-from coprs_deploy.checkpoint import Checkpoint
-from coprs_deploy.engines import Runner, RunnerOptions, open_graph
+from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
+from coprs_deploy.engines import ONNX_RUNTIMES, Runner, RunnerOptions, open_graph
 from coprs_deploy.engines.cuda_device import current_gpu
 from coprs_deploy.engines.engine_builder import BuildTarget
 from coprs_deploy.engines.plan_execution import PlanRunner, UnverifiedEngineWarning
+from coprs_deploy.engines.runner import Array
+from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.export.block_errors import block_errors, describe
+from coprs_deploy.export.calibration import Calibrated
 from coprs_deploy.export.equivalence import (
     TOLERANCES,
     RunnerOpener,
+    SampleInput,
     compare_stages,
     reference_opener,
     require_equivalence,
     sample_inputs,
 )
-from coprs_deploy.export.precision import FP32
+from coprs_deploy.export.mask_samples import draw_masked_samples
+from coprs_deploy.export.precision import FP32, rest_precision
 from coprs_deploy.export.rounding import write_rounded_graph
-from coprs_deploy.specs import PRIOR, GraphSpec
+from coprs_deploy.images import load_image, prepare_image
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
     from coprs_deploy.export.exporter import ExportOptions
 
 CPU_RUNTIME = "onnxruntime"
-"""The runtime that checks graphs, whatever shall run them."""
+"""The runtime that checks graphs of runtimes that are not of the CPU."""
+
+INT8_ADVICE = (
+    "What to try: more pictures in --calibration, of the kind that the model will see, or "
+    "--precision fp16"
+)
 
 
 class GraphCheck:
@@ -47,6 +59,7 @@ class GraphCheck:
         options: of the export.
         report: called with the name of each step as it starts.
         scratch: a folder for graphs that do not stay.
+        calibrated: how an int8 encoder was calibrated; None for other precisions.
     """
 
     def __init__(
@@ -56,26 +69,42 @@ class GraphCheck:
         options: ExportOptions,
         report: Callable[[str], None],
         scratch: Path,
+        *,
+        calibrated: Calibrated | None = None,
     ) -> None:
         self._source = source
         self._specs = specs
         self._options = options
         self._report = report
         self._scratch = scratch
+        self._calibrated = calibrated
+        self._samples: list[SampleInput] = []
+        self._known: dict[str, list[Array]] = {}
         self._tolerances = TOLERANCES[options.runtime, options.precision]
 
     def graphs(self, graphs: Mapping[str, Path]) -> tuple[EquivalenceRecord, ...]:
         """Compare the ONNX graphs.
 
         Raises:
-            EquivalenceError: one is outside its tolerance.
+            EquivalenceError: one is outside its tolerance; of an int8 encoder the error of each
+                block is listed.
         """
         records: tuple[EquivalenceRecord, ...] = ()
-        is_rounded = self._options.precision != FP32
-        if is_rounded:
-            records = self._compare(lambda name: self._open_rounded(name, graphs[name]), "rounded ")
-        if not is_rounded or self._options.runtime == CPU_RUNTIME:
-            records = self._compare(lambda name: self._open_cpu(name, graphs[name]))
+        runtime = self._options.runtime if self._options.runtime in ONNX_RUNTIMES else CPU_RUNTIME
+        rest = rest_precision(self._options.runtime, self._options.precision)
+        is_rounded = rest != FP32
+        try:
+            if is_rounded:
+                records = self._compare(
+                    lambda name: self._open_rounded(name, graphs[name]), "rounded "
+                )
+            if not is_rounded or self._options.runtime in ONNX_RUNTIMES:
+                records = self._compare(lambda name: self._open_cpu(name, graphs[name], runtime))
+        except EquivalenceError as error:
+            if self._calibrated is None:
+                raise
+            lines = self._block_errors(graphs[IMAGE_ENCODER], self._calibrated, is_rounded)
+            raise EquivalenceError(f"{error}\n{lines}\n{INT8_ADVICE}") from error
         return records
 
     def engines(
@@ -105,22 +134,53 @@ class GraphCheck:
         return self._compare(open_engine, "engine "), verified
 
     def _compare(self, candidate: RunnerOpener, what: str = "") -> tuple[EquivalenceRecord, ...]:
-        width = self._specs[PRIOR].inputs[1].shape[1]
-        assert isinstance(width, int)
+        reference = reference_opener(self._source, self._specs)
+        if not self._samples:
+            self._draw_samples(reference)
         records = compare_stages(
-            reference=reference_opener(self._source, self._specs),
+            reference=reference,
             candidate=candidate,
-            samples=sample_inputs(
-                self._source.config.model.geometry, width, self._options.targets.preferred
-            ),
+            samples=self._samples,
             tolerances=self._tolerances,
             report=lambda step: self._report(f"{what}{step}"),
+            known=self._known,
         )
         require_equivalence(records, self._tolerances)
         return records
 
-    def _open_cpu(self, name: str, graph: Path) -> Runner:
-        return open_graph(CPU_RUNTIME, graph, self._specs[name], RunnerOptions())
+    def _draw_samples(self, reference: RunnerOpener) -> None:
+        geometry = self._source.config.model.geometry
+        width = self._specs[PRIOR].inputs[1].shape[1]
+        assert isinstance(width, int)
+        count = self._options.targets.preferred
+        if self._calibrated is None:
+            self._samples = sample_inputs(geometry, width, count)
+            return
+        self._report("reference")
+        pictures = [
+            prepare_image(load_image(path), geometry) for path in self._calibrated.pictures.held_out
+        ]
+        self._samples, self._known = draw_masked_samples(pictures, reference, width, count)
+
+    def _block_errors(self, graph: Path, calibrated: Calibrated, is_rounded: bool) -> str:
+        """Say how far each block of a refused encoder is from float32, on one picture."""
+        self._report("error of each block")
+        path = graph
+        if is_rounded:
+            path = self._scratch / f"{IMAGE_ENCODER}.rounded.onnx"
+            write_rounded_graph(graph, path)
+        errors = block_errors(
+            load_segmentation_model(self._source).image_encoder,
+            path,
+            lambda path, spec: open_graph(CPU_RUNTIME, path, spec, RunnerOptions()),
+            self._specs[IMAGE_ENCODER],
+            images=[self._samples[0].prepared.image],
+            ranges=calibrated.ranges,
+        )
+        return describe(errors)
+
+    def _open_cpu(self, name: str, graph: Path, runtime: str = CPU_RUNTIME) -> Runner:
+        return open_graph(runtime, graph, self._specs[name], RunnerOptions())
 
     def _open_rounded(self, name: str, graph: Path) -> Runner:
         path = self._scratch / f"{name}.rounded.onnx"

@@ -6,6 +6,7 @@ the same thing is left to :mod:`coprs_deploy.export.equivalence`.
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,13 @@ METADATA_PREFIX = "coprs_deploy."
 
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Weights above this go into a ``.data`` file; a protobuf holds at most 2 GiB."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where PyTorch's exporter writes the modules that a node comes from."""
+
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where it writes the lines of source that made a node: machine paths. They are left out, so
+that one checkpoint gives the same bytes everywhere."""
 
 INSTALL = 'pip install "coprs-deploy[cpu]"'
 
@@ -82,6 +90,8 @@ def export_onnx_graph(
     program.model.producer_name = "coprs_deploy"
     for key, value in metadata.items():
         program.model.metadata_props[f"{METADATA_PREFIX}{key}"] = value
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop(STACK_TRACE, None)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(path, external_data=weights > EXTERNAL_DATA_BYTES)
     for initializer in program.model.graph.initializers.values():
@@ -113,6 +123,17 @@ def check_onnx_graph(path: Path, spec: GraphSpec) -> None:
                 f"{path.name} has the {kind} {'; '.join(map(str, written))}, "
                 f"not {'; '.join(map(str, wanted))}"
             )
+
+
+def module_of(scopes: str | None) -> str:
+    """Name the module that a node comes from, as ``blocks.0.attn.qkv``.
+
+    Args:
+        scopes: the node's entry under :data:`SCOPES`: the names of the modules around it, then its
+            own.
+    """
+    names = ast.literal_eval(scopes or "[]")
+    return str(names[-2]) if len(names) > 1 else ""
 
 
 def _tensor_spec(value: Any) -> TensorSpec:

@@ -26,7 +26,7 @@ from coprs_deploy.export.onnx_graph import (
     OPSET,
     check_onnx_graph,
 )
-from coprs_deploy.specs import MASK_DECODER, PRIOR, GraphSpec
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,10 +34,18 @@ if TYPE_CHECKING:
 FP32 = "fp32"
 BF16 = "bf16"
 FP16 = "fp16"
-PRECISIONS = (FP32, BF16, FP16)
-"""As users type them; int8 is not among them yet."""
+INT8 = "int8"
+PRECISIONS = (FP32, BF16, FP16, INT8)
+"""As users type them; int8 is of the image encoder's large products."""
 
-OPSETS: Mapping[str, int] = {FP32: OPSET, BF16: 22, FP16: OPSET}
+INT8_RESTS: Mapping[str, str] = {"onnxruntime": FP32, "tensorrt": FP16, "tensorrt-rtx": FP16}
+"""What the rest of an int8 export is by runtime. float16 rounds eight times finer than bfloat16;
+an overflow stops the export. ONNX Runtime's CPU provider computes float16 in float32 anyway."""
+
+INT8_PRODUCTS = f"{METADATA_PREFIX}int8_products"
+"""Where a file says which of its products are int8."""
+
+OPSETS: Mapping[str, int] = {FP32: OPSET, BF16: 22, FP16: OPSET, INT8: OPSET}
 """Opset of each precision: convolutions take bfloat16 from opset 22 on."""
 
 
@@ -108,20 +116,33 @@ def check_precision(precision: str) -> None:
     Raises:
         ValueError: names what is accepted.
     """
-    if precision == "int8":
-        raise ValueError(
-            "precision is 'int8', which needs a calibrated graph that this version cannot make; "
-            f"accepted: {', '.join(PRECISIONS)}"
-        )
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
+
+
+def rest_precision(runtime: str, precision: str) -> str:
+    """Say what a graph has outside its int8 products; other precisions are of the whole graph."""
+    return INT8_RESTS[runtime] if precision == INT8 else precision
+
+
+def graph_precision(name: str, runtime: str, precision: str) -> str:
+    """Say which precision one graph of an export has: only the image encoder becomes int8."""
+    return precision if name == IMAGE_ENCODER else rest_precision(runtime, precision)
+
+
+def low_type(precision: str) -> ir.DataType:
+    """Give the element type of a precision's weights."""
+    import onnx_ir as ir
+
+    types = {FP32: ir.DataType.FLOAT, BF16: ir.DataType.BFLOAT16, FP16: ir.DataType.FLOAT16}
+    return types[precision]
 
 
 def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> None:
     """Write a float32 graph in a lower precision, and check the file.
 
     Args:
-        source: the exported float32 graph, of the opset in :data:`OPSETS`.
+        source: a float32 graph, of the opset in :data:`OPSETS`; its products may be int8.
         target: another path; large weights go to ``<target>.data`` beside it.
         spec: inputs and outputs, the same before and after.
         precision: ``bf16`` or ``fp16``.
@@ -136,11 +157,11 @@ def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> N
     except ImportError as error:
         raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
     model = ir.load(source)
-    low = ir.DataType.BFLOAT16 if precision == BF16 else ir.DataType.FLOAT16
     kept = float32_nodes(model.graph, spec.name, precision)
-    _Typing(model.graph, low).apply(kept)
+    _Typing(model.graph, low_type(precision)).apply(kept)
     names = [node.name or "" for node in model.graph if node in kept]
-    model.metadata_props[f"{METADATA_PREFIX}precision"] = precision
+    if INT8_PRODUCTS not in model.metadata_props:
+        model.metadata_props[f"{METADATA_PREFIX}precision"] = precision
     model.metadata_props[f"{METADATA_PREFIX}float32_nodes"] = json.dumps(names)
     save_graph(model, target)
     check_onnx_graph(target, spec)
@@ -168,7 +189,10 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
     values = model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+    is_large = size > EXTERNAL_DATA_BYTES
+    if not is_large:  # what still lies beside the source would only be pointed at
+        ir.external_data.load_to_model(model)
+    ir.save(model, path, external_data=f"{path.name}.data" if is_large else None)
 
 
 def convert_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:

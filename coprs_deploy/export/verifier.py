@@ -9,17 +9,19 @@ import msgspec
 
 from coprs_deploy.bundle import EngineRecord, EquivalenceRecord, open_bundle, write_manifest
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.engines import Runner, RunnerOptions, open_bundle_graph
+from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
 from coprs_deploy.engines.plan_execution import PlanRunner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.equivalence import (
+    END_TO_END,
     TOLERANCES,
     compare_stages,
     reference_opener,
     sample_inputs,
 )
 from coprs_deploy.export.graph_check import open_unverified, verified_record
-from coprs_deploy.specs import PRIOR
+from coprs_deploy.export.mask_samples import draw_masked_samples
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR
 
 
 def verify_bundle(
@@ -27,6 +29,7 @@ def verify_bundle(
     checkpoint_path: str | Path,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda step: None,
+    runtime: str | None = None,
 ) -> tuple[EquivalenceRecord, ...]:
     """Compare a bundle's graphs with PyTorch again, on inputs of another seed than export's.
 
@@ -37,6 +40,7 @@ def verify_bundle(
         checkpoint_path: the checkpoint that it was exported from.
         device: where the graphs run; PyTorch runs on the CPU in float32.
         progress: called with the name of each step as it starts.
+        runtime: which runtime runs the graphs; None takes the one that they were exported for.
 
     Returns:
         A record for each graph and one for the chain, passed or not.
@@ -44,6 +48,7 @@ def verify_bundle(
     Raises:
         BundleIntegrityError: a file of the bundle was changed.
         EquivalenceError: the bundle was exported from another checkpoint.
+        ValueError: the runtime cannot run these graphs.
     """
     bundle = open_bundle(bundle_path)
     checkpoint = read_checkpoint(checkpoint_path)
@@ -55,12 +60,14 @@ def verify_bundle(
             f"({checkpoint.fingerprint()[:12]}): export it again, or name the right checkpoint"
         )
     graphs = manifest.graphs
+    if runtime is not None:
+        check_runtime(graphs[IMAGE_ENCODER], runtime)
     read_back: dict[str, EngineRecord] = {}
 
     def candidate(name: str) -> Runner:
         graph = graphs[name]
         if graph.engine is None:
-            return open_bundle_graph(bundle, name, RunnerOptions(device=device))
+            return open_bundle_graph(bundle, name, RunnerOptions(device=device), runtime)
         runner = open_unverified(
             graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, device
         )
@@ -68,13 +75,23 @@ def verify_bundle(
             read_back[name] = verified_record(graph.engine, runner)
         return runner
 
-    targets = graphs[PRIOR].spec.targets
+    reference = reference_opener(checkpoint, {name: g.spec for name, g in graphs.items()})
+    width, count = manifest.policy.width, graphs[PRIOR].spec.targets.preferred
+    tolerances = TOLERANCES[
+        runtime or graphs[IMAGE_ENCODER].runtime, graphs[IMAGE_ENCODER].precision
+    ]
+    samples, known = sample_inputs(manifest.geometry, width, count, seed=1), None
+    if tolerances[END_TO_END].pools_masks:
+        progress("reference")
+        pictures = [sample.prepared for sample in samples]
+        samples, known = draw_masked_samples(pictures, reference, width, count, seed=1)
     records = compare_stages(
-        reference=reference_opener(checkpoint, {name: g.spec for name, g in graphs.items()}),
+        reference=reference,
         candidate=candidate,
-        samples=sample_inputs(manifest.geometry, manifest.policy.width, targets.preferred, seed=1),
-        tolerances=TOLERANCES[graphs[PRIOR].runtime, graphs[PRIOR].precision],
+        samples=samples,
+        tolerances=tolerances,
         report=progress,
+        known=known,
     )
     if read_back and all(record.passed for record in records):
         verified = {

@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from coprs_deploy.architecture import SamConfig
 from coprs_deploy.models.layers import LayerNorm2d, TwoLayerMlp
 
-AttentionForm = Literal["bias", "augmented"]
-"""How relative positions enter attention; both forms are exact.
+AttentionForm = Literal["bias", "augmented", "blocked"]
+"""How relative positions enter attention; all forms are exact.
 
-``bias`` adds a (tokens, tokens) matrix to the attention logits. ``augmented`` appends the position
-scores to the queries and one-hot rows and columns to the keys, so that no such matrix exists and a
-runtime can use its fused attention. On a CPU with two cores, one ViT-B global block of 4096 tokens:
-PyTorch 534 ms bias, 1329 ms augmented; ONNX Runtime 1.32 492 ms bias, 582 ms augmented.
+``bias`` adds a (tokens, tokens) matrix to the attention logits. ``blocked`` does the same for one
+head and some rows of queries at a time, so that the logits of a block stay in the processor's cache
+and are never all in memory. ``augmented`` appends the position scores to the queries and one-hot
+rows and columns to the keys, so that no such matrix exists at all. docs/cpu-speed.md has the times:
+``blocked`` takes the least memory in ONNX Runtime and minutes to export; OpenVINO fuses ``bias``.
 """
+
+BLOCK_ROWS = 16
+"""Rows of queries in a block: 1024 queries of SAM, whose logits take 16 MB. Half as many are 3%
+faster in ONNX Runtime and double the nodes, of which there are eight a block."""
+
+UNBLOCKED_BYTES = 16_777_216
+"""Logits of one head that are too small to be worth blocks: those of windows and small grids."""
 
 LAYER_NORM_EPS = 1e-6
 
@@ -53,25 +61,62 @@ class RelativeAttention(nn.Module):
         Returns:
             (B, G, G, C).
         """
-        batch, grid = x.shape[0], self.grid
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attend within each grid, between the two projections.
+
+        Args:
+            qkv: (B, G, G, 3 C), what ``self.qkv`` gives.
+
+        Returns:
+            (B, G, G, C), what ``self.proj`` takes.
+        """
+        batch, grid = qkv.shape[0], self.grid
         tokens, scale = grid * grid, self.head_width**-0.5
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, self.head_width)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, self.head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, head_width)
         if not self.relative_positions:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
             by_row, by_column = self._position_scores(query)
-            if self.form == "bias":
-                bias = by_row[..., :, None] + by_column[..., None, :]
-                bias = bias.reshape(batch, self.heads, tokens, tokens)
-                out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-            else:
+            if self.form == "augmented":
                 cells = self._one_hot_cells(key).expand(batch, self.heads, -1, -1)
                 query = torch.cat([query * scale, by_row, by_column], dim=-1)
                 key = torch.cat([key, cells], dim=-1)
                 out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        out = out.transpose(1, 2).reshape(batch, grid, grid, self.heads * self.head_width)
-        return self.proj(out)
+            elif self.form == "blocked" and self._logits_bytes(batch) > UNBLOCKED_BYTES:
+                out = self._attend_in_blocks(query, key, value, by_row, by_column)
+            else:
+                bias = by_row[..., :, None] + by_column[..., None, :]
+                bias = bias.reshape(batch, self.heads, tokens, tokens)
+                out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return out.transpose(1, 2).reshape(batch, grid, grid, self.heads * self.head_width)
+
+    def _logits_bytes(self, batch: int) -> int:
+        """Size of one head's logits in float32."""
+        return 4 * batch * self.grid**4
+
+    def _attend_in_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor
+    ) -> Tensor:
+        """Attend one head and :data:`BLOCK_ROWS` rows of queries at a time; loops are unrolled."""
+        heads = []
+        for head in (slice(h, h + 1) for h in range(self.heads)):
+            blocks = []
+            for start in range(0, self.grid, BLOCK_ROWS):
+                rows = slice(start * self.grid, min(start + BLOCK_ROWS, self.grid) * self.grid)
+                bias = by_row[:, head, rows, :, None] + by_column[:, head, rows, None, :]
+                blocks.append(
+                    F.scaled_dot_product_attention(
+                        query[:, head, rows],
+                        key[:, head],
+                        value[:, head],
+                        attn_mask=bias.flatten(start_dim=3),
+                    )
+                )
+            heads.append(torch.cat(blocks, dim=2))
+        return torch.cat(heads, dim=1)
 
     def _position_scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Score each query against the rows and the columns, two (B, heads, tokens, G) tensors."""
@@ -118,18 +163,32 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor) -> Tensor:
+        """Attend over the grid, or over windows; what pads the last windows is not projected.
+
+        SAM pads the normalized tokens with zeros, of which ``qkv`` leaves nothing but its bias: the
+        queries, keys and values of the padding are written directly.
+        """
         grid, window = self.grid, self.window
         if window == grid:
             return self.attn(x)
-        batch, channels = x.shape[0], x.shape[-1]
         per_side = -(-grid // window)
-        padding = per_side * window - grid
-        x = F.pad(x, (0, 0, 0, padding, 0, padding))
-        x = x.reshape(batch, per_side, window, per_side, window, channels).permute(0, 1, 3, 2, 4, 5)
-        x = self.attn(x.reshape(batch * per_side * per_side, window, window, channels))
-        x = x.reshape(batch, per_side, per_side, window, window, channels).permute(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, per_side * window, per_side * window, channels)
-        return x[:, :grid, :grid]
+        qkv = self._pad(self.attn.qkv(x), per_side * window - grid)
+        batch, channels = qkv.shape[0], qkv.shape[-1]
+        qkv = qkv.reshape(batch, per_side, window, per_side, window, channels)
+        qkv = qkv.permute(0, 1, 3, 2, 4, 5)
+        x = self.attn.attend(qkv.reshape(batch * per_side**2, window, window, channels))
+        x = x.reshape(batch, per_side, per_side, window, window, -1).permute(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, per_side * window, per_side * window, -1)
+        return self.attn.proj(x[:, :grid, :grid])
+
+    def _pad(self, qkv: Tensor, padding: int) -> Tensor:
+        """Append ``padding`` columns and rows of the bias to a (B, G, G, 3 C) grid."""
+        if not padding:
+            return qkv
+        batch, rows, columns, channels = qkv.shape
+        bias = self.attn.qkv.bias
+        qkv = torch.cat([qkv, bias.expand(batch, rows, padding, channels)], dim=2)
+        return torch.cat([qkv, bias.expand(batch, padding, columns + padding, channels)], dim=1)
 
 
 class PatchEmbedding(nn.Module):

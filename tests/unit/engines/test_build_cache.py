@@ -217,6 +217,47 @@ def test_waiting_is_said(cache, build, tmp_path):
     assert worker.exitcode == 0
 
 
+def others(count):
+    return [msgspec.structs.replace(KEY, graph_sha256=str(number) * 64) for number in range(count)]
+
+
+def test_what_was_not_used_for_longest_is_removed(cache, build, tmp_path):
+    keys = others(4)
+    for age, key in enumerate(keys):
+        cache.get_or_build(key, tmp_path / "out", build)
+        record = cache.root / "plans" / key.digest() / "record.json"
+        os.utime(record, (1000.0 + age, 1000.0 + age))
+    assert cache.get_or_build(keys[0], tmp_path / "out", build)[1]  # used again
+    assert cache.prune(cache.size_bytes()) == 0
+    assert cache.prune(cache.size_bytes() - 1) == 1
+    assert {entry.key for entry in cache.entries()} == {keys[0], keys[2], keys[3]}
+    assert cache.prune(0) == 3
+    assert cache.entries() == []
+    assert cache.get_or_build(keys[0], tmp_path / "out", build)[1] is False
+
+
+def test_what_is_in_use_stays(cache, build, tmp_path):
+    keys = others(2)
+    for key in keys:
+        cache.get_or_build(key, tmp_path / "out", build)
+    with cache._lock(keys[0].digest()):
+        assert cache.prune(0) == 1
+    assert [entry.key for entry in cache.entries()] == [keys[0]]
+
+
+def test_what_a_killed_build_left_is_removed_and_a_running_one_is_not(cache, build, tmp_path):
+    cache.get_or_build(KEY, tmp_path / "out", build)
+    left = cache.root / "plans" / f".{KEY.digest()}.partial-abc"
+    left.mkdir()
+    (left / "engine.plan").write_bytes(b"half")
+    with cache._lock(KEY.digest()):
+        cache.prune(1 << 40)
+    assert left.exists()
+    assert cache.prune(1 << 40) == 0
+    assert not left.exists()
+    assert len(cache.entries()) == 1
+
+
 def test_blobs_are_kept_whole(cache):
     assert cache.load_blob("timing", "one.cache") is None
     cache.keep_blob("timing", "one.cache", b"first")

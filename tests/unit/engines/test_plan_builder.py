@@ -1,22 +1,30 @@
 """Engines that really compile, with TensorRT for RTX, on a machine without a GPU."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import onnx
 import pytest
 
 from coprs_deploy.bundle import read_manifest
-from coprs_deploy.engines import engine_builder
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.engines import engine_builder, plan_builder
 from coprs_deploy.engines.build_cache import BuildCache
 from coprs_deploy.engines.engine_builder import build_engine, resolve_target, state_need
 from coprs_deploy.engines.flavors import TENSORRT_RTX, parse_gpus
 from coprs_deploy.engines.plan_builder import BuildSettings, build_plan, check_signature
+from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.errors import EngineBuildError, MissingDependencyError
-from coprs_deploy.export.precision import OPSETS, type_graph
+from coprs_deploy.export.calibration import ProductRange
+from coprs_deploy.export.onnx_graph import export_onnx_graph
+from coprs_deploy.export.precision import OPSETS, rest_precision, type_graph
+from coprs_deploy.export.quantization import product_names, quantize_graph
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, TargetsProfile, TensorSpec, graph_specs
 
 GPUS = ("sm_80", "sm_89", "sm_120")
@@ -35,8 +43,11 @@ def prior(tiny_bundle):
     return tiny_bundle / "prior.onnx"
 
 
-@pytest.mark.parametrize("precision", OPSETS)
-@pytest.mark.parametrize("name", GRAPH_NAMES)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, precision) for name in GRAPH_NAMES for precision in ("fp32", "bf16", "fp16")]
+    + [("image_encoder", "int8")],
+)
 def test_every_graph_compiles_for_three_gpus(name, precision, tiny_bundle, specs, tmp_path):
     graph = tmp_path / f"{name}.onnx"
     model = onnx.load(tiny_bundle / f"{name}.onnx")
@@ -44,7 +55,12 @@ def test_every_graph_compiles_for_three_gpus(name, precision, tiny_bundle, specs
     onnx.save(model, graph)
     if precision != "fp32":
         source = graph.rename(tmp_path / "float32.onnx")
-        type_graph(source, graph, specs[name], precision)
+        rest = rest_precision("tensorrt-rtx", precision)
+        if precision == "int8":
+            ranges = {product: ProductRange(8.0, 8.0, 0.0) for product in product_names(source)}
+            quantize_graph(source, tmp_path / "int8.onnx", specs[name], ranges, rest)
+            source = tmp_path / "int8.onnx"
+        type_graph(source, graph, specs[name], rest)
     cache, out = BuildCache(tmp_path / "cache"), tmp_path / f"{name}.engine"
     engine = build_engine(
         graph,
@@ -59,6 +75,60 @@ def test_every_graph_compiles_for_three_gpus(name, precision, tiny_bundle, specs
     assert engine.version == TENSORRT_RTX.load().__version__
     assert engine.network_layers > 10
     assert engine.verified_on is None and engine.layers is None and engine.gpu is None
+    text = read_plan_text(out.read_bytes())
+    assert text.tensors == (*specs[name].inputs, *specs[name].outputs)
+    assert text.capabilities == GPUS
+    half = {"bf16": "bfloat16", "fp16": "float16", "int8": "float16"}.get(precision)
+    assert half is None or text.types[half] > 0
+    if half is not None and name == "image_encoder":
+        assert text.types[half] > text.types["float32"]
+
+
+TARGETS = TargetsProfile(1, 2, 4)
+
+
+@pytest.mark.parametrize("name", ["prior", "mask_decoder"])
+def test_an_engine_for_a_range_of_targets(name, tiny_checkpoint, tmp_path, monkeypatch):
+    """What the plan says of its tensors, and the profile that the library was given."""
+    profiles = []
+
+    def add_profile(build, builder):
+        profiles.append(make_profile(build, builder))
+        return profiles[-1]
+
+    make_profile = plan_builder._Build._profile
+    monkeypatch.setattr(plan_builder._Build, "_profile", add_profile)
+    model = load_segmentation_model(read_checkpoint(tiny_checkpoint))
+    spec = graph_specs(read_checkpoint(tiny_checkpoint).config.model.geometry, 64, TARGETS)[name]
+    graph = tmp_path / f"{name}.onnx"
+    export_onnx_graph(model.stages()[name], spec, graph, {})
+    text = read_plan_text(build_plan(graph, spec, RTX).plan)
+    tensors = (*spec.inputs, *spec.outputs)
+    assert [(t.name, t.dtype) for t in text.tensors] == [(t.name, t.dtype) for t in tensors]
+    for found, wanted in zip(text.tensors, tensors, strict=True):
+        assert found.shape == tuple(-1 if size == "targets" else size for size in wanted.shape)
+    ranged = [tensor for tensor in spec.inputs if "targets" in tensor.shape]
+    assert ranged
+    (profile,) = profiles
+    for tensor in ranged:
+        shapes = [tuple(shape) for shape in profile.get_shape(tensor.name)]
+        assert shapes == [(count, *tensor.shape[1:]) for count in (1, 2, 4)]
+
+
+def test_an_engine_that_is_not_what_was_asked_for_is_refused(prior, specs, monkeypatch):
+    text = read_plan_text(build_plan(prior, specs["prior"], RTX).plan)
+    for wrong, message in (
+        (replace(text, capabilities=("sm_80",)), "is for sm_80, and sm_80, sm_89, sm_120 was"),
+        (replace(text, tensors=text.tensors[1:]), "the engine has .*, the manifest says"),
+    ):
+        monkeypatch.setattr(plan_builder, "read_plan_text", lambda plan, wrong=wrong: wrong)
+        with pytest.raises(EngineBuildError, match=message):
+            build_plan(prior, specs["prior"], RTX)
+
+
+@pytest.mark.parametrize("plan", [b"", b"nonsense" * 100, b"\n  inputs={ }\n"])
+def test_a_plan_without_a_description_has_none(plan):
+    assert read_plan_text(plan) is None
 
 
 def test_the_second_build_comes_from_the_cache(prior, specs, tmp_path, monkeypatch):
@@ -125,8 +195,7 @@ def test_progress_is_reported(prior, specs):
     assert any(text.endswith("/30") for text in said)
 
 
-def test_ctrl_c_stops_a_build_at_its_next_step(prior, specs):
-    """A real signal while the library is at work; the process lives on."""
+def interrupted_build(graph, spec):
     sent = threading.Event()
 
     def interrupt(text):
@@ -136,8 +205,18 @@ def test_ctrl_c_stops_a_build_at_its_next_step(prior, specs):
         time.sleep(0.1)  # so that the main thread takes the signal before the build is over
 
     with pytest.raises(KeyboardInterrupt):
-        build_plan(prior, specs["prior"], RTX, on_phase=interrupt)
-    assert build_plan(prior, specs["prior"], RTX).network_layers > 0
+        build_plan(graph, spec, RTX, on_phase=interrupt)
+    assert build_plan(graph, spec, RTX).network_layers > 0
+
+
+def test_ctrl_c_stops_a_build_at_its_next_step(prior, specs):
+    """A real signal while the library is at work, in a process of its own, which lives on."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=interrupted_build, args=(prior, specs["prior"])
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize(
@@ -200,3 +279,46 @@ def test_a_signature_is_compared_whatever_the_order():
     assert check_signature(spec, tensors) is None
     wrong = [TensorSpec("prior_logits", "float16", spec.outputs[0].shape), *spec.inputs]
     assert "prior_logits: float16" in check_signature(spec, wrong)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from coprs_deploy.bundle import read_manifest
+from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.engine_builder import BuildWatch, build_engine, resolve_target
+from coprs_deploy.engines.plan_builder import BuildSettings
+bundle, cache, out, gpu = sys.argv[1:]
+build_engine(
+    Path(bundle) / "prior.onnx",
+    Path(out),
+    spec=read_manifest(bundle).graphs["prior"].spec,
+    precision="fp32",
+    target=resolve_target(BuildSettings("tensorrt-rtx", (gpu,))),
+    cache=BuildCache(Path(cache)),
+    watch=BuildWatch(note=print),
+)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_build_at_once_share_a_cache(tiny_bundle, tmp_path):
+    """Real builds: two of one engine, of which one waits, and one of another engine beside them."""
+    cache = tmp_path / "cache"
+    gpus = {"one": "sm_89", "two": "sm_89", "other": "sm_80"}
+    builds = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", BUILD, tiny_bundle, cache, tmp_path / name, gpu],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, gpu in gpus.items()
+    }
+    said = {name: build.communicate(timeout=300)[0] for name, build in builds.items()}
+    assert [build.returncode for build in builds.values()] == [0, 0, 0]
+    assert ["from the cache" in said["one"], "from the cache" in said["two"]].count(True) == 1
+    assert "from the cache" not in said["other"]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    for name, gpu in gpus.items():
+        assert read_plan_text((tmp_path / name).read_bytes()).capabilities == (gpu,)
+    assert len(BuildCache(cache).entries()) == 2

@@ -6,9 +6,11 @@ import pytest
 
 from coprs_deploy import shipped
 from coprs_deploy.bundle import open_bundle, read_manifest
+from coprs_deploy.cli.main import main
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph
+from coprs_deploy.engines.build_cache import BuildCache
 from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
-from coprs_deploy.export import ExportOptions, export_checkpoint, exporter
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_writer
 from coprs_deploy.specs import GRAPH_NAMES
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -30,11 +32,11 @@ def written_graphs(tiny_bundle, monkeypatch):
                 weight.CopyFrom(onnx.numpy_helper.from_array(scaled, weight.name))
         onnx.save(model, path)
 
-    monkeypatch.setattr(exporter, "export_onnx_graph", copy_graph)
+    monkeypatch.setattr(graph_writer, "export_onnx_graph", copy_graph)
     return factors
 
 
-def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_graphs):
+def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_graphs, capsys):
     options = ExportOptions(
         runtime="tensorrt-rtx", precision="fp16", gpus=GPUS, cache=tmp_path / "cache"
     )
@@ -50,6 +52,10 @@ def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_g
         assert graph.engine.compute_capabilities == GPUS
         assert graph.engine.verified_on is None
         assert graph.engine.size_bytes == bundle.graph_path(name).stat().st_size
+    assert main(["inspect", str(path), "--cache", str(tmp_path / "cache")]) == 0
+    shown = capsys.readouterr().out
+    assert "never verified on a GPU" in shown
+    assert f"engine cache: {tmp_path / 'cache'}, 3 engines" in shown
     with pytest.raises(RuntimeUnavailableError, match="pass --device cuda"):
         open_bundle_graph(bundle, "prior", RunnerOptions())
     plan = path / "prior.engine"
@@ -88,6 +94,24 @@ def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
     with pytest.raises(EquivalenceError, match="mask_decoder: relative"):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_older_engines_leave_a_cache_that_has_a_limit(tiny_checkpoint, tmp_path, written_graphs):
+    def export(gpu, limit=None):
+        options = ExportOptions(
+            runtime="tensorrt-rtx",
+            gpus=(gpu,),
+            cache=tmp_path / "cache",
+            cache_limit_bytes=limit,
+            overwrite=True,
+        )
+        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
+        return {entry.key.gpus for entry in BuildCache(tmp_path / "cache").entries()}
+
+    assert export("sm_80") == {("sm_80",)}
+    size = BuildCache(tmp_path / "cache").size_bytes()
+    assert export("sm_89") == {("sm_80",), ("sm_89",)}
+    assert export("sm_120", limit=int(1.3 * size)) == {("sm_120",)}
 
 
 def test_gpus_are_refused_before_the_checkpoint_is_read(tmp_path):

@@ -1,6 +1,6 @@
 """The equivalence check itself: what it lets pass, and what it must not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from coprs_deploy.export.equivalence import (
     sample_inputs,
 )
 from coprs_deploy.export.exporter import ATTENTION_FORMS
+from coprs_deploy.export.mask_samples import draw_masked_samples
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, graph_specs
 
 GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
@@ -257,6 +258,78 @@ def test_every_tolerance_has_a_reason_and_can_fail(key):
     assert key[0] in ATTENTION_FORMS
     for name, tolerance in table.items():
         assert tolerance.reason
-        assert 0 < tolerance.mean_signed <= tolerance.relative < 0.1
+        assert 0 < tolerance.mean_signed <= tolerance.relative <= 0.2
         assert 0.9 < tolerance.cosine < 1
         assert (tolerance.mask_iou is not None) == (name in ("mask_decoder", "end_to_end"))
+
+
+def test_a_reference_that_is_known_is_not_run_again():
+    samples, known = sample_inputs(GEOMETRY, 6), {}
+    first = compare_stages(opener(), opener(), samples, LIMITS, known=known)
+    assert set(known) == set(GRAPH_NAMES)
+
+    def never(name):
+        raise AssertionError(f"the reference of {name} was opened")
+
+    assert compare_stages(never, opener(), samples, LIMITS, known=known) == first
+    wrong = compare_stages(never, opener(prior=lambda v: v * 1.1), samples, LIMITS, known=known)
+    assert not wrong[1].passed
+
+
+def test_pooled_masks_are_judged_together():
+    """One small mask that is lost weighs by its cells, not as a whole sample."""
+    samples = sample_inputs(GEOMETRY, 6)
+    calls = []
+
+    def lose_the_first(values):
+        calls.append(values)
+        return np.full_like(values, -1) if len(calls) == 1 else values
+
+    def few(values):
+        return np.where(values > values.max() * 0.99, values, -np.abs(values) - 1)
+
+    chain = LIMITS["end_to_end"]
+    assert not chain.pools_masks
+    for pools, expected in ((False, 0.0), (True, 2 / 3)):
+        calls.clear()
+        limits = {**LIMITS, "mask_decoder": replace(chain, pools_masks=pools)}
+        decoder = opener(mask_decoder=lambda v: lose_the_first(few(v)))
+        records = compare_stages(opener(mask_decoder=few), decoder, samples, limits)
+        assert records[2].mask_iou == pytest.approx(expected)
+
+
+class TestMaskedSamples:
+    def share(self, masks):
+        return [float((mask > 0).mean()) for mask in masks]
+
+    def draw(self, decoder, seed=0):
+        pictures = [sample.prepared for sample in sample_inputs(GEOMETRY, 6)]
+        return draw_masked_samples(pictures, opener(mask_decoder=decoder), 6, seed=seed)
+
+    def test_the_mask_nearest_to_a_quarter_is_taken(self):
+        shares = iter([0.0, 1.0, 0.9, 0.2, 0.6] + [0.0] * 11 + [0.2])
+
+        def decoder(values):
+            share = next(shares, 0.0)
+            wanted = np.full(values.size, -1, np.float32)
+            wanted[: round(share * values.size)] = 1
+            return wanted.reshape(values.shape)
+
+        pictures = [sample_inputs(GEOMETRY, 6)[0].prepared]
+        samples, known = draw_masked_samples(pictures, opener(mask_decoder=decoder), 6)
+        generator = np.random.default_rng(0)
+        drawn = [generator.standard_normal((1, 6), dtype=np.float32) for _ in range(4)]
+        assert np.array_equal(samples[0].concentration, drawn[3])
+        assert self.share(known["mask_decoder"]) == [pytest.approx(0.2, abs=0.01)]
+
+    def test_what_is_known_is_what_the_reference_gives(self):
+        samples, known = self.draw(exact)
+        fresh = {}
+        compare_stages(opener(), opener(), samples, LIMITS, known=fresh)
+        for name in GRAPH_NAMES:
+            assert all(map(np.array_equal, known[name], fresh[name])), name
+
+    def test_equal_seeds_give_equal_samples(self):
+        first, again, other = (self.draw(exact, seed)[0] for seed in (0, 0, 1))
+        assert np.array_equal(first[0].concentration, again[0].concentration)
+        assert not np.array_equal(first[0].concentration, other[0].concentration)

@@ -14,7 +14,13 @@ from coprs_deploy.bundle import read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.errors import EquivalenceError, MissingDependencyError
 from coprs_deploy.export import onnx_graph
-from coprs_deploy.export.onnx_graph import OPSET, check_onnx_graph, export_onnx_graph
+from coprs_deploy.export.onnx_graph import (
+    OPSET,
+    SCOPES,
+    STACK_TRACE,
+    check_onnx_graph,
+    export_onnx_graph,
+)
 from coprs_deploy.models.prior import PositionalPrior
 from coprs_deploy.specs import GRAPH_NAMES, GraphSpec, TensorSpec, graph_specs
 from coprs_deploy.version import __version__
@@ -77,6 +83,14 @@ def test_a_graph_says_what_it_is_and_where_it_comes_from(
     assert graphs[name].producer_name == "coprs_deploy"
     manifest = read_manifest(tiny_bundle)
     assert own["coprs_deploy.checkpoint"] == manifest.checkpoint_fingerprint
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_no_path_of_this_machine_is_in_the_file(tiny_bundle, name):
+    written = (tiny_bundle / f"{name}.onnx").read_bytes()
+    assert STACK_TRACE.encode() not in written
+    assert b".py" not in written
+    assert SCOPES.encode() in written
 
 
 def test_every_normalization_is_a_real_node(graphs):

@@ -178,12 +178,29 @@ class TestRounding:
         inputs = {t.name: generator.standard_normal(t.shape, dtype=np.float32) for t in spec.inputs}
         assert np.array_equal(run(path, inputs), run(typed["fp16", PRIOR], inputs))
 
+    @pytest.mark.parametrize("name", ["prior.onnx", "source.onnx"])
+    def test_a_small_graph_of_a_large_one_stands_alone(self, name, typed, tiny_bundle, tmp_path):
+        """ViT-H's weights lie beside its float32 graph; in bfloat16 they fit into the file."""
+        (tmp_path / "large").mkdir()
+        model = onnx.load(tiny_bundle / "prior.onnx")
+        source, path = tmp_path / "large" / name, tmp_path / "prior.onnx"
+        onnx.save(
+            model, source, save_as_external_data=True, location=f"{name}.data", size_threshold=0
+        )
+        spec = read_manifest(tiny_bundle).graphs[PRIOR].spec
+        type_graph(source, path, spec, "fp16")
+        for file in (tmp_path / "large").iterdir():
+            file.unlink()
+        assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["prior.onnx"]
+        generator = np.random.default_rng(3)
+        inputs = {t.name: generator.standard_normal(t.shape, dtype=np.float32) for t in spec.inputs}
+        assert np.array_equal(run(path, inputs), run(typed["fp16", PRIOR], inputs))
+
 
 class TestOptions:
     @pytest.mark.parametrize(
         ("runtime", "kind", "message"),
         [
-            ("onnxruntime", "int8", "precision is 'int8'.*accepted: fp32, bf16, fp16"),
             ("onnxruntime", "half", "precision is 'half'; accepted: fp32, bf16, fp16"),
             ("onnxruntime", "bf16", "CPU provider does not have; accepted for onnxruntime"),
             ("tensorflow", "fp16", "runtime and precision are tensorflow fp16; accepted: onnx"),

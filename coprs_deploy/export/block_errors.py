@@ -1,0 +1,162 @@
+"""Where a quantized encoder leaves the float32 one: the error of what each block gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.export.calibration import Ranges
+from coprs_deploy.export.onnx_graph import SCOPES, module_of
+from coprs_deploy.specs import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from coprs_deploy.models.sam_encoder import SamImageEncoder
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far a block's output is from float32, all blocks before it included.
+
+    Attributes:
+        block: its number.
+        relative: norm of the difference over the norm of the float32 output.
+        product: the product in the block whose input int8 rounds worst.
+        input_error: relative error of that input.
+    """
+
+    block: int
+    relative: float
+    product: str
+    input_error: float
+
+
+def block_errors(
+    encoder: SamImageEncoder,
+    candidate: Path,
+    open_candidate: Callable[[Path, GraphSpec], Runner],
+    spec: GraphSpec,
+    *,
+    images: Sequence[NDArray[np.float32]],
+    ranges: Ranges,
+) -> list[BlockError]:
+    """Compare the output of each block but the last with float32.
+
+    The last block's output is only seen behind the neck: as the error of the embedding.
+
+    Args:
+        encoder: the float32 reference.
+        candidate: a graph file with float32 tensors between its blocks.
+        open_candidate: opens a changed copy of it.
+        spec: of the graph.
+        images: (1, 3, S, S), what both are fed.
+        ranges: of the candidate's products.
+
+    Returns:
+        One record a block, the worst over the images; the last is that of the embedding.
+    """
+    names = [f"block_{number}" for number in range(len(encoder.blocks) - 1)]
+    path = candidate.with_name(f"{candidate.stem}.blocks.onnx")
+    outputs = _tap_blocks(candidate, path, names, tuple(encoder.pos_embed.shape))
+    tapped = GraphSpec(spec.name, spec.inputs, (*spec.outputs, *outputs), spec.targets)
+    worst = [0.0] * (len(names) + 1)
+    seen: dict[str, Array] = {}
+    try:
+        with open_candidate(path, tapped) as runner:
+            for image in images:
+                seen = _run_reference(encoder, image, names, spec.outputs[0].name)
+                found = runner(image=image)
+                for number, name in enumerate((*names, spec.outputs[0].name)):
+                    error = _relative(found[name].numpy(), seen[name])
+                    worst[number] = max(worst[number], error)
+    finally:
+        path.unlink(missing_ok=True)
+    return [
+        BlockError(number, error, *_worst_product(ranges, number))
+        for number, error in enumerate(worst)
+    ]
+
+
+def describe(errors: Sequence[BlockError]) -> str:
+    """Put the errors into words, one line a block."""
+    lines = [
+        f"  block {error.block}: {error.relative:.2%}"
+        f"{', behind the neck' if error is errors[-1] else ''}; its input of {error.product} is "
+        f"rounded by {error.input_error:.2%}"
+        for error in errors
+    ]
+    return "Error of each block's output against float32, all before it included:\n" + "\n".join(
+        lines
+    )
+
+
+def _tap_blocks(
+    source: Path, target: Path, names: Sequence[str], shape: tuple[int, ...]
+) -> list[TensorSpec]:
+    """Make what the next block normalizes an output of the graph; weights stay where they are."""
+    model = onnx.load(source, load_external_data=False)
+    norms = {}
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            scopes = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES)
+            norms[module_of(scopes)] = node
+    outputs = []
+    for number, name in enumerate(names, start=1):
+        value = norms[f"blocks.{number}.norm1"].input[0]
+        model.graph.node.append(onnx.helper.make_node("Identity", [value], [name], name=name))
+        info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        model.graph.output.append(info)
+        outputs.append(TensorSpec(name, "float32", shape))
+    onnx.save(model, target)
+    return outputs
+
+
+def _run_reference(
+    encoder: SamImageEncoder, image: NDArray[np.float32], names: Sequence[str], last: str
+) -> dict[str, Array]:
+    import torch
+
+    seen: dict[str, Array] = {}
+
+    def keep(
+        module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, name: str
+    ) -> None:
+        seen[name] = output.numpy()
+
+    hooks = [
+        block.register_forward_hook(partial(keep, name=name))
+        for name, block in zip(names, encoder.blocks, strict=False)
+    ]
+    try:
+        with torch.inference_mode():
+            seen[last] = encoder(torch.from_numpy(image)).numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _relative(found: Array, wanted: Array) -> float:
+    norm = float(np.linalg.norm(wanted.astype(np.float64)))
+    return float(np.linalg.norm((found - wanted).astype(np.float64))) / norm if norm else 0.0
+
+
+def _worst_product(ranges: Ranges, number: int) -> tuple[str, float]:
+    prefix = f"blocks.{number}."
+    inside: Mapping[str, float] = {
+        name.removeprefix(prefix): found.error
+        for name, found in ranges.items()
+        if name.startswith(prefix)
+    }
+    name = max(inside, key=lambda key: inside[key])
+    return name, inside[name]

@@ -1,0 +1,262 @@
+"""Equality as a chain of links, from the PyTorch module to the masks of each runtime.
+
+    module -> traced program -> graph on each runtime -> one runtime with another
+
+Every place gets the same inputs: each stage alone is fed with the module's own outputs of the stage
+before, and the chain of all three ends in the masks. A link compares two neighboring places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.bundle import Bundle, EquivalenceRecord
+from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
+from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, open_bundle_graph, runtime_module
+from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.engines.torch_runner import TorchRunner
+from coprs_deploy.export.equivalence import (
+    END_TO_END,
+    TOLERANCES,
+    RunnerOpener,
+    SampleInput,
+    Tolerance,
+    summarize,
+)
+from coprs_deploy.export.exporter import ATTENTION_FORMS
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
+
+if TYPE_CHECKING:
+    import torch
+
+MODULE = "PyTorch module"
+TRACED = "traced program"
+
+_SAME_OPERATORS = "tracing writes down the operators that the module runs; no sum changes its order"
+_OTHER_LAYOUT = (
+    "the whole model hands its embedding on transposed, which is summed in another order"
+)
+TRACING: Mapping[str, Tolerance] = {
+    IMAGE_ENCODER: Tolerance(0.0, 0.0, 0.999999, None, _SAME_OPERATORS),
+    PRIOR: Tolerance(0.0, 0.0, 0.999999, None, _SAME_OPERATORS),
+    MASK_DECODER: Tolerance(0.0, 0.0, 0.999999, 1.0, _SAME_OPERATORS),
+    END_TO_END: Tolerance(1e-5, 1e-6, 0.999999, 0.999, _OTHER_LAYOUT),
+}
+"""Between module and traced program: of the stages, not one bit may differ."""
+
+OUTPUTS = {
+    IMAGE_ENCODER: "image_embedding",
+    PRIOR: "prior_logits",
+    MASK_DECODER: "mask_logits",
+    END_TO_END: "mask_logits",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two places differ in one output.
+
+    Attributes:
+        record: the worst over all samples; ``record.graph`` names the stage.
+        output: name of the tensor.
+        allowed: the tolerance that decided.
+        heatmap: (G, G) or (4 G, 4 G) absolute difference of the worst sample, the mean over its
+            other dimensions.
+    """
+
+    record: EquivalenceRecord
+    output: str
+    allowed: Tolerance
+    heatmap: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two neighboring places and their differences, a stage each and end to end."""
+
+    first: str
+    second: str
+    differences: tuple[Difference, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is inside its tolerance."""
+        return all(difference.record.passed for difference in self.differences)
+
+
+def measure_chain(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    samples: Sequence[SampleInput],
+    report: Callable[[str], None] = lambda step: None,
+) -> tuple[Link, ...]:
+    """Measure every link that can be measured here.
+
+    Args:
+        bundle: ONNX graphs of ``checkpoint``.
+        checkpoint: what they were exported from.
+        samples: inputs.
+        report: called with the name of each step as it starts.
+
+    Returns:
+        The links in order: module and traced program, traced program and each runtime that is
+        installed, and the runtimes with each other.
+
+    Raises:
+        ValueError: the bundle holds engines, which only their own GPU runs.
+    """
+    graphs = bundle.manifest.graphs
+    runtime, precision = graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision
+    if runtime not in ONNX_RUNTIMES:
+        raise ValueError(
+            f"the bundle holds engines of {runtime}; the chain is measured on bundles of "
+            f"{', '.join(ONNX_RUNTIMES)}"
+        )
+    specs = {name: graph.spec for name, graph in graphs.items()}
+    model = load_segmentation_model(checkpoint)
+    model.image_encoder.set_attention_form(ATTENTION_FORMS[runtime])
+    stages = model.stages()
+
+    report(MODULE)
+    module = _outputs(lambda name: TorchRunner(stages[name], specs[name]), samples)
+    module[END_TO_END] = [_whole_model(model, sample) for sample in samples]
+    report(TRACED)
+    places = {
+        TRACED: _outputs(
+            lambda name: TorchRunner(trace(stages[name], specs[name]), specs[name]), samples, module
+        )
+    }
+    installed = [r for r in ONNX_RUNTIMES if runtime_module(r).availability()[0].is_available]
+    for name in installed:
+        if (name, precision) in TOLERANCES:
+            place = f"{precision} graph on {name}"
+            report(place)
+            places[place] = _outputs(_graph_opener(bundle, name), samples, module)
+    links = [_link(MODULE, TRACED, module, places[TRACED], TRACING)]
+    tolerances = TOLERANCES[runtime, precision]
+    runtimes = [place for place in places if place != TRACED]
+    for place in runtimes:
+        links.append(_link(TRACED, place, places[TRACED], places[place], tolerances))
+    for first, second in pairwise(runtimes):
+        links.append(_link(first, second, places[first], places[second], tolerances))
+    return tuple(links)
+
+
+def _graph_opener(bundle: Bundle, runtime: str) -> RunnerOpener:
+    return lambda name: open_bundle_graph(bundle, name, RunnerOptions(), runtime)
+
+
+def trace(stage: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
+    """Trace a stage as export does, and give the program back as a module that can be called."""
+    import torch
+
+    targets = spec.targets.preferred
+    examples = tuple(
+        torch.zeros(
+            tuple(n if isinstance(n, int) else targets for n in tensor.shape),
+            dtype=getattr(torch, tensor.dtype),
+        )
+        for tensor in spec.inputs
+    )
+    with torch.no_grad():
+        program = torch.export.export(stage, examples).module()
+
+    class Traced(torch.nn.Module):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = program(*inputs)
+            return output
+
+    return Traced()
+
+
+def _outputs(
+    opener: RunnerOpener,
+    samples: Sequence[SampleInput],
+    module: Mapping[str, list[Array]] | None = None,
+) -> dict[str, list[Array]]:
+    """Run every stage on every sample.
+
+    Args:
+        opener: opens the stages of a place.
+        samples: inputs.
+        module: outputs that the stages are fed with; None feeds each with the place's own.
+
+    Returns:
+        The output of each stage by its name and, under ``end_to_end``, the masks of the place's
+        own chain.
+    """
+    fed = [_first(sample) for sample in samples]
+    own = [_first(sample) for sample in samples]
+    outputs: dict[str, list[Array]] = {}
+    for name in GRAPH_NAMES:
+        with opener(name) as runner:
+            outputs[name] = [_run(runner, values) for values in fed]
+            for values in own:
+                values[OUTPUTS[name]] = _run(runner, values)
+        truth = outputs[name] if module is None else module[name]
+        for values, output in zip(fed, truth, strict=True):
+            values[OUTPUTS[name]] = output
+    outputs[END_TO_END] = [values["mask_logits"] for values in own]
+    return outputs
+
+
+def _run(runner: Runner, values: Mapping[str, Array]) -> Array:
+    outputs = runner(**{tensor.name: values[tensor.name] for tensor in runner.spec.inputs})
+    return outputs[runner.spec.outputs[0].name].numpy()
+
+
+def _first(sample: SampleInput) -> dict[str, Array]:
+    return {
+        "image": sample.prepared.image,
+        "concentration": sample.concentration,
+        "unpadded_size": sample.prepared.unpadded_size,
+    }
+
+
+def _whole_model(model: torch.nn.Module, sample: SampleInput) -> Array:
+    """Run the model's own ``forward``, which is no stage."""
+    import torch
+
+    inputs = (sample.prepared.image, sample.concentration, sample.prepared.unpadded_size)
+    with torch.inference_mode():
+        _, masks = model(*(torch.from_numpy(array) for array in inputs))
+    array: Array = masks.numpy()
+    return array
+
+
+def _link(
+    first: str,
+    second: str,
+    expected: Mapping[str, list[Array]],
+    found: Mapping[str, list[Array]],
+    tolerances: Mapping[str, Tolerance],
+) -> Link:
+    differences = []
+    for name in (*GRAPH_NAMES, END_TO_END):
+        gaps = [np.abs(a - b) for a, b in zip(found[name], expected[name], strict=True)]
+        worst = max(gaps, key=lambda gap: float(gap.max()))
+        heatmap = worst.mean(axis=tuple(range(worst.ndim - 2)), dtype=np.float64)
+        differences.append(
+            Difference(
+                record=summarize(name, found[name], expected[name], tolerances[name]),
+                output=OUTPUTS[name],
+                allowed=tolerances[name],
+                heatmap=heatmap.astype(np.float32),
+            )
+        )
+    return Link(first, second, tuple(differences))
+
+
+def write_chain_page(path: Path, bundle: Bundle, links: Sequence[Link], num_samples: int) -> None:
+    """Write the chain as one HTML page that stands alone."""
+    from coprs_deploy.export.chain_page import chain_page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(chain_page(bundle, links, num_samples), encoding="utf-8")

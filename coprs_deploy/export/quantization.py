@@ -1,0 +1,158 @@
+"""int8 in the graph: the encoder's large products between pairs of QuantizeLinear and Dequantize.
+
+Only products with a learned matrix become int8 (queries, keys and values, projection and the two of
+the MLP: nearly all of the work). Attention, patches, neck, prior and mask decoder keep the type of
+the rest. What TensorRT asks of such pairs holds: zero points are 0, activations have one scale a
+tensor, weights one a column, and scales have the type of the tensors around them.
+
+Why a pass of our own: ONNX Runtime's static quantization keeps the tensors of a picture in memory
+(ViT-B passed 20 GB and was stopped by the system), and NVIDIA ModelOpt does not install beside the
+releases of onnx and onnxruntime that this package is tested with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.export.calibration import INT8_LIMIT, Ranges
+from coprs_deploy.export.onnx_graph import INSTALL, SCOPES, check_onnx_graph, module_of
+from coprs_deploy.export.precision import BF16, FP16, FP32, INT8_PRODUCTS, low_type, save_graph
+from coprs_deploy.specs import GraphSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+SMALLEST_SCALES: Mapping[str, float] = {FP32: 2.0**-126, BF16: 2.0**-126, FP16: 2.0**-14}
+"""Smallest normal number of each type: below it a scale would lose its digits."""
+
+
+def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Find the products with a learned matrix.
+
+    Returns:
+        The ``MatMul`` nodes by the name of their linear module, as ``blocks.0.attn.qkv``.
+    """
+    products: dict[str, ir.Node] = {}
+    for node in graph:
+        if node.op_type != "MatMul" or node.inputs[1] is None:
+            continue
+        weight = node.inputs[1].const_value
+        if weight is None or len(weight.shape) != 2:
+            continue
+        name = module_of(node.metadata_props.get(SCOPES))
+        assert name and name not in products, f"{node.name} comes from no module of its own"
+        products[name] = node
+    return products
+
+
+def product_names(path: Path) -> list[str]:
+    """Name the products of a graph file that :func:`quantize_graph` makes int8."""
+    return list(find_products(_load(path).graph))
+
+
+def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, rest: str) -> None:
+    """Write a float32 graph with int8 products, and check the file.
+
+    Args:
+        source: the exported float32 graph.
+        target: another path; large weights go to ``<target>.data`` beside it.
+        spec: inputs and outputs, the same before and after.
+        ranges: of every product.
+        rest: the precision that the rest is given afterwards; scales are numbers that it holds.
+
+    Raises:
+        MissingDependencyError: the exporter's packages are not installed.
+        EquivalenceError: the written graph is not valid or has another signature.
+    """
+    assert source != target
+    model = _load(source)
+    products = find_products(model.graph)
+    assert products.keys() == ranges.keys(), "the ranges are of another graph"
+    for name, node in products.items():
+        _quantize_product(model.graph, node, name, ranges[name].limit, rest)
+    model.metadata_props[INT8_PRODUCTS] = json.dumps(list(products))
+    save_graph(model, target)
+    check_onnx_graph(target, spec)
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
+    return ir.load(path)
+
+
+def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, rest: str) -> None:
+    import onnx_ir as ir
+
+    activation, weight = node.inputs[0], node.inputs[1]
+    assert activation is not None and weight is not None and weight.const_value is not None
+    tensor, shape = weight.const_value, ir.Shape(weight.const_value.numpy().shape)
+    scale = _scales(np.array(limit), rest)
+    columns = _scales(np.abs(tensor.numpy()).max(axis=0), rest)
+
+    def constant(suffix: str, values: NDArray[np.generic]) -> ir.Value:
+        full = f"{name}.{suffix}"
+        value = ir.Value(
+            name=full,
+            shape=ir.Shape(values.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(values.dtype)),
+            const_value=ir.tensor(values, name=full),
+        )
+        graph.register_initializer(value)
+        return value
+
+    def between(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType) -> ir.Value:
+        full = f"{name}.{suffix}"
+        new = ir.node(operator, inputs, {} if suffix != "weight" else {"axis": 1}, name=full)
+        (output,) = new.outputs
+        output.name, output.shape, output.type = full, inputs[0].shape, ir.TensorType(dtype)
+        graph.insert_before(node, new)
+        return output
+
+    zero = np.zeros((), np.int8)
+    pair = [constant("input.scale", scale), constant("input.zero_point", zero)]
+    int8 = between("QuantizeLinear", [activation, *pair], "input.int8", ir.DataType.INT8)
+    dequantized = between("DequantizeLinear", [int8, *pair], "input", ir.DataType.FLOAT)
+    node.replace_input_with(0, dequantized)
+
+    def convert() -> ir.TensorProtocol:
+        steps = np.rint(tensor.numpy() / columns)
+        rounded = np.clip(steps, -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
+        return ir.tensor(rounded, name=f"{name}.weight.int8")
+
+    stored = ir.Value(
+        name=f"{name}.weight.int8",
+        shape=shape,
+        type=ir.TensorType(ir.DataType.INT8),
+        # Converted when it is written, so that only one weight is in memory at a time.
+        const_value=ir.LazyTensor(convert, ir.DataType.INT8, shape, name=f"{name}.weight.int8"),
+    )
+    graph.register_initializer(stored)
+    scales = [
+        constant("weight.scale", columns),
+        constant("weight.zero_point", np.zeros(columns.shape, np.int8)),
+    ]
+    node.replace_input_with(
+        1, between("DequantizeLinear", [stored, *scales], "weight", ir.DataType.FLOAT)
+    )
+    if not weight.uses():
+        assert weight.name is not None
+        del graph.initializers[weight.name]
+
+
+def _scales(limits: NDArray[Any], rest: str) -> NDArray[np.float32]:
+    """Divide limits into 127 steps, as normal numbers of the type that the rest will have."""
+    smallest = SMALLEST_SCALES[rest]
+    rounded = np.maximum(limits / INT8_LIMIT, smallest).astype(low_type(rest).numpy())
+    scales: NDArray[np.float32] = rounded.astype(np.float32)
+    return scales
