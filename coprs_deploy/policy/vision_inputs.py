@@ -7,7 +7,8 @@ of transformers is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,37 +48,93 @@ class VisionProcessor:
                 f"supported: {', '.join(_FAMILIES)}"
             )
         try:
-            self._processor = AutoImageProcessor.from_pretrained(
+            self.image_processor: Any = AutoImageProcessor.from_pretrained(
                 policy_path, backend="pil", local_files_only=True
             )
         except (OSError, ValueError) as error:
             raise PolicyError(f"{policy_path} holds no usable image processor: {error}") from error
         self._config = config
-        self._read = _FAMILIES[config.model_type]
+        self._family = _FAMILIES[config.model_type]
 
     def __call__(self, picture: Image.Image) -> VisionInputs:
         """Prepare one RGB picture that already has the policy's area."""
-        return self._read(self._processor(images=[picture], return_tensors="pt"), self._config)
+        processed = self.image_processor(images=[picture], return_tensors="pt")
+        return self._family.read(processed, self._config)
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Vision tokens of a picture of that many pixels, without preparing it."""
+        return self._family.num_tokens(self.image_processor, self._config, width, height)
+
+    def largest_picture(self, num_tokens: int) -> tuple[int, int]:
+        """Width and height of a picture that takes at most ``num_tokens``, and nearly so many."""
+        return self._family.largest_picture(self.image_processor, self._config, num_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """Vision tokens of the largest picture that the image processor gives."""
+        return self._family.most_tokens(self.image_processor, self._config)
 
 
-def _qwen2_5_vl(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
-    grid = processed["image_grid_thw"]
-    tensors = {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
-    return VisionInputs(
-        tensors, int(grid.prod()) // config.vision_config.spatial_merge_size**2, True
-    )
+class _Qwen25Vl:
+    """Qwen2.5-VL: as many tokens as the picture has squares of merged patches."""
+
+    @staticmethod
+    def read(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
+        grid = processed["image_grid_thw"]
+        tensors = {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
+        return VisionInputs(
+            tensors, int(grid.prod()) // config.vision_config.spatial_merge_size**2, True
+        )
+
+    @staticmethod
+    def num_tokens(processor: Any, config: Any, width: int, height: int) -> int:
+        patches: int = processor.get_number_of_image_patches(height, width)
+        return patches // int(config.vision_config.spatial_merge_size) ** 2
+
+    @staticmethod
+    def largest_picture(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
+        unit = _merged_side(config)
+        side = math.isqrt(num_tokens)
+        return unit * (num_tokens // side), unit * side
+
+    @staticmethod
+    def most_tokens(processor: Any, config: Any) -> int:
+        return int(processor.size["longest_edge"]) // _merged_side(config) ** 2
 
 
-def _llava(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
-    pixels = processed["pixel_values"]
-    patch = config.vision_config.patch_size
-    num_tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-    if config.vision_feature_select_strategy == "full":
-        num_tokens += 1  # the class token of CLIP
-    return VisionInputs({"pixel_values": pixels}, num_tokens, False)
+def _merged_side(config: Any) -> int:
+    """Pixels along one side of the square that becomes one token of Qwen2.5-VL."""
+    return int(config.vision_config.patch_size * config.vision_config.spatial_merge_size)
 
 
-_FAMILIES: Mapping[str, Callable[[Mapping[str, torch.Tensor], Any], VisionInputs]] = {
-    "qwen2_5_vl": _qwen2_5_vl,
-    "llava": _llava,
-}
+class _Llava:
+    """LLaVA-1.5: one square size, always the same number of tokens."""
+
+    @staticmethod
+    def read(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
+        pixels = processed["pixel_values"]
+        return VisionInputs(
+            {"pixel_values": pixels}, _llava_tokens(config, *pixels.shape[-2:]), False
+        )
+
+    @staticmethod
+    def num_tokens(processor: Any, config: Any, width: int, height: int) -> int:
+        crop = processor.crop_size
+        return _llava_tokens(config, int(crop["height"]), int(crop["width"]))
+
+    @staticmethod
+    def largest_picture(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
+        return int(processor.crop_size["width"]), int(processor.crop_size["height"])
+
+    @staticmethod
+    def most_tokens(processor: Any, config: Any) -> int:
+        return _Llava.num_tokens(processor, config, 0, 0)
+
+
+def _llava_tokens(config: Any, height: int, width: int) -> int:
+    patch = int(config.vision_config.patch_size)
+    keeps_class_token = config.vision_feature_select_strategy == "full"
+    return (height // patch) * (width // patch) + int(keeps_class_token)
+
+
+_FAMILIES: Mapping[str, type[_Qwen25Vl | _Llava]] = {"qwen2_5_vl": _Qwen25Vl, "llava": _Llava}

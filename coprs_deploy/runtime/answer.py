@@ -32,6 +32,7 @@ class Timings:
     """Wall time of each stage in milliseconds.
 
     Attributes:
+        queue_ms: waiting for the policy's turn.
         image_ms: decoding and preparing the picture.
         image_encoder_ms: the image encoder; 0 when the embedding was kept from before.
         image_encoder_hidden_ms: the part of it during which the policy was at work anyway.
@@ -40,11 +41,16 @@ class Timings:
         prior_ms: the prior graph, for all targets.
         mask_decoder_ms: the mask decoder graph, for all targets.
         resize_ms: bringing priors and masks to the original size.
+        reference_to_mask_ms: from the policy's last hidden state to the masks: what was left of the
+            image encoder, the prior, the mask decoder and the way to the original size.
         total_ms: from the call to the answer.
         prompt_tokens: tokens of the prompt, vision tokens included.
+        cached_prompt_tokens: those of them that the policy had read for an earlier question.
         response_tokens: tokens that the policy wrote.
+        tokens_per_second: of them, while it wrote.
     """
 
+    queue_ms: float = 0.0
     image_ms: float = 0.0
     image_encoder_ms: float = 0.0
     image_encoder_hidden_ms: float = 0.0
@@ -53,9 +59,12 @@ class Timings:
     prior_ms: float = 0.0
     mask_decoder_ms: float = 0.0
     resize_ms: float = 0.0
+    reference_to_mask_ms: float = 0.0
     total_ms: float = 0.0
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     response_tokens: int = 0
+    tokens_per_second: float = 0.0
 
 
 @dataclass(frozen=True, repr=False, eq=False)

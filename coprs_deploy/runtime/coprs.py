@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeAlias
 
@@ -14,57 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy import shipped
-from coprs_deploy.bundle import Bundle, open_bundle
+from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
-from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines import DeviceTensor, Stages
+from coprs_deploy.engines.runtime_choice import RuntimeChoice
 from coprs_deploy.engines.stages import join_chunks
-from coprs_deploy.errors import BundleError, PolicyError
+from coprs_deploy.errors import PolicyError
 from coprs_deploy.images import (
     ImageSource,
-    PreparedImage,
-    RgbArray,
     image_key,
     load_image,
     prepare_image,
     resize_logits,
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, Words
+from coprs_deploy.runtime.admission import Admission
 from coprs_deploy.runtime.answer import Answer, PriorReady, Timings
 from coprs_deploy.runtime.embedding_cache import EmbeddingCache, EncodedImage
+from coprs_deploy.runtime.encoding import Clock, Encoding, Picture
+from coprs_deploy.runtime.loading import Progress, load_parts, no_progress
 from coprs_deploy.runtime.options import RuntimeOptions
+from coprs_deploy.runtime.stage_opening import resolve_runtimes
 from coprs_deploy.specs import Geometry
 
 StreamEvent: TypeAlias = Words | PriorReady | Answer
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A decoded picture, ready for the image encoder."""
-
-    rgb: RgbArray
-    prepared: PreparedImage
-    key: str
-    milliseconds: float
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """An embedding on its way, and whether an earlier question had asked for it."""
-
-    future: Future[EncodedImage]
-    was_kept: bool
-
-
-class _Clock:
-    """Times consecutive stages."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap_ms(self) -> float:
-        now = time.perf_counter()
-        elapsed_ms, self._last = 1e3 * (now - self._last), now
-        return elapsed_ms
 
 
 class CoPRS(Closeable):
@@ -79,43 +52,74 @@ class CoPRS(Closeable):
         policy: who writes the reasoning.
         geometry: sizes of the graphs.
         cached_images: how many image embeddings are kept for further questions.
+        max_waiting: how many answers may wait beyond those that the policy decodes together.
+        timeout_s: seconds within which an answer must be ready; None waits for ever.
+
+    Attributes:
+        description: who computes what.
+        choices: how ``--runtime auto`` chose the runtimes; empty where it was not asked to.
     """
 
     def __init__(
-        self, stages: Stages, policy: Policy, geometry: Geometry, cached_images: int = 8
+        self,
+        stages: Stages,
+        policy: Policy,
+        geometry: Geometry,
+        cached_images: int = 8,
+        *,
+        max_waiting: int = 256,
+        timeout_s: float | None = None,
     ) -> None:
         self._stages = stages
+        self._timeout_s = timeout_s
+        self._admission = Admission(policy.concurrency, max_waiting)
         self._policy = policy
         self._geometry = geometry
         self._encoder_thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
         self._cache = EmbeddingCache(cached_images, self._encoder_thread)
-        graphs = next(iter(stages.runners.values())).description
+        self.choices: tuple[RuntimeChoice, ...] = ()
+        graphs = " + ".join(dict.fromkeys(r.description for r in stages.runners.values()))
         self.description = f"graphs: {graphs}; policy: {policy.description}"
 
     @classmethod
-    def load(cls, bundle: str | Path | None = None, options: RuntimeOptions | None = None) -> Self:
+    def load(
+        cls,
+        bundle: str | Path | None = None,
+        options: RuntimeOptions | None = None,
+        *,
+        policy: str | None = None,
+        progress: Progress = no_progress,
+    ) -> Self:
         """Open a bundle: check its files, then load graphs and policy side by side.
 
         Args:
             bundle: a bundle directory that ``coprs-deploy export`` wrote; None takes the small
                 model that comes with the package.
             options: where and how to run it.
+            policy: ``transformers`` or ``vllm``; None takes that of the options.
+            progress: called with a line of text when a part begins to load, and when it is ready.
 
         Raises:
             BundleError: there is no usable bundle; BundleIntegrityError: a file of it was changed.
             EnvironmentNotReadyError: a library or device that was asked for is not here.
         """
         options = options or RuntimeOptions()
+        if policy is not None:
+            options = replace(options, policy=policy)
+        progress("checking the bundle's files")
         opened = open_bundle(shipped.BUNDLE if bundle is None else bundle)
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(_load_policy, opened, options)
-            stages = _open_stages(opened, options)
-            try:
-                policy = loading.result()
-            except BaseException:
-                stages.close()
-                raise
-        return cls(stages, policy, opened.manifest.geometry, options.cached_images)
+        choices = resolve_runtimes(opened, options)  # nothing else runs while it measures
+        stages, loaded = load_parts(opened, options, choices, progress)
+        coprs = cls(
+            stages,
+            loaded,
+            opened.manifest.geometry,
+            options.cached_images,
+            max_waiting=options.max_waiting,
+            timeout_s=options.timeout_s,
+        )
+        coprs.choices = choices
+        return coprs
 
     def segment(
         self,
@@ -139,8 +143,34 @@ class CoPRS(Closeable):
             ImageError: the picture cannot be used.
             InstructionError: the instruction is empty or too long.
             PolicyError: the policy failed.
+            QueueFullError: as many answers as may wait are waiting already.
+            AnswerTimeoutError: the answer was not ready in time.
         """
-        return _last(self.stream(image, instruction, targets, max_new_tokens))
+        events = self._events(image, instruction, targets, max_new_tokens, announces_prior=False)
+        return _last(events)
+
+    def warm_up(self) -> Timings:
+        """Answer a question on a grey picture, and forget it: the first real one is then faster.
+
+        Returns:
+            What the answer took; also the graphs behind the image encoder have run once.
+        """
+        size = self._geometry.image_size
+        picture = self._open(np.full((size, size, 3), 128, dtype=np.uint8))
+        embedding = self._stages.encode(picture.prepared)
+        concentrations = np.zeros((1, self._policy.width), dtype=np.float32)
+        priors = self._stages.priors(embedding, concentrations)
+        self._to_original(
+            self._stages.masks(embedding, priors, picture.prepared.unpadded_size), 1, picture
+        )
+        request = PolicyRequest(picture.rgb, "anything", max_new_tokens=4)
+        start = time.perf_counter()
+        (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))
+        return Timings(
+            prefill_ms=result.prefill_ms,
+            decode_ms=result.decode_ms,
+            total_ms=1e3 * (time.perf_counter() - start),
+        )
 
     def segment_many(
         self, questions: Iterable[tuple[ImageSource, str]], targets: int = 1
@@ -175,12 +205,14 @@ class CoPRS(Closeable):
         start = time.perf_counter()
         try:
             picture = self._open(image)
-            request = PolicyRequest(picture.rgb, instruction, targets)
+            request = PolicyRequest(
+                picture.rgb, instruction, targets, deadline=self._deadline(start)
+            )
         except Exception as error:
             failed: Future[Answer] = Future()
             failed.set_exception(error)
             return failed
-        events = self._stream(picture, request, self._encode(picture), start)
+        events = self._stream(picture, request, self._encode(picture), start, announces_prior=False)
         return pool.submit(_last, events)
 
     def stream(
@@ -196,10 +228,29 @@ class CoPRS(Closeable):
             ``Words`` as the policy writes them, ``PriorReady`` (unless nothing was found), and the
             ``Answer``. Closing the generator abandons the request.
         """
+        yield from self._events(image, instruction, targets, max_new_tokens, announces_prior=True)
+
+    def _events(
+        self,
+        image: ImageSource,
+        instruction: str,
+        targets: int,
+        max_new_tokens: int | None,
+        *,
+        announces_prior: bool,
+    ) -> Generator[StreamEvent, None, None]:
         start = time.perf_counter()
-        picture = self._open(image)
-        request = PolicyRequest(picture.rgb, instruction, targets, max_new_tokens)
-        yield from self._stream(picture, request, self._encode(picture), start)
+        with self._admission.place():
+            picture = self._open(image)
+            request = PolicyRequest(
+                picture.rgb, instruction, targets, max_new_tokens, self._deadline(start)
+            )
+            yield from self._stream(
+                picture, request, self._encode(picture), start, announces_prior=announces_prior
+            )
+
+    def _deadline(self, start: float) -> float | None:
+        return None if self._timeout_s is None else start + self._timeout_s
 
     async def asegment(
         self,
@@ -235,13 +286,13 @@ class CoPRS(Closeable):
             thread.submit(events.close)
             thread.shutdown(wait=False)
 
-    def _open(self, image: ImageSource) -> _Picture:
+    def _open(self, image: ImageSource) -> Picture:
         start = time.perf_counter()
         rgb = load_image(image)
         prepared = prepare_image(rgb, self._geometry)
-        return _Picture(rgb, prepared, image_key(rgb), 1e3 * (time.perf_counter() - start))
+        return Picture(rgb, prepared, image_key(rgb), 1e3 * (time.perf_counter() - start))
 
-    def _encode(self, picture: _Picture) -> _Encoding:
+    def _encode(self, picture: Picture) -> Encoding:
         """Start the image encoder, unless this picture's embedding is here or on its way."""
 
         def compute() -> EncodedImage:
@@ -250,119 +301,103 @@ class CoPRS(Closeable):
             finished = time.perf_counter()
             return EncodedImage(embedding, finished, 1e3 * (finished - start))
 
-        return _Encoding(*self._cache.get_or_submit(picture.key, compute))
+        return Encoding(*self._cache.get_or_submit(picture.key, compute))
 
     def _stream(
-        self, picture: _Picture, request: PolicyRequest, encoding: _Encoding, start: float
+        self,
+        picture: Picture,
+        request: PolicyRequest,
+        encoding: Encoding,
+        start: float,
+        *,
+        announces_prior: bool,
     ) -> Generator[StreamEvent, None, None]:
-        policy_start = time.perf_counter()
-        result: PolicyResult | None = None
-        for event in self._policy.stream(request):
-            if isinstance(event, Words):
-                yield event
-            else:
-                result = event
-        if result is None:
-            raise PolicyError(f"{self._policy.description} ended without a result")
-        timings = Timings(
-            image_ms=picture.milliseconds,
-            prefill_ms=result.prefill_ms,
-            decode_ms=result.decode_ms,
-            prompt_tokens=result.num_prompt_tokens,
-            response_tokens=len(result.token_ids),
-        )
-        policy_end = time.perf_counter()
-        num_targets = len(result.concentrations)
-        priors = np.zeros((0, *picture.prepared.original_size), dtype=np.float32)
-        masks = np.zeros((0, *picture.prepared.original_size), dtype=np.bool_)
-        if num_targets:
-            encoded = encoding.future.result()
-            clock = _Clock()
-            chunks = self._stages.priors(encoded.embedding, result.concentrations)
-            prior_ms = clock.lap_ms()
-            priors = self._to_original(chunks, num_targets, picture)
-            resize_ms = clock.lap_ms()
-            yield PriorReady(priors)
-            clock.lap_ms()
-            chunks = self._stages.masks(encoded.embedding, chunks, picture.prepared.unpadded_size)
-            mask_decoder_ms = clock.lap_ms()
-            masks = self._to_original(chunks, num_targets, picture) > 0
-            timings = replace(
-                timings,
-                image_encoder_ms=0.0 if encoding.was_kept else encoded.milliseconds,
-                image_encoder_hidden_ms=(
-                    0.0 if encoding.was_kept else _overlap_ms(encoded, policy_start, policy_end)
-                ),
-                prior_ms=prior_ms,
-                mask_decoder_ms=mask_decoder_ms,
-                resize_ms=resize_ms + clock.lap_ms(),
+        try:
+            policy_start = time.perf_counter()
+            result: PolicyResult | None = None
+            for event in self._policy.stream(request):
+                if isinstance(event, Words):
+                    yield event
+                else:
+                    result = event
+            if result is None:
+                raise PolicyError(f"{self._policy.description} ended without a result")
+            policy_end = time.perf_counter()
+            timings = Timings(
+                queue_ms=result.queue_ms,
+                image_ms=picture.milliseconds,
+                prefill_ms=result.prefill_ms,
+                decode_ms=result.decode_ms,
+                prompt_tokens=result.num_prompt_tokens,
+                cached_prompt_tokens=result.num_cached_tokens,
+                response_tokens=len(result.token_ids),
+                tokens_per_second=1e3 * len(result.token_ids) / max(result.decode_ms, 1e-3),
             )
-        yield Answer(
-            found=num_targets > 0,
-            masks=masks,
-            priors=priors,
-            reasoning=result.response.reasoning,
-            response=result.response.text,
-            reason="" if num_targets else f"no <REF_POS> was written: {result.stop_reason.value}",
-            format_faults=tuple(fault.value for fault in result.response.faults),
-            instruction=request.instruction,
-            timings=replace(timings, total_ms=1e3 * (time.perf_counter() - start)),
-            runtime=self.description,
-            image=picture.rgb,
-        )
+            num_targets = len(result.concentrations)
+            priors = np.zeros((0, *picture.prepared.original_size), dtype=np.float32)
+            masks = np.zeros((0, *picture.prepared.original_size), dtype=np.bool_)
+            if num_targets:
+                encoded = encoding.wait(request)
+                clock = Clock()
+                prior_chunks = self._stages.priors(encoded.embedding, result.concentrations)
+                prior_ms = clock.lap_ms()
+                resize_ms = 0.0
+                if announces_prior:
+                    priors = self._to_original(prior_chunks, num_targets, picture)
+                    resize_ms = clock.lap_ms()
+                    yield PriorReady(priors)
+                    clock.lap_ms()
+                # Without a pause for the prior the two graphs follow each other on their device.
+                mask_chunks = self._stages.masks(
+                    encoded.embedding, prior_chunks, picture.prepared.unpadded_size
+                )
+                mask_decoder_ms = clock.lap_ms()
+                masks = self._to_original(mask_chunks, num_targets, picture) > 0
+                reference_to_mask_ms = 1e3 * (time.perf_counter() - policy_end)
+                if not announces_prior:
+                    priors = self._to_original(prior_chunks, num_targets, picture)
+                hidden_ms = encoded.overlap_ms(policy_start, policy_end)
+                timings = replace(
+                    timings,
+                    image_encoder_ms=0.0 if encoding.was_kept else encoded.milliseconds,
+                    image_encoder_hidden_ms=0.0 if encoding.was_kept else hidden_ms,
+                    prior_ms=prior_ms,
+                    mask_decoder_ms=mask_decoder_ms,
+                    resize_ms=resize_ms + clock.lap_ms(),
+                    reference_to_mask_ms=reference_to_mask_ms,
+                )
+            yield Answer(
+                found=num_targets > 0,
+                masks=masks,
+                priors=priors,
+                reasoning=result.response.reasoning,
+                response=result.response.text,
+                reason=(
+                    "" if num_targets else f"no <REF_POS> was written: {result.stop_reason.value}"
+                ),
+                format_faults=tuple(fault.value for fault in result.response.faults),
+                instruction=request.instruction,
+                timings=replace(timings, total_ms=1e3 * (time.perf_counter() - start)),
+                runtime=self.description,
+                image=picture.rgb,
+            )
+        finally:
+            self._cache.release(encoding.future)
 
     def _to_original(
-        self, chunks: list[DeviceTensor], num_targets: int, picture: _Picture
+        self, chunks: list[DeviceTensor], num_targets: int, picture: Picture
     ) -> NDArray[np.float32]:
         logits = join_chunks(chunks, num_targets)
         return resize_logits(logits, picture.prepared, self._geometry)
 
     def close(self) -> None:
-        """Free graphs and policy; running answers must have ended."""
+        """Free graphs and policy; an answer that is still under way ends with an error."""
         self._encoder_thread.shutdown(wait=True, cancel_futures=True)
         self._policy.close()
         self._stages.close()
 
     def __repr__(self) -> str:
         return f"CoPRS({self.description})"
-
-
-def _open_stages(bundle: Bundle, options: RuntimeOptions) -> Stages:
-    settings = RunnerOptions(
-        device=options.device,
-        num_threads=options.num_threads,
-        allow_plan_code=options.allow_plan_code,
-    )
-    return Stages(
-        {name: open_bundle_graph(bundle, name, settings) for name in bundle.manifest.graphs}
-    )
-
-
-def _load_policy(bundle: Bundle, options: RuntimeOptions) -> Policy:
-    from coprs_deploy.policy.transformers_policy import TransformersPolicy
-
-    record = bundle.manifest.policy
-    policy = TransformersPolicy(
-        bundle.policy_path,
-        record.prompt,
-        record.min_pixels,
-        record.max_pixels,
-        device=options.policy_device or options.device,
-        dtype=options.policy_dtype,
-    )
-    if policy.width != record.width:
-        raise BundleError(
-            f"the policy is {policy.width} wide and the prior takes {record.width}: they do not "
-            "belong together"
-        )
-    return policy
-
-
-def _overlap_ms(encoded: EncodedImage, policy_start: float, policy_end: float) -> float:
-    """How long the image encoder ran while the policy did, in milliseconds."""
-    began = encoded.finished - encoded.milliseconds / 1e3
-    overlap = min(encoded.finished, policy_end) - max(began, policy_start)
-    return max(0.0, 1e3 * overlap)
 
 
 def _last(events: Iterable[StreamEvent]) -> Answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -25,36 +25,57 @@ class EncodedImage:
     finished: float
     milliseconds: float
 
+    def overlap_ms(self, start: float, end: float) -> float:
+        """How long the image encoder ran between two times of ``time.perf_counter()``."""
+        began = self.finished - self.milliseconds / 1e3
+        return max(0.0, 1e3 * (min(self.finished, end) - max(began, start)))
+
 
 class EmbeddingCache:
     """The least recently used embeddings, by image content; safe to use from several threads.
 
     An embedding that is still being computed counts as present, so that two questions on one new
-    picture encode it once. A failed computation is forgotten.
+    picture encode it once. A failed computation is forgotten, and one that has not begun is called
+    off when everybody who asked for it has released it.
     """
 
     def __init__(self, capacity: int, executor: Executor) -> None:
         self._capacity = capacity
         self._executor = executor
         self._entries: OrderedDict[str, Future[EncodedImage]] = OrderedDict()
+        self._waiting: Counter[Future[EncodedImage]] = Counter()
         self._lock = threading.Lock()
 
     def get_or_submit(
         self, key: str, compute: Callable[[], EncodedImage]
     ) -> tuple[Future[EncodedImage], bool]:
-        """Return the future of an embedding, and whether it was there already."""
+        """Return the future of an embedding, and whether it was there already.
+
+        Each call is answered by one of :meth:`release`.
+        """
         with self._lock:
             known = self._entries.get(key)
             if known is not None and not _has_failed(known):
                 self._entries.move_to_end(key)
+                self._waiting[known] += 1
                 return known, True
             future = self._executor.submit(compute)
+            self._waiting[future] += 1
             if self._capacity:
                 self._entries[key] = future
                 self._entries.move_to_end(key)
                 while len(self._entries) > self._capacity:
                     self._entries.popitem(last=False)
             return future, False
+
+    def release(self, future: Future[EncodedImage]) -> None:
+        """Say that one who asked for an embedding has it, or no longer wants it."""
+        with self._lock:
+            self._waiting[future] -= 1
+            if self._waiting[future] > 0:
+                return
+            del self._waiting[future]
+            future.cancel()  # does nothing to a computation that has begun
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -95,7 +95,7 @@ def noise():
 
 
 def reference_positions(policy, result):
-    token = policy._tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+    token = policy._tokens.tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
     return [i for i, t in enumerate(result.token_ids) if t == token]
 
 
@@ -266,7 +266,7 @@ def test_words_are_the_response_even_where_the_budget_cuts_a_letter(scripted, as
 
 
 def test_special_tokens_in_an_instruction_are_only_text(policy, ask):
-    specials = "".join(policy._tokenizer.all_special_tokens) + REFERENCE_TOKEN + "</think>"
+    specials = "".join(policy._tokens.tokenizer.all_special_tokens) + REFERENCE_TOKEN + "</think>"
     _, plain = ask(policy, instruction="the disc")
     words, result = ask(policy, instruction=f"the {specials} disc")
     assert "".join(words) == plain.response.text

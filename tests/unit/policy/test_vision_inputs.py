@@ -45,6 +45,23 @@ def test_llava_takes_the_same_tokens_for_every_picture(tiny_llava_checkpoint, st
 
 
 @pytest.mark.parametrize("name", ["tiny_checkpoint", "tiny_llava_checkpoint"])
+@pytest.mark.parametrize("size", [(56, 56), (112, 84), (61, 100), (300, 40), (9, 200)])
+def test_tokens_are_told_without_preparing_the_picture(name, size, request):
+    processor = open_processor(request.getfixturevalue(name) / "policy")
+    told = processor.num_tokens(*size)
+    assert told == processor(Image.new("RGB", size)).num_tokens
+    assert told <= processor.most_tokens
+
+
+@pytest.mark.parametrize("most", [3, 10, 16])
+def test_the_largest_picture_takes_nearly_the_tokens_that_it_may(tiny_checkpoint, most):
+    processor = open_processor(tiny_checkpoint / "policy")
+    assert processor.most_tokens == 16
+    width, height = processor.largest_picture(most)
+    assert 0.7 * most <= processor.num_tokens(width, height) <= most
+
+
+@pytest.mark.parametrize("name", ["tiny_checkpoint", "tiny_llava_checkpoint"])
 def test_pixels_depend_on_the_picture(name, request):
     processor = open_processor(request.getfixturevalue(name) / "policy")
     red, blue = (

@@ -21,11 +21,14 @@ from coprs_deploy.engines import RunnerOptions, Stages, open_graph
 from coprs_deploy.engines.runner import Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import (
+    AnswerTimeoutError,
     BundleError,
     BundleIntegrityError,
+    CoPRSError,
     ImageDecodeError,
     InstructionError,
     PolicyError,
+    QueueFullError,
 )
 from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, StopReason, Words
@@ -131,12 +134,12 @@ def build():
     """Build a CoPRS of fakes, and close it after the test."""
     built = []
 
-    def builder(policy=None, encode=lambda: None, cached_images=8, specs=SPECS):
+    def builder(policy=None, encode=lambda: None, cached_images=8, specs=SPECS, **options):
         runners = {
             name: FakeRunner(name, encode if name == "image_encoder" else lambda: None)
             for name in specs
         }
-        coprs = CoPRS(Stages(runners), policy or FakePolicy(), GEOMETRY, cached_images)
+        coprs = CoPRS(Stages(runners), policy or FakePolicy(), GEOMETRY, cached_images, **options)
         built.append(coprs)
         return coprs, runners
 
@@ -272,6 +275,7 @@ class TestLoading:
         ("options", "message"),
         [
             ({"policy": "gpt"}, "policy is 'gpt'; accepted: transformers"),
+            ({"remeasure": True}, "remeasure is for the runtime auto, and the runtime is None"),
             ({"cached_images": -1}, "cached_images is -1; it must be at least 0"),
         ],
     )
@@ -729,7 +733,135 @@ class TestThreads:
         assert len({answer.priors.tobytes() for answer in expected}) == len(questions)
 
 
+class TestLimits:
+    def test_a_question_beyond_the_queue_is_refused_at_once(self, build):
+        coprs, runners = build(max_waiting=1)
+        streams = [coprs.stream(picture(), "x") for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(QueueFullError, match="2 answers are under way"):
+            coprs.segment(picture(1), "x")
+        assert runners["image_encoder"].calls == 1  # the refused picture was not encoded
+        streams[0].close()
+        assert coprs.segment(picture(), "x").found
+        streams[1].close()
+
+    def test_places_are_left_by_answers_and_by_failures(self, build):
+        coprs, _ = build(max_waiting=0)
+        for _ in range(3):
+            assert coprs.segment(picture(), "x").found
+            with pytest.raises(InstructionError):
+                coprs.segment(picture(), " ")
+
+    def test_an_answer_that_takes_too_long_is_abandoned(self, build):
+        policy = FakePolicy()
+        policy.during = lambda: [policy.requests[-1].remaining_s(), time.sleep(0.06)]
+        coprs, _ = build(policy, timeout_s=0.05)
+        with pytest.raises(AnswerTimeoutError, match="the answer to 'the cup' was not ready"):
+            coprs.segment(picture(), "the cup")
+        assert policy.abandoned == 1
+
+    def test_an_image_encoder_that_takes_too_long_is_not_waited_for(self, build):
+        release = threading.Event()
+        coprs, _ = build(encode=lambda: release.wait(WAIT), timeout_s=0.05)
+        with pytest.raises(AnswerTimeoutError):
+            coprs.segment(picture(), "x")
+        release.set()
+
+    def test_a_real_policy_stops_at_the_deadline(self, tiny_bundle, scene):
+        with CoPRS.load(tiny_bundle, RuntimeOptions(timeout_s=1e-4)) as coprs:
+            with pytest.raises(AnswerTimeoutError):
+                coprs.segment(scene, "the red disc")
+            assert coprs._admission.taken == 0
+
+    @pytest.mark.parametrize("options", [{"max_waiting": -1}, {"timeout_s": 0}])
+    def test_limits_out_of_range_are_refused(self, options):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name} is"):
+            RuntimeOptions(**options)
+
+    def test_an_encoding_that_nobody_waits_for_is_called_off(self, build):
+        begun, release = threading.Event(), threading.Event()
+
+        def encode():
+            begun.set()
+            release.wait(WAIT)
+
+        coprs, runners = build(encode=encode)
+        streams = [coprs.stream(picture(value), "x") for value in (1, 2)]
+        for stream in streams:
+            next(stream)
+        assert begun.wait(WAIT)
+        streams[1].close()
+        release.set()
+        assert list(streams[0])[-1].found
+        assert coprs.segment(picture(3), "x").found
+        assert runners["image_encoder"].calls == 2  # of the pictures 1 and 3
+
+
+class TestTimings:
+    def test_the_time_from_the_last_state_to_the_mask_covers_what_happens_there(self, build):
+        coprs, runners = build()
+        runners["prior"].before = runners["mask_decoder"].before = lambda: time.sleep(0.02)
+        timings = coprs.segment(picture(), "x").timings
+        assert timings.reference_to_mask_ms >= timings.prior_ms + timings.mask_decoder_ms >= 40
+        assert timings.total_ms >= timings.reference_to_mask_ms
+
+    def test_the_policy_says_what_it_waited_wrote_and_kept(self, build):
+        class Telling(FakePolicy):
+            def stream(self, request):
+                *words, result = super().stream(request)
+                yield from words
+                yield dataclasses.replace(result, queue_ms=5.0, num_cached_tokens=17)
+
+        timings = build(Telling())[0].segment(picture(), "x").timings
+        assert (timings.queue_ms, timings.cached_prompt_tokens) == (5.0, 17)
+        assert timings.tokens_per_second == pytest.approx(7 / 0.002)
+
+    def test_warming_up_runs_every_stage_and_keeps_nothing(self, build):
+        coprs, runners = build()
+        timings = coprs.warm_up()
+        assert [runner.calls for runner in runners.values()] == [1, 1, 1]
+        assert timings.decode_ms == 2.0
+        assert len(coprs._cache) == 0
+
+    def test_loading_tells_what_it_does(self, tiny_bundle):
+        steps = []
+        CoPRS.load(tiny_bundle, progress=steps.append).close()
+        assert steps[:2] == [
+            "checking the bundle's files",
+            "loading graphs and policy (transformers)",
+        ]
+        assert steps[2].startswith("graphs ready after")
+        assert steps[3].startswith("policy ready after")
+        assert "transformers qwen2_5_vl on cpu" in steps[3]
+
+    def test_the_policy_can_be_named_in_the_call(self, tiny_bundle):
+        with pytest.raises(ValueError, match="policy is 'gpt'; accepted: transformers, vllm"):
+            CoPRS.load(tiny_bundle, policy="gpt")
+
+
 class TestClosing:
+    def test_an_answer_that_waits_for_its_embedding_ends_with_an_error(self, build):
+        begun, release = threading.Event(), threading.Event()
+
+        def encode():
+            begun.set()
+            release.wait(WAIT)
+
+        coprs, _ = build(encode=encode)
+        first, second = (coprs.stream(picture(value), "x") for value in (1, 2))
+        next(first), next(second)
+        assert begun.wait(WAIT)
+        closing = threading.Thread(target=coprs.close)
+        closing.start()
+        with pytest.raises(CoPRSError, match="was closed while it answered"):
+            for _ in second:
+                pass
+        release.set()
+        closing.join(WAIT)
+        first.close()
+
     def test_leaving_the_block_closes_graphs_policy_and_threads(self, build):
         policy = FakePolicy()
         coprs, runners = build(policy)

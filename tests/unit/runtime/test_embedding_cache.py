@@ -158,3 +158,26 @@ def test_many_threads_encode_a_picture_once():
         assert sorted(known for _, known in answers) == [False] + [True] * (num_threads - 1)
         answers[0][0].result(WAIT_SECONDS)
     assert len(calls) == 1
+
+
+def test_a_computation_that_nobody_waits_for_is_called_off(executor):
+    cache = EmbeddingCache(2, executor)
+    first, _ = cache.get_or_submit("picture", never)
+    second, _ = cache.get_or_submit("picture", never)
+    cache.release(first)
+    assert not first.cancelled()  # the second question still waits
+    cache.release(second)
+    assert first.cancelled()
+    executor.run_all()
+    third, was_known = cache.get_or_submit("picture", encoded)
+    assert not was_known
+    executor.run_all()
+    assert third.result().milliseconds == 1.0
+
+
+def test_an_embedding_that_is_there_outlives_its_release(executor):
+    cache = EmbeddingCache(2, executor)
+    future, _ = cache.get_or_submit("picture", encoded)
+    executor.run_all()
+    cache.release(future)
+    assert cache.get_or_submit("picture", never)[1]

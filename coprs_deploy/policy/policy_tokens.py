@@ -1,0 +1,84 @@
+"""The token side of a policy directory: its tokenizer, and which tokens mean something here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coprs_deploy.errors import PolicyError
+from coprs_deploy.prompts import REFERENCE_TOKEN, Response, read_response
+
+
+class PolicyTokens:
+    """Tokenizer, ``<REF_POS>`` and end tokens of a policy.
+
+    Args:
+        path: the policy directory.
+        configured_end_ids: ``eos_token_id`` of its generation config.
+
+    Attributes:
+        tokenizer: transformers' tokenizer.
+        reference_id: ``<REF_POS>``.
+        end_ids: every token that ends an answer; at least one.
+
+    Raises:
+        PolicyError: there is no usable tokenizer, no ``<REF_POS>`` or no end token.
+    """
+
+    def __init__(self, path: Path, configured_end_ids: int | Sequence[int] | None) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
+        reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+        if reference_id is None or reference_id == tokenizer.unk_token_id:
+            raise PolicyError(
+                f"the tokenizer in {path} has no {REFERENCE_TOKEN}; `coprs-deploy convert` adds it"
+            )
+        self.tokenizer: Any = tokenizer
+        self.reference_id: int = reference_id
+        configured = (
+            [configured_end_ids]
+            if configured_end_ids is None or isinstance(configured_end_ids, int)
+            else configured_end_ids
+        )
+        self.end_ids = frozenset(i for i in (*configured, tokenizer.eos_token_id) if i is not None)
+        if not self.end_ids:
+            raise PolicyError(
+                "the policy names no end token (eos_token_id) in its generation config or tokenizer"
+            )
+
+    def read(self, token_ids: Sequence[int]) -> Response:
+        """Read a response from its token ids."""
+        return read_response(token_ids, self.reference_id, self._decode)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+
+class WrittenText:
+    """The text of a response while its tokens come; a letter of several tokens comes whole."""
+
+    def __init__(self, tokens: PolicyTokens) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokens = tokens
+        self._pieces = DecodeStream(skip_special_tokens=True)
+        self._num_letters = 0
+
+    def add(self, token: int) -> str:
+        """Return what a token adds to the text; empty inside of a letter."""
+        if token == self._tokens.reference_id:
+            text: str | None = REFERENCE_TOKEN
+        else:
+            text = self._pieces.step(self._tokens.tokenizer.backend_tokenizer, token)
+        self._num_letters += len(text or "")
+        return text or ""
+
+    def rest(self, response: Response) -> str:
+        """Return what the whole response has beyond the pieces: a letter that was cut in two."""
+        return response.text[self._num_letters :]

@@ -1,0 +1,195 @@
+"""Capture of the hidden state of ``<REF_POS>`` inside vLLM's own decoding pass.
+
+This module runs in vLLM's worker process. A step of the engine turns post-norm rows into logits;
+the row of the step whose *input* token is ``<REF_POS>`` is the concentration. Three parts of vLLM's
+public plug-in interface meet here: the model keeps the rows (:mod:`.vllm_models`), a logits
+processor knows which row belongs to which request and what that request wrote last, and a worker
+extension hands the vectors out.
+
+Requests are told apart by a key of their own in ``SamplingParams.extra_args``, because vLLM's ids
+get a suffix on their way and rows move within the batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
+
+EXTRA_ARGUMENT = "coprs_deploy"
+"""The key of a capture order in ``SamplingParams.extra_args``."""
+
+MOST_UNFETCHED = 4096
+"""Captures that are kept when nobody fetches them; the oldest go first."""
+
+
+@dataclass(frozen=True)
+class CaptureOrder:
+    """What is captured for one request, and when its answer is made to end.
+
+    Attributes:
+        key: names the request; no other request ever has it.
+        reference_id: ``<REF_POS>``.
+        stop_id: the token that is forced when the answer must end; one of ``stop_token_ids``.
+        targets: end after this many ``<REF_POS>`` have been read.
+        budget: end after this many tokens; a ``<REF_POS>`` in the last place is still read.
+    """
+
+    key: str
+    reference_id: int
+    stop_id: int
+    targets: int
+    budget: int
+
+    def extra_args(self) -> dict[str, Any]:
+        """The order as ``SamplingParams.extra_args``."""
+        return {EXTRA_ARGUMENT: asdict(self)}
+
+    @classmethod
+    def of(cls, params: Any) -> CaptureOrder | None:
+        """Read the order of a request; None for one that was not made by this package."""
+        found: Mapping[str, Any] | None = (params.extra_args or {}).get(EXTRA_ARGUMENT)
+        return cls(**found) if found is not None else None
+
+
+class Captures:
+    """The captured vectors of one worker process, until somebody fetches them.
+
+    Attributes:
+        rows: (R, D) post-norm rows of the step that is running, one for each row of its logits.
+    """
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self._vectors: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
+
+    def put(self, key: str, position: int, vector: torch.Tensor) -> None:
+        """Keep the vector of the ``<REF_POS>`` at an index of the response; the last one counts.
+
+        A request that was preempted reads its response again, in pieces perhaps: the last piece
+        that ends at ``position`` is the one that is whole.
+        """
+        self._vectors.setdefault(key, {})[position] = vector
+        self._vectors.move_to_end(key)
+        while len(self._vectors) > MOST_UNFETCHED:
+            self._vectors.popitem(last=False)
+
+    def take(self, key: str) -> dict[int, torch.Tensor]:
+        """Hand out and forget the vectors of a request, by index in its response."""
+        return self._vectors.pop(key, {})
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+
+CAPTURES = Captures()
+"""Shared by the model, the logits processor and the worker extension of this process."""
+
+
+class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be absent
+    """Captures rows and ends answers; leaves requests without a :class:`CaptureOrder` alone."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Refuse sampling parameters under which a ``<REF_POS>`` would stay unread.
+
+        Raises:
+            ValueError: names the parameter.
+        """
+        order = CaptureOrder.of(sampling_params)
+        if order is None:
+            return
+        stops = sampling_params.stop_token_ids or []
+        if sampling_params.min_tokens or sampling_params.ignore_eos:
+            raise ValueError("min_tokens and ignore_eos would keep an answer from its end")
+        if order.stop_id not in stops or order.reference_id in stops:
+            raise ValueError(
+                f"stop_token_ids is {stops}; it must hold {order.stop_id} and not <REF_POS> "
+                f"({order.reference_id}), which is read before an answer ends"
+            )
+        if sampling_params.max_tokens <= order.budget:
+            raise ValueError(
+                f"max_tokens is {sampling_params.max_tokens}; it must be above the budget of "
+                f"{order.budget}, so that a <REF_POS> in the last place is read"
+            )
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "speculative decoding is on; <REF_POS> can only be captured without it"
+            )
+        self._batch: dict[int, tuple[CaptureOrder, list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """Forcing an end changes what greedy decoding takes."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow requests as they join, leave and move within the batch."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._batch.pop(row, None)
+        for row, params, _, response in batch_update.added:
+            self._batch.pop(row, None)
+            if (order := CaptureOrder.of(params)) is not None:
+                self._batch[row] = (order, response)
+        for source, target, direction in batch_update.moved:
+            moved, replaced = self._batch.pop(source, None), self._batch.pop(target, None)
+            if moved is not None:
+                self._batch[target] = moved
+            if direction == MoveDirectionality.SWAP and replaced is not None:
+                self._batch[source] = replaced
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Capture the rows that read a ``<REF_POS>``, and force the end where it is due.
+
+        Args:
+            logits: (R, V), changed in place.
+        """
+        for row, (order, response) in self._batch.items():
+            is_reference = self.reads_reference(order, response)
+            if is_reference:
+                CAPTURES.put(order.key, len(response) - 1, self.row_of(row, logits).clone())
+            if len(response) >= order.budget or (
+                is_reference and response.count(order.reference_id) >= order.targets
+            ):
+                logits[row] = -torch.inf
+                logits[row, order.stop_id] = 0.0
+        return logits
+
+    def reads_reference(self, order: CaptureOrder, response: list[int]) -> bool:
+        """Whether the token that this step feeds is ``<REF_POS>``, written by the policy."""
+        return bool(response) and response[-1] == order.reference_id
+
+    def row_of(self, row: int, logits: torch.Tensor) -> torch.Tensor:
+        """(D,) post-norm row behind a row of the logits."""
+        rows = CAPTURES.rows
+        assert rows is not None, "the model was not loaded through coprs_deploy's architecture"
+        assert len(rows) == len(logits), (rows.shape, logits.shape)
+        return rows[row]
+
+
+class CaptureExtension:
+    """What a worker answers on top of vLLM's own calls (``worker_extension_cls``)."""
+
+    def take_concentrations(self, key: str) -> dict[str, list[float]]:
+        """Hand out and forget the vectors of a request, by index in its response.
+
+        Plain lists of floats under text keys travel through vLLM's message format as they are; only
+        the first rank answers, the others hold the same.
+        """
+        from vllm.distributed.parallel_state import get_tp_group
+
+        vectors = CAPTURES.take(key)
+        if get_tp_group().rank_in_group:
+            return {}
+        return {str(i): vector.float().cpu().tolist() for i, vector in vectors.items()}
+
+    def count_unfetched(self) -> int:
+        """How many requests have vectors that nobody fetched yet."""
+        return len(CAPTURES)

@@ -1,0 +1,36 @@
+"""What the tests with a real vLLM engine share; `make test-vllm` gives them an environment."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from coprs_deploy import shipped
+from coprs_deploy.bundle import open_bundle
+
+HERE = Path(__file__).parent
+REASON = "vLLM is not installed; `make test-vllm` runs these in an environment of their own"
+
+
+def pytest_collection_modifyitems(items):
+    is_absent = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.vllm)
+        item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM's own
+        if is_absent:
+            item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture(scope="session")
+def bundle_of(request):
+    """Open a bundle by name: ``shipped``, ``tiny`` or ``tiny_llava``."""
+
+    def opener(name):
+        if name == "shipped":
+            return open_bundle(shipped.BUNDLE)
+        return open_bundle(request.getfixturevalue(f"{name}_bundle"))
+
+    return opener
