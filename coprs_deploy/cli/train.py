@@ -1,15 +1,20 @@
 """Train a model by a recipe.
 
 A recipe is one TOML file; --list shows those of the package. A run that was stopped goes on when
-the same command is given again. Exit code 1 when the run ended below one of its gates.
+the same command is given again. Exit code 1 when the run ended below one of its gates,
+or with --estimate when a phase does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
+
+if TYPE_CHECKING:
+    from coprs_deploy.training.recipe import Recipe
 
 SUMMARY = "train a model by a recipe"
 
@@ -26,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a value, as in phases.reasoning.steps=100; may be repeated",
     )
+    parser.add_argument(
+        "--estimate", action="store_true", help="say what memory and time it takes, and stop"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=8, help="with --estimate: GPUs that share the work (default 8)"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, help="with --estimate: GB of each (default 80)"
+    )
     parser.add_argument("--scenes", type=Path, help="folder that keeps generated pictures")
     add_json_flag(parser)
 
@@ -40,12 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json(described)
         else:
+            width = max(map(len, described))
             for name, description in described.items():
-                print(f"{name:<20}{description}")
+                print(f"{name:<{width}}  {description}")
         return 0
     if arguments.recipe is None:
         raise ValueError("no recipe was named; `coprs-deploy train --list` shows what there is")
     recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.estimate:
+        return _estimate(recipe, arguments)
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     from coprs_deploy.training.launch import is_worker, launch
 
@@ -62,6 +79,19 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     _show(report, out, arguments.json)
     return 0 if report["passed"] else 1
+
+
+def _estimate(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.estimate import Gpu, estimate, estimate_page
+
+    if arguments.gpus < 1:
+        raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
+    found = estimate(recipe, arguments.gpus, Gpu(memory_gb=arguments.gpu_memory))
+    if arguments.json:
+        print_json({name: one.to_json() for name, one in found.items()})
+    else:
+        print(estimate_page(found))
+    return 0 if all(one.fits for one in found.values()) else 1
 
 
 def _command_line(arguments: argparse.Namespace, out: Path) -> list[str]:

@@ -141,6 +141,18 @@ def segmentation_losses(
     Returns:
         Part to its mean over the targets; a part's name is its field in ``weights``.
     """
+    losses = target_losses(prior_logits, mask_logits, target, inside, weights)
+    return {name: Mean.of(loss) for name, loss in losses.items()}
+
+
+def target_losses(
+    prior_logits: Tensor,
+    mask_logits: Tensor,
+    target: Tensor,
+    inside: Tensor,
+    weights: SegmentationLossWeights,
+) -> dict[str, Tensor]:
+    """Compute the same parts, (N,) each: one loss a target."""
     parts = {
         "prior_bce": (binary_cross_entropy, prior_logits),
         "prior_dice": (dice, prior_logits),
@@ -149,7 +161,7 @@ def segmentation_losses(
         "mask_bce": (binary_cross_entropy, mask_logits),
     }
     return {
-        name: Mean.of(loss(logits, target, inside))
+        name: loss(logits, target, inside)
         for name, (loss, logits) in parts.items()
         if getattr(weights, name) > 0
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coprs_deploy.models import SegmentationModel
+from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder
+from coprs_deploy.models.prior import PositionalPrior
 from coprs_deploy.specs import OUTSIDE_IMAGE_LOGIT, Geometry
 from coprs_deploy.training.losses import Mean, inside_image
 from coprs_deploy.training.scene_source import SceneBatch
@@ -44,8 +47,16 @@ def encode_images(model: SegmentationModel, images: Tensor) -> Tensor:
     return embedding
 
 
+class Decoding(Protocol):
+    """The part of a segmentation path that turns states into masks."""
+
+    prior: PositionalPrior
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
+
+
 def decode_targets(
-    model: SegmentationModel, image_embedding: Tensor, concentration: Tensor, inside: Tensor
+    model: Decoding, image_embedding: Tensor, concentration: Tensor, inside: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Decode one target an embedding, as the exported stages do, with a padding of its own each.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coprs_deploy.training.muon import Muon
-from coprs_deploy.training.recipe import Optimizer
+from coprs_deploy.training.phase_settings import Optimizer
 
 HIDDEN_PARTS = ("blocks.", "layers.", "merger.mlp.", "transformer.", "prior.q_proj")
 """Where a matrix maps hidden states to hidden states, and not pixels, tokens or labels."""
@@ -29,16 +29,19 @@ def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.op
     Returns:
         One or two optimizers; each group has its peak rate under ``"peak_rate"``.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    # Where the policy is sharded, the segmentation path is not: they never share a group.
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, weight in objective.named_parameters():
         if weight.requires_grad:
-            key = (settings.muon and is_hidden(name, weight), _rate_factor(name, settings))
+            is_segmentation = "segmentation" in name.split(".")
+            is_muon = settings.muon and is_hidden(name, weight)
+            key = (is_muon, _rate_factor(name, settings), is_segmentation)
             groups.setdefault(key, []).append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     for is_muon in (False, True):
         chosen = [
             {"params": weights, "lr": settings.rate * factor, "peak_rate": settings.rate * factor}
-            for (kind, factor), weights in groups.items()
+            for (kind, factor, _), weights in groups.items()
             if kind == is_muon
         ]
         if chosen and is_muon:
@@ -89,6 +92,7 @@ def _groups(optimizers: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _rate_factor(name: str, settings: Optimizer) -> float:
-    parts = name.split(".")
-    named = [settings.rate_factors[part] for part in parts[:2] if part in settings.rate_factors]
+    named = [
+        settings.rate_factors[part] for part in name.split(".") if part in settings.rate_factors
+    ]
     return named[-1] if named else 1.0

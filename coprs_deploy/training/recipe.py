@@ -1,7 +1,8 @@
 """A training run as one typed record, read from one TOML file.
 
 A recipe is complete: two runs of one recipe on one machine give the same weights. Unknown keys are
-refused, with the nearest name. The files lie beside this module in ``recipes/``.
+refused, with the nearest name. With a line ``base = "NAME"``, a file only says in what it differs
+from another recipe. The files lie beside this module in ``recipes/``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import msgspec
 
 from coprs_deploy.architecture import SegmentationConfig
 from coprs_deploy.specs import Record
-from coprs_deploy.training.losses import SegmentationLossWeights
+from coprs_deploy.training.grpo.settings import GrpoPhase
+from coprs_deploy.training.phase_settings import (
+    SegmentationPhase,
+    SupervisedPhase,
+    WarmUpPhase,
+)
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -110,22 +116,25 @@ class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
     """A model that starts from a checkpoint directory, as ``coprs-deploy convert`` writes it.
 
     Attributes:
-        path: the checkpoint directory.
-        policy: name of the policy's size, as ``coprs-deploy convert --random`` knows it.
-        sam: name of SAM's size.
+        path: the checkpoint directory; empty takes the model that comes with the package.
+        policy: name of the policy's size, as ``coprs-deploy convert --random`` knows it; empty
+            where only the checkpoint knows.
+        sam: name of SAM's size; empty likewise.
         freeze_vision_tower: whether the policy's vision tower stays as it is.
         gradient_checkpointing: whether activations are computed twice to save memory.
     """
 
-    path: str
-    policy: str
-    sam: str
+    path: str = ""
+    policy: str = ""
+    sam: str = ""
     freeze_vision_tower: bool = False
     gradient_checkpointing: bool = True
 
 
 class SceneData(Record, frozen=True, tag_field="kind", tag="scenes"):
-    """Generated scenes; questions are asked afresh each time a scene is shown.
+    """Generated scenes; a small model is asked afresh each time a scene is shown.
+
+    A model that starts from a checkpoint is asked one question a scene.
 
     Attributes:
         tier: which world the scenes come from.
@@ -155,127 +164,7 @@ class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
     features: str = ""
 
 
-class Optimizer(Record, frozen=True):
-    """How weights move.
-
-    Attributes:
-        rate: learning rate at its peak.
-        rate_factors: multiples of the rate by the first part of a parameter's name (``prior``,
-            ``prompt_encoder``, ``mask_decoder``, ``image_encoder``, ``policy``).
-        muon: whether hidden matrices are moved by Muon, the rest by AdamW.
-        weight_decay: decoupled weight decay.
-        betas: decay of AdamW's two moments.
-        clip: largest norm of the whole gradient.
-        warm_up_steps: steps over which the rate rises linearly.
-        decay: ``linear`` or ``cosine``.
-        decay_share: share of the steps, at the end, over which the rate falls.
-        floor: the rate at the end, as a share of its peak.
-    """
-
-    rate: float = 2e-3
-    rate_factors: dict[str, float] = {}
-    muon: bool = True
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-    warm_up_steps: int = 60
-    decay: Literal["linear", "cosine"] = "linear"
-    decay_share: float = 0.6
-    floor: float = 0.02
-
-
-class Phase(Record, frozen=True):
-    """What all phases have.
-
-    Attributes:
-        steps: updates of the weights.
-        batch_images: images an update, over all processes together.
-        optimizer: how weights move.
-        evaluate_every: steps between two looks at held-out scenes; 0 for the end only.
-        evaluation_scenes: held-out scenes of one look.
-        gates: what the phase must reach at its end: metric to smallest value.
-    """
-
-    steps: int
-    batch_images: int = 32
-    optimizer: Optimizer = Optimizer()
-    evaluate_every: int = 0
-    evaluation_scenes: int = 256
-    gates: dict[str, float] = {}
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_images", "evaluation_scenes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
-class WarmUpPhase(Phase, frozen=True, tag_field="kind", tag="warm_up"):
-    """The policy learns to see, through heads on its image tokens that are thrown away.
-
-    Attributes:
-        language_layers: layers of the language model that take part.
-        compile: whether the transformer blocks are compiled.
-    """
-
-    language_layers: int = 2
-    compile: bool = False
-
-
-class SegmentationPhase(Phase, frozen=True, tag_field="kind", tag="segmentation"):
-    """The segmentation path learns alone, asked by a query that knows the target.
-
-    Attributes:
-        targets_per_image: objects of each image that are asked for.
-        weights: of the segmentation losses.
-        dense_weight: of the heads on the image embedding that are thrown away.
-    """
-
-    targets_per_image: int = 3
-    weights: SegmentationLossWeights = SegmentationLossWeights()
-    dense_weight: float = 0.5
-
-
-class SupervisedPhase(Phase, frozen=True, tag_field="kind", tag="supervised"):
-    """The policy learns to reason, and with segmentation losses the whole model to answer.
-
-    Attributes:
-        questions_per_image: questions asked on one image at most.
-        kinds: weight of each kind of question; empty takes the tier's own.
-        opening_kinds: the same for the first steps, simple ones first.
-        opening_share: share of the steps that take ``opening_kinds``.
-        packed_length: tokens of one image with its questions behind it; 0 gives each question a
-            row of its own and takes the policy's own forward pass.
-        reasoning_weight: of the cross-entropy on the response.
-        place_weight: how much a token that names a place counts, as a label.
-        readout_weight: of a throw-away head that reads the target from ``<REF_POS>``.
-        dense_weight: of the warm-up's heads; falls with the learning rate.
-        segmentation_weight: of the segmentation losses (lambda_SEG); 0 leaves them out.
-        segmented_share: share of the answers that the segmentation losses are computed on.
-        weights: of the segmentation losses among themselves.
-        join: first solve for the query head that maps the policy's states to the queries that the
-            segmentation path was trained with.
-        train_image_encoder: whether SAM's image encoder learns too.
-        compile: whether the transformer blocks are compiled.
-    """
-
-    questions_per_image: int = 4
-    kinds: dict[str, float] = {}
-    opening_kinds: dict[str, float] = {}
-    opening_share: float = 0.0
-    packed_length: int = 0
-    reasoning_weight: float = 1.0
-    place_weight: float = 1.0
-    readout_weight: float = 0.0
-    dense_weight: float = 0.0
-    segmentation_weight: float = 0.0
-    segmented_share: float = 1.0
-    weights: SegmentationLossWeights = SegmentationLossWeights()
-    join: bool = False
-    train_image_encoder: bool = False
-    compile: bool = False
-
-
-AnyPhase = WarmUpPhase | SegmentationPhase | SupervisedPhase
+AnyPhase = WarmUpPhase | SegmentationPhase | SupervisedPhase | GrpoPhase
 
 
 class Recipe(Record, frozen=True):
@@ -341,19 +230,43 @@ def changed_keys(one: Recipe, other: Recipe) -> list[str]:
     return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
 
 
-def _read(source: str) -> dict[str, Any]:
+def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(source) if source.endswith(".toml") else RECIPE_FOLDER / f"{source}.toml"
     if not path.is_file():
         names = recipe_names()
         nearest = difflib.get_close_matches(source, names, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        reader = f" (the base of {readers[-1]})" if readers else ""
         raise ValueError(
-            f"there is no recipe {source!r}{hint} Known: {', '.join(names)}, or a .toml file"
+            f"there is no recipe {source!r}{reader}{hint} Known: {', '.join(names)}, or a .toml "
+            "file"
         )
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base is {base!r}; it names another recipe")
+    if str(path) in readers:
+        raise ValueError(f"{path} is its own base, by way of {', '.join(readers)}")
+    if base.endswith(".toml"):
+        base = str(path.parent / base)
+    return _derive(_read(base, (*readers, str(path))), data)
+
+
+def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay changes over a recipe: tables are merged, unless they become of another kind."""
+    derived = dict(base)
+    for key, value in changes.items():
+        old, derived[key] = base.get(key), value
+        if not isinstance(old, dict) or not isinstance(value, dict):
+            continue
+        if value.get("kind", old.get("kind")) == old.get("kind"):
+            derived[key] = _derive(old, value)
+    return derived
 
 
 def _convert(data: object, where: str) -> Recipe:

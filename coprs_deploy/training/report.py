@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coprs_deploy.evaluation.correlation import plot_correlation, pyplot
+from coprs_deploy.training.grpo.plots import plot_grpo_phase
 from coprs_deploy.training.run_folder import RunFolder
 
 HEAD_COLORS = {"dense": "#c7d2da", "readout": "#e8cfa9"}
@@ -20,7 +21,9 @@ def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
     plots.mkdir(exist_ok=True)
     log = folder.read_log()
     for name in report["phases"]:
-        plot_phase(plots / f"{name}.png", name, [x for x in log if x["phase"] == name])
+        lines = [x for x in log if x["phase"] == name]
+        plot = plot_grpo_phase if any("reward" in line for line in lines) else plot_phase
+        plot(plots / f"{name}.png", name, lines)
     present = [a for a in report.get("answers", []) if a["num_targets"]]
     if present:
         plot_correlation(
@@ -49,6 +52,9 @@ def page(report: Mapping[str, Any]) -> str:
             start = "| | | |"
         if not result["gates"]:
             lines.append(f"{start} | | | |")
+    for name, result in report["phases"].items():
+        if "before.reward" in result.get("facts", {}):
+            lines += before_and_after(name, result)
     if "generated" not in report:
         return "\n".join(lines) + "\n"
     lines += [
@@ -63,6 +69,17 @@ def page(report: Mapping[str, Any]) -> str:
         other = f"{fed[figure]:.4f}" if figure in fed else "-"
         lines.append(f"| {figure.replace('_', ' ')} | {value:.4f} | {other} |")
     return "\n".join(lines) + "\n"
+
+
+def before_and_after(name: str, result: Mapping[str, Any]) -> list[str]:
+    """Lay out what a GRPO phase changed on held-out examples, answered greedily."""
+    lines = ["", f"Held-out examples, greedy answers, before and after {name}:", ""]
+    lines += ["| | before | after |", "|---|---|---|"]
+    for figure, after in result["metrics"].items():
+        before = result["facts"][f"before.{figure}"]
+        words = figure.replace("error.", "standard error of ").replace("_", " ")
+        lines.append(f"| {words} | {before:.4f} | {after:.4f} |")
+    return lines
 
 
 def plot_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -100,21 +100,21 @@ def format_score(
     Args:
         response: read from its token ids (the text alone would have lost ``<REF_POS>``).
         convention: the paper's or its public code's.
-        num_targets: how many ``<REF_POS>`` the response should hold.
+        num_targets: how many ``<REF_POS>`` the response should hold; 0 where nothing matches.
 
     Returns:
         0 unless there is one thought that says something, and after it ``num_targets`` times
         ``<REF_POS>``; 0.9 for a minor fault; else 1.
 
     Raises:
-        ValueError: num_targets is below 1.
+        ValueError: num_targets is negative.
     """
-    if num_targets < 1:
-        raise ValueError(f"num_targets is {num_targets}; it must be at least 1")
+    if num_targets < 0:
+        raise ValueError(f"num_targets is {num_targets}; it must not be negative")
     faults = set(response.faults)
     if len(response.reference_positions) == num_targets:
-        faults.discard(FormatFault.SEVERAL_REFERENCES)
-    elif num_targets > 1:
+        faults -= {FormatFault.SEVERAL_REFERENCES, FormatFault.NO_REFERENCE}
+    elif num_targets != 1:
         return 0.0
     if any(fault.is_fatal for fault in faults):
         return 0.0

@@ -13,15 +13,18 @@ import msgspec
 
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.training.phase_settings import (
+    SegmentationPhase,
+    SupervisedPhase,
+    WarmUpPhase,
+)
 from coprs_deploy.training.recipe import (
     AnyPhase,
     CheckpointModel,
     ExampleData,
     Recipe,
     SceneData,
-    SegmentationPhase,
     SmallModel,
-    WarmUpPhase,
 )
 from coprs_deploy.training.run_folder import CHECKPOINT_FOLDER, REPORT_FILE, RunFolder, all_passed
 
@@ -50,8 +53,8 @@ def train(recipe: Recipe, out: Path, scenes: Path | None = None) -> dict[str, An
     """
     recipe = with_precision_of_this_machine(recipe)
     starts_from_checkpoint = isinstance(recipe.model, CheckpointModel)
-    if starts_from_checkpoint != isinstance(recipe.data, ExampleData):
-        raise ValueError('model.kind "checkpoint" and data.kind "examples" go together')
+    if isinstance(recipe.data, ExampleData) and not starts_from_checkpoint:
+        raise ValueError('data.kind "examples" needs model.kind "checkpoint"')
     accelerator = _accelerator(recipe, out)
     folder = RunFolder(out)
     with folder.lock() if accelerator.is_main_process else nullcontext():
@@ -196,7 +199,9 @@ def build_phase(name: str, settings: AnyPhase, shared: SceneTraining) -> Trainin
         return WarmUp(name, settings, shared)
     if isinstance(settings, SegmentationPhase):
         return Segmentation(name, settings, shared)
-    return Supervised(name, settings, shared)
+    if isinstance(settings, SupervisedPhase):
+        return Supervised(name, settings, shared)
+    raise ValueError(f'phases.{name} is grpo; it needs model.kind "checkpoint"')
 
 
 def move_to(workbench: Workbench, device: Any) -> None:

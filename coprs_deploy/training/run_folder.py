@@ -36,7 +36,7 @@ PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
 
-TOOLCHAIN = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
+TOOLCHAIN = ("torch", "transformers", "accelerate", "trl", "peft", "numpy", "tokenizers")
 
 FREE_KEYS = ("description", "log_every", "save_every", "threads")
 """Settings that a resumed run may change: they move no weight but by rounding."""

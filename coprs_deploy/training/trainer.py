@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,19 +228,23 @@ def _detached(means: dict[str, Mean]) -> dict[str, Mean]:
 def _result(
     phase: TrainingPhase[Any], metrics: dict[str, float], facts: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    gates = {
-        name: {
-            "wanted": wanted,
-            "found": metrics.get(name),
-            "passed": metrics.get(name, float("-inf")) >= wanted,
-        }
-        for name, wanted in phase.settings.gates.items()
-    }
     return {
         "steps": phase.settings.steps,
         "seconds": seconds,
         "metrics": metrics,
         "facts": facts,
-        "gates": gates,
+        "gates": gate_results(phase.settings.gates, metrics),
         "parameters": sum(p.numel() for p in phase.objective.parameters() if p.requires_grad),
+    }
+
+
+def gate_results(gates: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Compare what a phase reached with what its recipe wants."""
+    return {
+        name: {
+            "wanted": wanted,
+            "found": metrics.get(name),
+            "passed": metrics.get(name, float("-inf")) >= wanted,
+        }
+        for name, wanted in gates.items()
     }

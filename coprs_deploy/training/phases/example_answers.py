@@ -31,9 +31,9 @@ from coprs_deploy.training.masks import (
     fit_mask,
     mask_metrics,
 )
+from coprs_deploy.training.phase_settings import SupervisedPhase
 from coprs_deploy.training.phases.held_out import mean_metrics
 from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
-from coprs_deploy.training.recipe import SupervisedPhase
 from coprs_deploy.training.shuffling import EpochOrder
 from coprs_deploy.training.workbench import Workbench, freeze_unused
 

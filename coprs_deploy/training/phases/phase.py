@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from torch import nn
 
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.recipe import Phase as PhaseSettings
+from coprs_deploy.training.phase_settings import Phase as PhaseSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,11 +16,11 @@ from coprs_deploy.training.masks import (
     target_masks,
     whole_images,
 )
+from coprs_deploy.training.phase_settings import SegmentationPhase
 from coprs_deploy.training.phases.held_out import mean_metrics
 from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
 from coprs_deploy.training.phases.scene_training import SceneTraining
 from coprs_deploy.training.pixels import segmentation_pixels
-from coprs_deploy.training.recipe import SegmentationPhase
 from coprs_deploy.training.scene_source import SceneBatch, SceneSource
 from coprs_deploy.training.workbench import freeze_unused
 

@@ -29,11 +29,11 @@ from coprs_deploy.training.masks import (
     whole_images,
 )
 from coprs_deploy.training.packing import Answered, PackedRows
+from coprs_deploy.training.phase_settings import SupervisedPhase
 from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
 from coprs_deploy.training.phases.scene_training import SceneTraining
 from coprs_deploy.training.phases.warm_up import read_cells
 from coprs_deploy.training.pixels import policy_pixels, segmentation_pixels
-from coprs_deploy.training.recipe import SupervisedPhase
 from coprs_deploy.training.scene_source import SceneBatch
 from coprs_deploy.training.scenes import vocabulary
 from coprs_deploy.training.small_policy import END_TOKEN

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from coprs_deploy.training.heads import CellReader, CellTruth, HeadResult, cell_truth
 from coprs_deploy.training.packing import PackedRows
+from coprs_deploy.training.phase_settings import WarmUpPhase
 from coprs_deploy.training.phases.held_out import mean_metrics
 from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
 from coprs_deploy.training.phases.scene_training import SceneTraining
 from coprs_deploy.training.pixels import policy_pixels
-from coprs_deploy.training.recipe import WarmUpPhase
 from coprs_deploy.training.scene_source import SceneSource
 
 if TYPE_CHECKING:

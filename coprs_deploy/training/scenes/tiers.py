@@ -110,7 +110,7 @@ PLAIN = Tier(
 
 FULL = Tier(
     name="full",
-    image_size=256,
+    image_size=192,
     num_objects=(2, 10),
     shapes=vocabulary.FULL_SHAPES,
     textures=vocabulary.FULL_TEXTURES,

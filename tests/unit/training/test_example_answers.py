@@ -14,12 +14,13 @@ from coprs_deploy.training.examples import Example, write_examples
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.masks import fit_mask
+from coprs_deploy.training.phase_settings import Optimizer, SupervisedPhase
 from coprs_deploy.training.phases.example_answers import (
     ExampleAnswers,
     ExampleCollector,
     ExampleSets,
 )
-from coprs_deploy.training.recipe import Optimizer, SupervisedPhase, load_recipe
+from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.scenes import PLAIN, SceneExamples
 

@@ -18,6 +18,8 @@ from coprs_deploy.training.examples import Example, ExampleFile, write_examples
 from coprs_deploy.training.run_lengths import RunLengths, decode_mask, encode_mask
 from coprs_deploy.training.scenes import FULL, SceneExamples
 
+SIDE = FULL.image_size
+
 
 @pytest.fixture(scope="module")
 def examples():
@@ -97,7 +99,7 @@ def _other_size(row):
 
 
 def _empty_mask(row):
-    row["masks"][0]["counts"] = encode_mask(np.zeros((256, 256), bool)).counts
+    row["masks"][0]["counts"] = encode_mask(np.zeros((SIDE, SIDE), bool)).counts
 
 
 BAD_ROWS = {
@@ -110,10 +112,10 @@ BAD_ROWS = {
         lambda row: (row.pop("image"), row.update(image_path="lost.png")),
         "lost.png is not there",
     ),
-    "mask too short": (_short_mask, "mask 1: its runs add up to 0 pixels, its size to 65536"),
+    "mask too short": (_short_mask, f"mask 1: its runs add up to 0 pixels, its size to {SIDE**2}"),
     "mask with a wrong letter": (_wrong_letter, "mask 1: its counts hold 'é'"),
     "mask cut short": (_cut_counts, "in the middle of a run length"),
-    "mask of another size": (_other_size, "mask 1 is 8 x 9, the image 256 x 256"),
+    "mask of another size": (_other_size, f"mask 1 is 8 x 9, the image {SIDE} x {SIDE}"),
     "empty mask": (_empty_mask, "mask 1 is empty"),
     "unknown field": (lambda row: row.update(mask=[]), "unknown field `mask`"),
     "missing field": (lambda row: row.pop("instruction"), "missing required field `instruction`"),

@@ -1,25 +1,29 @@
 """Recipes: reading, changing, refusing; and the real sizes on the meta device."""
 
+import functools
 import math
 from itertools import pairwise
 
+import msgspec
 import pytest
 import torch
 
 from coprs_deploy.cli.main import main
 from coprs_deploy.training.example_run import build_on_meta
+from coprs_deploy.training.grpo.settings import PAPER_OPTIMIZER, GrpoPhase
 from coprs_deploy.training.optimizers import build_optimizers, relative_rate, set_rate
+from coprs_deploy.training.phase_settings import Optimizer, SupervisedPhase
 from coprs_deploy.training.recipe import (
     CheckpointModel,
-    Optimizer,
+    ExampleData,
     Recipe,
-    SupervisedPhase,
     changed_keys,
     load_recipe,
     recipe_names,
 )
 from coprs_deploy.training.run import with_precision_of_this_machine
 
+GRPO_RECIPES = [name for name in recipe_names() if name.startswith("grpo_")]
 REAL_SIZES = ["llava_13b", "llava_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b"]
 PARAMETERS = {
     "llava_13b": 13.4e9,
@@ -131,6 +135,92 @@ def test_real_sizes_build_on_the_meta_device(name):
     assert count == pytest.approx(PARAMETERS[name], rel=0.05)
     assert segmentation.config.policy_width == policy.get_output_embeddings().weight.shape[1]
     assert segmentation.config.sam.encoder_depth == 32
+
+
+@functools.cache
+def built_on_meta(policy, sam):
+    return build_on_meta(CheckpointModel(path="x", policy=policy, sam=sam))
+
+
+@pytest.mark.parametrize("name", [n for n in GRPO_RECIPES if n != "grpo_shipped"])
+def test_grpo_recipes_build_on_the_meta_device(name):
+    recipe = load_recipe(name)
+    assert isinstance(recipe.model, CheckpointModel)
+    (phase,) = recipe.phases.values()
+    assert isinstance(phase, GrpoPhase)
+    policy, segmentation = built_on_meta(recipe.model.policy, recipe.model.sam)
+    supervised = {"3b": "qwen2_5_vl_3b", "7b": "qwen2_5_vl_7b"}.get(
+        recipe.model.policy, recipe.model.policy.replace("-", "_")
+    )
+    count = sum(p.numel() for p in policy.parameters())
+    assert count == pytest.approx(PARAMETERS[supervised], rel=0.05)
+    depth = {"vit_b": 12, "vit_l": 24, "vit_h": 32}[recipe.model.sam]
+    assert segmentation.config.sam.encoder_depth == depth
+
+
+def test_the_paper_is_the_default_of_every_setting():
+    """A phase that sets nothing is the paper's."""
+    phase = load_recipe("grpo_qwen2_5_vl_7b").phases["grpo"]
+    plain = GrpoPhase(steps=phase.steps, batch_images=16)
+    differing = {
+        name
+        for name in phase.__struct_fields__
+        if getattr(phase, name) != getattr(plain, name)
+        and name not in ("optimizer", "evaluate_every")
+    }
+    assert differing == {"rows_per_pass", "max_response_tokens"}
+    assert phase.optimizer.floor == pytest.approx(PAPER_OPTIMIZER.floor, rel=1e-4)
+    assert msgspec.structs.replace(phase.optimizer, floor=0) == msgspec.structs.replace(
+        PAPER_OPTIMIZER, floor=0
+    )
+
+
+def test_the_ablations_of_figure_6_change_one_thing():
+    paper = load_recipe("grpo_qwen2_5_vl_7b")
+    for axis, key in {
+        "group_2": "group_size",
+        "group_4": "group_size",
+        "group_16": "group_size",
+        "rl_only": "mode",
+        "segmentation_only": "mode",
+        "mask_weight_0": "reward.mask",
+        "mask_weight_30": "reward.mask",
+        "mask_weight_50": "reward.mask",
+        "mask_weight_90": "reward.mask",
+        "mask_weight_100": "reward.mask",
+    }.items():
+        changed = changed_keys(paper, load_recipe(f"grpo_7b_{axis}"))
+        assert changed == ["description", f"phases.grpo.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('base = "grpo_shiped"', "base of .*did you mean grpo_shipped"),
+        ("base = 3", "names another recipe"),
+        ('base = "derived.toml"', "is its own base"),
+        ('base = "grpo_shipped"\n[phases.grpo]\ngroop_size = 2', "did you mean group_size"),
+        ('base = "grpo_shipped"\n[phases.grpo]\ngroup_size = 1', "must be at least 2"),
+        ('base = "grpo_shipped"\n[phases.grpo]\nmode = "both"', "Invalid enum value"),
+        ('base = "grpo_shipped"\n[phases.grpo.optimizer]\nmuon = true', "muon = false"),
+    ],
+)
+def test_a_wrong_derived_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "derived.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(path))
+
+
+def test_a_derived_recipe_keeps_what_it_does_not_name(tmp_path):
+    (tmp_path / "one.toml").write_text('base = "grpo_shipped"\n[phases.grpo]\ngroup_size = 4')
+    (tmp_path / "two.toml").write_text(
+        'base = "one.toml"\n[data]\nkind = "examples"\ntraining = "a"\nheld_out = "b"'
+    )
+    recipe, base = load_recipe(str(tmp_path / "two.toml")), load_recipe("grpo_shipped")
+    assert recipe.phases["grpo"].group_size == 4
+    assert recipe.phases["grpo"].optimizer == base.phases["grpo"].optimizer
+    assert recipe.data == ExampleData("a", "b"), "a table of another kind is merged"
 
 
 def test_rate_factors_reach_their_parts():

@@ -108,9 +108,21 @@ class TestFormatScore:
         response = respond(f"<think>here</think>{'<REF_POS>' * count}")
         assert format_score(response, num_targets=2) == score
 
-    def test_no_target_is_refused(self):
-        with pytest.raises(ValueError, match="num_targets is 0"):
-            format_score(respond("<think>x</think><REF_POS>"), num_targets=0)
+    @pytest.mark.parametrize(
+        ("text", "score"),
+        [
+            ("<think>nothing is red</think>", 1),
+            ("<think>nothing is red</think> None.", 1),
+            ("<think>nothing is red</think><REF_POS>", 0),
+            ("nothing is red", 0),
+        ],
+    )
+    def test_where_nothing_matches_nothing_may_be_named(self, text, score):
+        assert format_score(respond(text), num_targets=0) == score
+
+    def test_a_negative_number_of_targets_is_refused(self):
+        with pytest.raises(ValueError, match="num_targets is -1"):
+            format_score(respond("<think>x</think><REF_POS>"), num_targets=-1)
 
 
 def test_mask_and_form_are_mixed():

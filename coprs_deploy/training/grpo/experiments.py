@@ -1,0 +1,140 @@
+"""GRPO on the shipped model, from a damaged and from the mature policy: runs, and their report.
+
+    python -m coprs_deploy.training.grpo.experiments RUNS [--reports docs/reports/grpo]
+
+Each run is an ordinary one of the recipe ``grpo_shipped`` in a folder of its own below RUNS; what
+has ended is kept, what was stopped goes on. The report is written from the runs that have ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from coprs_deploy import shipped
+from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.specs import Record
+from coprs_deploy.training.example_run import workbench_from_checkpoint
+from coprs_deploy.training.run_folder import REPORT_FILE
+
+DAMAGE = 0.44
+"""Standard deviation of the noise on each matrix, as a share of the matrix's own."""
+
+DAMAGE_SEED = 0
+DAMAGED_FOLDER = "damaged"
+RECIPE = "grpo_shipped"
+
+RESPONSES = 32
+"""Responses of a step, whatever the size of the groups."""
+
+
+class Experiment(Record, frozen=True):
+    """One run.
+
+    Attributes:
+        name: of its folder.
+        start: ``damaged`` or ``mature``.
+        label: what is compared.
+        seed: of the run.
+        settings: changes of the recipe.
+    """
+
+    name: str
+    start: str
+    label: str
+    seed: int
+    settings: tuple[str, ...] = ()
+
+
+def experiments() -> list[Experiment]:
+    """List every run; the ones that matter most come first."""
+    modes = {mode: (f"phases.grpo.mode={mode}",) for mode in ("joint", "rl", "segmentation")}
+    longer = {
+        f"{mode}, 50 steps": (*modes[mode], "phases.grpo.steps=50", "phases.grpo.evaluate_every=25")
+        for mode in ("joint", "rl")
+    }
+    groups = {
+        f"joint, groups of {n}": (
+            f"phases.grpo.group_size={n}",
+            f"phases.grpo.batch_images={RESPONSES // n}",
+        )
+        for n in (4, 2)
+    }
+    planned: list[tuple[str, str, int, tuple[str, ...]]] = [
+        ("damaged", label, 0, changes) for label, changes in longer.items()
+    ]
+    planned += [("damaged", "joint", seed, modes["joint"]) for seed in (0, 1)]
+    planned.append(("mature", "joint", 0, modes["joint"]))
+    planned += [
+        ("damaged", mode, seed, modes[mode])
+        for seed, mode in ((0, "segmentation"), (0, "rl"), (1, "rl"), (1, "segmentation"))
+    ]
+    planned.append(("mature", "joint", 1, modes["joint"]))
+    for seed in (0, 1):
+        planned += [("damaged", label, seed, changes) for label, changes in groups.items()]
+    return [
+        Experiment(f"{start}-{_folder_name(label)}-{seed}", start, label, seed, tuple(changes))
+        for start, label, seed, changes in planned
+    ]
+
+
+def _folder_name(label: str) -> str:
+    return label.replace(",", "").replace(" steps", "").replace("groups of ", "").replace(" ", "-")
+
+
+def damage(out: Path) -> None:
+    """Write the shipped checkpoint with noise on the matrices of its language model.
+
+    The reasoning then goes wrong in some cases and right in others, which is what a group needs;
+    the segmentation path is untouched.
+    """
+    workbench = workbench_from_checkpoint(read_checkpoint(shipped.CHECKPOINT))
+    generator = torch.Generator().manual_seed(DAMAGE_SEED)
+    with torch.no_grad():
+        for name, weight in workbench.policy.model.named_parameters():
+            if "language_model.layers" in name and weight.ndim == 2:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(DAMAGE * weight.std() * noise)
+    provenance = {"from": "the shipped model", "noise": DAMAGE, "seed": DAMAGE_SEED}
+    workbench.save_checkpoint(out, "float32", provenance, overwrite=True)
+
+
+def run(experiment: Experiment, runs: Path, more: Sequence[str] = ()) -> None:
+    """Run an experiment in its folder, unless it has ended there."""
+    out = runs / experiment.name
+    if (out / REPORT_FILE).is_file():
+        return
+    command = [sys.executable, "-m", "coprs_deploy.cli.main", "train", RECIPE, "--out", str(out)]
+    settings = [f"seed={experiment.seed}", *experiment.settings, *more]
+    if experiment.start == "damaged":
+        settings.append(f"model.path={runs / DAMAGED_FOLDER}")
+    for setting in settings:
+        command += ["--set", setting]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Run what has not ended, then write the report."""
+    parser = argparse.ArgumentParser(description="GRPO on the shipped model.")
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("--reports", type=Path, default=Path("docs/reports/grpo"))
+    parser.add_argument("--only-report", action="store_true", help="start no run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    if not arguments.only_report:
+        if not (arguments.runs / DAMAGED_FOLDER).is_dir():
+            damage(arguments.runs / DAMAGED_FOLDER)
+        for experiment in experiments():
+            run(experiment, arguments.runs, arguments.set)
+    from coprs_deploy.training.grpo.experiment_report import write_experiment_report
+
+    write_experiment_report(arguments.runs, arguments.reports)
+
+
+if __name__ == "__main__":
+    main()

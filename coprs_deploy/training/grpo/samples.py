@@ -1,0 +1,105 @@
+"""Samples of a rollout for people: each response with its picture, prior and mask."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from coprs_deploy.evaluation.overlap import overlap, union
+from coprs_deploy.images import prepare_image, resize_logits
+
+if TYPE_CHECKING:
+    from coprs_deploy.training.grpo.trainer import JointTrainer, Rollout
+
+TILE_PX = 160
+"""Side of one picture on a sheet."""
+
+DIMMED = 0.35
+"""Brightness of what a mask leaves out."""
+
+PRIOR_COLOR = np.array([255.0, 80.0, 0.0])
+
+
+def write_samples(trainer: JointTrainer, folder: Path, step: int, count: int) -> None:
+    """Write the first responses of the last rollout: one sheet, and one line of JSON each.
+
+    A row of the sheet is one response: picture with the truth, prior, mask.
+
+    Args:
+        trainer: holds the rollout.
+        folder: where ``step-N.png`` and ``responses.jsonl`` go.
+        step: of the run.
+        count: responses.
+    """
+    rollout = trainer.rollout
+    if rollout is None or rollout.decoded is None or not count:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    forms = trainer.parts.reader.format_scores(
+        rollout.responses[:count], rollout.truth.num_targets[:count].tolist()
+    )
+    rows, lines = [], []
+    for number, form in enumerate(forms):
+        example = rollout.questions[number].example
+        prior, mask = _logits(trainer, rollout, number)
+        truth = union(example.masks)
+        rows.append([_cut(example.image, truth), _heat(example.image, prior)])
+        rows[-1].append(_cut(example.image, mask > 0))
+        lines.append(
+            {
+                "step": step,
+                "id": example.id,
+                "instruction": example.instruction,
+                "response": trainer.parts.reader.read(rollout.responses[number]).text,
+                "format": form,
+                "mask_iou": overlap(mask > 0, truth).iou,
+            }
+        )
+    sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    Image.fromarray(sheet).save(folder / f"step-{step:06d}.png")
+    with (folder / "responses.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _logits(
+    trainer: JointTrainer, rollout: Rollout, number: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Bring prior and mask of one response to the picture's size; the largest of its targets."""
+    assert rollout.decoded is not None
+    example = rollout.questions[number].example
+    geometry = trainer.parts.collector.geometry
+    source = prepare_image(example.image, geometry)
+    found = rollout.decoded.is_found[number]
+    grown = []
+    for logits in (rollout.decoded.prior_logits, rollout.decoded.mask_logits):
+        chosen = logits[number][found].float().cpu()
+        if not len(chosen):
+            chosen = torch.full((1, *logits.shape[-2:]), -1.0)
+        largest = chosen.amax(0)[None, None].numpy()
+        grown.append(resize_logits(largest, source, geometry)[0])
+    return grown[0], grown[1]
+
+
+def _cut(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    shown = np.where(mask[..., None], image, (image * DIMMED).astype(np.uint8))
+    return _tile(shown.astype(np.uint8))
+
+
+def _heat(image: NDArray[np.uint8], logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    share = (0.5 + 0.5 * np.tanh(logits / 2))[..., None]  # the sigmoid, without an overflow
+    shown: NDArray[Any] = (1 - 0.8 * share) * image + 0.8 * share * PRIOR_COLOR
+    return _tile(shown.astype(np.uint8))
+
+
+def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    picture = Image.fromarray(image)
+    picture.thumbnail((TILE_PX, TILE_PX))
+    tile = Image.new("RGB", (TILE_PX, TILE_PX))
+    tile.paste(picture)
+    return np.asarray(tile)

@@ -1,0 +1,195 @@
+"""Estimates of memory against measured peaks of small models, and estimates of the real ones."""
+
+import json
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from coprs_deploy.architecture import SamConfig, SegmentationConfig
+from coprs_deploy.cli.main import main
+from coprs_deploy.models import SegmentationModel
+from coprs_deploy.specs import Geometry
+from coprs_deploy.training.estimate import (
+    FULL,
+    Gpu,
+    Workload,
+    estimate,
+    policy_sizes,
+    standing_bytes,
+    training_bytes,
+)
+from coprs_deploy.training.grpo.attachment import (
+    Attachment,
+    SegmentationHead,
+    SegmentationRequest,
+)
+from coprs_deploy.training.phase_settings import SupervisedPhase
+from coprs_deploy.training.recipe import SmallPolicy, load_recipe
+from coprs_deploy.training.small_policy import build_small_policy
+
+PEAK_TOLERANCE = 0.15
+"""Relative difference of an estimated peak: what a layer keeps is counted, not simulated."""
+
+
+def build(width, depth):
+    sizes = SmallPolicy(
+        image_size=128,
+        patch_size=8,
+        width=width,
+        depth=depth,
+        heads=4,
+        mlp_width=3 * width,
+        vision_width=64,
+        vision_depth=2,
+        vision_heads=2,
+        vision_mlp_width=128,
+        mrope_section=(width // 32, width // 32, width // 8 - width // 16),
+        vocabulary_size=600,
+    )
+    parts = build_small_policy(sizes, ["the red circle"], seed=0)
+    sam = SamConfig(
+        encoder_width=64,
+        encoder_depth=1,
+        encoder_heads=2,
+        global_attention_blocks=(0,),
+        window_size=8,
+        mlp_ratio=2.0,
+        decoder_heads=2,
+        decoder_mlp_width=128,
+        geometry=Geometry(image_size=128, patch_size=8, embedding_channels=32),
+    )
+    return parts, SegmentationModel(SegmentationConfig(width, sam=sam))
+
+
+def measure(parts, segmentation, rows, length, checkpointing):
+    """Run one update and return the largest number of bytes that were held at once."""
+    policy, tokenizer = parts.model, parts.tokenizer
+    reference = tokenizer.convert_tokens_to_ids("<REF_POS>")
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    head = SegmentationHead(segmentation)
+    Attachment(policy, head, reference)
+    policy.requires_grad_(True)  # the tracker takes no frozen weight
+    if checkpointing:
+        policy.gradient_checkpointing_enable()
+    policy.train()
+    start = tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    row = [start, *[image] * 64, end, *[5] * (length - 68), reference, 6]
+    ids = torch.tensor([row] * rows)
+    moved = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(moved, foreach=False)
+    tracker = MemTracker()
+    tracker.track_external(policy, optimizer)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == image).int(),
+        "pixel_values": torch.randn(rows * 256, 3 * 2 * 8 * 8),
+        "image_grid_thw": torch.tensor([[1, 16, 16]] * rows),
+    }
+    request = SegmentationRequest(torch.randn(rows, 32, 16, 16), torch.ones(rows, 1, 64, 64), 66, 1)
+    with tracker:
+        for step in range(2):  # moments and gradients of the first are there in the second
+            tracker.reset_mod_stats()
+            output = policy(**inputs, segmentation=request, use_cache=False, logits_to_keep=1)
+            loss = output.logits.float().pow(2).mean() + output.mask_logits.pow(2).mean()
+            (loss + output.prior_logits.pow(2).mean()).backward()
+            if step == 0:
+                optimizer.step()
+    peak = tracker.get_tracker_snapshot("peak")
+    return sum(total["Total"] for total in peak.values())
+
+
+@pytest.mark.slow  # the tracker looks at every operator and module: a minute a case
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("width", "depth", "rows", "length", "checkpointing"),
+    [
+        (128, 4, 16, 160, False),
+        (256, 6, 8, 200, False),
+        (256, 6, 8, 200, True),
+    ],
+)
+def test_the_peak_is_the_measured_one(width, depth, rows, length, checkpointing):
+    parts, segmentation = build(width, depth)
+    sizes = policy_sizes(parts.model)
+    measured = measure(parts, segmentation, rows, length, checkpointing)
+    work = Workload(
+        rows=rows,
+        rows_a_pass=rows,
+        rows_a_prompt=1,
+        prompt_tokens=66,
+        image_tokens=64,
+        response_tokens=length - 66,
+        targets=1,
+        engine="",
+        has_reference=False,
+        adapter_parameters=0,
+    )
+    standing = standing_bytes(sizes, segmentation, work, gpus=1, has_features=True)
+    found = sum(standing.values()) + training_bytes(sizes, segmentation, work, checkpointing, FULL)
+    assert found == pytest.approx(measured, rel=PEAK_TOLERANCE)
+
+
+def test_the_cache_is_the_measured_one():
+    parts, _ = build(128, 4)
+    cache = parts.model.model.language_model(
+        inputs_embeds=torch.zeros(3, 50, 128), use_cache=True
+    ).past_key_values
+    measured = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert policy_sizes(parts.model).language.cache_bytes(150) == 2 * measured
+
+
+def test_sharding_divides_what_is_sharded_and_nothing_else():
+    one, eight = (estimate(load_recipe("grpo_qwen2_5_vl_7b"), n)["grpo"].memory for n in (1, 8))
+    for part in ("policy", "reference"):
+        assert one[part] == pytest.approx(8 * eight[part])
+    assert one["segmentation"] == eight["segmentation"]
+    assert one["optimizer"] == 2 * one["gradients"]
+    assert one["policy"] == pytest.approx(4 * 8.29e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["grpo_qwen2_5_vl_7b", "grpo_7b_vllm", "grpo_llava_7b"])
+def test_the_paper_fits_its_eight_gpus_and_not_one(name):
+    recipe = load_recipe(name)
+    assert estimate(recipe, 8)["grpo"].fits
+    assert not estimate(recipe, 1)["grpo"].fits
+
+
+def test_an_engine_saves_the_gathering():
+    slow = estimate(load_recipe("grpo_qwen2_5_vl_7b"), 8)["grpo"]
+    fast = estimate(load_recipe("grpo_7b_vllm"), 8)["grpo"]
+    assert "gathering in the rollout" in slow.seconds
+    assert "gathering in the rollout" not in fast.seconds
+    assert slow.notes
+    assert not fast.notes
+    assert fast.seconds["step"] < slow.seconds["step"]
+
+
+def test_features_take_the_image_encoder_off_the_gpu():
+    plain = load_recipe("grpo_qwen2_5_vl_7b")
+    known = load_recipe("grpo_qwen2_5_vl_7b", ["data.features=features"])
+    before, after = (estimate(recipe, 8)["grpo"] for recipe in (plain, known))
+    assert before.memory["segmentation"] - after.memory["segmentation"] > 2.4e9
+    assert "image encoder" not in after.seconds
+
+
+def test_a_supervised_phase_has_an_estimate():
+    recipe = load_recipe("qwen2_5_vl_3b")
+    assert isinstance(recipe.phases["supervised"], SupervisedPhase)
+    found = estimate(recipe, 8)["supervised"]
+    assert "rollout" not in found.seconds
+    assert found.memory["reference"] == 0
+
+
+def test_the_command_line_shows_an_estimate(capsys):
+    assert main(["train", "grpo_qwen2_5_vl_3b", "--estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["grpo"]
+    assert found["fits"]
+    assert found["gpu"] == Gpu().to_json()
+    assert main(["train", "grpo_qwen2_5_vl_7b", "--estimate", "--gpus", "1"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert main(["train", "shipped", "--estimate"]) == 2
+    assert "model.policy" in capsys.readouterr().err
+    assert main(["train", "grpo_llava_7b", "--estimate", "--gpus", "0"]) == 2
