@@ -52,6 +52,24 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
+def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--runtime``, ``--remeasure`` and ``--inference-precision``."""
+    parser.add_argument(
+        "--runtime",
+        help="of the graphs: onnxruntime, openvino, or auto, which measures once what is fastest "
+        "here (default: the one that the bundle was exported for)",
+    )
+    parser.add_argument(
+        "--remeasure", action="store_true", help="with --runtime auto: measure again"
+    )
+    parser.add_argument(
+        "--inference-precision",
+        default="fp32",
+        help="of float32 products: fp32 (default), or bf16 with openvino on processors that have "
+        "such units",
+    )
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     print(json.dumps(data, ensure_ascii=False))

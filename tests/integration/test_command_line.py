@@ -96,6 +96,45 @@ class TestTheMainRoad:
         assert answer.rle() == done["masks"]
         assert answer.response == done["response"]
 
+    @pytest.mark.parametrize("runtime", ["openvino", "auto"])
+    def test_another_runtime_gives_the_same_answer(self, road, runtime):
+        question = (road / "scene.png", "the red thing", "--bundle", road / "bundle")
+        done = run("segment", *question, "--runtime", runtime, "--json")
+        assert done.returncode == 0, done.stderr.decode()
+        answer, expected = json.loads(done.stdout), run_json("segment", *question)
+        assert answer["masks"] == expected["masks"]
+        assert answer["response"] == expected["response"]
+        if runtime == "openvino":
+            assert "graphs: openvino" in answer["runtime"]
+        else:
+            for graph in ("image_encoder", "prior", "mask_decoder"):
+                assert f"{graph}: o" in done.stderr.decode()
+            again = run("segment", *question, "--runtime", runtime)
+            assert again.stderr.decode().count("(remembered from 20") == 3
+
+    def test_verify_checks_another_runtime(self, road):
+        verified = run_json(
+            *("verify", road / "bundle", "--against", road / "checkpoint"),
+            *("--runtime", "openvino"),
+        )
+        assert verified["passed"]
+        refused = run(
+            *("verify", road / "bundle", "--against", road / "checkpoint"),
+            *("--runtime", "tensorrt"),
+        )
+        assert refused.returncode == 2
+        assert b"accepted: onnxruntime, openvino" in refused.stderr
+
+    def test_export_for_openvino_is_checked_with_it(self, road, tmp_path):
+        exported = run_json(
+            *("export", road / "checkpoint", "--out", tmp_path / "bundle"),
+            *("--runtime", "openvino"),
+        )
+        assert all(row["passed"] for row in exported["equivalence"])
+        shown = run_json("inspect", tmp_path / "bundle")
+        assert {graph["runtime"] for graph in shown["graphs"].values()} == {"openvino"}
+        assert "openvino" in shown["toolchain"]
+
     def test_the_picture_may_come_from_stdin(self, road):
         done = run(
             "segment",
@@ -235,5 +274,6 @@ def test_doctor_says_that_this_machine_can_answer():
     assert report["can_answer"]
     names = {entry["name"]: entry for entry in report["runtimes"]}
     assert names["onnxruntime cpu"]["is_available"]
+    assert names["openvino cpu"]["is_available"]
     for entry in report["runtimes"] + report["policies"]:
         assert entry["is_available"] or entry["remedy"]

@@ -15,9 +15,9 @@ from coprs_deploy import CoPRS, shipped
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.main import main
-from coprs_deploy.evaluation.overlap import overlap, summarize
+from coprs_deploy.evaluation.overlap import overlap, summarize, union
 from coprs_deploy.evaluation.scoring import score_examples
-from coprs_deploy.export import verify_bundle
+from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
 from coprs_deploy.training.asked import choose_examples
 from coprs_deploy.training.scenes import PLAIN
 from coprs_deploy.training.scenes.expressions import Description, Expression, resolve
@@ -59,6 +59,8 @@ def test_no_path_of_a_machine_is_in_its_files():
     assert ABSOLUTE_PATH.search('{"_name_or_path": "/home/someone/policy"}')
     for path in files:
         assert not ABSOLUTE_PATH.search(path.read_text(encoding="utf-8")), path
+    for path in shipped.ROOT.rglob("*.onnx"):
+        assert b".py" not in path.read_bytes(), path
 
 
 def test_its_card_tells_the_figures_of_its_report():
@@ -118,3 +120,28 @@ def test_evaluation_by_the_command_line_fails_below_what_is_required(tmp_path, c
     assert main([*command, "--require", "mask_iou=1.01"]) == 1
     assert "below 1.01" in capsys.readouterr().err
     assert main([*command, "--require", "mask_iou"]) == 2
+
+
+@pytest.mark.slow
+def test_its_answers_survive_int8(coprs, tmp_path):
+    """Calibrated on scenes of training, asked about scenes that nothing was trained on."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for seed in range(32):
+        Image.fromarray(make_scene(PLAIN, seed).image).save(pictures / f"{seed}.png")
+    options = ExportOptions(
+        precision="int8", calibration=pictures, cache=tmp_path / "cache", copy_policy=False
+    )
+    bundle = export_checkpoint(shipped.CHECKPOINT, tmp_path / "bundle", options).bundle
+    assert bundle.manifest.graphs["image_encoder"].precision == "int8"
+    chosen = choose_examples(None, "plain", 16, 0)
+    agreement, truth = [], []
+    with CoPRS.load(bundle.path) as quantized:
+        for example in chosen.examples:
+            exact = coprs.segment(example.image, example.instruction)
+            found = quantized.segment(example.image, example.instruction)
+            agreement.append(overlap(found.mask, exact.mask).iou)
+            truth.append(overlap(found.mask, union(example.masks)).iou)
+    assert np.mean(agreement) > 0.98
+    assert min(agreement) > 0.9
+    assert np.mean(truth) > FIGURES["mask_iou"]

@@ -1,0 +1,73 @@
+"""ViT-B's image encoder at its full size: typed graphs against PyTorch, and real builds of them."""
+
+from pathlib import Path
+
+import pytest
+
+from coprs_deploy.architecture import SAM_SIZES
+from coprs_deploy.benchmarks import engine_steps, full_size_engines
+from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.specs import IMAGE_ENCODER
+
+GPUS = ["sm_80", "sm_89", "sm_120"]
+HALF = {"bf16": "bfloat16", "fp16": "float16", "int8": "float16"}
+
+
+@pytest.fixture(scope="module")
+def vit_b(tmp_path_factory):
+    """The folder of a checkpoint with random weights and of what PyTorch computes with it."""
+    folder = tmp_path_factory.mktemp("vit-b")
+    made = engine_steps.make_checkpoint(str(folder / "checkpoint"), "vit_b")
+    assert made["weights_bytes"] > 350e6
+    engine_steps.run_reference(str(folder / "checkpoint"), str(folder))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
+def test_vit_b_is_near_float32_and_compiles_for_every_kind_of_card(vit_b, precision, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    checkpoint, graph = str(vit_b / "checkpoint"), str(tmp_path / "image_encoder.onnx")
+    engine_steps.export_encoder(checkpoint, graph, precision)
+    found = engine_steps.check_graph(checkpoint, graph, str(vit_b), precision)
+    allowed = TOLERANCES["tensorrt-rtx", precision][IMAGE_ENCODER]
+    assert found["cosine"] >= allowed.cosine
+    assert (1e-4 if precision != "fp32" else 0) < found["relative"] <= allowed.relative
+    # build_plan() compares the tensors and the GPUs that the plan names with what was asked for.
+    built = engine_steps.build_engine(checkpoint, graph, GPUS)
+    share = {"fp32": 1, "bf16": 2, "fp16": 2, "int8": 4}[precision]
+    assert 0.8 / share < built["engine_bytes"] / (375e6 - 15e6) < 1.4 / share
+    if precision != "fp32":
+        assert built["tensor_types"][HALF[precision]] > 100
+    assert {path.name for path in tmp_path.iterdir()} <= {"image_encoder.onnx", "cache"}
+
+
+def test_the_report_of_full_size_engines(tmp_path, monkeypatch):
+    """Every step in a process of its own, on a tiny model; what is done is not done again."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    assert set(full_size_engines.SIZES) < set(SAM_SIZES)
+    steps = []
+    plan = full_size_engines.Plan(("tiny",), ("fp16", "int8"))
+    out, work = tmp_path / "out", tmp_path / "work"
+    report = full_size_engines.run(out, work, plan, steps.append)
+    assert full_size_engines.failures(report) == []
+    assert [row["precision"] for row in report["rows"]] == ["fp16", "int8"]
+    for row in report["rows"]:
+        assert row["build_peak_bytes"] > row["engine_bytes"] > 0
+        assert row["build_seconds"] > 0
+        assert row["relative"] > 1e-4
+    assert "| tiny | int8 |" in (out / "full-size-engines.md").read_text()
+    monkeypatch.setattr(full_size_engines.subprocess, "run", None)
+    assert full_size_engines.run(out, work, plan)["rows"] == report["rows"]
+
+
+def test_a_graph_outside_its_tolerance_is_said(tmp_path):
+    row = {"sam": "vit_b", "precision": "fp16", "cosine": 0.98, "relative": float("nan")}
+    (line,) = full_size_engines.failures({"rows": [row]})
+    assert line.startswith("vit_b fp16: cosine 0.98")
+
+
+def test_a_step_that_fails_ends_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match="step build ended with exit code 1"):
+        full_size_engines._run_step("build", Path(tmp_path / "build.json"), {"no": "such setting"})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,63 @@
+"""The report of the vLLM policy: parts are added to it, and its words follow its figures."""
+
+import json
+
+import pytest
+
+from coprs_deploy.benchmarks import policy_serving
+from coprs_deploy.benchmarks.policy_serving import questions, run
+from coprs_deploy.benchmarks.policy_serving_page import to_markdown
+
+CAPTURE = {
+    "pairs": 120,
+    "decode_ms": 101.0,
+    "plain_decode_ms": 100.0,
+    "share": 0.004,
+    "share_interval": [-0.002, 0.009],
+    "steps": 27,
+    "microseconds_a_step": 15.0,
+    "sixteen_pairs": 20,
+    "sixteen_share": 0.01,
+    "sixteen_share_interval": [-0.03, 0.04],
+    "limit": 0.01,
+}
+LOAD = {
+    "requests": 200,
+    "at_once": 16,
+    "outcomes": {"abandoned": 20, "equal": 180},
+    "left_in_the_engine": {"unfinished": 0, "unfetched": 0},
+    "seconds": 30.5,
+    "resident_mib": [2000, 2010, 2012, 2012, 2013],
+    "growth_of_the_last_half": 0.0005,
+}
+
+
+def test_a_part_that_is_measured_later_joins_the_report(tmp_path, monkeypatch):
+    rounds = []
+    parts = {"capture": lambda n: rounds.append(n) or CAPTURE, "load": lambda n: LOAD}
+    monkeypatch.setattr(policy_serving, "PARTS", parts)
+    run(tmp_path, ["capture"], 7)
+    report = run(tmp_path, ["load"], 3)
+    assert rounds == [7]
+    assert json.loads((tmp_path / "policy-serving.json").read_text()) == report
+    assert report["capture"]["pairs"] == 120
+    text = (tmp_path / "policy-serving.md").read_text()
+    assert "+0.4% [-0.2%, +0.9%] of 100.0 ms decoding" in text
+    assert "20 abandoned, 180 equal" in text
+    assert "2000 -> 2010 -> 2012 -> 2012 -> 2013 (+0.1% in the last half)" in text
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.01, "is kept"), (0.011, "is not kept")])
+def test_the_limit_is_judged(share, verdict):
+    machine = {"processor": "a processor"}
+    text = to_markdown(
+        {"capture": {"machine": machine, **CAPTURE, "share": share}}, ["capture", "load"]
+    )
+    assert f"The limit of 1% for one request {verdict}." in text
+    assert "Not measured yet: load." in text
+
+
+def test_questions_differ_and_can_be_skipped():
+    asked = questions(4)
+    assert len({request.rgb.tobytes() for request in asked}) == 4
+    assert questions(2, skip=2)[0].instruction == asked[2].instruction
