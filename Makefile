@@ -1,13 +1,16 @@
 # One command each: `make demo` shows the main job, `make test` runs the whole suite,
 # `make check` runs format, lint, types, import contracts and the fast tests.
-# Each sets up its own environment first; PYTHON and VENV may be given.
+# `make test-vllm` runs the tests that need vLLM, in an environment beside the other.
+# Each sets up its own environment first; PYTHON, VENV and VLLM_VENV may be given.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 DEMO ?= demo-output
 
-.PHONY: demo test check format shipped report clean
+.PHONY: demo test test-vllm lint check format shipped report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -29,11 +32,23 @@ demo: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev
+$(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.ready
+	PYTHONPATH=$(CURDIR)/tests/vllm_engine/site $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint
 	$(BIN)/python -m pytest -m "not slow" --quiet
 
 format: $(VENV)/.dev
@@ -43,9 +58,20 @@ format: $(VENV)/.dev
 shipped: $(VENV)/.dev
 	$(BIN)/python -m coprs_deploy.cli.main train shipped --out runs/shipped
 	$(BIN)/python -m coprs_deploy.training.shipping runs/shipped
+	$(BIN)/python -m coprs_deploy.export.golden tests/golden/shipped.npz
 
-report: $(VENV)/.base
+# Measures on this machine, which should have nothing else to do.
+REPORTS ?= docs/reports/benchmarks
+BENCH_WORK ?= benchmark-work
+BENCH := $(BIN)/python -m coprs_deploy.cli.main bench --work $(BENCH_WORK) --out $(REPORTS)
+
+report: $(VENV)/.dev
+	$(BENCH) --suite engines,answer,policy,start,scaling,export --theme shipped
+	$(BENCH) --suite precision --theme precision
+	$(BENCH) --suite engines --full --sizes vit_b,vit_h --theme full-size \
+		--only 'image_encoder.*(fp32|bf16|int8)'
 	$(BIN)/python -m coprs_deploy.cli.main bench --suite full-size-export --out docs/reports
+	$(BIN)/python -m coprs_deploy.benchmarks.committed
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) $(BENCH_WORK) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

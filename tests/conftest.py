@@ -48,6 +48,14 @@ def no_network():
     assert attempts == []
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Keep compiled graphs and measured choices out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COPRS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint with a tiny, scripted Qwen2.5-VL policy. Read it, never change it."""
