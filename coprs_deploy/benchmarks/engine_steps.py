@@ -22,8 +22,8 @@ from coprs_deploy.engines.plan_builder import BuildSettings, build_plan
 from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.export.calibration import LEAST_PICTURES, find_pictures
 from coprs_deploy.export.equivalence import sample_inputs
-from coprs_deploy.export.exporter import ATTENTION_FORMS
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
+from coprs_deploy.export.options import ATTENTION_FORMS
 from coprs_deploy.export.precision import FP32, INT8, rest_precision
 from coprs_deploy.export.rounding import write_rounded_graph
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec, graph_specs

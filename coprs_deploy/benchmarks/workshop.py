@@ -145,7 +145,7 @@ class Workshop(Closeable):
 
         Runtimes that read ONNX files share a bundle where their graphs are exported alike.
         """
-        from coprs_deploy.export.exporter import ATTENTION_FORMS  # it imports PyTorch
+        from coprs_deploy.export.options import ATTENTION_FORMS  # it imports PyTorch
 
         sharing = [
             other

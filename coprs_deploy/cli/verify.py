@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure_chain(arguments: argparse.Namespace, progress: StepPrinter) -> tuple[Link, ...]:
     from coprs_deploy.bundle import open_bundle
     from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.export.chain import measure_chain, write_chain_page
+    from coprs_deploy.export.chain import measure_chain
+    from coprs_deploy.export.chain_page import write_chain_page
     from coprs_deploy.export.equivalence import sample_inputs
     from coprs_deploy.specs import PRIOR
 

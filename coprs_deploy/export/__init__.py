@@ -1,6 +1,7 @@
 """From a checkpoint to a bundle: trace the stages, write graphs, prove that they are equal."""
 
-from coprs_deploy.export.exporter import ExportOptions, ExportReport, export_checkpoint
+from coprs_deploy.export.exporter import ExportReport, export_checkpoint
+from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.verifier import verify_bundle
 
 __all__ = ["ExportOptions", "ExportReport", "export_checkpoint", "verify_bundle"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,7 @@ from coprs_deploy.export.equivalence import (
     Tolerance,
     summarize,
 )
-from coprs_deploy.export.exporter import ATTENTION_FORMS
+from coprs_deploy.export.options import ATTENTION_FORMS
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
@@ -252,11 +251,3 @@ def _link(
             )
         )
     return Link(first, second, tuple(differences))
-
-
-def write_chain_page(path: Path, bundle: Bundle, links: Sequence[Link], num_samples: int) -> None:
-    """Write the chain as one HTML page that stands alone."""
-    from coprs_deploy.export.chain_page import chain_page
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(chain_page(bundle, links, num_samples), encoding="utf-8")

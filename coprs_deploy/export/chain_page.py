@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,12 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 0; width: 176px; } figcaption { font-size: .8rem; line-height: 1.35; }
 img { image-rendering: pixelated; width: 176px; height: 176px; border-radius: 4px; }
 """
+
+
+def write_chain_page(path: Path, bundle: Bundle, links: Sequence[Link], num_samples: int) -> None:
+    """Write the chain as one HTML page that stands alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(chain_page(bundle, links, num_samples), encoding="utf-8")
 
 
 def chain_page(bundle: Bundle, links: Sequence[Link], num_samples: int) -> str:

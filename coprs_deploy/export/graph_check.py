@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -33,13 +32,11 @@ from coprs_deploy.export.equivalence import (
     sample_inputs,
 )
 from coprs_deploy.export.mask_samples import draw_masked_samples
+from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.precision import FP32, rest_precision
 from coprs_deploy.export.rounding import write_rounded_graph
 from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, GraphSpec
-
-if TYPE_CHECKING:
-    from coprs_deploy.export.exporter import ExportOptions
 
 CPU_RUNTIME = "onnxruntime"
 """The runtime that checks graphs of runtimes that are not of the CPU."""

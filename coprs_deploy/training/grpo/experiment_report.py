@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.evaluation.correlation import pyplot
 from coprs_deploy.specs import Record
-from coprs_deploy.training.grpo.experiments import (
+from coprs_deploy.training.grpo.judging import standard_error
+from coprs_deploy.training.grpo.planned_experiments import (
     DAMAGE,
     RECIPE,
     RESPONSES,
     Experiment,
     experiments,
 )
-from coprs_deploy.training.grpo.judging import standard_error
 from coprs_deploy.training.run_folder import REPORT_FILE, RunFolder, read_report
 
 FIGURES = ("mask_iou", "reward")

@@ -18,73 +18,18 @@ import torch
 
 from coprs_deploy import shipped
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.specs import Record
 from coprs_deploy.training.example_run import workbench_from_checkpoint
+from coprs_deploy.training.grpo.experiment_report import write_experiment_report
+from coprs_deploy.training.grpo.planned_experiments import (
+    DAMAGE,
+    RECIPE,
+    Experiment,
+    experiments,
+)
 from coprs_deploy.training.run_folder import REPORT_FILE
-
-DAMAGE = 0.44
-"""Standard deviation of the noise on each matrix, as a share of the matrix's own."""
 
 DAMAGE_SEED = 0
 DAMAGED_FOLDER = "damaged"
-RECIPE = "grpo_shipped"
-
-RESPONSES = 32
-"""Responses of a step, whatever the size of the groups."""
-
-
-class Experiment(Record, frozen=True):
-    """One run.
-
-    Attributes:
-        name: of its folder.
-        start: ``damaged`` or ``mature``.
-        label: what is compared.
-        seed: of the run.
-        settings: changes of the recipe.
-    """
-
-    name: str
-    start: str
-    label: str
-    seed: int
-    settings: tuple[str, ...] = ()
-
-
-def experiments() -> list[Experiment]:
-    """List every run; the ones that matter most come first."""
-    modes = {mode: (f"phases.grpo.mode={mode}",) for mode in ("joint", "rl", "segmentation")}
-    longer = {
-        f"{mode}, 50 steps": (*modes[mode], "phases.grpo.steps=50", "phases.grpo.evaluate_every=25")
-        for mode in ("joint", "rl")
-    }
-    groups = {
-        f"joint, groups of {n}": (
-            f"phases.grpo.group_size={n}",
-            f"phases.grpo.batch_images={RESPONSES // n}",
-        )
-        for n in (4, 2)
-    }
-    planned: list[tuple[str, str, int, tuple[str, ...]]] = [
-        ("damaged", label, 0, changes) for label, changes in longer.items()
-    ]
-    planned += [("damaged", "joint", seed, modes["joint"]) for seed in (0, 1)]
-    planned.append(("mature", "joint", 0, modes["joint"]))
-    planned += [
-        ("damaged", mode, seed, modes[mode])
-        for seed, mode in ((0, "segmentation"), (0, "rl"), (1, "rl"), (1, "segmentation"))
-    ]
-    planned.append(("mature", "joint", 1, modes["joint"]))
-    for seed in (0, 1):
-        planned += [("damaged", label, seed, changes) for label, changes in groups.items()]
-    return [
-        Experiment(f"{start}-{_folder_name(label)}-{seed}", start, label, seed, tuple(changes))
-        for start, label, seed, changes in planned
-    ]
-
-
-def _folder_name(label: str) -> str:
-    return label.replace(",", "").replace(" steps", "").replace("groups of ", "").replace(" ", "-")
 
 
 def damage(out: Path) -> None:
@@ -131,8 +76,6 @@ def main() -> None:
             damage(arguments.runs / DAMAGED_FOLDER)
         for experiment in experiments():
             run(experiment, arguments.runs, arguments.set)
-    from coprs_deploy.training.grpo.experiment_report import write_experiment_report
-
     write_experiment_report(arguments.runs, arguments.reports)
 
 

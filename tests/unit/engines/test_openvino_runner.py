@@ -16,8 +16,7 @@ from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, onnxruntime_runner, openvino_runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
-from coprs_deploy.export import export_checkpoint
-from coprs_deploy.export.exporter import ExportOptions
+from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, TargetsProfile
 
 RELATIVE = 1e-4

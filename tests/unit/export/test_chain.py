@@ -10,7 +10,8 @@ import pytest
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.export import chain
-from coprs_deploy.export.chain import MODULE, TRACED, measure_chain, write_chain_page
+from coprs_deploy.export.chain import MODULE, TRACED, measure_chain
+from coprs_deploy.export.chain_page import write_chain_page
 from coprs_deploy.export.equivalence import sample_inputs
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER
 

@@ -15,8 +15,8 @@ from coprs_deploy.export.equivalence import (
     require_equivalence,
     sample_inputs,
 )
-from coprs_deploy.export.exporter import ATTENTION_FORMS
 from coprs_deploy.export.mask_samples import draw_masked_samples
+from coprs_deploy.export.options import ATTENTION_FORMS
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, graph_specs
 
 GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from coprs_deploy.shipped import CHECKPOINT
 from coprs_deploy.training.grpo.experiment_report import write_experiment_report
-from coprs_deploy.training.grpo.experiments import DAMAGED_FOLDER, RECIPE, damage, experiments
+from coprs_deploy.training.grpo.experiments import DAMAGED_FOLDER, damage
 from coprs_deploy.training.grpo.judging import standard_error
+from coprs_deploy.training.grpo.planned_experiments import RECIPE, experiments
 from coprs_deploy.training.recipe import load_recipe
 
 
