@@ -695,7 +695,7 @@ class TestAsync:
         assert asyncio.run(main()) < 0.5
 
     def test_leaving_an_asynchronous_stream_early_abandons_it(self, build):
-        policy = FakePolicy(words=("w",) * 50)
+        policy = FakePolicy(words=("w",) * 50, during=lambda: time.sleep(0.05))
         coprs, _ = build(policy)
 
         async def main():

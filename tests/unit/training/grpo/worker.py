@@ -26,15 +26,17 @@ class Scripted(JointTrainer):
         responses = []
         for row, question in enumerate(self.rollout.questions):
             written = question.example.response
-            if row % group:  # the other response names another place
-                written = written.replace("row", "col", 1).replace("is at", "at", 1)
+            if row % group:
+                # The other response names another place, and speaks before it thinks: rewards that
+                # nearly agree would turn the rounding of a mask into a share of the advantage.
+                written = "is " + written.replace("row", "col", 1).replace("is at", "at", 1)
             ids = tokenizer(written, add_special_tokens=False)["input_ids"]
             responses.append([*ids, tokenizer.eos_token_id])
         return responses, None
 
 
 def train(out, processes):
-    optimizer = msgspec.structs.replace(PAPER_OPTIMIZER, rate=1e-3)
+    optimizer = msgspec.structs.replace(PAPER_OPTIMIZER, rate=1e-4)
     bench = build_bench(
         out.parent, trainer=Scripted, processes=processes, steps=3, optimizer=optimizer
     )
