@@ -30,6 +30,9 @@ WORKER = Path(__file__).parent / "worker.py"
 SAME_BATCH_TOLERANCE = 1e-4
 """Relative difference of figures when one batch is summed in another order, over three steps."""
 
+CANCELLED = 1e-5
+"""Absolute difference where advantages of about 1 cancel: the policy's loss at the first step."""
+
 SHARDED_TOLERANCE = 1e-4
 """Relative difference of whole gradients, float32."""
 
@@ -53,7 +56,8 @@ def test_two_processes_have_the_figures_of_one(tmp_path):
     for ours, theirs in zip(one["lines"], two["lines"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            assert theirs[name] == pytest.approx(value, rel=SAME_BATCH_TOLERANCE, abs=1e-6), name
+            wanted = pytest.approx(value, rel=SAME_BATCH_TOLERANCE, abs=CANCELLED)
+            assert theirs[name] == wanted, name
     assert one["lines"][-1]["kl"] > 1e-3, "nothing was learned, so nothing is compared"
     for name, value in one["sums"].items():
         assert two["sums"][name] == pytest.approx(value, abs=1e-2), name
