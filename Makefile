@@ -10,6 +10,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 DEMO ?= demo-output
 
+# Test files side by side, a core each, on four at most.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test test-vllm lint check format shipped report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -30,7 +33,7 @@ demo: $(VENV)/.base
 	@echo "Look at $(DEMO)/answer/overlay.png, prior.png, mask.png and result.json."
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -49,7 +52,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow" --quiet
+	$(PYTEST) -m "not slow" --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

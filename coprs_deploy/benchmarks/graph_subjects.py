@@ -18,12 +18,20 @@ CHAIN = "all three graphs"
 
 
 def open_bundle_subject(
-    bundle: str, runtime: str, graph: str, inputs: str, *, device: str = "cpu"
+    bundle: str,
+    runtime: str,
+    graph: str,
+    inputs: str,
+    *,
+    device: str = "cpu",
+    inference_precision: str = "fp32",
 ) -> Subject:
     """Open one graph of a bundle, or all three, with a runtime that can read it."""
     # Its files were checked when it was made or first opened; here the time to open is measured.
     opened = Bundle(Path(bundle), read_manifest(bundle))
-    options = RunnerOptions(device=device, allow_plan_code=True)
+    options = RunnerOptions(
+        device=device, allow_plan_code=True, inference_precision=inference_precision
+    )
     names = GRAPH_NAMES if graph == CHAIN else (graph,)
     runners = {}
     for name in names:

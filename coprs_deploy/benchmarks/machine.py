@@ -13,6 +13,7 @@ from pathlib import Path
 import coprs_deploy
 from coprs_deploy.benchmarks.report import Machine
 from coprs_deploy.engines.cuda_device import current_gpu
+from coprs_deploy.engines.processor import describe_processor
 from coprs_deploy.version import __version__, installed_versions
 
 VECTOR_UNITS = (
@@ -21,6 +22,7 @@ VECTOR_UNITS = (
     "fma",
     "f16c",
     "avx512f",
+    "avx_vnni",
     "avx512_vnni",
     "avx512_bf16",
     "avx512_fp16",
@@ -39,9 +41,10 @@ KINDS = (("amx_bf16", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("asimd",
 
 def describe_machine() -> dict[str, str]:
     """Name processor, cores, memory, system and version of this package."""
+    processor = describe_processor()
     return {
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "processor": processor.name,
+        "cores": str(processor.cores),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -51,15 +54,14 @@ def describe_machine() -> dict[str, str]:
 
 def machine_record() -> Machine:
     """Say what figures are measured on, for a report."""
-    flags = _flags()
+    processor = describe_processor()
     gpu = current_gpu()
-    cores = len(os.sched_getaffinity(0))
     versions = {**installed_versions(), "coprs-deploy": __version__}
     return Machine(
-        kind=_kind(cores, flags, gpu.name if gpu else None),
-        processor=_processor(),
-        vector_units=tuple(unit for unit in VECTOR_UNITS if unit in flags),
-        cores=cores,
+        kind=_kind(processor.cores, processor.units, gpu.name if gpu else None),
+        processor=processor.name,
+        vector_units=tuple(unit for unit in VECTOR_UNITS if unit in processor.units),
+        cores=processor.cores,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=f"{gpu.name} ({gpu.compute_capability})" if gpu else None,
         driver=_printed(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
@@ -91,21 +93,3 @@ def _printed(command: Sequence[str]) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     lines = done.stdout.strip().splitlines()
     return lines[0].strip() if done.returncode == 0 and lines else None
-
-
-def _flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

@@ -95,7 +95,7 @@ class Workshop(Closeable):
         sizes: SAM sizes that are measured with random weights, where a suite needs no policy.
         devices: ``cpu``, and ``cuda`` where there is one.
         only: a regular expression; rows are measured whose group and name hold it.
-        calibration: folder of pictures for int8; None draws some for the shipped model.
+        calibration: folder of pictures for int8; None draws some, but not for a user's model.
         is_quick: whether suites leave out what takes long and is not asked for by name.
         progress: called with the name of each step as it starts.
     """
@@ -182,14 +182,14 @@ class Workshop(Closeable):
         return self.folder / f"{model.name}-{runtime}-{precision}-{targets.replace(',', '-')}"
 
     def calibration(self, model: Model) -> str:
-        """Give a folder of pictures for int8: the user's, or scenes of the shipped model's kind.
+        """Give a folder of pictures for int8: the user's, or drawn scenes.
 
         Raises:
-            WorkerError: none were named for a model that is not the shipped one.
+            WorkerError: none were named for a model of the user's.
         """
         if self._pictures is not None:
             return str(self._pictures)
-        if not model.has_truth:
+        if not (model.has_truth or self._sizes):
             raise WorkerError("int8 is calibrated on pictures; name a folder with --calibration")
         folder = self.folder / "calibration"
         if not folder.exists():

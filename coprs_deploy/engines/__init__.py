@@ -119,14 +119,10 @@ def open_bundle_graph(
 def check_runtime(graph: GraphRecord, runtime: str) -> None:
     """Refuse a runtime that cannot run a graph: an engine has one, an ONNX file has two.
 
-    int8 is checked with one runtime and run with it: each has int8 sums of its own, and on a
-    processor without instructions for them OpenVINO's were measured to be four times as far off.
-
     Raises:
         ValueError: says which runtimes can.
     """
-    is_free = graph.runtime in ONNX_RUNTIMES and graph.precision != "int8"
-    accepted = ONNX_RUNTIMES if is_free else (graph.runtime,)
+    accepted = ONNX_RUNTIMES if graph.runtime in ONNX_RUNTIMES else (graph.runtime,)
     if runtime not in accepted:
         raise ValueError(
             f"runtime is {runtime!r}, and {graph.file} was exported for {graph.runtime} in "

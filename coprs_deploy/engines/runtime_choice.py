@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -23,6 +20,7 @@ import numpy as np
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.engines import ONNX_RUNTIMES, open_bundle_graph
 from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.processor import describe_processor
 from coprs_deploy.engines.runner import Array, Runner, RunnerOptions
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.specs import GraphSpec, Record
@@ -31,7 +29,7 @@ from coprs_deploy.version import installed_versions
 FOLDER = "choices"
 """Where choices are kept, below the cache folder."""
 
-REVISION = 1
+REVISION = 2
 """Of the way to measure; a choice of another one is forgotten."""
 
 TRIAL_SECONDS = 0.4
@@ -139,32 +137,12 @@ def choice_key(bundle: Bundle, name: str, options: RunnerOptions) -> str:
             file.sha256 for file in bundle.manifest.files if file.path.startswith(graph.file)
         ),
         "versions": {k: v for k, v in installed_versions().items() if k in PACKAGES},
-        "processor": processor(),
+        "processor": describe_processor().to_json(),
         "device": options.device,
         "num_threads": options.num_threads,
         "inference_precision": options.inference_precision,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def processor() -> dict[str, str]:
-    """Describe the processor: its name, its vector units, and the cores that this process may use.
-
-    Where the system does not tell, the name is the architecture.
-    """
-    described: dict[str, str] = {}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        field, _, value = line.partition(":")
-        described.setdefault(field.strip(), value.strip())
-    return {
-        "name": described.get("model name") or platform.processor() or platform.machine(),
-        "units": described.get("flags", described.get("Features", "")),
-        "cores": str(len(os.sched_getaffinity(0))),
-    }
 
 
 def _recall(cache: BuildCache, key: str) -> RuntimeChoice | None:

@@ -98,6 +98,7 @@ TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
     ("openvino", "fp32"): _FLOAT32,
     ("openvino", "bf16"): _BFLOAT16,
     ("openvino", "fp16"): _FLOAT16,
+    ("openvino", "int8"): _INT8,
     ("tensorrt", "fp32"): _FLOAT32,
     ("tensorrt", "bf16"): _BFLOAT16,
     ("tensorrt", "fp16"): _FLOAT16,

@@ -33,6 +33,7 @@ from coprs_deploy.checkpoint import (
     load_segmentation_model,
     read_checkpoint,
 )
+from coprs_deploy.engines import openvino_runner
 from coprs_deploy.engines.build_cache import BuildCache
 from coprs_deploy.engines.engine_builder import (
     BuildWatch,
@@ -45,6 +46,7 @@ from coprs_deploy.export.graph_check import GraphCheck, can_run_here
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.options import ATTENTION_FORMS, ExportOptions
 from coprs_deploy.export.precision import (
+    INT8,
     OPSETS,
     graph_precision,
     rest_precision,
@@ -101,12 +103,15 @@ def export_checkpoint(
         ValueError: there are too few of them.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
         EngineBuildError: an engine cannot be built; nothing is written.
-        RuntimeUnavailableError: engines of this flavor cannot be built here.
+        RuntimeUnavailableError: engines of this flavor cannot be built here, or this processor has
+            no units for the precision.
     """
     options, watch = options or ExportOptions(), watch or BuildWatch()
     out = Path(out)
     builds_engines = options.runtime in ENGINE_FLAVORS
     target = resolve_target(options.build_settings()) if builds_engines else None
+    if (options.runtime, options.precision) == ("openvino", INT8):
+        openvino_runner.require_int8_units()
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     check_replaceable(out, MANIFEST_FILE, options.overwrite)
     pictures = None if options.calibration is None else find_pictures(options.calibration)

@@ -38,7 +38,12 @@ INT8 = "int8"
 PRECISIONS = (FP32, BF16, FP16, INT8)
 """As users type them; int8 is of the image encoder's large products."""
 
-INT8_RESTS: Mapping[str, str] = {"onnxruntime": FP32, "tensorrt": FP16, "tensorrt-rtx": FP16}
+INT8_RESTS: Mapping[str, str] = {
+    "onnxruntime": FP32,
+    "openvino": FP32,
+    "tensorrt": FP16,
+    "tensorrt-rtx": FP16,
+}
 """What the rest of an int8 export is by runtime. float16 rounds eight times finer than bfloat16;
 an overflow stops the export. ONNX Runtime's CPU provider computes float16 in float32 anyway."""
 

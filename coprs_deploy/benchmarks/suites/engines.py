@@ -10,8 +10,9 @@ from coprs_deploy.benchmarks.process import WorkerError, call_once
 from coprs_deploy.benchmarks.report import LeftOut, Work
 from coprs_deploy.benchmarks.workshop import PREPARE_SECONDS, Model, Workshop, version_of
 from coprs_deploy.bundle import read_manifest
+from coprs_deploy.engines import openvino_runner
 from coprs_deploy.export.equivalence import TOLERANCES
-from coprs_deploy.export.precision import FP32
+from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER
 
 NAME = "engines"
@@ -81,6 +82,13 @@ def precisions(model: Model, runtimes: list[str]) -> list[tuple[str, str]]:
     return [(r, p) for r in runtimes for known, p in TOLERANCES if known == r]
 
 
+def products(runtime: str, precision: str) -> tuple[str, ...]:
+    """Say in what the float32 products of such a graph can be computed here."""
+    if runtime != "openvino" or precision not in (FP32, INT8):
+        return (FP32,)
+    return openvino_runner.inference_precisions()
+
+
 def runtime_name(runtime: str, device: str, precision: str) -> str:
     """Name a row that runs this package's graphs."""
     version = version_of(*DISTRIBUTIONS.get(runtime, (runtime,)))
@@ -109,25 +117,28 @@ def _graph_cases(
     for runtime, precision in precisions(model, runtimes):
         if workshop.is_quick and device == "cpu" and model.checkpoint and precision != FP32:
             continue
-        name = runtime_name(runtime, device, precision)
-        if not workshop.wants(group, name):
-            continue
-        bundle = workshop.bundle(model, runtime, precision)
-        yield Case(
-            name=name,
-            target=f"{GRAPHS}:open_bundle_subject",
-            settings={
-                "bundle": str(bundle.path),
-                "runtime": runtime,
-                "graph": graph,
-                "inputs": inputs,
-                "device": device,
-            },
-            labels=_labels(model, graph, runtime, precision, device),
-            estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
-            problem=f"it could not be exported: {bundle.problem}" if bundle.problem else "",
-            work=graph_work(workshop, model, graph),
-        )
+        for product in products(runtime, precision):
+            name = runtime_name(runtime, device, precision)
+            name += f", products in {product}" if product != FP32 else ""
+            if not workshop.wants(group, name):
+                continue
+            bundle = workshop.bundle(model, runtime, precision)
+            yield Case(
+                name=name,
+                target=f"{GRAPHS}:open_bundle_subject",
+                settings={
+                    "bundle": str(bundle.path),
+                    "runtime": runtime,
+                    "graph": graph,
+                    "inputs": inputs,
+                    "device": device,
+                    "inference_precision": product,
+                },
+                labels=_labels(model, graph, runtime, precision, device),
+                estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
+                problem=f"it could not be exported: {bundle.problem}" if bundle.problem else "",
+                work=graph_work(workshop, model, graph),
+            )
 
 
 def graph_work(workshop: Workshop, model: Model, graph: str) -> Work | None:
@@ -204,12 +215,16 @@ def _exported_peers(
     workshop: Workshop, model: Model, *, inputs: str, device: str, name: str, missing: str
 ) -> Iterable[Case]:
     """Run segment-anything's encoder, exported as it is, in the default session of each runtime."""
-    runtimes = {"onnxruntime": version_of(*DISTRIBUTIONS["onnxruntime"])}
+    here = [("onnxruntime", FP32)]
     if device == "cpu":
-        runtimes["openvino"] = version_of("openvino")
+        in_openvino = products("openvino", FP32) if version_of("openvino") else (FP32,)
+        here += [("openvino", precision) for precision in in_openvino]
     path = workshop.folder / f"{model.name}-segment-anything" / "encoder.onnx"
-    for runtime, version in runtimes.items():
-        title = f"{name}, torch.onnx.export, {runtime} {version} {device} fp32"
+    for runtime, precision in here:
+        if workshop.is_quick and precision != FP32:
+            continue
+        version = version_of(*DISTRIBUTIONS[runtime])
+        title = f"{name}, torch.onnx.export, {runtime} {version} {device} {precision}"
         problem = missing if version else f"it is not installed; pip install {runtime}"
         if (
             not problem
@@ -227,11 +242,12 @@ def _exported_peers(
             except WorkerError as error:
                 problem = f"it could not be exported: {error}"
         settings = {"path": str(path), "inputs": inputs}
+        more = {"device": device} if runtime == "onnxruntime" else {"precision": precision}
         yield Case(
             name=title,
             target=f"{TORCH}:open_exported_{runtime}",
-            settings={**settings, "device": device} if runtime == "onnxruntime" else settings,
-            labels=_labels(model, IMAGE_ENCODER, f"segment-anything {runtime}", "fp32", device),
+            settings=settings | more,
+            labels=_labels(model, IMAGE_ENCODER, f"segment-anything {runtime}", precision, device),
             estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
             problem=problem,
             work=graph_work(workshop, model, IMAGE_ENCODER),

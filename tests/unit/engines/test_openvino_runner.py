@@ -14,6 +14,7 @@ from coprs_deploy import shipped
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, onnxruntime_runner, openvino_runner
+from coprs_deploy.engines.processor import Processor
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint
@@ -242,7 +243,11 @@ def test_a_missing_library_ends_in_the_pip_line(open_stage, monkeypatch):
 
 
 def test_availability_names_version_and_precisions(monkeypatch):
+    version = openvino.__version__.split("-")[0]
     monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32", "bf16"])
-    (found,) = openvino_runner.availability()
-    assert (found.name, found.is_available) == ("openvino cpu", True)
-    assert found.detail == f"{openvino.__version__.split('-')[0]}, fp32, bf16"
+    for units, precisions in ((("avx2",), "fp32, bf16"), (("avx_vnni",), "fp32, bf16, int8")):
+        processor = Processor("a processor", units, 2)
+        monkeypatch.setattr(openvino_runner, "describe_processor", lambda it=processor: it)
+        (found,) = openvino_runner.availability()
+        assert (found.name, found.is_available) == ("openvino cpu", True)
+        assert found.detail == f"{version}, {precisions}"

@@ -8,6 +8,7 @@ import pytest
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions, runtime_choice
 from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.processor import Processor
 from coprs_deploy.engines.runtime_choice import RuntimeChoice, Trial, choice_key, choose_runtimes
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, PRIOR
@@ -101,7 +102,8 @@ def test_whatever_changes_the_times_changes_the_key(bundle, monkeypatch):
         patch.setattr(runtime_choice, "installed_versions", lambda: {"openvino": "1"})
         keys.append(choice_key(bundle, IMAGE_ENCODER, RunnerOptions()))
     with monkeypatch.context() as patch:
-        patch.setattr(runtime_choice, "processor", lambda: {"name": "another"})
+        other = Processor("another", (), 2)
+        patch.setattr(runtime_choice, "describe_processor", lambda: other)
         keys.append(choice_key(bundle, IMAGE_ENCODER, RunnerOptions()))
     files = tuple(msgspec.structs.replace(file, sha256="0" * 64) for file in bundle.manifest.files)
     changed = msgspec.structs.replace(bundle.manifest, files=files)

@@ -1,6 +1,7 @@
 """int8 products: which they are, what TensorRT asks of them, and when an export is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,8 +12,9 @@ from PIL import Image
 
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
-from coprs_deploy.engines import RunnerOptions, open_bundle_graph
-from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.engines import RunnerOptions, open_bundle_graph, openvino_runner
+from coprs_deploy.engines.processor import Processor, describe_processor
+from coprs_deploy.errors import EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer, precision
 from coprs_deploy.export.calibration import ProductRange, calibrate, find_pictures
 from coprs_deploy.export.precision import type_graph
@@ -226,8 +228,6 @@ class TestExport:
         assert all(record.passed and record.inputs == 2 for record in records.values())
         assert records[IMAGE_ENCODER].relative > 1e-3
         assert records[PRIOR].relative < 1e-4
-        with pytest.raises(ValueError, match=r"for onnxruntime in int8; accepted: onnxruntime$"):
-            open_bundle_graph(bundle, IMAGE_ENCODER, RunnerOptions(), "openvino")
         with open_bundle_graph(bundle, IMAGE_ENCODER, RunnerOptions()) as runner:
             assert runner.spec.inputs[0].dtype == "float32"
         properties = {p.key: p.value for p in onnx.load(path / ENCODER).metadata_props}
@@ -241,6 +241,46 @@ class TestExport:
         monkeypatch.setattr(graph_writer, "calibrate", None)
         again = export_checkpoint(tiny_checkpoint, tmp_path / "two", options).bundle
         assert first.manifest.files == again.manifest.files
+
+    @pytest.mark.skipif(
+        not describe_processor().has_int8_units, reason="this processor has no int8 units"
+    )
+    def test_openvino_runs_the_same_graph_as_exactly(
+        self, tiny_checkpoint, tmp_path, pictures, written_graphs
+    ):
+        bundles = {}
+        for runtime in ("onnxruntime", "openvino"):
+            options = ExportOptions(runtime, "int8", calibration=pictures, cache=tmp_path / "cache")
+            bundles[runtime] = export_checkpoint(
+                tiny_checkpoint, tmp_path / runtime, options
+            ).bundle
+        encoders = [bundle.path / ENCODER for bundle in bundles.values()]
+        assert encoders[0].read_bytes() == encoders[1].read_bytes()
+        image = np.random.default_rng(0).standard_normal((1, 3, 128, 128), dtype=np.float32)
+        found = []
+        for runtime in bundles:
+            with open_bundle_graph(
+                bundles["onnxruntime"], IMAGE_ENCODER, RunnerOptions(), runtime
+            ) as runner:
+                found.append(runner(image=image)["image_embedding"].numpy())
+        # Sums of int8 are equal; a rounding of the rest may move a value by one of 127 steps.
+        assert np.abs(found[0] - found[1]).max() < 0.01 * np.abs(found[0]).max()
+
+    def test_openvino_is_refused_where_its_int8_would_not_be_exact(
+        self, tiny_checkpoint, tmp_path, pictures, written_graphs, monkeypatch
+    ):
+        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+        old = Processor("a processor", ("avx2", "fma"), 2)
+        monkeypatch.setattr(openvino_runner, "describe_processor", lambda: old)
+        steps = []
+        for_openvino = replace(options, runtime="openvino")
+        with pytest.raises(RuntimeUnavailableError, match="use the runtime onnxruntime"):
+            export_checkpoint(tiny_checkpoint, tmp_path / "other", for_openvino, steps.append)
+        assert steps == []
+        with pytest.raises(RuntimeUnavailableError, match="use the runtime onnxruntime"):
+            open_bundle_graph(bundle, IMAGE_ENCODER, RunnerOptions(), "openvino")
+        open_bundle_graph(bundle, PRIOR, RunnerOptions(), "openvino").close()
 
     @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt-rtx"])
     def test_a_broken_block_is_refused_and_named(
