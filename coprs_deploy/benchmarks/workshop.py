@@ -35,6 +35,9 @@ SHIPPED_INPUTS = 16
 RANDOM_INPUTS = {"tiny": 3, "vit_b": 2, "vit_l": 1, "vit_h": 1}
 """How many inputs accuracy is measured on; PyTorch's reference of a large encoder takes long."""
 
+GOOD_PICTURES, FEW_PICTURES = 32, 4
+"""For the int8 of trained weights, and of random ones, whose speed does not depend on them."""
+
 PREPARE_SECONDS = 1800.0
 """Limit of one step of preparation."""
 
@@ -199,9 +202,10 @@ class Workshop(Closeable):
             return str(self._pictures)
         if not (model.has_truth or self._sizes):
             raise WorkerError("int8 is calibrated on pictures; name a folder with --calibration")
-        folder = self.folder / "calibration"
+        count = GOOD_PICTURES if model.has_truth else FEW_PICTURES
+        folder = self.folder / f"calibration-{count}"
         if not folder.exists():
-            call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, folder=str(folder), count=32)
+            call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, folder=str(folder), count=count)
         return str(folder)
 
     def inputs(self, model: Model, count: int | None = None) -> str:
