@@ -254,13 +254,14 @@ class TestChecks:
         monkeypatch.setattr(
             execution, "CudaDevice", lambda index, high_priority: FakeDevice(library.calls)
         )
+        flavor = execution.FLAVORS["tensorrt"]
         for verified_on, warning in (
             (None, r"never compared with PyTorch on a GPU: .*coprs-deploy verify"),
             ("NVIDIA A100", "never compared .* on this NVIDIA L4, only on NVIDIA A100"),
         ):
             with pytest.warns(execution.UnverifiedEngineWarning, match=warning):
-                open_graph("tensorrt", plan, SPEC, CUDA, engine(verified_on=verified_on)).close()
-        open_graph("tensorrt", plan, SPEC, CUDA, engine(verified_on="NVIDIA L4")).close()
+                execution.open_plan(flavor, plan, SPEC, CUDA, engine(verified_on=verified_on))
+        execution.open_plan(flavor, plan, SPEC, CUDA, engine(verified_on="NVIDIA L4"))
 
     def test_a_mismatch_is_found_before_the_plan_is_read(self, library, plan):
         plan.unlink()
