@@ -71,9 +71,10 @@ BENCH := $(BIN)/python -m coprs_deploy.cli.main bench --work $(BENCH_WORK) --out
 report: $(VENV)/.dev
 	$(BENCH) --suite engines,answer,policy,start,scaling,export --theme shipped
 	$(BENCH) --suite precision --theme precision
-	$(BENCH) --suite engines --full --sizes vit_b,vit_h --theme full-size \
-		--only 'image_encoder.*(fp32|bf16|int8)'
+	$(BENCH) --suite engines --full --sizes vit_b,vit_h --theme full-size --rounds 2 \
+		--only 'vit_b: image_encoder(?!.*compile).*(fp32|bf16|int8)|vit_h: image_encoder.*(openvino.*cpu (fp32|int8)|eager cpu (fp32|bf16)|onnxruntime.*cpu fp32|anything.*openvino.*bf16)'
 	$(BIN)/python -m coprs_deploy.cli.main bench --suite full-size-export --out docs/reports
+	$(BIN)/python -m coprs_deploy.benchmarks.full_size_engines --out docs/reports --work $(BENCH_WORK)/engines
 	$(BIN)/python -m coprs_deploy.benchmarks.committed
 
 clean:

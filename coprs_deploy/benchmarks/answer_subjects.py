@@ -64,7 +64,7 @@ def _open(bundle: str, runtime: str | None, device: str, cached_images: int) -> 
     if runtime in (None, own):
         return CoPRS.load(bundle, RuntimeOptions(device=device, cached_images=cached_images))
     opened = open_bundle(bundle)
-    options = RunnerOptions(device=device, allow_plan_code=True)
+    options = RunnerOptions(device=device)
     runners = {
         name: open_graph(runtime or own, opened.graph_path(name), graph.spec, options, graph.engine)
         for name, graph in manifest.graphs.items()

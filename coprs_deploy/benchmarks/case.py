@@ -41,6 +41,11 @@ class Case:
     problem: str = ""
     work: Work | None = None
 
+    @property
+    def products(self) -> str:
+        """What its products are computed in, where that is known: the ceiling that it has."""
+        return self.labels.get("products", self.labels.get("precision", "fp32"))
+
 
 Judge = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]
 """Takes the folders that the cases left their outputs in, by name; gives their accuracy."""

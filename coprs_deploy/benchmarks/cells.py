@@ -61,8 +61,13 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio.value:.2f} ({row.ratio.low:.2f} to {row.ratio.high:.2f})"
 
 
+def peak_of(row: Row) -> float | None:
+    """Give the peak memory of what was measured, of a child that it started if it did."""
+    return row.figures.get("peak_bytes", row.memory.host)
+
+
 def _memory(row: Row) -> str:
-    peak = row.figures.get("peak_bytes", row.memory.host)
+    peak = peak_of(row)
     return "" if peak is None else number_of_bytes(peak)
 
 

@@ -61,7 +61,8 @@ def speed_table(root: Path) -> list[str]:
 def _title(report: Report, what: str) -> str:
     link = f"{REPORTS}/{report.stem}.md"
     machine = report.machine
-    where = machine.gpu or f"{machine.processor}, {machine.cores} cores"
+    unit = machine.kind.rpartition("-")[2]
+    where = machine.gpu or f"{machine.processor}, {machine.cores} cores, {unit}"
     return f"[{what[0].upper()}{what[1:]}]({link}), {where}, {report.date}:"
 
 

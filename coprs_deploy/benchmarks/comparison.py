@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from coprs_deploy.benchmarks.cells import milliseconds, number_of_bytes
+from coprs_deploy.benchmarks.cells import milliseconds, number_of_bytes, peak_of
 from coprs_deploy.benchmarks.report import Latency, Report, Row
 
 
@@ -68,8 +68,16 @@ def compare_reports(old: Report, new: Report, tolerances: Tolerances) -> list[Fi
 
     Rows are the same when suite, group and name are, versions of libraries left out: what an update
     did is a question to ask.
+
+    Raises:
+        ValueError: no row of one is in the other, so that nothing would be compared.
     """
     before, after = _rows(old), _rows(new)
+    if before.keys().isdisjoint(after.keys()):
+        raise ValueError(
+            f"the reports share no row ({old.theme}, {len(before)} rows; {new.theme}, "
+            f"{len(after)} rows): compare two of the same suites and bundle"
+        )
     findings = []
     for place, row in before.items():
         if place not in after:
@@ -130,7 +138,7 @@ def _compare(place: str, old: Row, new: Row, tolerances: Tolerances) -> list[Fin
     findings = []
     if old.latency is not None and new.latency is not None:
         findings.append(_times(place, old.latency, new.latency, tolerances.time))
-    was, now = old.memory.host, new.memory.host
+    was, now = peak_of(old), peak_of(new)
     if was and now and now > was * (1 + tolerances.memory):
         detail = f"{number_of_bytes(was)} -> {number_of_bytes(now)}"
         findings.append(Finding(place, Verdict.LARGER, detail))

@@ -22,12 +22,15 @@ from coprs_deploy.artifacts import write_json
 from coprs_deploy.benchmarks.machine import describe_machine
 from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.specs import IMAGE_ENCODER
+from coprs_deploy.version import installed_versions
 
 NAME = "full-size-engines"
 SIZES = ("vit_b", "vit_l", "vit_h")
-PRECISIONS = ("bf16", "fp16", "int8")
+PRECISIONS = ("bf16", "fp16")
+"""By default; int8 is calibrated for minutes first."""
 GPUS = ("sm_80", "sm_89", "sm_120")
 RUNTIME = "tensorrt-rtx"
+VERSIONS = (RUNTIME, "torch", "onnx", "onnxruntime")
 
 Progress = Callable[[str], None]
 
@@ -68,9 +71,11 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         for precision in plan.precisions:
             rows.append(_measure(size, precision, folder, plan, progress))
+    installed = installed_versions()
     report = {
         "suite": NAME,
         "machine": describe_machine(),
+        "versions": {name: installed[name] for name in VERSIONS if name in installed},
         "weights": "random",
         "gpus": list(GPUS),
         "rows": rows,
@@ -141,7 +146,10 @@ def render(report: dict[str, Any]) -> str:
         f"`python -m coprs_deploy.benchmarks.{NAME.replace('-', '_')} --out docs/reports "
         "--work DIR`.",
         "",
-        ", ".join(f"{key} {value}" for key, value in report["machine"].items()) + ".",
+        ", ".join(
+            f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()
+        )
+        + ".",
         "",
         "Cosine and relative difference are of the embedding of one picture, the typed graph with "
         "every rounding written out against PyTorch in float32. Memory is the peak of the process "

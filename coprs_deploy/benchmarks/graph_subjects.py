@@ -29,9 +29,7 @@ def open_bundle_subject(
     """Open one graph of a bundle, or all three, with a runtime that can read it."""
     # Its files were checked when it was made or first opened; here the time to open is measured.
     opened = Bundle(Path(bundle), read_manifest(bundle))
-    options = RunnerOptions(
-        device=device, allow_plan_code=True, inference_precision=inference_precision
-    )
+    options = RunnerOptions(device=device, inference_precision=inference_precision)
     names = GRAPH_NAMES if graph == CHAIN else (graph,)
     runners = {}
     for name in names:

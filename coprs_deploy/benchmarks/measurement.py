@@ -67,7 +67,6 @@ class _Running:
     figures: dict[str, float] = field(default_factory=dict)
     accuracy: Accuracy | None = None
     memory: Memory = field(default_factory=Memory)
-    device_before: int | None = None
     output: Path | None = None
 
     def milliseconds(self) -> list[list[float]]:
@@ -161,14 +160,15 @@ class Measurement:
                 self._finish(group, row)
 
     def _start_anew(self, group: Group, alive: list[_Running]) -> None:
-        rounds = self._least_rounds(group)
+        is_timed = self._least_rounds(group) > 0
+        rounds = max(1, self._least_rounds(group))  # accuracy is measured of what is never timed
         for number in range(rounds):
             for row in alive[number % len(alive) :] + alive[: number % len(alive)]:
                 if row.reason:
                     continue
                 self._progress(f"{group.name}: round {number + 1}, {row.case.name}")
                 self._open(group, row)
-                if row.worker is not None:
+                if row.worker is not None and is_timed:
                     self._run(group, row)
                 if row.worker is not None and number == rounds - 1:
                     self._finish(group, row)
@@ -196,11 +196,14 @@ class Measurement:
                 limit,
             )
             row.figures["open_ms"] = opened["open_ms"]
-            row.device_before = opened["device_before"]
             if group.runs is not None:
                 return
-            # The first run is apart: libraries compile and allocate in it.
+            # The first run is apart: libraries compile and allocate in it. What the device has lost
+            # by then is this row's; later it may be another's that was opened meanwhile.
             first = row.worker.ask({"do": "run", "most": 1, "seconds": 0}, limit)
+            before, after = opened["device_before"], first["device_bytes"]
+            if before is not None and after is not None:
+                row.memory = Memory(row.memory.host, _largest(after - before, row.memory.device))
             row.figures["first_run_ms"] = first["runs"][0][TOTAL]
             if row.figures["first_run_ms"] < 1e3 * self._settings.warm_up_seconds:
                 warm_up = {"do": "run", "most": 1000, "seconds": self._settings.warm_up_seconds}
@@ -224,11 +227,7 @@ class Measurement:
             self._give_up(row, str(error))
             return
         row.rounds.append(answer["runs"])
-        before, after = row.device_before, answer["device_bytes"]
-        taken = after - before if after is not None and before is not None else None
-        row.memory = Memory(
-            _largest(answer["peak_bytes"], row.memory.host), _largest(taken, row.memory.device)
-        )
+        row.memory = Memory(_largest(answer["peak_bytes"], row.memory.host), row.memory.device)
 
     def _finish(self, group: Group, row: _Running) -> None:
         assert row.worker is not None and row.output is not None
@@ -300,9 +299,7 @@ class Measurement:
         ceilings = self._ceilings.get(case.labels.get("device", "cpu").partition(":")[0])
         if ceilings is None:
             return case.work
-        return against_ceiling(
-            case.work, ceilings, case.labels.get("precision", "fp32"), latency.p50
-        )
+        return against_ceiling(case.work, ceilings, case.products, latency.p50)
 
     @staticmethod
     def _find(running: list[_Running], name: str | None) -> _Running | None:

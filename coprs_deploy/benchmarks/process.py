@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import CoPRSError
 
 MOST_REASON = 400
 """Characters of a reason that a report keeps."""
 
 
-class WorkerError(Exception):
+class WorkerError(CoPRSError):
     """A worker could not do what was asked; the message is the reason, for a row."""
 
 

@@ -22,8 +22,11 @@ def against_ceiling(work: Work, ceilings: Ceilings, precision: str, milliseconds
     """Fill in what the ceilings allow, and how much of it was reached.
 
     A processor without units for a half precision computes such graphs in float32, so the faster
-    of the two products counts there.
+    of the two products counts there. Of a precision without a measured ceiling, as int8, nothing is
+    said.
     """
+    if precision not in ceilings.matmul_flops:
+        return work
     rates = {
         name: ceilings.matmul_flops[name]
         for name in (precision, "fp32")

@@ -96,7 +96,7 @@ def run_benchmark(request: Request, progress: Callable[[str], None] = lambda ste
                 "there is nothing to measure: "
                 + (f"--only {request.only!r} fits no row" if request.only else _why(plans))
             )
-        used = {c.labels.get("precision", FP32) for g in groups for c in g.cases if c.work}
+        used = {c.products for g in groups for c in g.cases if c.work}
         ceilings = measure_all_ceilings(request.devices, used | {FP32}, progress) if used else ()
         by_device = {ceiling.device: ceiling for ceiling in ceilings}
         measurement = Measurement(request.settings, by_device, progress)

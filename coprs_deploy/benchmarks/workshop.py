@@ -13,11 +13,19 @@ from coprs_deploy import shipped
 from coprs_deploy.benchmarks.case import Judge
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
 from coprs_deploy.benchmarks.report import Accuracy, LeftOut, Work
-from coprs_deploy.bundle import ENGINE_FLAVORS, MANIFEST_FILE, open_bundle, read_manifest
+from coprs_deploy.bundle import (
+    ENGINE_FLAVORS,
+    MANIFEST_FILE,
+    EngineRecord,
+    open_bundle,
+    read_manifest,
+)
 from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import runtime_module, runtime_names
-from coprs_deploy.errors import CoPRSError
+from coprs_deploy.engines.cuda_device import current_gpu
+from coprs_deploy.engines.flavors import FLAVORS
+from coprs_deploy.errors import BundleError, CoPRSError
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, TargetsProfile
 
 STEPS = "coprs_deploy.benchmarks.steps"
@@ -26,6 +34,9 @@ INPUTS = "coprs_deploy.benchmarks.inputs"
 SHIPPED_INPUTS = 16
 RANDOM_INPUTS = {"tiny": 3, "vit_b": 2, "vit_l": 1, "vit_h": 1}
 """How many inputs accuracy is measured on; PyTorch's reference of a large encoder takes long."""
+
+GOOD_PICTURES, FEW_PICTURES = 32, 4
+"""For the int8 of trained weights, and of random ones, whose speed does not depend on them."""
 
 PREPARE_SECONDS = 1800.0
 """Limit of one step of preparation."""
@@ -191,9 +202,10 @@ class Workshop(Closeable):
             return str(self._pictures)
         if not (model.has_truth or self._sizes):
             raise WorkerError("int8 is calibrated on pictures; name a folder with --calibration")
-        folder = self.folder / "calibration"
+        count = GOOD_PICTURES if model.has_truth else FEW_PICTURES
+        folder = self.folder / f"calibration-{count}"
         if not folder.exists():
-            call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, folder=str(folder), count=32)
+            call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, folder=str(folder), count=count)
         return str(folder)
 
     def inputs(self, model: Model, count: int | None = None) -> str:
@@ -319,15 +331,27 @@ def _is(
     """Whether a whole bundle of one of these runtimes, this precision and this model is there."""
     if not (bundle / MANIFEST_FILE).is_file():
         return False
-    manifest = open_bundle(bundle).manifest
+    try:
+        manifest = open_bundle(bundle).manifest
+    except BundleError:
+        return False
     encoder = manifest.graphs[IMAGE_ENCODER]
     if encoder.runtime not in runtimes or encoder.precision != precision:
+        return False
+    if encoder.engine is not None and not _fits(encoder.engine):
         return False
     if manifest.graphs[PRIOR].spec.targets != TargetsProfile.parse(targets):
         return False
     if model.checkpoint is None or bundle == model.bundle:
         return True
     return read_checkpoint(model.checkpoint).fingerprint() == manifest.checkpoint_fingerprint
+
+
+def _fits(engine: EngineRecord) -> bool:
+    """Whether an engine is for the library and the GPU that are here."""
+    gpu, version = current_gpu(), FLAVORS[engine.flavor].load().__version__
+    is_here = gpu is not None and gpu.compute_capability in engine.compute_capabilities
+    return is_here and engine.version == version
 
 
 def _text(path: Path | None) -> str | None:

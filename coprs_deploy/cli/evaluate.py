@@ -10,7 +10,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.parser import (
+    add_json_flag,
+    add_plan_code_flag,
+    add_runtime_arguments,
+    log,
+    print_json,
+)
 from coprs_deploy.cli.tables import table
 
 SUMMARY = "judge a bundle on questions whose answers are known"
@@ -37,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIGURE=VALUE",
         help="fail below this, as in mask_iou=0.93; may be repeated",
     )
+    add_runtime_arguments(parser)
     parser.add_argument("--device", default="cpu", help="of graphs and policy: cpu, cuda, cuda:N")
+    add_plan_code_flag(parser)
     add_json_flag(parser)
 
 
@@ -51,8 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     required = _required(arguments.require)
     chosen = choose_examples(arguments.examples, arguments.tier, arguments.count, arguments.absent)
+    options = RuntimeOptions(
+        device=arguments.device,
+        runtime=arguments.runtime,
+        remeasure=arguments.remeasure,
+        inference_precision=arguments.inference_precision,
+        allow_plan_code=arguments.allow_plan_code,
+    )
     scored = []
-    with CoPRS.load(arguments.bundle, RuntimeOptions(device=arguments.device)) as coprs:
+    with CoPRS.load(arguments.bundle, options) as coprs:
+        for choice in coprs.choices:
+            log(str(choice))
         for answer in score_examples(coprs.segment, chosen.examples, chosen.max_targets):
             scored.append(answer)
             if len(scored) % LOG_EVERY == 0:

@@ -89,11 +89,20 @@ def engine_line(engine: EngineRecord) -> str:
 
 
 def cache_line(root: Path | None = None) -> str:
-    """Say where engines that were built before are kept, and how many there are."""
+    """Say where engines that were built before are kept, how many, and what else is kept there."""
     from coprs_deploy.engines.build_cache import BuildCache
+    from coprs_deploy.engines.engine_builder import TIMING_CACHE_FOLDER
+    from coprs_deploy.engines.plan_execution import RUNTIME_CACHE_FOLDER
 
     cache = BuildCache(root)
-    return (
+    lines = [
         f"engine cache: {cache.root}, {len(cache.entries())} engines, "
         f"{cache.size_bytes() / 1e6:,.1f} MB"
-    )
+    ]
+    for folder, title in (
+        (TIMING_CACHE_FOLDER, "timings of kernels"),
+        (RUNTIME_CACHE_FOLDER, "kernels compiled on a GPU"),
+    ):
+        for blob in cache.blobs(folder):
+            lines.append(f"  {title}: {blob.name}, {blob.stat().st_size / 1e6:,.1f} MB")
+    return "\n".join(lines)

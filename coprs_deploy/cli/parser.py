@@ -70,6 +70,15 @@ def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plan_code_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-plan-code``: engines that carry code run only where that was said."""
+    parser.add_argument(
+        "--allow-plan-code",
+        action="store_true",
+        help="load version-compatible engines, which carry code: only from bundles that you trust",
+    )
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     print(json.dumps(data, ensure_ascii=False))

@@ -10,7 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from coprs_deploy.cli.parser import add_json_flag, add_runtime_arguments, log, print_json
+from coprs_deploy.cli.parser import (
+    add_json_flag,
+    add_plan_code_flag,
+    add_runtime_arguments,
+    log,
+    print_json,
+)
 
 SUMMARY = "answer an instruction on a picture"
 
@@ -46,10 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy-dtype", help="float32, bfloat16 or float16 (default: as stored)")
     parser.add_argument("--threads", type=int, help="CPU threads of one graph operator")
     parser.add_argument(
-        "--allow-plan-code",
-        action="store_true",
-        help="load version-compatible engines, which carry code: only from bundles that you trust",
+        "--no-cuda-graphs", action="store_true", help="launch an engine's kernels one by one"
     )
+    add_plan_code_flag(parser)
     add_json_flag(parser)
 
 
@@ -70,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         policy_dtype=arguments.policy_dtype,
         num_threads=arguments.threads,
         allow_plan_code=arguments.allow_plan_code,
+        cuda_graphs=not arguments.no_cuda_graphs,
     )
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
     report = log if arguments.policy == "vllm" else no_progress  # its engine takes a while

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy.cli.parser import add_json_flag, add_plan_code_flag, print_json
 from coprs_deploy.cli.progress import StepPrinter
 from coprs_deploy.cli.tables import equivalence_table
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exported for)",
     )
     parser.add_argument("--device", default="cpu", help="of the graphs: cpu, cuda, cuda:N")
+    add_plan_code_flag(parser)
     parser.add_argument(
         "--report",
         type=Path,
@@ -44,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify, and fail when any graph does."""
     from coprs_deploy.export import verify_bundle
 
+    if arguments.report:
+        _check_chain(arguments.bundle)
     with StepPrinter() as progress:
         records = verify_bundle(
             arguments.bundle,
@@ -51,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.device,
             progress,
             runtime=arguments.runtime,
+            allow_plan_code=arguments.allow_plan_code,
         )
         links = _measure_chain(arguments, progress) if arguments.report else ()
     passed = all(record.passed for record in records) and all(link.passed for link in links)
@@ -62,17 +66,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def _check_chain(bundle: Path) -> None:
+    """Refuse before the long check what could not be reported after it."""
+    from coprs_deploy.bundle import open_bundle
+    from coprs_deploy.export.chain import require_onnx_graphs
+
+    require_onnx_graphs(open_bundle(bundle))
+
+
 def _measure_chain(arguments: argparse.Namespace, progress: StepPrinter) -> tuple[Link, ...]:
     from coprs_deploy.bundle import open_bundle
     from coprs_deploy.checkpoint import read_checkpoint
     from coprs_deploy.export.chain import measure_chain
     from coprs_deploy.export.chain_page import write_chain_page
-    from coprs_deploy.export.equivalence import sample_inputs
-    from coprs_deploy.specs import PRIOR
+    from coprs_deploy.export.equivalence import END_TO_END, TOLERANCES, reference_opener
+    from coprs_deploy.export.mask_samples import draw_bundle_samples
+    from coprs_deploy.specs import IMAGE_ENCODER
 
-    bundle = open_bundle(arguments.bundle)
-    targets = bundle.manifest.graphs[PRIOR].spec.targets.preferred
-    samples = sample_inputs(bundle.manifest.geometry, bundle.manifest.policy.width, targets, seed=1)
-    links = measure_chain(bundle, read_checkpoint(arguments.against), samples, progress)
+    bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
+    graphs = bundle.manifest.graphs
+    encoder = graphs[IMAGE_ENCODER]
+    reference = reference_opener(checkpoint, {name: graph.spec for name, graph in graphs.items()})
+    pools_masks = TOLERANCES[encoder.runtime, encoder.precision][END_TO_END].pools_masks
+    samples, _ = draw_bundle_samples(bundle.manifest, reference, pools_masks, seed=1)
+    links = measure_chain(bundle, checkpoint, samples, progress)
     write_chain_page(arguments.report, bundle, links, len(samples))
     return links

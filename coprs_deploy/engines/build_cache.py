@@ -155,6 +155,10 @@ class BuildCache:
                 total += path.stat().st_size if path.is_file() else 0
         return total
 
+    def blobs(self, folder: str) -> list[Path]:
+        """List what :meth:`keep_blob` kept in a folder."""
+        return sorted((self.root / folder).glob("[!.]*"))
+
     def prune(self, limit_bytes: int) -> int:
         """Remove the engines that were not used for longest until the cache is within a limit.
 

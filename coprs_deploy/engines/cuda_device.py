@@ -5,6 +5,7 @@ Everything that a plan needs of CUDA is here; nothing here knows TensorRT.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from coprs_deploy.errors import RuntimeUnavailableError
 
 if TYPE_CHECKING:
     import torch
+
+
+_CAPTURING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class CudaDevice:
         handle: int = self.stream.cuda_stream
         return handle
 
+    def current(self) -> Any:
+        """Make this device the thread's current one for a while; TensorRT works on that one."""
+        return self._torch.cuda.device(self._device)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Allocate a buffer; ``data_ptr()`` gives its address."""
         with self._torch.cuda.stream(self.stream):
@@ -133,12 +141,24 @@ class CudaDevice:
         return CudaTensor(copy, ready)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record work that was run once before; the result runs it again in one launch."""
+        """Record work that was run once before; the result runs it again in one launch.
+
+        Raises:
+            RuntimeUnavailableError: it cannot be recorded.
+        """
         graph = self._torch.cuda.CUDAGraph()
         self.stream.synchronize()
-        # Other threads go on using CUDA meanwhile: the policy decodes.
-        with self._torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            work()
+        # Other threads go on using CUDA meanwhile: the policy decodes. But PyTorch records one
+        # graph at a time in a process.
+        options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        try:
+            with _CAPTURING, self._torch.cuda.graph(graph, **options):
+                work()
+        except RuntimeError as error:
+            raise RuntimeUnavailableError(
+                f"the work could not be recorded as a CUDA graph ({error}); run it without: "
+                "--no-cuda-graphs (in Python: RuntimeOptions(cuda_graphs=False))"
+            ) from error
 
         def replay() -> None:
             with self._torch.cuda.stream(self.stream):

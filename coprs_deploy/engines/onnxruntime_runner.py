@@ -84,7 +84,9 @@ class OrtRunner(Runner):
         if options.num_threads is not None:
             settings.intra_op_num_threads = options.num_threads
         provider_options = (
-            [{"device_id": options.device_index}] if provider != PROVIDERS["cpu"] else [{}]
+            [{"device_id": options.device_index, "use_tf32": "0"}]  # TF32 is not float32
+            if provider != PROVIDERS["cpu"]
+            else [{}]
         )
         try:
             session = ort.InferenceSession(str(path), settings, [provider], provider_options)

@@ -18,7 +18,7 @@ from typing import Any
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.build_cache import BuildCache
 from coprs_deploy.engines.cuda_device import CudaDevice
-from coprs_deploy.engines.flavors import FLAVORS, Flavor
+from coprs_deploy.engines.flavors import FLAVORS, Flavor, known_capabilities
 from coprs_deploy.engines.plan_builder import check_signature, make_logger, tensor_spec
 from coprs_deploy.engines.runner import Array, Availability, DeviceTensor, Runner, RunnerOptions
 from coprs_deploy.errors import (
@@ -34,7 +34,7 @@ RUNTIME_CACHE_FOLDER = "runtime"
 
 
 class UnverifiedEngineWarning(UserWarning):
-    """An engine is loaded that was never compared with PyTorch on a GPU."""
+    """An engine is loaded that was never compared with PyTorch on this kind of GPU."""
 
 
 @dataclass
@@ -73,10 +73,11 @@ class PlanRunner(Runner):
         check_loadable(path.name, engine, library.__version__, device.gpu, options)
         plan = read_plan(path, engine)
         logger = make_logger(library)
-        runtime = library.Runtime(logger)
-        if engine.version_compatible:
-            runtime.engine_host_code_allowed = True
-        loaded = runtime.deserialize_cuda_engine(plan)
+        with device.current():
+            runtime = library.Runtime(logger)
+            if engine.version_compatible:
+                runtime.engine_host_code_allowed = True
+            loaded = runtime.deserialize_cuda_engine(plan)
         del plan
         if loaded is None:
             raise BundleError(
@@ -122,7 +123,7 @@ class PlanRunner(Runner):
 
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         assert self._engine is not None, "the runner was closed"
-        with self._lock:
+        with self._lock, self._device.current():
             shape = self._shape(inputs)
             for tensor in self.spec.inputs:
                 self._device.fill(tensor.name, shape.buffers[tensor.name], inputs[tensor.name])
@@ -191,16 +192,24 @@ class PlanRunner(Runner):
 
     def close(self) -> None:
         """Wait for the GPU, keep what was compiled, and free the engine."""
-        if self._engine is None:
+        with self._lock, self._device.current():
+            if self._engine is None:
+                return
+            self._device.synchronize()
+            self._shapes.clear()
+            compiled = None if self._compiled is None else bytes(self._compiled.serialize())
+            self._config = self._compiled = None
+            self._engine = self._runtime = None
+        if compiled is None:
             return
-        self._device.synchronize()
-        self._shapes.clear()
-        if self._compiled is not None:
-            self._cache.keep_blob(
-                RUNTIME_CACHE_FOLDER, self._cache_name, bytes(self._compiled.serialize())
+        try:
+            self._cache.keep_blob(RUNTIME_CACHE_FOLDER, self._cache_name, compiled)
+        except OSError as error:
+            warnings.warn(
+                f"the kernels that {self.spec.name} compiled on this GPU could not be kept, and "
+                f"will be compiled again: {error}; name a folder with COPRS_DEPLOY_CACHE",
+                stacklevel=2,
             )
-        self._config = self._compiled = None
-        self._engine = self._runtime = None
 
 
 def check_loadable(
@@ -215,7 +224,8 @@ def check_loadable(
     if engine.version_compatible and not options.allow_plan_code:
         raise EngineMismatchError(
             f"{name} is a version-compatible plan, which carries code that would run here; if you "
-            "trust where the bundle comes from, allow it with allow_plan_code=True"
+            "trust where the bundle comes from, allow it with --allow-plan-code (in Python: "
+            "RuntimeOptions(allow_plan_code=True))"
         )
     if not _fits_version(engine, version):
         raise EngineMismatchError(
@@ -243,11 +253,28 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _command(engine: EngineRecord, gpu: str | None = None) -> str:
-    gpus = ",".join([*engine.compute_capabilities, *([gpu] if gpu else [])])
-    named = f" --gpu {gpus}" if FLAVORS[engine.flavor].builds_without_gpu else ""
+    """Name the command that builds an engine again, for another GPU too if one is given.
+
+    A plan does not know its precision and its range of targets; the manifest does.
+    """
+    flavor, runtime = FLAVORS[engine.flavor], engine.flavor
+    words = []
+    if flavor.builds_without_gpu:
+        if gpu is not None and gpu not in known_capabilities(flavor.load()):
+            runtime = "tensorrt"  # the other flavor, on the GPU itself
+        else:
+            gpus = [*engine.compute_capabilities, *([gpu] if gpu else [])]
+            words.append(f"--gpu {','.join(gpus)}")
+    if engine.workspace_bytes is not None:
+        words.append(f"--workspace {engine.workspace_bytes / 2**30:g}")
+    if engine.version_compatible:
+        words.append("--version-compatible")
+    if engine.hardware_compatible:
+        words.append("--hardware-compatible")
+    named = " ".join([f"--runtime {runtime}", "--precision PRECISION", *words, "--overwrite"])
     return (
-        f"`coprs-deploy export CHECKPOINT --out BUNDLE --runtime {engine.flavor}{named} "
-        "--overwrite`"
+        f"`coprs-deploy export CHECKPOINT --out BUNDLE {named}`, with the precision and --targets "
+        "that `coprs-deploy inspect BUNDLE` shows"
     )
 
 
@@ -313,8 +340,8 @@ def open_plan(
     if engine.flavor != flavor.name:
         raise EngineMismatchError(
             f"{path.name} was built by {FLAVORS[engine.flavor].title}, and {flavor.title} cannot "
-            f"load it. Build it again: `coprs-deploy export CHECKPOINT --out BUNDLE --runtime "
-            f"{flavor.name} --overwrite`"
+            f"load it. Run it with --runtime {engine.flavor}, or build it with {flavor.title}: "
+            f"`coprs-deploy export CHECKPOINT --out BUNDLE --runtime {flavor.name} --overwrite`"
         )
     if options.device_type != "cuda":
         raise RuntimeUnavailableError(
@@ -324,9 +351,12 @@ def open_plan(
     flavor.load()
     device = CudaDevice(options.device_index, high_priority=spec.name != IMAGE_ENCODER)
     runner = PlanRunner(path, spec, options, engine=engine, device=device)
-    if engine.verified_on is None:
+    if engine.verified_on != device.gpu.name:
+        seen = "on a GPU"
+        if engine.verified_on is not None:
+            seen = f"on this {device.gpu.name}, only on {engine.verified_on}"
         warnings.warn(
-            f"the engine {path.name} was never compared with PyTorch on a GPU: run "
+            f"the engine {path.name} was never compared with PyTorch {seen}: run "
             "`coprs-deploy verify BUNDLE --against CHECKPOINT --device cuda` once",
             UnverifiedEngineWarning,
             stacklevel=2,
@@ -337,7 +367,6 @@ def open_plan(
 def plan_availability(flavor: Flavor) -> list[Availability]:
     """Say whether a flavor is installed, and whether a GPU can run its engines."""
     from coprs_deploy.engines.cuda_device import current_gpu
-    from coprs_deploy.engines.flavors import known_capabilities
 
     try:
         library = flavor.load()

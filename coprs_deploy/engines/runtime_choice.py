@@ -167,7 +167,8 @@ def _measure(
         try:
             with open_bundle_graph(bundle, name, options, runtime) as runner:
                 trials.append(_time(runtime, runner))
-        except (CoPRSError, ValueError) as error:  # a ValueError: it lacks the precision
+        # A ValueError: it lacks the precision. A RuntimeError: the library failed while it ran.
+        except (CoPRSError, ValueError, RuntimeError) as error:
             errors.append(error)
             trials.append(Trial(runtime, None, problem=str(error)))
     times = {trial.runtime: trial.median_ms for trial in trials if trial.median_ms is not None}

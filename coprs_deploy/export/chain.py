@@ -21,6 +21,7 @@ from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, open_bundle_graph, runtime_module
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
+from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.export.equivalence import (
     END_TO_END,
     TOLERANCES,
@@ -90,6 +91,20 @@ class Link:
         return all(difference.record.passed for difference in self.differences)
 
 
+def require_onnx_graphs(bundle: Bundle) -> None:
+    """Refuse a bundle of engines: they run nowhere but on their own GPU.
+
+    Raises:
+        ValueError: it is one.
+    """
+    runtime = bundle.manifest.graphs[PRIOR].runtime
+    if runtime not in ONNX_RUNTIMES:
+        raise ValueError(
+            f"the bundle holds engines of {runtime}; the chain is measured on bundles of "
+            f"{', '.join(ONNX_RUNTIMES)}: leave --report out, or export such a bundle as well"
+        )
+
+
 def measure_chain(
     bundle: Bundle,
     checkpoint: Checkpoint,
@@ -111,13 +126,9 @@ def measure_chain(
     Raises:
         ValueError: the bundle holds engines, which only their own GPU runs.
     """
+    require_onnx_graphs(bundle)
     graphs = bundle.manifest.graphs
     runtime, precision = graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision
-    if runtime not in ONNX_RUNTIMES:
-        raise ValueError(
-            f"the bundle holds engines of {runtime}; the chain is measured on bundles of "
-            f"{', '.join(ONNX_RUNTIMES)}"
-        )
     specs = {name: graph.spec for name, graph in graphs.items()}
     model = load_segmentation_model(checkpoint)
     model.image_encoder.set_attention_form(ATTENTION_FORMS[runtime])
@@ -134,10 +145,14 @@ def measure_chain(
     }
     installed = [r for r in ONNX_RUNTIMES if runtime_module(r).availability()[0].is_available]
     for name in installed:
-        if (name, precision) in TOLERANCES:
-            place = f"{precision} graph on {name}"
-            report(place)
+        place = f"{precision} graph on {name}"
+        if (name, precision) not in TOLERANCES:
+            continue
+        report(place)
+        try:
             places[place] = _outputs(_graph_opener(bundle, name), samples, module)
+        except RuntimeUnavailableError as error:
+            report(f"{place} is left out: {error}")
     links = [_link(MODULE, TRACED, module, places[TRACED], TRACING)]
     tolerances = TOLERANCES[runtime, precision]
     runtimes = [place for place in places if place != TRACED]

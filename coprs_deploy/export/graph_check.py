@@ -123,6 +123,7 @@ class GraphCheck:
                 folder / f"{name}{PLAN_SUFFIX}",
                 self._specs[name],
                 engines[name],
+                RunnerOptions(device="cuda", allow_plan_code=True),  # it was built right here
             )
             if isinstance(runner, PlanRunner):
                 verified[name] = verified_record(engines[name], runner)
@@ -195,10 +196,9 @@ def can_run_here(target: BuildTarget) -> bool:
 
 
 def open_unverified(
-    runtime: str, path: Path, spec: GraphSpec, engine: EngineRecord, device: str = "cuda"
+    runtime: str, path: Path, spec: GraphSpec, engine: EngineRecord, options: RunnerOptions
 ) -> Runner:
     """Open an engine in order to verify it: that it never ran is no news here."""
-    options = RunnerOptions(device=device, allow_plan_code=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedEngineWarning)
         return open_graph(runtime, path, spec, options, engine)

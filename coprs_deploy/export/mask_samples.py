@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.bundle import Manifest
 from coprs_deploy.engines.runner import Array, Runner
-from coprs_deploy.export.equivalence import RunnerOpener, SampleInput
+from coprs_deploy.export.equivalence import RunnerOpener, SampleInput, sample_inputs
 from coprs_deploy.images import PreparedImage
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
 
@@ -17,6 +18,28 @@ NUM_DRAWS = 16
 
 WANTED_SHARE = 0.25
 """Share of the cells that the mask of the best concentration comes nearest to."""
+
+
+def draw_bundle_samples(
+    manifest: Manifest, reference: RunnerOpener, pools_masks: bool, seed: int
+) -> tuple[list[SampleInput], dict[str, list[Array]] | None]:
+    """Draw what a bundle is compared on: landscape, portrait and square, its own targets.
+
+    Args:
+        manifest: of the bundle.
+        reference: opens PyTorch's stages.
+        pools_masks: whether masks are compared all together, and must then not be empty.
+        seed: equal seeds give equal inputs.
+
+    Returns:
+        The samples, and the reference's outputs where they are known already.
+    """
+    width, count = manifest.policy.width, manifest.graphs[PRIOR].spec.targets.preferred
+    samples = sample_inputs(manifest.geometry, width, count, seed)
+    if not pools_masks:
+        return samples, None
+    pictures = [sample.prepared for sample in samples]
+    return draw_masked_samples(pictures, reference, width, count, seed)
 
 
 def draw_masked_samples(

@@ -17,11 +17,10 @@ from coprs_deploy.export.equivalence import (
     TOLERANCES,
     compare_stages,
     reference_opener,
-    sample_inputs,
 )
 from coprs_deploy.export.graph_check import open_unverified, verified_record
-from coprs_deploy.export.mask_samples import draw_masked_samples
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR
+from coprs_deploy.export.mask_samples import draw_bundle_samples
+from coprs_deploy.specs import IMAGE_ENCODER
 
 
 def verify_bundle(
@@ -29,11 +28,14 @@ def verify_bundle(
     checkpoint_path: str | Path,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda step: None,
+    *,
     runtime: str | None = None,
+    allow_plan_code: bool = False,
 ) -> tuple[EquivalenceRecord, ...]:
     """Compare a bundle's graphs with PyTorch again, on inputs of another seed than export's.
 
-    Engines that pass on a GPU are marked as verified on it in the manifest.
+    Engines that pass on a GPU are marked as verified on it in the manifest; where one fails, no
+    mark stays.
 
     Args:
         bundle_path: a bundle.
@@ -41,6 +43,7 @@ def verify_bundle(
         device: where the graphs run; PyTorch runs on the CPU in float32.
         progress: called with the name of each step as it starts.
         runtime: which runtime runs the graphs; None takes the one that they were exported for.
+        allow_plan_code: whether version-compatible engines, which carry code, may be loaded.
 
     Returns:
         A record for each graph and one for the chain, passed or not.
@@ -49,6 +52,7 @@ def verify_bundle(
         BundleIntegrityError: a file of the bundle was changed.
         EquivalenceError: the bundle was exported from another checkpoint.
         ValueError: the runtime cannot run these graphs.
+        EngineMismatchError: an engine is not for this library and GPU, or carries code.
     """
     bundle = open_bundle(bundle_path)
     checkpoint = read_checkpoint(checkpoint_path)
@@ -68,23 +72,22 @@ def verify_bundle(
         graph = graphs[name]
         if graph.engine is None:
             return open_bundle_graph(bundle, name, RunnerOptions(device=device), runtime)
+        options = RunnerOptions(device=device, allow_plan_code=allow_plan_code)
         runner = open_unverified(
-            graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, device
+            graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, options
         )
         if isinstance(runner, PlanRunner):
             read_back[name] = verified_record(graph.engine, runner)
         return runner
 
     reference = reference_opener(checkpoint, {name: g.spec for name, g in graphs.items()})
-    width, count = manifest.policy.width, graphs[PRIOR].spec.targets.preferred
     tolerances = TOLERANCES[
         runtime or graphs[IMAGE_ENCODER].runtime, graphs[IMAGE_ENCODER].precision
     ]
-    samples, known = sample_inputs(manifest.geometry, width, count, seed=1), None
-    if tolerances[END_TO_END].pools_masks:
+    pools_masks = tolerances[END_TO_END].pools_masks
+    if pools_masks:
         progress("reference")
-        pictures = [sample.prepared for sample in samples]
-        samples, known = draw_masked_samples(pictures, reference, width, count, seed=1)
+    samples, known = draw_bundle_samples(manifest, reference, pools_masks, seed=1)
     records = compare_stages(
         reference=reference,
         candidate=candidate,
@@ -93,13 +96,20 @@ def verify_bundle(
         report=progress,
         known=known,
     )
-    if read_back and all(record.passed for record in records):
+    if read_back:
+        passed = all(record.passed for record in records)
+        marked = {
+            name: engine if passed else msgspec.structs.replace(engine, verified_on=None)
+            for name, engine in read_back.items()
+        }
         verified = {
-            name: msgspec.structs.replace(graph, engine=read_back.get(name, graph.engine))
+            name: msgspec.structs.replace(graph, engine=marked.get(name, graph.engine))
             for name, graph in graphs.items()
         }
         write_manifest(
             bundle.path,
-            msgspec.structs.replace(manifest, graphs=verified, equivalence=records),
+            msgspec.structs.replace(
+                manifest, graphs=verified, equivalence=records if passed else manifest.equivalence
+            ),
         )
     return records

@@ -25,6 +25,7 @@ class RuntimeOptions:
         remeasure: whether ``auto`` measures again what it remembers.
         inference_precision: what float32 products are computed in: ``fp32``, or ``bf16``, which
             OpenVINO does on processors that have such units.
+        cuda_graphs: whether an engine's work is recorded once and launched whole.
         max_waiting: how many answers may wait beyond those that the policy decodes together.
         timeout_s: seconds within which an answer must be ready; None waits for ever.
         vllm: settings of the engine when ``policy`` is ``vllm``.
@@ -40,6 +41,7 @@ class RuntimeOptions:
     runtime: str | None = None
     remeasure: bool = False
     inference_precision: str = "fp32"
+    cuda_graphs: bool = True
     max_waiting: int = 256
     timeout_s: float | None = None
     vllm: VllmSettings = field(default_factory=VllmSettings)

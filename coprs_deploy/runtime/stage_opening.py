@@ -61,5 +61,6 @@ def _runner_options(options: RuntimeOptions) -> RunnerOptions:
         device=options.device,
         num_threads=options.num_threads,
         allow_plan_code=options.allow_plan_code,
+        cuda_graphs=options.cuda_graphs,
         inference_precision=options.inference_precision,
     )

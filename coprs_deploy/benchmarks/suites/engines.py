@@ -134,7 +134,8 @@ def _graph_cases(
                     "device": device,
                     "inference_precision": product,
                 },
-                labels=_labels(model, graph, runtime, precision, device),
+                labels=_labels(model, graph, runtime, precision, device)
+                | ({"products": product} if product != FP32 else {}),
                 estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
                 problem=f"it could not be exported: {bundle.problem}" if bundle.problem else "",
                 work=graph_work(workshop, model, graph),

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 from sample_reports import report, row
 
@@ -45,7 +46,25 @@ def test_more_memory_less_accuracy_and_failures_are_regressions():
     assert found == [Verdict.SAME, Verdict.LARGER, Verdict.LESS_EXACT]
     assert verdicts(row("a", STEADY), Row("a", reason="broken")) == [Verdict.FAILS]
     assert verdicts(Row("a", reason="broken"), row("a", STEADY)) == [Verdict.REPAIRED]
-    assert verdicts(row("a", STEADY), row("b", STEADY)) == [Verdict.GONE, Verdict.NEW]
+    both = compare_reports(
+        report(row("a", STEADY), row("c", STEADY)),
+        report(row("b", STEADY), row("c", STEADY)),
+        Tolerances(),
+    )
+    assert [f.verdict for f in both] == [Verdict.GONE, Verdict.SAME, Verdict.NEW]
+
+
+def test_reports_without_a_common_row_are_refused():
+    with pytest.raises(ValueError, match=r"share no row .*of the same suites"):
+        verdicts(row("a", STEADY), row("b", STEADY))
+
+
+def test_memory_of_a_started_process_is_its_own():
+    old, new = (
+        msgspec.structs.replace(row("a", STEADY), figures={"peak_bytes": peak})
+        for peak in (100e6, 150e6)
+    )
+    assert verdicts(old, new) == [Verdict.SAME, Verdict.LARGER]
 
 
 def test_a_row_is_the_same_whatever_the_version_of_its_library():

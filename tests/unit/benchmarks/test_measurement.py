@@ -44,6 +44,20 @@ def test_rows_that_do_not_fit_side_by_side_are_started_anew():
     assert [len(row.latency.round_medians) for row in result.rows] == [2, 2]
 
 
+def test_what_is_never_timed_is_still_judged_when_it_is_started_anew():
+    small = Settings(rounds=2, limit_seconds=300, memory_bytes=1)
+    judged = []
+
+    def judge(outputs):
+        judged.extend(outputs)
+        return {name: Accuracy(inputs=1) for name in outputs}
+
+    result = measure(case("a"), case("b"), settings=small, runs=0, judge=judge)
+    assert judged == ["a", "b"]
+    assert [row.accuracy.inputs for row in result.rows] == [1, 1]
+    assert [row.latency for row in result.rows] == [None, None]
+
+
 def test_a_case_that_fails_is_a_row_with_its_reason():
     result = measure(
         case("good"),

@@ -202,7 +202,7 @@ def test_a_provider_that_silently_falls_back_is_an_error(open_stage, monkeypatch
     message = "could not start CUDAExecutionProvider and chose CPUExecutionProvider"
     with pytest.raises(RuntimeUnavailableError, match=message):
         open_stage(PRIOR, RunnerOptions(device="cuda:1"))
-    assert asked == [(["CUDAExecutionProvider"], [{"device_id": 1}])]
+    assert asked == [(["CUDAExecutionProvider"], [{"device_id": 1, "use_tf32": "0"}])]
 
 
 @pytest.mark.parametrize(("device", "extra"), [("cpu", "cpu"), ("cuda", "gpu")])

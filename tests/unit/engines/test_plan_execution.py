@@ -4,6 +4,7 @@ What a GPU computes is not tested here; which calls are made, in which order, on
 """
 
 import hashlib
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import msgspec
@@ -130,6 +131,12 @@ class FakeDevice:
     def synchronize(self):
         self.calls.append(("synchronize",))
 
+    @contextmanager
+    def current(self):
+        self.calls.append(("enter",))
+        yield
+        self.calls.append(("leave",))
+
 
 @pytest.fixture
 def library(monkeypatch):
@@ -165,7 +172,8 @@ def inputs_of(count):
 
 
 def names(library):
-    return [call[0] for call in library.calls]
+    """The calls, but for those that change the current device."""
+    return [call[0] for call in library.calls if call[0] not in ("enter", "leave")]
 
 
 class TestChecks:
@@ -183,7 +191,19 @@ class TestChecks:
                 {"flavor": "tensorrt-rtx", "compute_capabilities": ("sm_80",)},
                 "10.9.0",
                 L4,
-                "--runtime tensorrt-rtx --gpu sm_80,sm_89 --overwrite",
+                "--runtime tensorrt-rtx --precision PRECISION --gpu sm_80,sm_89 --overwrite",
+            ),
+            (
+                {"flavor": "tensorrt-rtx", "compute_capabilities": ("sm_80",)},
+                "10.9.0",
+                Gpu("H200", "sm_90"),
+                "--runtime tensorrt --precision PRECISION --overwrite.*inspect BUNDLE",
+            ),
+            (
+                {"workspace_bytes": 3 * 2**29, "hardware_compatible": True},
+                "10.8.0",
+                L4,
+                r"--workspace 1\.5 --hardware-compatible --overwrite",
             ),
         ],
     )
@@ -227,6 +247,21 @@ class TestChecks:
         plan.unlink()
         with pytest.raises(BundleError, match="cannot be read"):
             read_plan(plan, ENGINE)
+
+    def test_only_an_engine_that_was_verified_on_this_gpu_is_loaded_without_a_word(
+        self, library, plan, monkeypatch
+    ):
+        monkeypatch.setattr(
+            execution, "CudaDevice", lambda index, high_priority: FakeDevice(library.calls)
+        )
+        flavor = execution.FLAVORS["tensorrt"]
+        for verified_on, warning in (
+            (None, r"never compared with PyTorch on a GPU: .*coprs-deploy verify"),
+            ("NVIDIA A100", "never compared .* on this NVIDIA L4, only on NVIDIA A100"),
+        ):
+            with pytest.warns(execution.UnverifiedEngineWarning, match=warning):
+                execution.open_plan(flavor, plan, SPEC, CUDA, engine(verified_on=verified_on))
+        execution.open_plan(flavor, plan, SPEC, CUDA, engine(verified_on="NVIDIA L4"))
 
     def test_a_mismatch_is_found_before_the_plan_is_read(self, library, plan):
         plan.unlink()
@@ -317,6 +352,22 @@ class TestCalls:
         runner.close()
         runner.close()
         assert names(library).count("synchronize") == 1
+
+    def test_all_work_is_done_with_its_device_as_the_current_one(self, library, plan):
+        with open_runner(library, plan) as runner:
+            runner(**inputs_of(1))
+        depth = 0
+        for call in library.calls:
+            depth += {"enter": 1, "leave": -1}.get(call[0], 0)
+            assert depth == 1 or call[0] == "leave", call
+
+    def test_kernels_that_cannot_be_kept_are_a_warning(self, library, plan):
+        runner = open_runner(library, plan)
+        runner._compiled = SimpleNamespace(serialize=lambda: b"kernels")
+        (plan.parent / "cache").write_text("a file stands in the way")
+        with pytest.warns(UserWarning, match=r"will be compiled again.*COPRS_DEPLOY_CACHE"):
+            runner.close()
+        assert runner._engine is None
 
     def test_it_says_what_it_is(self, library, plan):
         with open_runner(library, plan) as runner:

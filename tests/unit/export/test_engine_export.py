@@ -9,6 +9,8 @@ from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.cli.main import main
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph
 from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.plan_builder import check_signature
+from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_writer
 from coprs_deploy.specs import GRAPH_NAMES
@@ -52,10 +54,15 @@ def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_g
         assert graph.engine.compute_capabilities == GPUS
         assert graph.engine.verified_on is None
         assert graph.engine.size_bytes == bundle.graph_path(name).stat().st_size
+    BuildCache(tmp_path / "cache").keep_blob("timing", "10.9.0 on NVIDIA L4", bytes(2_000_000))
     assert main(["inspect", str(path), "--cache", str(tmp_path / "cache")]) == 0
     shown = capsys.readouterr().out
+    assert "timings of kernels: 10.9.0 on NVIDIA L4, 2.0 MB" in shown
     assert "never verified on a GPU" in shown
     assert f"engine cache: {tmp_path / 'cache'}, 3 engines" in shown
+    page = ["--report", str(tmp_path / "page.html")]
+    assert main(["verify", str(path), "--against", str(tiny_checkpoint), *page]) == 2
+    assert "the chain is measured on bundles of onnxruntime" in capsys.readouterr().err
     with pytest.raises(RuntimeUnavailableError, match="pass --device cuda"):
         open_bundle_graph(bundle, "prior", RunnerOptions())
     plan = path / "prior.engine"
@@ -72,9 +79,12 @@ def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
         runtime="tensorrt-rtx", precision=precision, gpus=GPUS, cache=tmp_path / "cache"
     )
     bundle = export_checkpoint(shipped.CHECKPOINT, tmp_path / "bundle", options).bundle
-    for graph in bundle.manifest.graphs.values():
+    for name, graph in bundle.manifest.graphs.items():
         assert graph.engine.compute_capabilities == GPUS
         assert graph.engine.network_layers > 10
+        text = read_plan_text(bundle.graph_path(name).read_bytes())
+        assert text is not None and text.capabilities == GPUS
+        assert check_signature(graph.spec, list(text.tensors)) is None
     end_to_end = bundle.manifest.equivalence[-1]
     assert end_to_end.passed
     assert (end_to_end.relative > 1e-4) == (precision != "fp32")

@@ -1,0 +1,91 @@
+"""What only a GPU can show: engines and CUDA sessions compute what PyTorch computes."""
+
+import numpy as np
+import pytest
+
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.engines import RunnerOptions, open_bundle_graph, runtime_module
+from coprs_deploy.engines.cuda_device import current_gpu
+from coprs_deploy.engines.runtime_choice import trial_inputs
+from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
+from coprs_deploy.runtime import CoPRS, RuntimeOptions
+from coprs_deploy.specs import GRAPH_NAMES, PRIOR, TargetsProfile
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(current_gpu() is None, reason="PyTorch sees no NVIDIA GPU here"),
+]
+
+ORT_RELATIVE = 1e-4
+"""Float32 on CUDA without TF32, in another order than on the CPU."""
+
+
+def require(runtime, device="cuda"):
+    """Skip what cannot run here, with its reason."""
+    for found in runtime_module(runtime).availability():
+        if found.name in (runtime, f"{runtime} {device}") and not found.is_available:
+            pytest.skip(f"{found.name}: {found.detail}")
+
+
+@pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
+def engines(request, tiny_checkpoint, tmp_path_factory):
+    """A bundle of engines for this GPU, which the export has compared with PyTorch on it."""
+    require(request.param)
+    gpu = current_gpu().compute_capability
+    options = ExportOptions(
+        runtime=request.param,
+        targets=TargetsProfile(1, 2, 4),
+        gpus=(gpu,) if request.param == "tensorrt-rtx" else (),
+        cache=tmp_path_factory.mktemp("cache"),
+    )
+    out = tmp_path_factory.mktemp("engines") / "bundle"
+    return export_checkpoint(tiny_checkpoint, out, options).bundle
+
+
+@pytest.mark.tensorrt
+def test_the_export_has_verified_them(engines, tiny_checkpoint):
+    gpu = current_gpu()
+    for graph in engines.manifest.graphs.values():
+        assert graph.engine.verified_on == gpu.name
+        assert graph.engine.layers and graph.engine.device_memory_bytes is not None
+    records = verify_bundle(engines.path, tiny_checkpoint, "cuda")
+    assert all(record.passed for record in records)
+    assert open_bundle(engines.path).manifest.graphs[PRIOR].engine.verified_on == gpu.name
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_recorded_work_gives_the_same_bits(engines, name):
+    found = []
+    for recorded in (True, False):
+        options = RunnerOptions(device="cuda", cuda_graphs=recorded)
+        with open_bundle_graph(engines, name, options) as runner:
+            inputs = trial_inputs(runner.spec)
+            # The first call runs and records, the second replays.
+            outputs = [next(iter(runner(**inputs).values())).numpy() for _ in range(3)]
+        assert all(np.array_equal(outputs[0], output) for output in outputs)
+        found.append(outputs[0])
+    assert np.array_equal(*found)
+
+
+@pytest.mark.tensorrt
+def test_answers_are_those_of_the_cpu(engines, tiny_bundle, scene):
+    with CoPRS.load(tiny_bundle) as coprs:
+        expected = coprs.segment(scene, "the red disc", targets=2)
+    with CoPRS.load(engines.path, RuntimeOptions(device="cuda")) as coprs:
+        for _ in range(2):
+            found = coprs.segment(scene, "the red disc", targets=2)
+            assert found.reasoning == expected.reasoning
+            assert (found.masks == expected.masks).mean() > 0.999
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_onnx_runtime_computes_the_same_on_cuda(name, tiny_bundle):
+    require("onnxruntime")
+    bundle = open_bundle(tiny_bundle)
+    found = []
+    for device in ("cpu", "cuda"):
+        with open_bundle_graph(bundle, name, RunnerOptions(device=device)) as runner:
+            (output,) = runner(**trial_inputs(runner.spec)).values()
+            found.append(output.numpy())
+    assert np.abs(found[0] - found[1]).max() <= ORT_RELATIVE * np.abs(found[0]).max()
