@@ -1,6 +1,8 @@
 """Equality as a chain of links, from the PyTorch module to the masks of each runtime.
 
-    module -> traced program -> graph on each runtime -> one runtime with another
+    module -> traced program -> float32 graph -> typed graph on each runtime -> one with another
+
+The float32 graph is the bundle's own, or is written for the comparison where the bundle's is typed.
 
 Every place gets the same inputs: each stage alone is fed with the module's own outputs of the stage
 before, and the chain of all three ends in the masks. A link compares two neighboring places.
@@ -8,9 +10,11 @@ before, and the chain of all three ends in the masks. A link compares two neighb
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +22,13 @@ from numpy.typing import NDArray
 
 from coprs_deploy.bundle import Bundle, EquivalenceRecord
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
-from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, open_bundle_graph, runtime_module
+from coprs_deploy.engines import (
+    ONNX_RUNTIMES,
+    RunnerOptions,
+    open_bundle_graph,
+    open_graph,
+    runtime_module,
+)
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import RuntimeUnavailableError
@@ -30,13 +40,16 @@ from coprs_deploy.export.equivalence import (
     Tolerance,
     summarize,
 )
+from coprs_deploy.export.graph_writer import write_graph
 from coprs_deploy.export.options import ATTENTION_FORMS
+from coprs_deploy.export.precision import FP32
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
     import torch
 
 MODULE = "PyTorch module"
+FLOAT32_GRAPH = "fp32 graph on onnxruntime"
 TRACED = "traced program"
 
 _SAME_OPERATORS = "tracing writes down the operators that the module runs; no sum changes its order"
@@ -120,8 +133,8 @@ def measure_chain(
         report: called with the name of each step as it starts.
 
     Returns:
-        The links in order: module and traced program, traced program and each runtime that is
-        installed, and the runtimes with each other.
+        The links in order: module and traced program, traced program and float32 graph, that and
+        a typed graph on each runtime that is installed, and the runtimes with each other.
 
     Raises:
         ValueError: the bundle holds engines, which only their own GPU runs.
@@ -143,6 +156,13 @@ def measure_chain(
             lambda name: TorchRunner(trace(stages[name], specs[name]), specs[name]), samples, module
         )
     }
+    links = [_link(MODULE, TRACED, module, places[TRACED], TRACING)]
+    source, exact = TRACED, places[TRACED]
+    if precision != FP32:
+        report(FLOAT32_GRAPH)
+        written = _float32_outputs(stages, specs, samples, module)
+        links.append(_link(TRACED, FLOAT32_GRAPH, exact, written, TOLERANCES["onnxruntime", FP32]))
+        source, exact = FLOAT32_GRAPH, written
     installed = [r for r in ONNX_RUNTIMES if runtime_module(r).availability()[0].is_available]
     for name in installed:
         place = f"{precision} graph on {name}"
@@ -153,14 +173,33 @@ def measure_chain(
             places[place] = _outputs(_graph_opener(bundle, name), samples, module)
         except RuntimeUnavailableError as error:
             report(f"{place} is left out: {error}")
-    links = [_link(MODULE, TRACED, module, places[TRACED], TRACING)]
     tolerances = TOLERANCES[runtime, precision]
     runtimes = [place for place in places if place != TRACED]
     for place in runtimes:
-        links.append(_link(TRACED, place, places[TRACED], places[place], tolerances))
+        links.append(_link(source, place, exact, places[place], tolerances))
     for first, second in pairwise(runtimes):
         links.append(_link(first, second, places[first], places[second], tolerances))
     return tuple(links)
+
+
+def _float32_outputs(
+    stages: Mapping[str, torch.nn.Module],
+    specs: Mapping[str, GraphSpec],
+    samples: Sequence[SampleInput],
+    module: Mapping[str, list[Array]],
+) -> dict[str, list[Array]]:
+    """Write the stages as float32 graphs, and run them."""
+    with tempfile.TemporaryDirectory(prefix="coprs-chain-") as name:
+        folder = Path(name)
+        for stage, torch_module in stages.items():
+            path = folder / f"{stage}.onnx"
+            write_graph(torch_module, specs[stage], path, {}, precision=FP32, scratch=folder)
+
+        def opener(stage: str) -> Runner:
+            path = folder / f"{stage}.onnx"
+            return open_graph("onnxruntime", path, specs[stage], RunnerOptions())
+
+        return _outputs(opener, samples, module)
 
 
 def _graph_opener(bundle: Bundle, runtime: str) -> RunnerOpener:

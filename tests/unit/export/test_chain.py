@@ -9,8 +9,8 @@ import pytest
 
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.export import chain
-from coprs_deploy.export.chain import MODULE, TRACED, measure_chain
+from coprs_deploy.export import ExportOptions, chain, export_checkpoint
+from coprs_deploy.export.chain import FLOAT32_GRAPH, MODULE, TRACED, measure_chain
 from coprs_deploy.export.chain_page import write_chain_page
 from coprs_deploy.export.equivalence import sample_inputs
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER
@@ -41,6 +41,23 @@ def test_the_links_lead_from_the_module_to_every_runtime(links):
         assert link.passed
         names = [difference.record.graph for difference in link.differences]
         assert names == [*GRAPH_NAMES, "end_to_end"]
+
+
+def test_a_typed_bundle_is_compared_with_a_float32_graph_first(tiny_checkpoint, samples, tmp_path):
+    options = ExportOptions(precision="fp16")
+    typed = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    found = measure_chain(typed, read_checkpoint(tiny_checkpoint), samples)
+    float32, ort, openvino = FLOAT32_GRAPH, "fp16 graph on onnxruntime", "fp16 graph on openvino"
+    assert [(link.first, link.second) for link in found] == [
+        (MODULE, TRACED),
+        (TRACED, float32),
+        (float32, ort),
+        (float32, openvino),
+        (ort, openvino),
+    ]
+    assert all(link.passed for link in found)
+    relative = [link.differences[0].record.relative for link in found]
+    assert relative[1] < 1e-4 < relative[2]
 
 
 def test_tracing_changes_no_bit_of_any_stage(links):
