@@ -2,7 +2,8 @@
 
     python -m coprs_deploy.training.shipping RUN [--reports DIR]
 
-is what ``make shipped`` calls after ``coprs-deploy train shipped``.
+is what ``make shipped`` calls after ``coprs-deploy train shipped``. With ``--only-report`` the
+report is kept and the package stays as it is.
 """
 
 from __future__ import annotations
@@ -43,12 +44,7 @@ def ship(run: Path, root: Path = shipped.ROOT, reports: Path = REPORT_FOLDER) ->
         ValueError: the run has no report yet, or its model is too large.
         EquivalenceError: a graph does not compute what PyTorch computes.
     """
-    if not (run / REPORT_FILE).is_file():
-        raise ValueError(
-            f"{run} holds no {REPORT_FILE}: the run has not ended; `coprs-deploy train` with the "
-            "same --out goes on with it"
-        )
-    report = read_report(run)
+    report = _read_ended(run)
     source = read_checkpoint(run / CHECKPOINT_FOLDER)
     size = _size(source.path)
     if size > LARGEST_BYTES:
@@ -60,10 +56,18 @@ def ship(run: Path, root: Path = shipped.ROOT, reports: Path = REPORT_FOLDER) ->
     total = _size(root / "checkpoint") + _size(root / "bundle")
     if total > LARGEST_BYTES:
         raise ValueError(f"checkpoint and bundle have {total:,} bytes; at most {LARGEST_BYTES:,}")
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    environment = keep_report(run, reports)
     (root / shipped.MODEL_CARD.name).write_text(card(report, environment, total), encoding="utf-8")
-    _copy_report(run, report, environment, reports)
     return total
+
+
+def _read_ended(run: Path) -> dict[str, Any]:
+    if not (run / REPORT_FILE).is_file():
+        raise ValueError(
+            f"{run} holds no {REPORT_FILE}: the run has not ended; `coprs-deploy train` with the "
+            "same --out goes on with it"
+        )
+    return read_report(run)
 
 
 def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: int) -> str:
@@ -151,9 +155,17 @@ def _gates(report: Mapping[str, Any]) -> str:
     return f"missed {', '.join(missed)}" if missed else "all passed"
 
 
-def _copy_report(
-    run: Path, report: Mapping[str, Any], environment: Mapping[str, Any], reports: Path
-) -> None:
+def keep_report(run: Path, reports: Path) -> dict[str, Any]:
+    """Copy figures, page and plots of a finished run to where they are kept.
+
+    Returns:
+        Versions, machine and commit of the run.
+
+    Raises:
+        ValueError: the run has no report yet.
+    """
+    report = _read_ended(run)
+    environment: dict[str, Any] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     reports.mkdir(parents=True, exist_ok=True)
     plots = reports / "plots"
     shutil.rmtree(plots, ignore_errors=True)
@@ -162,7 +174,8 @@ def _copy_report(
     text = page(report) + "\n" + "\n".join(shown) + "\n"
     (reports / "report.md").write_text(text, encoding="utf-8")
     figures = {key: value for key, value in report.items() if key != "answers"}
-    write_json(reports / REPORT_FILE, {**figures, "environment": dict(environment)})
+    write_json(reports / REPORT_FILE, {**figures, "environment": environment})
+    return environment
 
 
 def _plots(folder: Path) -> list[Path]:
@@ -179,7 +192,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--root", type=Path, default=shipped.ROOT)
     parser.add_argument("--reports", type=Path, default=REPORT_FOLDER)
+    parser.add_argument("--only-report", action="store_true", help="ship no model")
     arguments = parser.parse_args()
+    if arguments.only_report:
+        keep_report(arguments.run, arguments.reports)
+        return
     total = ship(arguments.run, arguments.root, arguments.reports)
     print(f"{arguments.root}: {total / 1e6:.1f} MB")
 

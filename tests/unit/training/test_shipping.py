@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.training.shipping import card, ship
+from coprs_deploy.training.shipping import card, keep_report, ship
 
 REPORT = Path(__file__).parents[3] / "docs/reports/shipped-model/report.json"
 
@@ -15,6 +15,21 @@ def test_a_run_that_has_not_ended_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="the run has not ended"):
         ship(tmp_path / "run", tmp_path / "shipped", tmp_path / "reports")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_report_is_kept_without_its_model(tmp_path):
+    run = tmp_path / "run"
+    (run / "plots").mkdir(parents=True)
+    (run / "plots" / "one_curve.png").write_bytes(b"a picture")
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    environment = report.pop("environment")
+    (run / "report.json").write_text(json.dumps(report | {"answers": [1, 2]}))
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert keep_report(run, tmp_path / "kept") == environment
+    kept = json.loads((tmp_path / "kept" / "report.json").read_text())
+    assert kept == report | {"environment": environment}
+    assert "![one curve](plots/one_curve.png)" in (tmp_path / "kept" / "report.md").read_text()
+    assert (tmp_path / "kept" / "plots" / "one_curve.png").read_bytes() == b"a picture"
 
 
 def test_the_card_names_every_gate_that_was_missed():
