@@ -43,8 +43,9 @@ class Case:
 
     @property
     def products(self) -> str:
-        """What its products are computed in, where that is known: the ceiling that it has."""
-        return self.labels.get("products", self.labels.get("precision", "fp32"))
+        """What most of its products are computed in: the ceiling that it has."""
+        precision = self.labels.get("precision", "fp32")
+        return precision if precision == "int8" else self.labels.get("products", precision)
 
 
 Judge = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]

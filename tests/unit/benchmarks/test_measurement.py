@@ -25,6 +25,19 @@ def measure(*cases, settings=QUICK, **changes):
     return Measurement(settings, {}).measure(group)
 
 
+@pytest.mark.parametrize(
+    ("labels", "products"),
+    [
+        ({}, "fp32"),
+        ({"precision": "bf16"}, "bf16"),
+        ({"precision": "fp32", "products": "bf16"}, "bf16"),
+        ({"precision": "int8", "products": "bf16"}, "int8"),
+    ],
+)
+def test_a_case_says_what_most_of_its_products_are_computed_in(labels, products):
+    assert Case("a", labels=labels).products == products
+
+
 def test_rows_take_turns_and_are_compared():
     result = measure(case("base"), case("slow", "import time; time.sleep(0.2)"))
     base, slow = result.rows
