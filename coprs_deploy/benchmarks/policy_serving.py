@@ -36,6 +36,7 @@ from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.images import RgbArray, prepare_image, resize_logits
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
+from coprs_deploy.policy.vector_files import VectorFiles
 from coprs_deploy.policy.vllm_policy import VllmPolicy, _Progress
 from coprs_deploy.runtime import CoPRS, Timings
 
@@ -82,14 +83,13 @@ class PlainVllmPolicy(VllmPolicy):
 
 
 def decode(policy: VllmPolicy, request: PolicyRequest) -> tuple[float, int]:
-    """Answer once: milliseconds behind the first token, the fetch included, and tokens."""
+    """Answer once: milliseconds behind the first token to the vector, and tokens."""
 
     async def answer() -> tuple[float, int]:
         prompt, progress = policy._encode(request), _Progress()
         async for _ in policy._tokens_of(prompt, progress):
             pass
-        if not isinstance(policy, PlainVllmPolicy):
-            await policy._fetch(prompt.key)
+        policy._files.take(prompt.vectors)
         return 1e3 * (time.perf_counter() - progress.first_token), len(progress.token_ids)
 
     return policy._run(answer())
@@ -98,7 +98,7 @@ def decode(policy: VllmPolicy, request: PolicyRequest) -> tuple[float, int]:
 def measure_capture(rounds: int) -> dict[str, Any]:
     """Compare vLLM with the capture against the same engine without it, in pairs.
 
-    Without it there are no logits processor, no worker extension and no fetch of the vector. Both
+    Without it there are no logits processor and no vector in the request's file. Both
     write the same tokens: the shipped model ends its answer behind ``<REF_POS>`` of itself, where
     the capture makes it end.
     """
@@ -148,7 +148,7 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from coprs_deploy.policy.vllm_capture import CAPTURES, CaptureOrder, ConcentrationCapture
+    from coprs_deploy.policy.vllm_capture import STEP, CaptureOrder, ConcentrationCapture
 
     torch.set_num_threads(1)
     width, vocabulary, reference, stop = 3584, 152_064, 7, 2
@@ -157,23 +157,27 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
     for requests in (1, 16):
         found: dict[str, float] = {}
         for kind, last in (("writing", 5), ("reading_reference", reference)):
-            capture = ConcentrationCapture(config, torch.device("cpu"), False)
-            added = []
-            for row in range(requests):
-                order = CaptureOrder(f"{kind}-{row}", reference, stop, 1, 2000)
-                params = SamplingParams(
-                    max_tokens=2001, stop_token_ids=[stop], extra_args=order.extra_args()
-                )
-                added.append((row, params, None, [4] * 300 + [last]))
-            capture.update_state(BatchUpdate(requests, [], added, []))
-            CAPTURES.rows = torch.zeros(requests, width)
-            logits = torch.zeros(requests, vocabulary)
-            times = []
-            for _ in range(100 * rounds):
-                start = time.perf_counter()
-                capture.update_state(None)
-                capture.apply(logits)
-                times.append(1e6 * (time.perf_counter() - start))
+            with VectorFiles(width) as files:
+                capture = ConcentrationCapture(config, torch.device("cpu"), False)
+                paths = [files.open() for _ in range(requests)]
+                added = []
+                for row, path in enumerate(paths):
+                    order = CaptureOrder(str(path), reference, stop, 1, 2000)
+                    params = SamplingParams(
+                        max_tokens=2001, stop_token_ids=[stop], extra_args=order.extra_args()
+                    )
+                    added.append((row, params, None, [4] * 300 + [last]))
+                capture.update_state(BatchUpdate(requests, [], added, []))
+                STEP.rows = torch.zeros(requests, width)
+                logits = torch.zeros(requests, vocabulary)
+                times = []
+                for _ in range(100 * rounds):
+                    start = time.perf_counter()
+                    capture.update_state(None)
+                    capture.apply(logits)
+                    times.append(1e6 * (time.perf_counter() - start))
+                    for path in paths:
+                        os.truncate(path, 0)
             found[f"{kind}_microseconds"] = median(times)
         rows.append({"requests": requests, **found})
     return {"width": width, "vocabulary": vocabulary, "steps": 100 * rounds, "rows": rows}

@@ -1,18 +1,15 @@
 """Capture of the hidden state of ``<REF_POS>`` inside vLLM's own decoding pass.
 
 This module runs in vLLM's worker process. A step of the engine turns post-norm rows into logits;
-the row of the step whose *input* token is ``<REF_POS>`` is the concentration. Three parts of vLLM's
-public plug-in interface meet here: the model keeps the rows (:mod:`.vllm_models`), a logits
-processor knows which row belongs to which request and what that request wrote last, and a worker
-extension hands the vectors out.
-
-Requests are told apart by a key of their own in ``SamplingParams.extra_args``, because vLLM's ids
-get a suffix on their way and rows move within the batch.
+the row of the step whose *input* token is ``<REF_POS>`` is the concentration. Two parts of vLLM's
+public plug-in interface meet here: the model keeps the rows (:mod:`.vllm_models`), and a logits
+processor knows which row belongs to which request and what that request wrote last. It appends the
+vector to the file that the request names in ``SamplingParams.extra_args`` (:mod:`.vector_files`):
+rows that move within the batch, and ids that change on their way, cannot mix requests up.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,11 +17,10 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
+from coprs_deploy.policy.vector_files import append_vector
+
 EXTRA_ARGUMENT = "coprs_deploy"
 """The key of a capture order in ``SamplingParams.extra_args``."""
-
-MOST_UNFETCHED = 4096
-"""Captures that are kept when nobody fetches them; the oldest go first."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +28,14 @@ class CaptureOrder:
     """What is captured for one request, and when its answer is made to end.
 
     Attributes:
-        key: names the request; no other request ever has it.
+        path: file that the vectors are appended to; no other request ever has it.
         reference_id: ``<REF_POS>``.
         stop_id: the token that is forced when the answer must end; one of ``stop_token_ids``.
         targets: end after this many ``<REF_POS>`` have been read.
         budget: end after this many tokens; a ``<REF_POS>`` in the last place is still read.
     """
 
-    key: str
+    path: str
     reference_id: int
     stop_id: int
     targets: int
@@ -56,38 +52,18 @@ class CaptureOrder:
         return cls(**found) if found is not None else None
 
 
-class Captures:
-    """The captured vectors of one worker process, until somebody fetches them.
+class Step:
+    """What the model leaves for the logits processor in the same step.
 
     Attributes:
-        rows: (R, D) post-norm rows of the step that is running, one for each row of its logits.
+        rows: (R, D) post-norm rows, one for each row of the step's logits.
     """
 
-    def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None
-        self._vectors: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
-
-    def put(self, key: str, position: int, vector: torch.Tensor) -> None:
-        """Keep the vector of the ``<REF_POS>`` at an index of the response; the last one counts.
-
-        A request that was preempted reads its response again, in pieces perhaps: the last piece
-        that ends at ``position`` is the one that is whole.
-        """
-        self._vectors.setdefault(key, {})[position] = vector
-        self._vectors.move_to_end(key)
-        while len(self._vectors) > MOST_UNFETCHED:
-            self._vectors.popitem(last=False)
-
-    def take(self, key: str) -> dict[int, torch.Tensor]:
-        """Hand out and forget the vectors of a request, by index in its response."""
-        return self._vectors.pop(key, {})
-
-    def __len__(self) -> int:
-        return len(self._vectors)
+    rows: torch.Tensor | None = None
 
 
-CAPTURES = Captures()
-"""Shared by the model, the logits processor and the worker extension of this process."""
+STEP = Step()
+"""Shared by the model and the logits processor of this process."""
 
 
 class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be absent
@@ -154,7 +130,8 @@ class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may b
         for row, (order, response) in self._batch.items():
             is_reference = self.reads_reference(order, response)
             if is_reference:
-                CAPTURES.put(order.key, len(response) - 1, self.row_of(row, logits).clone())
+                vector = self.row_of(row, logits).float().cpu().numpy()
+                append_vector(order.path, len(response) - 1, vector)
             if len(response) >= order.budget or (
                 is_reference and response.count(order.reference_id) >= order.targets
             ):
@@ -168,28 +145,7 @@ class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may b
 
     def row_of(self, row: int, logits: torch.Tensor) -> torch.Tensor:
         """(D,) post-norm row behind a row of the logits."""
-        rows = CAPTURES.rows
+        rows = STEP.rows
         assert rows is not None, "the model was not loaded through coprs_deploy's architecture"
         assert len(rows) == len(logits), (rows.shape, logits.shape)
         return rows[row]
-
-
-class CaptureExtension:
-    """What a worker answers on top of vLLM's own calls (``worker_extension_cls``)."""
-
-    def take_concentrations(self, key: str) -> dict[str, list[float]]:
-        """Hand out and forget the vectors of a request, by index in its response.
-
-        Plain lists of floats under text keys travel through vLLM's message format as they are; only
-        the first rank answers, the others hold the same.
-        """
-        from vllm.distributed.parallel_state import get_tp_group
-
-        vectors = CAPTURES.take(key)
-        if get_tp_group().rank_in_group:
-            return {}
-        return {str(i): vector.float().cpu().tolist() for i, vector in vectors.items()}
-
-    def count_unfetched(self) -> int:
-        """How many requests have vectors that nobody fetched yet."""
-        return len(CAPTURES)

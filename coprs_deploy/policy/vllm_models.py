@@ -32,7 +32,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement
 
 from coprs_deploy.policy.vision_inputs import VisionProcessor
-from coprs_deploy.policy.vllm_capture import CAPTURES
+from coprs_deploy.policy.vllm_capture import STEP
 
 _CLIP_ROOT = re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)")
 
@@ -118,7 +118,7 @@ class _KeepsRows:
     """Keeps the rows that become logits; runs outside of compiled and captured code."""
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        CAPTURES.rows = hidden_states
+        STEP.rows = hidden_states
         logits: torch.Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]
         return logits
 

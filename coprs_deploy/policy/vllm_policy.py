@@ -12,7 +12,6 @@ import atexit
 import queue
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from coprs_deploy.policy.policy import (
     Words,
 )
 from coprs_deploy.policy.policy_tokens import PolicyTokens, WrittenText
+from coprs_deploy.policy.vector_files import VectorFiles
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.policy.vllm_engine import (
     check_platform,
@@ -79,7 +79,7 @@ class _Prompt:
 
     tokens: Any
     params: Any
-    key: str
+    vectors: Path
     num_tokens: int
     budget: int
     targets: int
@@ -188,6 +188,7 @@ class VllmPolicy(Policy):
             **settings.engine_arguments(device_type),
             **memory,
         )
+        self._files = VectorFiles(self.width)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vllm-policy", daemon=True
@@ -227,10 +228,9 @@ class VllmPolicy(Policy):
     @staticmethod
     def _plug_ins() -> dict[str, Any]:
         """Engine arguments that bring the capture into the engine."""
-        from coprs_deploy.policy.vllm_capture import CaptureExtension, ConcentrationCapture
+        from coprs_deploy.policy.vllm_capture import ConcentrationCapture
 
-        extension = f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}"
-        return {"logits_processors": [ConcentrationCapture], "worker_extension_cls": extension}
+        return {"logits_processors": [ConcentrationCapture]}
 
     def stream(self, request: PolicyRequest) -> PolicyStream:
         """See :meth:`Policy.stream`.
@@ -263,6 +263,7 @@ class VllmPolicy(Policy):
                         yield Words(text)
         finally:
             task.cancel()  # an abandoned request; one that has ended does not notice
+            prompt.vectors.unlink(missing_ok=True)
         end = time.perf_counter()
         stop = self._stop_reason(progress.token_ids, prompt)
         if stop is not StopReason.END_OF_TEXT:
@@ -310,8 +311,9 @@ class VllmPolicy(Policy):
         first = ids.index(self._image_id)
         # vLLM repeats the placeholder itself, once for each vision token.
         short_ids = [*ids[: first + 1], *ids[first + num_image_tokens :]]
+        vectors = self._files.open()
         order = CaptureOrder(
-            key=uuid.uuid4().hex,
+            path=str(vectors),
             reference_id=self._tokens.reference_id,
             stop_id=min(self._tokens.end_ids),
             targets=request.targets,
@@ -330,7 +332,7 @@ class VllmPolicy(Policy):
             "multi_modal_data": {"image": picture},
             "multi_modal_uuids": {"image": [image_key(np.asarray(picture))]},
         }
-        return _Prompt(tokens, params, order.key, len(ids), budget, request.targets)
+        return _Prompt(tokens, params, vectors, len(ids), budget, request.targets)
 
     def _stop_reason(self, token_ids: list[int], prompt: _Prompt) -> StopReason:
         """Tell why an answer ended; its last token is an end, written or forced."""
@@ -351,11 +353,9 @@ class VllmPolicy(Policy):
         try:
             async for new_ids in self._tokens_of(prompt, progress):
                 arrivals.put(new_ids)
-            arrivals.put(await self._fetch(prompt.key))
+            arrivals.put(self._files.take(prompt.vectors))
         except asyncio.CancelledError:
             arrivals.put(PolicyError("the policy was closed while it answered"))
-            # vLLM has aborted the request; what it captured so far goes too.
-            await asyncio.shield(self._fetch(prompt.key))
             raise
         except Exception as error:
             failure = PolicyError(f"{self.description} could not answer: {error}")
@@ -364,7 +364,7 @@ class VllmPolicy(Policy):
 
     async def _tokens_of(self, prompt: _Prompt, progress: _Progress) -> AsyncIterator[list[int]]:
         assert self._engine is not None
-        outputs = self._engine.generate(prompt.tokens, prompt.params, prompt.key)
+        outputs = self._engine.generate(prompt.tokens, prompt.params, prompt.vectors.name)
         async for output in outputs:
             (completion,) = output.outputs
             new_ids = list(completion.token_ids)
@@ -383,19 +383,9 @@ class VllmPolicy(Policy):
             if completion.finish_reason not in (None, "stop"):
                 raise PolicyError(f"the request ended with {completion.finish_reason!r}")
 
-    async def _fetch(self, key: str) -> NDArray[np.float32]:
-        """Take the vectors of a request out of the engine, in the order of the response."""
-        assert self._engine is not None
-        answers = await self._engine.collective_rpc("take_concentrations", args=(key,))
-        found = {int(i): v for answer in answers for i, v in answer.items()}
-        vectors = [found[i] for i in sorted(found)]
-        return np.asarray(vectors, dtype=np.float32).reshape(len(vectors), self.width)
-
     def count_unfetched(self) -> int:
-        """How many requests have vectors in the engine that nobody fetched."""
-        assert self._engine is not None, "the policy was closed"
-        counts: list[int] = self._run(self._engine.collective_rpc("count_unfetched"))
-        return max(counts)
+        """How many requests have a file for vectors that nobody has taken."""
+        return len(self._files)
 
     def count_unfinished(self) -> int:
         """How many requests the engine holds."""
@@ -431,3 +421,4 @@ class VllmPolicy(Policy):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._files.close()

@@ -3,7 +3,7 @@
 The token budget of a request chooses what goes wrong with it.
 """
 
-from coprs_deploy.policy.vllm_capture import CAPTURES, ConcentrationCapture
+from coprs_deploy.policy.vllm_capture import STEP, ConcentrationCapture
 from coprs_deploy.policy.vllm_policy import VllmPolicy
 
 WRONG_ROW = 101
@@ -18,13 +18,13 @@ class MutantCapture(ConcentrationCapture):
     def apply(self, logits):
         logits = super().apply(logits)
         for row, (order, _) in self._batch.items():
-            self._row_before[order.key] = CAPTURES.rows[row].clone()
+            self._row_before[order.path] = STEP.rows[row].clone()
         return logits
 
     def row_of(self, row, logits):
         order, _ = self._batch[row]
         if order.budget == ONE_STEP_EARLY:
-            return self._row_before[order.key]
+            return self._row_before[order.path]
         shift = 1 if order.budget == WRONG_ROW else 0
         return super().row_of((row + shift) % len(logits), logits)
 
@@ -32,4 +32,4 @@ class MutantCapture(ConcentrationCapture):
 class MutantPolicy(VllmPolicy):
     @staticmethod
     def _plug_ins():
-        return {**VllmPolicy._plug_ins(), "logits_processors": [MutantCapture]}
+        return {"logits_processors": [MutantCapture]}

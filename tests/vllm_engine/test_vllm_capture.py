@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from coprs_deploy.policy.vector_files import VectorFiles
+
 if importlib.util.find_spec("vllm") is not None:
     import torch
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
     from coprs_deploy.policy.vllm_capture import (
-        CAPTURES,
-        MOST_UNFETCHED,
+        STEP,
         CaptureOrder,
-        Captures,
         ConcentrationCapture,
     )
     from coprs_deploy.policy.vllm_models import _CLIP_ROOT
@@ -22,8 +22,8 @@ if importlib.util.find_spec("vllm") is not None:
 REFERENCE, STOP, VOCABULARY, WIDTH = 7, 2, 10, 3
 
 
-def order(key, targets=1, budget=20):
-    return CaptureOrder(key, REFERENCE, STOP, targets, budget)
+def order(file, targets=1, budget=20):
+    return CaptureOrder(str(file), REFERENCE, STOP, targets, budget)
 
 
 def params(order, **changes):
@@ -32,9 +32,14 @@ def params(order, **changes):
 
 
 @pytest.fixture
+def files(tmp_path):
+    with VectorFiles(WIDTH, tmp_path) as files:
+        yield files
+
+
+@pytest.fixture
 def capture(monkeypatch):
-    for name in ("rows", "_vectors"):
-        monkeypatch.setattr(CAPTURES, name, getattr(Captures(), name))
+    monkeypatch.setattr(STEP, "rows", None)
     config = SimpleNamespace(speculative_config=None)
     return ConcentrationCapture(config, torch.device("cpu"), False)
 
@@ -45,7 +50,7 @@ def update(capture, *, added=(), removed=(), moved=()):
 
 def step(capture, num_rows):
     """One engine step: row i of the hidden states holds i everywhere."""
-    CAPTURES.rows = torch.arange(float(num_rows))[:, None].expand(-1, WIDTH)
+    STEP.rows = torch.arange(float(num_rows))[:, None].expand(-1, WIDTH)
     return capture.apply(torch.zeros(num_rows, VOCABULARY))
 
 
@@ -53,49 +58,53 @@ def forced(logits):
     return [bool(row[STOP] == 0 and torch.isinf(row).sum() == VOCABULARY - 1) for row in logits]
 
 
-def taken(key):
-    return {i: vector.tolist() for i, vector in CAPTURES.take(key).items()}
+def taken(files, file):
+    """The rows that were captured for a request, by number."""
+    return [row for row, *_ in files.take(file).tolist()]
 
 
-def test_a_row_is_taken_where_the_reference_token_is_read_and_the_answer_ends_there(capture):
+def test_a_row_is_taken_where_the_reference_token_is_read_and_the_answer_ends_there(capture, files):
+    a, b = files.open(), files.open()
     one, other = [4, REFERENCE], [REFERENCE, 4]
-    update(capture, added=[(0, params(order("a")), [1], one), (2, params(order("b")), [1], other)])
+    update(capture, added=[(0, params(order(a)), [1], one), (2, params(order(b)), [1], other)])
     assert forced(step(capture, 3)) == [True, False, False]
-    assert taken("a") == {1: [0.0] * WIDTH}
-    assert taken("b") == {}
+    assert files.take(a).tolist() == [[0.0] * WIDTH]
     other.append(REFERENCE)
     assert forced(step(capture, 3)) == [True, False, True]
-    assert taken("b") == {2: [2.0] * WIDTH}
+    assert files.take(b).tolist() == [[2.0] * WIDTH]
+    assert files.take(a).shape == (0, WIDTH)
 
 
-def test_a_reference_token_of_the_prompt_is_none_of_the_answers(capture):
-    update(capture, added=[(0, params(order("prompt")), [REFERENCE], [])])
+def test_a_reference_token_of_the_prompt_is_none_of_the_answers(capture, files):
+    file = files.open()
+    update(capture, added=[(0, params(order(file)), [REFERENCE], [])])
     assert forced(step(capture, 1)) == [False]
-    assert taken("prompt") == {}
+    assert taken(files, file) == []
 
 
-def test_several_targets_are_kept_by_their_place_and_the_last_one_ends_the_answer(capture):
-    response = [REFERENCE]
-    update(capture, added=[(0, params(order("several", targets=2)), None, response)])
-    assert forced(step(capture, 1)) == [False]
+def test_several_targets_are_kept_in_order_and_the_last_one_ends_the_answer(capture, files):
+    response, file = [REFERENCE], files.open()
+    update(capture, added=[(1, params(order(file, targets=2)), None, response)])
+    assert forced(step(capture, 2)) == [False, False]
+    update(capture, moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)])
     response += [4, REFERENCE]
     assert forced(step(capture, 1)) == [True]
-    assert list(taken("several")) == [0, 2]
+    assert taken(files, file) == [1.0, 0.0]
 
 
-def test_the_budget_ends_an_answer(capture):
+def test_the_budget_ends_an_answer(capture, files):
     response = [4] * 19
-    update(capture, added=[(0, params(order("budget")), None, response)])
+    update(capture, added=[(0, params(order(files.open())), None, response)])
     assert forced(step(capture, 1)) == [False]
     response.append(4)
     assert forced(step(capture, 1)) == [True]
 
 
-def test_requests_are_followed_as_they_move_swap_and_leave(capture):
-    responses = {key: [REFERENCE] for key in "abc"}
+def test_requests_are_followed_as_they_move_swap_and_leave(capture, files):
+    a, b, c = (files.open() for _ in range(3))
     update(
         capture,
-        added=[(row, params(order(key)), None, responses[key]) for row, key in enumerate("abc")],
+        added=[(row, params(order(f)), None, [REFERENCE]) for row, f in enumerate((a, b, c))],
     )
     update(
         capture,
@@ -104,34 +113,40 @@ def test_requests_are_followed_as_they_move_swap_and_leave(capture):
     )
     capture.update_state(None)
     step(capture, 2)
-    assert taken("a") == {0: [1.0] * WIDTH}
-    assert taken("c") == {0: [0.0] * WIDTH}
-    assert taken("b") == {}
+    assert [taken(files, f) for f in (a, b, c)] == [[1.0], [], [0.0]]
 
 
-def test_a_row_that_another_request_takes_over_forgets_the_first(capture):
-    update(capture, added=[(0, params(order("first")), None, [REFERENCE])])
+def test_a_row_that_another_request_takes_over_forgets_the_first(capture, files):
+    first = files.open()
+    update(capture, added=[(0, params(order(first)), None, [REFERENCE])])
     update(capture, added=[(0, SamplingParams(), None, [REFERENCE])])
     assert forced(step(capture, 1)) == [False]
-    assert taken("first") == {}
+    assert taken(files, first) == []
 
 
-def test_what_a_preempted_request_reads_again_replaces_what_it_had(capture):
-    response = [4, REFERENCE]
-    update(capture, added=[(0, params(order("again")), None, response)])
+def test_what_a_preempted_request_reads_again_replaces_what_it_had(capture, files):
+    response, file = [4, REFERENCE], files.open()
+    update(capture, added=[(0, params(order(file)), None, response)])
     step(capture, 1)
-    update(capture, removed=[0], added=[(2, params(order("again")), None, response)])
+    update(capture, removed=[0], added=[(2, params(order(file)), None, response)])
     step(capture, 3)
-    assert taken("again") == {1: [2.0] * WIDTH}
+    assert taken(files, file) == [2.0]
 
 
-def test_vectors_that_nobody_fetches_do_not_grow_without_end():
-    captures = Captures()
-    for number in range(MOST_UNFETCHED + 3):
-        captures.put(str(number), 0, torch.zeros(1))
-    assert len(captures) == MOST_UNFETCHED
-    assert captures.take("0") == {}
-    assert len(captures.take(str(MOST_UNFETCHED + 2))) == 1
+def test_half_precision_states_arrive_as_float32(capture, files):
+    file = files.open()
+    update(capture, added=[(0, params(order(file)), None, [REFERENCE])])
+    STEP.rows = torch.full((1, WIDTH), 0.1, dtype=torch.bfloat16)
+    capture.apply(torch.zeros(1, VOCABULARY))
+    assert files.take(file).tolist() == [[0.10009765625] * WIDTH]
+
+
+def test_what_is_found_for_an_abandoned_request_goes_nowhere(capture, files):
+    file = files.open()
+    update(capture, added=[(0, params(order(file)), None, [REFERENCE])])
+    file.unlink()
+    assert forced(step(capture, 1)) == [True]
+    assert len(files) == 0
 
 
 @pytest.mark.parametrize(

@@ -173,12 +173,8 @@ class TestSharedEngine:
 
     def test_a_vector_that_is_lost_is_an_error_with_the_reasoning(self, shared, monkeypatch):
         policy, name = shared
-        fetch = policy._fetch
-
-        async def fetch_nothing(key):
-            return (await fetch(key))[:0]
-
-        monkeypatch.setattr(policy, "_fetch", fetch_nothing)
+        take = policy._files.take
+        monkeypatch.setattr(policy._files, "take", lambda path: take(path)[:0])
         request = questions(1)[0]
         with pytest.raises(LostConcentrationError, match="1 <REF_POS> and gave 0") as caught:
             ask(policy, request)
@@ -321,6 +317,7 @@ class TestClosing:
         assert "closed while it answered" in str(failures[0])
         _, alive = psutil.wait_procs(started, timeout=60)
         assert not alive
+        assert not policy._files.folder.exists()
         policy.close()  # closing again is allowed
         with pytest.raises(PolicyError, match="was closed"):
             next(policy.stream(questions(1)[0]))

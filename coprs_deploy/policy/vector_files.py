@@ -1,0 +1,96 @@
+"""Vectors on their way out of an engine's process: one file a request, in shared memory.
+
+Who asks opens an empty file and names it in the request; the engine appends to it while the request
+is decoded; who asked reads and removes it when the last token is there. Nothing is asked of the
+engine for it, so nobody waits for an engine that is in the middle of a step. A request that was
+abandoned has no file any more, and what the engine still finds for it goes nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.closing import Closeable
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class VectorFiles(Closeable):
+    """The files of all requests that one policy has under way.
+
+    Args:
+        width: length D of a vector.
+        parent: where their folder is made; None takes shared memory, or the folder for temporary
+            files where there is none.
+    """
+
+    def __init__(self, width: int, parent: Path | None = None) -> None:
+        if parent is None and os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+            parent = SHARED_MEMORY
+        self._record = _record(width)
+        self.folder = Path(tempfile.mkdtemp(prefix="coprs-deploy-", dir=parent))
+
+    def open(self) -> Path:
+        """Make the empty file of one request; no other request ever has it."""
+        path = self.folder / uuid.uuid4().hex
+        path.touch(mode=0o600, exist_ok=False)
+        return path
+
+    def take(self, path: Path) -> NDArray[np.float32]:
+        """Read and remove a file; a second time there is nothing.
+
+        Returns:
+            (N, D) float32, in the order of their positions. Of several vectors for one position the
+            last one counts: a request that was preempted reads its response again.
+
+        Raises:
+            ValueError: the file does not hold whole vectors of this width.
+        """
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        path.unlink(missing_ok=True)
+        records = np.frombuffer(content, dtype=self._record)
+        last = {int(record["position"]): number for number, record in enumerate(records)}
+        chosen = [last[position] for position in sorted(last)]
+        vectors: NDArray[np.float32] = records["vector"][chosen]
+        return vectors
+
+    def __len__(self) -> int:
+        """How many requests have a file."""
+        return len(list(self.folder.iterdir()))
+
+    def close(self) -> None:
+        """Remove all files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def append_vector(path: str, position: int, vector: NDArray[np.float32]) -> None:
+    """Add a vector to a request's file, in one write; nothing happens where the file is gone.
+
+    Args:
+        path: what :meth:`VectorFiles.open` gave.
+        position: index of its token in the response.
+        vector: (D,) float32.
+    """
+    record = np.array((position, vector), dtype=_record(len(vector)))
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:
+        return
+    try:
+        os.write(file, record.tobytes())
+    finally:
+        os.close(file)
+
+
+def _record(width: int) -> np.dtype[np.void]:
+    return np.dtype([("position", np.int64), ("vector", np.float32, (width,))])

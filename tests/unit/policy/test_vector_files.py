@@ -1,0 +1,95 @@
+"""Vectors on their way out of an engine's process."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from coprs_deploy.policy.vector_files import VectorFiles, append_vector
+
+WIDTH = 4
+
+
+def vector(value):
+    return np.full(WIDTH, value, dtype=np.float32)
+
+
+@pytest.fixture
+def files(tmp_path):
+    with VectorFiles(WIDTH, tmp_path) as files:
+        yield files
+
+
+def test_vectors_come_back_in_the_order_of_their_positions_and_once(files):
+    path = files.open()
+    for position, value in ((7, 1.0), (3, 2.0), (12, 3.0)):
+        append_vector(str(path), position, vector(value))
+    assert len(files) == 1
+    taken = files.take(path)
+    assert taken.dtype == np.float32
+    assert taken.tolist() == [[2.0] * WIDTH, [1.0] * WIDTH, [3.0] * WIDTH]
+    assert len(files) == 0
+    assert files.take(path).shape == (0, WIDTH)
+
+
+def test_the_last_vector_of_a_position_counts(files):
+    path = files.open()
+    for value in (1.0, 2.0):
+        append_vector(str(path), 5, vector(value))
+    assert files.take(path).tolist() == [[2.0] * WIDTH]
+
+
+def test_requests_do_not_share_files(files):
+    one, other = files.open(), files.open()
+    append_vector(str(one), 0, vector(1.0))
+    assert files.take(other).shape == (0, WIDTH)
+    assert files.take(one).shape == (1, WIDTH)
+
+
+def test_a_vector_for_a_file_that_is_gone_goes_nowhere(files):
+    path = files.open()
+    path.unlink()
+    append_vector(str(path), 0, vector(1.0))
+    assert not path.exists()
+
+
+def test_another_process_may_append(files):
+    path = files.open()
+    code = (
+        "import sys, numpy as np\n"
+        "from coprs_deploy.policy.vector_files import append_vector\n"
+        f"append_vector(sys.argv[1], 2, np.arange({WIDTH}, dtype=np.float32))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert files.take(path).tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("width", [WIDTH - 1, WIDTH + 1])
+def test_vectors_of_another_width_are_refused(files, width):
+    path = files.open()
+    append_vector(str(path), 0, np.zeros(width, dtype=np.float32))
+    with pytest.raises(ValueError, match="multiple of element size"):
+        files.take(path)
+
+
+def test_closing_removes_what_nobody_took(tmp_path):
+    files = VectorFiles(WIDTH, tmp_path)
+    append_vector(str(files.open()), 0, vector(1.0))
+    files.close()
+    assert list(tmp_path.iterdir()) == []
+    files.close()
+
+
+def test_only_the_owner_reads_them(files):
+    path = files.open()
+    assert path.stat().st_mode & 0o077 == 0
+    assert files.folder.stat().st_mode & 0o077 == 0
+
+
+def test_without_shared_memory_the_folder_for_temporary_files_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with VectorFiles(WIDTH) as files:
+        assert files.folder.parent == tmp_path
