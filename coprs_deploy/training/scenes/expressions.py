@@ -7,6 +7,7 @@ something in it lies too close to call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -169,14 +170,11 @@ def _lies_so(
 
 
 def _nearest(
-    pool: Sequence[int], anchor: SceneObject, objects: Sequence[SceneObject], clear_px: float
+    pool: Sequence[int], origin: SceneObject, objects: Sequence[SceneObject], clear_px: float
 ) -> list[int]:
-    def distance(i: int) -> float:
-        x, y = (objects[i].center[axis] - anchor.center[axis] for axis in (0, 1))
-        return float((x * x + y * y) ** 0.5)
-
-    ordered = sorted(pool, key=distance)
-    if len(ordered) > 1 and distance(ordered[1]) - distance(ordered[0]) < clear_px:
+    ordered = sorted(pool, key=lambda i: distance(objects[i], origin))
+    nearest = [distance(objects[i], origin) for i in ordered[:2]]
+    if len(nearest) > 1 and nearest[1] - nearest[0] < clear_px:
         raise UnclearError("two objects are about as near")
     return ordered[:1]
 
@@ -214,3 +212,8 @@ def in_order(
     """Sort indices from a side; see ``SIDES``."""
     axis, sign = direction
     return sorted(pool, key=lambda i: sign * objects[i].center[axis])
+
+
+def distance(item: SceneObject, other: SceneObject) -> float:
+    """Measure how far the centers of two objects lie apart, in pixels."""
+    return math.dist(item.center, other.center)

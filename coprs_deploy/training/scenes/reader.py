@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from coprs_deploy.training.scenes.scene import SceneObject
 
@@ -196,6 +197,7 @@ def _squared_distance(item: SceneObject, other: SceneObject) -> float:
 
 
 _PLACE = re.compile(r"\bat (row\d+ col\d+)(?:,? (?:the )?((?:\w+ ){3}\w+))?")
+_DISTANT = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}(\d+) away")
 _LOCATED = re.compile(r"^(the .+) is (?:at (row\d+ col\d+)|(nowhere))$")
 _LISTED = re.compile(r"^the (.+?) candidates(?: from the (?:left|right|top|bottom))? are: (.+)$")
 
@@ -204,8 +206,8 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
     """Find what a reasoning says about the scene that is not so.
 
     Checked are: places (something has its center there), attributes after a place, where a noun
-    phrase is said to be, and that a list of candidates names all that fit and nothing else, but for
-    the anchors of the question.
+    phrase is said to be, that a list of candidates names all that fit and nothing else, but for the
+    anchors of the question, and that distances in it are in the order of what lies farther.
 
     Args:
         reasoning: the thought, without its marks.
@@ -234,7 +236,25 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
             fitting = set(_select(listed[1].split(), objects, range(len(objects))))
             if not fitting - anchors <= named <= fitting:
                 found.append(f"the {listed[1]} candidates are others")
+            found += _check_distances(sentence, objects, at_place, anchors)
     return found
+
+
+def _check_distances(
+    sentence: str, objects: Sequence[SceneObject], at_place: dict[str, int], anchors: set[int]
+) -> list[str]:
+    stated = [(at_place[p], int(far)) for p, far in _DISTANT.findall(sentence) if p in at_place]
+    if not stated:
+        return []
+    if len(anchors) != 1:
+        return [f"distances from {len(anchors)} anchors"]
+    origin = objects[next(iter(anchors))]
+    stated.sort(key=lambda pair: _squared_distance(objects[pair[0]], origin))
+    return [
+        f"{objects[i].shape} {near} away is not nearer than {objects[j].shape} {far} away"
+        for (i, near), (j, far) in pairwise(stated)
+        if near > far
+    ]
 
 
 def _check_located(

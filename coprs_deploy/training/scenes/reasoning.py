@@ -2,7 +2,8 @@
 
 The order is what makes it learnable: the noun phrase is repeated, then each candidate is given by
 its place first and its attributes after, and the target by its place again. A place is read off the
-picture; attributes written before it would be guesses that the place then has to follow.
+picture; attributes written before it would be guesses that the place then has to follow. Where the
+nearest candidate is asked for, each is given its distance too: choosing is then comparing numbers.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.scenes.expressions import (
+    NEAREST,
     SIDES,
     Expression,
     candidates,
+    distance,
     in_order,
     resolve,
 )
@@ -86,7 +89,18 @@ def _list_candidates(
     if expression.side:
         pool = in_order(pool, SIDES[expression.side], objects)
         order = f" from the {expression.side}"
-    listed = ", ".join(f"at {objects[i].place} {objects[i].name}" for i in pool) or "none"
+    origins = [
+        objects[resolve(anchor, objects, clear_px)[0]]
+        for relation, anchor in expression.relations
+        if relation == NEAREST
+    ]
+    # Counted in clear distances and rounded down, the nearest has the smallest number alone.
+    entries = [
+        f"at {objects[i].place} {objects[i].name}"
+        + "".join(f" {int(distance(objects[i], origin) / clear_px)} away" for origin in origins)
+        for i in pool
+    ]
+    listed = ", ".join(entries) or "none"
     return f"The {noun(expression.description)} candidates{order} are: {listed}."
 
 

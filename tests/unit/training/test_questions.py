@@ -383,3 +383,47 @@ def test_paraphrases_of_one_expression_mean_the_same():
     texts = {write_instruction(expression, 1, FULL, Draws("test", seed)) for seed in range(200)}
     assert len(texts) > 60
     assert {read_instruction(text, TABLE) for text in texts} == {(2,)}
+
+
+def test_the_nearest_is_chosen_by_distances_that_are_written_down():
+    green = Expression(Description(color="green"))
+    nearest = Expression(Description(color="red"), (("nearest to", green),))
+    assert write_reasoning(nearest, TABLE, 14) == (
+        "The green shape is at row7 col2. The red shape candidates are: at row2 col2 small plain "
+        "red circle 5 away, at row3 col7 small striped red circle 7 away, at row5 col5 medium "
+        "plain red square 3 away. The target is at row5 col5, the medium plain red square."
+    )
+
+
+@pytest.mark.parametrize(
+    ("distances", "fault"),
+    [((5, 7), None), ((7, 7), None), ((8, 7), "circle 8 away is not nearer than circle 7 away")],
+)
+def test_distances_in_a_wrong_order_are_found(distances, fault):
+    listed = "at row2 col2 small plain red circle {} away, at row3 col7 small striped red circle {}"
+    found = false_statements(
+        "The green shape is at row7 col2. The red circle candidates are: "
+        f"{listed.format(*distances)} away.",
+        TABLE,
+    )
+    assert found == ([] if fault is None else [fault])
+
+
+def test_distances_from_nowhere_are_found():
+    listed = "at row2 col2 small plain red circle 6 away, at row3 col7 small striped red circle."
+    text = f"The red circle candidates are: {listed}"
+    assert false_statements(text, TABLE) == ["distances from 0 anchors"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_smallest_distance_stands_alone(seed):
+    tier = msgspec.structs.replace(FULL, kinds={"nearest": 1.0})
+    scene = make_scene(tier, seed)
+    for question in ask(scene, tier, seed, 3):
+        if question.kind != "nearest":
+            continue
+        numbers = [int(number) for number in re.findall(r"(\d+) away", question.reasoning)]
+        places = re.findall(r"at (row\d+ col\d+) [a-z ]+\d+ away", question.reasoning)
+        assert numbers.count(min(numbers)) == 1
+        (target,) = question.targets
+        assert places[numbers.index(min(numbers))] == scene.objects[target].place
