@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +203,18 @@ class PreparedImage:
     original_size: tuple[int, int]
 
 
+class Placed(Protocol):
+    """Whatever knows where a picture lies in the padded image, and its own size."""
+
+    @property
+    def unpadded_size(self) -> NDArray[np.int64]:
+        """int64 (2,), height and width in pixels of the padded image."""
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """Height and width of the picture in pixels."""
+
+
 def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     """Scale a size so that its longer side is ``image_size``, rounding half up as SAM does."""
     scale = image_size / max(height, width)
@@ -268,7 +280,7 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
 
 
 def resize_logits(
-    logits: NDArray[np.float32], prepared: PreparedImage, geometry: Geometry
+    logits: NDArray[np.float32], placed: Placed, geometry: Geometry
 ) -> NDArray[np.float32]:
     """Bring mask or prior logits to the original size.
 
@@ -278,13 +290,13 @@ def resize_logits(
 
     Args:
         logits: (N, 1, M, M) float32, M = ``geometry.mask_size``.
-        prepared: the image that the logits belong to.
+        placed: the sizes of the picture that the logits belong to.
         geometry: sizes of the model.
 
     Returns:
         (N, H, W) float32 logits.
     """
-    inside, original = prepared.unpadded_size, prepared.original_size
+    inside, original = placed.unpadded_size, placed.original_size
     sizes = (geometry.mask_size, geometry.image_size)
     rows = _return_matrix(*sizes, int(inside[0]), original[0])
     columns = _return_matrix(*sizes, int(inside[1]), original[1])

@@ -149,6 +149,10 @@ class TensorSpec(Record, frozen=True):
             )
         )
 
+    def shape_for(self, targets: int) -> tuple[int, ...]:
+        """Its dimensions with this number of targets."""
+        return tuple(targets if isinstance(size, str) else size for size in self.shape)
+
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} ({', '.join(map(str, self.shape))})"
 

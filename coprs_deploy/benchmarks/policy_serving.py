@@ -32,13 +32,13 @@ from coprs_deploy.benchmarks.policy_serving_page import to_markdown
 from coprs_deploy.benchmarks.statistics import median_interval
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
-from coprs_deploy.engines.stages import join_chunks
-from coprs_deploy.images import RgbArray, prepare_image, resize_logits
+from coprs_deploy.images import RgbArray, prepare_image
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.policy.vector_files import VectorFiles
 from coprs_deploy.policy.vllm_policy import VllmPolicy, _Progress
 from coprs_deploy.runtime import CoPRS, Timings
+from coprs_deploy.runtime.target_decoding import decode_targets
 
 NAME = "policy-serving"
 
@@ -265,11 +265,9 @@ def _one_by_one(stages: Stages, policy: Policy, geometry: Any, request: PolicyRe
     prepared = prepare_image(request.rgb, geometry)
     embedding = stages.encode(prepared)
     _, result = ask(policy, request)
-    if num_targets := len(result.concentrations):
-        priors = stages.priors(embedding, result.concentrations)
-        masks = stages.masks(embedding, priors, prepared.unpadded_size)
-        for chunks in (priors, masks):
-            resize_logits(join_chunks(chunks, num_targets), prepared, geometry)
+    if len(result.concentrations):
+        for _ in decode_targets(stages, embedding, result.concentrations, prepared, geometry):
+            pass
 
 
 def measure_questions(rounds: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def cache_line(root: Path | None = None) -> str:
     """Say where engines that were built before are kept, how many, and what else is kept there."""
     from coprs_deploy.engines.build_cache import BuildCache
     from coprs_deploy.engines.engine_builder import TIMING_CACHE_FOLDER
-    from coprs_deploy.engines.plan_execution import RUNTIME_CACHE_FOLDER
+    from coprs_deploy.engines.loaded_plan import RUNTIME_CACHE_FOLDER
 
     cache = BuildCache(root)
     lines = [

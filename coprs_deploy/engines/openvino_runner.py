@@ -28,7 +28,7 @@ from coprs_deploy.engines.runner import (
     host_array,
 )
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
-from coprs_deploy.specs import TARGETS_DIMENSION, GraphSpec, TensorSpec
+from coprs_deploy.specs import TARGETS_DIMENSION, GraphSpec
 
 DEVICE = "CPU"
 INSTALL = 'pip install "coprs-deploy[openvino]"'
@@ -108,7 +108,7 @@ class OpenVinoRunner(Runner):
         targets = _num_targets(self.spec, arrays)
         # Written anew each time: a request reuses its own output, and this one outlives the call.
         outputs = {
-            tensor.name: np.empty(_static_shape(tensor, targets), dtype=tensor.dtype)
+            tensor.name: np.empty(tensor.shape_for(targets), dtype=tensor.dtype)
             for tensor in self.spec.outputs
         }
         with self._compiled_for(targets).request() as request:
@@ -125,7 +125,7 @@ class OpenVinoRunner(Runner):
                 model = self._model
                 if not self.spec.targets.is_static:
                     model = model.clone()
-                    model.reshape({t.name: _static_shape(t, targets) for t in self.spec.inputs})
+                    model.reshape({t.name: t.shape_for(targets) for t in self.spec.inputs})
                 compiled = self._core.compile_model(model, DEVICE, self._settings)
                 self._compiled[targets] = _CompiledGraph(compiled)
             return self._compiled[targets]
@@ -247,10 +247,6 @@ def _num_targets(spec: GraphSpec, arrays: Mapping[str, Array]) -> int:
         if TARGETS_DIMENSION in tensor.shape:
             return int(arrays[tensor.name].shape[tensor.shape.index(TARGETS_DIMENSION)])
     return spec.targets.preferred
-
-
-def _static_shape(tensor: TensorSpec, targets: int) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else targets for size in tensor.shape)
 
 
 def _graph_bytes(path: Path) -> int:

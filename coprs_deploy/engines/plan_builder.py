@@ -264,8 +264,7 @@ class _Build:
 def profile_shapes(tensor: TensorSpec, targets: TargetsProfile) -> tuple[tuple[int, ...], ...]:
     """Give the smallest, the preferred and the largest shape of an input."""
     return tuple(
-        tuple(count if isinstance(size, str) else size for size in tensor.shape)
-        for count in (targets.minimum, targets.preferred, targets.maximum)
+        tensor.shape_for(count) for count in (targets.minimum, targets.preferred, targets.maximum)
     )
 
 

@@ -123,6 +123,16 @@ class Runner(Closeable):
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         """Run with inputs that have been checked."""
 
+    def joined_with(self, following: Runner) -> Runner | None:
+        """Make one call of this graph and one that reads its outputs, if the runtime can.
+
+        Returns:
+            A runner that takes the inputs of both and gives the outputs of both, to be closed
+            before them; None where two calls are as good.
+        """
+        del following
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Free the graph's memory; the runner must not be called again."""

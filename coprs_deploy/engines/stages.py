@@ -22,6 +22,12 @@ class Stages(Closeable):
 
     def __init__(self, runners: Mapping[str, Runner]) -> None:
         self.runners = dict(runners)
+        self._joined = self.runners[PRIOR].joined_with(self.runners[MASK_DECODER])
+
+    @property
+    def joins_targets(self) -> bool:
+        """Whether :meth:`priors_and_masks` is one piece of work."""
+        return self._joined is not None
 
     def encode(self, prepared: PreparedImage) -> DeviceTensor:
         """Encode an image; the embedding stays on the device, (1, C, G, G)."""
@@ -63,6 +69,28 @@ class Stages(Closeable):
             for chunk in prior_chunks
         ]
 
+    def priors_and_masks(
+        self,
+        image_embedding: DeviceTensor,
+        concentrations: NDArray[np.float32],
+        unpadded_size: NDArray[np.int64],
+    ) -> tuple[list[DeviceTensor], list[DeviceTensor]]:
+        """Score and decode N concentrations; nothing comes between the two where they are joined.
+
+        Returns:
+            What :meth:`priors` and :meth:`masks` give.
+        """
+        if self._joined is None:
+            priors = self.priors(image_embedding, concentrations)
+            return priors, self.masks(image_embedding, priors, unpadded_size)
+        outputs = [
+            self._joined(
+                image_embedding=image_embedding, concentration=chunk, unpadded_size=unpadded_size
+            )
+            for chunk in self._chunks(concentrations)
+        ]
+        return [o["prior_logits"] for o in outputs], [o["mask_logits"] for o in outputs]
+
     def _chunks(self, concentrations: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
         profile = self.runners[PRIOR].spec.targets
         for start in range(0, len(concentrations), profile.maximum):
@@ -71,10 +99,12 @@ class Stages(Closeable):
             yield np.concatenate([chunk, np.repeat(chunk[-1:], lacking, axis=0)])
 
     def close(self) -> None:
-        """Free all three graphs."""
+        """Free all three graphs, what joins them first."""
         with ExitStack() as stack:
             for runner in self.runners.values():
                 stack.callback(runner.close)
+            if self._joined is not None:
+                stack.callback(self._joined.close)
 
 
 def join_chunks(chunks: list[DeviceTensor], num_targets: int) -> NDArray[np.float32]:

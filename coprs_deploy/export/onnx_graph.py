@@ -149,8 +149,7 @@ def _example(tensor: TensorSpec) -> torch.Tensor:
     import torch
 
     # A symbolic dimension must not be traced with 0 or 1, which torch.export takes for constants.
-    shape = tuple(2 if isinstance(size, str) else size for size in tensor.shape)
-    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+    return torch.zeros(tensor.shape_for(2), dtype=getattr(torch, tensor.dtype))
 
 
 @contextmanager

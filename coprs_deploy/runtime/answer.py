@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.images import RgbArray
+from coprs_deploy.runtime.logit_maps import LogitMaps
 from coprs_deploy.runtime.overlay import draw_heatmap, draw_overlay
 from coprs_deploy.specs import OUTSIDE_IMAGE_LOGIT
 
@@ -21,10 +22,15 @@ class PriorReady:
     """The prior, streamed as soon as it exists.
 
     Attributes:
-        priors: (N, H, W) float32 logits, one map a target.
+        prior_maps: its logits, one map a target.
     """
 
-    priors: NDArray[np.float32]
+    prior_maps: LogitMaps
+
+    @property
+    def priors(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 logits at the picture's size, computed when first asked for."""
+        return self.prior_maps.at_original_size
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ class Timings:
         image_encoder_hidden_ms: the part of it during which the policy was at work anyway.
         prefill_ms: the policy reading prompt and image.
         decode_ms: the policy writing, the last hidden state included.
-        prior_ms: the prior graph, for all targets.
+        prior_ms: the prior graph, for all targets; 0 where it is one piece with the mask decoder.
         mask_decoder_ms: the mask decoder graph, for all targets.
-        resize_ms: bringing priors and masks to the original size.
+        resize_ms: bringing the masks to the original size.
         reference_to_mask_ms: from the policy's last hidden state to the masks: what was left of the
             image encoder, the prior, the mask decoder and the way to the original size.
         total_ms: from the call to the answer.
@@ -75,7 +81,8 @@ class Answer:
         found: whether the policy named a target; if not, the masks are empty and ``reason`` says
             why.
         masks: (N, H, W) bool, one mask a target, in the order in which they were named.
-        priors: (N, H, W) float32 logits of the heatmaps.
+        mask_maps: the logits that the masks are cut from, at the model's size.
+        prior_maps: the logits of the heatmaps, at the model's size.
         reasoning: what the policy thought.
         response: its whole text.
         reason: why nothing was found; empty when something was.
@@ -88,7 +95,8 @@ class Answer:
 
     found: bool
     masks: NDArray[np.bool_]
-    priors: NDArray[np.float32]
+    mask_maps: LogitMaps
+    prior_maps: LogitMaps
     reasoning: str
     response: str
     reason: str
@@ -105,6 +113,16 @@ class Answer:
             last: NDArray[np.bool_] = self.masks[-1]
             return last
         return np.zeros(self.image.shape[:2], dtype=np.bool_)
+
+    @property
+    def priors(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 logits of the heatmaps, computed when they are first asked for."""
+        return self.prior_maps.at_original_size
+
+    @property
+    def mask_logits(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 logits of the masks, computed when they are first asked for."""
+        return self.mask_maps.at_original_size
 
     @property
     def prior(self) -> NDArray[np.float32]:

@@ -11,30 +11,28 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coprs_deploy import shipped
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
-from coprs_deploy.engines import DeviceTensor, Stages
+from coprs_deploy.engines import Stages
 from coprs_deploy.engines.runtime_choice import RuntimeChoice
-from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.images import (
     ImageSource,
     image_key,
     load_image,
     prepare_image,
-    resize_logits,
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, Words
 from coprs_deploy.runtime.admission import Admission
 from coprs_deploy.runtime.answer import Answer, PriorReady, Timings
 from coprs_deploy.runtime.embedding_cache import EmbeddingCache, EncodedImage
-from coprs_deploy.runtime.encoding import Clock, Encoding, Picture
+from coprs_deploy.runtime.encoding import Encoding, Picture
 from coprs_deploy.runtime.loading import Progress, load_parts, no_progress
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.stage_opening import resolve_runtimes
+from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
 from coprs_deploy.specs import Geometry
 
 StreamEvent: TypeAlias = Words | PriorReady | Answer
@@ -159,10 +157,10 @@ class CoPRS(Closeable):
         picture = self._open(np.full((size, size, 3), 128, dtype=np.uint8))
         embedding = self._stages.encode(picture.prepared)
         concentrations = np.zeros((1, self._policy.width), dtype=np.float32)
-        priors = self._stages.priors(embedding, concentrations)
-        self._to_original(
-            self._stages.masks(embedding, priors, picture.prepared.unpadded_size), 1, picture
-        )
+        for _ in decode_targets(
+            self._stages, embedding, concentrations, picture.prepared, self._geometry
+        ):
+            pass
         request = PolicyRequest(picture.rgb, "anything", max_new_tokens=4)
         start = time.perf_counter()
         (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))
@@ -334,42 +332,32 @@ class CoPRS(Closeable):
                 tokens_per_second=1e3 * len(result.token_ids) / max(result.decode_ms, 1e-3),
             )
             num_targets = len(result.concentrations)
-            priors = np.zeros((0, *picture.prepared.original_size), dtype=np.float32)
-            masks = np.zeros((0, *picture.prepared.original_size), dtype=np.bool_)
+            decoded = DecodedTargets.none(picture.prepared, self._geometry)
             if num_targets:
                 encoded = encoding.wait(request)
-                clock = Clock()
-                prior_chunks = self._stages.priors(encoded.embedding, result.concentrations)
-                prior_ms = clock.lap_ms()
-                resize_ms = 0.0
-                if announces_prior:
-                    priors = self._to_original(prior_chunks, num_targets, picture)
-                    resize_ms = clock.lap_ms()
-                    yield PriorReady(priors)
-                    clock.lap_ms()
-                # Without a pause for the prior the two graphs follow each other on their device.
-                mask_chunks = self._stages.masks(
-                    encoded.embedding, prior_chunks, picture.prepared.unpadded_size
+                decoded = yield from decode_targets(
+                    self._stages,
+                    encoded.embedding,
+                    result.concentrations,
+                    picture.prepared,
+                    self._geometry,
+                    announces_prior=announces_prior,
                 )
-                mask_decoder_ms = clock.lap_ms()
-                masks = self._to_original(mask_chunks, num_targets, picture) > 0
-                reference_to_mask_ms = 1e3 * (time.perf_counter() - policy_end)
-                if not announces_prior:
-                    priors = self._to_original(prior_chunks, num_targets, picture)
                 hidden_ms = encoded.overlap_ms(policy_start, policy_end)
                 timings = replace(
                     timings,
                     image_encoder_ms=0.0 if encoding.was_kept else encoded.milliseconds,
                     image_encoder_hidden_ms=0.0 if encoding.was_kept else hidden_ms,
-                    prior_ms=prior_ms,
-                    mask_decoder_ms=mask_decoder_ms,
-                    resize_ms=resize_ms + clock.lap_ms(),
-                    reference_to_mask_ms=reference_to_mask_ms,
+                    prior_ms=decoded.prior_ms,
+                    mask_decoder_ms=decoded.mask_decoder_ms,
+                    resize_ms=decoded.resize_ms,
+                    reference_to_mask_ms=1e3 * (decoded.finished - policy_end),
                 )
             yield Answer(
                 found=num_targets > 0,
-                masks=masks,
-                priors=priors,
+                masks=decoded.masks,
+                mask_maps=decoded.mask_maps,
+                prior_maps=decoded.prior_maps,
                 reasoning=result.response.reasoning,
                 response=result.response.text,
                 reason=(
@@ -383,12 +371,6 @@ class CoPRS(Closeable):
             )
         finally:
             self._cache.release(encoding.future)
-
-    def _to_original(
-        self, chunks: list[DeviceTensor], num_targets: int, picture: Picture
-    ) -> NDArray[np.float32]:
-        logits = join_chunks(chunks, num_targets)
-        return resize_logits(logits, picture.prepared, self._geometry)
 
     def close(self) -> None:
         """Free graphs and policy; an answer that is still under way ends with an error."""

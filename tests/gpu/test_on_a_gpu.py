@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from coprs_deploy.bundle import open_bundle
-from coprs_deploy.engines import RunnerOptions, open_bundle_graph, runtime_module
+from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph, runtime_module
 from coprs_deploy.engines.cuda_device import current_gpu
+from coprs_deploy.engines.mask_bits import masks_at_original_size
 from coprs_deploy.engines.runtime_choice import trial_inputs
+from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
+from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
 from coprs_deploy.specs import GRAPH_NAMES, PRIOR, TargetsProfile
 
@@ -66,6 +69,30 @@ def test_recorded_work_gives_the_same_bits(engines, name):
         assert all(np.array_equal(outputs[0], output) for output in outputs)
         found.append(outputs[0])
     assert np.array_equal(*found)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("recorded", [True, False])
+def test_prior_and_mask_decoder_as_one_call_give_the_same_bits(engines, recorded):
+    options = RunnerOptions(device="cuda", cuda_graphs=recorded)
+    with Stages(
+        {name: open_bundle_graph(engines, name, options) for name in GRAPH_NAMES}
+    ) as stages:
+        assert stages.joins_targets
+        prepared = prepare_image(np.full((90, 140, 3), 99, np.uint8), engines.manifest.geometry)
+        embedding = stages.encode(prepared)
+        width = engines.manifest.policy.width
+        concentrations = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
+        priors = stages.priors(embedding, concentrations)
+        apart = (priors, stages.masks(embedding, priors, prepared.unpadded_size))
+        for _ in range(3):  # the first call runs and records, the others replay
+            together = stages.priors_and_masks(embedding, concentrations, prepared.unpadded_size)
+            for found, expected in zip(together, apart, strict=True):
+                assert np.array_equal(join_chunks(found, 3), join_chunks(expected, 3))
+        geometry = engines.manifest.geometry
+        masks = masks_at_original_size(together[1], 3, prepared, geometry)
+        logits = resize_logits(join_chunks(together[1], 3), prepared, geometry)
+        assert np.abs(logits[masks != (logits > 0)]).max(initial=0) < 1e-4
 
 
 @pytest.mark.tensorrt

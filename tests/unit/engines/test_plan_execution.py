@@ -16,7 +16,9 @@ from coprs_deploy.engines import RunnerOptions, open_graph, runtime_names
 from coprs_deploy.engines import plan_execution as execution
 from coprs_deploy.engines.build_cache import BuildCache
 from coprs_deploy.engines.cuda_device import Gpu
-from coprs_deploy.engines.plan_execution import PlanRunner, check_loadable, read_plan
+from coprs_deploy.engines.plan_checks import check_loadable, read_plan
+from coprs_deploy.engines.plan_execution import PlanRunner
+from coprs_deploy.engines.runner import Runner
 from coprs_deploy.errors import (
     BundleError,
     BundleIntegrityError,
@@ -43,7 +45,8 @@ ENGINE = EngineRecord(
     network_layers=3,
 )
 GEOMETRY = Geometry(image_size=128, patch_size=8, embedding_channels=64)
-SPEC = graph_specs(GEOMETRY, 64, TargetsProfile(1, 2, 4))["prior"]
+SPECS = graph_specs(GEOMETRY, 64, TargetsProfile(1, 2, 4))
+SPEC = SPECS["prior"]
 
 
 def engine(**changes):
@@ -84,7 +87,8 @@ class FakeEngine:
         return list(self.tensors)[index]
 
     def get_tensor_dtype(self, name):
-        return SimpleNamespace(name=self.library.dtype)
+        is_int = self.tensors[name].dtype == "int64"
+        return SimpleNamespace(name="INT64" if is_int else self.library.dtype)
 
     def get_tensor_shape(self, name):
         return [-1 if isinstance(size, str) else size for size in self.tensors[name].shape]
@@ -97,7 +101,7 @@ class FakeEngine:
         calls.append(("context",))
         return SimpleNamespace(
             set_input_shape=lambda n, s: calls.append(("shape", n, s)) or True,
-            set_tensor_address=lambda n, a: calls.append(("address", n)) or True,
+            set_tensor_address=lambda n, a: calls.append(("address", n, a)) or True,
             execute_async_v3=lambda stream: calls.append(("execute", stream)) or self.library.runs,
         )
 
@@ -106,6 +110,7 @@ class FakeDevice:
     """A GPU whose memory is numpy arrays."""
 
     gpu = L4
+    index = 0
     stream_handle = 7
 
     def __init__(self, calls):
@@ -363,14 +368,98 @@ class TestCalls:
 
     def test_kernels_that_cannot_be_kept_are_a_warning(self, library, plan):
         runner = open_runner(library, plan)
-        runner._compiled = SimpleNamespace(serialize=lambda: b"kernels")
+        runner._plan._compiled = SimpleNamespace(serialize=lambda: b"kernels")
         (plan.parent / "cache").write_text("a file stands in the way")
         with pytest.warns(UserWarning, match=r"will be compiled again.*COPRS_DEPLOY_CACHE"):
             runner.close()
-        assert runner._engine is None
+        assert not runner._plan.is_open
 
     def test_it_says_what_it_is(self, library, plan):
         with open_runner(library, plan) as runner:
             assert runner.description == "tensorrt 10.9.0 on NVIDIA L4, never verified"
             assert runner.layers == ("layer 0",)
             assert runner.device_memory_bytes == 1234
+
+
+class TestJoined:
+    """Prior and mask decoder as one call."""
+
+    @pytest.fixture
+    def pair(self, library, plan):
+        runners = []
+        for name in ("prior", "mask_decoder"):
+            library.spec = SPECS[name]
+            device, cache = FakeDevice(library.calls), BuildCache(plan.parent / "cache")
+            runners.append(
+                PlanRunner(plan, SPECS[name], CUDA, engine=ENGINE, device=device, cache=cache)
+            )
+        library.calls.clear()
+        yield runners
+        for runner in runners:
+            runner.close()
+
+    @staticmethod
+    def inputs(spec, count):
+        return {t.name: np.zeros(t.shape_for(count), t.dtype) for t in spec.inputs}
+
+    def test_it_takes_what_neither_gives_and_gives_what_both_give(self, pair):
+        with pair[0].joined_with(pair[1]) as joined:
+            assert [t.name for t in joined.spec.inputs] == [
+                "image_embedding",
+                "concentration",
+                "unpadded_size",
+            ]
+            assert [t.name for t in joined.spec.outputs] == ["prior_logits", "mask_logits"]
+            assert joined.spec.targets == SPEC.targets
+
+    def test_both_run_on_one_stream_and_are_captured_as_one(self, library, pair):
+        with pair[0].joined_with(pair[1]) as joined:
+            for expected in (
+                ["execute", "execute", "capture", "execute", "execute"],
+                ["replay"],
+            ):
+                library.calls.clear()
+                outputs = joined(**self.inputs(joined.spec, 2))
+                made = [n for n in names(library) if n in ("execute", "capture", "replay")]
+                assert made == expected
+                assert names(library).count("fill") == 3
+                assert names(library).count("copy out") == 2
+        assert {name: array.shape for name, array in outputs.items()} == {
+            "prior_logits": (2, 1, 64, 64),
+            "mask_logits": (2, 1, 64, 64),
+        }
+
+    def test_the_prior_is_read_where_it_was_written(self, library, pair):
+        with pair[0].joined_with(pair[1]) as joined:
+            joined(**self.inputs(joined.spec, 1))
+        addresses = [call[1:] for call in library.calls if call[0] == "address"]
+        for name in ("prior_logits", "image_embedding"):
+            found = [address for tensor, address in addresses if tensor == name]
+            assert len(found) == 2 and len(set(found)) == 1
+
+    def test_more_targets_than_the_engines_take_are_refused(self, pair):
+        with (
+            pair[0].joined_with(pair[1]) as joined,
+            pytest.raises(ValueError, match="prior and mask_decoder was given 5 targets"),
+        ):
+            joined(**self.inputs(joined.spec, 5))
+
+    def test_it_leaves_the_runners_usable(self, pair):
+        with pair[0].joined_with(pair[1]):
+            pass
+        assert pair[0](**self.inputs(pair[0].spec, 1))
+
+    def test_graphs_elsewhere_are_not_joined(self, pair):
+        pair[1]._device.index = 1
+        assert pair[0].joined_with(pair[1]) is None
+        other = OnnxLike(SPECS["mask_decoder"], "another runtime")
+        assert pair[0].joined_with(other) is None
+        assert other.joined_with(pair[1]) is None
+
+
+class OnnxLike(Runner):
+    def _run(self, inputs):
+        raise NotImplementedError
+
+    def close(self):
+        raise NotImplementedError

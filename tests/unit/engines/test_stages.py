@@ -9,6 +9,7 @@ from coprs_deploy.specs import (
     MASK_DECODER,
     PRIOR,
     Geometry,
+    GraphSpec,
     TargetsProfile,
     graph_specs,
 )
@@ -148,6 +149,50 @@ def test_a_concentration_of_another_width_is_refused():
         ValueError, match=r"concentration as float32 \(1, 4\); it takes .* \(1, 3\)"
     ):
         stages.priors(embedding, np.zeros((1, 4), np.float32))
+
+
+class JoiningRunner(FakeRunner):
+    """A prior that can be joined with the mask decoder."""
+
+    def joined_with(self, following):
+        spec = GraphSpec(
+            "both",
+            (*self.spec.inputs, following.spec.inputs[2]),
+            (*self.spec.outputs, *following.spec.outputs),
+            self.spec.targets,
+        )
+        joined = FakeRunner(spec, None, self.closed)
+
+        def run(inputs):
+            joined.calls.append(inputs)
+            embedding = inputs["image_embedding"]
+            priors = Held(prior_of(embedding, inputs["concentration"]))
+            masks = Held(mask_of(embedding, priors, inputs["unpadded_size"]))
+            return {"prior_logits": priors, "mask_logits": masks}
+
+        joined._run = run
+        return joined
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_graphs_that_can_be_joined_are_one_call_with_the_same_outputs(count):
+    apart, closed = make_stages(1, 4)
+    runners = dict(apart.runners)
+    prior = runners[PRIOR]
+    runners[PRIOR] = JoiningRunner(prior.spec, prior.compute, closed)
+    together = Stages(runners)
+    assert together.joins_targets and not apart.joins_targets
+    embedding = Held(np.ones((1, 8, 4, 4), np.float32))
+    found, expected = (
+        stages.priors_and_masks(embedding, concentrations(count), UNPADDED)
+        for stages in (together, apart)
+    )
+    for chunks, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(join_chunks(chunks, count), join_chunks(wanted, count))
+    assert len(together._joined.calls) == (count + 3) // 4
+    assert runners[PRIOR].calls == []
+    together.close()
+    assert closed[0] == "both"  # before the engines that it runs
 
 
 def test_leaving_the_block_closes_all_graphs():

@@ -8,9 +8,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.runtime import Answer, PriorReady, Timings
+from coprs_deploy.runtime.logit_maps import LogitMaps
+from coprs_deploy.specs import Geometry
 
 HEIGHT, WIDTH = 30, 50
+GEOMETRY = Geometry(image_size=64, patch_size=8, embedding_channels=8)
 
 PYCOCOTOOLS_DECODES = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
@@ -18,13 +22,21 @@ PYCOCOTOOLS_DECODES = pytest.mark.filterwarnings(
 """The package only encodes; decoding in pycocotools 2.0 warns under numpy 2."""
 
 
+def make_maps(generator, targets=1):
+    side = GEOMETRY.mask_size
+    logits = 4 * generator.standard_normal((targets, 1, side, side), dtype=np.float32)
+    prepared = prepare_image(np.zeros((HEIGHT, WIDTH, 3), np.uint8), GEOMETRY)
+    return LogitMaps.of(logits, prepared, GEOMETRY)
+
+
 def make_answer(targets=1, **changes):
     generator = np.random.default_rng(0)
-    priors = 4 * generator.standard_normal((targets, HEIGHT, WIDTH), dtype=np.float32)
+    prior_maps, mask_maps = (make_maps(generator, targets) for _ in range(2))
     values = {
         "found": targets > 0,
-        "masks": priors > 1,
-        "priors": priors,
+        "masks": mask_maps.at_original_size > 0,
+        "mask_maps": mask_maps,
+        "prior_maps": prior_maps,
         "reasoning": "the red disc is on the left",
         "response": "<think>the red disc is on the left</think><REF_POS>",
         "reason": "" if targets else "no <REF_POS> was written: the policy ended its answer",
@@ -42,6 +54,28 @@ def test_the_last_target_counts():
     assert np.array_equal(answer.mask, answer.masks[2])
     assert np.array_equal(answer.prior, answer.priors[2])
     assert not np.array_equal(answer.masks[1], answer.masks[2])
+
+
+def test_logits_come_to_the_size_of_the_picture_when_they_are_looked_at(monkeypatch):
+    answer = make_answer(targets=2)
+    calls = []
+
+    def resize(logits, placed, geometry):
+        calls.append(logits)
+        return resize_logits(logits, placed, geometry)
+
+    monkeypatch.setattr("coprs_deploy.runtime.logit_maps.resize_logits", resize)
+    fresh = dataclasses.replace(answer, prior_maps=make_maps(np.random.default_rng(1), 2))
+    assert not calls
+    assert fresh.priors.shape == (2, HEIGHT, WIDTH)
+    assert fresh.prior is not None and PriorReady(fresh.prior_maps).priors is fresh.priors
+    assert len(calls) == 1 and calls[0] is fresh.prior_maps.logits
+
+
+def test_masks_are_cut_from_their_logits():
+    answer = make_answer(targets=2)
+    assert answer.mask_logits.shape == answer.masks.shape
+    assert np.array_equal(answer.masks, answer.mask_logits > 0)
 
 
 def test_nothing_found_gives_an_empty_mask_and_a_prior_without_hope():
@@ -83,7 +117,7 @@ def test_json_holds_everything_but_the_arrays():
     assert data["format_faults"] == ["no thought is marked"]
     assert data["timings"] == dataclasses.asdict(answer.timings)
     assert data["masks"] == answer.rle()
-    left_out = {"priors", "image"}
+    left_out = {"prior_maps", "mask_maps", "image"}
     assert {f.name for f in dataclasses.fields(Answer)} - left_out <= set(data)
 
 
@@ -148,7 +182,7 @@ def test_an_answer_cannot_be_changed():
     "make",
     [
         make_answer,
-        lambda: PriorReady(np.zeros((1, 2, 2), dtype=np.float32)),
+        lambda: PriorReady(make_maps(np.random.default_rng(0))),
     ],
     ids=["answer", "prior"],
 )

@@ -451,6 +451,35 @@ class TestStream:
                 assert (runners["prior"].calls, runners["mask_decoder"].calls) == (1, 0)
         assert runners["mask_decoder"].calls == 1
 
+    def test_joined_graphs_come_apart_where_the_prior_is_wanted_first(self, build, monkeypatch):
+        coprs, runners = build()
+        both = []
+
+        def joined(**inputs):
+            both.append(inputs)
+            prior = runners["prior"](
+                image_embedding=inputs["image_embedding"], concentration=inputs["concentration"]
+            )
+            mask = runners["mask_decoder"](
+                image_embedding=inputs["image_embedding"],
+                unpadded_size=inputs["unpadded_size"],
+                **prior,
+            )
+            return prior | mask
+
+        monkeypatch.setattr(coprs._stages, "_joined", joined)
+        whole = coprs.segment(picture(), "x", targets=2)
+        assert len(both) == 2
+        assert whole.timings.prior_ms == 0 < whole.timings.mask_decoder_ms
+        *_, prior, answer = coprs.stream(picture(), "x", targets=2)
+        assert len(both) == 2
+        assert answer.timings.prior_ms > 0
+        monkeypatch.undo()
+        for found in (whole, answer):
+            assert np.array_equal(found.priors, prior.priors)
+            assert np.array_equal(found.masks, answer.masks)
+            assert np.array_equal(found.mask_logits, answer.mask_logits)
+
     def test_nothing_starts_before_the_first_event_is_asked_for(self, build):
         coprs, runners = build()
         events = coprs.stream(picture(), "x")

@@ -1,0 +1,105 @@
+"""From concentrations to masks: one uninterrupted piece, unless somebody wants the prior first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.engines import DeviceTensor, Stages
+from coprs_deploy.engines.mask_bits import masks_at_original_size
+from coprs_deploy.engines.stages import join_chunks
+from coprs_deploy.images import PreparedImage
+from coprs_deploy.runtime.answer import PriorReady
+from coprs_deploy.runtime.encoding import Clock
+from coprs_deploy.runtime.logit_maps import LogitMaps
+from coprs_deploy.specs import Geometry
+
+
+@dataclass(frozen=True)
+class DecodedTargets:
+    """The masks of N targets and what led to them.
+
+    Attributes:
+        masks: (N, H, W) bool.
+        mask_maps: their logits.
+        prior_maps: the logits of their priors.
+        prior_ms: the prior graph; 0 where it is one piece with the mask decoder.
+        mask_decoder_ms: the mask decoder graph.
+        resize_ms: bringing the masks to the picture's size.
+        finished: when the masks were there, by ``time.perf_counter``.
+    """
+
+    masks: NDArray[np.bool_]
+    mask_maps: LogitMaps
+    prior_maps: LogitMaps
+    prior_ms: float = 0.0
+    mask_decoder_ms: float = 0.0
+    resize_ms: float = 0.0
+    finished: float = 0.0
+
+    @classmethod
+    def none(cls, prepared: PreparedImage, geometry: Geometry) -> DecodedTargets:
+        """What an answer without a target has."""
+        side = geometry.mask_size
+        nothing = LogitMaps.of(np.zeros((0, 1, side, side), np.float32), prepared, geometry)
+        return cls(np.zeros((0, *prepared.original_size), np.bool_), nothing, nothing)
+
+
+def decode_targets(
+    stages: Stages,
+    embedding: DeviceTensor,
+    concentrations: NDArray[np.float32],
+    prepared: PreparedImage,
+    geometry: Geometry,
+    *,
+    announces_prior: bool = False,
+) -> Generator[PriorReady, None, DecodedTargets]:
+    """Decode N concentrations on an image.
+
+    Args:
+        stages: the graphs.
+        embedding: of the image.
+        concentrations: (N, D) float32, N at least 1.
+        prepared: the image.
+        geometry: sizes of the model.
+        announces_prior: whether the prior is wanted before the mask is decoded.
+
+    Yields:
+        The prior, if it is wanted.
+
+    Returns:
+        Everything together. The logits come to the host after the masks, which nobody waits for.
+    """
+
+    def maps(chunks: list[DeviceTensor]) -> LogitMaps:
+        return LogitMaps.of(join_chunks(chunks, len(concentrations)), prepared, geometry)
+
+    clock = Clock()
+    prior_ms = 0.0
+    announced: LogitMaps | None = None
+    if stages.joins_targets and not announces_prior:
+        priors, masks = stages.priors_and_masks(embedding, concentrations, prepared.unpadded_size)
+    else:
+        priors = stages.priors(embedding, concentrations)
+        prior_ms = clock.lap_ms()
+        if announces_prior:
+            announced = maps(priors)
+            yield PriorReady(announced)
+            clock.lap_ms()
+        masks = stages.masks(embedding, priors, prepared.unpadded_size)
+    mask_decoder_ms = clock.lap_ms()
+    bits = masks_at_original_size(masks, len(concentrations), prepared, geometry)
+    resize_ms = clock.lap_ms()
+    return DecodedTargets(
+        masks=bits,
+        finished=time.perf_counter(),
+        mask_maps=maps(masks),
+        prior_maps=announced or maps(priors),
+        prior_ms=prior_ms,
+        mask_decoder_ms=mask_decoder_ms,
+        resize_ms=resize_ms,
+    )
