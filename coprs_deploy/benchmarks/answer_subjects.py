@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, write_arrays
 from coprs_deploy.benchmarks.case import TOTAL, Subject
-from coprs_deploy.benchmarks.inputs import open_policy, scenes
+from coprs_deploy.benchmarks.inputs import ask, open_policy, open_torch_stages, scenes
 from coprs_deploy.bundle import open_bundle, read_manifest
-from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import RunnerOptions, Stages, open_graph
-from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.policy import Policy
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.runtime.answer import Timings
+from coprs_deploy.runtime.answer import Answer, Timings
 from coprs_deploy.runtime.options import RuntimeOptions
-from coprs_deploy.specs import IMAGE_ENCODER, graph_specs
+from coprs_deploy.specs import IMAGE_ENCODER
+
+if TYPE_CHECKING:
+    from coprs_deploy.training.examples import Example
 
 STAGES = {
     "picture": "image_ms",
@@ -76,15 +81,19 @@ def _open(bundle: str, runtime: str | None, device: str, cached_images: int) -> 
     return CoPRS(Stages(runners), policy, manifest.geometry, cached_images)
 
 
-def open_torch_answers(checkpoint: str, count: int) -> Subject:
+def open_torch_answers(checkpoint: str, count: int, side: int | None = None) -> Subject:
     """Open the same with PyTorch's float32 modules in place of the graphs, on the CPU."""
     source = read_checkpoint(checkpoint)
-    config = source.config.model
-    specs = graph_specs(config.geometry, config.policy_width)
-    stages = load_segmentation_model(source).stages()
-    runners = {n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in stages.items()}
-    coprs = CoPRS(Stages(runners), open_policy(source), config.geometry, 0)
-    return AnswerSubject(coprs, count, False, None)
+    stages, policy = open_torch_stages(checkpoint), open_policy(source)
+    coprs = CoPRS(stages, policy, source.config.model.geometry, 0)
+    return AnswerSubject(coprs, count, False, side)
+
+
+def write_answers(folder: str, checkpoint: str, count: int, side: int | None) -> None:
+    """Leave the answers of PyTorch in float32, as :class:`AnswerSubject` leaves its own."""
+    with open_torch_answers(checkpoint, count, side) as subject:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        subject.finish(Path(folder))
 
 
 class AnswerSubject(Subject):
@@ -109,18 +118,29 @@ class AnswerSubject(Subject):
 
     def finish(self, folder: Path) -> Mapping[str, Any]:
         """Leave the mask of every scene and the true ones."""
-        found = {}
-        for index, (scene, picture) in enumerate(zip(self._scenes, self._pictures, strict=True)):
-            answer = self._coprs.segment(picture, scene.instruction)
-            found[f"{index}.mask"] = answer.mask
-            if picture.shape == scene.image.shape:
-                found[f"{index}.truth"] = np.any(scene.masks, axis=0)
-        write_arrays(folder / OUTPUT_FILE, found)
+        answers = (
+            self._coprs.segment(picture, scene.instruction)
+            for scene, picture in zip(self._scenes, self._pictures, strict=True)
+        )
+        leave_masks(folder, answers, self._scenes)
+        if not self._tokens:
+            return {}
         return {"figures": {"response_tokens": float(np.median(self._tokens))}}
 
     def close(self) -> None:
         """Free graphs and policy."""
         self._coprs.close()
+
+
+def leave_masks(folder: Path, answers: Iterable[Answer], asked: Sequence[Example]) -> None:
+    """Leave the masks of answers for the judge, and the true ones at the size of the picture."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    for index, (answer, scene) in enumerate(zip(answers, asked, strict=True)):
+        found[f"{index}.mask"] = answer.mask
+        truth = Image.fromarray(np.any(scene.masks, axis=0))
+        size = answer.mask.shape[::-1]
+        found[f"{index}.truth"] = np.asarray(truth.resize(size, Image.Resampling.NEAREST))
+    write_arrays(folder / OUTPUT_FILE, found)
 
 
 def stage_times(timings: Timings) -> dict[str, float]:
@@ -133,19 +153,27 @@ def stage_times(timings: Timings) -> dict[str, float]:
     return {TOTAL: timings.total_ms, **ordered}
 
 
-def open_questions(bundle: str, questions: int, device: str = "cpu") -> Subject:
-    """Open several questions on one new picture; a run is all of them."""
+def open_questions(bundle: str, questions: int, count: int, device: str = "cpu") -> Subject:
+    """Open several questions on one new picture; a run is all of them.
+
+    Args:
+        bundle: a bundle.
+        questions: how many on each picture.
+        count: how many scenes are taken in turn.
+        device: of graphs and policy.
+    """
     coprs = CoPRS.load(bundle, RuntimeOptions(device=device, cached_images=1))
-    return QuestionsSubject(coprs, questions)
+    return QuestionsSubject(coprs, questions, count)
 
 
 class QuestionsSubject(Subject):
     """Asks several questions on one picture, whose embedding is computed once."""
 
-    def __init__(self, coprs: CoPRS, questions: int) -> None:
+    def __init__(self, coprs: CoPRS, questions: int, count: int) -> None:
         self._coprs = coprs
         self._questions = questions
-        self._scenes = itertools.cycle(scenes(8))
+        self._asked = scenes(count)
+        self._scenes = itertools.cycle(self._asked)
 
     def run(self) -> Mapping[str, float]:
         """Answer all questions on the next picture; it counts by the question."""
@@ -155,6 +183,15 @@ class QuestionsSubject(Subject):
         ]
         total = sum(answer.timings.total_ms for answer in answers)
         return {TOTAL: total / self._questions}
+
+    def finish(self, folder: Path) -> Mapping[str, Any]:
+        """Leave the last answer on every picture."""
+        answers = (
+            [self._coprs.segment(s.image, s.instruction) for _ in range(self._questions)][-1]
+            for s in self._asked
+        )
+        leave_masks(folder, answers, self._asked)
+        return {}
 
     def close(self) -> None:
         """Free graphs and policy."""
@@ -173,16 +210,20 @@ class PicturesSubject(Subject):
 
     def __init__(self, coprs: CoPRS, pictures: int) -> None:
         self._coprs = coprs
-        self._asked = [(scene.image, scene.instruction) for scene in scenes(pictures)]
+        self._scenes = scenes(pictures)
+        self._asked = [(scene.image, scene.instruction) for scene in self._scenes]
 
     def run(self) -> Mapping[str, float]:
         """Answer them all; it counts by the picture."""
-        import time
-
         start = time.perf_counter()
         for _ in self._coprs.segment_many(self._asked):
             pass
         return {TOTAL: 1e3 * (time.perf_counter() - start) / len(self._asked)}
+
+    def finish(self, folder: Path) -> Mapping[str, Any]:
+        """Leave the answer on every picture."""
+        leave_masks(folder, self._coprs.segment_many(self._asked), self._scenes)
+        return {}
 
     def close(self) -> None:
         """Free graphs and policy."""
@@ -208,8 +249,6 @@ class PolicySubject(Subject):
 
     def run(self) -> Mapping[str, float]:
         """Write the response to the next question."""
-        from coprs_deploy.benchmarks.inputs import ask
-
         result = ask(self._policy, next(self._next))
         self._speeds.append(1e3 * len(result.token_ids) / result.decode_ms)
         self._prompt_tokens = result.num_prompt_tokens
@@ -217,8 +256,6 @@ class PolicySubject(Subject):
 
     def finish(self, folder: Path) -> Mapping[str, Any]:
         """Leave the concentration of every scene, and say how fast tokens come."""
-        from coprs_deploy.benchmarks.inputs import ask
-
         found = {
             f"{index}.concentration": ask(self._policy, scene).concentrations
             for index, scene in enumerate(self._scenes)
@@ -238,6 +275,4 @@ class PolicySubject(Subject):
 def _enlarge(image: Any, side: int | None) -> Any:
     if side is None:
         return image
-    from PIL import Image
-
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))

@@ -90,6 +90,9 @@ COLUMNS = (
     Column("memory", "peak of the row's own process", _memory),
     Column("GPU memory", "taken beyond what was taken before", _device_memory),
     Column("embedding cosine", "smallest, with float32", _accuracy("embedding_cosine", ".6f")),
+    Column(
+        "concentration cosine", "smallest, with float32", _accuracy("concentration_cosine", ".6f")
+    ),
     Column("prior error", "largest, over the largest logit", _accuracy("prior_error", ".1e")),
     Column("mask error", "likewise, of the mask logits", _accuracy("mask_error", ".1e")),
     Column("IoU float32", "mean IoU with float32's masks", _accuracy("mask_iou", ".5f")),

@@ -26,8 +26,9 @@ from coprs_deploy.benchmarks.arrays import (
 )
 from coprs_deploy.benchmarks.report import Accuracy
 from coprs_deploy.bundle import open_bundle, read_manifest
-from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
-from coprs_deploy.engines import RunnerOptions, open_bundle_graph
+from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
+from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.evaluation.overlap import overlap
 from coprs_deploy.export.equivalence import (
     RunnerOpener,
@@ -236,6 +237,15 @@ def _reference(
         lambda name: open_bundle_graph(opened, name, RunnerOptions()),
         words,
     )
+
+
+def open_torch_stages(checkpoint: str) -> Stages:
+    """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
+    source = read_checkpoint(checkpoint)
+    config = source.config.model
+    specs = graph_specs(config.geometry, config.policy_width)
+    stages = load_segmentation_model(source).stages()
+    return Stages({n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in stages.items()})
 
 
 def open_policy(

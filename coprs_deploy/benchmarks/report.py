@@ -96,6 +96,7 @@ class Accuracy(Record, frozen=True):
     Attributes:
         inputs: how many.
         embedding_cosine: smallest cosine of the image embedding.
+        concentration_cosine: smallest cosine of the policy's vectors.
         prior_error: largest difference of the prior logits over their largest value.
         mask_error: the same of the mask logits.
         mask_iou: IoU with float32's masks, the mean.
@@ -107,6 +108,7 @@ class Accuracy(Record, frozen=True):
 
     inputs: int
     embedding_cosine: float | None = None
+    concentration_cosine: float | None = None
     prior_error: float | None = None
     mask_error: float | None = None
     mask_iou: float | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from coprs_deploy import shipped
 from coprs_deploy.benchmarks.case import Judge
+from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
 from coprs_deploy.benchmarks.report import Accuracy, LeftOut, Work
 from coprs_deploy.bundle import (
@@ -30,6 +31,8 @@ from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, TargetsProfile
 
 STEPS = "coprs_deploy.benchmarks.steps"
 INPUTS = "coprs_deploy.benchmarks.inputs"
+SUBJECTS = "coprs_deploy.benchmarks.answer_subjects"
+POLICY_JUDGE = "coprs_deploy.benchmarks.policy_judge"
 
 SHIPPED_INPUTS = 16
 RANDOM_INPUTS = {"tiny": 3, "vit_b": 2, "vit_l": 1, "vit_h": 1}
@@ -239,6 +242,49 @@ class Workshop(Closeable):
                 outputs={name: str(path) for name, path in outputs.items()},
                 checkpoint=_text(model.checkpoint),
                 bundle=_text(model.bundle),
+            )
+            return {name: Accuracy.from_json(accuracy) for name, accuracy in found.items()}
+
+        return judge
+
+    def answers_judge(self, model: Model, count: int, side: int | None = None) -> Judge:
+        """Give the judge of rows that answered the first scenes.
+
+        Args:
+            model: the model.
+            count: how many scenes at most.
+            side: of the pictures; None leaves the scenes as they are.
+        """
+
+        def judge(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
+            expected = None
+            if model.checkpoint is not None:
+                folder = self.folder / f"{model.name}-answers-{count}-{side or 'own-size'}"
+                self._ask_referee(
+                    f"{SUBJECTS}:write_answers",
+                    folder=str(folder),
+                    checkpoint=str(model.checkpoint),
+                    count=count,
+                    side=side,
+                )
+                expected = read_masks({"": folder})[""]
+            return judge_masks(read_masks(outputs), expected, model.has_truth)
+
+        return judge
+
+    def policy_judge(self, model: Model, reference: str, count: int) -> Judge:
+        """Give the judge of policies that left their concentrations for the first scenes."""
+
+        def judge(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
+            if reference not in outputs:
+                return {}
+            found = self._ask_referee(
+                f"{POLICY_JUDGE}:judge_policies",
+                outputs={name: str(path) for name, path in outputs.items()},
+                reference=reference,
+                checkpoint=str(model.checkpoint),
+                count=count,
+                has_truth=model.has_truth,
             )
             return {name: Accuracy.from_json(accuracy) for name, accuracy in found.items()}
 

@@ -49,7 +49,7 @@ class StepPrinter:
             return
         seconds = time.perf_counter() - self._since
         start = f"\r{'':<80}\r" if self._is_terminal else ""
-        print(f"{start}  {self._step:<36}{word} {seconds:7.1f} s", file=sys.stderr, flush=True)
+        print(f"{start}  {self._step:<36} {word} {seconds:7.1f} s", file=sys.stderr, flush=True)
         self._step = ""
 
     def __enter__(self) -> Self:

@@ -71,6 +71,25 @@ def test_a_users_bundle_is_measured_without_its_checkpoint(tiny_bundle):
 
 
 @pytest.mark.slow
+def test_first_masks_policies_and_growth_are_judged_too(tmp_path):
+    only = "first mask|cpu float32|: 2 (targets|pictures|questions)|: 512 x"
+    suites = "start,policy,scaling"
+    done = bench(
+        "--suite", suites, "--only", only, "--seconds", "0.05", "--rounds", "1", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    report = read_report(next(tmp_path.glob("shipped-*.json")))
+    assert {group.suite for group in report.groups} == set(suites.split(","))
+    for group in report.groups:
+        for row in group.rows:
+            assert row.reason == ""
+            assert row.accuracy.mask_iou > 0.999, row.name
+            assert row.accuracy.truth_iou > 0.85, row.name
+    (policy,) = (row for g in report.groups if g.suite == "policy" for row in g.rows)
+    assert policy.accuracy.concentration_cosine > 0.99999
+
+
+@pytest.mark.slow
 def test_the_accuracy_of_half_precision_is_made_again(monkeypatch):
     monkeypatch.setattr(precision, "SCENES", 4)
     report = run_benchmark(Request(suites=("precision",), settings=Settings(limit_seconds=300)))

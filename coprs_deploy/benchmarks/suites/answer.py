@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, read_arrays
 from coprs_deploy.benchmarks.case import Case, Group, Judge, Plan
+from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.report import Accuracy
 from coprs_deploy.benchmarks.suites.engines import precisions, runtime_name
 from coprs_deploy.benchmarks.workshop import Model, Workshop, version_of
-from coprs_deploy.evaluation.overlap import overlap
 from coprs_deploy.export.precision import FP32
 
 NAME = "answer"
@@ -100,30 +97,7 @@ def judge(reference: str, has_truth: bool) -> Judge:
     """Compare the masks of rows with those of the reference row and with the true ones."""
 
     def compare(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
-        masks = {name: read_arrays(path / OUTPUT_FILE) for name, path in outputs.items()}
-        base = masks.get(reference)
-        accuracies = {}
-        for name, found in masks.items():
-            count = sum(key.endswith(".mask") for key in found)
-            numbers = range(count)
-            same = [_iou(found[f"{i}.mask"], base[f"{i}.mask"]) for i in numbers] if base else []
-            true = [
-                overlap(found[f"{i}.mask"], found[f"{i}.truth"]).iou
-                for i in numbers
-                if has_truth and f"{i}.truth" in found
-            ]
-            accuracies[name] = Accuracy(
-                inputs=count,
-                mask_iou=float(np.mean(same)) if same else None,
-                mask_iou_worst=min(same) if same else None,
-                truth_iou=float(np.mean(true)) if true else None,
-                precision_at_half=float(np.mean(np.array(true) > 0.5)) if true else None,
-            )
-        return accuracies
+        masks = read_masks(outputs)
+        return judge_masks(masks, masks.get(reference), has_truth)
 
     return compare
-
-
-def _iou(found: np.ndarray, expected: np.ndarray) -> float:
-    """Two empty masks agree."""
-    return overlap(found, expected).iou if found.any() or expected.any() else 1.0

@@ -31,8 +31,11 @@ def plan(workshop: Workshop) -> Plan:
             cases += [_case(model, entry.name, device, dtype) for dtype in DTYPES]
     group = f"{model.name}: policy"
     kept = tuple(case for case in cases if workshop.wants(group, case.name))
-    groups = (Group(NAME, group, kept, kept[0].name, unit="one response"),) if kept else ()
-    return Plan(groups, tuple(left_out))
+    if not kept:
+        return Plan((), tuple(left_out))
+    judge = workshop.policy_judge(model, kept[0].name, COUNT)
+    measured = Group(NAME, group, kept, kept[0].name, judge, unit="one response")
+    return Plan((measured,), tuple(left_out))
 
 
 def _case(model: Model, library: str, device: str, dtype: str) -> Case:

@@ -3,95 +3,189 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coprs_deploy.benchmarks.arrays import read_inputs
-from coprs_deploy.benchmarks.case import Case, Group, Plan, Subject
+from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_inputs, write_arrays
+from coprs_deploy.benchmarks.case import Case, Group, Judge, Plan, Subject
 from coprs_deploy.benchmarks.process import WorkerError
-from coprs_deploy.benchmarks.report import LeftOut
-from coprs_deploy.benchmarks.workshop import Exported, Workshop
+from coprs_deploy.benchmarks.report import Accuracy, LeftOut
+from coprs_deploy.benchmarks.workshop import SUBJECTS, Model, Workshop
 from coprs_deploy.bundle import Bundle, read_manifest
-from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.images import PreparedImage
 
 NAME = "scaling"
 SUMMARY = "targets, questions and pictures at once, and the size of a picture"
 
-SUBJECTS = "coprs_deploy.benchmarks.answer_subjects"
+RUNTIME = "onnxruntime"
 
 TARGETS_PROFILE = "1,4,16"
 TARGETS = (1, 2, 4, 8, 16)
 QUESTIONS = (1, 2, 4, 8)
+QUESTION_PICTURES = 8
 PICTURES = (1, 2, 4, 8)
 SIDES = (128, 512, 1024, 2048, 4096)
+SIDE_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """One thing that grows in whole answers.
+
+    Attributes:
+        title: of its group.
+        parameter: its name.
+        values: how much of it.
+        target: what opens a row.
+        form: how a row is called.
+        count: how many scenes are asked about in turn; None asks about as many as the value says.
+    """
+
+    title: str
+    parameter: str
+    values: tuple[int, ...]
+    target: str
+    form: str
+    count: int | None
+
+
+GROWTHS = (
+    _Growth(
+        "questions on one picture, time of one",
+        "questions",
+        QUESTIONS,
+        "open_questions",
+        "{} questions",
+        QUESTION_PICTURES,
+    ),
+    _Growth(
+        "pictures at once, time of one",
+        "pictures",
+        PICTURES,
+        "open_pictures",
+        "{} pictures",
+        None,
+    ),
+)
 
 
 def plan(workshop: Workshop) -> Plan:
-    """Plan one group for each thing that grows."""
-    model = workshop.model
+    """Plan one group for each thing that grows, on each device."""
     left_out: list[LeftOut] = []
-    groups = []
-    labels = {"model": model.name, "runtime": "onnxruntime", "precision": "fp32", "device": "cpu"}
-    for chosen in workshop.models():
-        many = workshop.bundle(chosen, "onnxruntime", "fp32", TARGETS_PROFILE)
-        try:
-            inputs = workshop.inputs(chosen)
-        except WorkerError as error:
-            left_out.append(LeftOut(NAME, chosen.name, str(error)))
-            continue
-        cases = [
-            _targets_case(many, inputs, count, {**labels, "model": chosen.name})
-            for count in TARGETS
-        ]
-        groups.append(
-            _group(f"{chosen.name}: prior and mask decoder, targets on one image", "targets", cases)
-        )
-    bundle = workshop.bundle(model, "onnxruntime", "fp32")
-    for title, parameter, values, target, key in (
-        (
-            "questions on one picture, time of one",
-            "questions",
-            QUESTIONS,
-            "open_questions",
-            "questions",
-        ),
-        ("pictures at once, time of one", "pictures", PICTURES, "open_pictures", "pictures"),
-        ("side of the picture in pixels", "side", SIDES, "open_answers", "side"),
-    ):
-        extra = {"count": 4} if key == "side" else {}
-        cases = [
-            Case(
-                name=f"{value} {parameter}" if key != "side" else f"{value} x {value} pixels",
-                target=f"{SUBJECTS}:{target}",
-                settings={"bundle": str(bundle.path), key: value, **extra},
-                labels={**labels, parameter: str(value)},
-                problem=bundle.problem,
-                estimated_bytes=model.answer_bytes,
-            )
-            for value in values
-        ]
-        groups.append(_group(f"{model.name}: {title}", parameter, cases))
-    kept = tuple(group for group in groups if workshop.wants(group.name))
-    return Plan(kept, tuple(left_out))
+    groups: list[Group] = []
+    for device in _devices(workshop):
+        for chosen in workshop.models():
+            try:
+                groups.append(_targets(workshop, chosen, device))
+            except WorkerError as error:
+                left_out.append(LeftOut(NAME, chosen.name, str(error)))
+        groups += [_growth(workshop, growth, device) for growth in GROWTHS]
+        groups.append(_sides(workshop, device))
+    kept = [
+        replace(group, cases=tuple(c for c in group.cases if workshop.wants(group.name, c.name)))
+        for group in groups
+    ]
+    return Plan(tuple(group for group in kept if group.cases), tuple(left_out))
 
 
-def _group(name: str, parameter: str, cases: list[Case]) -> Group:
+def _devices(workshop: Workshop) -> list[str]:
+    """Name the devices on which ONNX Runtime can run here."""
+    present, _ = workshop.runtimes(NAME)
+    return [device for runtime, device in present if runtime == RUNTIME]
+
+
+def _labels(model: Model, device: str, **values: int) -> dict[str, str]:
+    kinds = {"model": model.name, "runtime": RUNTIME, "precision": "fp32", "device": device}
+    return {**kinds, **{name: str(value) for name, value in values.items()}}
+
+
+def _group_name(model: Model, title: str, device: str) -> str:
+    return f"{model.name}: {title}" + ("" if device == "cpu" else f", on {device}")
+
+
+def _group(name: str, parameter: str, cases: list[Case], judge: Judge | None) -> Group:
     return Group(
-        NAME, name, tuple(cases), cases[0].name, unit="as the name says", parameter=parameter
+        NAME, name, tuple(cases), cases[0].name, judge, unit="as the name says", parameter=parameter
     )
 
 
-def _targets_case(bundle: Exported, inputs: str, count: int, labels: dict[str, str]) -> Case:
-    return Case(
-        name=f"{count} targets",
-        target=f"{__name__}:open_targets",
-        settings={"bundle": str(bundle.path), "inputs": inputs, "count": count},
-        labels={**labels, "targets": str(count)},
-        problem=bundle.problem,
-    )
+def _targets(workshop: Workshop, model: Model, device: str) -> Group:
+    many = workshop.bundle(model, RUNTIME, "fp32", TARGETS_PROFILE)
+    inputs = workshop.inputs(model)
+    cases = [
+        Case(
+            name=f"{count} targets",
+            target=f"{__name__}:open_targets",
+            settings={
+                "bundle": str(many.path),
+                "inputs": inputs,
+                "count": count,
+                "device": device,
+            },
+            labels=_labels(model, device, targets=count),
+            problem=many.problem,
+        )
+        for count in TARGETS
+    ]
+    name = _group_name(model, "prior and mask decoder, targets on one image", device)
+    return _group(name, "targets", cases, workshop.judge(model, inputs))
+
+
+def _growth(workshop: Workshop, growth: _Growth, device: str) -> Group:
+    model = workshop.model
+    bundle = workshop.bundle(model, RUNTIME, "fp32")
+    settings: dict[str, Any] = {"bundle": str(bundle.path), "device": device}
+    if growth.count is not None:
+        settings["count"] = growth.count
+    cases = [
+        Case(
+            name=growth.form.format(value),
+            target=f"{SUBJECTS}:{growth.target}",
+            settings={**settings, growth.parameter: value},
+            labels=_labels(model, device, **{growth.parameter: value}),
+            problem=bundle.problem,
+            estimated_bytes=model.answer_bytes,
+        )
+        for value in growth.values
+    ]
+    judge = workshop.answers_judge(model, growth.count or max(growth.values))
+    return _group(_group_name(model, growth.title, device), growth.parameter, cases, judge)
+
+
+def _sides(workshop: Workshop, device: str) -> Group:
+    model = workshop.model
+    bundle = workshop.bundle(model, RUNTIME, "fp32")
+    cases = [
+        Case(
+            name=f"{side} x {side} pixels",
+            target=f"{SUBJECTS}:open_answers",
+            settings={
+                "bundle": str(bundle.path),
+                "side": side,
+                "count": SIDE_PICTURES,
+                "device": device,
+            },
+            labels=_labels(model, device, side=side),
+            problem=bundle.problem,
+            estimated_bytes=model.answer_bytes,
+        )
+        for side in SIDES
+    ]
+    judges = {
+        case.name: workshop.answers_judge(model, SIDE_PICTURES, side)
+        for case, side in zip(cases, SIDES, strict=True)
+    }
+
+    def judge(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
+        """Judge each row by the answers to pictures of its own size."""
+        return {name: judges[name]({name: path})[name] for name, path in outputs.items()}
+
+    return _group(_group_name(model, "side of the picture in pixels", device), "side", cases, judge)
 
 
 def open_targets(bundle: str, inputs: str, count: int, device: str = "cpu") -> Subject:
@@ -105,18 +199,29 @@ class _Targets(Subject):
         options = RunnerOptions(device=device)
         graphs = opened.manifest.graphs
         self._stages = Stages({n: open_bundle_graph(opened, n, options) for n in graphs})
-        sample = next(read_inputs(inputs))
+        self._inputs, self._count = inputs, count
+        self._asked = self._prepare(next(read_inputs(inputs)))
+
+    def _prepare(self, sample: Values) -> tuple[DeviceTensor, Any, Any]:
         size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
         prepared = PreparedImage(sample["image"], sample["unpadded_size"], size)
-        self._size = sample["unpadded_size"]
-        self._embedding = self._stages.encode(prepared)
-        self._concentrations: Any = np.repeat(sample["concentration"][:1], count, axis=0)
+        concentrations = np.repeat(sample["concentration"][:1], self._count, axis=0)
+        return self._stages.encode(prepared), concentrations, sample["unpadded_size"]
 
     def run(self) -> Mapping[str, float]:
         """Score and decode all targets, up to the masks on the host."""
-        chunks = self._stages.priors(self._embedding, self._concentrations)
-        for mask in self._stages.masks(self._embedding, chunks, self._size):
+        _, masks = self._stages.priors_and_masks(*self._asked)
+        for mask in masks:
             mask.numpy()
+        return {}
+
+    def finish(self, folder: Path) -> Mapping[str, Any]:
+        """Leave the mask logits of the last target of each input."""
+        found = {}
+        for index, sample in enumerate(read_inputs(self._inputs)):
+            _, masks = self._stages.priors_and_masks(*self._prepare(sample))
+            found[f"{index}.mask_logits"] = join_chunks(masks, self._count)[-1:]
+        write_arrays(folder / OUTPUT_FILE, found)
         return {}
 
     def close(self) -> None:
