@@ -96,8 +96,9 @@ class SupervisedPhase(Phase, frozen=True, tag_field="kind", tag="supervised"):
         kinds: weight of each kind of question; empty takes the tier's own.
         opening_kinds: the same for the first steps, simple ones first.
         opening_share: share of the steps that take ``opening_kinds``.
-        packed_length: tokens of one image with its questions behind it; 0 gives each question a
-            row of its own and takes the policy's own forward pass.
+        packed_length: tokens of one image with its questions behind it; what does not fit is left
+            out, long questions first (``left_out`` in the log is their share). 0 gives each
+            question a row of its own and takes the policy's own forward pass.
         reasoning_weight: of the cross-entropy on the response.
         place_weight: how much a token that names a place counts, as a label.
         readout_weight: of a throw-away head that reads the target from ``<REF_POS>``.

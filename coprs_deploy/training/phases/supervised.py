@@ -7,6 +7,7 @@ the queries that the segmentation path already understands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class AnswerBatch(NamedTuple):
         rows: the questions, packed.
         targets: int64 (N,), the object that each ``<REF_POS>`` stands for.
         segmented: int64 (K,), those of them that segmentation losses are computed on.
+        left_out: bool (Q,), of all questions, which did not fit in the row of their image.
         truth: what each image token's cell shows.
     """
 
@@ -72,6 +74,7 @@ class AnswerBatch(NamedTuple):
     rows: PackedRows
     targets: Tensor
     segmented: Tensor
+    left_out: Tensor
     truth: CellTruth
 
 
@@ -108,6 +111,7 @@ class SupervisedObjective(nn.Module):
         states = self.policy_states(batch.images, rows, packer.image_start, MIDDLE_LAYER)
         assert states.hidden is not None
         losses, metrics = self._reasoning(states.hidden, rows)
+        metrics["left_out"] = Mean.of(batch.left_out)
         at_reference = states.hidden[rows.references[:, 0], rows.references[:, 1]]
         if self.has_cells:
             tokens = states.middle[:, packer.image_start : packer.image_stop]
@@ -264,8 +268,26 @@ class Supervised(TrainingPhase[SupervisedPhase]):
             rows,
             torch.tensor(targets, dtype=torch.int64),
             torch.tensor(chosen, dtype=torch.int64),
+            left_out_questions(rows, [len(questions) for questions in asked]),
             cell_truth(scenes, self._shared.heads.language.grid),
         )
+
+
+def left_out_questions(rows: PackedRows, counts: Sequence[int]) -> Tensor:
+    """Tell of each question, image by image, whether it is missing in the packed rows.
+
+    Rows that are too short leave out the long questions, and so teach a world without them.
+
+    Args:
+        rows: the packed rows.
+        counts: questions of each image.
+    """
+    return torch.cat(
+        [
+            ~torch.isin(torch.arange(1, count + 1), blocks)
+            for blocks, count in zip(rows.blocks, counts, strict=True)
+        ]
+    )
 
 
 def ridge_regression(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, float]:

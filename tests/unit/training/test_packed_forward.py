@@ -10,6 +10,7 @@ from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.packed_forward import PackedForward
 from coprs_deploy.training.packing import QuestionPacker, attention_bias
+from coprs_deploy.training.phases.supervised import left_out_questions
 from coprs_deploy.training.pixels import policy_pixels, segmentation_pixels
 from coprs_deploy.training.recipe import SmallPolicy
 from coprs_deploy.training.small_policy import END_TOKEN, build_small_policy
@@ -91,6 +92,11 @@ def test_a_question_that_does_not_fit_is_left_out(parts):
     rows = packer.pack(QUESTIONS, length=len(packer.prefix) + 24)
     assert rows.sources.tolist() == [[0, 0]]
     assert rows.input_ids.shape == (2, len(packer.prefix) + 24)
+    counts = [len(pairs) for pairs in QUESTIONS]
+    assert left_out_questions(rows, counts).sum() == 1
+    assert left_out_questions(rows, counts).tolist()[:2] == [False, True]
+    assert not left_out_questions(packer.pack(QUESTIONS), counts).any()
+    assert left_out_questions(packer.prefix_rows(2), [0, 3]).tolist() == [True] * 3
 
 
 def test_questions_do_not_see_each_other():
