@@ -1,0 +1,26 @@
+"""A runtime of fakes."""
+
+import pytest
+from runtime_fakes import GEOMETRY, SPECS, FakePolicy, FakeRunner
+
+from coprs_deploy.engines import Stages
+from coprs_deploy.runtime import CoPRS
+
+
+@pytest.fixture
+def build():
+    """Build a CoPRS of fakes, and close it after the test."""
+    built = []
+
+    def builder(policy=None, encode=lambda: None, cached_images=8, specs=SPECS, **options):
+        runners = {
+            name: FakeRunner(name, encode if name == "image_encoder" else lambda: None)
+            for name in specs
+        }
+        coprs = CoPRS(Stages(runners), policy or FakePolicy(), GEOMETRY, cached_images, **options)
+        built.append(coprs)
+        return coprs, runners
+
+    yield builder
+    for coprs in built:
+        coprs.close()

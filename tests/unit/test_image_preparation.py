@@ -1,0 +1,199 @@
+"""Keys, the way to the image encoder, and the picture for the policy."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from image_samples import PROPERTY, SAM, TINY, colors, encoded
+from PIL import Image
+
+from coprs_deploy.images import (
+    fit_pixel_count,
+    image_key,
+    load_image,
+    prepare_image,
+    unpadded_size,
+)
+from coprs_deploy.specs import Geometry
+
+
+def test_an_image_key_depends_on_every_pixel_and_on_the_shape():
+    rgb = colors(2, 3)
+    changed = rgb.copy()
+    changed[1, 2, 2] ^= 1
+    keys = {image_key(rgb), image_key(changed), image_key(rgb.reshape(3, 2, 3))}
+    assert len(keys) == 3
+
+
+def test_an_image_key_depends_on_nothing_else():
+    rgb = colors(4, 6)
+    wide = np.repeat(rgb, 2, axis=1)
+    assert image_key(rgb) == image_key(rgb.copy()) == image_key(wide[:, ::2])
+    assert image_key(rgb) == image_key(load_image(encoded(Image.fromarray(rgb), "PNG")))
+
+
+@pytest.mark.parametrize(
+    ("original", "expected"),
+    [
+        ((1024, 1024), (1024, 1024)),
+        ((1, 1), (1024, 1024)),
+        ((480, 640), (768, 1024)),
+        ((640, 480), (1024, 768)),
+        ((1080, 1920), (576, 1024)),
+        ((1000, 1001), (1023, 1024)),
+        ((3, 2048), (2, 1024)),  # 1.5 rounds up
+        ((5, 2048), (3, 1024)),  # 2.5 rounds up, where Python's round() gives 2
+        ((2048, 5), (1024, 3)),
+        ((4095, 8192), (512, 1024)),  # 511.875
+        ((1, 10_000), (1, 1024)),  # 0.1024 would leave no row
+    ],
+)
+def test_unpadded_size_follows_sam(original, expected):
+    assert unpadded_size(*original, 1024) == expected
+
+
+@PROPERTY
+@given(
+    height=st.integers(1, 20_000),
+    width=st.integers(1, 20_000),
+    image_size=st.sampled_from([64, 128, 1000, 1024]),
+)
+def test_unpadded_size_keeps_the_aspect_to_half_a_pixel(height, width, image_size):
+    new_height, new_width = unpadded_size(height, width, image_size)
+    assert max(new_height, new_width) == image_size
+    short, new_short = min(height, width), min(new_height, new_width)
+    exact = short * image_size / max(height, width)
+    assert new_short >= 1
+    assert -0.5 <= exact - new_short < 0.5 or (new_short == 1 and exact < 1)
+    assert unpadded_size(width, height, image_size) == (new_width, new_height)
+
+
+def test_prepare_image_normalizes_without_resizing_what_fits():
+    geometry = Geometry(
+        image_size=16, patch_size=4, pixel_mean=(10.0, 20.0, 30.0), pixel_std=(2.0, 4.0, 8.0)
+    )
+    rgb = colors(10, 16)
+    prepared = prepare_image(rgb, geometry)
+    assert prepared.image.shape == (1, 3, 16, 16)
+    assert prepared.image.dtype == np.float32
+    assert prepared.unpadded_size.dtype == np.int64
+    assert prepared.unpadded_size.tolist() == [10, 16]
+    assert prepared.original_size == (10, 16)
+    expected = (rgb.astype(np.float64) - (10, 20, 30)) / (2, 4, 8)
+    np.testing.assert_allclose(prepared.image[0, :, :10].transpose(1, 2, 0), expected, rtol=1e-6)
+
+
+def test_sam_normalization_has_its_worked_values():
+    prepared = prepare_image(np.full((1024, 1024, 3), (255, 0, 104), dtype=np.uint8), SAM)
+    np.testing.assert_allclose(prepared.image[0, :, 0, 0], [2.248908, -2.035714, 0.00819172], 1e-5)
+
+
+@settings(PROPERTY, max_examples=30)
+@given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 9))
+def test_padding_is_zero_after_normalization_and_lies_bottom_right(height, width, seed):
+    rgb = np.maximum(colors(height, width, seed=seed), 200)  # nothing near any mean
+    before = rgb.copy()
+    prepared = prepare_image(rgb, TINY)
+    inside_height, inside_width = prepared.unpadded_size
+    assert (inside_height, inside_width) == unpadded_size(height, width, 128)
+    assert prepared.original_size == (height, width)
+    assert (prepared.image[:, :, inside_height:] == 0).all()
+    assert (prepared.image[:, :, :, inside_width:] == 0).all()
+    assert (prepared.image[:, :, :inside_height, :inside_width] > 1).all()
+    np.testing.assert_array_equal(rgb, before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (40, 31), (500, 90)])
+def test_prepare_image_resizes_like_an_antialiased_bilinear_filter(height, width):
+    rgb = colors(height, width)
+    prepared = prepare_image(rgb, TINY)
+    inside = tuple(prepared.unpadded_size.tolist())
+    reference = F.interpolate(
+        torch.from_numpy(rgb).permute(2, 0, 1)[None].float(),
+        inside,
+        mode="bilinear",
+        antialias=True,
+    )[0].numpy()
+    mean, std = (np.array(v)[:, None, None] for v in (TINY.pixel_mean, TINY.pixel_std))
+    levels = prepared.image[0, :, : inside[0], : inside[1]] * std + mean
+    assert np.abs(levels - reference).max() <= 1.01  # Pillow rounds to 8 bits after each side
+    assert abs((levels - reference).mean()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "expected"),
+    [
+        ((480, 640), (3_136, 705_600), (480, 640)),
+        ((840, 840), (3_136, 705_600), (840, 840)),
+        ((56, 56), (3_136, 705_600), (56, 56)),
+        ((1680, 1680), (3_136, 705_600), (840, 840)),
+        ((1080, 1920), (3_136, 705_600), (630, 1120)),
+        ((28, 28), (3_136, 705_600), (56, 56)),
+        ((10, 40), (3_136, 705_600), (28, 112)),
+        ((1, 1), (3_136, 705_600), (56, 56)),
+        ((11, 13), (3_136, 705_600), (52, 61)),  # both sides up
+        ((1000, 1300), (3_136, 705_600), (736, 957)),  # both sides down
+    ],
+)
+def test_fit_pixel_count_has_its_worked_values(size, limits, expected):
+    picture = fit_pixel_count(np.zeros((*size, 3), dtype=np.uint8), *limits)
+    assert (picture.height, picture.width) == expected
+    assert picture.mode == "RGB"
+
+
+@PROPERTY
+@given(
+    height=st.integers(1, 400),
+    width=st.integers(1, 400),
+    min_pixels=st.integers(1, 2_000),
+    room=st.integers(4, 40),
+)
+def test_fit_pixel_count_keeps_its_limits_and_the_aspect(height, width, min_pixels, room):
+    max_pixels = min_pixels * room
+    assume(max(height, width) <= max_pixels * min(height, width))
+    assume(max(height, width) <= min_pixels or height * width >= min_pixels)
+    picture = fit_pixel_count(np.zeros((height, width, 3), dtype=np.uint8), min_pixels, max_pixels)
+    area = height * width
+    if min_pixels <= area <= max_pixels:
+        assert (picture.height, picture.width) == (height, width)
+        return
+    assert picture.height * picture.width <= max_pixels
+    assert picture.height * picture.width >= min(min_pixels, max_pixels)
+    exact_scale = ((max_pixels if area > max_pixels else min_pixels) / area) ** 0.5
+    for new, old in ((picture.height, height), (picture.width, width)):
+        assert abs(new - old * exact_scale) < 1 + 1e-9
+
+
+def test_fit_pixel_count_keeps_the_upper_limit_for_a_line_of_pixels():
+    picture = fit_pixel_count(np.zeros((1, 4_000, 3), dtype=np.uint8), 16, 1_000)
+    assert picture.height * picture.width <= 1_000
+
+
+def test_fit_pixel_count_keeps_the_upper_limit_when_it_equals_the_lower_one():
+    picture = fit_pixel_count(np.zeros((10, 17, 3), dtype=np.uint8), 784, 784)
+    assert picture.height * picture.width <= 784
+
+
+def test_a_picture_inside_the_limits_is_not_touched():
+    rgb = colors(30, 40)
+    np.testing.assert_array_equal(np.asarray(fit_pixel_count(rgb, 100, 10_000)), rgb)
+
+
+def test_a_flat_picture_stays_flat_when_it_is_scaled():
+    for size in (4, 400):
+        rgb = np.full((size, size, 3), (12, 200, 77), dtype=np.uint8)
+        picture = np.asarray(fit_pixel_count(rgb, 400, 4_000))
+        assert (picture == (12, 200, 77)).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (15, 12)])
+def test_fit_pixel_count_resizes_like_an_antialiased_bicubic_filter(height, width):
+    rgb = np.clip(colors(height, width), 40, 215)
+    picture = np.asarray(fit_pixel_count(rgb, 1_000, 2_000))
+    pixels = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    reference = F.interpolate(pixels, picture.shape[:2], mode="bicubic", antialias=True)
+    levels = reference[0].permute(1, 2, 0).clamp(0, 255).numpy()
+    assert np.abs(picture - levels).max() <= 2  # Pillow rounds to 8 bits after each side
+    assert abs((picture - levels).mean()) < 0.05
