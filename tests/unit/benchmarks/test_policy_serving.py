@@ -5,8 +5,9 @@ import json
 import pytest
 
 from coprs_deploy.benchmarks import policy_serving
-from coprs_deploy.benchmarks.policy_serving import questions, run
-from coprs_deploy.benchmarks.policy_serving_page import to_markdown
+from coprs_deploy.benchmarks.policy_serving import run
+from coprs_deploy.benchmarks.serving.asking import questions
+from coprs_deploy.benchmarks.serving.page import to_markdown
 
 CAPTURE = {
     "pairs": 120,

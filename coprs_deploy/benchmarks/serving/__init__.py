@@ -1,0 +1,1 @@
+"""The parts of :mod:`coprs_deploy.benchmarks.policy_serving`."""
