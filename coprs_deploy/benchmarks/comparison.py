@@ -146,6 +146,7 @@ def _compare(place: str, old: Row, new: Row, tolerances: Tolerances) -> list[Fin
         ("mask_iou", tolerances.mask_iou),
         ("truth_iou", tolerances.mask_iou),
         ("embedding_cosine", tolerances.cosine),
+        ("concentration_cosine", tolerances.cosine),
     ):
         first = getattr(old.accuracy, name, None)
         second = getattr(new.accuracy, name, None)

@@ -25,7 +25,7 @@ def read_masks(outputs: Mapping[str, Path]) -> dict[str, Values]:
 
 
 def judge_masks(
-    masks: Mapping[str, Values], expected: Values | None, has_truth: bool
+    masks: Mapping[str, Values], expected: Values | None, has_truth: bool, note: str = ""
 ) -> dict[str, Accuracy]:
     """Compare the masks of rows.
 
@@ -33,11 +33,12 @@ def judge_masks(
         masks: what each row left.
         expected: what float32 left for the same questions; None without a checkpoint.
         has_truth: whether IoU with the true masks means something.
+        note: what has to be said beside the figures.
     """
-    return {name: _judge(found, expected, has_truth) for name, found in masks.items()}
+    return {name: _judge(found, expected, has_truth, note) for name, found in masks.items()}
 
 
-def _judge(found: Values, expected: Values | None, has_truth: bool) -> Accuracy:
+def _judge(found: Values, expected: Values | None, has_truth: bool, note: str) -> Accuracy:
     numbers = [key.removesuffix(".mask") for key in found if key.endswith(".mask")]
     same: list[float] = []
     if expected is not None:
@@ -47,7 +48,7 @@ def _judge(found: Values, expected: Values | None, has_truth: bool) -> Accuracy:
         for i in numbers
         if has_truth and f"{i}.truth" in found
     ]
-    return summarize_masks(len(numbers), same, true)
+    return summarize_masks(len(numbers), same, true, note=note)
 
 
 def summarize_masks(

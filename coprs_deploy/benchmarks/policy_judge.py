@@ -21,13 +21,13 @@ from coprs_deploy.specs import Geometry
 
 
 def judge_policies(
-    outputs: Mapping[str, str], reference: str, checkpoint: str, count: int, has_truth: bool
+    outputs: Mapping[str, str], reference: str | None, checkpoint: str, count: int, has_truth: bool
 ) -> dict[str, dict[str, Any]]:
     """Compare concentrations and the masks that the float32 graphs make of them.
 
     Args:
         outputs: folder of each row, with ``0.concentration`` and so on, (N, D) each.
-        reference: the row that the others are compared with.
+        reference: the row in float32 that all are compared with; None where none was measured.
         checkpoint: whose graphs are run, by PyTorch in float32.
         count: how many scenes were asked about.
         has_truth: whether the true masks mean something.
@@ -36,7 +36,6 @@ def judge_policies(
         An :class:`Accuracy` as JSON, by row.
     """
     given = {name: read_arrays(Path(path) / OUTPUT_FILE) for name, path in outputs.items()}
-    expected = given[reference]
     config = read_checkpoint(checkpoint).config.model
     masks: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in given}
     truth = []
@@ -52,14 +51,19 @@ def judge_policies(
                 )
     accuracies = {}
     for name, found in given.items():
-        same = map(mask_agreement, masks[name], masks[reference])
+        same: list[float] = []
+        figures: dict[str, Any] = {"note": "no row in float32 was measured beside it"}
+        if reference is not None:
+            same = [
+                mask_agreement(*pair) for pair in zip(masks[name], masks[reference], strict=True)
+            ]
+            figures = {"concentration_cosine": _smallest_cosine(found, given[reference])}
         true = (
             [overlap(m, t).iou for m, t in zip(masks[name], truth, strict=True)]
             if has_truth
             else []
         )
-        cosine = _smallest_cosine(found, expected)
-        accuracies[name] = summarize_masks(count, same, true, concentration_cosine=cosine).to_json()
+        accuracies[name] = summarize_masks(count, same, true, **figures).to_json()
     return accuracies
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coprs_deploy import shipped
+from coprs_deploy.benchmarks.arrays import Values
 from coprs_deploy.benchmarks.case import Judge
 from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
@@ -135,6 +136,7 @@ class Workshop(Closeable):
         self._pictures = calibration
         self._only = re.compile(only)
         self._inputs: set[Path] = set()
+        self._answered: set[Path] = set()
         self._referee: Worker | None = None
         self._counted: dict[Path, Work | None] = {}
 
@@ -257,27 +259,44 @@ class Workshop(Closeable):
         """
 
         def judge(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
-            expected = None
-            if model.checkpoint is not None:
-                folder = self.folder / f"{model.name}-answers-{count}-{side or 'own-size'}"
-                self._ask_referee(
-                    f"{SUBJECTS}:write_answers",
-                    folder=str(folder),
-                    checkpoint=str(model.checkpoint),
-                    count=count,
-                    side=side,
-                )
-                expected = read_masks({"": folder})[""]
-            return judge_masks(read_masks(outputs), expected, model.has_truth)
+            masks = read_masks(outputs)
+            if not masks or model.checkpoint is None:
+                return judge_masks(masks, None, model.has_truth)
+            try:
+                expected = self._answers(model, model.checkpoint, count, side)
+            except WorkerError as error:
+                note = f"float32 could not be asked: {error}"
+                return judge_masks(masks, None, model.has_truth, note)
+            return judge_masks(masks, expected, model.has_truth)
 
         return judge
 
-    def policy_judge(self, model: Model, reference: str, count: int) -> Judge:
-        """Give the judge of policies that left their concentrations for the first scenes."""
+    def _answers(self, model: Model, checkpoint: Path, count: int, side: int | None) -> Values:
+        """Give the masks of PyTorch's float32 answers, made once a run."""
+        folder = self.folder / f"{model.name}-answers-{count}-{side or 'own-size'}"
+        if folder not in self._answered:
+            self.progress(f"{model.name}: float32 answers")
+            self._ask_referee(
+                f"{SUBJECTS}:write_answers",
+                folder=str(folder),
+                checkpoint=str(checkpoint),
+                count=count,
+                side=side,
+            )
+            self._answered.add(folder)
+        return read_masks({"": folder})[""]
+
+    def policy_judge(self, model: Model, float32: Sequence[str], count: int) -> Judge:
+        """Give the judge of policies that left their concentrations for the first scenes.
+
+        Args:
+            model: the model.
+            float32: rows in float32; the others are compared with the first that was measured.
+            count: how many scenes.
+        """
 
         def judge(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
-            if reference not in outputs:
-                return {}
+            reference = next((name for name in float32 if name in outputs), None)
             found = self._ask_referee(
                 f"{POLICY_JUDGE}:judge_policies",
                 outputs={name: str(path) for name, path in outputs.items()},
@@ -336,6 +355,12 @@ class Workshop(Closeable):
                 else:
                     left_out.append(LeftOut(suite, entry.name, "it was not asked for"))
         return present, left_out
+
+    def devices_of(self, runtime: str, suite: str) -> tuple[list[str], list[LeftOut]]:
+        """Name the devices on which a runtime can run graphs here, and those that are left out."""
+        present, left_out = self.runtimes(suite)
+        devices = [device for name, device in present if name == runtime]
+        return devices, [entry for entry in left_out if entry.name.split()[0] == runtime]
 
 
 def shipped_model() -> Model:

@@ -42,11 +42,10 @@ def current_gpu(index: int = 0) -> Gpu | None:
 
 @dataclass(frozen=True)
 class CudaTensor:
-    """A tensor in GPU memory, with the stream that makes it and the event when it is there."""
+    """A tensor in GPU memory, and the event after which its values are there."""
 
     tensor: torch.Tensor
     ready: torch.cuda.Event
-    stream: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,9 +91,14 @@ class CudaDevice:
         self._torch: Any = torch  # its streams and events have no types
         self._device = torch.device("cuda", index)
         self.index = index
+        self._high_priority = high_priority
         self.gpu = gpu
         self.stream = self._torch.cuda.Stream(self._device, priority=-1 if high_priority else 0)
         self._staging: dict[str, tuple[torch.Tensor, torch.cuda.Event]] = {}
+
+    def sibling(self) -> CudaDevice:
+        """Make a stream and buffers of their own on the same device, of the same priority."""
+        return CudaDevice(self.index, self._high_priority)
 
     @property
     def stream_handle(self) -> int:
@@ -140,7 +144,7 @@ class CudaDevice:
             copy = buffer.clone()
             ready = self._torch.cuda.Event()
             ready.record(self.stream)
-        return CudaTensor(copy, ready, self.stream)
+        return CudaTensor(copy, ready)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record work that was run once before; the result runs it again in one launch.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,8 @@ def masks_at_original_size(
 ) -> NDArray[np.bool_]:
     """Bring mask logits to the picture's size and cut them at 0.
 
-    Logits on a GPU are resized and cut there, on the stream that made them, and what is copied to
-    the host is one byte a pixel in one piece.
+    Logits on a GPU are resized and cut there, target by target, and what is copied to the host is
+    one byte a pixel; where the GPU has no room for that, the host does it.
 
     Args:
         chunks: what the mask decoder gave, (n, 1, M, M) each; the last may hold repeated targets.
@@ -36,33 +37,42 @@ def masks_at_original_size(
         (N, H, W) bool.
     """
     on_gpu = [chunk for chunk in chunks if isinstance(chunk, CudaTensor)]
-    if not on_gpu or len(on_gpu) < len(chunks):
-        masks: NDArray[np.bool_] = (
-            resize_logits(join_chunks(list(chunks), num_targets), placed, geometry) > 0
-        )
-        return masks
-    return _on_gpu(on_gpu, num_targets, placed, geometry)
+    if on_gpu and len(on_gpu) == len(chunks):
+        masks = _cut_on_gpu(on_gpu, num_targets, placed, geometry)
+        if masks is not None:
+            return masks
+    logits = join_chunks(list(chunks), num_targets)
+    found: NDArray[np.bool_] = resize_logits(logits, placed, geometry) > 0
+    return found
 
 
-def _on_gpu(
+def _cut_on_gpu(
     chunks: Sequence[CudaTensor], num_targets: int, placed: Placed, geometry: Geometry
-) -> NDArray[np.bool_]:
+) -> NDArray[np.bool_] | None:
     import torch
 
-    stream = chunks[0].stream
-    host = torch.empty(num_targets, *placed.original_size, dtype=torch.bool, pin_memory=True)
-    with torch.cuda.stream(stream), torch.inference_mode():
-        start = 0
-        for chunk in chunks:
-            stream.wait_event(chunk.ready)
-            chunk.tensor.record_stream(stream)
-            logits = chunk.tensor[: num_targets - start]
-            masks = cut_at_original_size(logits, placed, geometry)
-            host[start : start + len(masks)].copy_(masks, non_blocking=True)
-            start += len(masks)
-        stream.synchronize()
-    array: NDArray[np.bool_] = host.numpy()
-    return array
+    stream = _stream_of(chunks[0].tensor.device)
+    try:
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for chunk in chunks:
+                stream.wait_event(chunk.ready)
+                chunk.tensor.record_stream(stream)
+            tensors = [chunk.tensor for chunk in chunks]
+            targets = [t[i : i + 1] for t in tensors for i in range(len(t))]
+            masks = [cut_at_original_size(t, placed, geometry) for t in targets[:num_targets]]
+            array: NDArray[np.bool_] = torch.cat(masks).cpu().numpy()
+            return array
+    except torch.OutOfMemoryError:
+        return None
+
+
+@lru_cache
+def _stream_of(device: torch.device) -> Any:
+    """Give the stream that masks are cut on; the engines' own may be in the middle of a capture."""
+    import torch
+
+    cuda: Any = torch.cuda  # its streams have no types
+    return cuda.Stream(device, priority=-1)
 
 
 def cut_at_original_size(logits: torch.Tensor, placed: Placed, geometry: Geometry) -> torch.Tensor:

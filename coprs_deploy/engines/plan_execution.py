@@ -23,6 +23,7 @@ from coprs_deploy.engines.loaded_plan import LoadedPlan
 from coprs_deploy.engines.runner import Array, Availability, DeviceTensor, Runner, RunnerOptions
 from coprs_deploy.errors import (
     BundleError,
+    CoPRSError,
     EngineMismatchError,
     MissingDependencyError,
     RuntimeUnavailableError,
@@ -64,12 +65,18 @@ class _Work:
         self._device = device
         self._captures = captures
         self._shapes: dict[int, _Shape] = {}
+        self._is_closed = False
         self.lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        """Run all plans on inputs that have been checked."""
+        """Run all plans on inputs that have been checked.
+
+        Raises:
+            CoPRSError: they were closed.
+        """
         with self.lock, self._device.current():
-            assert all(plan.is_open for plan in self._plans), "the runner was closed"
+            if self._is_closed:
+                raise CoPRSError(f"{self._spec.name} was closed while it was asked")
             shape = self._shape(inputs)
             for tensor in self._spec.inputs:
                 self._device.fill(tensor.name, shape.buffers[tensor.name], inputs[tensor.name])
@@ -117,6 +124,7 @@ class _Work:
 
     def free(self) -> None:
         """Wait for the GPU and drop the contexts; the lock is held, the device is current."""
+        self._is_closed = True
         self._device.synchronize()
         self._shapes.clear()
 
@@ -158,7 +166,9 @@ class PlanRunner(Runner):
         """See :meth:`Runner.joined_with`; plans on one GPU can be joined."""
         if not isinstance(following, PlanRunner) or following._device.index != self._device.index:
             return None
-        return JoinedPlans([self._plan, following._plan], self._device, self._captures)
+        # A stream of its own: the runners go on being called apart, by other threads too.
+        device = self._device.sibling()
+        return JoinedPlans([self._plan, following._plan], device, self._captures)
 
     @property
     def stream(self) -> Any:

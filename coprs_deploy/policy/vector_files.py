@@ -8,16 +8,23 @@ abandoned has no file any more, and what the engine still finds for it goes nowh
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import PolicyError
+
+logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -38,10 +45,26 @@ class VectorFiles(Closeable):
         self.folder = Path(tempfile.mkdtemp(prefix="coprs-deploy-", dir=parent))
 
     def open(self) -> Path:
-        """Make the empty file of one request; no other request ever has it."""
+        """Make the empty file of one request; no other request ever has it.
+
+        Raises:
+            PolicyError: the folder is gone.
+        """
         path = self.folder / uuid.uuid4().hex
-        path.touch(mode=0o600, exist_ok=False)
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+        except FileNotFoundError as error:
+            raise PolicyError("the policy was closed") from error
         return path
+
+    @contextmanager
+    def for_request(self) -> Iterator[Path]:
+        """Make the file of one request, and remove it behind the block if nobody took it."""
+        path = self.open()
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def take(self, path: Path) -> NDArray[np.float32]:
         """Read and remove a file; a second time there is nothing.
@@ -58,6 +81,11 @@ class VectorFiles(Closeable):
         except FileNotFoundError:
             content = b""
         path.unlink(missing_ok=True)
+        if len(content) % self._record.itemsize:
+            raise ValueError(
+                f"{path.name} holds {len(content)} bytes, which are no whole vectors of "
+                f"{self._record['vector'].shape[0]} float32"
+            )
         records = np.frombuffer(content, dtype=self._record)
         last = {int(record["position"]): number for number, record in enumerate(records)}
         chosen = [last[position] for position in sorted(last)]
@@ -74,20 +102,28 @@ class VectorFiles(Closeable):
 
 
 def append_vector(path: str, position: int, vector: NDArray[np.float32]) -> None:
-    """Add a vector to a request's file, in one write; nothing happens where the file is gone.
+    """Add a vector to a request's file, in one write.
+
+    Nothing happens where the file is gone: the request was abandoned. Where there is no room the
+    vector is lost, and a line of the log says so; the engine goes on with its other requests.
 
     Args:
         path: what :meth:`VectorFiles.open` gave.
         position: index of its token in the response.
         vector: (D,) float32.
     """
-    record = np.array((position, vector), dtype=_record(len(vector)))
+    record = np.array((position, vector), dtype=_record(len(vector))).tobytes()
     try:
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
         return
     try:
-        os.write(file, record.tobytes())
+        written = os.write(file, record)
+        if written < len(record):
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        logger.error("a vector was lost on its way to %s: %s", path, error)
     finally:
         os.close(file)
 

@@ -99,6 +99,7 @@ class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may b
                 "speculative decoding is on; <REF_POS> can only be captured without it"
             )
         self._batch: dict[int, tuple[CaptureOrder, list[int]]] = {}
+        self._hands_over = is_first_rank()  # the others hold the same vectors
 
     def is_argmax_invariant(self) -> bool:
         """Forcing an end changes what greedy decoding takes."""
@@ -127,13 +128,19 @@ class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may b
         Args:
             logits: (R, V), changed in place.
         """
+        read = {
+            row: (order.path, len(response) - 1)
+            for row, (order, response) in self._batch.items()
+            if self.reads_reference(order, response)
+        }
+        if read and self._hands_over:
+            # All rows in one copy: it waits for the device.
+            vectors = torch.stack([self.row_of(row, logits) for row in read]).float().cpu().numpy()
+            for (path, position), vector in zip(read.values(), vectors, strict=True):
+                append_vector(path, position, vector)
         for row, (order, response) in self._batch.items():
-            is_reference = self.reads_reference(order, response)
-            if is_reference:
-                vector = self.row_of(row, logits).float().cpu().numpy()
-                append_vector(order.path, len(response) - 1, vector)
             if len(response) >= order.budget or (
-                is_reference and response.count(order.reference_id) >= order.targets
+                row in read and response.count(order.reference_id) >= order.targets
             ):
                 logits[row] = -torch.inf
                 logits[row, order.stop_id] = 0.0
@@ -149,3 +156,10 @@ class ConcentrationCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may b
         assert rows is not None, "the model was not loaded through coprs_deploy's architecture"
         assert len(rows) == len(logits), (rows.shape, logits.shape)
         return rows[row]
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its tensor parallel group whose outputs count."""
+    from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
+
+    return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0

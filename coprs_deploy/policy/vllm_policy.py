@@ -242,28 +242,28 @@ class VllmPolicy(Policy):
         if self._engine is None:
             raise PolicyError("the policy was closed")
         start = time.perf_counter()
-        prompt = self._encode(request)
         written = WrittenText(self._tokens)
         progress = _Progress()
         arrivals: queue.SimpleQueue[list[int] | BaseException | NDArray[np.float32]]
         arrivals = queue.SimpleQueue()
-        task = self._submit(self._answer(prompt, progress, arrivals))
-        try:
-            while True:
-                try:
-                    arrived = arrivals.get(timeout=request.remaining_s())
-                except queue.Empty:
-                    continue  # the next look at the deadline raises
-                if isinstance(arrived, BaseException):
-                    raise arrived
-                if isinstance(arrived, np.ndarray):
-                    break
-                for token in arrived:
-                    if token not in self._tokens.end_ids and (text := written.add(token)):
-                        yield Words(text)
-        finally:
-            task.cancel()  # an abandoned request; one that has ended does not notice
-            prompt.vectors.unlink(missing_ok=True)
+        with self._files.for_request() as vectors:
+            prompt = self._encode(request, vectors)
+            task = self._submit(self._answer(prompt, progress, arrivals))
+            try:
+                while True:
+                    try:
+                        arrived = arrivals.get(timeout=request.remaining_s())
+                    except queue.Empty:
+                        continue  # the next look at the deadline raises
+                    if isinstance(arrived, BaseException):
+                        raise arrived
+                    if isinstance(arrived, np.ndarray):
+                        break
+                    for token in arrived:
+                        if token not in self._tokens.end_ids and (text := written.add(token)):
+                            yield Words(text)
+            finally:
+                task.cancel()  # an abandoned request; one that has ended does not notice
         end = time.perf_counter()
         stop = self._stop_reason(progress.token_ids, prompt)
         if stop is not StopReason.END_OF_TEXT:
@@ -289,8 +289,8 @@ class VllmPolicy(Policy):
             decode_ms=1e3 * (end - progress.first_token),
         )
 
-    def _encode(self, request: PolicyRequest) -> _Prompt:
-        """Turn a request into what the engine takes."""
+    def _encode(self, request: PolicyRequest, vectors: Path) -> _Prompt:
+        """Turn a request into what the engine takes; its vectors come in a file."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -311,7 +311,6 @@ class VllmPolicy(Policy):
         first = ids.index(self._image_id)
         # vLLM repeats the placeholder itself, once for each vision token.
         short_ids = [*ids[: first + 1], *ids[first + num_image_tokens :]]
-        vectors = self._files.open()
         order = CaptureOrder(
             path=str(vectors),
             reference_id=self._tokens.reference_id,
@@ -415,10 +414,12 @@ class VllmPolicy(Policy):
             running = list(self._tasks)
         for task in running:
             task.cancel()
-        if self._engine is not None:
-            self._run(stop_engine(self._engine))
+        try:
+            if self._engine is not None:
+                self._run(stop_engine(self._engine))
+        finally:
             self._engine = None
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._files.close()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._files.close()

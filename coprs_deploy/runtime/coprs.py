@@ -157,10 +157,17 @@ class CoPRS(Closeable):
         picture = self._open(np.full((size, size, 3), 128, dtype=np.uint8))
         embedding = self._stages.encode(picture.prepared)
         concentrations = np.zeros((1, self._policy.width), dtype=np.float32)
-        for _ in decode_targets(
-            self._stages, embedding, concentrations, picture.prepared, self._geometry
-        ):
-            pass
+        # Where the graphs are joined, `stream` still runs them apart.
+        for announces_prior in (False, True) if self._stages.joins_targets else (False,):
+            for _ in decode_targets(
+                self._stages,
+                embedding,
+                concentrations,
+                picture.prepared,
+                self._geometry,
+                announces_prior=announces_prior,
+            ):
+                pass
         request = PolicyRequest(picture.rgb, "anything", max_new_tokens=4)
         start = time.perf_counter()
         (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))

@@ -72,7 +72,7 @@ def decode_targets(
         The prior, if it is wanted.
 
     Returns:
-        Everything together. The logits come to the host after the masks, which nobody waits for.
+        Everything together; the logits come to the host after the masks.
     """
 
     def maps(chunks: list[DeviceTensor]) -> LogitMaps:

@@ -141,6 +141,15 @@ def test_half_precision_states_arrive_as_float32(capture, files):
     assert files.take(file).tolist() == [[0.10009765625] * WIDTH]
 
 
+def test_only_the_first_rank_hands_vectors_over(files, monkeypatch):
+    monkeypatch.setattr("coprs_deploy.policy.vllm_capture.is_first_rank", lambda: False)
+    other = ConcentrationCapture(SimpleNamespace(speculative_config=None), "cpu", False)
+    file = files.open()
+    update(other, added=[(0, params(order(file)), None, [REFERENCE])])
+    assert forced(step(other, 1)) == [True]
+    assert taken(files, file) == []
+
+
 def test_what_is_found_for_an_abandoned_request_goes_nowhere(capture, files):
     file = files.open()
     update(capture, added=[(0, params(order(file)), None, [REFERENCE])])

@@ -34,10 +34,11 @@ def decode(policy: VllmPolicy, request: PolicyRequest) -> tuple[float, int]:
     """Answer once: milliseconds behind the first token to the vector, and tokens."""
 
     async def answer() -> tuple[float, int]:
-        prompt, progress = policy._encode(request), _Progress()
-        async for _ in policy._tokens_of(prompt, progress):
-            pass
-        policy._files.take(prompt.vectors)
+        progress = _Progress()
+        with policy._files.for_request() as vectors:
+            async for _ in policy._tokens_of(policy._encode(request, vectors), progress):
+                pass
+            policy._files.take(vectors)
         return 1e3 * (time.perf_counter() - progress.first_token), len(progress.token_ids)
 
     return policy._run(answer())

@@ -33,7 +33,8 @@ def plan(workshop: Workshop) -> Plan:
     kept = tuple(case for case in cases if workshop.wants(group, case.name))
     if not kept:
         return Plan((), tuple(left_out))
-    judge = workshop.policy_judge(model, kept[0].name, COUNT)
+    float32 = [case.name for case in kept if case.labels["precision"] == "fp32"]
+    judge = workshop.policy_judge(model, float32, COUNT)
     measured = Group(NAME, group, kept, kept[0].name, judge, unit="one response")
     return Plan((measured,), tuple(left_out))
 

@@ -76,9 +76,9 @@ GROWTHS = (
 
 def plan(workshop: Workshop) -> Plan:
     """Plan one group for each thing that grows, on each device."""
-    left_out: list[LeftOut] = []
+    devices, left_out = workshop.devices_of(RUNTIME, NAME)
     groups: list[Group] = []
-    for device in _devices(workshop):
+    for device in devices:
         for chosen in workshop.models():
             try:
                 groups.append(_targets(workshop, chosen, device))
@@ -91,12 +91,6 @@ def plan(workshop: Workshop) -> Plan:
         for group in groups
     ]
     return Plan(tuple(group for group in kept if group.cases), tuple(left_out))
-
-
-def _devices(workshop: Workshop) -> list[str]:
-    """Name the devices on which ONNX Runtime can run here."""
-    present, _ = workshop.runtimes(NAME)
-    return [device for runtime, device in present if runtime == RUNTIME]
 
 
 def _labels(model: Model, device: str, **values: int) -> dict[str, str]:

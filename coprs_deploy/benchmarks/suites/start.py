@@ -57,7 +57,8 @@ def plan(workshop: Workshop) -> Plan:
             "coprs-deploy, arguments parsed", f"{__name__}:open_command", {"code": VERSION}, labels
         ),
     ]
-    for device in workshop.devices:
+    devices, left_out = workshop.devices_of(graph.runtime, NAME)
+    for device in devices:
         on_device = "" if device == "cpu" else f" {device}"
         cases.append(
             Case(
@@ -74,11 +75,11 @@ def plan(workshop: Workshop) -> Plan:
         )
     kept = tuple(case for case in cases if workshop.wants(name, case.name))
     if not kept:
-        return Plan(())
+        return Plan((), tuple(left_out))
     runs = QUICK_RUNS if workshop.is_quick else RUNS
     judge = workshop.answers_judge(workshop.model, count=1)
     group = Group(NAME, name, kept, judge=judge, unit="one process, to its end", runs=runs)
-    return Plan((group,))
+    return Plan((group,), tuple(left_out))
 
 
 def open_command(code: str) -> Subject:

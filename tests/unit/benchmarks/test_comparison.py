@@ -12,7 +12,7 @@ from coprs_deploy.benchmarks.comparison import (
     compare_reports,
     machine_differences,
 )
-from coprs_deploy.benchmarks.report import Row
+from coprs_deploy.benchmarks.report import Accuracy, Row
 from coprs_deploy.cli.main import main
 
 STEADY = [[10.0, 10.1, 9.9, 10.0], [10.0, 10.05, 9.95, 10.0]]
@@ -44,6 +44,12 @@ def test_a_change_within_the_noise_of_a_round_is_no_regression():
 def test_more_memory_less_accuracy_and_failures_are_regressions():
     found = verdicts(row("a", STEADY), row("a", STEADY, iou=0.9, memory=150_000_000))
     assert found == [Verdict.SAME, Verdict.LARGER, Verdict.LESS_EXACT]
+    turned, straight = (
+        Row("a", accuracy=Accuracy(inputs=4, mask_iou=1.0, concentration_cosine=cosine))
+        for cosine in (0.99, 0.9999)
+    )
+    assert verdicts(straight, turned) == [Verdict.LESS_EXACT]
+    assert verdicts(turned, straight) == [Verdict.SAME]
     assert verdicts(row("a", STEADY), Row("a", reason="broken")) == [Verdict.FAILS]
     assert verdicts(Row("a", reason="broken"), row("a", STEADY)) == [Verdict.REPAIRED]
     both = compare_reports(

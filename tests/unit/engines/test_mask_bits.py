@@ -1,11 +1,16 @@
 """Masks at the picture's size, cut where the logits lie."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coprs_deploy.engines import mask_bits
+from coprs_deploy.engines.cuda_device import CudaTensor
 from coprs_deploy.engines.mask_bits import cut_at_original_size, masks_at_original_size
 from coprs_deploy.images import PreparedImage, resize_logits, unpadded_size
 from coprs_deploy.specs import Geometry
@@ -65,6 +70,39 @@ def test_half_precision_logits_are_cut_in_float32():
     size = placed(50, 60, TINY)
     found = cut_at_original_size(logits, size, TINY)
     assert torch.equal(found, cut_at_original_size(logits.float(), size, TINY))
+
+
+@pytest.fixture
+def played_gpu(monkeypatch):
+    """Streams and events that do nothing, for tensors on the CPU."""
+    waited = []
+    stream = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    mask_bits._stream_of.cache_clear()
+    yield waited
+    mask_bits._stream_of.cache_clear()
+
+
+def test_logits_on_a_gpu_are_cut_chunk_by_chunk(played_gpu):
+    logits, size = logits_of(6, TINY), placed(40, 60, TINY)
+    chunks = [CudaTensor(torch.from_numpy(p), n) for n, p in enumerate((logits[:4], logits[4:]))]
+    masks = masks_at_original_size(chunks, 5, size, TINY)
+    expected = cut_at_original_size(torch.from_numpy(logits[:5]), size, TINY)
+    assert np.array_equal(masks, expected.numpy())
+    assert played_gpu == [0, 1]
+
+
+def test_a_gpu_without_room_leaves_the_work_to_the_host(played_gpu, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(mask_bits, "cut_at_original_size", full)
+    monkeypatch.setattr(CudaTensor, "numpy", lambda self: self.tensor.numpy())
+    logits, size = logits_of(2, TINY), placed(40, 60, TINY)
+    masks = masks_at_original_size([CudaTensor(torch.from_numpy(logits), 0)], 2, size, TINY)
+    assert np.array_equal(masks, resize_logits(logits, size, TINY) > 0)
 
 
 def test_targets_that_only_fill_a_graph_are_left_out():

@@ -22,6 +22,7 @@ from coprs_deploy.engines.runner import Runner
 from coprs_deploy.errors import (
     BundleError,
     BundleIntegrityError,
+    CoPRSError,
     EngineMismatchError,
     RuntimeUnavailableError,
 )
@@ -135,6 +136,9 @@ class FakeDevice:
 
     def synchronize(self):
         self.calls.append(("synchronize",))
+
+    def sibling(self):
+        return FakeDevice(self.calls)
 
     @contextmanager
     def current(self):
@@ -443,6 +447,24 @@ class TestJoined:
             pytest.raises(ValueError, match="prior and mask_decoder was given 5 targets"),
         ):
             joined(**self.inputs(joined.spec, 5))
+
+    def test_it_shares_no_stream_and_no_buffer_with_the_runners(self, library, pair):
+        # The prior is asked alone by one thread while another asks for both.
+        with pair[0].joined_with(pair[1]) as joined:
+            assert joined._device not in (pair[0]._device, pair[1]._device)
+            library.calls.clear()
+            joined(**self.inputs(joined.spec, 1))
+            pair[0](**self.inputs(pair[0].spec, 1))
+        addresses = [call[2] for call in library.calls if call[:2] == ("address", "prior_logits")]
+        assert len(addresses) == 3 and len(set(addresses)) == 2
+
+    def test_nothing_runs_after_closing(self, library, pair):
+        joined = pair[0].joined_with(pair[1])
+        joined.close()
+        library.calls.clear()
+        with pytest.raises(CoPRSError, match="prior and mask_decoder was closed"):
+            joined(**self.inputs(joined.spec, 1))
+        assert names(library) == []
 
     def test_it_leaves_the_runners_usable(self, pair):
         with pair[0].joined_with(pair[1]):

@@ -17,7 +17,7 @@ from coprs_deploy.export.equivalence import (
 )
 from coprs_deploy.export.mask_samples import draw_masked_samples
 from coprs_deploy.export.options import ATTENTION_FORMS
-from coprs_deploy.specs import GRAPH_NAMES, Geometry, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, graph_specs
 
 GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
 SPECS = graph_specs(GEOMETRY, policy_width=6)
@@ -190,6 +190,38 @@ def test_one_graph_is_open_at_a_time_and_none_after():
     compare(**dict.fromkeys(GRAPH_NAMES, watch))
     assert set(most) == {1}
     assert FunctionRunner.opened == 0
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_the_chain_is_compared_as_an_answer_runs_it(monkeypatch, factor):
+    """Where prior and mask decoder are one call, that call decides, and leaves nothing open."""
+
+    class Joined(FunctionRunner):
+        def __init__(self, prior, decoder):
+            super().__init__("mask_decoder", exact)
+            self.both = (prior, decoder)
+            named = {t.name: t for r in self.both for t in r.spec.inputs}
+            outputs = (*prior.spec.outputs, *decoder.spec.outputs)
+            inputs = tuple(t for name, t in named.items() if name != "prior_logits")
+            self.spec = GraphSpec("both", inputs, outputs)
+
+        def _run(self, inputs):
+            prior, decoder = self.both
+            shared = {"image_embedding": inputs["image_embedding"]}
+            given = prior(concentration=inputs["concentration"], **shared)
+            masks = decoder(unpadded_size=inputs["unpadded_size"], **shared, **given)
+            values = masks["mask_logits"].numpy() * np.float32(factor)
+            return given | {"mask_logits": HostTensor(values)}
+
+    def joined_with(prior, decoder):
+        return Joined(prior, decoder)
+
+    monkeypatch.setattr(FunctionRunner, "joined_with", joined_with)
+    Joined.opened = FunctionRunner.opened = 0
+    records = compare()
+    assert all(records[name].passed for name in GRAPH_NAMES)
+    assert records["end_to_end"].passed == (factor == 1)
+    assert Joined.opened == FunctionRunner.opened == 0
 
 
 def test_each_step_is_announced():

@@ -1,5 +1,6 @@
 """Vectors on their way out of an engine's process."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from coprs_deploy.errors import PolicyError
 from coprs_deploy.policy.vector_files import VectorFiles, append_vector
 
 WIDTH = 4
@@ -70,8 +72,42 @@ def test_another_process_may_append(files):
 def test_vectors_of_another_width_are_refused(files, width):
     path = files.open()
     append_vector(str(path), 0, np.zeros(width, dtype=np.float32))
-    with pytest.raises(ValueError, match="multiple of element size"):
+    with pytest.raises(ValueError, match="are no whole vectors of 4 float32"):
         files.take(path)
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_a_vector_without_room_is_lost_and_not_the_engine(files, monkeypatch, caplog, room):
+    path = files.open()
+    append_vector(str(path), 0, vector(1.0))
+    write = os.write
+
+    def write_what_fits(file, content):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, content[:room])
+
+    monkeypatch.setattr(os, "write", write_what_fits)
+    append_vector(str(path), 1, vector(2.0))
+    monkeypatch.undo()
+    assert "a vector was lost" in caplog.text and "No space left" in caplog.text
+    assert files.take(path).tolist() == [[1.0] * WIDTH]
+
+
+def test_a_file_lasts_as_long_as_its_request(files):
+    with files.for_request() as path:
+        assert path.exists()
+    assert len(files) == 0
+    with pytest.raises(RuntimeError, match="left early"), files.for_request() as path:
+        raise RuntimeError("left early")
+    assert len(files) == 0
+
+
+def test_a_request_behind_the_end_is_refused(tmp_path):
+    files = VectorFiles(WIDTH, tmp_path)
+    files.close()
+    with pytest.raises(PolicyError, match="the policy was closed"):
+        files.open()
 
 
 def test_closing_removes_what_nobody_took(tmp_path):
