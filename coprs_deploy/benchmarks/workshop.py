@@ -13,8 +13,9 @@ from coprs_deploy import shipped
 from coprs_deploy.benchmarks.arrays import Values
 from coprs_deploy.benchmarks.case import Judge
 from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
+from coprs_deploy.benchmarks.onnx_work import GraphWork, count_work
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
-from coprs_deploy.benchmarks.report import Accuracy, LeftOut, Work
+from coprs_deploy.benchmarks.report import Accuracy, LeftOut
 from coprs_deploy.bundle import (
     ENGINE_FLAVORS,
     MANIFEST_FILE,
@@ -138,7 +139,7 @@ class Workshop(Closeable):
         self._inputs: set[Path] = set()
         self._answered: set[Path] = set()
         self._referee: Worker | None = None
-        self._counted: dict[Path, Work | None] = {}
+        self._counted: dict[Path, GraphWork | None] = {}
 
     def wants(self, group: str, row: str = "") -> bool:
         """Say whether a row was asked for by the names of its group and its own."""
@@ -329,14 +330,11 @@ class Workshop(Closeable):
             self._referee.close()
             self._referee = None
 
-    def work(self, path: Path) -> Work | None:
-        """Count a graph; None where it cannot be counted."""
+    def work(self, path: Path) -> GraphWork | None:
+        """Count a graph file; None where it cannot be counted."""
         if path not in self._counted:
-            from coprs_deploy.benchmarks.onnx_work import count_work
-
             try:
-                counted = count_work(path)
-                self._counted[path] = Work(counted.flops, counted.bytes)
+                self._counted[path] = count_work(path)
             except (CoPRSError, ValueError):
                 self._counted[path] = None
         return self._counted[path]

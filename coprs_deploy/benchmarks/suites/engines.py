@@ -24,6 +24,9 @@ TORCH = "coprs_deploy.benchmarks.torch_subjects"
 RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
 
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+"""What one weight takes by precision."""
+
 DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
     "openvino": ("openvino",),
@@ -138,12 +141,15 @@ def _graph_cases(
                 | ({"products": product} if product != FP32 else {}),
                 estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
                 problem=f"it could not be exported: {bundle.problem}" if bundle.problem else "",
-                work=graph_work(workshop, model, graph),
+                work=graph_work(workshop, model, graph, precision if product == FP32 else product),
             )
 
 
-def graph_work(workshop: Workshop, model: Model, graph: str) -> Work | None:
-    """Count a graph of the float32 bundle; a typed or compiled one does the same work."""
+def graph_work(workshop: Workshop, model: Model, graph: str, precision: str) -> Work | None:
+    """Count a graph of the float32 bundle.
+
+    A typed or compiled one does the same operations, and reads its weights in its own precision.
+    """
     bundle = workshop.bundle(model, "onnxruntime", "fp32")
     if bundle.problem:
         return None
@@ -152,7 +158,8 @@ def graph_work(workshop: Workshop, model: Model, graph: str) -> Work | None:
     known = [work for work in counted if work is not None]
     if len(known) < len(names):
         return None
-    return Work(sum(work.flops for work in known), sum(work.bytes for work in known))
+    moved = sum(w.tensor_bytes + w.weight_bytes * WEIGHT_BYTES[precision] // 4 for w in known)
+    return Work(sum(work.flops for work in known), moved)
 
 
 def _peers(
@@ -162,7 +169,6 @@ def _peers(
     if model.checkpoint is None:
         return
     checkpoint = str(model.checkpoint)
-    work = graph_work(workshop, model, graph)
     ways = [("eager", "fp32")]
     if graph == IMAGE_ENCODER:
         ways += [("eager", "bf16"), ("compile", "fp32")]
@@ -182,7 +188,7 @@ def _peers(
             },
             labels=_labels(model, graph, f"torch {how}", precision, device),
             estimated_bytes=model.estimated_bytes + TORCH_BYTES,
-            work=work,
+            work=graph_work(workshop, model, graph, precision),
         )
     if graph != IMAGE_ENCODER:
         return
@@ -205,7 +211,7 @@ def _peers(
             labels=_labels(model, graph, "segment-anything torch eager", precision, device),
             estimated_bytes=model.estimated_bytes + TORCH_BYTES,
             problem=missing,
-            work=work,
+            work=graph_work(workshop, model, graph, precision),
         )
     yield from _exported_peers(
         workshop, model, inputs=inputs, device=device, name=name, missing=missing
@@ -251,5 +257,5 @@ def _exported_peers(
             labels=_labels(model, IMAGE_ENCODER, f"segment-anything {runtime}", precision, device),
             estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
             problem=problem,
-            work=graph_work(workshop, model, IMAGE_ENCODER),
+            work=graph_work(workshop, model, IMAGE_ENCODER, precision),
         )

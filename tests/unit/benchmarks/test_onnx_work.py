@@ -1,6 +1,8 @@
 """Operations and bytes of graphs, against hand counts and against PyTorch's own counter."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from coprs_deploy import shipped
-from coprs_deploy.benchmarks.onnx_work import count_work
+from coprs_deploy.benchmarks.graph_subjects import CHAIN
+from coprs_deploy.benchmarks.onnx_work import GraphWork, count_work
+from coprs_deploy.benchmarks.suites.engines import graph_work
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.specs import GRAPH_NAMES, graph_specs
 
@@ -83,3 +87,17 @@ def test_products_of_the_shipped_graphs_are_those_that_pytorch_counts(name):
         stage(*inputs)
     found = count_work(shipped.BUNDLE / f"{name}.onnx").product_flops
     assert math.isclose(found, counter.get_total_flops(), rel_tol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("precision", "moved"), [("fp32", 440), ("bf16", 240), ("fp16", 240), ("int8", 140)]
+)
+def test_a_row_reads_its_weights_in_its_own_precision(precision, moved):
+    workshop = SimpleNamespace(
+        bundle=lambda *_: SimpleNamespace(problem="", path=Path("bundle")),
+        work=lambda path: GraphWork(1e6, 1e3, weight_bytes=400, tensor_bytes=40),
+    )
+    work = graph_work(workshop, None, "prior", precision)
+    assert (work.flops, work.bytes) == (1_001_000, moved)
+    whole = graph_work(workshop, None, CHAIN, precision)
+    assert (whole.flops, whole.bytes) == (3 * 1_001_000, 3 * moved)
