@@ -1,9 +1,10 @@
 """GRPO on the shipped model, from a damaged and from the mature policy: runs, and their report.
 
-    python -m coprs_deploy.training.grpo.experiments RUNS [--reports docs/reports/grpo]
+    python -m coprs_deploy.training.grpo.experiments RUNS [--jobs 2] [--reports docs/reports/grpo]
 
 Each run is an ordinary one of the recipe ``grpo_shipped`` in a folder of its own below RUNS; what
-has ended is kept, what was stopped goes on. The report is written from the runs that have ended.
+has ended is kept, what was stopped goes on. A run keeps one core busy. The report is written from
+the runs that have ended.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -68,14 +70,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="GRPO on the shipped model.")
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--reports", type=Path, default=Path("docs/reports/grpo"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a core each")
     parser.add_argument("--only-report", action="store_true", help="start no run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     if not arguments.only_report:
         if not (arguments.runs / DAMAGED_FOLDER).is_dir():
             damage(arguments.runs / DAMAGED_FOLDER)
-        for experiment in experiments():
-            run(experiment, arguments.runs, arguments.set)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            ending = [pool.submit(run, e, arguments.runs, arguments.set) for e in experiments()]
+        for ended in ending:
+            ended.result()
     write_experiment_report(arguments.runs, arguments.reports)
 
 

@@ -45,18 +45,14 @@ def experiments() -> list[Experiment]:
         )
         for n in (4, 2)
     }
-    planned: list[tuple[str, str, int, tuple[str, ...]]] = [
-        ("damaged", label, 0, changes) for label, changes in longer.items()
-    ]
-    planned += [("damaged", "joint", seed, modes["joint"]) for seed in (0, 1)]
-    planned.append(("mature", "joint", 0, modes["joint"]))
+    seeds = (0, 1)
+    planned: list[tuple[str, str, int, tuple[str, ...]]] = []
+    planned += [("damaged", mode, seed, change) for mode, change in modes.items() for seed in seeds]
+    planned += [("mature", "joint", seed, modes["joint"]) for seed in seeds]
     planned += [
-        ("damaged", mode, seed, modes[mode])
-        for seed, mode in ((0, "segmentation"), (0, "rl"), (1, "rl"), (1, "segmentation"))
+        ("damaged", size, seed, change) for size, change in groups.items() for seed in seeds
     ]
-    planned.append(("mature", "joint", 1, modes["joint"]))
-    for seed in (0, 1):
-        planned += [("damaged", label, seed, changes) for label, changes in groups.items()]
+    planned += [("damaged", label, 0, change) for label, change in longer.items()]
     return [
         Experiment(f"{start}-{_folder_name(label)}-{seed}", start, label, seed, tuple(changes))
         for start, label, seed, changes in planned
