@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import onnx
@@ -196,13 +195,18 @@ def test_progress_is_reported(prior, specs):
 
 
 def interrupted_build(graph, spec):
-    sent = threading.Event()
+    taken = threading.Event()
+
+    def take(*arguments):
+        taken.set()
+        signal.default_int_handler(*arguments)
 
     def interrupt(text):
-        if not sent.is_set():
-            sent.set()
+        if not taken.is_set():
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)  # so that the main thread takes the signal before the build is over
+            assert taken.wait(60)  # the build must not be over before
+
+    signal.signal(signal.SIGINT, take)
 
     with pytest.raises(KeyboardInterrupt):
         build_plan(graph, spec, RTX, on_phase=interrupt)

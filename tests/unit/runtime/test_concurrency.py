@@ -189,6 +189,10 @@ class TestAsync:
             await events.aclose()
 
         asyncio.run(main())
+        # Nobody waits for the policy to notice, so this does.
+        deadline = time.monotonic() + WAIT
+        while not policy.abandoned and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert policy.abandoned == 1
 
 
