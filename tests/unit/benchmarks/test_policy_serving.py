@@ -17,6 +17,9 @@ CAPTURE = {
     "share_interval": [-0.002, 0.009],
     "steps": 27,
     "microseconds_a_step": 15.0,
+    "engine_pairs": 60,
+    "engine_shares": [-0.02, 0.0, 0.03],
+    "engine_share": 0.0,
     "sixteen_pairs": 20,
     "sixteen_share": 0.01,
     "sixteen_share_interval": [-0.03, 0.04],
@@ -54,7 +57,7 @@ def test_the_limit_is_judged(share, verdict):
     text = to_markdown(
         {"capture": {"machine": machine, **CAPTURE, "share": share}}, ["capture", "load"]
     )
-    assert f"The limit of 1% for one request {verdict}." in text
+    assert f"The limit of 1% for one request {verdict} in one engine." in text
     assert "Not measured yet: load." in text
 
 
