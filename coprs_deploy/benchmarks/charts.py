@@ -29,6 +29,10 @@ VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {
 """Colors that stand for variables of the page."""
 
 
+LEGEND_INCHES = 0.6
+"""How far below a chart its legend begins."""
+
+
 def stage_bars(group: GroupResult) -> str:
     """Draw the medians of the stages of each row as one bar."""
     rows = [row for row in group.rows if row.stages]
@@ -47,7 +51,7 @@ def stage_bars(group: GroupResult) -> str:
             axes.barh(0, 0, color=SERIES[names.index(name) % len(SERIES)], label=name)
         axes.legend(
             loc="upper left",
-            bbox_to_anchor=(0, -0.16 - 0.02 * len(rows) ** -1),
+            bbox_to_anchor=(0, -LEGEND_INCHES / (0.62 * len(rows) + 0.7)),  # below the axis
             ncols=2,
             frameon=False,
             fontsize=8,

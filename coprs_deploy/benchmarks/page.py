@@ -127,6 +127,6 @@ def _pictures(group: GroupResult) -> list[tuple[str, str]]:
         pictures.append((caption, charts.scaling_curve(group)))
     elif timed:
         pictures.append(("Every run", charts.latency_distributions(group)))
-    if charts.has_losses(group):
+    if charts.has_losses(group) and not group.parameter:  # rows of another size are no rivals
         pictures.append(("Speed against accuracy", charts.speed_against_accuracy(group)))
     return pictures
