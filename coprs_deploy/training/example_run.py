@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,10 @@ from torch import nn
 
 from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
+from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.conversion.generated_policy import POLICY_SIZES, build_config, build_tokenizer
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.models import SegmentationModel
-from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.shipped import CHECKPOINT
 from coprs_deploy.training.asked import held_out_examples
@@ -29,9 +27,8 @@ from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_folder import CHECKPOINT_FOLDER, REPORT_FILE, RunFolder, all_passed
 from coprs_deploy.training.scenes.dataset import SceneExamples
 from coprs_deploy.training.scenes.tiers import TIERS
-from coprs_deploy.training.small_policy import PolicyParts
 from coprs_deploy.training.trainer import Trainer
-from coprs_deploy.training.workbench import Workbench
+from coprs_deploy.training.workbench import Workbench, workbench_from_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,22 +125,6 @@ def example_sets(recipe: Recipe, checkpoint: Checkpoint, workbench: Workbench) -
         vision,
         recipe.seed,
     )
-
-
-def workbench_from_checkpoint(checkpoint: Checkpoint) -> Workbench:
-    """Load every part of a checkpoint for training, in float32."""
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-    path: Path = checkpoint.policy_path
-    with without_progress_bars():
-        policy = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
-    parts = PolicyParts(policy, tokenizer, processor, checkpoint.config.prompt)
-    segmentation = load_segmentation_model(checkpoint)
-    return Workbench(parts, segmentation, nn.Module(), checkpoint.config.policy_image)
 
 
 def freeze_by_recipe(policy: Any, settings: CheckpointModel) -> None:

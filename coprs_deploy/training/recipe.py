@@ -94,15 +94,18 @@ class SmallPolicy(Record, frozen=True):
 
 
 class SmallModel(Record, frozen=True, tag_field="kind", tag="small"):
-    """A whole small CoPRS, built with random weights.
+    """A whole small CoPRS that is asked many questions on each scene.
 
     Attributes:
         segmentation: sizes of the segmentation path.
         policy: sizes of the policy.
+        start: checkpoint directory of a model of these sizes that is trained further; its
+            tokenizer is kept. Empty starts from random weights.
     """
 
     segmentation: SegmentationConfig
     policy: SmallPolicy = SmallPolicy()
+    start: str = ""
 
     def __post_init__(self) -> None:
         if self.segmentation.policy_width != self.policy.width:

@@ -107,6 +107,7 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
 def _train_on_scenes(
     recipe: Recipe, accelerator: Accelerator, folder: RunFolder, scenes: Path
 ) -> dict[str, Any]:
+    from coprs_deploy.checkpoint import read_checkpoint
     from coprs_deploy.training.evaluation import held_out_questions, summarize
     from coprs_deploy.training.trainer import Trainer
 
@@ -120,6 +121,8 @@ def _train_on_scenes(
         for name, settings in recipe.phases.items()
     }
     provenance = {"recipe": recipe.description, "seed": recipe.seed, "data": data.to_json()}
+    if isinstance(recipe.model, SmallModel) and recipe.model.start:
+        provenance["from"] = read_checkpoint(recipe.model.start).fingerprint()
     checkpoint = folder.path / CHECKPOINT_FOLDER
     if accelerator.is_main_process:
         workbench.save_checkpoint(checkpoint, recipe.store, provenance, overwrite=True)
@@ -171,7 +174,7 @@ def share_scenes(recipe: Recipe, accelerator: Accelerator, scenes: Path) -> Scen
         stored = store_scenes(tier, 0, data.training_scenes, scenes)
         total = data.held_out_scenes + data.no_match_scenes
         held_out = store_scenes(tier, HELD_OUT_SEED, total, scenes)
-    workbench = build_small_workbench(model, tier, corpus(tier), recipe.seed)
+    workbench = build_small_workbench(model, tier, lambda: corpus(tier), recipe.seed)
     move_to(workbench, accelerator.device)
     policy, size = workbench.policy, model.policy.image_size
     packer = QuestionPacker(policy.tokenizer, policy.prompt, model.policy.grid_size)

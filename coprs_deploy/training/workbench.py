@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from coprs_deploy.checkpoint import (
     Checkpoint,
     CheckpointConfig,
     PolicyImageLimits,
+    load_segmentation_model,
+    read_checkpoint,
     write_checkpoint,
 )
 from coprs_deploy.models import SegmentationModel
+from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.training.heads import SceneHeads
 from coprs_deploy.training.recipe import SmallModel
 from coprs_deploy.training.scene_source import attribute_sizes
 from coprs_deploy.training.scenes.tiers import Tier
-from coprs_deploy.training.small_policy import PolicyParts, build_small_policy
+from coprs_deploy.training.small_policy import PolicyParts, build_small_policy, small_config
 
 POSITION_SCALE = 0.1
 """Standard deviation of the image encoder's starting position embedding."""
@@ -94,13 +98,37 @@ class Workbench:
         }
 
 
+def workbench_from_checkpoint(checkpoint: Checkpoint) -> Workbench:
+    """Load every part of a checkpoint for training, in float32; there are no throw-away heads."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    path: Path = checkpoint.policy_path
+    with without_progress_bars():
+        policy = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    parts = PolicyParts(policy, tokenizer, processor, checkpoint.config.prompt)
+    segmentation = load_segmentation_model(checkpoint)
+    return Workbench(parts, segmentation, nn.Module(), checkpoint.config.policy_image)
+
+
 def build_small_workbench(
-    settings: SmallModel, tier: Tier, corpus: list[str], seed: int
+    settings: SmallModel, tier: Tier, corpus: Callable[[], list[str]], seed: int
 ) -> Workbench:
-    """Build a small model with random weights; its heads are :class:`SceneHeads`.
+    """Build a small model with random weights or those it starts from; heads are always random.
+
+    Args:
+        settings: sizes, and what to start from.
+        tier: the world of the scenes.
+        corpus: texts to learn a tokenizer from; not asked for where a checkpoint brings one.
+        seed: of the random weights.
 
     Raises:
-        ValueError: the model's image sizes are not those of the scenes.
+        ValueError: the model's image sizes are not those of the scenes, or the checkpoint that it
+            starts from has other sizes.
+        CheckpointError: that checkpoint cannot be used.
     """
     geometry = settings.segmentation.geometry
     for name, size in (
@@ -111,15 +139,55 @@ def build_small_workbench(
             raise ValueError(
                 f"{name} is {size}; the scenes of the tier {tier.name!r} have {tier.image_size}"
             )
-    policy = build_small_policy(settings.policy, corpus, seed)
     sizes, width = attribute_sizes(tier), settings.policy.width
+    policy = None if settings.start else build_small_policy(settings.policy, corpus(), seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        segmentation = SegmentationModel(settings.segmentation)
-        initialize_segmentation(segmentation)
+        if policy is None:
+            workbench = _start_from(settings)
+        else:
+            segmentation = SegmentationModel(settings.segmentation)
+            initialize_segmentation(segmentation)
+            area = settings.policy.image_size**2
+            limits = PolicyImageLimits(area, area)
+            workbench = Workbench(policy, segmentation, nn.Module(), limits)
         heads = SceneHeads(width, geometry.embedding_channels, sizes, settings.policy.grid_size)
-    area = settings.policy.image_size**2
-    return Workbench(policy, segmentation, heads, PolicyImageLimits(area, area))
+    return replace(workbench, heads=heads)
+
+
+def _start_from(settings: SmallModel) -> Workbench:
+    """Load the weights that a small model starts with; its sizes must be those of the recipe."""
+    checkpoint = read_checkpoint(settings.start)
+    workbench = workbench_from_checkpoint(checkpoint)
+    found = workbench.policy.model.config
+    wanted = small_config(settings.policy, workbench.policy.tokenizer)
+    other = [
+        f"{part}.{name}"
+        for part, names in _POLICY_SIZES.items()
+        for name in names
+        if getattr(getattr(found, part), name) != getattr(getattr(wanted, part), name)
+    ]
+    if checkpoint.config.model != settings.segmentation:
+        other.append("the segmentation path")
+    if other:
+        raise ValueError(
+            f"model.start: {checkpoint.path} has other sizes than the recipe in "
+            f"{', '.join(other)}; give the sizes that it was trained with"
+        )
+    return workbench
+
+
+_POLICY_SIZES = {
+    "text_config": (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rope_parameters",
+    ),
+    "vision_config": ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size"),
+}
+"""Fields of a policy's configuration in which a checkpoint and a recipe must agree."""
 
 
 def initialize_segmentation(model: SegmentationModel) -> None:

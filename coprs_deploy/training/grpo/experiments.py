@@ -20,7 +20,6 @@ import torch
 
 from coprs_deploy import shipped
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.training.example_run import workbench_from_checkpoint
 from coprs_deploy.training.grpo.experiment_report import write_experiment_report
 from coprs_deploy.training.grpo.planned_experiments import (
     DAMAGE,
@@ -29,6 +28,7 @@ from coprs_deploy.training.grpo.planned_experiments import (
     experiments,
 )
 from coprs_deploy.training.run_folder import REPORT_FILE
+from coprs_deploy.training.workbench import workbench_from_checkpoint
 
 DAMAGE_SEED = 0
 DAMAGED_FOLDER = "damaged"

@@ -146,7 +146,12 @@ class _Drafter:
 
     def _finish(self, kind: str, expression: Expression, targets: tuple[int, ...]) -> Question:
         instruction = write_instruction(expression, len(targets), self.tier, self.draws)
-        reasoning = write_reasoning(expression, self.objects, self.clear_px)
+        reasoning = write_reasoning(
+            expression,
+            self.objects,
+            self.clear_px,
+            shows_comparisons=self.tier.shows_comparisons,
+        )
         return Question(instruction, kind, targets, reasoning)
 
     def _attribute(self) -> Expression:

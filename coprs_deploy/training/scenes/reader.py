@@ -199,6 +199,9 @@ def _squared_distance(item: SceneObject, other: SceneObject) -> float:
 _PLACE = re.compile(r"\bat (row\d+ col\d+)(?:,? (?:the )?((?:\w+ ){3}\w+))?")
 _DISTANT = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}(\d+) away")
 _LOCATED = re.compile(r"^(the .+) is (?:at (row\d+ col\d+)|(nowhere))$")
+_MATCHING = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}matches")
+_SIZED = re.compile(r"^the (largest|smallest) is (small|medium|large)$")
+_CONCLUDED = re.compile(r"^the targets? (?:is|are) ")
 _LISTED = re.compile(r"^the (.+?) candidates(?: from the (?:left|right|top|bottom))? are: (.+)$")
 
 
@@ -207,7 +210,8 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
 
     Checked are: places (something has its center there), attributes after a place, where a noun
     phrase is said to be, that a list of candidates names all that fit and nothing else, but for the
-    anchors of the question, and that distances in it are in the order of what lies farther.
+    anchors of the question, that distances in it are in the order of what lies farther, of what
+    size the largest is, and that the targets are the candidates that were said to match.
 
     Args:
         reasoning: the thought, without its marks.
@@ -219,6 +223,8 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
     at_place = {f"row{item.row} col{item.column}": i for i, item in enumerate(objects)}
     found: list[str] = []
     anchors: set[int] = set()
+    listed_places: list[str] = []
+    matching: list[str] = []
     for sentence in filter(None, (part.strip() for part in reasoning.lower().split("."))):
         for place, attributes in _PLACE.findall(sentence):
             if place not in at_place:
@@ -229,10 +235,22 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
             if attributes and attributes != name:
                 found.append(f"at {place} is a {name}, not a {attributes}")
         located, listed = _LOCATED.match(sentence), _LISTED.match(sentence)
-        if located and located[1] != "the target":
+        sized = _SIZED.match(sentence)
+        if _CONCLUDED.match(sentence):
+            concluded = [place for place, _ in _PLACE.findall(sentence)]
+            if matching and concluded != matching:
+                found.append("the targets are not those that match")
+        elif sized:
+            known = [objects[at_place[place]] for place in listed_places if place in at_place]
+            meant = min(known, key=_VALUES[sized[1]], default=None)
+            if meant is None or meant.size != sized[2]:
+                found.append(f"the {sized[1]} is not {sized[2]}")
+        elif located:
             anchors |= _check_located(located, objects, at_place, found)
         elif listed:
-            named = {at_place[place] for place, _ in _PLACE.findall(sentence) if place in at_place}
+            listed_places = [place for place, _ in _PLACE.findall(sentence)]
+            matching = _MATCHING.findall(sentence)
+            named = {at_place[place] for place in listed_places if place in at_place}
             fitting = set(_select(listed[1].split(), objects, range(len(objects))))
             if not fitting - anchors <= named <= fitting:
                 found.append(f"the {listed[1]} candidates are others")

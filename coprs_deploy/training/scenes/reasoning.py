@@ -2,18 +2,22 @@
 
 The order is what makes it learnable: the noun phrase is repeated, then each candidate is given by
 its place first and its attributes after, and the target by its place again. A place is read off the
-picture; attributes written before it would be guesses that the place then has to follow. Where the
-nearest candidate is asked for, each is given its distance too: choosing is then comparing numbers.
+picture; attributes written before it would be guesses that the place then has to follow. What has
+to be compared is written down: the distance of each candidate where the nearest is asked for, and
+in a tier that shows its comparisons which candidates lie as a relation says, and of what size the
+largest is. Choosing is then looking a word up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.scenes.expressions import (
     NEAREST,
     SIDES,
+    SIZE_EXTREMES,
     Expression,
     candidates,
     distance,
@@ -27,13 +31,25 @@ NOTHING_MATCHES = "nothing matches"
 """What follows the thought in place of ``<REF_POS>`` when there is no target."""
 
 
-def write_reasoning(expression: Expression, objects: Sequence[SceneObject], clear_px: float) -> str:
+MATCHES = " matches"
+"""What follows a candidate that lies as the relations say."""
+
+
+def write_reasoning(
+    expression: Expression,
+    objects: Sequence[SceneObject],
+    clear_px: float,
+    *,
+    shows_comparisons: bool = False,
+) -> str:
     """Explain how an expression leads to its targets.
 
     Args:
         expression: a clear one; see :func:`expressions.resolve`.
         objects: the table of the scene.
         clear_px: by how much positions must differ to be told apart.
+        shows_comparisons: whether candidates that lie as a relation says are marked, and the size
+            of the largest or smallest is said.
 
     Returns:
         Sentences in canonical words, without the marks of a thought.
@@ -48,7 +64,9 @@ def write_reasoning(expression: Expression, objects: Sequence[SceneObject], clea
     else:
         sentences = _locate_anchors(expression, objects, clear_px)
         if all(resolve(anchor, objects, clear_px) for _, anchor in expression.relations):
-            sentences.append(_list_candidates(expression, objects, clear_px))
+            sentences.append(_list_candidates(expression, objects, clear_px, shows_comparisons))
+        if shows_comparisons and targets and expression.extreme in SIZE_EXTREMES:
+            sentences.append(f"The {expression.extreme} is {targets[0].size}.")
     return " ".join([*sentences, _conclude(targets)])
 
 
@@ -82,7 +100,10 @@ def _locate_anchors(
 
 
 def _list_candidates(
-    expression: Expression, objects: Sequence[SceneObject], clear_px: float
+    expression: Expression,
+    objects: Sequence[SceneObject],
+    clear_px: float,
+    shows_comparisons: bool,
 ) -> str:
     pool = candidates(expression, objects, clear_px)
     order = ""
@@ -94,10 +115,14 @@ def _list_candidates(
         for relation, anchor in expression.relations
         if relation == NEAREST
     ]
+    marked: tuple[int, ...] = ()
+    if shows_comparisons and expression.relations and not origins:
+        marked = resolve(replace(expression, is_plural=True), objects, clear_px)
     # Counted in clear distances and rounded down, the nearest has the smallest number alone.
     entries = [
         f"at {objects[i].place} {objects[i].name}"
         + "".join(f" {int(distance(objects[i], origin) / clear_px)} away" for origin in origins)
+        + (MATCHES if i in marked else "")
         for i in pool
     ]
     listed = ", ".join(entries) or "none"

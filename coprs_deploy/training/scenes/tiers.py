@@ -44,6 +44,8 @@ class Tier(Record, frozen=True):
         kinds: weight of each kind of question; a kind that is not named is not asked.
         max_targets: most targets of one question.
         has_paraphrases: whether instructions come in many wordings, or are the bare noun phrase.
+        shows_comparisons: whether the reasoning marks the candidates that lie as a relation says,
+            and says of what size the largest or smallest is.
         things: nouns outside this world, for questions that nothing matches.
     """
 
@@ -64,6 +66,7 @@ class Tier(Record, frozen=True):
     kinds: dict[str, float]
     max_targets: int
     has_paraphrases: bool
+    shows_comparisons: bool
     things: tuple[str, ...] = vocabulary.THINGS
 
     def __post_init__(self) -> None:
@@ -105,6 +108,7 @@ PLAIN = Tier(
     kinds={"attribute": 0.36, "superlative": 0.27, "relation": 0.27, "none": 0.10},
     max_targets=1,
     has_paraphrases=False,
+    shows_comparisons=False,
 )
 """Few separate shapes on quiet backgrounds, one wording: what a small model masters in an hour."""
 
@@ -135,6 +139,7 @@ FULL = Tier(
     },
     max_targets=4,
     has_paraphrases=True,
+    shows_comparisons=True,
 )
 """Many shapes that hide one another, ten shapes, every kind of question in many wordings."""
 

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.policy.vision_inputs import VisionProcessor
-from coprs_deploy.training.example_run import workbench_from_checkpoint
 from coprs_deploy.training.examples import Example, write_examples
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
@@ -23,6 +22,7 @@ from coprs_deploy.training.phases.example_answers import (
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.scenes import PLAIN, SceneExamples
+from coprs_deploy.training.workbench import workbench_from_checkpoint
 
 SETTINGS = SupervisedPhase(
     steps=6,

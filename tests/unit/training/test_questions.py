@@ -395,6 +395,53 @@ def test_the_nearest_is_chosen_by_distances_that_are_written_down():
     )
 
 
+def test_comparisons_are_written_down_where_a_tier_shows_them():
+    square = Expression(Description(shape="square"))
+    red_above = Expression(Description(color="red"), (("above", square), ("left of", BLUE_STAR)))
+    assert write_reasoning(red_above, TABLE, 14, shows_comparisons=True) == (
+        "The square is at row5 col5. The blue star is at row2 col5. The red shape candidates are: "
+        "at row2 col2 small plain red circle matches, at row3 col7 small striped red circle. "
+        "The target is at row2 col2, the small plain red circle."
+    )
+    smallest = Expression(Description(color="blue"), extreme="smallest")
+    assert write_reasoning(smallest, TABLE, 14, shows_comparisons=True) == (
+        "The blue shape candidates are: at row2 col5 large plain blue star, at row7 col6 medium "
+        "plain blue circle. The smallest is medium. The target is at row7 col6, the medium plain "
+        "blue circle."
+    )
+    leftmost = Expression(Description(color="blue"), extreme="leftmost")
+    for plain in (leftmost, smallest):
+        assert "smallest" not in write_reasoning(plain, TABLE, 14)
+    assert write_reasoning(leftmost, TABLE, 14, shows_comparisons=True) == write_reasoning(
+        leftmost, TABLE, 14
+    )
+
+
+def test_only_the_full_tier_shows_comparisons(asked):
+    def share(name, words):
+        return np.mean([words in question.reasoning for _, question in asked[name]])
+
+    for words in (" matches", "The largest is"):
+        assert share("plain", words) == 0
+        assert share("full", words) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "fault"),
+    [
+        ("The target is at row2 col2, the small plain red circle.", None),
+        ("The target is nowhere.", "the targets are not those that match"),
+        ("The target is at row3 col7, the small striped red circle.", "the targets are not those"),
+        ("The largest is small. The target is at row2 col2.", None),
+        ("The smallest is medium. The target is at row2 col2.", "the smallest is not medium"),
+    ],
+)
+def test_conclusions_that_contradict_a_comparison_are_found(conclusion, fault):
+    listed = "at row2 col2 small plain red circle matches, at row3 col7 small striped red circle"
+    found = false_statements(f"The red circle candidates are: {listed}. {conclusion}", TABLE)
+    assert found == [] if fault is None else fault in " ".join(found)
+
+
 @pytest.mark.parametrize(
     ("distances", "fault"),
     [((5, 7), None), ((7, 7), None), ((8, 7), "circle 8 away is not nearer than circle 7 away")],

@@ -15,6 +15,8 @@ from coprs_deploy.errors import ArtifactError
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.run_folder import RunFolder
+from coprs_deploy.training.scenes import PLAIN
+from coprs_deploy.training.workbench import build_small_workbench, workbench_from_checkpoint
 
 SAME_BATCH_TOLERANCE = 2e-4
 """Relative difference of losses when one batch is summed in another order, over a few steps."""
@@ -140,6 +142,45 @@ def test_a_small_model_takes_no_example_files(tmp_path, write_recipe):
     mixed = type(recipe)(description="", model=recipe.model, data=data, phases=recipe.phases)
     with pytest.raises(ValueError, match=r'needs model\.kind "checkpoint"'):
         train(mixed, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_small_model_goes_on_from_a_checkpoint(whole_run, write_recipe):
+    checkpoint = read_checkpoint(whole_run / "checkpoint")
+    recipe = load_recipe(str(write_recipe()), [f"model.start={checkpoint.path}"])
+    found = build_small_workbench(recipe.model, PLAIN, no_corpus, seed=5)
+    stored = workbench_from_checkpoint(checkpoint)
+    for part in ("policy", "segmentation"):
+        assert_equal_states(found.state_dict()[part], stored.state_dict()[part])
+    assert found.policy.tokenizer.get_vocab() == stored.policy.tokenizer.get_vocab()
+    assert list(found.heads.state_dict()), "the throw-away heads are there"
+
+
+def no_corpus():
+    raise AssertionError("the checkpoint brings its tokenizer")
+
+
+def assert_equal_states(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("model.policy.depth=3", "text_config.num_hidden_layers"),
+        ("model.policy.rope_theta=600.0", "text_config.rope_parameters"),
+        ("model.policy.vision_mlp_width=128", "vision_config.intermediate_size"),
+        ("model.segmentation.sam.encoder_depth=2", "the segmentation path"),
+    ],
+)
+def test_a_checkpoint_of_other_sizes_is_refused(setting, named, whole_run, write_recipe):
+    start_from = f"model.start={whole_run / 'checkpoint'}"
+    recipe = load_recipe(str(write_recipe()), [start_from, setting])
+    with pytest.raises(ValueError, match=f"has other sizes than the recipe in {named}"):
+        build_small_workbench(recipe.model, PLAIN, no_corpus, seed=5)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -11,7 +11,6 @@ from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.shipped import CHECKPOINT
-from coprs_deploy.training.example_run import workbench_from_checkpoint
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.phase_run import order_of_prompts
@@ -23,7 +22,7 @@ from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
 from coprs_deploy.training.recipe import CheckpointModel, Recipe, SceneData
 from coprs_deploy.training.scenes.dataset import SceneExamples
 from coprs_deploy.training.scenes.tiers import TIERS
-from coprs_deploy.training.workbench import Workbench
+from coprs_deploy.training.workbench import Workbench, workbench_from_checkpoint
 
 
 @dataclass
