@@ -21,9 +21,10 @@ from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
-"""Version 2 added what is known about engines, version 3 what an int8 graph was calibrated on."""
+SCHEMA_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
+"""Version 2 added what is known about engines, version 3 what an int8 graph was calibrated on,
+version 4 how many images the encoder takes."""
 
 POLICY_DIRECTORY = "policy"
 PLAN_SUFFIX = ".engine"

@@ -6,7 +6,6 @@ see only what :func:`prepare_image` gives; nothing inside a graph resizes to the
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Callable
@@ -84,8 +83,14 @@ def load_image(source: ImageSource) -> RgbArray:
 
 
 def image_key(rgb: RgbArray) -> str:
-    """Name a decoded image by its content: equal pixels and size give equal keys."""
-    digest = hashlib.blake2b(str(rgb.shape).encode(), digest_size=16)
+    """Name a decoded image by its content: equal pixels and size give equal keys.
+
+    The hash is a fast one, for every question waits for it: it tells pictures apart, and proves
+    nothing against somebody who makes two for one key.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128(str(rgb.shape).encode())
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.hexdigest()
 
@@ -204,7 +209,7 @@ class PreparedImage:
 
 
 class Placed(Protocol):
-    """Whatever knows where a picture lies in the padded image, and its own size."""
+    """Whatever knows where a picture lies in the padded image, and its own size in pixels."""
 
     @property
     def unpadded_size(self) -> NDArray[np.int64]:
@@ -213,6 +218,21 @@ class Placed(Protocol):
     @property
     def original_size(self) -> tuple[int, int]:
         """Height and width of the picture in pixels."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture will lie in the padded image, known before it is prepared; see ``Placed``."""
+
+    unpadded_size: NDArray[np.int64]
+    original_size: tuple[int, int]
+
+    @classmethod
+    def of(cls, rgb: RgbArray, geometry: Geometry) -> Placement:
+        """Place a picture, (H, W, 3)."""
+        height, width = rgb.shape[:2]
+        inside = unpadded_size(height, width, geometry.image_size)
+        return cls(np.array(inside, dtype=np.int64), (height, width))
 
 
 def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -231,8 +251,8 @@ def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
     Returns:
         The encoder's input with the two sizes that lead back.
     """
-    size = geometry.image_size
-    height, width = unpadded_size(rgb.shape[0], rgb.shape[1], size)
+    size, placement = geometry.image_size, Placement.of(rgb, geometry)
+    height, width = placement.unpadded_size.tolist()
     resized = rgb
     if (height, width) != rgb.shape[:2]:
         picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
@@ -243,9 +263,7 @@ def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
     std = np.asarray(geometry.pixel_std, dtype=np.float32)[:, None, None]
     np.subtract(resized.transpose(2, 0, 1), mean, out=inside, dtype=np.float32)
     np.divide(inside, std, out=inside)
-    return PreparedImage(
-        image, np.array([height, width], dtype=np.int64), (rgb.shape[0], rgb.shape[1])
-    )
+    return PreparedImage(image, placement.unpadded_size, placement.original_size)
 
 
 def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Image:

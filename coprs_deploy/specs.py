@@ -6,6 +6,7 @@ everywhere, from the torch argument to the ONNX graph, the engine binding and th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,6 +18,9 @@ GRAPH_NAMES = (IMAGE_ENCODER, PRIOR, MASK_DECODER)
 
 TARGETS_DIMENSION = "targets"
 """Name of the symbolic dimension N: how many concentrations are decoded on one image."""
+
+IMAGES_DIMENSION = "images"
+"""Name of the symbolic dimension B: how many images are encoded together."""
 
 OUTSIDE_IMAGE_LOGIT = -50.0
 """Prior logit written over the padding before the mask decoder (public CoPRS code)."""
@@ -92,11 +96,11 @@ class Geometry(Record, frozen=True):
         return self.image_size // self.mask_size
 
 
-class TargetsProfile(Record, frozen=True):
-    """How many targets a graph takes in one call: fixed, or a range with a preferred number.
+class CountProfile(Record, frozen=True):
+    """How many targets or images a graph takes in one call: fixed, or a range around a number.
 
-    A fixed profile (``minimum == maximum``) gives a static shape; any other gives the symbolic
-    dimension ``targets``.
+    A fixed profile (``minimum == maximum``) gives a static shape; any other gives a symbolic
+    dimension.
     """
 
     minimum: int = 1
@@ -106,18 +110,22 @@ class TargetsProfile(Record, frozen=True):
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.preferred <= self.maximum:
             raise ValueError(
-                f"targets is {self.minimum},{self.preferred},{self.maximum}; "
+                f"the profile is {self.minimum},{self.preferred},{self.maximum}; "
                 "accepted: 1 <= min <= preferred <= max"
             )
 
     @property
     def is_static(self) -> bool:
-        """Whether the graph has a fixed number of targets."""
+        """Whether the graph has a fixed number of them."""
         return self.minimum == self.maximum
 
     @classmethod
-    def parse(cls, text: str) -> TargetsProfile:
+    def parse(cls, text: str, name: str = "targets") -> CountProfile:
         """Read ``"N"`` (static) or ``"min,preferred,max"``.
+
+        Args:
+            text: what a user wrote.
+            name: of the option, for the error.
 
         Raises:
             ValueError: another form, or numbers out of order.
@@ -125,14 +133,17 @@ class TargetsProfile(Record, frozen=True):
         parts = text.split(",")
         if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
             raise ValueError(
-                f"targets is {text!r}; accepted: N, or min,preferred,max (as in 1,4,16)"
+                f"{name} is {text!r}; accepted: N, or min,preferred,max (as in 1,4,16)"
             )
         numbers = [int(part) for part in parts]
-        return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
+        try:
+            return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
+        except ValueError as error:
+            raise ValueError(f"{name} is {text!r}: {error}") from error
 
 
 class TensorSpec(Record, frozen=True):
-    """One input or output of a graph; a dimension is a number or the name ``"targets"``."""
+    """One input or output of a graph; a dimension is a number, ``"targets"`` or ``"images"``."""
 
     name: str
     dtype: str
@@ -149,25 +160,46 @@ class TensorSpec(Record, frozen=True):
             )
         )
 
-    def shape_for(self, targets: int) -> tuple[int, ...]:
-        """Its dimensions with this number of targets."""
-        return tuple(targets if isinstance(size, str) else size for size in self.shape)
+    def shape_for(self, count: int) -> tuple[int, ...]:
+        """Its dimensions with this number of targets, or of images."""
+        return tuple(count if isinstance(size, str) else size for size in self.shape)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} ({', '.join(map(str, self.shape))})"
 
 
 class GraphSpec(Record, frozen=True):
-    """The inputs and outputs of one stage, in order."""
+    """The inputs and outputs of one stage, in order, and how many of what one call takes."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    targets: TargetsProfile = TargetsProfile()
+    targets: CountProfile = CountProfile()
+    images: CountProfile = CountProfile()
+
+    @property
+    def profile(self) -> CountProfile:
+        """The numbers that its symbolic dimension takes; a graph has one at most."""
+        return self.targets if self.images.is_static else self.images
+
+    def count_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Read the number of targets, or of images, off inputs; None where the graph is static.
+
+        Args:
+            shapes: of the inputs, by name.
+        """
+        for tensor in self.inputs:
+            for size, found in zip(tensor.shape, shapes[tensor.name], strict=True):
+                if isinstance(size, str):
+                    return found
+        return None
 
 
 def graph_specs(
-    geometry: Geometry, policy_width: int, targets: TargetsProfile | None = None
+    geometry: Geometry,
+    policy_width: int,
+    targets: CountProfile | None = None,
+    images: CountProfile | None = None,
 ) -> dict[str, GraphSpec]:
     """Describe the three graphs of a model.
 
@@ -175,26 +207,33 @@ def graph_specs(
         geometry: sizes of the segmentation path.
         policy_width: D, the width of the policy's hidden state.
         targets: how many concentrations one call takes; one by default.
+        images: how many images the encoder takes in one call; one by default.
 
     Returns:
         Graph name to specification, in the order in which the graphs run.
+
+    Raises:
+        ValueError: the encoder would not take a single image.
     """
-    profile = targets or TargetsProfile()
+    profile, batch = targets or CountProfile(), images or CountProfile()
+    if batch.minimum != 1:
+        raise ValueError(
+            f"images starts at {batch.minimum}; accepted: 1, or 1,preferred,max, for a picture "
+            "that comes alone must not wait for others"
+        )
     count: int | str = profile.minimum if profile.is_static else TARGETS_DIMENSION
-    mask = geometry.mask_size
-    image = TensorSpec("image", "float32", (1, 3, geometry.image_size, geometry.image_size))
-    embedding = TensorSpec(
-        "image_embedding",
-        "float32",
-        (1, geometry.embedding_channels, geometry.grid_size, geometry.grid_size),
-    )
+    together: int | str = 1 if batch.is_static else IMAGES_DIMENSION
+    mask, side, grid = geometry.mask_size, geometry.image_size, geometry.grid_size
+    image = TensorSpec("image", "float32", (together, 3, side, side))
+    encoded = (geometry.embedding_channels, grid, grid)
+    embedding = TensorSpec("image_embedding", "float32", (1, *encoded))
+    embeddings = TensorSpec("image_embedding", "float32", (together, *encoded))
     concentration = TensorSpec("concentration", "float32", (count, policy_width))
     prior_logits = TensorSpec("prior_logits", "float32", (count, 1, mask, mask))
     unpadded_size = TensorSpec("unpadded_size", "int64", (2,))
     mask_logits = TensorSpec("mask_logits", "float32", (count, 1, mask, mask))
-    one = TargetsProfile()
     return {
-        IMAGE_ENCODER: GraphSpec(IMAGE_ENCODER, (image,), (embedding,), one),
+        IMAGE_ENCODER: GraphSpec(IMAGE_ENCODER, (image,), (embeddings,), images=batch),
         PRIOR: GraphSpec(PRIOR, (embedding, concentration), (prior_logits,), profile),
         MASK_DECODER: GraphSpec(
             MASK_DECODER, (embedding, prior_logits, unpadded_size), (mask_logits,), profile

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "picture": "image_ms",
+    "picture for the policy": "policy_image_ms",
     "image encoder, not hidden": "",
     "policy prefill": "prefill_ms",
     "policy decode": "decode_ms",

@@ -8,7 +8,7 @@ from typing import Any
 from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.export.exporter import peak_memory_bytes
-from coprs_deploy.specs import GRAPH_NAMES, TargetsProfile
+from coprs_deploy.specs import GRAPH_NAMES, CountProfile
 
 
 def export_bundle(
@@ -18,6 +18,7 @@ def export_bundle(
     precision: str,
     *,
     targets: str = "1",
+    images: str = "1",
     gpus: tuple[str, ...] = (),
     calibration: str | None = None,
 ) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def export_bundle(
     options = ExportOptions(
         runtime=runtime,
         precision=precision,
-        targets=TargetsProfile.parse(targets),
+        targets=CountProfile.parse(targets),
+        images=CountProfile.parse(images, "images"),
         copy_policy=False,
         overwrite=True,
         gpus=tuple(gpus),

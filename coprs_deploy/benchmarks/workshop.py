@@ -29,7 +29,7 @@ from coprs_deploy.engines import runtime_module, runtime_names
 from coprs_deploy.engines.cuda_device import current_gpu
 from coprs_deploy.engines.flavors import FLAVORS
 from coprs_deploy.errors import BundleError, CoPRSError
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, TargetsProfile
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, CountProfile
 
 STEPS = "coprs_deploy.benchmarks.steps"
 INPUTS = "coprs_deploy.benchmarks.inputs"
@@ -157,7 +157,15 @@ class Workshop(Closeable):
             call_once(target, PREPARE_SECONDS, out=str(checkpoint), sam=size)
         return Model(size, checkpoint, None, num_inputs=RANDOM_INPUTS[size])
 
-    def bundle(self, model: Model, runtime: str, precision: str, targets: str = "1") -> Exported:
+    def bundle(
+        self,
+        model: Model,
+        runtime: str,
+        precision: str,
+        *,
+        targets: str = "1",
+        images: str = "1",
+    ) -> Exported:
         """Give a bundle for a runtime in a precision: the model's own, an earlier, a new one.
 
         Runtimes that read ONNX files share a bundle where their graphs are exported alike.
@@ -170,10 +178,11 @@ class Workshop(Closeable):
             if other not in ENGINE_FLAVORS and form == ATTENTION_FORMS[runtime]
         ]
         alike = (runtime,) if runtime in ENGINE_FLAVORS else tuple(sharing)
-        folders = {r: self._bundle_folder(model, r, precision, targets) for r in (runtime, *alike)}
+        counts = (targets, images)
+        folders = {r: self._bundle_folder(model, r, precision, counts) for r in (runtime, *alike)}
         out = folders[runtime]
         for known in (model.bundle, *folders.values()):
-            if known is not None and _is(known, alike, precision, targets, model):
+            if known is not None and _is(known, alike, precision, counts, model):
                 return Exported(runtime, precision, known)
         if model.checkpoint is None:
             problem = "the bundle holds no such graphs; name its checkpoint with --checkpoint"
@@ -189,14 +198,18 @@ class Workshop(Closeable):
                 runtime=runtime,
                 precision=precision,
                 targets=targets,
+                images=images,
                 calibration=calibration,
             )
         except WorkerError as error:
             return Exported(runtime, precision, out, str(error))
         return Exported(runtime, precision, out)
 
-    def _bundle_folder(self, model: Model, runtime: str, precision: str, targets: str) -> Path:
-        return self.folder / f"{model.name}-{runtime}-{precision}-{targets.replace(',', '-')}"
+    def _bundle_folder(
+        self, model: Model, runtime: str, precision: str, counts: tuple[str, str]
+    ) -> Path:
+        targets, images = (text.replace(",", "-") for text in counts)
+        return self.folder / f"{model.name}-{runtime}-{precision}-{targets}x{images}"
 
     def calibration(self, model: Model) -> str:
         """Give a folder of pictures for int8: the user's, or drawn scenes.
@@ -395,7 +408,7 @@ def version_of(*packages: str) -> str:
 
 
 def _is(
-    bundle: Path, runtimes: tuple[str, ...], precision: str, targets: str, model: Model
+    bundle: Path, runtimes: tuple[str, ...], precision: str, counts: tuple[str, str], model: Model
 ) -> bool:
     """Whether a whole bundle of one of these runtimes, this precision and this model is there."""
     if not (bundle / MANIFEST_FILE).is_file():
@@ -409,7 +422,10 @@ def _is(
         return False
     if encoder.engine is not None and not _fits(encoder.engine):
         return False
-    if manifest.graphs[PRIOR].spec.targets != TargetsProfile.parse(targets):
+    targets, images = map(CountProfile.parse, counts)
+    if manifest.graphs[PRIOR].spec.targets != targets:
+        return False
+    if encoder.spec.images != images and not images.is_static:  # a range takes one image too
         return False
     if model.checkpoint is None or bundle == model.bundle:
         return True

@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="targets in one call: a fixed number, or a range (default 1)",
     )
     parser.add_argument(
+        "--images",
+        default="1",
+        metavar="1 | 1,PREFERRED,MAX",
+        help="pictures that the image encoder takes in one call, for services with many users "
+        "(default 1)",
+    )
+    parser.add_argument(
         "--refer-to-policy",
         action="store_true",
         help="keep the policy where it is instead of copying it into the bundle",
@@ -86,12 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.engines.engine_builder import BuildWatch
     from coprs_deploy.engines.flavors import parse_gpus
     from coprs_deploy.export import ExportOptions, export_checkpoint
-    from coprs_deploy.specs import TargetsProfile
+    from coprs_deploy.specs import CountProfile
 
     options = ExportOptions(
         runtime=arguments.runtime,
         precision=arguments.precision,
-        targets=TargetsProfile.parse(arguments.targets),
+        targets=CountProfile.parse(arguments.targets),
+        images=CountProfile.parse(arguments.images, "images"),
         copy_policy=not arguments.refer_to_policy,
         overwrite=arguments.overwrite,
         gpus=parse_gpus(arguments.gpu),

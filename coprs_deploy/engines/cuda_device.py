@@ -70,6 +70,11 @@ class CudaTensor:
         array: Array = host.numpy()
         return array
 
+    def rows(self) -> list[CudaTensor]:
+        """Return its parts along the first dimension; they share its memory."""
+        whole = self.tensor
+        return [CudaTensor(whole[i : i + 1], self.ready) for i in range(len(whole))]
+
 
 class CudaDevice:
     """One stream of one device, and the buffers that work on it reads and writes.

@@ -92,7 +92,7 @@ class LoadedPlan:
         return config, compiled
 
     def make_context(self, buffers: dict[str, Any], count: int) -> Any:
-        """Make a context for a number of targets that reads and writes buffers by name.
+        """Make a context for a number of targets or images that reads and writes buffers by name.
 
         Raises:
             RuntimeUnavailableError: the GPU has no room for it.

@@ -6,11 +6,14 @@ between the graphs. A provider that was asked for and is not used is an error, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.runner import (
@@ -60,6 +63,43 @@ class OrtTensor:
         array: Array = self.value.numpy()
         return array
 
+    def rows(self) -> list[OrtRow]:
+        """Return its parts along the first dimension; they share its memory."""
+        return [OrtRow(self, number) for number in range(self.shape[0])]
+
+
+@dataclass(frozen=True)
+class OrtRow:
+    """One part of an :class:`OrtTensor` along its first dimension, where it lies."""
+
+    whole: OrtTensor
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return (1, *self.whole.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """Its element type."""
+        return self.whole.dtype
+
+    @property
+    def address(self) -> int:
+        """Where it begins in the memory of its device."""
+        row_bytes = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        start: int = self.whole.value.data_ptr()
+        return start + self.number * row_bytes
+
+    def numpy(self) -> Array:
+        """Return the values on the host."""
+        return self.whole.numpy()[self.number : self.number + 1]
+
+    def rows(self) -> list[OrtRow]:
+        """Return itself."""
+        return [self]
+
 
 class OrtRunner(Runner):
     """One ONNX graph in an ONNX Runtime session."""
@@ -106,18 +146,24 @@ class OrtRunner(Runner):
         assert self._session is not None, "the runner was closed"
         binding = self._session.io_binding()
         # A CPU OrtValue points into its numpy array; not every version lets the binding keep both.
-        bound = {name: self._ort_value(value) for name, value in inputs.items()}
+        bound = {name: self._bindable(value) for name, value in inputs.items()}
         for name, value in bound.items():
-            binding.bind_ortvalue_input(name, value)
+            if isinstance(value, OrtRow):
+                element, place = np.dtype(value.dtype), value.address
+                binding.bind_input(name, *self._device, element, value.shape, place)
+            else:
+                binding.bind_ortvalue_input(name, value)
         for tensor in self.spec.outputs:
             binding.bind_output(tensor.name, *self._device)
         self._session.run_with_iobinding(binding)
         names = (tensor.name for tensor in self.spec.outputs)
         return {n: OrtTensor(v) for n, v in zip(names, binding.get_outputs(), strict=True)}
 
-    def _ort_value(self, value: Array | DeviceTensor) -> onnxruntime.OrtValue:
+    def _bindable(self, value: Array | DeviceTensor) -> onnxruntime.OrtValue | OrtRow:
         if isinstance(value, OrtTensor):
             return value.value
+        if isinstance(value, OrtRow):
+            return value
         return self._ort.OrtValue.ortvalue_from_numpy(host_array(value), *self._device)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from coprs_deploy.engines.runner import (
     host_array,
 )
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
-from coprs_deploy.specs import TARGETS_DIMENSION, GraphSpec
+from coprs_deploy.specs import GraphSpec
 
 DEVICE = "CPU"
 INSTALL = 'pip install "coprs-deploy[openvino]"'
@@ -60,9 +60,13 @@ class HostTensor:
         """Return the array."""
         return self.array
 
+    def rows(self) -> list[HostTensor]:
+        """Return its parts along the first dimension."""
+        return [HostTensor(self.array[i : i + 1]) for i in range(len(self.array))]
+
 
 class OpenVinoRunner(Runner):
-    """One ONNX graph compiled by OpenVINO, once for each number of targets that it is called with.
+    """One ONNX graph compiled by OpenVINO, once for each number of targets or images of a call.
 
     OpenVINO 2026.4 compiles the mask decoder of a symbolic number of targets without an error and
     fails when it runs with more than one, so every number gets its own static graph.
@@ -97,38 +101,39 @@ class OpenVinoRunner(Runner):
             self._model: Any = core.read_model(path)
             if _holds_int8(self._model):
                 require_int8_units()
-            self._compiled_for(spec.targets.preferred)
+            self._compiled_for(spec.profile.preferred)
         except (RuntimeError, OSError) as error:
             raise BundleError(f"OpenVINO cannot open {path}: {error}") from error
-        if spec.targets.is_static:
+        if spec.profile.is_static:
             self._model = None  # the compiled graph has its own weights
 
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         arrays = {name: host_array(value) for name, value in inputs.items()}
-        targets = _num_targets(self.spec, arrays)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        count = self.spec.count_of(shapes) or self.spec.profile.preferred
         # Written anew each time: a request reuses its own output, and this one outlives the call.
         outputs = {
-            tensor.name: np.empty(tensor.shape_for(targets), dtype=tensor.dtype)
+            tensor.name: np.empty(tensor.shape_for(count), dtype=tensor.dtype)
             for tensor in self.spec.outputs
         }
-        with self._compiled_for(targets).request() as request:
+        with self._compiled_for(count).request() as request:
             for name, array in (arrays | outputs).items():
                 request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
             request.infer()
         return {name: HostTensor(array) for name, array in outputs.items()}
 
-    def _compiled_for(self, targets: int) -> _CompiledGraph:
-        """Find the graph for a number of targets; the first call with that number compiles it."""
+    def _compiled_for(self, count: int) -> _CompiledGraph:
+        """Find the graph for a number of targets or images; the first such call compiles it."""
         with self._lock:
-            if targets not in self._compiled:
+            if count not in self._compiled:
                 assert self._model is not None, "the runner was closed"
                 model = self._model
-                if not self.spec.targets.is_static:
+                if not self.spec.profile.is_static:
                     model = model.clone()
-                    model.reshape({t.name: t.shape_for(targets) for t in self.spec.inputs})
+                    model.reshape({t.name: t.shape_for(count) for t in self.spec.inputs})
                 compiled = self._core.compile_model(model, DEVICE, self._settings)
-                self._compiled[targets] = _CompiledGraph(compiled)
-            return self._compiled[targets]
+                self._compiled[count] = _CompiledGraph(compiled)
+            return self._compiled[count]
 
     def close(self) -> None:
         """Free the graph and its requests."""
@@ -239,14 +244,6 @@ def _supported_precision(core: Any, options: RunnerOptions) -> str:
 def _holds_int8(model: Any) -> bool:
     """Whether a graph has products between QuantizeLinear and DequantizeLinear."""
     return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-
-
-def _num_targets(spec: GraphSpec, arrays: Mapping[str, Array]) -> int:
-    """Read the number of targets off the inputs."""
-    for tensor in spec.inputs:
-        if TARGETS_DIMENSION in tensor.shape:
-            return int(arrays[tensor.name].shape[tensor.shape.index(TARGETS_DIMENSION)])
-    return spec.targets.preferred
 
 
 def _graph_bytes(path: Path) -> int:

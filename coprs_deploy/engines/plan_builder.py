@@ -17,7 +17,7 @@ from typing import Any
 from coprs_deploy.engines.flavors import FLAVORS, Flavor, check_capabilities
 from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.errors import EngineBuildError
-from coprs_deploy.specs import GraphSpec, TargetsProfile, TensorSpec
+from coprs_deploy.specs import CountProfile, GraphSpec, TensorSpec
 
 BUILDER_REVISION = 1
 """Raised when this module builds another engine from the same graph; older plans are stale."""
@@ -230,7 +230,7 @@ class _Build:
             for index, gpu in enumerate(settings.gpus):
                 capability = getattr(library.ComputeCapability, gpu.replace("sm_", "SM"))
                 config.set_compute_capability(capability, index)
-        if not self._spec.targets.is_static:
+        if not self._spec.profile.is_static:
             config.add_optimization_profile(self._profile(builder))
         timing = None
         if self._flavor.name == "tensorrt":
@@ -244,7 +244,7 @@ class _Build:
         profile = builder.create_optimization_profile()
         for tensor in self._spec.inputs:
             if any(isinstance(size, str) for size in tensor.shape):
-                profile.set_shape(tensor.name, *profile_shapes(tensor, self._spec.targets))
+                profile.set_shape(tensor.name, *profile_shapes(tensor, self._spec.profile))
         return profile
 
     def _hint(self, errors: list[str]) -> str:
@@ -261,10 +261,10 @@ class _Build:
         return f"It said: {said}. What to try: {advice}"
 
 
-def profile_shapes(tensor: TensorSpec, targets: TargetsProfile) -> tuple[tuple[int, ...], ...]:
+def profile_shapes(tensor: TensorSpec, counts: CountProfile) -> tuple[tuple[int, ...], ...]:
     """Give the smallest, the preferred and the largest shape of an input."""
     return tuple(
-        tensor.shape_for(count) for count in (targets.minimum, targets.preferred, targets.maximum)
+        tensor.shape_for(count) for count in (counts.minimum, counts.preferred, counts.maximum)
     )
 
 

@@ -37,7 +37,7 @@ class UnverifiedEngineWarning(UserWarning):
 
 @dataclass
 class _Shape:
-    """The contexts and the buffers of one number of targets."""
+    """The contexts and the buffers of one number of targets, or of images."""
 
     contexts: list[Any]
     buffers: dict[str, Any]
@@ -93,17 +93,14 @@ class _Work:
             }
 
     def _shape(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Shape:
-        """Give the contexts of this number of targets; captured work must keep its contexts."""
-        count: int | None = None  # a static graph has one shape
-        for tensor in self._spec.inputs:
-            for size, found in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
-                if isinstance(size, str):
-                    count = found
-        profile = self._spec.targets
+        """Give the contexts of these inputs' number; captured work must keep its contexts."""
+        count = self._spec.count_of({name: value.shape for name, value in inputs.items()})
+        profile = self._spec.profile
         if count is not None and not profile.minimum <= count <= profile.maximum:
+            what = "targets" if self._spec.images.is_static else "images"
             raise ValueError(
-                f"{self._spec.name} was given {count} targets; its engine was built for "
-                f"{profile.minimum} to {profile.maximum}: ask in parts, or export with --targets"
+                f"{self._spec.name} was given {count} {what}; its engine was built for "
+                f"{profile.minimum} to {profile.maximum}: ask in parts, or export with --{what}"
             )
         count = count or profile.preferred
         if count not in self._shapes:

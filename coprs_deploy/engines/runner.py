@@ -7,7 +7,7 @@ tensors that a runner gave, and returns its outputs by name as tensors that stay
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -36,6 +36,9 @@ class DeviceTensor(Protocol):
 
     def numpy(self) -> Array:
         """Return the values as a host array."""
+
+    def rows(self) -> Sequence[DeviceTensor]:
+        """Return its parts along the first dimension, each (1, ...), where they lie."""
 
 
 @dataclass(frozen=True)

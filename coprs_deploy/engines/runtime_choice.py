@@ -202,7 +202,7 @@ def trial_inputs(spec: GraphSpec) -> dict[str, Array]:
     generator = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for tensor in spec.inputs:
-        shape = tuple(spec.targets.preferred if isinstance(n, str) else n for n in tensor.shape)
+        shape = tensor.shape_for(spec.profile.preferred)
         if tensor.dtype == "float32":
             inputs[tensor.name] = generator.standard_normal(shape, dtype=np.float32)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -31,7 +31,29 @@ class Stages(Closeable):
 
     def encode(self, prepared: PreparedImage) -> DeviceTensor:
         """Encode an image; the embedding stays on the device, (1, C, G, G)."""
-        return self.runners[IMAGE_ENCODER](image=prepared.image)["image_embedding"]
+        return self.encode_together([prepared])[0]
+
+    @property
+    def images_together(self) -> int:
+        """How many images the encoder takes in one call at most."""
+        return self.runners[IMAGE_ENCODER].spec.images.maximum
+
+    def encode_together(self, images: Sequence[PreparedImage]) -> list[DeviceTensor]:
+        """Encode images in as few calls as the graph allows.
+
+        Args:
+            images: at least one.
+
+        Returns:
+            An embedding for each, (1, C, G, G), on the device; those of one call share memory.
+        """
+        embeddings: list[DeviceTensor] = []
+        for start in range(0, len(images), self.images_together):
+            batch = [prepared.image for prepared in images[start : start + self.images_together]]
+            stacked = batch[0] if len(batch) == 1 else np.concatenate(batch)
+            encoded = self.runners[IMAGE_ENCODER](image=stacked)["image_embedding"]
+            embeddings += [encoded] if len(batch) == 1 else encoded.rows()
+        return embeddings
 
     def priors(
         self, image_embedding: DeviceTensor, concentrations: NDArray[np.float32]

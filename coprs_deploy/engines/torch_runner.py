@@ -47,6 +47,10 @@ class TorchTensor:
         array: Array = self.tensor.detach().cpu().numpy()
         return array
 
+    def rows(self) -> list[TorchTensor]:
+        """Return its parts along the first dimension."""
+        return [TorchTensor(self.tensor[i : i + 1]) for i in range(len(self.tensor))]
+
 
 class TorchRunner(Runner):
     """Run one stage of a ``SegmentationModel`` without gradients."""

@@ -210,12 +210,9 @@ def trace(stage: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
     """Trace a stage as export does, and give the program back as a module that can be called."""
     import torch
 
-    targets = spec.targets.preferred
+    count = spec.profile.preferred
     examples = tuple(
-        torch.zeros(
-            tuple(n if isinstance(n, int) else targets for n in tensor.shape),
-            dtype=getattr(torch, tensor.dtype),
-        )
+        torch.zeros(tensor.shape_for(count), dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs
     )
     with torch.no_grad():

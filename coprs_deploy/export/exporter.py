@@ -127,7 +127,7 @@ def export_checkpoint(
     }
     weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     geometry, width = source.config.model.geometry, source.config.model.policy_width
-    specs = graph_specs(geometry, width, options.targets)
+    specs = graph_specs(geometry, width, options.targets, options.images)
     clock.start("fingerprint checkpoint")
     checkpoint_fingerprint = source.fingerprint()
     with ExitStack() as stack:

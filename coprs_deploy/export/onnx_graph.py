@@ -1,7 +1,7 @@
 """One stage of a model to one ONNX file.
 
-The graph is static but for the number of targets, if that was asked for. Checking that it computes
-the same thing is left to :mod:`coprs_deploy.export.equivalence`.
+The graph is static but for the number of targets or of images, if that was asked for. Checking that
+it computes the same thing is left to :mod:`coprs_deploy.export.equivalence`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.errors import EquivalenceError, MissingDependencyError
-from coprs_deploy.specs import TARGETS_DIMENSION, GraphSpec, TensorSpec
+from coprs_deploy.specs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +66,11 @@ def export_onnx_graph(
     except ImportError as error:
         raise MissingDependencyError(f"onnxscript is not installed; {INSTALL}") from error
     dynamic = None
-    if not spec.targets.is_static:
-        targets = torch.export.Dim(
-            TARGETS_DIMENSION, min=spec.targets.minimum, max=spec.targets.maximum
-        )
+    if not spec.profile.is_static:
+        (name,) = {size for t in spec.inputs for size in t.shape if isinstance(size, str)}
+        counted = torch.export.Dim(name, min=spec.profile.minimum, max=spec.profile.maximum)
         dynamic = tuple(
-            {i: targets for i, size in enumerate(tensor.shape) if size == TARGETS_DIMENSION}
+            {i: counted for i, size in enumerate(tensor.shape) if size == name}
             for tensor in spec.inputs
         )
     with _quiet_exporter():

@@ -10,7 +10,7 @@ from coprs_deploy.bundle import ENGINE_FLAVORS
 from coprs_deploy.engines.plan_builder import BuildSettings
 from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.export.precision import INT8, check_precision
-from coprs_deploy.specs import TargetsProfile
+from coprs_deploy.specs import CountProfile
 
 if TYPE_CHECKING:
     from coprs_deploy.models.sam_encoder import AttentionForm
@@ -33,6 +33,7 @@ class ExportOptions:
         runtime: which runtime shall run the graphs.
         precision: of weights and products.
         targets: how many concentrations one call takes.
+        images: how many images the encoder takes in one call, from 1.
         copy_policy: whether the policy is copied into the bundle; else it is referred to, from
             the bundle, so that both may move together.
         overwrite: whether a bundle that stands there may be replaced.
@@ -47,7 +48,8 @@ class ExportOptions:
 
     runtime: str = "onnxruntime"
     precision: str = "fp32"
-    targets: TargetsProfile = field(default_factory=TargetsProfile)
+    targets: CountProfile = field(default_factory=CountProfile)
+    images: CountProfile = field(default_factory=CountProfile)
     copy_policy: bool = True
     overwrite: bool = False
     gpus: tuple[str, ...] = ()

@@ -107,7 +107,9 @@ class TransformersPolicy(Policy):
         """See :meth:`Policy.stream`."""
         import torch
 
+        asked = time.perf_counter()
         vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
+        image_ms = 1e3 * (time.perf_counter() - asked)
         prompt_ids = encode_prompt(
             self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
         )
@@ -156,6 +158,7 @@ class TransformersPolicy(Policy):
             num_prompt_tokens=len(prompt_ids),
             prefill_ms=1e3 * (first - start),
             decode_ms=1e3 * (end - first),
+            image_ms=image_ms,
         )
 
     def hidden_states(self, request: PolicyRequest, token_ids: tuple[int, ...]) -> torch.Tensor:

@@ -83,6 +83,7 @@ class _Prompt:
     num_tokens: int
     budget: int
     targets: int
+    image_ms: float
 
 
 class VllmPolicy(Policy):
@@ -285,7 +286,10 @@ class VllmPolicy(Policy):
             num_prompt_tokens=prompt.num_tokens,
             num_cached_tokens=progress.num_cached_tokens,
             queue_ms=progress.queue_ms,
-            prefill_ms=max(0.0, 1e3 * (progress.first_token - start) - progress.queue_ms),
+            image_ms=prompt.image_ms,
+            prefill_ms=max(
+                0.0, 1e3 * (progress.first_token - start) - progress.queue_ms - prompt.image_ms
+            ),
             decode_ms=1e3 * (end - progress.first_token),
         )
 
@@ -296,7 +300,10 @@ class VllmPolicy(Policy):
 
         from coprs_deploy.policy.vllm_capture import CaptureOrder
 
+        start = time.perf_counter()
         picture = fit_pixel_count(request.rgb, *self._pixels)
+        key = image_key(np.asarray(picture))
+        image_ms = 1e3 * (time.perf_counter() - start)
         num_image_tokens = self._vision.num_tokens(picture.width, picture.height)
         ids = encode_prompt(
             self._prompt, self._tokens.tokenizer, request.instruction, num_image_tokens
@@ -329,9 +336,9 @@ class VllmPolicy(Policy):
         tokens = {
             "prompt_token_ids": short_ids,
             "multi_modal_data": {"image": picture},
-            "multi_modal_uuids": {"image": [image_key(np.asarray(picture))]},
+            "multi_modal_uuids": {"image": [key]},
         }
-        return _Prompt(tokens, params, vectors, len(ids), budget, request.targets)
+        return _Prompt(tokens, params, vectors, len(ids), budget, request.targets, image_ms)
 
     def _stop_reason(self, token_ids: list[int], prompt: _Prompt) -> StopReason:
         """Tell why an answer ended; its last token is an end, written or forced."""

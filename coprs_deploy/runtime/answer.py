@@ -39,8 +39,10 @@ class Timings:
 
     Attributes:
         queue_ms: waiting for the policy's turn.
-        image_ms: decoding and preparing the picture.
-        image_encoder_ms: the image encoder; 0 when the embedding was kept from before.
+        image_ms: decoding the picture, and naming it by its content where embeddings are kept.
+        policy_image_ms: preparing the picture for the policy.
+        image_encoder_ms: preparing the picture for the image encoder and encoding it, together
+            with those that waited beside it; 0 when the embedding was kept from before.
         image_encoder_hidden_ms: the part of it during which the policy was at work anyway.
         prefill_ms: the policy reading prompt and image.
         decode_ms: the policy writing, the last hidden state included.
@@ -58,6 +60,7 @@ class Timings:
 
     queue_ms: float = 0.0
     image_ms: float = 0.0
+    policy_image_ms: float = 0.0
     image_encoder_ms: float = 0.0
     image_encoder_hidden_ms: float = 0.0
     prefill_ms: float = 0.0

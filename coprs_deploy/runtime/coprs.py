@@ -20,6 +20,7 @@ from coprs_deploy.engines.runtime_choice import RuntimeChoice
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.images import (
     ImageSource,
+    Placement,
     image_key,
     load_image,
     prepare_image,
@@ -27,7 +28,8 @@ from coprs_deploy.images import (
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, Words
 from coprs_deploy.runtime.admission import Admission
 from coprs_deploy.runtime.answer import Answer, PriorReady, Timings
-from coprs_deploy.runtime.embedding_cache import EmbeddingCache, EncodedImage
+from coprs_deploy.runtime.embedding_cache import EmbeddingCache
+from coprs_deploy.runtime.encoder_queue import EncoderQueue
 from coprs_deploy.runtime.encoding import Encoding, Picture
 from coprs_deploy.runtime.loading import Progress, load_parts, no_progress
 from coprs_deploy.runtime.options import RuntimeOptions
@@ -73,8 +75,8 @@ class CoPRS(Closeable):
         self._admission = Admission(policy.concurrency, max_waiting)
         self._policy = policy
         self._geometry = geometry
-        self._encoder_thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
-        self._cache = EmbeddingCache(cached_images, self._encoder_thread)
+        self._encoder = EncoderQueue(stages, geometry)
+        self._cache = EmbeddingCache(cached_images, self._encoder)
         self.choices: tuple[RuntimeChoice, ...] = ()
         graphs = " + ".join(dict.fromkeys(r.description for r in stages.runners.values()))
         self.description = f"graphs: {graphs}; policy: {policy.description}"
@@ -155,7 +157,7 @@ class CoPRS(Closeable):
         """
         size = self._geometry.image_size
         picture = self._open(np.full((size, size, 3), 128, dtype=np.uint8))
-        embedding = self._stages.encode(picture.prepared)
+        embedding = self._stages.encode(prepare_image(picture.rgb, self._geometry))
         concentrations = np.zeros((1, self._policy.width), dtype=np.float32)
         # Where the graphs are joined, `stream` still runs them apart.
         for announces_prior in (False, True) if self._stages.joins_targets else (False,):
@@ -163,7 +165,7 @@ class CoPRS(Closeable):
                 self._stages,
                 embedding,
                 concentrations,
-                picture.prepared,
+                picture.placed,
                 self._geometry,
                 announces_prior=announces_prior,
             ):
@@ -294,19 +296,13 @@ class CoPRS(Closeable):
     def _open(self, image: ImageSource) -> Picture:
         start = time.perf_counter()
         rgb = load_image(image)
-        prepared = prepare_image(rgb, self._geometry)
-        return Picture(rgb, prepared, image_key(rgb), 1e3 * (time.perf_counter() - start))
+        key = image_key(rgb) if self._cache.capacity else ""
+        placed = Placement.of(rgb, self._geometry)
+        return Picture(rgb, placed, key, 1e3 * (time.perf_counter() - start))
 
     def _encode(self, picture: Picture) -> Encoding:
         """Start the image encoder, unless this picture's embedding is here or on its way."""
-
-        def compute() -> EncodedImage:
-            start = time.perf_counter()
-            embedding = self._stages.encode(picture.prepared)
-            finished = time.perf_counter()
-            return EncodedImage(embedding, finished, 1e3 * (finished - start))
-
-        return Encoding(*self._cache.get_or_submit(picture.key, compute))
+        return Encoding(*self._cache.get_or_submit(picture.key, picture.rgb))
 
     def _stream(
         self,
@@ -331,6 +327,7 @@ class CoPRS(Closeable):
             timings = Timings(
                 queue_ms=result.queue_ms,
                 image_ms=picture.milliseconds,
+                policy_image_ms=result.image_ms,
                 prefill_ms=result.prefill_ms,
                 decode_ms=result.decode_ms,
                 prompt_tokens=result.num_prompt_tokens,
@@ -339,14 +336,14 @@ class CoPRS(Closeable):
                 tokens_per_second=1e3 * len(result.token_ids) / max(result.decode_ms, 1e-3),
             )
             num_targets = len(result.concentrations)
-            decoded = DecodedTargets.none(picture.prepared, self._geometry)
+            decoded = DecodedTargets.none(picture.placed, self._geometry)
             if num_targets:
                 encoded = encoding.wait(request)
                 decoded = yield from decode_targets(
                     self._stages,
                     encoded.embedding,
                     result.concentrations,
-                    picture.prepared,
+                    picture.placed,
                     self._geometry,
                     announces_prior=announces_prior,
                 )
@@ -381,7 +378,7 @@ class CoPRS(Closeable):
 
     def close(self) -> None:
         """Free graphs and policy; an answer that is still under way ends with an error."""
-        self._encoder_thread.shutdown(wait=True, cancel_futures=True)
+        self._encoder.close()
         self._policy.close()
         self._stages.close()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from coprs_deploy.engines import DeviceTensor
+from coprs_deploy.images import RgbArray
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class EncodedImage:
     Attributes:
         embedding: (1, C, G, G), where the image encoder left it.
         finished: ``time.perf_counter()`` when it was ready.
-        milliseconds: how long the image encoder ran.
+        milliseconds: preparing the picture and encoding it, with those that went along.
     """
 
     embedding: DeviceTensor
@@ -31,27 +32,39 @@ class EncodedImage:
         return max(0.0, 1e3 * (min(self.finished, end) - max(began, start)))
 
 
+class Encoder(Protocol):
+    """Whoever computes embeddings, in the background."""
+
+    def submit(self, rgb: RgbArray, /) -> Future[EncodedImage]:
+        """Have a picture encoded."""
+
+
 class EmbeddingCache:
     """The least recently used embeddings, by image content; safe to use from several threads.
 
     An embedding that is still being computed counts as present, so that two questions on one new
     picture encode it once. A failed computation is forgotten, and one that has not begun is called
     off when everybody who asked for it has released it.
+
+    Attributes:
+        capacity: how many are kept.
     """
 
-    def __init__(self, capacity: int, executor: Executor) -> None:
-        self._capacity = capacity
-        self._executor = executor
+    def __init__(self, capacity: int, encoder: Encoder) -> None:
+        self.capacity = capacity
+        self._encoder = encoder
         self._entries: OrderedDict[str, Future[EncodedImage]] = OrderedDict()
         self._waiting: Counter[Future[EncodedImage]] = Counter()
         self._lock = threading.Lock()
 
-    def get_or_submit(
-        self, key: str, compute: Callable[[], EncodedImage]
-    ) -> tuple[Future[EncodedImage], bool]:
-        """Return the future of an embedding, and whether it was there already.
+    def get_or_submit(self, key: str, rgb: RgbArray) -> tuple[Future[EncodedImage], bool]:
+        """Return the future of a picture's embedding, and whether it was there already.
 
         Each call is answered by one of :meth:`release`.
+
+        Args:
+            key: names the picture by its content.
+            rgb: the picture, (H, W, 3) uint8.
         """
         with self._lock:
             known = self._entries.get(key)
@@ -59,12 +72,12 @@ class EmbeddingCache:
                 self._entries.move_to_end(key)
                 self._waiting[known] += 1
                 return known, True
-            future = self._executor.submit(compute)
+            future = self._encoder.submit(rgb)
             self._waiting[future] += 1
-            if self._capacity:
+            if self.capacity:
                 self._entries[key] = future
                 self._entries.move_to_end(key)
-                while len(self._entries) > self._capacity:
+                while len(self._entries) > self.capacity:
                     self._entries.popitem(last=False)
             return future, False
 

@@ -7,24 +7,24 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 from coprs_deploy.errors import CoPRSError
-from coprs_deploy.images import PreparedImage, RgbArray
+from coprs_deploy.images import Placement, RgbArray
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.runtime.embedding_cache import EncodedImage
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture, ready for the image encoder.
+    """A decoded picture.
 
     Attributes:
         rgb: (H, W, 3) uint8.
-        prepared: what the image encoder takes.
-        key: names it by its content.
-        milliseconds: what decoding and preparing took.
+        placed: where it will lie in the padded image.
+        key: names it by its content; empty where no embedding is kept.
+        milliseconds: what decoding and naming it took.
     """
 
     rgb: RgbArray
-    prepared: PreparedImage
+    placed: Placement
     key: str
     milliseconds: float
 

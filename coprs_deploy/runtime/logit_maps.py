@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.images import PreparedImage, resize_logits
+from coprs_deploy.images import Placed, resize_logits
 from coprs_deploy.specs import Geometry
 
 
@@ -29,11 +29,9 @@ class LogitMaps:
     geometry: Geometry
 
     @classmethod
-    def of(
-        cls, logits: NDArray[np.float32], prepared: PreparedImage, geometry: Geometry
-    ) -> LogitMaps:
+    def of(cls, logits: NDArray[np.float32], placed: Placed, geometry: Geometry) -> LogitMaps:
         """Keep logits with the sizes of their picture, without its pixels."""
-        return cls(logits, prepared.unpadded_size, prepared.original_size, geometry)
+        return cls(logits, placed.unpadded_size, placed.original_size, geometry)
 
     @cached_property
     def at_original_size(self) -> NDArray[np.float32]:

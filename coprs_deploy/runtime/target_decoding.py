@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coprs_deploy.engines import DeviceTensor, Stages
 from coprs_deploy.engines.mask_bits import masks_at_original_size
 from coprs_deploy.engines.stages import join_chunks
-from coprs_deploy.images import PreparedImage
+from coprs_deploy.images import Placed
 from coprs_deploy.runtime.answer import PriorReady
 from coprs_deploy.runtime.encoding import Clock
 from coprs_deploy.runtime.logit_maps import LogitMaps
@@ -42,18 +42,18 @@ class DecodedTargets:
     finished: float = 0.0
 
     @classmethod
-    def none(cls, prepared: PreparedImage, geometry: Geometry) -> DecodedTargets:
+    def none(cls, placed: Placed, geometry: Geometry) -> DecodedTargets:
         """What an answer without a target has."""
         side = geometry.mask_size
-        nothing = LogitMaps.of(np.zeros((0, 1, side, side), np.float32), prepared, geometry)
-        return cls(np.zeros((0, *prepared.original_size), np.bool_), nothing, nothing)
+        nothing = LogitMaps.of(np.zeros((0, 1, side, side), np.float32), placed, geometry)
+        return cls(np.zeros((0, *placed.original_size), np.bool_), nothing, nothing)
 
 
 def decode_targets(
     stages: Stages,
     embedding: DeviceTensor,
     concentrations: NDArray[np.float32],
-    prepared: PreparedImage,
+    placed: Placed,
     geometry: Geometry,
     *,
     announces_prior: bool = False,
@@ -64,7 +64,7 @@ def decode_targets(
         stages: the graphs.
         embedding: of the image.
         concentrations: (N, D) float32, N at least 1.
-        prepared: the image.
+        placed: the sizes of the picture.
         geometry: sizes of the model.
         announces_prior: whether the prior is wanted before the mask is decoded.
 
@@ -76,13 +76,13 @@ def decode_targets(
     """
 
     def maps(chunks: list[DeviceTensor]) -> LogitMaps:
-        return LogitMaps.of(join_chunks(chunks, len(concentrations)), prepared, geometry)
+        return LogitMaps.of(join_chunks(chunks, len(concentrations)), placed, geometry)
 
     clock = Clock()
     prior_ms = 0.0
     announced: LogitMaps | None = None
     if stages.joins_targets and not announces_prior:
-        priors, masks = stages.priors_and_masks(embedding, concentrations, prepared.unpadded_size)
+        priors, masks = stages.priors_and_masks(embedding, concentrations, placed.unpadded_size)
     else:
         priors = stages.priors(embedding, concentrations)
         prior_ms = clock.lap_ms()
@@ -90,9 +90,9 @@ def decode_targets(
             announced = maps(priors)
             yield PriorReady(announced)
             clock.lap_ms()
-        masks = stages.masks(embedding, priors, prepared.unpadded_size)
+        masks = stages.masks(embedding, priors, placed.unpadded_size)
     mask_decoder_ms = clock.lap_ms()
-    bits = masks_at_original_size(masks, len(concentrations), prepared, geometry)
+    bits = masks_at_original_size(masks, len(concentrations), placed, geometry)
     resize_ms = clock.lap_ms()
     return DecodedTargets(
         masks=bits,

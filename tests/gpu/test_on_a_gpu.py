@@ -12,7 +12,7 @@ from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
 from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
-from coprs_deploy.specs import GRAPH_NAMES, PRIOR, TargetsProfile
+from coprs_deploy.specs import GRAPH_NAMES, PRIOR, CountProfile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,8 @@ def engines(request, tiny_checkpoint, tmp_path_factory):
     gpu = current_gpu().compute_capability
     options = ExportOptions(
         runtime=request.param,
-        targets=TargetsProfile(1, 2, 4),
+        targets=CountProfile(1, 2, 4),
+        images=CountProfile(1, 2, 4),
         gpus=(gpu,) if request.param == "tensorrt-rtx" else (),
         cache=tmp_path_factory.mktemp("cache"),
     )
@@ -93,6 +94,38 @@ def test_prior_and_mask_decoder_as_one_call_give_the_same_bits(engines, recorded
         masks = masks_at_original_size(together[1], 3, prepared, geometry)
         logits = resize_logits(join_chunks(together[1], 3), prepared, geometry)
         assert np.abs(logits[masks != (logits > 0)]).max(initial=0) < 1e-4
+
+
+def assert_images_together_equal_each_alone(bundle, device):
+    """Encode five pictures in two calls, and decode each embedding where the batch left it."""
+    graphs, geometry = bundle.manifest.graphs, bundle.manifest.geometry
+    options = RunnerOptions(device=device)
+    with Stages({name: open_bundle_graph(bundle, name, options) for name in graphs}) as stages:
+        generator = np.random.default_rng(1)
+        drawn = [generator.integers(0, 256, (50, 30 + n, 3), dtype=np.uint8) for n in range(5)]
+        pictures = [prepare_image(picture, geometry) for picture in drawn]
+        concentrations = np.ones((1, bundle.manifest.policy.width), np.float32)
+        for picture, embedding in zip(pictures, stages.encode_together(pictures), strict=True):
+            alone = stages.encode(picture)
+            scale = np.abs(alone.numpy()).max()
+            assert np.abs(embedding.numpy() - alone.numpy()).max() <= ORT_RELATIVE * scale
+            inputs = (concentrations, picture.unpadded_size)
+            (mask,) = stages.priors_and_masks(embedding, *inputs)[1]
+            (expected,) = stages.priors_and_masks(alone, *inputs)[1]
+            scale = np.abs(expected.numpy()).max()
+            assert np.abs(mask.numpy() - expected.numpy()).max() <= 10 * ORT_RELATIVE * scale
+
+
+@pytest.mark.tensorrt
+def test_engines_encode_images_together(engines):
+    assert_images_together_equal_each_alone(engines, "cuda")
+
+
+def test_onnx_runtime_encodes_images_together_on_cuda(tiny_checkpoint, tmp_path):
+    require("onnxruntime")
+    options = ExportOptions(images=CountProfile(1, 2, 4))
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    assert_images_together_equal_each_alone(bundle, "cuda")
 
 
 @pytest.mark.tensorrt

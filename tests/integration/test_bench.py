@@ -72,7 +72,7 @@ def test_a_users_bundle_is_measured_without_its_checkpoint(tiny_bundle):
 
 @pytest.mark.slow
 def test_first_masks_policies_and_growth_are_judged_too(tmp_path):
-    only = "first mask|cpu float32|: 2 (targets|pictures|questions)|: 512 x"
+    only = "first mask|cpu float32|: 2 (targets|images|pictures|questions)|: 512 x"
     suites = "start,policy,scaling"
     done = bench(
         "--suite", suites, "--only", only, "--seconds", "0.05", "--rounds", "1", "--out", tmp_path

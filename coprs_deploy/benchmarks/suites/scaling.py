@@ -1,4 +1,4 @@
-"""How time grows: targets and questions on an image, pictures at once, size of the picture."""
+"""How time grows: targets and questions on an image, images and pictures at once, their size."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from coprs_deploy.bundle import Bundle, read_manifest
 from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_bundle_graph
 from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.images import PreparedImage
+from coprs_deploy.specs import IMAGE_ENCODER
 
 NAME = "scaling"
 SUMMARY = "targets, questions and pictures at once, and the size of a picture"
@@ -26,6 +27,8 @@ RUNTIME = "onnxruntime"
 
 TARGETS_PROFILE = "1,4,16"
 TARGETS = (1, 2, 4, 8, 16)
+IMAGES_PROFILE = "1,2,8"
+IMAGES = (1, 2, 4, 8)
 QUESTIONS = (1, 2, 4, 8)
 QUESTION_PICTURES = 8
 PICTURES = (1, 2, 4, 8)
@@ -81,7 +84,7 @@ def plan(workshop: Workshop) -> Plan:
     for device in devices:
         for chosen in workshop.models():
             try:
-                groups.append(_targets(workshop, chosen, device))
+                groups += [_targets(workshop, chosen, device), _images(workshop, chosen, device)]
             except WorkerError as error:
                 left_out.append(LeftOut(NAME, chosen.name, str(error)))
         groups += [_growth(workshop, growth, device) for growth in GROWTHS]
@@ -109,7 +112,7 @@ def _group(name: str, parameter: str, cases: list[Case], judge: Judge | None) ->
 
 
 def _targets(workshop: Workshop, model: Model, device: str) -> Group:
-    many = workshop.bundle(model, RUNTIME, "fp32", TARGETS_PROFILE)
+    many = workshop.bundle(model, RUNTIME, "fp32", targets=TARGETS_PROFILE)
     inputs = workshop.inputs(model)
     cases = [
         Case(
@@ -128,6 +131,29 @@ def _targets(workshop: Workshop, model: Model, device: str) -> Group:
     ]
     name = _group_name(model, "prior and mask decoder, targets on one image", device)
     return _group(name, "targets", cases, workshop.judge(model, inputs))
+
+
+def _images(workshop: Workshop, model: Model, device: str) -> Group:
+    many = workshop.bundle(model, RUNTIME, "fp32", images=IMAGES_PROFILE)
+    inputs = workshop.inputs(model)
+    cases = [
+        Case(
+            name=f"{count} images",
+            target=f"{__name__}:open_images",
+            settings={
+                "bundle": str(many.path),
+                "inputs": inputs,
+                "count": count,
+                "device": device,
+            },
+            labels=_labels(model, device, images=count),
+            problem=many.problem,
+            estimated_bytes=count * model.estimated_bytes,
+        )
+        for count in IMAGES
+    ]
+    name = _group_name(model, "image encoder, images in one call", device)
+    return _group(name, "images", cases, workshop.judge(model, inputs))
 
 
 def _growth(workshop: Workshop, growth: _Growth, device: str) -> Group:
@@ -180,6 +206,39 @@ def _sides(workshop: Workshop, device: str) -> Group:
         return {name: judges[name]({name: path})[name] for name, path in outputs.items()}
 
     return _group(_group_name(model, "side of the picture in pixels", device), "side", cases, judge)
+
+
+def open_images(bundle: str, inputs: str, count: int, device: str = "cpu") -> Subject:
+    """Open the image encoder for several images in one call."""
+    return _Images(bundle, inputs, count, device)
+
+
+class _Images(Subject):
+    def __init__(self, bundle: str, inputs: str, count: int, device: str) -> None:
+        opened = Bundle(Path(bundle), read_manifest(bundle))
+        self._encoder = open_bundle_graph(opened, IMAGE_ENCODER, RunnerOptions(device=device))
+        self._inputs, self._count = inputs, count
+        self._images = self._stack(next(read_inputs(inputs)))
+
+    def _stack(self, sample: Values) -> Any:
+        return np.repeat(sample["image"], self._count, axis=0)
+
+    def run(self) -> Mapping[str, float]:
+        """Encode all images in one call, up to the embeddings on the host."""
+        self._encoder(image=self._images)["image_embedding"].numpy()
+        return {}
+
+    def finish(self, folder: Path) -> Mapping[str, Any]:
+        """Leave the embedding of the last image of each call."""
+        found = {}
+        for index, sample in enumerate(read_inputs(self._inputs)):
+            encoded = self._encoder(image=self._stack(sample))["image_embedding"]
+            found[f"{index}.image_embedding"] = encoded.numpy()[-1:]
+        write_arrays(folder / OUTPUT_FILE, found)
+        return {}
+
+    def close(self) -> None:
+        self._encoder.close()
 
 
 def open_targets(bundle: str, inputs: str, count: int, device: str = "cpu") -> Subject:

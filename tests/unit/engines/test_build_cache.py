@@ -12,7 +12,7 @@ import pytest
 
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.build_cache import BuildCache, BuildKey, default_cache
-from coprs_deploy.specs import Geometry, TargetsProfile, graph_specs
+from coprs_deploy.specs import CountProfile, Geometry, graph_specs
 
 SPECS = graph_specs(Geometry(), 64)
 KEY = BuildKey(
@@ -34,7 +34,7 @@ OTHERS = {
     "flavor": "tensorrt",
     "version": "1.7.2",
     "graph_sha256": "b" * 64,
-    "spec": graph_specs(Geometry(), 64, TargetsProfile(1, 2, 4))["prior"],
+    "spec": graph_specs(Geometry(), 64, CountProfile(1, 2, 4))["prior"],
     "precision": "fp16",
     "workspace_bytes": 1 << 30,
     "version_compatible": True,

@@ -18,7 +18,7 @@ from coprs_deploy.engines.processor import Processor
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, TargetsProfile
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
 
 RELATIVE = 1e-4
 """Float32 sums in another order; the shipped model's graphs measure below 5e-6."""
@@ -89,7 +89,7 @@ def test_a_graph_computes_what_onnx_runtime_computes(model, name, bundles):
 
 
 def test_many_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
-    options = ExportOptions(runtime="openvino", targets=TargetsProfile(1, 2, 4))
+    options = ExportOptions(runtime="openvino", targets=CountProfile(1, 2, 4))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert {graph.runtime for graph in bundle.manifest.graphs.values()} == {"openvino"}
     for name in (PRIOR, MASK_DECODER):

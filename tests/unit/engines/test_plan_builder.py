@@ -24,7 +24,7 @@ from coprs_deploy.export.calibration import ProductRange
 from coprs_deploy.export.onnx_graph import export_onnx_graph
 from coprs_deploy.export.precision import OPSETS, rest_precision, type_graph
 from coprs_deploy.export.quantization import product_names, quantize_graph
-from coprs_deploy.specs import GRAPH_NAMES, Geometry, TargetsProfile, TensorSpec, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, CountProfile, Geometry, TensorSpec, graph_specs
 
 GPUS = ("sm_80", "sm_89", "sm_120")
 RTX = BuildSettings("tensorrt-rtx", GPUS)
@@ -83,11 +83,11 @@ def test_every_graph_compiles_for_three_gpus(name, precision, tiny_bundle, specs
         assert text.types[half] > text.types["float32"]
 
 
-TARGETS = TargetsProfile(1, 2, 4)
+RANGE = CountProfile(1, 2, 4)
 
 
-@pytest.mark.parametrize("name", ["prior", "mask_decoder"])
-def test_an_engine_for_a_range_of_targets(name, tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_an_engine_for_a_range_of_targets_or_images(name, tiny_checkpoint, tmp_path, monkeypatch):
     """What the plan says of its tensors, and the profile that the library was given."""
     profiles = []
 
@@ -98,15 +98,16 @@ def test_an_engine_for_a_range_of_targets(name, tiny_checkpoint, tmp_path, monke
     make_profile = plan_builder._Build._profile
     monkeypatch.setattr(plan_builder._Build, "_profile", add_profile)
     model = load_segmentation_model(read_checkpoint(tiny_checkpoint))
-    spec = graph_specs(read_checkpoint(tiny_checkpoint).config.model.geometry, 64, TARGETS)[name]
+    geometry = read_checkpoint(tiny_checkpoint).config.model.geometry
+    spec = graph_specs(geometry, 64, targets=RANGE, images=RANGE)[name]
     graph = tmp_path / f"{name}.onnx"
     export_onnx_graph(model.stages()[name], spec, graph, {})
     text = read_plan_text(build_plan(graph, spec, RTX).plan)
     tensors = (*spec.inputs, *spec.outputs)
     assert [(t.name, t.dtype) for t in text.tensors] == [(t.name, t.dtype) for t in tensors]
     for found, wanted in zip(text.tensors, tensors, strict=True):
-        assert found.shape == tuple(-1 if size == "targets" else size for size in wanted.shape)
-    ranged = [tensor for tensor in spec.inputs if "targets" in tensor.shape]
+        assert found.shape == tuple(-1 if isinstance(size, str) else size for size in wanted.shape)
+    ranged = [t for t in spec.inputs if any(isinstance(size, str) for size in t.shape)]
     assert ranged
     (profile,) = profiles
     for tensor in ranged:
@@ -143,7 +144,7 @@ def test_the_second_build_comes_from_the_cache(prior, specs, tmp_path, monkeypat
 
 
 def test_a_static_graph_is_refused_for_a_range_of_targets(prior, tmp_path):
-    spec = graph_specs(read_manifest(prior.parent).geometry, 64, TargetsProfile(1, 2, 4))["prior"]
+    spec = graph_specs(read_manifest(prior.parent).geometry, 64, CountProfile(1, 2, 4))["prior"]
     with pytest.raises(EngineBuildError, match=r"network with the inputs .*not .*targets"):
         build_plan(prior, spec, RTX)
 

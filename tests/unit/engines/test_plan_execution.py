@@ -26,7 +26,7 @@ from coprs_deploy.errors import (
     EngineMismatchError,
     RuntimeUnavailableError,
 )
-from coprs_deploy.specs import Geometry, TargetsProfile, graph_specs
+from coprs_deploy.specs import CountProfile, Geometry, graph_specs
 
 PLAN = b"a plan"
 CUDA = RunnerOptions(device="cuda")
@@ -46,7 +46,7 @@ ENGINE = EngineRecord(
     network_layers=3,
 )
 GEOMETRY = Geometry(image_size=128, patch_size=8, embedding_channels=64)
-SPECS = graph_specs(GEOMETRY, 64, TargetsProfile(1, 2, 4))
+SPECS = graph_specs(GEOMETRY, 64, CountProfile(1, 2, 4))
 SPEC = SPECS["prior"]
 
 

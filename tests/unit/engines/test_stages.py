@@ -8,9 +8,9 @@ from coprs_deploy.specs import (
     IMAGE_ENCODER,
     MASK_DECODER,
     PRIOR,
+    CountProfile,
     Geometry,
     GraphSpec,
-    TargetsProfile,
     graph_specs,
 )
 
@@ -64,7 +64,7 @@ def mask_of(image_embedding, prior_logits, unpadded_size):
 
 def make_stages(minimum=1, maximum=1, failing=()):
     closed = []
-    specs = graph_specs(GEOMETRY, WIDTH, TargetsProfile(minimum, minimum, maximum))
+    specs = graph_specs(GEOMETRY, WIDTH, CountProfile(minimum, minimum, maximum))
     compute = {IMAGE_ENCODER: embedding_of, PRIOR: prior_of, MASK_DECODER: mask_of}
     runners = {
         name: FakeRunner(spec, compute[name], closed, name in failing)

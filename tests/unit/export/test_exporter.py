@@ -18,7 +18,7 @@ from coprs_deploy.errors import ArtifactError, CheckpointError, EquivalenceError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer
 from coprs_deploy.export.equivalence import TOLERANCES, Tolerance
 from coprs_deploy.images import prepare_image
-from coprs_deploy.specs import GRAPH_NAMES, TargetsProfile, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, CountProfile, graph_specs
 
 FP32 = ("onnxruntime", "fp32")
 
@@ -149,7 +149,7 @@ class TestBundle:
         text = (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
         data = json.loads(text)
         assert text.endswith("}\n")
-        assert data["schema_version"] == 3
+        assert data["schema_version"] == 4
         assert data["graphs"]["prior"]["spec"]["inputs"][1] == {
             "name": "concentration",
             "dtype": "float32",
@@ -211,7 +211,7 @@ class TestTargets:
         def exporter_of(text):
             if text not in exported:
                 out = tmp_path_factory.mktemp("targets") / "bundle"
-                options = ExportOptions(targets=TargetsProfile.parse(text))
+                options = ExportOptions(targets=CountProfile.parse(text))
                 exported[text] = export_checkpoint(tiny_checkpoint, out, options).bundle.path
             return exported[text]
 
@@ -236,7 +236,7 @@ class TestTargets:
     def test_a_profile_gives_a_symbolic_dimension_and_a_number_a_static_one(self, export):
         ranged, fixed = (read_manifest(export(text)).graphs for text in ("1,2,4", "3"))
         assert ranged["prior"].spec.inputs[1].shape == ("targets", 64)
-        assert ranged["prior"].spec.targets == TargetsProfile(1, 2, 4)
+        assert ranged["prior"].spec.targets == CountProfile(1, 2, 4)
         assert ranged["mask_decoder"].spec.outputs[0].shape == ("targets", 1, 64, 64)
         assert fixed["prior"].spec.inputs[1].shape == (3, 64)
         for graphs in (ranged, fixed):

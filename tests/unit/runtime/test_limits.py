@@ -26,10 +26,10 @@ class TestLimits:
             next(stream)
         with pytest.raises(QueueFullError, match="2 answers are under way"):
             coprs.segment(picture(1), "x")
-        assert runners["image_encoder"].calls == 1  # the refused picture was not encoded
         streams[0].close()
         assert coprs.segment(picture(), "x").found
         streams[1].close()
+        assert runners["image_encoder"].calls == 1  # the refused picture was not encoded
 
     def test_places_are_left_by_answers_and_by_failures(self, build):
         coprs, _ = build(max_waiting=0)

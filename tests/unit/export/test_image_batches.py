@@ -1,0 +1,107 @@
+"""An encoder that takes several images: exported, checked, and equal to one image at a time."""
+
+import numpy as np
+import pytest
+
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines.torch_runner import TorchRunner
+from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.export import ExportOptions, equivalence, export_checkpoint
+from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.images import prepare_image
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile, graph_specs
+
+IMAGES = CountProfile(1, 2, 4)
+ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative
+"""Largest difference of an image encoded in company from the same one encoded alone."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("images") / "bundle"
+    export_checkpoint(tiny_checkpoint, out, ExportOptions(images=IMAGES))
+    return open_bundle(out)
+
+
+@pytest.fixture(params=["onnxruntime", "openvino", "torch"])
+def stages(request, bundle, tiny_checkpoint):
+    """The graphs of the bundle in each runtime, and PyTorch's modules."""
+    graphs = bundle.manifest.graphs
+    if request.param == "torch":
+        modules = load_segmentation_model(read_checkpoint(tiny_checkpoint)).stages()
+        runners = {name: TorchRunner(modules[name], graph.spec) for name, graph in graphs.items()}
+    else:
+        runners = {
+            name: open_bundle_graph(bundle, name, RunnerOptions(num_threads=1), request.param)
+            for name in graphs
+        }
+    with Stages(runners) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pictures(bundle):
+    generator = np.random.default_rng(3)
+    shapes = [(40, 60), (64, 48), (30, 30), (90, 20), (50, 64)]
+    drawn = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    return [prepare_image(picture, bundle.manifest.geometry) for picture in drawn]
+
+
+def test_the_encoder_takes_a_range_and_the_others_one_image(bundle):
+    graphs = bundle.manifest.graphs
+    assert graphs[IMAGE_ENCODER].spec.images == IMAGES
+    assert graphs[IMAGE_ENCODER].spec.inputs[0].shape[0] == "images"
+    assert graphs[IMAGE_ENCODER].spec.outputs[0].shape[0] == "images"
+    for name in (PRIOR, MASK_DECODER):
+        assert graphs[name].spec.images.is_static
+        assert graphs[name].spec.inputs[0].shape[0] == 1
+
+
+def test_images_that_go_together_are_encoded_as_they_are_alone(stages, pictures, monkeypatch):
+    alone = [stages.encode(picture).numpy() for picture in pictures]
+    encoder = stages.runners[IMAGE_ENCODER]
+    sizes = []
+    run = encoder._run
+    monkeypatch.setattr(
+        encoder, "_run", lambda inputs: sizes.append(len(inputs["image"])) or run(inputs)
+    )
+    together = stages.encode_together(pictures)
+    assert sizes == [4, 1]
+    assert [e.shape for e in together] == [alone[0].shape] * len(pictures)
+    for found, expected in zip(together, alone, strict=True):
+        assert found.dtype == "float32"
+        assert np.abs(found.numpy() - expected).max() <= ROUNDING * np.abs(expected).max()
+        assert np.array_equal(found.rows()[0].numpy(), found.numpy())
+    assert np.abs(alone[0] - alone[1]).max() > 100 * ROUNDING * np.abs(alone[0]).max()
+
+
+def test_an_embedding_of_a_batch_is_read_where_it_lies(stages, pictures):
+    concentration = np.ones((1, stages.runners[PRIOR].spec.inputs[1].shape[1]), np.float32)
+    for picture, embedding in zip(pictures, stages.encode_together(pictures), strict=True):
+        inputs = (concentration, picture.unpadded_size)
+        (mask,) = stages.priors_and_masks(embedding, *inputs)[1]
+        (expected,) = stages.priors_and_masks(stages.encode(picture), *inputs)[1]
+        assert (
+            np.abs(mask.numpy() - expected.numpy()).max() <= 1e-4 * np.abs(expected.numpy()).max()
+        )
+
+
+def test_the_check_of_an_export_runs_images_together(tiny_checkpoint, tmp_path, monkeypatch):
+    """A fault that shows in company only is found, and nothing is written."""
+    run_all = equivalence._run_all
+
+    def swapped(runner, truth):
+        outputs = run_all(runner, truth)
+        return outputs if runner.spec.images.is_static else [outputs[1], outputs[0], *outputs[2:]]
+
+    monkeypatch.setattr(equivalence, "_run_all", swapped)
+    with pytest.raises(EquivalenceError, match="image_encoder"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", ExportOptions(images=IMAGES))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_encoder_that_would_wait_for_company_is_refused(bundle):
+    with pytest.raises(ValueError, match="images starts at 2; accepted: 1, or 1,preferred,max"):
+        graph_specs(bundle.manifest.geometry, 64, images=CountProfile(2, 2, 4))

@@ -1,0 +1,121 @@
+"""The image encoder's queue: who goes together, who is called off, and how it ends."""
+
+import gc
+import threading
+import weakref
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+from runtime_fakes import GEOMETRY, WAIT, picture
+
+from coprs_deploy.errors import CoPRSError
+from coprs_deploy.runtime.encoder_queue import EncoderQueue
+
+
+class FakeStages:
+    """Encodes a picture as its first number; the first call waits until it is let go."""
+
+    def __init__(self, images_together):
+        self.images_together = images_together
+        self.batches = []
+        self.has_begun = threading.Event()
+        self.may_go_on = threading.Event()
+        self.failure = None
+
+    def encode_together(self, images):
+        if images:
+            self.batches.append(len(images))
+            self.has_begun.set()
+            assert self.may_go_on.wait(WAIT)
+            if self.failure:
+                raise self.failure
+        return [float(prepared.image[0, 0, 0, 0]) for prepared in images]
+
+
+@pytest.fixture
+def start():
+    """Start a queue that is busy with a first picture."""
+    started = []
+
+    def starter(images_together):
+        stages = FakeStages(images_together)
+        queue = EncoderQueue(stages, GEOMETRY)
+        started.append((stages, queue))
+        first = queue.submit(picture(1))
+        assert stages.has_begun.wait(WAIT)
+        return stages, queue, first
+
+    yield starter
+    for stages, queue in started:
+        stages.may_go_on.set()
+        queue.close()
+
+
+@pytest.mark.parametrize(
+    ("images_together", "batches"), [(1, [1, 1, 1, 1, 1, 1]), (2, [1, 2, 2, 1]), (8, [1, 5])]
+)
+def test_what_waits_goes_together_and_nobody_waits_for_company(start, images_together, batches):
+    stages, queue, first = start(images_together)
+    futures = [queue.submit(picture(10 * n)) for n in range(5)]
+    stages.may_go_on.set()
+    found = [future.result(WAIT) for future in (first, *futures)]
+    assert stages.batches == batches
+    assert [encoded.embedding for encoded in found[1:]] == sorted(e.embedding for e in found[1:])
+    assert len({encoded.embedding for encoded in found}) == 6
+    last = [encoded for encoded in found if encoded.finished == found[-1].finished]
+    assert len({encoded.milliseconds for encoded in last}) == 1
+
+
+def test_who_was_called_off_takes_no_place(start):
+    stages, queue, _ = start(2)
+    futures = [queue.submit(picture(n)) for n in range(4)]
+    assert futures[0].cancel()
+    assert futures[2].cancel()
+    stages.may_go_on.set()
+    for kept in (futures[1], futures[3]):
+        kept.result(WAIT)
+    assert stages.batches == [1, 2]
+
+
+def test_a_failure_reaches_everybody_who_went_along_and_nobody_else(start):
+    stages, queue, first = start(4)
+    futures = [queue.submit(picture(n)) for n in range(3)]
+    stages.failure = RuntimeError("out of memory")
+    stages.may_go_on.set()
+    for future in (first, *futures):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            future.result(WAIT)
+    stages.failure = None
+    assert queue.submit(picture(7)).result(WAIT).embedding != 0
+
+
+def test_closing_calls_off_what_waits_and_waits_for_what_runs(start):
+    stages, queue, first = start(1)
+    waiting = queue.submit(picture(2))
+    closing = threading.Thread(target=queue.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        waiting.result(WAIT)
+    assert closing.is_alive()
+    stages.may_go_on.set()
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    assert first.result(0).milliseconds > 0
+    assert stages.batches == [1]
+    with pytest.raises(CoPRSError, match="the runtime was closed"):
+        queue.submit(picture(3))
+    queue.close()  # a second time does nothing
+
+
+def test_the_queue_keeps_no_picture_alive(start):
+    stages, queue, _ = start(2)
+    stages.may_go_on.set()
+    rgb = np.array(picture(4))
+    gone = weakref.ref(rgb)
+    future = queue.submit(rgb)
+    future.result(WAIT)
+    queue.submit(picture(5)).result(WAIT)  # the thread has left the batch before
+    del rgb, future
+    gc.collect()
+    assert gone() is None
