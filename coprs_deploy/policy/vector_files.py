@@ -3,16 +3,19 @@
 Who asks opens an empty file and names it in the request; the engine appends to it while the request
 is decoded; who asked reads and removes it when the last token is there. Nothing is asked of the
 engine for it, so nobody waits for an engine that is in the middle of a step. A request that was
-abandoned has no file any more, and what the engine still finds for it goes nowhere.
+abandoned has no file any more, and what the engine still finds for it goes nowhere. The folder of a
+process that was killed is removed by the next one.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 
+FOLDER_PREFIX = "coprs-deploy-"
+
+YOUNG_SECONDS = 60
+"""A folder that was changed since is left alone: its process may not have locked it yet."""
+
 
 class VectorFiles(Closeable):
     """The files of all requests that one policy has under way.
@@ -41,8 +49,12 @@ class VectorFiles(Closeable):
     def __init__(self, width: int, parent: Path | None = None) -> None:
         if parent is None and os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
             parent = SHARED_MEMORY
+        parent = parent or Path(tempfile.gettempdir())
+        _remove_abandoned(parent)
         self._record = _record(width)
-        self.folder = Path(tempfile.mkdtemp(prefix="coprs-deploy-", dir=parent))
+        self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
+        # The system lets go of the lock when this process ends, however it ends.
+        self._lock: int | None = _lock(self.folder)
 
     def open(self) -> Path:
         """Make the empty file of one request; no other request ever has it.
@@ -99,6 +111,40 @@ class VectorFiles(Closeable):
     def close(self) -> None:
         """Remove all files."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder for this process.
+
+    Returns:
+        The open folder, which holds the lock.
+
+    Raises:
+        OSError: another process holds it, or it is gone.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the folders of processes that were killed; a living one holds a lock on its own."""
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        try:
+            if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+                continue
+            lock = _lock(folder)
+        except OSError:
+            continue  # it is in use, belongs to another user, or is gone
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def append_vector(path: str, position: int, vector: NDArray[np.float32]) -> None:

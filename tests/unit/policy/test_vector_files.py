@@ -2,13 +2,16 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coprs_deploy.errors import PolicyError
+from coprs_deploy.policy import vector_files
 from coprs_deploy.policy.vector_files import VectorFiles, append_vector
 
 WIDTH = 4
@@ -129,3 +132,31 @@ def test_without_shared_memory_the_folder_for_temporary_files_is_taken(monkeypat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with VectorFiles(WIDTH) as files:
         assert files.folder.parent == tmp_path
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from coprs_deploy.policy.vector_files import VectorFiles
+files = VectorFiles(4, Path(sys.argv[1]))
+files.open()
+print(files.folder, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeypatch):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    left = Path(done.stdout.strip())
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(left.iterdir())) == 1
+    with VectorFiles(WIDTH, tmp_path) as young:
+        assert left.is_dir()  # it might still be on its way to its lock
+        monkeypatch.setattr(vector_files, "YOUNG_SECONDS", -1)
+        with VectorFiles(WIDTH, tmp_path) as files:
+            assert not left.exists()
+            assert young.folder.is_dir()
+            assert files.folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
