@@ -119,6 +119,17 @@ class CountProfile(Record, frozen=True):
         """Whether the graph has a fixed number of them."""
         return self.minimum == self.maximum
 
+    def size_for(self, waiting: int) -> int:
+        """How many of those that wait one call takes: few different numbers, each set up once.
+
+        Args:
+            waiting: at least ``minimum``.
+
+        Returns:
+            The largest of ``minimum``, ``preferred`` and ``maximum`` that are there.
+        """
+        return max(n for n in (self.minimum, self.preferred, self.maximum) if n <= waiting)
+
     @classmethod
     def parse(cls, text: str, name: str = "targets") -> CountProfile:
         """Read ``"N"`` (static) or ``"min,preferred,max"``.
@@ -211,16 +222,9 @@ def graph_specs(
 
     Returns:
         Graph name to specification, in the order in which the graphs run.
-
-    Raises:
-        ValueError: the encoder would not take a single image.
     """
     profile, batch = targets or CountProfile(), images or CountProfile()
-    if batch.minimum != 1:
-        raise ValueError(
-            f"images starts at {batch.minimum}; accepted: 1, or 1,preferred,max, for a picture "
-            "that comes alone must not wait for others"
-        )
+    assert batch.minimum == 1, "a picture that comes alone must not wait for others"
     count: int | str = profile.minimum if profile.is_static else TARGETS_DIMENSION
     together: int | str = 1 if batch.is_static else IMAGES_DIMENSION
     mask, side, grid = geometry.mask_size, geometry.image_size, geometry.grid_size

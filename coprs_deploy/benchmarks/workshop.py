@@ -422,10 +422,8 @@ def _is(
         return False
     if encoder.engine is not None and not _fits(encoder.engine):
         return False
-    targets, images = map(CountProfile.parse, counts)
-    if manifest.graphs[PRIOR].spec.targets != targets:
-        return False
-    if encoder.spec.images != images and not images.is_static:  # a range takes one image too
+    found = (manifest.graphs[PRIOR].spec.targets, encoder.spec.images)
+    if found != tuple(map(CountProfile.parse, counts)):
         return False
     if model.checkpoint is None or bundle == model.bundle:
         return True

@@ -42,7 +42,7 @@ class BuildKey(Record, frozen=True):
         flavor: ``tensorrt`` or ``tensorrt-rtx``.
         version: of the library.
         graph_sha256: hash of the ONNX graph, external weights included.
-        spec: inputs and outputs, and the range of targets.
+        spec: inputs and outputs, and the range of targets or images.
         precision: of the graph.
         workspace_bytes: limit of scratch memory.
         version_compatible: whether later versions load the plan.

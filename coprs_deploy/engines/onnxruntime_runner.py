@@ -7,7 +7,7 @@ between the graphs. A provider that was asked for and is not used is an error, n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from coprs_deploy.engines.runner import (
     Array,
     Availability,
     DeviceTensor,
+    HostTensor,
     Runner,
     RunnerOptions,
     host_array,
@@ -63,14 +64,16 @@ class OrtTensor:
         array: Array = self.value.numpy()
         return array
 
-    def rows(self) -> list[OrtRow]:
-        """Return its parts along the first dimension; they share its memory."""
+    def rows(self) -> Sequence[DeviceTensor]:
+        """Return its parts along the first dimension; on a GPU they share its memory."""
+        if self.value.device_name() == "cpu":
+            return HostTensor(self.numpy()).rows()
         return [OrtRow(self, number) for number in range(self.shape[0])]
 
 
 @dataclass(frozen=True)
 class OrtRow:
-    """One part of an :class:`OrtTensor` along its first dimension, where it lies."""
+    """One part of an :class:`OrtTensor` in GPU memory along its first dimension, where it lies."""
 
     whole: OrtTensor
     number: int
@@ -162,7 +165,7 @@ class OrtRunner(Runner):
     def _bindable(self, value: Array | DeviceTensor) -> onnxruntime.OrtValue | OrtRow:
         if isinstance(value, OrtTensor):
             return value.value
-        if isinstance(value, OrtRow):
+        if isinstance(value, OrtRow) and value.whole.value.device_name() == self._device[0]:
             return value
         return self._ort.OrtValue.ortvalue_from_numpy(host_array(value), *self._device)
 

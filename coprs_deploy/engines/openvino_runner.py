@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from coprs_deploy.engines.runner import (
     Array,
     Availability,
     DeviceTensor,
+    HostTensor,
     Runner,
     RunnerOptions,
     host_array,
@@ -38,31 +38,6 @@ CACHED_GRAPH_BYTES = 128_000_000
 ViT-B's (370 MB) opens in 0.5 s from the cache and in 0.7 s without it."""
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
-
-
-@dataclass(frozen=True)
-class HostTensor:
-    """A host array as a :class:`DeviceTensor`."""
-
-    array: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
-        return self.array.shape
-
-    @property
-    def dtype(self) -> str:
-        """Its element type."""
-        return str(self.array.dtype)
-
-    def numpy(self) -> Array:
-        """Return the array."""
-        return self.array
-
-    def rows(self) -> list[HostTensor]:
-        """Return its parts along the first dimension."""
-        return [HostTensor(self.array[i : i + 1]) for i in range(len(self.array))]
 
 
 class OpenVinoRunner(Runner):
@@ -101,7 +76,7 @@ class OpenVinoRunner(Runner):
             self._model: Any = core.read_model(path)
             if _holds_int8(self._model):
                 require_int8_units()
-            self._compiled_for(spec.profile.preferred)
+            self._compiled_for(spec.targets.preferred)
         except (RuntimeError, OSError) as error:
             raise BundleError(f"OpenVINO cannot open {path}: {error}") from error
         if spec.profile.is_static:
@@ -110,7 +85,7 @@ class OpenVinoRunner(Runner):
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         arrays = {name: host_array(value) for name, value in inputs.items()}
         shapes = {name: array.shape for name, array in arrays.items()}
-        count = self.spec.count_of(shapes) or self.spec.profile.preferred
+        count = self.spec.count_of(shapes) or self.spec.targets.preferred
         # Written anew each time: a request reuses its own output, and this one outlives the call.
         outputs = {
             tensor.name: np.empty(tensor.shape_for(count), dtype=tensor.dtype)

@@ -38,7 +38,32 @@ class DeviceTensor(Protocol):
         """Return the values as a host array."""
 
     def rows(self) -> Sequence[DeviceTensor]:
-        """Return its parts along the first dimension, each (1, ...), where they lie."""
+        """Return its parts along the first dimension, each (1, ...), on the same device."""
+
+
+@dataclass(frozen=True)
+class HostTensor:
+    """A host array as a :class:`DeviceTensor`."""
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> str:
+        """Its element type."""
+        return str(self.array.dtype)
+
+    def numpy(self) -> Array:
+        """Return the array."""
+        return self.array
+
+    def rows(self) -> list[HostTensor]:
+        """Return its parts along the first dimension; each has memory of its own."""
+        return [HostTensor(self.array[i : i + 1].copy()) for i in range(len(self.array))]
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def trial_inputs(spec: GraphSpec) -> dict[str, Array]:
     generator = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for tensor in spec.inputs:
-        shape = tensor.shape_for(spec.profile.preferred)
+        shape = tensor.shape_for(spec.targets.preferred)  # one image: most pictures come alone
         if tensor.dtype == "float32":
             inputs[tensor.name] = generator.standard_normal(shape, dtype=np.float32)
         else:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.runner import DeviceTensor, Runner
 from coprs_deploy.images import PreparedImage
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
 
 
 class Stages(Closeable):
@@ -34,25 +34,24 @@ class Stages(Closeable):
         return self.encode_together([prepared])[0]
 
     @property
-    def images_together(self) -> int:
-        """How many images the encoder takes in one call at most."""
-        return self.runners[IMAGE_ENCODER].spec.images.maximum
+    def images(self) -> CountProfile:
+        """How many images the encoder takes in one call."""
+        return self.runners[IMAGE_ENCODER].spec.images
 
     def encode_together(self, images: Sequence[PreparedImage]) -> list[DeviceTensor]:
-        """Encode images in as few calls as the graph allows.
-
-        Args:
-            images: at least one.
+        """Encode images in few calls, of few different sizes; see :meth:`CountProfile.size_for`.
 
         Returns:
-            An embedding for each, (1, C, G, G), on the device; those of one call share memory.
+            An embedding for each, (1, C, G, G), on the device.
         """
         embeddings: list[DeviceTensor] = []
-        for start in range(0, len(images), self.images_together):
-            batch = [prepared.image for prepared in images[start : start + self.images_together]]
-            stacked = batch[0] if len(batch) == 1 else np.concatenate(batch)
+        while len(embeddings) < len(images):
+            start = len(embeddings)
+            size = self.images.size_for(len(images) - start)
+            batch = [prepared.image for prepared in images[start : start + size]]
+            stacked = batch[0] if size == 1 else np.concatenate(batch)
             encoded = self.runners[IMAGE_ENCODER](image=stacked)["image_embedding"]
-            embeddings += [encoded] if len(batch) == 1 else encoded.rows()
+            embeddings += [encoded] if size == 1 else encoded.rows()
         return embeddings
 
     def priors(

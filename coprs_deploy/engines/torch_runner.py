@@ -48,8 +48,8 @@ class TorchTensor:
         return array
 
     def rows(self) -> list[TorchTensor]:
-        """Return its parts along the first dimension."""
-        return [TorchTensor(self.tensor[i : i + 1]) for i in range(len(self.tensor))]
+        """Return its parts along the first dimension; each has memory of its own."""
+        return [TorchTensor(self.tensor[i : i + 1].clone()) for i in range(len(self.tensor))]
 
 
 class TorchRunner(Runner):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ def block_errors(
     names = [f"block_{number}" for number in range(len(encoder.blocks) - 1)]
     path = candidate.with_name(f"{candidate.stem}.blocks.onnx")
     outputs = _tap_blocks(candidate, path, names, tuple(encoder.pos_embed.shape))
-    tapped = GraphSpec(spec.name, spec.inputs, (*spec.outputs, *outputs), spec.targets)
+    tapped = msgspec.structs.replace(spec, outputs=(*spec.outputs, *outputs))
     worst = [0.0] * (len(names) + 1)
     seen: dict[str, Array] = {}
     try:

@@ -210,7 +210,7 @@ def trace(stage: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
     """Trace a stage as export does, and give the program back as a module that can be called."""
     import torch
 
-    count = spec.profile.preferred
+    count = spec.targets.preferred  # the encoder runs one image at a time here
     examples = tuple(
         torch.zeros(tensor.shape_for(count), dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs

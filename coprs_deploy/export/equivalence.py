@@ -203,10 +203,12 @@ def compare_stages(
         expected = known[name]
         report(f"candidate {name}")
         with candidate(name) as runner:
-            found = _run_all(runner, truth)
+            found = [_run(runner, values) for values in truth]
             follows = found if name == IMAGE_ENCODER else [_run(runner, v) for v in chain]
             output = runner.spec.outputs[0].name
-        records.append(summarize(name, found, expected, tolerances[name]))
+            company = _in_company(runner, truth, expected)
+        compared = ([*found, *company[0]], [*expected, *company[1]])
+        records.append(summarize(name, *compared, tolerances[name]))
         for values, chained, ours, next_value in zip(truth, chain, expected, follows, strict=True):
             values[output] = ours
             chained[output] = next_value
@@ -270,17 +272,22 @@ def _first_inputs(sample: SampleInput) -> dict[str, Array]:
     }
 
 
-def _run_all(runner: Runner, truth: Sequence[Mapping[str, Array]]) -> list[Array]:
-    """Run a graph on every sample; an encoder of several images takes its preferred number."""
-    together = runner.spec.images.preferred
-    if together == 1:
-        return [_run(runner, values) for values in truth]
-    outputs: list[Array] = []
-    for start in range(0, len(truth), together):
-        images = [values["image"] for values in truth[start : start + together]]
-        encoded = runner(image=np.concatenate(images))[runner.spec.outputs[0].name]
-        outputs += [np.asarray(row.numpy()) for row in encoded.rows()]
-    return outputs
+def _in_company(
+    runner: Runner, truth: Sequence[Mapping[str, Array]], expected: Sequence[Array]
+) -> tuple[list[Array], list[Array]]:
+    """Encode samples in batches of the other sizes that the encoder is called with.
+
+    Returns:
+        What it gives and what the reference gave, image by image; nothing for a static graph.
+    """
+    images, found, wanted = runner.spec.images, list[Array](), list[Array]()
+    for size in {images.preferred, images.maximum} - {1}:
+        chosen = [number % len(truth) for number in range(size)]
+        batch = np.concatenate([truth[number]["image"] for number in chosen])
+        encoded = runner(image=batch)[runner.spec.outputs[0].name]
+        found += [np.asarray(row.numpy()) for row in encoded.rows()]
+        wanted += [expected[number] for number in chosen]
+    return found, wanted
 
 
 def _run(runner: Runner, values: Mapping[str, Array]) -> Array:

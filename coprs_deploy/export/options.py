@@ -73,6 +73,11 @@ class ExportOptions:
             raise ValueError(
                 f"runtime and precision are {self.runtime} {self.precision}; accepted: {known}"
             )
+        if self.images.minimum != 1:
+            raise ValueError(
+                f"images starts at {self.images.minimum}; accepted: 1, or 1,preferred,max, for a "
+                "picture that comes alone must not wait for others"
+            )
         if (self.precision == INT8) != (self.calibration is not None):
             raise ValueError(
                 "int8 is calibrated on pictures of the kind that the model will see: pass "

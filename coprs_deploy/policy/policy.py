@@ -94,7 +94,7 @@ class PolicyResult:
         prefill_ms: reading the prompt and the image, up to the first token.
         decode_ms: writing the response, the last hidden state included.
         queue_ms: waiting for its turn, before ``prefill_ms``.
-        image_ms: preparing the image, before both.
+        image_ms: preparing the image, as far as it comes before both.
         num_cached_tokens: tokens of the prompt that an earlier request had read already.
     """
 

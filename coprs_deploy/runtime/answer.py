@@ -40,7 +40,8 @@ class Timings:
     Attributes:
         queue_ms: waiting for the policy's turn.
         image_ms: decoding the picture, and naming it by its content where embeddings are kept.
-        policy_image_ms: preparing the picture for the policy.
+        policy_image_ms: preparing the picture for the policy; of vLLM only fitting it to the
+            policy's size, for its engine does the rest in ``prefill_ms``.
         image_encoder_ms: preparing the picture for the image encoder and encoding it, together
             with those that waited beside it; 0 when the embedding was kept from before.
         image_encoder_hidden_ms: the part of it during which the policy was at work anyway.
@@ -93,7 +94,7 @@ class Answer:
         instruction: the question.
         timings: milliseconds a stage.
         runtime: what ran the graphs and the policy.
-        image: (H, W, 3) uint8, the picture, upright.
+        image: (H, W, 3) uint8, the picture, upright; read-only.
     """
 
     found: bool

@@ -21,14 +21,13 @@ from coprs_deploy.errors import PolicyError
 from coprs_deploy.images import (
     ImageSource,
     Placement,
-    image_key,
     load_image,
     prepare_image,
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, Words
 from coprs_deploy.runtime.admission import Admission
 from coprs_deploy.runtime.answer import Answer, PriorReady, Timings
-from coprs_deploy.runtime.embedding_cache import EmbeddingCache
+from coprs_deploy.runtime.embedding_cache import EmbeddingCache, picture_key
 from coprs_deploy.runtime.encoder_queue import EncoderQueue
 from coprs_deploy.runtime.encoding import Encoding, Picture
 from coprs_deploy.runtime.loading import Progress, load_parts, no_progress
@@ -157,7 +156,10 @@ class CoPRS(Closeable):
         """
         size = self._geometry.image_size
         picture = self._open(np.full((size, size, 3), 128, dtype=np.uint8))
-        embedding = self._stages.encode(prepare_image(picture.rgb, self._geometry))
+        prepared = prepare_image(picture.rgb, self._geometry)
+        images = self._stages.images
+        for together in sorted({images.minimum, images.preferred, images.maximum}):
+            embedding = self._stages.encode_together([prepared] * together)[0]
         concentrations = np.zeros((1, self._policy.width), dtype=np.float32)
         # Where the graphs are joined, `stream` still runs them apart.
         for announces_prior in (False, True) if self._stages.joins_targets else (False,):
@@ -296,7 +298,8 @@ class CoPRS(Closeable):
     def _open(self, image: ImageSource) -> Picture:
         start = time.perf_counter()
         rgb = load_image(image)
-        key = image_key(rgb) if self._cache.capacity else ""
+        rgb.setflags(write=False)  # the encoder may still read it when the answer is given
+        key = picture_key(rgb) if self._cache.capacity else ""
         placed = Placement.of(rgb, self._geometry)
         return Picture(rgb, placed, key, 1e3 * (time.perf_counter() - start))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from coprs_deploy.engines import DeviceTensor
 from coprs_deploy.images import RgbArray
@@ -30,6 +33,23 @@ class EncodedImage:
         """How long the image encoder ran between two times of ``time.perf_counter()``."""
         began = self.finished - self.milliseconds / 1e3
         return max(0.0, 1e3 * (min(self.finished, end) - max(began, start)))
+
+
+_SEED = secrets.randbits(64)
+"""So that nobody can prepare two pictures of one key for this process."""
+
+
+def picture_key(rgb: RgbArray) -> str:
+    """Name a picture, (H, W, 3), within this process: equal pixels and size give equal keys.
+
+    Every question waits for it, so it is a fast hash: a tenth of the time of
+    :func:`coprs_deploy.images.image_key`, whose names last.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128(str(rgb.shape).encode(), seed=_SEED)
+    digest.update(np.ascontiguousarray(rgb).data)
+    return digest.hexdigest()
 
 
 class Encoder(Protocol):

@@ -6,10 +6,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from coprs_deploy.engines import DeviceTensor, Stages
+from coprs_deploy.engines import Stages
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.images import RgbArray, prepare_image
 from coprs_deploy.runtime.embedding_cache import EncodedImage
@@ -25,8 +25,8 @@ class _Waiting:
 class EncoderQueue:
     """Encodes pictures in the order in which they come, several in one call where several wait.
 
-    Nobody waits for company: a picture that comes alone is encoded at once, and what has come
-    meanwhile goes together next, up to the number that the graph takes.
+    Nobody waits for company: a picture that comes alone is encoded at once, and of those that have
+    come meanwhile as many go together next as the graph takes.
 
     Args:
         stages: the graphs.
@@ -37,10 +37,8 @@ class EncoderQueue:
         self._stages = stages
         self._geometry = geometry
         self._waiting: deque[_Waiting] = deque()
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name="image-encoder", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
 
     def submit(self, rgb: RgbArray) -> Future[EncodedImage]:
         """Have a picture encoded; cancelling the future before its turn calls it off.
@@ -52,56 +50,58 @@ class EncoderQueue:
             CoPRSError: the queue was closed.
         """
         item = _Waiting(rgb)
-        with self._changed:
-            if self._is_closed:
-                raise CoPRSError("the runtime was closed")
+        with self._lock:
             self._waiting.append(item)
-            self._changed.notify()
+            try:
+                self._thread.submit(self._serve)
+            except RuntimeError as error:
+                self._waiting.clear()
+                raise CoPRSError("the runtime was closed") from error
         return item.future
 
-    def _work(self) -> None:
-        while self._serve(self._next_batch()):  # no name here keeps the last pictures alive
-            pass
+    def _serve(self) -> None:
+        """Encode what goes together next; nothing where it went along with others before."""
+        batch = self._next_batch()
+        failure = self._encode(batch)
+        if failure is None:
+            return
+        # Of several, one alone may still have room, or be sound where another is not.
+        for item in batch:
+            alone = failure if len(batch) == 1 else self._encode([item])
+            if alone is not None:
+                item.future.set_exception(alone)
 
-    def _serve(self, batch: Sequence[_Waiting]) -> bool:
-        """Encode a batch; say whether there was one."""
+    def _next_batch(self) -> list[_Waiting]:
+        with self._lock:
+            wanted = self._stages.images.size_for(len(self._waiting)) if self._waiting else 0
+            batch: list[_Waiting] = []
+            while self._waiting and len(batch) < wanted:
+                item = self._waiting.popleft()
+                if item.future.set_running_or_notify_cancel():
+                    batch.append(item)
+        return batch
+
+    def _encode(self, batch: Sequence[_Waiting]) -> Exception | None:
+        """Encode pictures and hand out their embeddings, or return what went wrong."""
         start = time.perf_counter()
         try:
-            embeddings = self._encode([item.rgb for item in batch])
-        except BaseException as error:
-            for item in batch:
-                item.future.set_exception(error)
-            return True
+            prepared = [prepare_image(item.rgb, self._geometry) for item in batch]
+            embeddings = self._stages.encode_together(prepared)
+        except Exception as error:
+            return error
         finished = time.perf_counter()
+        assert len(embeddings) == len(batch), "an embedding a picture"
         for item, embedding in zip(batch, embeddings, strict=True):
             encoded = EncodedImage(embedding, finished, 1e3 * (finished - start))
             item.future.set_result(encoded)
-        return bool(batch)
-
-    def _next_batch(self) -> list[_Waiting]:
-        """Wait for pictures, and take those that go together; none once the queue is closed."""
-        with self._changed:
-            batch: list[_Waiting] = []
-            while not batch:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed)
-                if self._is_closed:
-                    break
-                while self._waiting and len(batch) < self._stages.images_together:
-                    item = self._waiting.popleft()
-                    if item.future.set_running_or_notify_cancel():
-                        batch.append(item)
-            return batch
-
-    def _encode(self, pictures: Sequence[RgbArray]) -> list[DeviceTensor]:
-        return self._stages.encode_together([prepare_image(p, self._geometry) for p in pictures])
+        return None
 
     def close(self) -> None:
         """Call off what waits, and return when what is being encoded is done."""
-        with self._changed:
-            self._is_closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
             waiting = list(self._waiting)
             self._waiting.clear()
-            self._changed.notify()
         for item in waiting:
             item.future.cancel()
-        self._thread.join()
+        self._thread.shutdown(wait=True)

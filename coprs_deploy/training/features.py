@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "features.json"
 LOCK_FILE = ".lock"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 DEFAULT_SHARD_IMAGES = 256
 
 Progress = Callable[[int, int, float], None]

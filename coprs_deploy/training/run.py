@@ -114,15 +114,15 @@ def _train_on_scenes(
     shared = share_scenes(recipe, accelerator, scenes)
     workbench, judge, data = shared.workbench, shared.judge, recipe.data
     assert isinstance(data, SceneData)
+    provenance = {"recipe": recipe.description, "seed": recipe.seed, "data": data.to_json()}
+    if isinstance(recipe.model, SmallModel) and recipe.model.start:
+        provenance["from"] = read_checkpoint(recipe.model.start).fingerprint()
     trainer = Trainer(accelerator, recipe, folder, workbench)
     started = time.perf_counter()
     results = {
         name: trainer.run(build_phase(name, settings, shared))
         for name, settings in recipe.phases.items()
     }
-    provenance = {"recipe": recipe.description, "seed": recipe.seed, "data": data.to_json()}
-    if isinstance(recipe.model, SmallModel) and recipe.model.start:
-        provenance["from"] = read_checkpoint(recipe.model.start).fingerprint()
     checkpoint = folder.path / CHECKPOINT_FOLDER
     if accelerator.is_main_process:
         workbench.save_checkpoint(checkpoint, recipe.store, provenance, overwrite=True)

@@ -24,7 +24,12 @@ from coprs_deploy.training.heads import SceneHeads
 from coprs_deploy.training.recipe import SmallModel
 from coprs_deploy.training.scene_source import attribute_sizes
 from coprs_deploy.training.scenes.tiers import Tier
-from coprs_deploy.training.small_policy import PolicyParts, build_small_policy, small_config
+from coprs_deploy.training.small_policy import (
+    PolicyParts,
+    build_small_policy,
+    prompt_template,
+    small_config,
+)
 
 POSITION_SCALE = 0.1
 """Standard deviation of the image encoder's starting position embedding."""
@@ -169,10 +174,12 @@ def _start_from(settings: SmallModel) -> Workbench:
     ]
     if checkpoint.config.model != settings.segmentation:
         other.append("the segmentation path")
+    if checkpoint.config.prompt != prompt_template(settings.policy):
+        other.append("the prompt")
     if other:
         raise ValueError(
-            f"model.start: {checkpoint.path} has other sizes than the recipe in "
-            f"{', '.join(other)}; give the sizes that it was trained with"
+            f"model.start: {checkpoint.path} differs from the recipe in {', '.join(other)}; give "
+            "the sizes and the prompt that it was trained with"
         )
     return workbench
 

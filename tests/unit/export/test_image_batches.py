@@ -6,12 +6,14 @@ import pytest
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines.onnxruntime_runner import OrtRunner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export import ExportOptions, equivalence, export_checkpoint
-from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.export import ExportOptions, export_checkpoint
+from coprs_deploy.export.chain import measure_chain
+from coprs_deploy.export.equivalence import TOLERANCES, sample_inputs
 from coprs_deploy.images import prepare_image
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile, graph_specs
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
 
 IMAGES = CountProfile(1, 2, 4)
 ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative
@@ -88,20 +90,29 @@ def test_an_embedding_of_a_batch_is_read_where_it_lies(stages, pictures):
         )
 
 
-def test_the_check_of_an_export_runs_images_together(tiny_checkpoint, tmp_path, monkeypatch):
-    """A fault that shows in company only is found, and nothing is written."""
-    run_all = equivalence._run_all
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_check_of_an_export_runs_every_size(size, tiny_checkpoint, tmp_path, monkeypatch):
+    """A fault that shows in one size only is found, and nothing is written."""
+    run = OrtRunner._run
 
-    def swapped(runner, truth):
-        outputs = run_all(runner, truth)
-        return outputs if runner.spec.images.is_static else [outputs[1], outputs[0], *outputs[2:]]
+    def wrong_in_one_size(runner, inputs):
+        if "image" in inputs and len(inputs["image"]) == size:
+            inputs = {"image": np.concatenate([inputs["image"][:-1], 0 * inputs["image"][-1:]])}
+        return run(runner, inputs)
 
-    monkeypatch.setattr(equivalence, "_run_all", swapped)
+    monkeypatch.setattr(OrtRunner, "_run", wrong_in_one_size)
     with pytest.raises(EquivalenceError, match="image_encoder"):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", ExportOptions(images=IMAGES))
     assert not (tmp_path / "bundle").exists()
 
 
-def test_an_encoder_that_would_wait_for_company_is_refused(bundle):
+def test_the_chain_of_equality_is_measured_on_it(bundle, tiny_checkpoint):
+    samples = sample_inputs(bundle.manifest.geometry, bundle.manifest.policy.width)
+    links = measure_chain(bundle, read_checkpoint(tiny_checkpoint), samples)
+    assert len(links) == 4
+    assert all(link.passed for link in links)
+
+
+def test_an_encoder_that_would_wait_for_company_is_refused():
     with pytest.raises(ValueError, match="images starts at 2; accepted: 1, or 1,preferred,max"):
-        graph_specs(bundle.manifest.geometry, 64, images=CountProfile(2, 2, 4))
+        ExportOptions(images=CountProfile(2, 2, 4))

@@ -84,7 +84,8 @@ class TestBundle:
         timings = answer.timings
         assert timings.response_tokens == 9
         assert timings.prompt_tokens > 50
-        for name in ("image_ms", "prefill_ms", "decode_ms", "prior_ms", "mask_decoder_ms"):
+        graphs = ("image_encoder_ms", "prior_ms", "mask_decoder_ms")
+        for name in ("image_ms", "policy_image_ms", "prefill_ms", "decode_ms", *graphs):
             assert 0 < getattr(timings, name) < timings.total_ms, name
 
     def test_every_kind_of_source_gives_the_same_answer(self, coprs, scene, tmp_path):

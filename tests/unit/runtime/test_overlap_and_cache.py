@@ -105,10 +105,11 @@ class TestTimings:
             def stream(self, request):
                 *words, result = super().stream(request)
                 yield from words
-                yield dataclasses.replace(result, queue_ms=5.0, num_cached_tokens=17)
+                yield dataclasses.replace(result, queue_ms=5.0, num_cached_tokens=17, image_ms=3.0)
 
         timings = build(Telling())[0].segment(picture(), "x").timings
         assert (timings.queue_ms, timings.cached_prompt_tokens) == (5.0, 17)
+        assert timings.policy_image_ms == 3.0
         assert timings.tokens_per_second == pytest.approx(7 / 0.002)
 
     def test_warming_up_runs_every_stage_and_keeps_nothing(self, build):
