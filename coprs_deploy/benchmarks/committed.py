@@ -4,7 +4,7 @@
     python -m coprs_deploy.benchmarks.committed --check   exit code 1 where one is out of date
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. Of the reports of a theme
-the newest counts.
+the newest counts, and of those of one day the last by the name of its machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def newest(root: Path, theme: str) -> Report | None:
     """Give the newest report of a theme, of whatever machine; None where there is none."""
     reports = [read_report(path) for path in sorted((root / REPORTS).glob(f"{theme}-*.json"))]
     chosen = [report for report in reports if report.theme == theme]
-    return max(chosen, key=lambda report: report.date, default=None)
+    return max(chosen, key=lambda report: (report.date, report.machine.kind), default=None)
 
 
 def speed_table(root: Path) -> list[str]:

@@ -114,6 +114,8 @@ def workbench_from_checkpoint(checkpoint: Checkpoint) -> Workbench:
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    for name in ("is_local", "local_files_only"):  # how it was read, not what it is
+        tokenizer.init_kwargs.pop(name, None)
     parts = PolicyParts(policy, tokenizer, processor, checkpoint.config.prompt)
     segmentation = load_segmentation_model(checkpoint)
     return Workbench(parts, segmentation, nn.Module(), checkpoint.config.policy_image)
