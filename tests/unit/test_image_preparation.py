@@ -176,6 +176,16 @@ def test_fit_pixel_count_keeps_the_upper_limit_when_it_equals_the_lower_one():
     assert picture.height * picture.width <= 784
 
 
+@pytest.mark.parametrize(("side", "largest"), [(250, 0), (1600, 3)])
+def test_a_picture_that_shrinks_a_lot_keeps_its_colors(side, largest):
+    generator = np.random.default_rng(5)
+    coarse = generator.integers(0, 256, (25, 25, 3), dtype=np.uint8)
+    rgb = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+    found = np.asarray(fit_pixel_count(rgb, 100, 100 * 100)).astype(int)
+    plain = np.asarray(Image.fromarray(rgb).resize((100, 100), Image.Resampling.BICUBIC))
+    assert np.abs(found - plain).max() <= largest
+
+
 def test_a_picture_inside_the_limits_is_not_touched():
     rgb = colors(30, 40)
     np.testing.assert_array_equal(np.asarray(fit_pixel_count(rgb, 100, 10_000)), rgb)
