@@ -4,12 +4,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from coprs_deploy.runtime.embedding_cache import EmbeddingCache, EncodedImage
+from coprs_deploy.runtime.embedding_cache import EmbeddingCache, EncodedImage, picture_key
 
 WAIT_SECONDS = 10
 
 
 class PendingExecutor:
+    """An encoder for tests: a "picture" is what computes its embedding."""
+
     def __init__(self):
         self.futures = []
 
@@ -181,3 +183,12 @@ def test_an_embedding_that_is_there_outlives_its_release(executor):
     executor.run_all()
     cache.release(future)
     assert cache.get_or_submit("picture", never)[1]
+
+
+def test_a_key_tells_pictures_apart_by_every_pixel_and_the_shape():
+    rgb = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    changed = rgb.copy()
+    changed[1, 2, 2] ^= 1
+    wide = np.repeat(rgb, 2, axis=1)
+    assert len({picture_key(rgb), picture_key(changed), picture_key(rgb.reshape(3, 2, 3))}) == 3
+    assert picture_key(rgb) == picture_key(rgb.copy()) == picture_key(wide[:, ::2])

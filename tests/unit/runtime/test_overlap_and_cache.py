@@ -6,9 +6,11 @@ import time
 
 import numpy as np
 import pytest
-from runtime_fakes import WAIT, FakePolicy, picture
+from runtime_fakes import DIMENSION, GEOMETRY, WAIT, FakePolicy, picture
 
+from coprs_deploy.engines.runner import HostTensor
 from coprs_deploy.runtime import CoPRS
+from coprs_deploy.specs import CountProfile, graph_specs
 
 
 class TestOverlap:
@@ -118,6 +120,23 @@ class TestTimings:
         assert [runner.calls for runner in runners.values()] == [1, 1, 1]
         assert timings.decode_ms == 2.0
         assert len(coprs._cache) == 0
+
+    def test_warming_up_runs_every_number_of_images(self, build):
+        coprs, runners = build()
+        encoder, sizes = runners["image_encoder"], []
+        encoder.spec = graph_specs(GEOMETRY, DIMENSION, images=CountProfile(1, 2, 4))[
+            "image_encoder"
+        ]
+
+        def run(inputs):
+            sizes.append(len(inputs["image"]))
+            (output,) = encoder.spec.outputs
+            zeros = np.zeros(output.shape_for(sizes[-1]), np.float32)
+            return {output.name: HostTensor(zeros)}
+
+        encoder._run = run
+        coprs.warm_up()
+        assert sizes == [1, 2, 4]
 
     def test_loading_tells_what_it_does(self, tiny_bundle):
         steps = []
