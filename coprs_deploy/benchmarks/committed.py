@@ -4,7 +4,7 @@
     python -m coprs_deploy.benchmarks.committed --check   exit code 1 where one is out of date
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. Of the reports of a theme
-the newest counts, and of those of one day the last by the name of its machine.
+those of one machine count, the last by name (``avx512`` before ``avx2``), and of them the newest.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ REPORTS = Path("docs/reports/benchmarks")
 
 
 def newest(root: Path, theme: str) -> Report | None:
-    """Give the newest report of a theme, of whatever machine; None where there is none."""
+    """Give the newest report of a theme, of the last machine by name; None where there is none."""
     reports = [read_report(path) for path in sorted((root / REPORTS).glob(f"{theme}-*.json"))]
     chosen = [report for report in reports if report.theme == theme]
-    return max(chosen, key=lambda report: (report.date, report.machine.kind), default=None)
+    return max(chosen, key=lambda report: (report.machine.kind, report.date), default=None)
 
 
 def speed_table(root: Path) -> list[str]:
