@@ -4,7 +4,7 @@
     python -m coprs_deploy.benchmarks.committed --check   exit code 1 where one is out of date
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. Of the reports of a theme
-those of one machine count, the last by name (``avx512`` before ``avx2``), and of them the newest.
+one counts: of a machine with a GPU, else of the widest vector units, and of those the newest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from coprs_deploy.benchmarks.cells import milliseconds, number_of_bytes
+from coprs_deploy.benchmarks.machine import KINDS
 from coprs_deploy.benchmarks.report import GroupResult, Report, Row, read_report
 from coprs_deploy.benchmarks.text import markdown_table
 from coprs_deploy.specs import IMAGE_ENCODER
@@ -22,17 +23,25 @@ from coprs_deploy.specs import IMAGE_ENCODER
 REPORTS = Path("docs/reports/benchmarks")
 
 
-def newest(root: Path, theme: str) -> Report | None:
-    """Give the newest report of a theme, of the last machine by name; None where there is none."""
+def shown(root: Path, theme: str) -> Report | None:
+    """Give the report of a theme that counts; None where there is none."""
     reports = [read_report(path) for path in sorted((root / REPORTS).glob(f"{theme}-*.json"))]
     chosen = [report for report in reports if report.theme == theme]
-    return max(chosen, key=lambda report: (report.machine.kind, report.date), default=None)
+    return max(chosen, key=_rank, default=None)
+
+
+def _rank(report: Report) -> tuple[bool, int, str]:
+    """Order reports: the GPU's last, then by vector units, then by date."""
+    units = [kind for _, kind in reversed(KINDS)]
+    unit = report.machine.kind.rpartition("-")[2]
+    width = units.index(unit) if unit in units else -1
+    return report.machine.gpu is not None, width, report.date
 
 
 def speed_table(root: Path) -> list[str]:
     """Lay out answers, start and image encoders for the README."""
     lines: list[str] = []
-    shipped = newest(root, "shipped")
+    shipped = shown(root, "shipped")
     if shipped is not None:
         rows = [
             (row.name, *_speed(row))
@@ -43,7 +52,7 @@ def speed_table(root: Path) -> list[str]:
         ]
         lines += [_title(shipped, "the shipped model, whole answers and start"), ""]
         lines += markdown_table(("", "median", "p90", "memory", "mask IoU with the truth"), rows)
-    full = newest(root, "full-size")
+    full = shown(root, "full-size")
     for group in full.groups if full is not None else ():
         if group.suite != "engines" or IMAGE_ENCODER not in group.name:
             continue
@@ -98,7 +107,7 @@ def _encoder(row: Row) -> tuple[str, ...]:
 
 def precision_table(root: Path) -> list[str]:
     """Lay out what half precision costs on held-out scenes."""
-    report = newest(root, "precision")
+    report = shown(root, "precision")
     if report is None:
         return []
     rows: list[tuple[str, ...]] = []

@@ -62,7 +62,7 @@ class EncoderQueue:
     def _serve(self) -> None:
         """Encode what goes together next; nothing where it went along with others before."""
         batch = self._next_batch()
-        failure = self._encode(batch)
+        failure = self._encode(batch) if batch else None
         if failure is None:
             return
         # Of several, one alone may still have room, or be sound where another is not.
@@ -87,10 +87,10 @@ class EncoderQueue:
         try:
             prepared = [prepare_image(item.rgb, self._geometry) for item in batch]
             embeddings = self._stages.encode_together(prepared)
+            assert len(embeddings) == len(batch), "an embedding a picture"
         except Exception as error:
-            return error
+            return error  # whatever it is, somebody waits for these futures
         finished = time.perf_counter()
-        assert len(embeddings) == len(batch), "an embedding a picture"
         for item, embedding in zip(batch, embeddings, strict=True):
             encoded = EncodedImage(embedding, finished, 1e3 * (finished - start))
             item.future.set_result(encoded)

@@ -178,6 +178,7 @@ def test_fit_pixel_count_keeps_the_upper_limit_when_it_equals_the_lower_one():
 
 @pytest.mark.parametrize(("side", "largest"), [(250, 0), (1600, 3)])
 def test_a_picture_that_shrinks_a_lot_keeps_its_colors(side, largest):
+    """Levels of 255; nothing is averaged first below six times, and a scene differed by 2 above."""
     generator = np.random.default_rng(5)
     coarse = generator.integers(0, 256, (25, 25, 3), dtype=np.uint8)
     rgb = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))

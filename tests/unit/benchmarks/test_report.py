@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from sample_reports import report, row
 
+from coprs_deploy.benchmarks.committed import REPORTS, shown
 from coprs_deploy.benchmarks.outputs import write_outputs
 from coprs_deploy.benchmarks.page import render_html
 from coprs_deploy.benchmarks.report import READABLE_VERSIONS, GroupResult, Row, read_report
@@ -23,6 +25,24 @@ def test_what_is_written_is_read(tmp_path):
     assert read_report(path) == made
     assert left_out == ""
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".json", ".md"]
+
+
+def test_tables_show_the_best_machine_and_there_the_newest_report(tmp_path):
+    folder = tmp_path / REPORTS
+    machine = report().machine
+    kinds = ("cpu-16-cores-avx512", "cpu-2-cores-avx2")
+    machines = [msgspec.structs.replace(machine, kind=kind) for kind in kinds]
+    wide, narrow = (
+        [report(date=day, machine=m) for day in ("2026-01-01", "2026-02-02")] for m in machines
+    )
+    assert shown(tmp_path, "shipped") is None
+    for number, made in enumerate((narrow[1], narrow[0], wide[1], wide[0])):
+        write_outputs(folder, made)
+        assert shown(tmp_path, "shipped") == (narrow[1] if number < 2 else wide[1])
+    graphics = msgspec.structs.replace(machine, kind="a-gpu", gpu="A GPU")
+    write_outputs(folder, report(date="2025-12-12", machine=graphics))
+    assert shown(tmp_path, "shipped").machine == graphics
+    assert shown(tmp_path, "full-size") is None
 
 
 @pytest.mark.parametrize("version", READABLE_VERSIONS)

@@ -23,14 +23,16 @@ class FakeStages:
         self.has_begun = threading.Event()
         self.may_go_on = threading.Event()
         self.fails_from = 99
+        self.loses_one = False
 
     def encode_together(self, images):
-        if images:
-            self.batches.append(len(images))
-            self.has_begun.set()
-            assert self.may_go_on.wait(WAIT)
-            if len(images) >= self.fails_from:
-                raise RuntimeError("out of memory")
+        self.batches.append(len(images))
+        self.has_begun.set()
+        assert self.may_go_on.wait(WAIT)
+        if len(images) >= self.fails_from:
+            raise RuntimeError("out of memory")
+        if self.loses_one:
+            images = images[1:]
         return [float(prepared.image[0, 0, 0, 0]) for prepared in images]
 
 
@@ -106,6 +108,16 @@ def test_a_failure_has_an_error_for_each_and_ends_nothing(start):
     assert len({id(error) for error in errors}) == 4  # raised in several threads
     assert stages.batches == [1, 3, 1, 1, 1]  # the one that came alone was not tried again
     stages.fails_from = 99
+    assert queue.submit(picture(7)).result(WAIT).embedding != 0
+
+
+def test_nobody_waits_for_an_embedding_that_is_missing(start):
+    stages, queue, first = start(1, 2, 2)
+    stages.loses_one = True
+    stages.may_go_on.set()
+    with pytest.raises(AssertionError, match="an embedding a picture"):
+        first.result(WAIT)
+    stages.loses_one = False
     assert queue.submit(picture(7)).result(WAIT).embedding != 0
 
 
