@@ -21,10 +21,10 @@ from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, 4)
+SCHEMA_VERSION = 5
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 """Version 2 added what is known about engines, version 3 what an int8 graph was calibrated on,
-version 4 how many images the encoder takes."""
+version 4 how many images the encoder takes, version 5 how far they reach into the square."""
 
 POLICY_DIRECTORY = "policy"
 PLAN_SUFFIX = ".engine"

@@ -3,7 +3,7 @@
     CoPRSError
     ├── ImageError                  the picture cannot be used
     │   ├── ImageDecodeError        not an image, empty, truncated
-    │   └── ImageSizeError          too many pixels, or none
+    │   └── ImageSizeError          too many pixels, none, or a shape that the bundle refuses
     ├── InstructionError            the instruction is empty or too long
     ├── ArtifactError               files on disk cannot be used
     │   ├── CheckpointError         a checkpoint directory is incomplete or does not fit
@@ -49,7 +49,7 @@ class ImageDecodeError(ImageError):
 
 
 class ImageSizeError(ImageError):
-    """The image has no pixels, or more than the decoding limit."""
+    """No pixels, more than the decoding limit, or a shape that the bundle was not made for."""
 
 
 class InstructionError(CoPRSError, ValueError):

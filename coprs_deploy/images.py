@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
-from coprs_deploy.specs import Geometry
+from coprs_deploy.specs import Geometry, PictureExtent
 
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
 """A path, the bytes of an image file, a Pillow image, or an array (H, W), (H, W, 1 | 3 | 4)."""
@@ -244,6 +244,36 @@ def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     """Scale a size so that its longer side is ``image_size``, rounding half up as SAM does."""
     scale = image_size / max(height, width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def extent_of_aspect(
+    width: int, height: int, geometry: Geometry, *, drops_padding: bool = False
+) -> PictureExtent:
+    """Say how far pictures of an aspect ratio reach into the padded square.
+
+    Args:
+        width: the 16 of 16:9.
+        height: the 9 of 16:9.
+        geometry: sizes of the model.
+        drops_padding: see :class:`PictureExtent`.
+    """
+    inside = unpadded_size(height, width, geometry.image_size)
+    return PictureExtent(*inside, drops_padding=drops_padding)
+
+
+def require_inside(placed: Placed, extent: PictureExtent | None) -> None:
+    """Refuse a picture that reaches beyond what an encoder was made for.
+
+    Raises:
+        ImageSizeError: it does.
+    """
+    if extent is None or extent.holds(placed.unpadded_size.tolist()):
+        return
+    height, width = placed.original_size
+    raise ImageSizeError(
+        f"the picture is {width} x {height} and this image encoder takes {extent}: crop the "
+        "picture, or export with another --aspect, or without one"
+    )
 
 
 def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:

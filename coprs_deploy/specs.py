@@ -6,7 +6,8 @@ everywhere, from the torch argument to the ONNX graph, the engine binding and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import msgspec
@@ -153,6 +154,38 @@ class CountProfile(Record, frozen=True):
             raise ValueError(f"{name} is {text!r}: {error}") from error
 
 
+class PictureExtent(Record, frozen=True):
+    """How far pictures reach into the padded square, where that is known when a bundle is made.
+
+    What lies beyond is padding in every picture. The encoder computes nothing there as long as that
+    changes nothing, or, if it ``drops_padding``, nothing at all, which is another function.
+
+    Attributes:
+        height: most rows of pixels, from the top.
+        width: most columns of pixels, from the left.
+        drops_padding: whether the padding is kept from the picture's cells altogether.
+    """
+
+    height: int
+    width: int
+    drops_padding: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ValueError(
+                f"the extent is {self.height} x {self.width}; it must be at least 1 x 1"
+            )
+
+    def holds(self, unpadded_size: Sequence[int]) -> bool:
+        """Whether a picture of this height and width in the padded square stays inside."""
+        return unpadded_size[0] <= self.height and unpadded_size[1] <= self.width
+
+    def __str__(self) -> str:
+        side = "wide" if self.width > self.height else "high"
+        ratio = Fraction(self.width, self.height).limit_denominator(16)
+        return f"pictures at least as {side} as {ratio.numerator}:{ratio.denominator}"
+
+
 class TensorSpec(Record, frozen=True):
     """One input or output of a graph; a dimension is a number, ``"targets"`` or ``"images"``."""
 
@@ -180,13 +213,23 @@ class TensorSpec(Record, frozen=True):
 
 
 class GraphSpec(Record, frozen=True):
-    """The inputs and outputs of one stage, in order, and how many of what one call takes."""
+    """The inputs and outputs of one stage, in order, and what one call takes.
+
+    Attributes:
+        name: of the stage.
+        inputs: in order.
+        outputs: in order.
+        targets: how many concentrations.
+        images: how many images, of the image encoder.
+        extent: how far the pictures reach, of the image encoder; None stands for the whole square.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     targets: CountProfile = CountProfile()
     images: CountProfile = CountProfile()
+    extent: PictureExtent | None = None
 
     @property
     def profile(self) -> CountProfile:
@@ -211,6 +254,7 @@ def graph_specs(
     policy_width: int,
     targets: CountProfile | None = None,
     images: CountProfile | None = None,
+    extent: PictureExtent | None = None,
 ) -> dict[str, GraphSpec]:
     """Describe the three graphs of a model.
 
@@ -219,6 +263,7 @@ def graph_specs(
         policy_width: D, the width of the policy's hidden state.
         targets: how many concentrations one call takes; one by default.
         images: how many images the encoder takes in one call; one by default.
+        extent: how far the pictures reach; None stands for the whole square.
 
     Returns:
         Graph name to specification, in the order in which the graphs run.
@@ -237,7 +282,9 @@ def graph_specs(
     unpadded_size = TensorSpec("unpadded_size", "int64", (2,))
     mask_logits = TensorSpec("mask_logits", "float32", (count, 1, mask, mask))
     return {
-        IMAGE_ENCODER: GraphSpec(IMAGE_ENCODER, (image,), (embeddings,), images=batch),
+        IMAGE_ENCODER: GraphSpec(
+            IMAGE_ENCODER, (image,), (embeddings,), images=batch, extent=extent
+        ),
         PRIOR: GraphSpec(PRIOR, (embedding, concentration), (prior_logits,), profile),
         MASK_DECODER: GraphSpec(
             MASK_DECODER, (embedding, prior_logits, unpadded_size), (mask_logits,), profile

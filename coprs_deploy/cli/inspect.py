@@ -11,6 +11,7 @@ from pathlib import Path
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.cli.parser import add_json_flag, print_json
 from coprs_deploy.cli.tables import equivalence_table, table
+from coprs_deploy.specs import IMAGE_ENCODER
 
 SUMMARY = "show what a bundle holds"
 
@@ -60,7 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"checkpoint {manifest.checkpoint_fingerprint[:12]}, "
         f"written by version {manifest.package_version}"
     )
-    print(f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells\n")
+    print(f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells")
+    if (extent := manifest.graphs[IMAGE_ENCODER].spec.extent) is not None:
+        dropped = " alone: padding is dropped, see without_padding" if extent.drops_padding else ""
+        print(f"for {extent}{dropped}")
+    print()
     print(table(("graph", "runtime", "precision", "size"), rows))
     if engines:
         print("\n" + "\n".join(engines))

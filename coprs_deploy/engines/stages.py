@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.runner import DeviceTensor, Runner
-from coprs_deploy.images import PreparedImage
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
+from coprs_deploy.images import PreparedImage, require_inside
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile, PictureExtent
 
 
 class Stages(Closeable):
@@ -34,6 +34,11 @@ class Stages(Closeable):
         return self.encode_together([prepared])[0]
 
     @property
+    def extent(self) -> PictureExtent | None:
+        """How far pictures may reach into the padded square; None stands for all of it."""
+        return self.runners[IMAGE_ENCODER].spec.extent
+
+    @property
     def images(self) -> CountProfile:
         """How many images the encoder takes in one call."""
         return self.runners[IMAGE_ENCODER].spec.images
@@ -43,7 +48,12 @@ class Stages(Closeable):
 
         Returns:
             An embedding for each, (1, C, G, G), on the device.
+
+        Raises:
+            ImageSizeError: a picture reaches further than the encoder was made for.
         """
+        for prepared in images:
+            require_inside(prepared, self.extent)
         embeddings: list[DeviceTensor] = []
         while len(embeddings) < len(images):
             start = len(embeddings)

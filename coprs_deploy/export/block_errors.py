@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,19 +65,19 @@ def block_errors(
     Returns:
         One record a block, the worst over the images; the last is that of the embedding.
     """
-    names = [f"block_{number}" for number in range(len(encoder.blocks) - 1)]
     path = candidate.with_name(f"{candidate.stem}.blocks.onnx")
-    outputs = _tap_blocks(candidate, path, names, tuple(encoder.pos_embed.shape))
+    outputs = _tap_blocks(
+        candidate, path, [values.shape for values in _run_reference(encoder, images[0])[:-1]]
+    )
     tapped = msgspec.structs.replace(spec, outputs=(*spec.outputs, *outputs))
-    worst = [0.0] * (len(names) + 1)
-    seen: dict[str, Array] = {}
+    names = [tensor.name for tensor in (*outputs, *spec.outputs)]
+    worst = [0.0] * len(names)
     try:
         with open_candidate(path, tapped) as runner:
             for image in images:
-                seen = _run_reference(encoder, image, names, spec.outputs[0].name)
                 found = runner(image=image)
-                for number, name in enumerate((*names, spec.outputs[0].name)):
-                    error = _relative(found[name].numpy(), seen[name])
+                for number, wanted in enumerate(_run_reference(encoder, image)):
+                    error = _relative(found[names[number]].numpy(), wanted)
                     worst[number] = max(worst[number], error)
     finally:
         path.unlink(missing_ok=True)
@@ -101,9 +100,7 @@ def describe(errors: Sequence[BlockError]) -> str:
     )
 
 
-def _tap_blocks(
-    source: Path, target: Path, names: Sequence[str], shape: tuple[int, ...]
-) -> list[TensorSpec]:
+def _tap_blocks(source: Path, target: Path, shapes: Sequence[tuple[int, ...]]) -> list[TensorSpec]:
     """Make what the next block normalizes an output of the graph; weights stay where they are."""
     model = onnx.load(source, load_external_data=False)
     norms = {}
@@ -112,8 +109,8 @@ def _tap_blocks(
             scopes = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES)
             norms[module_of(scopes)] = node
     outputs = []
-    for number, name in enumerate(names, start=1):
-        value = norms[f"blocks.{number}.norm1"].input[0]
+    for number, shape in enumerate(shapes):
+        name, value = f"block_{number}", norms[f"blocks.{number + 1}.norm1"].input[0]
         model.graph.node.append(onnx.helper.make_node("Identity", [value], [name], name=name))
         info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
         model.graph.output.append(info)
@@ -122,29 +119,23 @@ def _tap_blocks(
     return outputs
 
 
-def _run_reference(
-    encoder: SamImageEncoder, image: NDArray[np.float32], names: Sequence[str], last: str
-) -> dict[str, Array]:
+def _run_reference(encoder: SamImageEncoder, image: NDArray[np.float32]) -> list[Array]:
+    """Return what each block but the first is given, and the embedding."""
     import torch
 
-    seen: dict[str, Array] = {}
+    seen: list[Array] = []
 
-    def keep(
-        module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, name: str
-    ) -> None:
-        seen[name] = output.numpy()
+    def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].numpy())
 
-    hooks = [
-        block.register_forward_hook(partial(keep, name=name))
-        for name, block in zip(names, encoder.blocks, strict=False)
-    ]
+    hooks = [block.register_forward_pre_hook(keep) for block in encoder.blocks[1:]]
     try:
         with torch.inference_mode():
-            seen[last] = encoder(torch.from_numpy(image)).numpy()
+            embedding = encoder(torch.from_numpy(image)).numpy()
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return [*seen, embedding]
 
 
 def _relative(found: Array, wanted: Array) -> float:

@@ -24,8 +24,9 @@ from PIL import Image
 from coprs_deploy.artifacts import hash_file
 from coprs_deploy.bundle import CalibrationRecord
 from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.images import load_image, prepare_image
-from coprs_deploy.specs import Geometry, Record
+from coprs_deploy.errors import ImageSizeError
+from coprs_deploy.images import PreparedImage, load_image, prepare_image, require_inside
+from coprs_deploy.specs import Geometry, PictureExtent, Record
 
 if TYPE_CHECKING:
     import torch
@@ -128,12 +129,28 @@ def find_pictures(folder: Path) -> CalibrationPictures:
     )
 
 
+def prepare_picture(path: Path, geometry: Geometry, extent: PictureExtent | None) -> PreparedImage:
+    """Read a picture of the calibration for the image encoder.
+
+    Raises:
+        ImageError: it cannot be read, or reaches beyond the extent.
+    """
+    prepared = prepare_image(load_image(path), geometry)
+    try:
+        require_inside(prepared, extent)
+    except ImageSizeError as error:
+        raise ImageSizeError(f"{path}: {error}") from error
+    return prepared
+
+
 def calibrate(
     encoder: torch.nn.Module,
     products: Collection[str],
     pictures: Sequence[Path],
     geometry: Geometry,
     report: Callable[[str], None] = lambda step: None,
+    *,
+    extent: PictureExtent | None = None,
 ) -> dict[str, ProductRange]:
     """Measure the inputs of some linear modules.
 
@@ -143,12 +160,13 @@ def calibrate(
         pictures: files.
         geometry: of the model.
         report: called with the number of each picture as it starts.
+        extent: how far the pictures may reach.
 
     Returns:
         A range for each product.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: a picture cannot be read, or reaches too far.
         ValueError: the encoder gives values that are not finite.
     """
     import torch
@@ -165,7 +183,7 @@ def calibrate(
     try:
         for number, path in enumerate(pictures, start=1):
             report(f"picture {number}/{len(pictures)}")
-            prepared = prepare_image(load_image(path), geometry)
+            prepared = prepare_picture(path, geometry, extent)
             with torch.inference_mode():
                 encoder(torch.from_numpy(prepared.image))
     finally:

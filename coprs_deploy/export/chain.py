@@ -3,6 +3,7 @@
     module -> traced program -> float32 graph -> typed graph on each runtime -> one with another
 
 The float32 graph is the bundle's own, or is written for the comparison where the bundle's is typed.
+Where a bundle was exported for one aspect, the module of that aspect follows the module.
 
 Every place gets the same inputs: each stage alone is fed with the module's own outputs of the stage
 before, and the chain of all three ends in the masks. A link compares two neighboring places.
@@ -32,6 +33,7 @@ from coprs_deploy.engines import (
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.export.dropped_padding import NOT_JUDGED
 from coprs_deploy.export.equivalence import (
     END_TO_END,
     TOLERANCES,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     import torch
 
 MODULE = "PyTorch module"
+OF_ONE_ASPECT = "module of one aspect"
 FLOAT32_GRAPH = "fp32 graph on onnxruntime"
 TRACED = "traced program"
 
@@ -63,6 +66,8 @@ TRACING: Mapping[str, Tolerance] = {
     END_TO_END: Tolerance(1e-5, 1e-6, 0.999999, 0.999, _OTHER_LAYOUT),
 }
 """Between module and traced program: of the stages, not one bit may differ."""
+
+_NOT_JUDGED: Mapping[str, Tolerance] = dict.fromkeys((*GRAPH_NAMES, END_TO_END), NOT_JUDGED)
 
 OUTPUTS = {
     IMAGE_ENCODER: "image_embedding",
@@ -133,8 +138,9 @@ def measure_chain(
         report: called with the name of each step as it starts.
 
     Returns:
-        The links in order: module and traced program, traced program and float32 graph, that and
-        a typed graph on each runtime that is installed, and the runtimes with each other.
+        The links in order: module and that of one aspect (not judged where it drops padding), this
+        and traced program, traced program and float32 graph, that and a typed graph on each
+        runtime that is installed, and the runtimes with each other.
 
     Raises:
         ValueError: the bundle holds engines, which only their own GPU runs.
@@ -147,16 +153,27 @@ def measure_chain(
     model.image_encoder.set_attention_form(ATTENTION_FORMS[runtime])
     stages = model.stages()
 
+    def run_module() -> dict[str, list[Array]]:
+        outputs = _outputs(lambda name: TorchRunner(stages[name], specs[name]), samples)
+        return {**outputs, END_TO_END: [_whole_model(model, sample) for sample in samples]}
+
     report(MODULE)
-    module = _outputs(lambda name: TorchRunner(stages[name], specs[name]), samples)
-    module[END_TO_END] = [_whole_model(model, sample) for sample in samples]
+    start, module, links = MODULE, run_module(), list[Link]()
+    extent = specs[IMAGE_ENCODER].extent
+    if extent is not None:
+        report(OF_ONE_ASPECT)
+        model.image_encoder.set_picture_extent(extent)
+        of_one_aspect = run_module()
+        allowed = _NOT_JUDGED if extent.drops_padding else TOLERANCES["onnxruntime", FP32]
+        links.append(_link(MODULE, OF_ONE_ASPECT, module, of_one_aspect, allowed))
+        start, module = OF_ONE_ASPECT, of_one_aspect
     report(TRACED)
     places = {
         TRACED: _outputs(
             lambda name: TorchRunner(trace(stages[name], specs[name]), specs[name]), samples, module
         )
     }
-    links = [_link(MODULE, TRACED, module, places[TRACED], TRACING)]
+    links.append(_link(start, TRACED, module, places[TRACED], TRACING))
     source, exact = TRACED, places[TRACED]
     if precision != FP32:
         report(FLOAT32_GRAPH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.export.chain import Difference, Link
+from coprs_deploy.specs import IMAGE_ENCODER
 
 COLORS = np.array(
     [(13, 8, 60), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32
@@ -66,6 +68,8 @@ def chain_page(bundle: Bundle, links: Sequence[Link], num_samples: int) -> str:
         if passed
         else '<span class="bad">a link is broken</span>'
     )
+    extent = manifest.graphs[IMAGE_ENCODER].spec.extent
+    shapes = "landscape, portrait, square" if extent is None else str(extent)
     sections = "".join(_section(link) for link in links)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -74,7 +78,7 @@ def chain_page(bundle: Bundle, links: Sequence[Link], num_samples: int) -> str:
         f"<h1>Equality as a chain: {verdict}</h1>"
         f"<p>Bundle {escape(bundle.path.name)}, checkpoint "
         f"{escape(manifest.checkpoint_fingerprint[:12])}, image {manifest.geometry.image_size} px; "
-        f"{num_samples} pictures: landscape, portrait, square. A stage alone is fed with the "
+        f"{num_samples} pictures: {shapes}. A stage alone is fed with the "
         "module's outputs of the stage before; end to end, each place runs on its own. Relative "
         "is the largest difference over the largest value of the reference; the mean keeps its "
         f"sign, so that a shift shows.</p><p>Exported with {escape(versions)}.</p>"
@@ -99,6 +103,8 @@ def _row(difference: Difference) -> str:
     iou = "" if record.mask_iou is None else f"{record.mask_iou:.5f}"
     verdict = '<td class="good">ok</td>' if record.passed else '<td class="bad">failed</td>'
     limit = f"{allowed.relative:.0e}" if allowed.relative else "bitwise"
+    if math.isinf(allowed.relative):
+        limit, verdict = "not judged", "<td></td>"
     return (
         f"<tr><td>{escape(record.graph)}</td><td>{record.max_abs:.2e}</td>"
         f"<td>{record.relative:.2e}</td><td>{limit}</td><td>{record.mean_signed:+.1e}</td>"

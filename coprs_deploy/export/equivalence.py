@@ -19,7 +19,15 @@ from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.images import PreparedImage, prepare_image
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, GraphSpec
+from coprs_deploy.specs import (
+    GRAPH_NAMES,
+    IMAGE_ENCODER,
+    MASK_DECODER,
+    PRIOR,
+    Geometry,
+    GraphSpec,
+    PictureExtent,
+)
 
 END_TO_END = "end_to_end"
 
@@ -119,8 +127,17 @@ class SampleInput:
     concentration: NDArray[np.float32]
 
 
+_ANY_SHAPES = ((270, 480), (400, 256), (333, 333))
+"""Height and width: landscape, portrait and square."""
+
+
 def sample_inputs(
-    geometry: Geometry, policy_width: int, num_targets: int = 1, seed: int = 0
+    geometry: Geometry,
+    policy_width: int,
+    num_targets: int = 1,
+    seed: int = 0,
+    *,
+    extent: PictureExtent | None = None,
 ) -> list[SampleInput]:
     """Draw inputs that differ in content and in padding: landscape, portrait and square.
 
@@ -129,6 +146,7 @@ def sample_inputs(
         policy_width: D.
         num_targets: N, concentrations an image.
         seed: equal seeds give equal inputs.
+        extent: how far the pictures may reach; two fill it then, and one is longer.
 
     Returns:
         Three samples: shapes on a gradient, noise, and shapes in a near-square picture. The
@@ -136,7 +154,8 @@ def sample_inputs(
     """
     generator = np.random.default_rng(seed)
     samples = []
-    for height, width, is_noise in ((270, 480, False), (400, 256, True), (333, 333, False)):
+    shapes = _ANY_SHAPES if extent is None else _shapes_within(extent)
+    for (height, width), is_noise in zip(shapes, (False, True, False), strict=True):
         if is_noise:
             picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         else:
@@ -144,6 +163,13 @@ def sample_inputs(
         concentration = generator.standard_normal((num_targets, policy_width), dtype=np.float32)
         samples.append(SampleInput(prepare_image(picture, geometry), concentration))
     return samples
+
+
+def _shapes_within(extent: PictureExtent) -> tuple[tuple[int, int], ...]:
+    """Heights and widths of pictures that fill an extent, twice, and of one that is longer."""
+    height, width = extent.height, extent.width
+    longer = (height // 2, width) if width > height else (height, width // 2)
+    return (height, width), (height, width), (max(1, longer[0]), max(1, longer[1]))
 
 
 def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
@@ -161,9 +187,17 @@ def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDAr
 def reference_opener(checkpoint: Checkpoint, specs: Mapping[str, GraphSpec]) -> RunnerOpener:
     """Open PyTorch's stages of a checkpoint, on the CPU in float32.
 
-    The weights are mapped anew for each stage, so that they are gone when its runner is closed.
+    The weights are mapped anew for each stage, so that they are gone when its runner is closed. The
+    image encoder computes the whole square, unless its graph drops the padding.
     """
-    return lambda name: TorchRunner(load_segmentation_model(checkpoint).stages()[name], specs[name])
+
+    def open_stage(name: str) -> Runner:
+        model, extent = load_segmentation_model(checkpoint), specs[name].extent
+        if extent is not None and extent.drops_padding:
+            model.image_encoder.set_picture_extent(extent)
+        return TorchRunner(model.stages()[name], specs[name])
+
+    return open_stage
 
 
 def compare_stages(
@@ -314,7 +348,7 @@ def summarize(
         cosine = min(cosine, float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b)))
         iou = min(iou, mask_iou(a, b))
     if allowed.pools_masks:
-        iou = mask_iou(np.stack(found), np.stack(expected))
+        iou = mask_iou(*(np.concatenate([np.ravel(o) for o in side]) for side in (found, expected)))
     passed = (
         finite
         and relative <= allowed.relative

@@ -51,6 +51,7 @@ from coprs_deploy.export.precision import (
     graph_precision,
     rest_precision,
 )
+from coprs_deploy.images import extent_of_aspect
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
@@ -100,7 +101,7 @@ def export_checkpoint(
         CheckpointError: the checkpoint is not usable.
         ArtifactError: ``out`` is taken.
         ImageError: a picture of the calibration cannot be read.
-        ValueError: there are too few of them.
+        ValueError: there are too few of them, or the aspect saves nothing.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
         EngineBuildError: an engine cannot be built; nothing is written.
         RuntimeUnavailableError: engines of this flavor cannot be built here, or this processor has
@@ -127,7 +128,11 @@ def export_checkpoint(
     }
     weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     geometry, width = source.config.model.geometry, source.config.model.policy_width
-    specs = graph_specs(geometry, width, options.targets, options.images)
+    extent = None
+    if options.aspect is not None:
+        extent = extent_of_aspect(*options.aspect, geometry, drops_padding=options.drop_padding)
+        model.image_encoder.set_picture_extent(extent)
+    specs = graph_specs(geometry, width, options.targets, options.images, extent)
     clock.start("fingerprint checkpoint")
     checkpoint_fingerprint = source.fingerprint()
     with ExitStack() as stack:
@@ -209,6 +214,7 @@ def export_checkpoint(
                 watch.note(f"removed {num_removed} older engines from the cache")
             if can_run_here(target):
                 records, engines = check.engines(partial, engines)
+        records += check.dropped_padding()
 
         clock.start("write bundle")
         files = record_files(partial)

@@ -66,7 +66,14 @@ def write_int8_graph(
             cache,
             hash_graph(float32),
             pictures,
-            lambda: calibrate(module, product_names(float32), pictures.used, geometry, watch.phase),
+            lambda: calibrate(
+                module,
+                product_names(float32),
+                pictures.used,
+                geometry,
+                watch.phase,
+                extent=spec.extent,
+            ),
         )
         progress(f"quantize {spec.name}")
         if rest == FP32:

@@ -35,7 +35,8 @@ def draw_bundle_samples(
         The samples, and the reference's outputs where they are known already.
     """
     width, count = manifest.policy.width, manifest.graphs[PRIOR].spec.targets.preferred
-    samples = sample_inputs(manifest.geometry, width, count, seed)
+    extent = manifest.graphs[IMAGE_ENCODER].spec.extent
+    samples = sample_inputs(manifest.geometry, width, count, seed, extent=extent)
     if not pools_masks:
         return samples, None
     pictures = [sample.prepared for sample in samples]

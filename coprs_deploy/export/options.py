@@ -25,6 +25,18 @@ ATTENTION_FORMS: dict[str, AttentionForm] = {
 not yet for TensorRT, whose fused attention takes an additive mask."""
 
 
+def parse_aspect(text: str) -> tuple[int, int]:
+    """Read the width and height of ``"W:H"``.
+
+    Raises:
+        ValueError: another form.
+    """
+    width, _, height = text.partition(":")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"aspect is {text!r}; accepted: W:H, as in 16:9 or 3:4")
+    return int(width), int(height)
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How a checkpoint is exported.
@@ -34,6 +46,9 @@ class ExportOptions:
         precision: of weights and products.
         targets: how many concentrations one call takes.
         images: how many images the encoder takes in one call, from 1.
+        aspect: width and height of the ratio that all pictures are at least as long as, as in
+            (16, 9): what is padding in all of them is not computed where that changes nothing.
+        drop_padding: whether it is not computed at all, which is faster and another function.
         copy_policy: whether the policy is copied into the bundle; else it is referred to, from
             the bundle, so that both may move together.
         overwrite: whether a bundle that stands there may be replaced.
@@ -50,6 +65,8 @@ class ExportOptions:
     precision: str = "fp32"
     targets: CountProfile = field(default_factory=CountProfile)
     images: CountProfile = field(default_factory=CountProfile)
+    aspect: tuple[int, int] | None = None
+    drop_padding: bool = False
     copy_policy: bool = True
     overwrite: bool = False
     gpus: tuple[str, ...] = ()
@@ -78,6 +95,13 @@ class ExportOptions:
                 f"images starts at {self.images.minimum}; accepted: 1, or 1,preferred,max, for a "
                 "picture that comes alone must not wait for others"
             )
+        if self.drop_padding and self.aspect is None:
+            raise ValueError(
+                "drop_padding leaves out what is padding in every picture, and no aspect says what "
+                "that is; accepted: --aspect W:H --drop-padding"
+            )
+        if self.aspect is not None and min(self.aspect) < 1:
+            raise ValueError(f"aspect is {self.aspect}; accepted: two numbers from 1, as (16, 9)")
         if (self.precision == INT8) != (self.calibration is not None):
             raise ValueError(
                 "int8 is calibrated on pictures of the kind that the model will see: pass "

@@ -12,6 +12,7 @@ from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
 from coprs_deploy.engines.plan_execution import PlanRunner
 from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.export.dropped_padding import measure_dropped_padding
 from coprs_deploy.export.equivalence import (
     END_TO_END,
     TOLERANCES,
@@ -96,6 +97,11 @@ def verify_bundle(
         report=progress,
         known=known,
     )
+    extent = graphs[IMAGE_ENCODER].spec.extent
+    if extent is not None and extent.drops_padding:
+        progress("dropped padding")
+        specs = {name: graph.spec for name, graph in graphs.items()}
+        records += (measure_dropped_padding(checkpoint, specs, samples),)
     if read_back:
         passed = all(record.passed for record in records)
         marked = {

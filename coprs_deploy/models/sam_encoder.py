@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coprs_deploy.architecture import SamConfig
 from coprs_deploy.models.layers import LayerNorm2d, TwoLayerMlp
+from coprs_deploy.specs import PictureExtent
 
 AttentionForm = Literal["bias", "augmented", "blocked"]
 """How relative positions enter attention; all forms are exact.
@@ -37,7 +38,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 class RelativeAttention(nn.Module):
-    """Multi-head self-attention over a square grid, with optional relative positions."""
+    """Multi-head self-attention over a grid of cells, with optional relative positions.
+
+    Args:
+        width: C, of a token.
+        heads: of attention; they share the width.
+        grid: most rows and columns of a grid.
+        relative_positions: whether logits depend on the rows and columns between two cells.
+    """
 
     def __init__(self, width: int, heads: int, grid: int, relative_positions: bool) -> None:
         super().__init__()
@@ -56,10 +64,10 @@ class RelativeAttention(nn.Module):
         """Attend within each grid.
 
         Args:
-            x: (B, G, G, C), one grid a row.
+            x: (B, R, K, C), a grid of R rows and K columns each, at most G of both.
 
         Returns:
-            (B, G, G, C).
+            (B, R, K, C).
         """
         return self.proj(self.attend(self.qkv(x)))
 
@@ -67,49 +75,46 @@ class RelativeAttention(nn.Module):
         """Attend within each grid, between the two projections.
 
         Args:
-            qkv: (B, G, G, 3 C), what ``self.qkv`` gives.
+            qkv: (B, R, K, 3 C), what ``self.qkv`` gives.
 
         Returns:
-            (B, G, G, C), what ``self.proj`` takes.
+            (B, R, K, C), what ``self.proj`` takes.
         """
-        batch, grid = qkv.shape[0], self.grid
-        tokens, scale = grid * grid, self.head_width**-0.5
+        batch, rows, columns = qkv.shape[:3]
+        tokens, scale = rows * columns, self.head_width**-0.5
         qkv = qkv.reshape(batch, tokens, 3, self.heads, self.head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, head_width)
         if not self.relative_positions:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
-            by_row, by_column = self._position_scores(query)
+            by_row, by_column = self._position_scores(query, rows, columns)
             if self.form == "augmented":
-                cells = self._one_hot_cells(key).expand(batch, self.heads, -1, -1)
+                cells = _one_hot_cells(rows, columns, key).expand(batch, self.heads, -1, -1)
                 query = torch.cat([query * scale, by_row, by_column], dim=-1)
                 key = torch.cat([key, cells], dim=-1)
                 out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-            elif self.form == "blocked" and self._logits_bytes(batch) > UNBLOCKED_BYTES:
+            elif self.form == "blocked" and 4 * batch * tokens**2 > UNBLOCKED_BYTES:
                 out = self._attend_in_blocks(query, key, value, by_row, by_column)
             else:
                 bias = by_row[..., :, None] + by_column[..., None, :]
                 bias = bias.reshape(batch, self.heads, tokens, tokens)
                 out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return out.transpose(1, 2).reshape(batch, grid, grid, self.heads * self.head_width)
-
-    def _logits_bytes(self, batch: int) -> int:
-        """Size of one head's logits in float32."""
-        return 4 * batch * self.grid**4
+        return out.transpose(1, 2).reshape(batch, rows, columns, self.heads * self.head_width)
 
     def _attend_in_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor
     ) -> Tensor:
         """Attend one head and :data:`BLOCK_ROWS` rows of queries at a time; loops are unrolled."""
+        columns, step = by_column.shape[-1], BLOCK_ROWS * by_column.shape[-1]
         heads = []
         for head in (slice(h, h + 1) for h in range(self.heads)):
             blocks = []
-            for start in range(0, self.grid, BLOCK_ROWS):
-                rows = slice(start * self.grid, min(start + BLOCK_ROWS, self.grid) * self.grid)
-                bias = by_row[:, head, rows, :, None] + by_column[:, head, rows, None, :]
+            for start in range(0, by_row.shape[-1] * columns, step):
+                queries = slice(start, start + step)
+                bias = by_row[:, head, queries, :, None] + by_column[:, head, queries, None, :]
                 blocks.append(
                     F.scaled_dot_product_attention(
-                        query[:, head, rows],
+                        query[:, head, queries],
                         key[:, head],
                         value[:, head],
                         attn_mask=bias.flatten(start_dim=3),
@@ -118,27 +123,30 @@ class RelativeAttention(nn.Module):
             heads.append(torch.cat(blocks, dim=2))
         return torch.cat(heads, dim=1)
 
-    def _position_scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Score each query against the rows and the columns, two (B, heads, tokens, G) tensors."""
-        batch, grid = query.shape[0], self.grid
-        cells = query.reshape(batch * self.heads, grid, grid, self.head_width)
-        by_row = cells @ self._distance_table(self.rel_pos_h)
-        by_column = cells.transpose(1, 2) @ self._distance_table(self.rel_pos_w)
-        shape = (batch, self.heads, grid * grid, grid)
-        return by_row.reshape(shape), by_column.transpose(1, 2).reshape(shape)
+    def _position_scores(self, query: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Score each query against rows and columns: (B, heads, tokens, R) and (..., K)."""
+        batch, tokens = query.shape[0], rows * columns
+        cells = query.reshape(batch * self.heads, rows, columns, self.head_width)
+        by_row = cells @ self._distance_table(self.rel_pos_h, rows)
+        by_column = cells.transpose(1, 2) @ self._distance_table(self.rel_pos_w, columns)
+        return (
+            by_row.reshape(batch, self.heads, tokens, rows),
+            by_column.transpose(1, 2).reshape(batch, self.heads, tokens, columns),
+        )
 
-    def _distance_table(self, relative: Tensor) -> Tensor:
-        """Lay the (2G - 1, head_width) table out by query and key: (G, head_width, G)."""
-        index = torch.arange(self.grid, device=relative.device)
+    def _distance_table(self, relative: Tensor, size: int) -> Tensor:
+        """Lay the (2G - 1, head_width) table out by query and key: (size, head_width, size)."""
+        index = torch.arange(size, device=relative.device)
         distance = index[:, None] - index[None, :] + (self.grid - 1)
         return relative[distance].transpose(1, 2)
 
-    def _one_hot_cells(self, like: Tensor) -> Tensor:
-        """Mark each token's row and column: (tokens, 2 G)."""
-        identity = torch.eye(self.grid, dtype=like.dtype, device=like.device)
-        rows = identity[:, None, :].expand(self.grid, self.grid, self.grid)
-        columns = identity[None, :, :].expand(self.grid, self.grid, self.grid)
-        return torch.cat([rows, columns], dim=-1).reshape(self.grid * self.grid, 2 * self.grid)
+
+def _one_hot_cells(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Mark each token's row and column: (tokens, R + K)."""
+    by_row = torch.eye(rows, dtype=like.dtype, device=like.device)[:, None, :]
+    by_column = torch.eye(columns, dtype=like.dtype, device=like.device)[None, :, :]
+    cells = [by_row.expand(rows, columns, rows), by_column.expand(rows, columns, columns)]
+    return torch.cat(cells, dim=-1).reshape(rows * columns, rows + columns)
 
 
 class EncoderBlock(nn.Module):
@@ -156,8 +164,13 @@ class EncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = TwoLayerMlp(width, int(width * config.mlp_ratio), nn.GELU)
 
+    @property
+    def attends_globally(self) -> bool:
+        """Whether every token attends to every other, rather than to those of its window."""
+        return self.window == self.grid
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, G, G, C) to (B, G, G, C)."""
+        """Map (B, R, K, C) to (B, R, K, C): the whole grid, or its upper left part."""
         attended = self._attend(self.norm1(x))
         x = x + attended
         return x + self.mlp(self.norm2(x))
@@ -168,27 +181,28 @@ class EncoderBlock(nn.Module):
         SAM pads the normalized tokens with zeros, of which ``qkv`` leaves nothing but its bias: the
         queries, keys and values of the padding are written directly.
         """
-        grid, window = self.grid, self.window
-        if window == grid:
+        if self.attends_globally:
             return self.attn(x)
-        per_side = -(-grid // window)
-        qkv = self._pad(self.attn.qkv(x), per_side * window - grid)
+        window, rows, columns = self.window, x.shape[1], x.shape[2]
+        down, across = -(-rows // window), -(-columns // window)
+        qkv = self._pad(self.attn.qkv(x), down * window - rows, across * window - columns)
         batch, channels = qkv.shape[0], qkv.shape[-1]
-        qkv = qkv.reshape(batch, per_side, window, per_side, window, channels)
+        qkv = qkv.reshape(batch, down, window, across, window, channels)
         qkv = qkv.permute(0, 1, 3, 2, 4, 5)
-        x = self.attn.attend(qkv.reshape(batch * per_side**2, window, window, channels))
-        x = x.reshape(batch, per_side, per_side, window, window, -1).permute(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, per_side * window, per_side * window, -1)
-        return self.attn.proj(x[:, :grid, :grid])
+        x = self.attn.attend(qkv.reshape(batch * down * across, window, window, channels))
+        x = x.reshape(batch, down, across, window, window, -1).permute(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, down * window, across * window, -1)
+        return self.attn.proj(x[:, :rows, :columns])
 
-    def _pad(self, qkv: Tensor, padding: int) -> Tensor:
-        """Append ``padding`` columns and rows of the bias to a (B, G, G, 3 C) grid."""
-        if not padding:
-            return qkv
+    def _pad(self, qkv: Tensor, below: int, right: int) -> Tensor:
+        """Append columns and rows of the bias to a (B, R, K, 3 C) grid."""
         batch, rows, columns, channels = qkv.shape
         bias = self.attn.qkv.bias
-        qkv = torch.cat([qkv, bias.expand(batch, rows, padding, channels)], dim=2)
-        return torch.cat([qkv, bias.expand(batch, padding, columns + padding, channels)], dim=1)
+        if right:
+            qkv = torch.cat([qkv, bias.expand(batch, rows, right, channels)], dim=2)
+        if below:
+            qkv = torch.cat([qkv, bias.expand(batch, below, columns + right, channels)], dim=1)
+        return qkv
 
 
 class PatchEmbedding(nn.Module):
@@ -205,11 +219,23 @@ class PatchEmbedding(nn.Module):
 
 
 class SamImageEncoder(nn.Module):
-    """The vision keys of CoPRS: one embedding of the padded image, shared by every question."""
+    """The vision keys of CoPRS: one embedding of the padded image, shared by every question.
+
+    Args:
+        config: sizes.
+
+    Attributes:
+        padding_from: the block before which the cells of the padding join the others; 0 where all
+            are computed from the first on. See :meth:`set_picture_extent`.
+    """
+
+    padding_below: Tensor
+    padding_right: Tensor
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
         grid, channels = config.geometry.grid_size, config.geometry.embedding_channels
+        self.geometry = config.geometry
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.encoder_width))
         self.blocks = nn.ModuleList(
@@ -222,6 +248,7 @@ class SamImageEncoder(nn.Module):
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(channels),
         )
+        self.padding_from = 0
 
     def set_attention_form(self, form: AttentionForm) -> None:
         """Choose how relative positions enter attention; see :data:`AttentionForm`."""
@@ -233,6 +260,47 @@ class SamImageEncoder(nn.Module):
             if isinstance(module, RelativeAttention):
                 module.form = form
 
+    def set_picture_extent(self, extent: PictureExtent) -> None:
+        """Leave out, from now on, what is padding in every picture of this extent.
+
+        Up to the first block that attends globally, windows that hold only padding see no picture:
+        what they come to is computed here, once, on a blank one. With ``drops_padding`` the
+        padding joins the other cells only behind the last block, and the picture never sees it.
+
+        Raises:
+            ValueError: nothing would be saved.
+        """
+        grid, patch = self.geometry.grid_size, self.geometry.patch_size
+        first_global = next(
+            (n for n, block in enumerate(self.blocks) if block.attends_globally), len(self.blocks)
+        )
+        joins = len(self.blocks) if extent.drops_padding else first_global
+        whole = 1 if extent.drops_padding else self.blocks[0].window
+        rows, columns = (
+            min(grid, -(-pixels // (patch * whole)) * whole)
+            for pixels in (extent.height, extent.width)
+        )
+        if not joins:
+            raise ValueError(
+                "this encoder attends globally from its first block on, so that no padding can be "
+                "left out without changing its function; accepted: no aspect, or one with "
+                "drop_padding"
+            )
+        if rows == columns == grid:
+            raise ValueError(
+                f"nothing is saved for {extent}: they reach into every "
+                f"{'cell' if extent.drops_padding else 'window'} of {grid} x {grid} cells; "
+                "accepted: a longer aspect, or none"
+            )
+        size = self.geometry.image_size
+        with torch.no_grad():
+            blank = self.patch_embed(self.pos_embed.new_zeros(1, 3, size, size)) + self.pos_embed
+            for block in self.blocks[:joins]:
+                blank = block(blank)
+        self.register_buffer("padding_below", blank[:, rows:].clone(), persistent=False)
+        self.register_buffer("padding_right", blank[:, :rows, columns:].clone(), persistent=False)
+        self.padding_from = joins
+
     def forward(self, image: Tensor) -> Tensor:
         """Encode a padded image.
 
@@ -242,7 +310,27 @@ class SamImageEncoder(nn.Module):
         Returns:
             (B, C, G, G) image embedding.
         """
-        x = self.patch_embed(image) + self.pos_embed
-        for block in self.blocks:
+        x = self._cells(image)
+        for number, block in enumerate(self.blocks):
+            if number and number == self.padding_from:
+                x = self._with_padding(x)
             x = block(x)
+        if self.padding_from == len(self.blocks):
+            x = self._with_padding(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def _cells(self, image: Tensor) -> Tensor:
+        """Embed the patches of the cells that are computed, (B, R, K, C)."""
+        if not self.padding_from:
+            return self.patch_embed(image) + self.pos_embed
+        patch, grid = self.geometry.patch_size, self.geometry.grid_size
+        rows, columns = grid - self.padding_below.shape[1], grid - self.padding_right.shape[2]
+        inside = image[:, :, : rows * patch, : columns * patch]
+        return self.patch_embed(inside) + self.pos_embed[:, :rows, :columns]
+
+    def _with_padding(self, x: Tensor) -> Tensor:
+        """Complete (B, R, K, C) cells to (B, G, G, C)."""
+        for padding, dimension in ((self.padding_right, 2), (self.padding_below, 1)):
+            if padding.shape[dimension]:
+                x = torch.cat([x, padding.expand(x.shape[0], -1, -1, -1)], dim=dimension)
+        return x

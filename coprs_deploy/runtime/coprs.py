@@ -23,6 +23,7 @@ from coprs_deploy.images import (
     Placement,
     load_image,
     prepare_image,
+    require_inside,
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, Words
 from coprs_deploy.runtime.admission import Admission
@@ -154,8 +155,9 @@ class CoPRS(Closeable):
         Returns:
             What the answer took; also the graphs behind the image encoder have run once.
         """
-        size = self._geometry.image_size
-        picture = self._open(np.full((size, size, 3), 128, dtype=np.uint8))
+        extent, size = self._stages.extent, self._geometry.image_size
+        height, width = (extent.height, extent.width) if extent else (size, size)
+        picture = self._open(np.full((height, width, 3), 128, dtype=np.uint8))
         prepared = prepare_image(picture.rgb, self._geometry)
         images = self._stages.images
         for together in sorted({images.minimum, images.preferred, images.maximum}):
@@ -301,6 +303,7 @@ class CoPRS(Closeable):
         rgb.setflags(write=False)  # the encoder may still read it when the answer is given
         key = picture_key(rgb) if self._cache.capacity else ""
         placed = Placement.of(rgb, self._geometry)
+        require_inside(placed, self._stages.extent)
         return Picture(rgb, placed, key, 1e3 * (time.perf_counter() - start))
 
     def _encode(self, picture: Picture) -> Encoding:

@@ -277,7 +277,9 @@ def test_a_place_without_a_bundle_is_refused_with_the_command_that_makes_one(tmp
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "1", None])
 def test_another_schema_version_is_refused_before_anything_else(root, version):
     (root / MANIFEST_FILE).write_text(json.dumps({"schema_version": version, "news": 1}))
-    message = rf"has schema version {version}; this package reads 1, 2, 3, {SCHEMA_VERSION}: export"
+    message = (
+        rf"has schema version {version}; this package reads 1, 2, 3, 4, {SCHEMA_VERSION}: export"
+    )
     with pytest.raises(BundleError, match=message):
         open_bundle(root)
 

@@ -1,0 +1,237 @@
+"""A bundle for pictures of one aspect: exact, or said not to be where padding is dropped."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.cli.main import main
+from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, open_bundle_graph
+from coprs_deploy.errors import EquivalenceError, ImageSizeError
+from coprs_deploy.export import ExportOptions, export_checkpoint
+from coprs_deploy.export.chain import MODULE, OF_ONE_ASPECT, TRACED, measure_chain
+from coprs_deploy.export.chain_page import chain_page
+from coprs_deploy.export.dropped_padding import WITHOUT_PADDING
+from coprs_deploy.export.equivalence import TOLERANCES, sample_inputs
+from coprs_deploy.export.verifier import verify_bundle
+from coprs_deploy.images import prepare_image
+from coprs_deploy.runtime import CoPRS
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, Geometry, PictureExtent
+
+WIDE = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
+ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("aspect") / "bundle"
+    return export_checkpoint(tiny_checkpoint, out, ExportOptions(aspect=(16, 9))).bundle
+
+
+@pytest.fixture(scope="module")
+def dropping(tiny_checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dropping") / "bundle"
+    options = ExportOptions(aspect=(16, 9), drop_padding=True)
+    return export_checkpoint(tiny_checkpoint, out, options).bundle
+
+
+@pytest.fixture(scope="module")
+def whole_encoder(tiny_checkpoint):
+    return load_segmentation_model(read_checkpoint(tiny_checkpoint)).image_encoder
+
+
+def encode(bundle, runtime="onnxruntime"):
+    prepared = prepare_image(WIDE, bundle.manifest.geometry)
+    with open_bundle_graph(bundle, IMAGE_ENCODER, RunnerOptions(num_threads=1), runtime) as runner:
+        return runner(image=prepared.image)["image_embedding"].numpy()
+
+
+def wanted(encoder, geometry):
+    import torch
+
+    with torch.inference_mode():
+        return encoder(torch.from_numpy(prepare_image(WIDE, geometry).image)).numpy()
+
+
+@pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
+def test_the_graph_of_an_aspect_gives_what_the_whole_encoder_gives(exact, whole_encoder, runtime):
+    expected = wanted(whole_encoder, exact.manifest.geometry)
+    assert np.abs(encode(exact, runtime) - expected).max() <= ROUNDING * np.abs(expected).max()
+
+
+def test_the_manifest_says_what_the_encoder_takes(exact, dropping):
+    assert exact.manifest.graphs[IMAGE_ENCODER].spec.extent == PictureExtent(72, 128)
+    assert dropping.manifest.graphs[IMAGE_ENCODER].spec.extent == PictureExtent(72, 128, True)
+    assert exact.manifest.graphs[PRIOR].spec.extent is None
+    assert [r.graph for r in exact.manifest.equivalence][-1] == "end_to_end"
+
+
+def test_dropped_padding_changes_the_embedding_and_the_manifest_says_how_much(
+    dropping, whole_encoder, tiny_checkpoint
+):
+    expected = wanted(whole_encoder, dropping.manifest.geometry)
+    assert np.abs(encode(dropping) - expected).max() > 10 * ROUNDING * np.abs(expected).max()
+    record = dropping.manifest.equivalence[-1]
+    assert record.graph == WITHOUT_PADDING
+    assert record.passed
+    assert 0 < record.mask_iou < 1
+    assert record.relative > ROUNDING
+    again = verify_bundle(dropping.path, tiny_checkpoint)
+    assert [r.graph for r in again] == [r.graph for r in dropping.manifest.equivalence]
+    assert all(r.passed for r in again)
+
+
+def test_a_graph_that_is_not_that_of_its_aspect_is_found(
+    exact, dropping, tiny_checkpoint, tmp_path
+):
+    """The check compares with the whole encoder: a graph without padding does not pass as exact."""
+    import shutil
+
+    from coprs_deploy.artifacts import record_files
+    from coprs_deploy.bundle import write_manifest
+
+    path = tmp_path / "bundle"
+    shutil.copytree(exact.path, path)
+    for file in dropping.path.glob(f"{IMAGE_ENCODER}.onnx*"):
+        shutil.copy(file, path)
+    (path / "manifest.json").unlink()
+    policy = tmp_path / "policy"
+    shutil.move(path / "policy", policy)
+    files = record_files(path)
+    shutil.move(policy, path / "policy")
+    write_manifest(path, msgspec.structs.replace(exact.manifest, files=files))
+    records = verify_bundle(path, tiny_checkpoint)
+    assert not records[0].passed
+
+
+def test_pictures_inside_are_answered_and_others_refused_before_anything_runs(exact):
+    with CoPRS.load(exact.path) as coprs:
+        coprs.warm_up()
+        answer = coprs.segment(WIDE, "the shape")
+        assert answer.masks.shape[1:] == (90, 160)
+        longer = coprs.segment(WIDE[:40], "the shape")
+        assert longer.masks.shape[1:] == (40, 160)
+        with pytest.raises(
+            ImageSizeError, match=r"160 x 160 and this image encoder takes pictures"
+        ):
+            coprs.segment(np.zeros((160, 160, 3), np.uint8), "the shape")
+        with pytest.raises(ImageSizeError, match="at least as wide as 16:9: crop"):
+            coprs.segment(WIDE.transpose(1, 0, 2), "the shape")
+
+
+def test_the_answers_of_an_aspect_are_those_of_the_whole_square(exact, tiny_bundle):
+    with CoPRS.load(exact.path) as ours, CoPRS.load(tiny_bundle) as theirs:
+        one, other = (c.segment(WIDE, "the shape") for c in (ours, theirs))
+    assert one.reasoning == other.reasoning
+    assert np.mean(one.masks != other.masks) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_typed_graphs_of_an_aspect_pass_their_checks(tiny_checkpoint, tmp_path, precision):
+    calibration = None
+    if precision == "int8":
+        calibration = tmp_path / "pictures"
+        calibration.mkdir()
+        generator = np.random.default_rng(1)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (45, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(calibration / f"{number}.png")
+    options = ExportOptions(
+        precision=precision, calibration=calibration, aspect=(16, 9), cache=tmp_path / "cache"
+    )
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    assert all(record.passed for record in bundle.manifest.equivalence)
+
+
+def test_calibration_pictures_that_reach_too_far_are_named(tiny_checkpoint, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        Image.new("RGB", (50, 50), (number, 0, 0)).save(pictures / f"{number}.png")
+    options = ExportOptions(
+        precision="int8", calibration=pictures, aspect=(16, 9), cache=tmp_path / "cache"
+    )
+    with pytest.raises(ImageSizeError, match=r"\d.png: the picture is 50 x 50 and this image"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("drops_padding", [False, True])
+def test_the_chain_begins_with_the_whole_module(exact, dropping, tiny_checkpoint, drops_padding):
+    bundle = dropping if drops_padding else exact
+    manifest = bundle.manifest
+    extent = manifest.graphs[IMAGE_ENCODER].spec.extent
+    samples = sample_inputs(manifest.geometry, manifest.policy.width, extent=extent)
+    links = measure_chain(bundle, read_checkpoint(tiny_checkpoint), samples)
+    assert [(link.first, link.second) for link in links[:2]] == [
+        (MODULE, OF_ONE_ASPECT),
+        (OF_ONE_ASPECT, TRACED),
+    ]
+    assert all(link.passed for link in links)
+    assert (links[0].differences[0].record.relative > ROUNDING) == drops_padding
+    page = chain_page(bundle, links, len(samples))
+    assert ("not judged" in page) == drops_padding
+    assert "pictures at least as wide as 16:9" in page
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(72, 128), (128, 72), (30, 128), (128, 128), (1, 128)]
+)
+def test_samples_of_an_extent_fill_it_and_stay_inside(height, width):
+    geometry, extent = Geometry(128, 8, 64), PictureExtent(height, width)
+    sizes = [s.prepared.unpadded_size.tolist() for s in sample_inputs(geometry, 4, extent=extent)]
+    assert [height, width] in sizes
+    assert all(extent.holds(size) for size in sizes)
+
+
+def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "bundle"
+    arguments = ["export", str(tiny_checkpoint), "--out", str(out), "--aspect", "9:16"]
+    assert main([*arguments, "--drop-padding", "--json"]) == 0
+    names = [record["graph"] for record in json.loads(capsys.readouterr().out)["equivalence"]]
+    assert names[-1] == WITHOUT_PADDING
+    assert open_bundle(out).manifest.graphs[IMAGE_ENCODER].spec.extent.holds((128, 72))
+    assert main(["inspect", str(out)]) == 0
+    assert "for pictures at least as high as 9:16 alone: padding is dropped" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--aspect", "wide"], "aspect is 'wide'; accepted: W:H, as in 16:9 or 3:4"),
+        (["--aspect", "16:0"], "aspect is '16:0'"),
+        (["--aspect", "1:1"], "nothing is saved"),
+        (["--drop-padding"], "no aspect says what that is; accepted: --aspect W:H --drop-padding"),
+    ],
+)
+def test_an_aspect_that_cannot_be_is_refused(tiny_checkpoint, tmp_path, capsys, arguments, message):
+    out = tmp_path / "bundle"
+    assert main(["export", str(tiny_checkpoint), "--out", str(out), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_int8_encoder_of_an_aspect_that_is_refused_lists_its_blocks(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    from coprs_deploy.export import graph_check
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 30), (9 * number, 0, 0)).save(pictures / f"{number}.png")
+    refused = TOLERANCES["onnxruntime", "int8"]
+    encoder = refused[IMAGE_ENCODER]
+    strict = {**refused, IMAGE_ENCODER: type(encoder)(0.0, 0.0, 1.0, None, "nothing passes")}
+    monkeypatch.setattr(graph_check, "TOLERANCES", {("onnxruntime", "int8"): strict})
+    options = ExportOptions(
+        precision="int8", calibration=pictures, aspect=(16, 9), cache=tmp_path / "cache"
+    )
+    with pytest.raises(EquivalenceError, match=r"block 0: .*\n  block 1: .*\n  block 2: "):
+        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
