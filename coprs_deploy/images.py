@@ -246,6 +246,18 @@ def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def parse_aspect(text: str) -> tuple[int, int]:
+    """Read the width and height of ``"W:H"``.
+
+    Raises:
+        ValueError: another form.
+    """
+    width, _, height = text.partition(":")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"aspect is {text!r}; accepted: W:H, as in 16:9 or 3:4")
+    return int(width), int(height)
+
+
 def extent_of_aspect(
     width: int, height: int, geometry: Geometry, *, drops_padding: bool = False
 ) -> PictureExtent:

@@ -36,7 +36,12 @@ from coprs_deploy.export.equivalence import (
     reference_opener,
     sample_inputs,
 )
-from coprs_deploy.images import PreparedImage, prepare_image, resize_logits
+from coprs_deploy.images import (
+    PreparedImage,
+    extent_of_aspect,
+    prepare_image,
+    resize_logits,
+)
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
@@ -52,6 +57,9 @@ if TYPE_CHECKING:
     from coprs_deploy.training.examples import Example
 
 
+ASPECT = (16, 9)
+"""Of drawn pictures, and what aspect rows are for."""
+
 COMPLETE_FILE = "complete.json"
 """Written last; holds the fingerprint of the weights."""
 
@@ -61,7 +69,8 @@ def write_inputs(
 ) -> dict[str, Any]:
     """Write ``0.safetensors`` and so on: inputs and float32 outputs of every stage.
 
-    What is there of the same weights is left as it is.
+    Drawn pictures are 16:9 or longer, so that graphs for this aspect take them too; those for a
+    bundle of another aspect are of that. What is there of the same weights is left as it is.
 
     Args:
         folder: made if it is not there.
@@ -78,11 +87,14 @@ def write_inputs(
         if checkpoint is not None
         else read_manifest(bundle or "").checkpoint_fingerprint
     )
-    if made.is_file() and json.loads(made.read_text(encoding="utf-8"))["source"] == source:
+    geometry, width, opener, _ = _reference(checkpoint, bundle)
+    own = read_manifest(bundle).graphs[IMAGE_ENCODER].spec.extent if bundle is not None else None
+    extent = own or extent_of_aspect(*ASPECT, geometry)
+    complete = {"source": source, "extent": extent.to_json()}
+    if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == complete:
         return {}
     for stale in out.glob("*.safetensors"):
         stale.unlink()
-    geometry, width, opener, _ = _reference(checkpoint, bundle)
     if has_truth:
         assert checkpoint is not None
         samples = list(_scene_inputs(read_checkpoint(checkpoint), geometry, count))
@@ -94,7 +106,7 @@ def write_inputs(
                 "unpadded_size": sample.prepared.unpadded_size,
                 "original_size": np.array(sample.prepared.original_size),
             }
-            for sample in sample_inputs(geometry, width)[:count]
+            for sample in sample_inputs(geometry, width, extent=extent)[:count]
         ]
     for name in GRAPH_NAMES:
         with opener(name) as runner:
@@ -104,7 +116,7 @@ def write_inputs(
                     sample[tensor] = np.asarray(value.numpy())
     for index, sample in enumerate(samples):
         write_arrays(out / f"{index}.safetensors", sample)
-    write_json(made, {"source": source})
+    write_json(made, complete)
     return {}
 
 
@@ -167,7 +179,9 @@ def _judge_sample(
     if "prior_logits" in found or "image_embedding" in found:
         figures["prior_error"] = _error(values["prior_logits"], sample["prior_logits"])
     figures["mask_error"] = _error(values["mask_logits"], sample["mask_logits"])
-    figures["mask_iou"] = mask_iou(values["mask_logits"], sample["mask_logits"])
+    height, width = -(-sample["unpadded_size"] // geometry.mask_stride)
+    inside = (..., slice(height), slice(width))
+    figures["mask_iou"] = mask_iou(values["mask_logits"][inside], sample["mask_logits"][inside])
     if "truth" in sample:
         size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
         prepared = PreparedImage(sample["image"], sample["unpadded_size"], size)

@@ -8,6 +8,7 @@ from typing import Any
 from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.export.exporter import peak_memory_bytes
+from coprs_deploy.images import parse_aspect
 from coprs_deploy.specs import GRAPH_NAMES, CountProfile
 
 
@@ -19,6 +20,8 @@ def export_bundle(
     *,
     targets: str = "1",
     images: str = "1",
+    aspect: str = "",
+    drop_padding: bool = False,
     gpus: tuple[str, ...] = (),
     calibration: str | None = None,
 ) -> dict[str, Any]:
@@ -33,6 +36,8 @@ def export_bundle(
         precision=precision,
         targets=CountProfile.parse(targets),
         images=CountProfile.parse(images, "images"),
+        aspect=parse_aspect(aspect) if aspect else None,
+        drop_padding=drop_padding,
         copy_policy=False,
         overwrite=True,
         gpus=tuple(gpus),

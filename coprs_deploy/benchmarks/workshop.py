@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from coprs_deploy import shipped
 from coprs_deploy.benchmarks.arrays import Values
 from coprs_deploy.benchmarks.case import Judge
+from coprs_deploy.benchmarks.form import ANY_PICTURE, Form
 from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.onnx_work import GraphWork, count_work
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
@@ -29,7 +30,7 @@ from coprs_deploy.engines import runtime_module, runtime_names
 from coprs_deploy.engines.cuda_device import current_gpu
 from coprs_deploy.engines.flavors import FLAVORS
 from coprs_deploy.errors import BundleError, CoPRSError
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, CountProfile
+from coprs_deploy.specs import IMAGE_ENCODER
 
 STEPS = "coprs_deploy.benchmarks.steps"
 INPUTS = "coprs_deploy.benchmarks.inputs"
@@ -56,6 +57,7 @@ class Model:
         checkpoint: the PyTorch weights; None where only a bundle is there.
         bundle: an exported bundle; None where it has to be made.
         has_truth: whether its answers to held-out scenes mean something.
+        is_random: whether its weights are random, of a real size.
         num_inputs: how many inputs its accuracy is measured on.
     """
 
@@ -64,6 +66,7 @@ class Model:
     bundle: Path | None
     has_truth: bool = False
     num_inputs: int = 3
+    is_random: bool = False
 
     @property
     def estimated_bytes(self) -> int:
@@ -155,16 +158,14 @@ class Workshop(Closeable):
             self.progress(f"{size}: random weights")
             target = f"{STEPS}:make_random_checkpoint"
             call_once(target, PREPARE_SECONDS, out=str(checkpoint), sam=size)
-        return Model(size, checkpoint, None, num_inputs=RANDOM_INPUTS[size])
+        return Model(size, checkpoint, None, num_inputs=RANDOM_INPUTS[size], is_random=True)
 
     def bundle(
         self,
         model: Model,
         runtime: str,
         precision: str,
-        *,
-        targets: str = "1",
-        images: str = "1",
+        form: Form = ANY_PICTURE,
     ) -> Exported:
         """Give a bundle for a runtime in a precision: the model's own, an earlier, a new one.
 
@@ -178,18 +179,20 @@ class Workshop(Closeable):
             if other not in ENGINE_FLAVORS and form == ATTENTION_FORMS[runtime]
         ]
         alike = (runtime,) if runtime in ENGINE_FLAVORS else tuple(sharing)
-        counts = (targets, images)
-        folders = {r: self._bundle_folder(model, r, precision, counts) for r in (runtime, *alike)}
+        folders = {
+            r: self.folder / f"{model.name}-{r}-{precision}-{form.suffix}"
+            for r in (runtime, *alike)
+        }
         out = folders[runtime]
         for known in (model.bundle, *folders.values()):
-            if known is not None and _is(known, alike, precision, counts, model):
+            if known is not None and _is(known, alike, precision, form, model):
                 return Exported(runtime, precision, known)
         if model.checkpoint is None:
             problem = "the bundle holds no such graphs; name its checkpoint with --checkpoint"
             return Exported(runtime, precision, out, problem)
         try:
             calibration = self.calibration(model) if precision == "int8" else None
-            self.progress(f"{model.name}: export for {runtime} {precision}")
+            self.progress(f"{model.name}: export for {runtime} {precision} {form.aspect}".strip())
             call_once(
                 f"{STEPS}:export_bundle",
                 PREPARE_SECONDS,
@@ -197,19 +200,12 @@ class Workshop(Closeable):
                 out=str(out),
                 runtime=runtime,
                 precision=precision,
-                targets=targets,
-                images=images,
                 calibration=calibration,
+                **asdict(form),
             )
         except WorkerError as error:
             return Exported(runtime, precision, out, str(error))
         return Exported(runtime, precision, out)
-
-    def _bundle_folder(
-        self, model: Model, runtime: str, precision: str, counts: tuple[str, str]
-    ) -> Path:
-        targets, images = (text.replace(",", "-") for text in counts)
-        return self.folder / f"{model.name}-{runtime}-{precision}-{targets}x{images}"
 
     def calibration(self, model: Model) -> str:
         """Give a folder of pictures for int8: the user's, or drawn scenes.
@@ -407,9 +403,7 @@ def version_of(*packages: str) -> str:
     return ""
 
 
-def _is(
-    bundle: Path, runtimes: tuple[str, ...], precision: str, counts: tuple[str, str], model: Model
-) -> bool:
+def _is(bundle: Path, runtimes: tuple[str, ...], precision: str, form: Form, model: Model) -> bool:
     """Whether a whole bundle of one of these runtimes, this precision and this model is there."""
     if not (bundle / MANIFEST_FILE).is_file():
         return False
@@ -422,8 +416,7 @@ def _is(
         return False
     if encoder.engine is not None and not _fits(encoder.engine):
         return False
-    found = (manifest.graphs[PRIOR].spec.targets, encoder.spec.images)
-    if found != tuple(map(CountProfile.parse, counts)):
+    if not form.is_of(manifest):
         return False
     if model.checkpoint is None or bundle == model.bundle:
         return True

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.engines.engine_builder import BuildWatch
     from coprs_deploy.engines.flavors import parse_gpus
     from coprs_deploy.export import ExportOptions, export_checkpoint
-    from coprs_deploy.export.options import parse_aspect
+    from coprs_deploy.images import parse_aspect
     from coprs_deploy.specs import CountProfile
 
     options = ExportOptions(

@@ -52,14 +52,14 @@ def measure_dropped_padding(
         width,
         specs[PRIOR].targets.preferred,
     )
-    dropping = reference_opener(checkpoint, specs)
-    found, geometry = [], checkpoint.config.model.geometry
+    dropping, geometry = reference_opener(checkpoint, specs), checkpoint.config.model.geometry
+    found, wanted = list[Array](), list[Array]()
     with (
         dropping(IMAGE_ENCODER) as encode,
         dropping(PRIOR) as prior,
         dropping(MASK_DECODER) as mask,
     ):
-        for sample in asked:
+        for sample, whole_mask in zip(asked, known[MASK_DECODER], strict=True):
             embedding = encode(image=sample.prepared.image)["image_embedding"]
             priors = prior(image_embedding=embedding, concentration=sample.concentration)
             masks = mask(
@@ -67,12 +67,9 @@ def measure_dropped_padding(
                 prior_logits=priors["prior_logits"],
                 unpadded_size=sample.prepared.unpadded_size,
             )
-            found.append(masks["mask_logits"].numpy())
-    pairs = [
-        (_inside(ours, sample.prepared, geometry), _inside(theirs, sample.prepared, geometry))
-        for ours, theirs, sample in zip(found, known[MASK_DECODER], asked, strict=True)
-    ]
-    return summarize(WITHOUT_PADDING, *zip(*pairs, strict=True), NOT_JUDGED)
+            found.append(_inside(masks["mask_logits"].numpy(), sample.prepared, geometry))
+            wanted.append(_inside(whole_mask, sample.prepared, geometry))
+    return summarize(WITHOUT_PADDING, found, wanted, NOT_JUDGED)
 
 
 def _inside(logits: Array, prepared: PreparedImage, geometry: Geometry) -> Array:

@@ -25,18 +25,6 @@ ATTENTION_FORMS: dict[str, AttentionForm] = {
 not yet for TensorRT, whose fused attention takes an additive mask."""
 
 
-def parse_aspect(text: str) -> tuple[int, int]:
-    """Read the width and height of ``"W:H"``.
-
-    Raises:
-        ValueError: another form.
-    """
-    width, _, height = text.partition(":")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"aspect is {text!r}; accepted: W:H, as in 16:9 or 3:4")
-    return int(width), int(height)
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """How a checkpoint is exported.

@@ -236,6 +236,7 @@ class SamImageEncoder(nn.Module):
         super().__init__()
         grid, channels = config.geometry.grid_size, config.geometry.embedding_channels
         self.geometry = config.geometry
+        self.window_size = config.window_size
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.encoder_width))
         self.blocks = nn.ModuleList(
@@ -275,7 +276,7 @@ class SamImageEncoder(nn.Module):
             (n for n, block in enumerate(self.blocks) if block.attends_globally), len(self.blocks)
         )
         joins = len(self.blocks) if extent.drops_padding else first_global
-        whole = 1 if extent.drops_padding else self.blocks[0].window
+        whole = 1 if extent.drops_padding else self.window_size
         rows, columns = (
             min(grid, -(-pixels // (patch * whole)) * whole)
             for pixels in (extent.height, extent.width)

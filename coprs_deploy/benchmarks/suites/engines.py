@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from coprs_deploy.benchmarks.case import Case, Group, Plan
+from coprs_deploy.benchmarks.form import ANY_PICTURE, Form
 from coprs_deploy.benchmarks.graph_subjects import CHAIN
 from coprs_deploy.benchmarks.process import WorkerError, call_once
 from coprs_deploy.benchmarks.report import LeftOut, Work
@@ -20,6 +22,9 @@ SUMMARY = "each graph with each runtime and precision, beside PyTorch and segmen
 
 GRAPHS = "coprs_deploy.benchmarks.graph_subjects"
 TORCH = "coprs_deploy.benchmarks.torch_subjects"
+
+ASPECT = "16:9"
+"""Of most cameras, and of the inputs that graphs of real size are fed with."""
 
 RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
@@ -120,12 +125,15 @@ def _graph_cases(
     for runtime, precision in precisions(model, runtimes):
         if workshop.is_quick and device == "cpu" and model.checkpoint and precision != FP32:
             continue
-        for product in products(runtime, precision):
+        for product, form in itertools.product(
+            products(runtime, precision), forms(model, graph, precision)
+        ):
             name = runtime_name(runtime, device, precision)
             name += f", products in {product}" if product != FP32 else ""
+            name += f", {form.pictures}" if form.pictures else ""
             if not workshop.wants(group, name):
                 continue
-            bundle = workshop.bundle(model, runtime, precision)
+            bundle = workshop.bundle(model, runtime, precision, form)
             yield Case(
                 name=name,
                 target=f"{GRAPHS}:open_bundle_subject",
@@ -138,19 +146,31 @@ def _graph_cases(
                     "inference_precision": product,
                 },
                 labels=_labels(model, graph, runtime, precision, device)
-                | ({"products": product} if product != FP32 else {}),
+                | ({"products": product} if product != FP32 else {})
+                | ({"pictures": form.pictures} if form.pictures else {}),
                 estimated_bytes=model.estimated_bytes + RUNTIME_BYTES,
                 problem=f"it could not be exported: {bundle.problem}" if bundle.problem else "",
-                work=graph_work(workshop, model, graph, precision if product == FP32 else product),
+                work=graph_work(
+                    workshop, model, graph, precision if product == FP32 else product, form
+                ),
             )
 
 
-def graph_work(workshop: Workshop, model: Model, graph: str, precision: str) -> Work | None:
+def forms(model: Model, graph: str, precision: str) -> tuple[Form, ...]:
+    """Say in which forms a graph is measured: an encoder of real size also for one aspect."""
+    if graph != IMAGE_ENCODER or precision not in (FP32, INT8) or not model.is_random:
+        return (ANY_PICTURE,)
+    return (ANY_PICTURE, Form(aspect=ASPECT), Form(aspect=ASPECT, drop_padding=True))
+
+
+def graph_work(
+    workshop: Workshop, model: Model, graph: str, precision: str, form: Form = ANY_PICTURE
+) -> Work | None:
     """Count a graph of the float32 bundle.
 
     A typed or compiled one does the same operations, and reads its weights in its own precision.
     """
-    bundle = workshop.bundle(model, "onnxruntime", "fp32")
+    bundle = workshop.bundle(model, "onnxruntime", "fp32", form)
     if bundle.problem:
         return None
     names = GRAPH_NAMES if graph == CHAIN else (graph,)

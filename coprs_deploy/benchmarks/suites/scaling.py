@@ -11,6 +11,7 @@ import numpy as np
 
 from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_inputs, write_arrays
 from coprs_deploy.benchmarks.case import Case, Group, Judge, Plan, Subject
+from coprs_deploy.benchmarks.form import Form
 from coprs_deploy.benchmarks.process import WorkerError
 from coprs_deploy.benchmarks.report import Accuracy, LeftOut
 from coprs_deploy.benchmarks.workshop import SUBJECTS, Model, Workshop
@@ -112,7 +113,7 @@ def _group(name: str, parameter: str, cases: list[Case], judge: Judge | None) ->
 
 
 def _targets(workshop: Workshop, model: Model, device: str) -> Group:
-    many = workshop.bundle(model, RUNTIME, "fp32", targets=TARGETS_PROFILE)
+    many = workshop.bundle(model, RUNTIME, "fp32", Form(targets=TARGETS_PROFILE))
     inputs = workshop.inputs(model)
     cases = [
         Case(
@@ -134,7 +135,7 @@ def _targets(workshop: Workshop, model: Model, device: str) -> Group:
 
 
 def _images(workshop: Workshop, model: Model, device: str) -> Group:
-    many = workshop.bundle(model, RUNTIME, "fp32", images=IMAGES_PROFILE)
+    many = workshop.bundle(model, RUNTIME, "fp32", Form(images=IMAGES_PROFILE))
     inputs = workshop.inputs(model)
     cases = [
         Case(
