@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from coprs_deploy.specs import Geometry, Record
+from coprs_deploy.images import unpadded_size
+from coprs_deploy.specs import Geometry, PictureExtent, Record
 
 
 class SamConfig(Record, frozen=True):
@@ -75,6 +76,46 @@ class SamConfig(Record, frozen=True):
                 f"global_attention_blocks names block {outside[0]}; "
                 f"the encoder has blocks 0 to {self.encoder_depth - 1}"
             )
+
+    def picture_extent(
+        self, aspect: tuple[int, int], *, drops_padding: bool = False
+    ) -> PictureExtent:
+        """Say what an image encoder computes for pictures at least as long as an aspect.
+
+        Args:
+            aspect: width and height, as in (16, 9).
+            drops_padding: whether padding is left out altogether, cell by cell; else window by
+                window up to the first block that attends globally, which changes nothing.
+
+        Raises:
+            ValueError: nothing would be saved.
+        """
+        if not drops_padding and not self.exact_blocks:
+            raise ValueError(
+                "this encoder attends globally from its first block on, so that no padding can be "
+                "left out without changing its function; accepted: no aspect, or one with "
+                "drop_padding"
+            )
+        grid, patch = self.geometry.grid_size, self.geometry.patch_size
+        unit = patch if drops_padding else patch * self.window_size
+        width, height = aspect
+        inside = unpadded_size(height, width, self.geometry.image_size)
+        rows, columns = (min(grid * patch, -(-side // unit) * unit) for side in inside)
+        if rows == columns:
+            remedy = "none" if drops_padding else "none, or drop_padding, which goes by cells"
+            raise ValueError(
+                f"nothing is saved for {width}:{height}: such pictures reach into every "
+                f"{'cell' if drops_padding else 'attention window'} of the square; accepted: a "
+                f"longer aspect, or {remedy}"
+            )
+        return PictureExtent(aspect, rows, columns, drops_padding)
+
+    @property
+    def exact_blocks(self) -> int:
+        """How many blocks come before the first in which a cell sees beyond its window."""
+        if self.window_size >= self.geometry.grid_size:
+            return 0
+        return min(self.global_attention_blocks, default=self.encoder_depth)
 
 
 SAM_SIZES: Mapping[str, SamConfig] = {

@@ -143,7 +143,8 @@ class EquivalenceRecord(Record, frozen=True):
     """How far one graph is from PyTorch in float32, the worst over all inputs.
 
     Attributes:
-        graph: its name, or ``end_to_end`` for the chain of all three.
+        graph: its name, ``end_to_end`` for the chain of all three, or ``without_padding`` for what
+            an encoder that drops the padding changes.
         max_abs: largest absolute difference.
         relative: ``max_abs`` over the largest absolute value of the reference.
         mean_signed: mean difference over that scale; a one-sided shift shows here.
@@ -151,6 +152,8 @@ class EquivalenceRecord(Record, frozen=True):
         mask_iou: IoU of the two masks where the output is a mask, else None.
         inputs: how many inputs were compared.
         passed: whether all are inside the tolerance.
+        judged: whether there is a tolerance; where there is none, ``passed`` says no more than that
+            all values are finite.
     """
 
     graph: str
@@ -161,6 +164,7 @@ class EquivalenceRecord(Record, frozen=True):
     mask_iou: float | None
     inputs: int
     passed: bool
+    judged: bool = True
 
 
 class Manifest(Record, frozen=True):

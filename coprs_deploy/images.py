@@ -246,46 +246,31 @@ def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def parse_aspect(text: str) -> tuple[int, int]:
-    """Read the width and height of ``"W:H"``.
-
-    Raises:
-        ValueError: another form.
-    """
-    width, _, height = text.partition(":")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"aspect is {text!r}; accepted: W:H, as in 16:9 or 3:4")
-    return int(width), int(height)
-
-
-def extent_of_aspect(
-    width: int, height: int, geometry: Geometry, *, drops_padding: bool = False
-) -> PictureExtent:
-    """Say how far pictures of an aspect ratio reach into the padded square.
-
-    Args:
-        width: the 16 of 16:9.
-        height: the 9 of 16:9.
-        geometry: sizes of the model.
-        drops_padding: see :class:`PictureExtent`.
-    """
-    inside = unpadded_size(height, width, geometry.image_size)
-    return PictureExtent(*inside, drops_padding=drops_padding)
-
-
 def require_inside(placed: Placed, extent: PictureExtent | None) -> None:
     """Refuse a picture that reaches beyond what an encoder was made for.
 
     Raises:
-        ImageSizeError: it does.
+        ImageSizeError: it does; the message says how much of it would fit.
     """
-    if extent is None or extent.holds(placed.unpadded_size.tolist()):
+    inside = placed.unpadded_size.tolist()
+    if extent is None or extent.holds(inside):
         return
     height, width = placed.original_size
+    if inside[0] > extent.height:
+        limit = _longest_fit(width, extent.height, extent.width)
+        fits = f"{width} wide it may be {limit} high"
+    else:
+        limit = _longest_fit(height, extent.width, extent.height)
+        fits = f"{height} high it may be {limit} wide"
     raise ImageSizeError(
-        f"the picture is {width} x {height} and this image encoder takes {extent}: crop the "
-        "picture, or export with another --aspect, or without one"
+        f"the picture is {width} x {height} and this image encoder takes {extent}, {fits}: crop "
+        "it, or export with another --aspect, or without one"
     )
+
+
+def _longest_fit(long_side: int, extent: int, image_size: int) -> int:
+    """Say how long the other side may be to come to ``extent`` where ``long_side`` fills S."""
+    return max(1, math.ceil((extent + 0.5) * long_side / image_size) - 1)
 
 
 def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
@@ -342,6 +327,12 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
             new_height = max(1, max_pixels // new_width)
     size = (new_width, new_height)
     return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+
+
+def mask_cells(unpadded_size: NDArray[np.int64], geometry: Geometry) -> tuple[int, int]:
+    """Say how many rows and columns of mask cells belong to a picture: those it begins in."""
+    height, width = (-(-int(side) // geometry.mask_stride) for side in unpadded_size)
+    return height, width
 
 
 def resize_logits(

@@ -7,7 +7,6 @@ everywhere, from the torch argument to the ONNX graph, the engine binding and th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any, TypeVar
 
 import msgspec
@@ -158,22 +157,27 @@ class PictureExtent(Record, frozen=True):
     """How far pictures reach into the padded square, where that is known when a bundle is made.
 
     What lies beyond is padding in every picture. The encoder computes nothing there as long as that
-    changes nothing, or, if it ``drops_padding``, nothing at all, which is another function.
+    changes nothing, or, if it ``drops_padding``, nothing at all, which is another function: cells
+    of the picture attend to cells inside the extent alone (where a picture is longer than the
+    aspect, to its padding inside too).
 
     Attributes:
-        height: most rows of pixels, from the top.
-        width: most columns of pixels, from the left.
-        drops_padding: whether the padding is kept from the picture's cells altogether.
+        aspect: width and height of the ratio that the pictures are at least as long as.
+        height: rows of pixels that are computed, from the top.
+        width: columns of pixels, from the left; the longer side is that of the square.
+        drops_padding: whether what lies beyond is left out altogether.
     """
 
+    aspect: tuple[int, int]
     height: int
     width: int
     drops_padding: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < 1:
+        if min(*self.aspect, self.height, self.width) < 1:
             raise ValueError(
-                f"the extent is {self.height} x {self.width}; it must be at least 1 x 1"
+                f"the extent is {self.height} x {self.width} for {self.aspect}; every number must "
+                "be at least 1"
             )
 
     def holds(self, unpadded_size: Sequence[int]) -> bool:
@@ -181,9 +185,20 @@ class PictureExtent(Record, frozen=True):
         return unpadded_size[0] <= self.height and unpadded_size[1] <= self.width
 
     def __str__(self) -> str:
-        side = "wide" if self.width > self.height else "high"
-        ratio = Fraction(self.width, self.height).limit_denominator(16)
-        return f"pictures at least as {side} as {ratio.numerator}:{ratio.denominator}"
+        width, height = self.aspect
+        return f"pictures at least as {'wide' if width > height else 'high'} as {width}:{height}"
+
+
+def parse_aspect(text: str) -> tuple[int, int]:
+    """Read the width and height of ``"W:H"``.
+
+    Raises:
+        ValueError: another form.
+    """
+    width, _, height = text.partition(":")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"aspect is {text!r}; accepted: W:H, as in 16:9 or 3:4")
+    return int(width), int(height)
 
 
 class TensorSpec(Record, frozen=True):
@@ -230,6 +245,11 @@ class GraphSpec(Record, frozen=True):
     targets: CountProfile = CountProfile()
     images: CountProfile = CountProfile()
     extent: PictureExtent | None = None
+
+    @property
+    def drops_padding(self) -> bool:
+        """Whether this is an image encoder that leaves padding out altogether."""
+        return self.extent is not None and self.extent.drops_padding
 
     @property
     def profile(self) -> CountProfile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coprs_deploy.bundle import Manifest
-from coprs_deploy.images import extent_of_aspect, parse_aspect
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, CountProfile
 
 
@@ -40,18 +39,26 @@ class Form:
         return counts + aspect + ("-alone" if self.drop_padding else "")
 
     def is_of(self, manifest: Manifest) -> bool:
-        """Whether the graphs of a bundle take just that; without an aspect, of whichever."""
+        """Whether the graphs of a bundle take just that."""
         encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
-        extent = encoder.extent
-        if self.aspect:
-            aspect = parse_aspect(self.aspect)
-            extent = extent_of_aspect(*aspect, manifest.geometry, drops_padding=self.drop_padding)
-        return (prior.targets, encoder.images, encoder.extent) == (
-            CountProfile.parse(self.targets),
-            CountProfile.parse(self.images),
-            extent,
+        counts = (CountProfile.parse(self.targets), CountProfile.parse(self.images))
+        pictures = Form.of_pictures(manifest)
+        return (prior.targets, encoder.images) == counts and (
+            (pictures.aspect, pictures.drop_padding) == (self.aspect, self.drop_padding)
         )
 
+    @classmethod
+    def of_pictures(cls, manifest: Manifest) -> Form:
+        """Which pictures a bundle takes, one of them and one target in a call."""
+        extent = manifest.graphs[IMAGE_ENCODER].spec.extent
+        if extent is None:
+            return ANY_PICTURE
+        width, height = extent.aspect
+        return cls(aspect=f"{width}:{height}", drop_padding=extent.drops_padding)
+
+
+WIDE = "16:9"
+"""The aspect of most cameras, which encoders of real size are measured for too."""
 
 ANY_PICTURE = Form()
 """One of any aspect in a call, with one target."""

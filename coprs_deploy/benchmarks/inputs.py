@@ -38,9 +38,10 @@ from coprs_deploy.export.equivalence import (
 )
 from coprs_deploy.images import (
     PreparedImage,
-    extent_of_aspect,
+    mask_cells,
     prepare_image,
     resize_logits,
+    unpadded_size,
 )
 from coprs_deploy.specs import (
     GRAPH_NAMES,
@@ -49,7 +50,9 @@ from coprs_deploy.specs import (
     PRIOR,
     Geometry,
     GraphSpec,
+    PictureExtent,
     graph_specs,
+    parse_aspect,
 )
 
 if TYPE_CHECKING:
@@ -57,20 +60,22 @@ if TYPE_CHECKING:
     from coprs_deploy.training.examples import Example
 
 
-ASPECT = (16, 9)
-"""Of drawn pictures, and what aspect rows are for."""
-
 COMPLETE_FILE = "complete.json"
 """Written last; holds the fingerprint of the weights."""
 
 
 def write_inputs(
-    folder: str, checkpoint: str | None, bundle: str | None, has_truth: bool, count: int
+    folder: str,
+    checkpoint: str | None,
+    bundle: str | None,
+    has_truth: bool,
+    count: int,
+    *,
+    aspect: str = "",
 ) -> dict[str, Any]:
     """Write ``0.safetensors`` and so on: inputs and float32 outputs of every stage.
 
-    Drawn pictures are 16:9 or longer, so that graphs for this aspect take them too; those for a
-    bundle of another aspect are of that. What is there of the same weights is left as it is.
+    What is there of the same weights is left as it is.
 
     Args:
         folder: made if it is not there.
@@ -78,6 +83,8 @@ def write_inputs(
         bundle: where the graphs come from when there is no checkpoint.
         has_truth: whether the policy answers held-out scenes, whose true masks are kept.
         count: how many.
+        aspect: that drawn pictures shall have or be longer than, as in ``16:9``; empty draws some
+            of any shape.
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -87,14 +94,12 @@ def write_inputs(
         if checkpoint is not None
         else read_manifest(bundle or "").checkpoint_fingerprint
     )
-    geometry, width, opener, _ = _reference(checkpoint, bundle)
-    own = read_manifest(bundle).graphs[IMAGE_ENCODER].spec.extent if bundle is not None else None
-    extent = own or extent_of_aspect(*ASPECT, geometry)
-    complete = {"source": source, "extent": extent.to_json()}
+    complete = {"source": source, "aspect": aspect}
     if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == complete:
         return {}
     for stale in out.glob("*.safetensors"):
         stale.unlink()
+    geometry, width, opener, _ = _reference(checkpoint, bundle)
     if has_truth:
         assert checkpoint is not None
         samples = list(_scene_inputs(read_checkpoint(checkpoint), geometry, count))
@@ -106,7 +111,7 @@ def write_inputs(
                 "unpadded_size": sample.prepared.unpadded_size,
                 "original_size": np.array(sample.prepared.original_size),
             }
-            for sample in sample_inputs(geometry, width, extent=extent)[:count]
+            for sample in sample_inputs(geometry, width, extent=_extent(aspect, geometry))[:count]
         ]
     for name in GRAPH_NAMES:
         with opener(name) as runner:
@@ -118,6 +123,14 @@ def write_inputs(
         write_arrays(out / f"{index}.safetensors", sample)
     write_json(made, complete)
     return {}
+
+
+def _extent(aspect: str, geometry: Geometry) -> PictureExtent | None:
+    """Just the aspect, whatever an encoder may take beyond it."""
+    if not aspect:
+        return None
+    width, height = parse_aspect(aspect)
+    return PictureExtent((width, height), *unpadded_size(height, width, geometry.image_size))
 
 
 def judge(
@@ -179,7 +192,7 @@ def _judge_sample(
     if "prior_logits" in found or "image_embedding" in found:
         figures["prior_error"] = _error(values["prior_logits"], sample["prior_logits"])
     figures["mask_error"] = _error(values["mask_logits"], sample["mask_logits"])
-    height, width = -(-sample["unpadded_size"] // geometry.mask_stride)
+    height, width = mask_cells(sample["unpadded_size"], geometry)
     inside = (..., slice(height), slice(width))
     figures["mask_iou"] = mask_iou(values["mask_logits"][inside], sample["mask_logits"][inside])
     if "truth" in sample:

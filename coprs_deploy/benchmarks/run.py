@@ -10,14 +10,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coprs_deploy.benchmarks.case import Plan
 from coprs_deploy.benchmarks.machine import machine_record
 from coprs_deploy.benchmarks.measurement import Measurement, Settings
 from coprs_deploy.benchmarks.process import WorkerError, call_once
 from coprs_deploy.benchmarks.report import SCHEMA_VERSION, Ceilings, GroupResult, LeftOut, Report
 from coprs_deploy.benchmarks.roofline import TORCH_TYPES
-from coprs_deploy.benchmarks.suites import DEFAULT_SUITES, suite
+from coprs_deploy.benchmarks.suites import DEFAULT_SUITES, Suite, suite
 from coprs_deploy.benchmarks.workshop import Model, Workshop, shipped_model
 from coprs_deploy.export.precision import FP32
+
+SCENE_SUITES = ("answer", "start", "scaling")
+"""Suites whose rows ask about generated scenes."""
 
 CEILING_SECONDS = 90.0
 """Limit for the products of one precision and the copy, start of the libraries included."""
@@ -87,7 +91,7 @@ def run_benchmark(request: Request, progress: Callable[[str], None] = lambda ste
                 progress=progress,
             )
         )
-        plans = [planner.plan(workshop) for planner in planners]
+        plans = [_plan(planner, workshop) for planner in planners]
         groups = [group for plan in plans for group in plan.groups]
         if request.prepare_only:
             groups = []
@@ -112,6 +116,14 @@ def run_benchmark(request: Request, progress: Callable[[str], None] = lambda ste
         groups=results,
         left_out=_merge([entry for plan in plans for entry in plan.left_out]),
     )
+
+
+def _plan(planner: Suite, workshop: Workshop) -> Plan:
+    """Plan a suite, unless it asks about scenes that the bundle does not take."""
+    if not workshop.model.form.aspect or planner.NAME not in SCENE_SUITES:
+        return planner.plan(workshop)
+    reason = f"it asks about square scenes, and the bundle is {workshop.model.form.pictures}"
+    return Plan((), (LeftOut(planner.NAME, workshop.model.name, reason),))
 
 
 def measure_all_ceilings(

@@ -8,8 +8,8 @@ from typing import Any
 from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.export.exporter import peak_memory_bytes
-from coprs_deploy.images import parse_aspect
-from coprs_deploy.specs import GRAPH_NAMES, CountProfile
+from coprs_deploy.images import unpadded_size
+from coprs_deploy.specs import GRAPH_NAMES, CountProfile, parse_aspect
 
 
 def export_bundle(
@@ -70,8 +70,8 @@ def _sum(seconds: dict[str, float], prefix: str) -> float:
     return sum(value for step, value in seconds.items() if step.startswith(prefix))
 
 
-def draw_pictures(folder: str, count: int) -> dict[str, Any]:
-    """Draw scenes of training's kind, none of them held out, as pictures."""
+def draw_pictures(folder: str, count: int, aspect: str = "") -> dict[str, Any]:
+    """Draw scenes of training's kind, none of them held out, as pictures; cut to an aspect."""
     from PIL import Image
 
     from coprs_deploy.training.scenes import PLAIN
@@ -79,8 +79,11 @@ def draw_pictures(folder: str, count: int) -> dict[str, Any]:
 
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
+    width, height = parse_aspect(aspect) if aspect else (1, 1)
     for seed in range(count):
-        Image.fromarray(make_scene(PLAIN, seed).image).save(out / f"{seed}.png")
+        scene = make_scene(PLAIN, seed).image
+        rows, columns = unpadded_size(height, width, PLAIN.image_size)
+        Image.fromarray(scene[:rows, :columns]).save(out / f"{seed}.png")
     return {}
 
 

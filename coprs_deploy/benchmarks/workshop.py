@@ -12,7 +12,7 @@ from typing import Any
 from coprs_deploy import shipped
 from coprs_deploy.benchmarks.arrays import Values
 from coprs_deploy.benchmarks.case import Judge
-from coprs_deploy.benchmarks.form import ANY_PICTURE, Form
+from coprs_deploy.benchmarks.form import ANY_PICTURE, WIDE, Form
 from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.onnx_work import GraphWork, count_work
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
@@ -58,6 +58,7 @@ class Model:
         bundle: an exported bundle; None where it has to be made.
         has_truth: whether its answers to held-out scenes mean something.
         is_random: whether its weights are random, of a real size.
+        form: which pictures its bundle takes.
         num_inputs: how many inputs its accuracy is measured on.
     """
 
@@ -67,6 +68,7 @@ class Model:
     has_truth: bool = False
     num_inputs: int = 3
     is_random: bool = False
+    form: Form = ANY_PICTURE
 
     @property
     def estimated_bytes(self) -> int:
@@ -165,12 +167,19 @@ class Workshop(Closeable):
         model: Model,
         runtime: str,
         precision: str,
-        form: Form = ANY_PICTURE,
+        form: Form | None = None,
     ) -> Exported:
         """Give a bundle for a runtime in a precision: the model's own, an earlier, a new one.
 
         Runtimes that read ONNX files share a bundle where their graphs are exported alike.
+
+        Args:
+            model: the model.
+            runtime: that shall run the graphs.
+            precision: of the graphs.
+            form: None takes pictures as the model's own bundle does.
         """
+        form = model.form if form is None else form
         from coprs_deploy.export.options import ATTENTION_FORMS  # it imports PyTorch
 
         sharing = [
@@ -191,7 +200,7 @@ class Workshop(Closeable):
             problem = "the bundle holds no such graphs; name its checkpoint with --checkpoint"
             return Exported(runtime, precision, out, problem)
         try:
-            calibration = self.calibration(model) if precision == "int8" else None
+            calibration = self.calibration(model, form.aspect) if precision == "int8" else None
             self.progress(f"{model.name}: export for {runtime} {precision} {form.aspect}".strip())
             call_once(
                 f"{STEPS}:export_bundle",
@@ -207,8 +216,8 @@ class Workshop(Closeable):
             return Exported(runtime, precision, out, str(error))
         return Exported(runtime, precision, out)
 
-    def calibration(self, model: Model) -> str:
-        """Give a folder of pictures for int8: the user's, or drawn scenes.
+    def calibration(self, model: Model, aspect: str = "") -> str:
+        """Give a folder of pictures for int8: the user's, or drawn scenes, cut to an aspect.
 
         Raises:
             WorkerError: none were named for a model of the user's.
@@ -218,9 +227,10 @@ class Workshop(Closeable):
         if not (model.has_truth or self._sizes):
             raise WorkerError("int8 is calibrated on pictures; name a folder with --calibration")
         count = GOOD_PICTURES if model.has_truth else FEW_PICTURES
-        folder = self.folder / f"calibration-{count}"
+        folder = self.folder / f"calibration-{count}{aspect and '-'}{aspect.replace(':', 'to')}"
         if not folder.exists():
-            call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, folder=str(folder), count=count)
+            settings = {"folder": str(folder), "count": count, "aspect": aspect}
+            call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, **settings)
         return str(folder)
 
     def inputs(self, model: Model, count: int | None = None) -> str:
@@ -240,6 +250,7 @@ class Workshop(Closeable):
                 bundle=_text(model.bundle),
                 has_truth=model.has_truth,
                 count=count,
+                aspect=model.form.aspect or (WIDE if model.is_random else ""),
             )
             self._inputs.add(folder)
         return str(folder)
@@ -390,7 +401,8 @@ def model_from_bundle(bundle: Path, checkpoint: Path | None) -> Model:
                 f"--checkpoint {checkpoint} ({found[:12]}) is not what {bundle} was exported from "
                 f"({manifest.checkpoint_fingerprint[:12]}); name that one, or leave it out"
             )
-    return Model(bundle.resolve().name, checkpoint, bundle)
+    form = Form.of_pictures(manifest)
+    return Model(bundle.resolve().name, checkpoint, bundle, form=form)
 
 
 def version_of(*packages: str) -> str:

@@ -8,7 +8,9 @@ prior against the mask, and every answer are left in a folder. Exit code 1 when 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import (
     add_json_flag,
@@ -18,6 +20,10 @@ from coprs_deploy.cli.parser import (
     print_json,
 )
 from coprs_deploy.cli.tables import table
+
+if TYPE_CHECKING:
+    from coprs_deploy.runtime import CoPRS
+    from coprs_deploy.training.examples import Example
 
 SUMMARY = "judge a bundle on questions whose answers are known"
 
@@ -70,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     with CoPRS.load(arguments.bundle, options) as coprs:
         for choice in coprs.choices:
             log(str(choice))
+        _require_inside(chosen.examples, coprs)
         for answer in score_examples(coprs.segment, chosen.examples, chosen.max_targets):
             scored.append(answer)
             if len(scored) % LOG_EVERY == 0:
@@ -90,6 +97,23 @@ def run(arguments: argparse.Namespace) -> int:
     for line in missed:
         log(line)
     return 1 if missed else 0
+
+
+def _require_inside(examples: Sequence[Example], coprs: CoPRS) -> None:
+    """Refuse before the first question what the bundle does not take."""
+    from coprs_deploy.errors import ImageSizeError
+
+    outside = []
+    for example in examples:
+        try:
+            coprs.require_inside(example.image)
+        except ImageSizeError as error:
+            outside.append(f"{example.id}: {error}")
+    if outside:
+        raise ImageSizeError(
+            f"{len(outside)} of {len(examples)} examples cannot be asked; the first, {outside[0]}. "
+            "Generated scenes are square: a bundle of one aspect is judged on --examples of it"
+        )
 
 
 def _required(settings: list[str]) -> dict[str, float]:

@@ -30,7 +30,7 @@ def equivalence_table(records: Sequence[EquivalenceRecord]) -> str:
             f"{record.cosine:.8f}",
             "-" if record.mask_iou is None else f"{record.mask_iou:.5f}",
             str(record.inputs),
-            "ok" if record.passed else "FAILED",
+            "FAILED" if not record.passed else "ok" if record.judged else "not judged",
         )
         for record in records
     ]

@@ -25,7 +25,7 @@ from coprs_deploy.artifacts import hash_file
 from coprs_deploy.bundle import CalibrationRecord
 from coprs_deploy.engines.build_cache import BuildCache
 from coprs_deploy.errors import ImageSizeError
-from coprs_deploy.images import PreparedImage, load_image, prepare_image, require_inside
+from coprs_deploy.images import Placement, load_image, prepare_image, require_inside
 from coprs_deploy.specs import Geometry, PictureExtent, Record
 
 if TYPE_CHECKING:
@@ -129,18 +129,26 @@ def find_pictures(folder: Path) -> CalibrationPictures:
     )
 
 
-def prepare_picture(path: Path, geometry: Geometry, extent: PictureExtent | None) -> PreparedImage:
-    """Read a picture of the calibration for the image encoder.
+def require_pictures_inside(
+    pictures: CalibrationPictures, geometry: Geometry, extent: PictureExtent | None
+) -> None:
+    """Refuse pictures that reach beyond what an encoder is exported for, before it is.
 
     Raises:
-        ImageError: it cannot be read, or reaches beyond the extent.
+        ImageError: one cannot be read, or reaches too far.
     """
-    prepared = prepare_image(load_image(path), geometry)
-    try:
-        require_inside(prepared, extent)
-    except ImageSizeError as error:
-        raise ImageSizeError(f"{path}: {error}") from error
-    return prepared
+    if extent is None:
+        return
+    outside = []
+    for path in (*pictures.used, *pictures.held_out):
+        try:
+            require_inside(Placement.of(load_image(path), geometry), extent)
+        except ImageSizeError as error:
+            outside.append(f"{path}: {error}")
+    if outside:
+        raise ImageSizeError(
+            f"{len(outside)} of the calibration's pictures reach too far; the first: {outside[0]}"
+        )
 
 
 def calibrate(
@@ -149,8 +157,6 @@ def calibrate(
     pictures: Sequence[Path],
     geometry: Geometry,
     report: Callable[[str], None] = lambda step: None,
-    *,
-    extent: PictureExtent | None = None,
 ) -> dict[str, ProductRange]:
     """Measure the inputs of some linear modules.
 
@@ -160,13 +166,12 @@ def calibrate(
         pictures: files.
         geometry: of the model.
         report: called with the number of each picture as it starts.
-        extent: how far the pictures may reach.
 
     Returns:
         A range for each product.
 
     Raises:
-        ImageError: a picture cannot be read, or reaches too far.
+        ImageError: a picture cannot be read.
         ValueError: the encoder gives values that are not finite.
     """
     import torch
@@ -183,7 +188,7 @@ def calibrate(
     try:
         for number, path in enumerate(pictures, start=1):
             report(f"picture {number}/{len(pictures)}")
-            prepared = prepare_picture(path, geometry, extent)
+            prepared = prepare_image(load_image(path), geometry)
             with torch.inference_mode():
                 encoder(torch.from_numpy(prepared.image))
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -61,10 +60,10 @@ def chain_page(bundle: Bundle, links: Sequence[Link], num_samples: int) -> str:
         HTML without a reference to any other file.
     """
     manifest = bundle.manifest
-    passed = all(link.passed for link in links)
+    passed, judged = all(link.passed for link in links), all(link.judged for link in links)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
     verdict = (
-        '<span class="good">every link holds</span>'
+        f'<span class="good">every {"" if judged else "judged "}link holds</span>'
         if passed
         else '<span class="bad">a link is broken</span>'
     )
@@ -88,6 +87,8 @@ def chain_page(bundle: Bundle, links: Sequence[Link], num_samples: int) -> str:
 
 def _section(link: Link) -> str:
     mark = '<span class="good">holds</span>' if link.passed else '<span class="bad">broken</span>'
+    if link.passed and not link.judged:
+        mark = "another function on purpose, not judged"
     rows = "".join(_row(difference) for difference in link.differences)
     maps = "".join(_figure(difference) for difference in link.differences)
     return (
@@ -103,8 +104,8 @@ def _row(difference: Difference) -> str:
     iou = "" if record.mask_iou is None else f"{record.mask_iou:.5f}"
     verdict = '<td class="good">ok</td>' if record.passed else '<td class="bad">failed</td>'
     limit = f"{allowed.relative:.0e}" if allowed.relative else "bitwise"
-    if math.isinf(allowed.relative):
-        limit, verdict = "not judged", "<td></td>"
+    if not record.judged:
+        limit, verdict = "", "<td>not judged</td>"
     return (
         f"<tr><td>{escape(record.graph)}</td><td>{record.max_abs:.2e}</td>"
         f"<td>{record.relative:.2e}</td><td>{limit}</td><td>{record.mean_signed:+.1e}</td>"

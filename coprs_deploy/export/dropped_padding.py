@@ -13,8 +13,8 @@ from coprs_deploy.checkpoint import Checkpoint
 from coprs_deploy.engines.runner import Array
 from coprs_deploy.export.equivalence import SampleInput, Tolerance, reference_opener, summarize
 from coprs_deploy.export.mask_samples import draw_masked_samples
-from coprs_deploy.images import PreparedImage
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, GraphSpec
+from coprs_deploy.images import mask_cells
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 WITHOUT_PADDING = "without_padding"
 """Name of the record, beside those of graphs."""
@@ -30,7 +30,10 @@ NOT_JUDGED = Tolerance(
 
 
 def measure_dropped_padding(
-    checkpoint: Checkpoint, specs: Mapping[str, GraphSpec], samples: Sequence[SampleInput]
+    checkpoint: Checkpoint,
+    specs: Mapping[str, GraphSpec],
+    samples: Sequence[SampleInput],
+    embeddings: Sequence[Array],
 ) -> EquivalenceRecord:
     """Compare masks with those of the encoder that sees the padding; both in PyTorch, in float32.
 
@@ -38,42 +41,29 @@ def measure_dropped_padding(
         checkpoint: the weights.
         specs: of the graphs, whose encoder drops the padding.
         samples: pictures; concentrations with telling masks are drawn for them.
+        embeddings: what PyTorch's encoder without padding gave for each.
 
     Returns:
         The record of the masks' logits inside the pictures; its mask IoU is of all together.
     """
-    encoder = specs[IMAGE_ENCODER]
-    whole = {**specs, IMAGE_ENCODER: msgspec.structs.replace(encoder, extent=None)}
+    whole = msgspec.structs.replace(specs[IMAGE_ENCODER], extent=None)
+    opener = reference_opener(checkpoint, {**specs, IMAGE_ENCODER: whole})
     _, width = specs[PRIOR].inputs[1].shape
     assert isinstance(width, int)
     asked, known = draw_masked_samples(
-        [sample.prepared for sample in samples],
-        reference_opener(checkpoint, whole),
-        width,
-        specs[PRIOR].targets.preferred,
+        [sample.prepared for sample in samples], opener, width, specs[PRIOR].targets.preferred
     )
-    dropping, geometry = reference_opener(checkpoint, specs), checkpoint.config.model.geometry
+    geometry = checkpoint.config.model.geometry
     found, wanted = list[Array](), list[Array]()
-    with (
-        dropping(IMAGE_ENCODER) as encode,
-        dropping(PRIOR) as prior,
-        dropping(MASK_DECODER) as mask,
-    ):
-        for sample, whole_mask in zip(asked, known[MASK_DECODER], strict=True):
-            embedding = encode(image=sample.prepared.image)["image_embedding"]
+    with opener(PRIOR) as prior, opener(MASK_DECODER) as decoder:
+        for sample, embedding, expected in zip(asked, embeddings, known[MASK_DECODER], strict=True):
             priors = prior(image_embedding=embedding, concentration=sample.concentration)
-            masks = mask(
+            masks = decoder(
                 image_embedding=embedding,
                 prior_logits=priors["prior_logits"],
                 unpadded_size=sample.prepared.unpadded_size,
             )
-            found.append(_inside(masks["mask_logits"].numpy(), sample.prepared, geometry))
-            wanted.append(_inside(whole_mask, sample.prepared, geometry))
+            height, width = mask_cells(sample.prepared.unpadded_size, geometry)
+            found.append(np.ravel(masks["mask_logits"].numpy()[..., :height, :width]))
+            wanted.append(np.ravel(expected[..., :height, :width]))
     return summarize(WITHOUT_PADDING, found, wanted, NOT_JUDGED)
-
-
-def _inside(logits: Array, prepared: PreparedImage, geometry: Geometry) -> Array:
-    """The cells that belong to the picture, in a row."""
-    rows, columns = -(-prepared.unpadded_size // geometry.mask_stride)
-    inside: Array = logits[..., :rows, :columns]
-    return np.ravel(inside)

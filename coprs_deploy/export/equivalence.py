@@ -7,6 +7,7 @@ of memory is one graph's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.images import PreparedImage, prepare_image
+from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
@@ -56,6 +57,11 @@ class Tolerance:
     mask_iou: float | None
     reason: str
     pools_masks: bool = False
+
+    @property
+    def judges(self) -> bool:
+        """Whether anything finite can be outside of it."""
+        return math.isfinite(self.relative)
 
 
 _FLOAT32_ENCODER = "up to 32 blocks of float32 sums in another order; ViT-H measures below 2e-5"
@@ -139,18 +145,19 @@ def sample_inputs(
     *,
     extent: PictureExtent | None = None,
 ) -> list[SampleInput]:
-    """Draw inputs that differ in content and in padding: landscape, portrait and square.
+    """Draw inputs that differ in content and, without an extent, in their shape.
 
     Args:
         geometry: sizes of the model.
         policy_width: D.
         num_targets: N, concentrations an image.
         seed: equal seeds give equal inputs.
-        extent: how far the pictures may reach; two fill it then, and one is longer.
+        extent: how far the pictures may reach.
 
     Returns:
-        Three samples: shapes on a gradient, noise, and shapes in a near-square picture. The
-        concentrations are standard normal, the scale of a normalized hidden state.
+        Three samples: shapes on a gradient, noise, and shapes again; landscape, portrait and
+        square, or as the extent has them. The concentrations are standard normal, the scale of a
+        normalized hidden state.
     """
     generator = np.random.default_rng(seed)
     samples = []
@@ -166,10 +173,12 @@ def sample_inputs(
 
 
 def _shapes_within(extent: PictureExtent) -> tuple[tuple[int, int], ...]:
-    """Heights and widths of pictures that fill an extent, twice, and of one that is longer."""
+    """Heights and widths of a picture of the aspect, one that fills the extent, and a long one."""
     height, width = extent.height, extent.width
+    size, (across, down) = max(height, width), extent.aspect
+    asked = unpadded_size(down, across, size)
     longer = (height // 2, width) if width > height else (height, width // 2)
-    return (height, width), (height, width), (max(1, longer[0]), max(1, longer[1]))
+    return asked, (height, width), (max(1, longer[0]), max(1, longer[1]))
 
 
 def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
@@ -192,9 +201,9 @@ def reference_opener(checkpoint: Checkpoint, specs: Mapping[str, GraphSpec]) -> 
     """
 
     def open_stage(name: str) -> Runner:
-        model, extent = load_segmentation_model(checkpoint), specs[name].extent
-        if extent is not None and extent.drops_padding:
-            model.image_encoder.set_picture_extent(extent)
+        model = load_segmentation_model(checkpoint)
+        if specs[name].drops_padding:
+            model.image_encoder.set_picture_extent(specs[name].extent)
         return TorchRunner(model.stages()[name], specs[name])
 
     return open_stage
@@ -365,4 +374,5 @@ def summarize(
         mask_iou=None if allowed.mask_iou is None else iou,
         inputs=len(found),
         passed=passed,
+        judged=allowed.judges,
     )

@@ -41,7 +41,7 @@ from coprs_deploy.engines.engine_builder import (
     resolve_target,
     state_need,
 )
-from coprs_deploy.export.calibration import find_pictures
+from coprs_deploy.export.calibration import find_pictures, require_pictures_inside
 from coprs_deploy.export.graph_check import GraphCheck, can_run_here
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.options import ATTENTION_FORMS, ExportOptions
@@ -51,7 +51,6 @@ from coprs_deploy.export.precision import (
     graph_precision,
     rest_precision,
 )
-from coprs_deploy.images import extent_of_aspect
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
@@ -100,7 +99,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is not usable.
         ArtifactError: ``out`` is taken.
-        ImageError: a picture of the calibration cannot be read.
+        ImageError: a picture of the calibration cannot be read, or reaches beyond the aspect.
         ValueError: there are too few of them, or the aspect saves nothing.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
         EngineBuildError: an engine cannot be built; nothing is written.
@@ -130,8 +129,11 @@ def export_checkpoint(
     geometry, width = source.config.model.geometry, source.config.model.policy_width
     extent = None
     if options.aspect is not None:
-        extent = extent_of_aspect(*options.aspect, geometry, drops_padding=options.drop_padding)
+        sam = source.config.model.sam
+        extent = sam.picture_extent(options.aspect, drops_padding=options.drop_padding)
         model.image_encoder.set_picture_extent(extent)
+    if pictures is not None:
+        require_pictures_inside(pictures, geometry, extent)
     specs = graph_specs(geometry, width, options.targets, options.images, extent)
     clock.start("fingerprint checkpoint")
     checkpoint_fingerprint = source.fingerprint()

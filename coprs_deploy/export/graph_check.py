@@ -21,7 +21,7 @@ from coprs_deploy.engines.plan_execution import PlanRunner, UnverifiedEngineWarn
 from coprs_deploy.engines.runner import Array
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.block_errors import block_errors, describe
-from coprs_deploy.export.calibration import Calibrated, prepare_picture
+from coprs_deploy.export.calibration import Calibrated
 from coprs_deploy.export.dropped_padding import measure_dropped_padding
 from coprs_deploy.export.equivalence import (
     TOLERANCES,
@@ -36,6 +36,7 @@ from coprs_deploy.export.mask_samples import draw_masked_samples
 from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.precision import FP32, rest_precision
 from coprs_deploy.export.rounding import write_rounded_graph
+from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, GraphSpec
 
 CPU_RUNTIME = "onnxruntime"
@@ -106,11 +107,11 @@ class GraphCheck:
 
     def dropped_padding(self) -> tuple[EquivalenceRecord, ...]:
         """Measure what an encoder that drops the padding changes; nothing where none does."""
-        extent = self._specs[IMAGE_ENCODER].extent
-        if extent is None or not extent.drops_padding:
+        if not self._specs[IMAGE_ENCODER].drops_padding:
             return ()
         self._report("dropped padding")
-        return (measure_dropped_padding(self._source, self._specs, self._samples),)
+        embeddings = self._known[IMAGE_ENCODER]
+        return (measure_dropped_padding(self._source, self._specs, self._samples, embeddings),)
 
     def engines(
         self, folder: Path, engines: Mapping[str, EngineRecord]
@@ -158,14 +159,16 @@ class GraphCheck:
         geometry = self._source.config.model.geometry
         width = self._specs[PRIOR].inputs[1].shape[1]
         assert isinstance(width, int)
-        extent = self._specs[IMAGE_ENCODER].extent
         count = self._options.targets.preferred
         if self._calibrated is None:
-            self._samples = sample_inputs(geometry, width, count, extent=extent)
+            self._samples = sample_inputs(
+                geometry, width, count, extent=self._specs[IMAGE_ENCODER].extent
+            )
             return
         self._report("reference")
-        paths = self._calibrated.pictures.held_out
-        pictures = [prepare_picture(path, geometry, extent) for path in paths]
+        pictures = [
+            prepare_image(load_image(path), geometry) for path in self._calibrated.pictures.held_out
+        ]
         self._samples, self._known = draw_masked_samples(pictures, reference, width, count)
 
     def _block_errors(self, graph: Path, calibrated: Calibrated, is_rounded: bool) -> str:
@@ -179,8 +182,7 @@ class GraphCheck:
             load_segmentation_model(self._source).image_encoder,
             self._specs[IMAGE_ENCODER],
         )
-        if spec.extent is not None:
-            encoder.set_picture_extent(spec.extent)
+        encoder.set_picture_extent(spec.extent)
         errors = block_errors(
             encoder,
             path,

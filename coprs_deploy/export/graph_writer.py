@@ -66,14 +66,7 @@ def write_int8_graph(
             cache,
             hash_graph(float32),
             pictures,
-            lambda: calibrate(
-                module,
-                product_names(float32),
-                pictures.used,
-                geometry,
-                watch.phase,
-                extent=spec.extent,
-            ),
+            lambda: calibrate(module, product_names(float32), pictures.used, geometry, watch.phase),
         )
         progress(f"quantize {spec.name}")
         if rest == FP32:

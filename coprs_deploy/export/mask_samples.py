@@ -23,7 +23,7 @@ WANTED_SHARE = 0.25
 def draw_bundle_samples(
     manifest: Manifest, reference: RunnerOpener, pools_masks: bool, seed: int
 ) -> tuple[list[SampleInput], dict[str, list[Array]] | None]:
-    """Draw what a bundle is compared on: landscape, portrait and square, its own targets.
+    """Draw what a bundle is compared on: pictures that its encoder takes, its own targets.
 
     Args:
         manifest: of the bundle.

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.bundle import EngineRecord, EquivalenceRecord, open_bundle, write_manifest
+from coprs_deploy.bundle import (
+    SCHEMA_VERSION,
+    EngineRecord,
+    EquivalenceRecord,
+    open_bundle,
+    write_manifest,
+)
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
 from coprs_deploy.engines.plan_execution import PlanRunner
@@ -47,7 +53,8 @@ def verify_bundle(
         allow_plan_code: whether version-compatible engines, which carry code, may be loaded.
 
     Returns:
-        A record for each graph and one for the chain, passed or not.
+        A record for each graph and one for the chain, passed or not; of an encoder that drops
+        the padding also one of what that changes, not judged.
 
     Raises:
         BundleIntegrityError: a file of the bundle was changed.
@@ -81,7 +88,8 @@ def verify_bundle(
             read_back[name] = verified_record(graph.engine, runner)
         return runner
 
-    reference = reference_opener(checkpoint, {name: g.spec for name, g in graphs.items()})
+    specs = {name: graph.spec for name, graph in graphs.items()}
+    reference = reference_opener(checkpoint, specs)
     tolerances = TOLERANCES[
         runtime or graphs[IMAGE_ENCODER].runtime, graphs[IMAGE_ENCODER].precision
     ]
@@ -89,6 +97,7 @@ def verify_bundle(
     if pools_masks:
         progress("reference")
     samples, known = draw_bundle_samples(manifest, reference, pools_masks, seed=1)
+    known = known or {}
     records = compare_stages(
         reference=reference,
         candidate=candidate,
@@ -97,11 +106,9 @@ def verify_bundle(
         report=progress,
         known=known,
     )
-    extent = graphs[IMAGE_ENCODER].spec.extent
-    if extent is not None and extent.drops_padding:
+    if specs[IMAGE_ENCODER].drops_padding:
         progress("dropped padding")
-        specs = {name: graph.spec for name, graph in graphs.items()}
-        records += (measure_dropped_padding(checkpoint, specs, samples),)
+        records += (measure_dropped_padding(checkpoint, specs, samples, known[IMAGE_ENCODER]),)
     if read_back:
         passed = all(record.passed for record in records)
         marked = {
@@ -115,7 +122,10 @@ def verify_bundle(
         write_manifest(
             bundle.path,
             msgspec.structs.replace(
-                manifest, graphs=verified, equivalence=records if passed else manifest.equivalence
+                manifest,
+                schema_version=SCHEMA_VERSION,
+                graphs=verified,
+                equivalence=records if passed else manifest.equivalence,
             ),
         )
     return records

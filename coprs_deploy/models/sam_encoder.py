@@ -164,11 +164,6 @@ class EncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = TwoLayerMlp(width, int(width * config.mlp_ratio), nn.GELU)
 
-    @property
-    def attends_globally(self) -> bool:
-        """Whether every token attends to every other, rather than to those of its window."""
-        return self.window == self.grid
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, R, K, C) to (B, R, K, C): the whole grid, or its upper left part."""
         attended = self._attend(self.norm1(x))
@@ -181,7 +176,7 @@ class EncoderBlock(nn.Module):
         SAM pads the normalized tokens with zeros, of which ``qkv`` leaves nothing but its bias: the
         queries, keys and values of the padding are written directly.
         """
-        if self.attends_globally:
+        if self.window == self.grid:
             return self.attn(x)
         window, rows, columns = self.window, x.shape[1], x.shape[2]
         down, across = -(-rows // window), -(-columns // window)
@@ -235,8 +230,7 @@ class SamImageEncoder(nn.Module):
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
         grid, channels = config.geometry.grid_size, config.geometry.embedding_channels
-        self.geometry = config.geometry
-        self.window_size = config.window_size
+        self.config = config
         self.patch_embed = PatchEmbedding(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.encoder_width))
         self.blocks = nn.ModuleList(
@@ -261,41 +255,25 @@ class SamImageEncoder(nn.Module):
             if isinstance(module, RelativeAttention):
                 module.form = form
 
-    def set_picture_extent(self, extent: PictureExtent) -> None:
+    def set_picture_extent(self, extent: PictureExtent | None) -> None:
         """Leave out, from now on, what is padding in every picture of this extent.
 
         Up to the first block that attends globally, windows that hold only padding see no picture:
         what they come to is computed here, once, on a blank one. With ``drops_padding`` the
         padding joins the other cells only behind the last block, and the picture never sees it.
 
-        Raises:
-            ValueError: nothing would be saved.
+        Args:
+            extent: what :meth:`coprs_deploy.architecture.SamConfig.picture_extent` gave; None
+                stands for the whole square.
         """
-        grid, patch = self.geometry.grid_size, self.geometry.patch_size
-        first_global = next(
-            (n for n, block in enumerate(self.blocks) if block.attends_globally), len(self.blocks)
-        )
-        joins = len(self.blocks) if extent.drops_padding else first_global
-        whole = 1 if extent.drops_padding else self.window_size
-        rows, columns = (
-            min(grid, -(-pixels // (patch * whole)) * whole)
-            for pixels in (extent.height, extent.width)
-        )
-        if not joins:
-            raise ValueError(
-                "this encoder attends globally from its first block on, so that no padding can be "
-                "left out without changing its function; accepted: no aspect, or one with "
-                "drop_padding"
-            )
-        if rows == columns == grid:
-            raise ValueError(
-                f"nothing is saved for {extent}: they reach into every "
-                f"{'cell' if extent.drops_padding else 'window'} of {grid} x {grid} cells; "
-                "accepted: a longer aspect, or none"
-            )
-        size = self.geometry.image_size
+        self.padding_from = 0
+        if extent is None:
+            return
+        joins = len(self.blocks) if extent.drops_padding else self.config.exact_blocks
+        size, patch = self.config.geometry.image_size, self.config.geometry.patch_size
+        rows, columns = extent.height // patch, extent.width // patch
         with torch.no_grad():
-            blank = self.patch_embed(self.pos_embed.new_zeros(1, 3, size, size)) + self.pos_embed
+            blank = self._cells(self.pos_embed.new_zeros(1, 3, size, size))
             for block in self.blocks[:joins]:
                 blank = block(blank)
         self.register_buffer("padding_below", blank[:, rows:].clone(), persistent=False)
@@ -324,7 +302,7 @@ class SamImageEncoder(nn.Module):
         """Embed the patches of the cells that are computed, (B, R, K, C)."""
         if not self.padding_from:
             return self.patch_embed(image) + self.pos_embed
-        patch, grid = self.geometry.patch_size, self.geometry.grid_size
+        patch, grid = self.config.geometry.patch_size, self.config.geometry.grid_size
         rows, columns = grid - self.padding_below.shape[1], grid - self.padding_right.shape[2]
         inside = image[:, :, : rows * patch, : columns * patch]
         return self.patch_embed(inside) + self.pos_embed[:, :rows, :columns]

@@ -21,6 +21,7 @@ from coprs_deploy.errors import PolicyError
 from coprs_deploy.images import (
     ImageSource,
     Placement,
+    RgbArray,
     load_image,
     prepare_image,
     require_inside,
@@ -57,6 +58,7 @@ class CoPRS(Closeable):
 
     Attributes:
         description: who computes what.
+        extent: which pictures the image encoder takes; None stands for any.
         choices: how ``--runtime auto`` chose the runtimes; empty where it was not asked to.
     """
 
@@ -79,7 +81,11 @@ class CoPRS(Closeable):
         self._cache = EmbeddingCache(cached_images, self._encoder)
         self.choices: tuple[RuntimeChoice, ...] = ()
         graphs = " + ".join(dict.fromkeys(r.description for r in stages.runners.values()))
-        self.description = f"graphs: {graphs}; policy: {policy.description}"
+        self.extent = stages.extent
+        pictures = "" if self.extent is None else f" for {self.extent}"
+        if self.extent is not None and self.extent.drops_padding:
+            pictures += ", padding dropped"
+        self.description = f"graphs: {graphs}{pictures}; policy: {policy.description}"
 
     @classmethod
     def load(
@@ -140,7 +146,7 @@ class CoPRS(Closeable):
             The answer; ``found`` is False when the policy named no target.
 
         Raises:
-            ImageError: the picture cannot be used.
+            ImageError: the picture cannot be used, or the bundle does not take its shape.
             InstructionError: the instruction is empty or too long.
             PolicyError: the policy failed.
             QueueFullError: as many answers as may wait are waiting already.
@@ -155,8 +161,8 @@ class CoPRS(Closeable):
         Returns:
             What the answer took; also the graphs behind the image encoder have run once.
         """
-        extent, size = self._stages.extent, self._geometry.image_size
-        height, width = (extent.height, extent.width) if extent else (size, size)
+        size = self._geometry.image_size
+        height, width = (self.extent.height, self.extent.width) if self.extent else (size, size)
         picture = self._open(np.full((height, width, 3), 128, dtype=np.uint8))
         prepared = prepare_image(picture.rgb, self._geometry)
         images = self._stages.images
@@ -182,6 +188,14 @@ class CoPRS(Closeable):
             decode_ms=result.decode_ms,
             total_ms=1e3 * (time.perf_counter() - start),
         )
+
+    def require_inside(self, rgb: RgbArray) -> None:
+        """Refuse a picture, (H, W, 3), of a shape that the bundle does not take.
+
+        Raises:
+            ImageSizeError: it is of such a shape; see ``extent``.
+        """
+        require_inside(Placement.of(rgb, self._geometry), self.extent)
 
     def segment_many(
         self, questions: Iterable[tuple[ImageSource, str]], targets: int = 1
@@ -301,9 +315,9 @@ class CoPRS(Closeable):
         start = time.perf_counter()
         rgb = load_image(image)
         rgb.setflags(write=False)  # the encoder may still read it when the answer is given
-        key = picture_key(rgb) if self._cache.capacity else ""
+        self.require_inside(rgb)
         placed = Placement.of(rgb, self._geometry)
-        require_inside(placed, self._stages.extent)
+        key = picture_key(rgb) if self._cache.capacity else ""
         return Picture(rgb, placed, key, 1e3 * (time.perf_counter() - start))
 
     def _encode(self, picture: Picture) -> Encoding:

@@ -129,6 +129,25 @@ def test_onnx_runtime_encodes_images_together_on_cuda(tiny_checkpoint, tmp_path)
 
 
 @pytest.mark.tensorrt
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("drop_padding", [False, True])
+def test_engines_for_one_aspect_are_verified_like_others(
+    tiny_checkpoint, tmp_path, runtime, drop_padding
+):
+    require(runtime)
+    gpu = current_gpu()
+    options = ExportOptions(
+        runtime=runtime,
+        aspect=(16, 9),
+        drop_padding=drop_padding,
+        gpus=(gpu.compute_capability,) if runtime == "tensorrt-rtx" else (),
+        cache=tmp_path / "cache",
+    )
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    assert all(g.engine.verified_on == gpu.name for g in bundle.manifest.graphs.values())
+
+
+@pytest.mark.tensorrt
 def test_answers_are_those_of_the_cpu(engines, tiny_bundle, scene):
     with CoPRS.load(tiny_bundle) as coprs:
         expected = coprs.segment(scene, "the red disc", targets=2)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 from coprs_deploy.benchmarks.case import Case, Group, Plan
-from coprs_deploy.benchmarks.form import ANY_PICTURE, Form
+from coprs_deploy.benchmarks.form import ANY_PICTURE, WIDE, Form
 from coprs_deploy.benchmarks.graph_subjects import CHAIN
 from coprs_deploy.benchmarks.process import WorkerError, call_once
 from coprs_deploy.benchmarks.report import LeftOut, Work
@@ -22,9 +22,6 @@ SUMMARY = "each graph with each runtime and precision, beside PyTorch and segmen
 
 GRAPHS = "coprs_deploy.benchmarks.graph_subjects"
 TORCH = "coprs_deploy.benchmarks.torch_subjects"
-
-ASPECT = "16:9"
-"""Of most cameras, and of the inputs that graphs of real size are fed with."""
 
 RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
@@ -159,12 +156,12 @@ def _graph_cases(
 def forms(model: Model, graph: str, precision: str) -> tuple[Form, ...]:
     """Say in which forms a graph is measured: an encoder of real size also for one aspect."""
     if graph != IMAGE_ENCODER or precision not in (FP32, INT8) or not model.is_random:
-        return (ANY_PICTURE,)
-    return (ANY_PICTURE, Form(aspect=ASPECT), Form(aspect=ASPECT, drop_padding=True))
+        return (model.form,)
+    return (ANY_PICTURE, Form(aspect=WIDE), Form(aspect=WIDE, drop_padding=True))
 
 
 def graph_work(
-    workshop: Workshop, model: Model, graph: str, precision: str, form: Form = ANY_PICTURE
+    workshop: Workshop, model: Model, graph: str, precision: str, form: Form | None = None
 ) -> Work | None:
     """Count a graph of the float32 bundle.
 

@@ -1,26 +1,28 @@
 """A bundle for pictures of one aspect: exact, or said not to be where padding is dropped."""
 
 import json
+import re
 
 import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from coprs_deploy.architecture import SAM_SIZES
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.cli.main import main
-from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, open_bundle_graph
+from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, Stages, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError, ImageSizeError
-from coprs_deploy.export import ExportOptions, export_checkpoint
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter
 from coprs_deploy.export.chain import MODULE, OF_ONE_ASPECT, TRACED, measure_chain
 from coprs_deploy.export.chain_page import chain_page
 from coprs_deploy.export.dropped_padding import WITHOUT_PADDING
 from coprs_deploy.export.equivalence import TOLERANCES, sample_inputs
 from coprs_deploy.export.verifier import verify_bundle
-from coprs_deploy.images import prepare_image
+from coprs_deploy.images import Placement, prepare_image, require_inside, unpadded_size
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, Geometry, PictureExtent
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, CountProfile, Geometry, PictureExtent
 
 WIDE = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
 ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative
@@ -64,8 +66,10 @@ def test_the_graph_of_an_aspect_gives_what_the_whole_encoder_gives(exact, whole_
 
 
 def test_the_manifest_says_what_the_encoder_takes(exact, dropping):
-    assert exact.manifest.graphs[IMAGE_ENCODER].spec.extent == PictureExtent(72, 128)
-    assert dropping.manifest.graphs[IMAGE_ENCODER].spec.extent == PictureExtent(72, 128, True)
+    # Windows of 6 cells of 8 pixels: two of them hold 72 rows. Cells hold them to the pixel.
+    assert exact.manifest.graphs[IMAGE_ENCODER].spec.extent == PictureExtent((16, 9), 96, 128)
+    alone = dropping.manifest.graphs[IMAGE_ENCODER].spec.extent
+    assert alone == PictureExtent((16, 9), 72, 128, True)
     assert exact.manifest.graphs[PRIOR].spec.extent is None
     assert [r.graph for r in exact.manifest.equivalence][-1] == "end_to_end"
 
@@ -78,6 +82,7 @@ def test_dropped_padding_changes_the_embedding_and_the_manifest_says_how_much(
     record = dropping.manifest.equivalence[-1]
     assert record.graph == WITHOUT_PADDING
     assert record.passed
+    assert not record.judged
     assert 0 < record.mask_iou < 1
     assert record.relative > ROUNDING
     again = verify_bundle(dropping.path, tiny_checkpoint)
@@ -108,19 +113,39 @@ def test_a_graph_that_is_not_that_of_its_aspect_is_found(
     assert not records[0].passed
 
 
-def test_pictures_inside_are_answered_and_others_refused_before_anything_runs(exact):
+def test_pictures_inside_are_answered_and_others_refused_before_anything_runs(exact, monkeypatch):
     with CoPRS.load(exact.path) as coprs:
+        assert "for pictures at least as wide as 16:9;" in coprs.description
         coprs.warm_up()
-        answer = coprs.segment(WIDE, "the shape")
-        assert answer.masks.shape[1:] == (90, 160)
-        longer = coprs.segment(WIDE[:40], "the shape")
-        assert longer.masks.shape[1:] == (40, 160)
-        with pytest.raises(
-            ImageSizeError, match=r"160 x 160 and this image encoder takes pictures"
-        ):
-            coprs.segment(np.zeros((160, 160, 3), np.uint8), "the shape")
-        with pytest.raises(ImageSizeError, match="at least as wide as 16:9: crop"):
+        for height in (40, 90, 120):  # 120 of 160 come to 96 of 128: the windows hold them too
+            answer = coprs.segment(np.resize(WIDE, (height, 160, 3)), "the shape")
+            assert answer.masks.shape[1:] == (height, 160)
+        asked = []
+        monkeypatch.setattr(coprs._policy, "stream", asked.append)
+        with pytest.raises(ImageSizeError, match=r"160 wide it may be 120 high: crop it"):
+            coprs.segment(np.zeros((122, 160, 3), np.uint8), "the shape")
+        with pytest.raises(ImageSizeError, match=r"at least as wide as 16:9, 90 wide it may be 68"):
             coprs.segment(WIDE.transpose(1, 0, 2), "the shape")
+        with pytest.raises(ImageSizeError):
+            next(coprs.segment_many([(np.zeros((160, 160, 3), np.uint8), "the shape")]))
+        assert not asked
+
+
+def test_the_stages_refuse_what_the_runtime_did_not(exact):
+    graphs = exact.manifest.graphs
+    with Stages({n: open_bundle_graph(exact, n, RunnerOptions()) for n in graphs}) as stages:
+        square = prepare_image(np.zeros((9, 9, 3), np.uint8), exact.manifest.geometry)
+        with pytest.raises(ImageSizeError):
+            stages.encode(square)
+
+
+def test_images_of_an_aspect_go_together(tiny_checkpoint, tmp_path):
+    options = ExportOptions(aspect=(16, 9), drop_padding=True, images=CountProfile(1, 2, 3))
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    with CoPRS.load(bundle.path) as coprs:
+        coprs.warm_up()
+        answers = list(coprs.segment_many([(WIDE, "the shape"), (WIDE[::-1], "the shape")]))
+    assert len(answers) == 2
 
 
 def test_the_answers_of_an_aspect_are_those_of_the_whole_square(exact, tiny_bundle):
@@ -147,7 +172,7 @@ def test_typed_graphs_of_an_aspect_pass_their_checks(tiny_checkpoint, tmp_path, 
     assert all(record.passed for record in bundle.manifest.equivalence)
 
 
-def test_calibration_pictures_that_reach_too_far_are_named(tiny_checkpoint, tmp_path):
+def test_calibration_pictures_that_reach_too_far_are_named(tiny_checkpoint, tmp_path, monkeypatch):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(4):
@@ -155,7 +180,9 @@ def test_calibration_pictures_that_reach_too_far_are_named(tiny_checkpoint, tmp_
     options = ExportOptions(
         precision="int8", calibration=pictures, aspect=(16, 9), cache=tmp_path / "cache"
     )
-    with pytest.raises(ImageSizeError, match=r"\d.png: the picture is 50 x 50 and this image"):
+    monkeypatch.setattr(exporter, "write_int8_graph", None)  # nothing is traced before
+    message = r"4 of the calibration's pictures.*\d.png: the picture is 50 x 50 and this image"
+    with pytest.raises(ImageSizeError, match=message):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
 
@@ -174,18 +201,54 @@ def test_the_chain_begins_with_the_whole_module(exact, dropping, tiny_checkpoint
     assert all(link.passed for link in links)
     assert (links[0].differences[0].record.relative > ROUNDING) == drops_padding
     page = chain_page(bundle, links, len(samples))
-    assert ("not judged" in page) == drops_padding
+    first_section = page.split("<h2>")[1]
+    assert ("not judged" in first_section) == drops_padding
+    assert ("holds" in first_section) == (not drops_padding)
+    assert f"every {'judged ' if drops_padding else ''}link holds" in page
     assert "pictures at least as wide as 16:9" in page
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(72, 128), (128, 72), (30, 128), (128, 128), (1, 128)]
+    ("aspect", "height", "width"),
+    [((16, 9), 96, 128), ((9, 16), 128, 72), ((4, 1), 32, 128), ((90, 1), 8, 128)],
 )
-def test_samples_of_an_extent_fill_it_and_stay_inside(height, width):
-    geometry, extent = Geometry(128, 8, 64), PictureExtent(height, width)
+def test_samples_of_an_extent_fill_it_and_stay_inside(aspect, height, width):
+    geometry, extent = Geometry(128, 8, 64), PictureExtent(aspect, height, width)
     sizes = [s.prepared.unpadded_size.tolist() for s in sample_inputs(geometry, 4, extent=extent)]
     assert [height, width] in sizes
     assert all(extent.holds(size) for size in sizes)
+
+
+ASPECTS = [(16, 9), (9, 16), (9, 20), (37, 20), (1, 17), (1, 40), (256, 135), (21, 9), (4, 3)]
+
+
+def placed(height, width):
+    return Placement(np.array(unpadded_size(height, width, 1024)), (height, width))
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("drops_padding", [False, True])
+def test_pictures_of_the_aspect_are_taken_and_a_refusal_names_what_would_be(aspect, drops_padding):
+    extent = SAM_SIZES["vit_b"].picture_extent(aspect, drops_padding=drops_padding)
+    assert str(extent).endswith(f" as {aspect[0]}:{aspect[1]}")
+    for factor in (1, 3, 7, 50, 120):
+        require_inside(placed(aspect[1] * factor, aspect[0] * factor), extent)
+    for size in ((1000, 1000), (1000, 999), (999, 1000)):
+        with pytest.raises(ImageSizeError) as error:
+            require_inside(placed(*size), extent)
+        words = re.search(r"(\d+) (wide|high) it may be (\d+) ", str(error.value))
+        kept, limit, is_wide = int(words[1]), int(words[3]), words[2] == "wide"
+        for tried, fits in ((limit, True), (limit + 1, False)):
+            sides = (tried, kept) if is_wide else (kept, tried)
+            assert extent.holds(unpadded_size(*sides, 1024)) == fits
+
+
+def test_evaluate_says_at_once_which_examples_a_bundle_does_not_take(exact, capsys):
+    arguments = ["evaluate", str(exact.path), "--count", "3", "--absent", "0"]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "3 of 3 examples cannot be asked; the first, plain-" in message
+    assert "judged on --examples of it" in message
 
 
 def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):
@@ -206,7 +269,7 @@ def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):
     [
         (["--aspect", "wide"], "aspect is 'wide'; accepted: W:H, as in 16:9 or 3:4"),
         (["--aspect", "16:0"], "aspect is '16:0'"),
-        (["--aspect", "1:1"], "nothing is saved"),
+        (["--aspect", "1:1"], "nothing is saved for 1:1"),
         (["--drop-padding"], "no aspect says what that is; accepted: --aspect W:H --drop-padding"),
     ],
 )

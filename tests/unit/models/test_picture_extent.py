@@ -2,11 +2,12 @@
 
 import math
 
+import msgspec
 import pytest
 import torch
 
 from coprs_deploy.architecture import SamConfig
-from coprs_deploy.images import extent_of_aspect
+from coprs_deploy.models import sam_encoder
 from coprs_deploy.models.sam_encoder import SamImageEncoder
 from coprs_deploy.specs import Geometry, PictureExtent
 
@@ -34,6 +35,13 @@ GLOBAL_FIRST = SamConfig(
 
 ROUNDING = 2e-6
 """Relative: products of fewer rows may take their float32 sums in another order."""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Let the small grids here go in blocks too, the last of which is cut off."""
+    monkeypatch.setattr(sam_encoder, "UNBLOCKED_BYTES", 0)
+    monkeypatch.setattr(sam_encoder, "BLOCK_ROWS", 4)
 
 
 def encoder(config=DEEP, extent=None):
@@ -75,22 +83,24 @@ def count_cells(monkeypatch):
 @pytest.mark.parametrize("aspect", [(16, 9), (9, 16), (4, 3), (7, 1), (1, 3)])
 @pytest.mark.parametrize("form", ["bias", "augmented", "blocked"])
 def test_windows_of_padding_before_the_first_global_block_are_known_beforehand(aspect, form):
-    extent = extent_of_aspect(*aspect, GEOMETRY)
+    extent = DEEP.picture_extent(aspect)
     whole, partial = encoder(), encoder(extent=extent)
     for model in (whole, partial):
         model.set_attention_form(form)
     image = picture(extent)
     assert relative_error(partial(image), whole(image)) <= ROUNDING
-    smaller = picture(PictureExtent(extent.height // 2, extent.width // 2))
+    smaller = picture(PictureExtent((1, 1), extent.height // 2, extent.width // 2))
     assert relative_error(partial(smaller), whole(smaller)) <= ROUNDING
 
 
 def test_whole_windows_are_left_out_and_only_up_to_the_first_global_block(count_cells):
-    partial = encoder(extent=extent_of_aspect(16, 9, GEOMETRY))  # 36 of 64 pixels: 9 of 16 cells
+    partial = encoder(extent=DEEP.picture_extent((16, 9)))  # 36 of 64 pixels: 9 of 16 cells
     cells = count_cells(partial)
     partial(torch.zeros(1, 3, 64, 64))
     assert cells == [(9, 16), (9, 16), (16, 16), (16, 16), (16, 16)]
-    between = encoder(extent=PictureExtent(37, 64))  # one row of pixels in a tenth row of cells
+    extent = DEEP.picture_extent((64, 37))  # one row of pixels in a tenth row of cells
+    assert (extent.height, extent.width) == (48, 64)
+    between = encoder(extent=extent)
     cells.clear()
     count_cells(between)
     between(torch.zeros(1, 3, 64, 64))
@@ -98,9 +108,10 @@ def test_whole_windows_are_left_out_and_only_up_to_the_first_global_block(count_
 
 
 def test_what_lies_beyond_the_extent_is_never_read():
-    extent = PictureExtent(24, 64)
+    extent = DEEP.picture_extent((64, 24))
     partial, image = encoder(extent=extent), picture(extent)
     dirty = image.clone()
+    assert extent.height == 24
     dirty[:, :, 24:] = math.nan
     assert torch.equal(partial(dirty), partial(image))
 
@@ -108,10 +119,10 @@ def test_what_lies_beyond_the_extent_is_never_read():
 @pytest.mark.parametrize("aspect", [(16, 9), (9, 16), (7, 1)])
 @pytest.mark.parametrize("form", ["bias", "augmented", "blocked"])
 def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect, form):
-    extent = extent_of_aspect(*aspect, GEOMETRY, drops_padding=True)
+    extent = DEEP.picture_extent(aspect, drops_padding=True)
     partial, image = encoder(extent=extent), picture(extent)
     partial.set_attention_form(form)
-    rows, columns = -(-extent.height // 4), -(-extent.width // 4)
+    rows, columns = extent.height // 4, extent.width // 4
     assert partial.padding_from == len(partial.blocks)
 
     alone = encoder()
@@ -129,7 +140,7 @@ def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect
 
 
 def test_dropped_padding_is_another_function_and_computes_no_padding(count_cells):
-    extent = extent_of_aspect(16, 9, GEOMETRY, drops_padding=True)
+    extent = DEEP.picture_extent((16, 9), drops_padding=True)
     whole, partial, image = encoder(), encoder(extent=extent), picture(extent)
     assert relative_error(partial(image), whole(image)) > 0.01
     cells = count_cells(partial)
@@ -138,25 +149,35 @@ def test_dropped_padding_is_another_function_and_computes_no_padding(count_cells
 
 
 def test_the_weights_of_an_encoder_keep_their_names():
-    partial = encoder(extent=extent_of_aspect(16, 9, GEOMETRY))
+    partial = encoder(extent=DEEP.picture_extent((16, 9)))
     assert list(partial.state_dict()) == list(encoder().state_dict())
+
+
+def test_an_extent_can_be_taken_back():
+    partial, whole = encoder(extent=DEEP.picture_extent((16, 9), drops_padding=True)), encoder()
+    partial.set_picture_extent(DEEP.picture_extent((9, 16), drops_padding=True))
+    image = picture(DEEP.picture_extent((9, 16)))
+    again = encoder(extent=DEEP.picture_extent((9, 16), drops_padding=True))
+    assert torch.equal(partial(image), again(image))
+    partial.set_picture_extent(None)
+    assert torch.equal(partial(image), whole(image))
 
 
 @pytest.mark.parametrize(
     ("config", "aspect", "drops_padding", "message"),
     [
         (GLOBAL_FIRST, (16, 9), False, "attends globally from its first block on.*drop_padding"),
-        (
-            DEEP,
-            (1, 1),
-            False,
-            "nothing is saved for pictures at least as high as 1:1.*every window",
-        ),
-        (DEEP, (64, 63), False, "every window of 16 x 16 cells; accepted: a longer aspect"),
-        (DEEP, (64, 63), True, "every cell of 16 x 16 cells; accepted: a longer aspect, or none"),
+        (DEEP, (1, 1), False, "nothing is saved for 1:1.*every attention window.*or drop_padding"),
+        (DEEP, (64, 63), False, "every attention window of the square; accepted: a longer aspect"),
+        (DEEP, (64, 63), True, "every cell of the square; accepted: a longer aspect, or none"),
     ],
 )
 def test_an_aspect_that_saves_nothing_is_refused(config, aspect, drops_padding, message):
-    extent = extent_of_aspect(*aspect, GEOMETRY, drops_padding=drops_padding)
     with pytest.raises(ValueError, match=message):
-        encoder(config, extent)
+        config.picture_extent(aspect, drops_padding=drops_padding)
+
+
+def test_windows_as_large_as_the_grid_see_everything():
+    assert msgspec.structs.replace(DEEP, window_size=16).exact_blocks == 0
+    assert msgspec.structs.replace(DEEP, global_attention_blocks=()).exact_blocks == 5
+    assert DEEP.exact_blocks == 2
