@@ -220,10 +220,11 @@ class SamImageEncoder(nn.Module):
         config: sizes.
 
     Attributes:
-        padding_from: the block before which the cells of the padding join the others; 0 where all
-            are computed from the first on. See :meth:`set_picture_extent`.
+        padding_from: the block before which the cells of the padding join the others; None where
+            all are computed from the first on. See :meth:`set_picture_extent`.
     """
 
+    padding_from: int | None
     padding_below: Tensor
     padding_right: Tensor
 
@@ -243,7 +244,7 @@ class SamImageEncoder(nn.Module):
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(channels),
         )
-        self.padding_from = 0
+        self.padding_from = None
 
     def set_attention_form(self, form: AttentionForm) -> None:
         """Choose how relative positions enter attention; see :data:`AttentionForm`."""
@@ -266,7 +267,7 @@ class SamImageEncoder(nn.Module):
             extent: what :meth:`coprs_deploy.architecture.SamConfig.picture_extent` gave; None
                 stands for the whole square.
         """
-        self.padding_from = 0
+        self.padding_from = None
         if extent is None:
             return
         joins = len(self.blocks) if extent.drops_padding else self.config.exact_blocks
@@ -291,7 +292,7 @@ class SamImageEncoder(nn.Module):
         """
         x = self._cells(image)
         for number, block in enumerate(self.blocks):
-            if number and number == self.padding_from:
+            if number == self.padding_from:
                 x = self._with_padding(x)
             x = block(x)
         if self.padding_from == len(self.blocks):
@@ -300,7 +301,7 @@ class SamImageEncoder(nn.Module):
 
     def _cells(self, image: Tensor) -> Tensor:
         """Embed the patches of the cells that are computed, (B, R, K, C)."""
-        if not self.padding_from:
+        if self.padding_from is None:
             return self.patch_embed(image) + self.pos_embed
         patch, grid = self.config.geometry.patch_size, self.config.geometry.grid_size
         rows, columns = grid - self.padding_below.shape[1], grid - self.padding_right.shape[2]

@@ -60,6 +60,7 @@ def test_inputs_fit_the_aspect_that_they_are_drawn_for(tiny_bundle, tmp_path, as
         assert all(inside) == bool(wanted)
 
 
+@pytest.mark.slow
 def test_a_workshop_exports_int8_for_an_aspect(tiny_checkpoint, tmp_path):
     model = Model("tiny", tiny_checkpoint, None, is_random=True)
     with Workshop(tmp_path, model, sizes=("tiny",)) as workshop:
