@@ -50,9 +50,10 @@ def block_errors(
     images: Sequence[NDArray[np.float32]],
     ranges: Ranges,
 ) -> list[BlockError]:
-    """Compare the output of each block but the last with float32.
+    """Compare the output of each block but the last with float32, as the next block is given it.
 
-    The last block's output is only seen behind the neck: as the error of the embedding.
+    The last block's output is only seen behind the neck: as the error of the embedding. Where
+    padding joins the other cells in between, it counts as well.
 
     Args:
         encoder: the float32 reference.

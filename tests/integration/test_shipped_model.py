@@ -60,7 +60,8 @@ ABSOLUTE_PATH = re.compile(r'"/[\w.-]+/')
 
 
 def test_no_path_of_a_machine_is_in_its_files():
-    files = [*shipped.ROOT.rglob("*.json"), ROOT / "docs/reports/shipped-model/report.json"]
+    reports = ROOT.glob("docs/reports/shipped-model*/report.json")
+    files = [*shipped.ROOT.rglob("*.json"), *reports]
     assert ABSOLUTE_PATH.search('{"_name_or_path": "/home/someone/policy"}')
     for path in files:
         assert not ABSOLUTE_PATH.search(path.read_text(encoding="utf-8")), path
@@ -103,6 +104,13 @@ def test_without_padding_its_masks_are_as_good(tmp_path):
     assert len(upper) == 24
     assert np.mean(ious["whole"]) > 0.9
     assert np.mean(ious["alone"]) > np.mean(ious["whole"]) - 0.03
+
+
+@pytest.mark.parametrize("report", ["shipped-model", "shipped-model-seed-1"])
+def test_both_seeds_of_its_recipe_reach_the_goals(report):
+    figures = json.loads((ROOT / "docs/reports" / report / "report.json").read_text())["generated"]
+    assert figures["mask_iou"] >= 0.93
+    assert figures["precision_at_half"] >= 0.99
 
 
 @pytest.mark.slow

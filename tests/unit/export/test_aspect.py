@@ -282,6 +282,11 @@ def test_an_aspect_that_cannot_be_is_refused(tiny_checkpoint, tmp_path, capsys, 
     assert not out.exists()
 
 
+def test_an_aspect_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"aspect is \(0, 9\); accepted: two numbers from 1"):
+        ExportOptions(aspect=(0, 9))
+
+
 @pytest.mark.slow
 def test_an_int8_encoder_of_an_aspect_that_is_refused_lists_its_blocks(
     tiny_checkpoint, tmp_path, monkeypatch

@@ -13,7 +13,7 @@ from coprs_deploy.engines.plan_builder import check_signature
 from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_writer
-from coprs_deploy.specs import GRAPH_NAMES
+from coprs_deploy.specs import GRAPH_NAMES, CountProfile
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 GPUS = ("sm_80", "sm_89", "sm_120")
@@ -88,6 +88,25 @@ def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
     end_to_end = bundle.manifest.equivalence[-1]
     assert end_to_end.passed
     assert (end_to_end.relative > 1e-4) == (precision != "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drop_padding", [False, True])
+def test_an_encoder_of_one_aspect_compiles(drop_padding, tiny_checkpoint, tmp_path):
+    options = ExportOptions(
+        runtime="tensorrt-rtx",
+        precision="fp16",
+        gpus=("sm_89",),
+        aspect=(16, 9),
+        drop_padding=drop_padding,
+        images=CountProfile(1, 2, 4),
+        cache=tmp_path / "cache",
+    )
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
+    graph = bundle.manifest.graphs["image_encoder"]
+    text = read_plan_text(bundle.graph_path("image_encoder").read_bytes())
+    assert text is not None and check_signature(graph.spec, list(text.tensors)) is None
+    assert graph.spec.drops_padding == drop_padding
 
 
 def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
