@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,9 @@ VERBS = (
     "bench",
     "doctor",
 )
+
+READER_GONE = 141
+"""Exit code of a program whose reader closed the pipe: 128 and the number of SIGPIPE."""
 
 DESCRIPTION = """Reasoning segmentation with CoPRS, deployed: a picture and an instruction become
 reasoning, a heatmap and a mask, through exported graphs."""
@@ -64,9 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         code: int = parsed.run(parsed)
+        sys.stdout.flush()
     except CoPRSError as error:
         print(f"coprs-deploy {parsed.verb}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Who reads has seen enough, as `head` has; what is left goes nowhere, the exit's flush too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"coprs-deploy {parsed.verb}: {reason}", file=sys.stderr)

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coprs_deploy import shipped
+from coprs_deploy.cli.main import READER_GONE
+
 
 def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "coprs_deploy.cli.main", *map(str, arguments)]
@@ -277,3 +280,13 @@ def test_doctor_says_that_this_machine_can_answer():
     assert names["openvino cpu"]["is_available"]
     for entry in report["runtimes"] + report["policies"]:
         assert entry["is_available"] or entry["remedy"]
+
+
+@pytest.mark.parametrize("arguments", [("inspect", shipped.BUNDLE), ("train", "--list")])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    command = [sys.executable, "-m", "coprs_deploy.cli.main", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == READER_GONE
