@@ -266,13 +266,19 @@ def _reference(
     )
 
 
-def open_torch_stages(checkpoint: str) -> Stages:
-    """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
+def open_torch_stages(checkpoint: str, extent: PictureExtent | None = None) -> Stages:
+    """Open PyTorch's float32 modules in place of the graphs, on the CPU.
+
+    Args:
+        checkpoint: the weights.
+        extent: which pictures the encoder shall take; None stands for any.
+    """
     source = read_checkpoint(checkpoint)
     config = source.config.model
-    specs = graph_specs(config.geometry, config.policy_width)
-    stages = load_segmentation_model(source).stages()
-    return Stages({n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in stages.items()})
+    specs = graph_specs(config.geometry, config.policy_width, extent=extent)
+    model = load_segmentation_model(source)
+    model.image_encoder.set_picture_extent(extent)
+    return Stages({n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.stages().items()})
 
 
 def open_policy(

@@ -46,9 +46,8 @@ def judge_policies(
             truth.append(np.any(scene.masks, axis=0))
             for name, found in given.items():
                 concentrations = found[f"{index}.concentration"]
-                masks[name].append(
-                    _mask(stages, embedding, concentrations, prepared, config.geometry)
-                )
+                mask = last_mask(stages, embedding, concentrations, prepared, config.geometry)
+                masks[name].append(mask)
     accuracies = {}
     for name, found in given.items():
         same: list[float] = []
@@ -67,14 +66,25 @@ def judge_policies(
     return accuracies
 
 
-def _mask(
+def last_mask(
     stages: Stages,
     embedding: DeviceTensor,
     concentrations: NDArray[np.float32],
     prepared: PreparedImage,
     geometry: Geometry,
 ) -> NDArray[np.bool_]:
-    """Segment the last target, the one that counts; nothing where none was named."""
+    """Segment the last target, the one that counts; nothing where none was named.
+
+    Args:
+        stages: the graphs, or PyTorch in their place.
+        embedding: (1, C, G, G), of the picture.
+        concentrations: (N, D) float32, N may be 0.
+        prepared: the picture.
+        geometry: sizes of the model.
+
+    Returns:
+        (H, W) bool.
+    """
     if not len(concentrations):
         return np.zeros(prepared.original_size, np.bool_)
     _, chunks = stages.priors_and_masks(embedding, concentrations[-1:], prepared.unpadded_size)

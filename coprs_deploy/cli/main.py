@@ -72,11 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CoPRSError as error:
         print(f"coprs-deploy {parsed.verb}: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        # Who reads has seen enough, as `head` has; what is left goes nowhere, the exit's flush too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return READER_GONE
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"coprs-deploy {parsed.verb}: {reason}", file=sys.stderr)
         return 2
@@ -87,6 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coprs-deploy {parsed.verb}: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe is that of stdout, whose reader has seen enough, as ``head`` has.
+
+    What is left goes nowhere then, for Python would flush it once more at the exit.
+    """
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

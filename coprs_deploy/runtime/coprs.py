@@ -315,8 +315,8 @@ class CoPRS(Closeable):
         start = time.perf_counter()
         rgb = load_image(image)
         rgb.setflags(write=False)  # the encoder may still read it when the answer is given
-        self.require_inside(rgb)
         placed = Placement.of(rgb, self._geometry)
+        require_inside(placed, self.extent)
         key = picture_key(rgb) if self._cache.capacity else ""
         return Picture(rgb, placed, key, 1e3 * (time.perf_counter() - start))
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from coprs_deploy import shipped
-from coprs_deploy.cli.main import READER_GONE
+from coprs_deploy.cli.main import READER_GONE, main
 
 
 def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -290,3 +290,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == READER_GONE
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    def lose_the_engine(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("coprs_deploy.cli.doctor.run", lose_the_engine)
+    assert main(["doctor"]) == 2
+    assert "coprs-deploy doctor: [Errno 32] Broken pipe" in capsys.readouterr().err

@@ -12,17 +12,13 @@ import pytest
 from PIL import Image
 
 from coprs_deploy import CoPRS, shipped
-from coprs_deploy.benchmarks.inputs import ask, open_policy, scenes
+from coprs_deploy.benchmarks.dropped_padding import judge_dropped_padding
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.main import main
-from coprs_deploy.engines.stages import join_chunks
 from coprs_deploy.evaluation.overlap import overlap, summarize, union
 from coprs_deploy.evaluation.scoring import score_examples
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
-from coprs_deploy.images import prepare_image, resize_logits
-from coprs_deploy.runtime import RuntimeOptions
-from coprs_deploy.runtime.stage_opening import open_stages
 from coprs_deploy.training.asked import choose_examples
 from coprs_deploy.training.scenes import PLAIN
 from coprs_deploy.training.scenes.expressions import Description, Expression, resolve
@@ -79,31 +75,16 @@ def test_its_card_tells_the_figures_of_its_report():
 
 
 @pytest.mark.slow
-def test_without_padding_its_masks_are_as_good(tmp_path):
-    """The upper nine sixteenths of scenes, asked with what the policy says of the whole scene."""
-    options = ExportOptions(aspect=(16, 9), drop_padding=True, copy_policy=False)
-    alone = export_checkpoint(shipped.CHECKPOINT, tmp_path / "bundle", options).bundle
-    geometry, height = alone.manifest.geometry, 72
-    upper = [e for e in scenes(120) if e.masks.any() and not e.masks[:, height:].any()][:24]
-    ious: dict[str, list[float]] = {"whole": [], "alone": []}
-    with (
-        open_policy(read_checkpoint(shipped.CHECKPOINT)) as policy,
-        open_stages(open_bundle(shipped.BUNDLE), RuntimeOptions()) as whole_stages,
-        open_stages(alone, RuntimeOptions()) as alone_stages,
-    ):
-        for example in upper:
-            concentrations = ask(policy, example).concentrations[-1:]
-            prepared = prepare_image(np.ascontiguousarray(example.image[:height]), geometry)
-            for name, stages in (("whole", whole_stages), ("alone", alone_stages)):
-                embedding = stages.encode(prepared)
-                _, masks = stages.priors_and_masks(
-                    embedding, concentrations, prepared.unpadded_size
-                )
-                found = resize_logits(join_chunks(masks, 1), prepared, geometry)[0] > 0
-                ious[name].append(overlap(found, union(example.masks)[:height]).iou)
-    assert len(upper) == 24
-    assert np.mean(ious["whole"]) > 0.9
-    assert np.mean(ious["alone"]) > np.mean(ious["whole"]) - 0.03
+def test_without_padding_its_masks_are_as_good():
+    """Measured on these 24: .951 with padding, .954 without, .977 of each other.
+
+    One mask that misses its object would cost .04, more than the .03 allowed.
+    """
+    figures = judge_dropped_padding(24)
+    assert figures["scenes"] == 24
+    assert figures["truth_iou_with_padding"] > 0.9
+    assert figures["truth_iou_without"] > figures["truth_iou_with_padding"] - 0.03
+    assert 0.9 < figures["iou"] < 1
 
 
 @pytest.mark.parametrize("report", ["shipped-model", "shipped-model-seed-1"])

@@ -2,19 +2,22 @@
 
 import json
 import re
+import shutil
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from coprs_deploy.architecture import SAM_SIZES
-from coprs_deploy.bundle import open_bundle
+from coprs_deploy.artifacts import record_files
+from coprs_deploy.bundle import open_bundle, write_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.cli.main import main
 from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, Stages, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError, ImageSizeError
-from coprs_deploy.export import ExportOptions, export_checkpoint, exporter
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_check
 from coprs_deploy.export.chain import MODULE, OF_ONE_ASPECT, TRACED, measure_chain
 from coprs_deploy.export.chain_page import chain_page
 from coprs_deploy.export.dropped_padding import WITHOUT_PADDING
@@ -53,8 +56,6 @@ def encode(bundle, runtime="onnxruntime"):
 
 
 def wanted(encoder, geometry):
-    import torch
-
     with torch.inference_mode():
         return encoder(torch.from_numpy(prepare_image(WIDE, geometry).image)).numpy()
 
@@ -94,11 +95,6 @@ def test_a_graph_that_is_not_that_of_its_aspect_is_found(
     exact, dropping, tiny_checkpoint, tmp_path
 ):
     """The check compares with the whole encoder: a graph without padding does not pass as exact."""
-    import shutil
-
-    from coprs_deploy.artifacts import record_files
-    from coprs_deploy.bundle import write_manifest
-
     path = tmp_path / "bundle"
     shutil.copytree(exact.path, path)
     for file in dropping.path.glob(f"{IMAGE_ENCODER}.onnx*"):
@@ -291,8 +287,6 @@ def test_an_aspect_of_nothing_is_refused():
 def test_an_int8_encoder_of_an_aspect_that_is_refused_lists_its_blocks(
     tiny_checkpoint, tmp_path, monkeypatch
 ):
-    from coprs_deploy.export import graph_check
-
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(4):
