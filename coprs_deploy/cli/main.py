@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -93,11 +95,15 @@ def _reader_is_gone() -> bool:
     What is left goes nowhere then, for Python would flush it once more at the exit.
     """
     try:
-        sys.stdout.flush()  # what could not be written is still there
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return False  # no file, hence no pipe
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 if __name__ == "__main__":

@@ -292,10 +292,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
         assert process.wait(timeout=60) == READER_GONE
 
 
-def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capfd):
     def lose_the_engine(arguments):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr("coprs_deploy.cli.doctor.run", lose_the_engine)
     assert main(["doctor"]) == 2
-    assert "coprs-deploy doctor: [Errno 32] Broken pipe" in capsys.readouterr().err
+    assert "coprs-deploy doctor: [Errno 32] Broken pipe" in capfd.readouterr().err
