@@ -22,6 +22,9 @@ from coprs_deploy.specs import IMAGE_ENCODER
 
 REPORTS = Path("docs/reports/benchmarks")
 
+ENCODER_THEMES = ("full-size", "vit-b")
+"""Themes of reports on encoders of real size: on a CPU, and on a GPU."""
+
 
 def shown(root: Path, theme: str) -> Report | None:
     """Give the report of a theme that counts; None where there is none."""
@@ -52,18 +55,27 @@ def speed_table(root: Path) -> list[str]:
         ]
         lines += [_title(shipped, "the shipped model, whole answers and start"), ""]
         lines += markdown_table(("", "median", "p90", "memory", "mask IoU with the truth"), rows)
-    full = shown(root, "full-size")
-    for group in full.groups if full is not None else ():
+    for theme in ENCODER_THEMES:
+        full = shown(root, theme)
+        if full is not None:
+            lines += _encoder_tables(full)
+    return lines
+
+
+def _encoder_tables(full: Report) -> list[str]:
+    """Lay out the image encoders of a report, the fastest row first."""
+    lines: list[str] = []
+    for group in full.groups:
         if group.suite != "engines" or IMAGE_ENCODER not in group.name:
             continue
-        assert full is not None
         lines += ["", _title(full, f"{_size(group)} image encoder, random weights"), ""]
         rows = [
             (row.name, *_encoder(row))
             for row in sorted(group.rows, key=lambda r: r.latency.p50 if r.latency else 1e12)
         ]
-        heads = ("", "median", "over PyTorch", "memory", "embedding cosine")
-        lines += markdown_table(heads, rows)
+        on_gpu = group.rows[0].labels.get("device") == "cuda"
+        memory = "GPU memory" if on_gpu else "memory"
+        lines += markdown_table(("", "median", "over PyTorch", memory, "embedding cosine"), rows)
     return lines
 
 
@@ -97,10 +109,12 @@ def _encoder(row: Row) -> tuple[str, ...]:
         return (row.reason, "", "", "")
     ratio = "1" if row.ratio is None else f"{row.ratio.value:.2f}"
     cosine = row.accuracy.embedding_cosine if row.accuracy is not None else None
+    on_gpu = row.labels.get("device") == "cuda"
+    memory = row.memory.device if on_gpu else row.memory.host
     return (
         milliseconds(row.latency.p50),
         ratio,
-        number_of_bytes(row.memory.host) if row.memory.host else "",
+        number_of_bytes(memory) if memory else "",
         "" if cosine is None else f"{cosine:.6f}",
     )
 

@@ -96,6 +96,7 @@ def _torch_subject(
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     config = source.config.model
     specs = graph_specs(config.geometry, config.policy_width)
     options = RunnerOptions(device=device)
@@ -175,13 +176,17 @@ def export_segment_anything(checkpoint: str, out: str) -> dict[str, Any]:
 
 
 def open_exported_onnxruntime(path: str, inputs: str, device: str = "cpu") -> Subject:
-    """Open an exported encoder in a default session of ONNX Runtime."""
+    """Open an exported encoder in a default session of ONNX Runtime, on CUDA without TF32."""
     import onnxruntime
 
-    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    provider: str | tuple[str, dict[str, str]] = "CPUExecutionProvider"
+    if device.startswith("cuda"):
+        provider = ("CUDAExecutionProvider", {"use_tf32": "0"})
+        onnxruntime.preload_dlls()  # the CUDA libraries that PyTorch's wheels brought
     session = onnxruntime.InferenceSession(path, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise RuntimeError(f"ONNX Runtime chose {session.get_providers()[0]}, not {provider}")
+    wanted = provider if isinstance(provider, str) else provider[0]
+    if session.get_providers()[0] != wanted:
+        raise RuntimeError(f"ONNX Runtime chose {session.get_providers()[0]}, not {wanted}")
     return _CallSubject(lambda image: session.run(None, {"image": image})[0], inputs)
 
 

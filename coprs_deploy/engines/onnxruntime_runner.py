@@ -126,13 +126,10 @@ class OrtRunner(Runner):
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.num_threads is not None:
             settings.intra_op_num_threads = options.num_threads
-        provider_options = (
-            [{"device_id": options.device_index, "use_tf32": "0"}]  # TF32 is not float32
-            if provider != PROVIDERS["cpu"]
-            else [{}]
-        )
         try:
-            session = ort.InferenceSession(str(path), settings, [provider], provider_options)
+            session = ort.InferenceSession(
+                str(path), settings, [provider], [_provider_options(options)]
+            )
         except Exception as error:  # ONNX Runtime raises classes of its own that share no base
             raise BundleError(f"ONNX Runtime cannot open {path}: {error}") from error
         if session.get_providers()[0] != provider:
@@ -172,6 +169,15 @@ class OrtRunner(Runner):
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def _provider_options(options: RunnerOptions) -> dict[str, str]:
+    if options.device_type == "cpu":
+        return {}
+    found = {"use_tf32": "0"}  # TF32 is not float32
+    if options.device_index:  # from 1.26 on, a session that is given a number warns about plug-ins
+        found["device_id"] = str(options.device_index)
+    return found
 
 
 @cache

@@ -184,6 +184,9 @@ class Recipe(Record, frozen=True):
         store: dtype of the weights in the finished checkpoint.
         processes: that ``coprs-deploy train`` starts on this machine.
         threads: CPU threads of each process.
+        workers: further processes of each that prepare its batches, and of the first that draw its
+            scenes. With 0 a process prepares a batch before it computes it, which on a CPU costs
+            nothing but lets a GPU wait.
         log_every: steps between two lines of the log.
         save_every: steps between two states that a killed run resumes from.
     """
@@ -197,6 +200,7 @@ class Recipe(Record, frozen=True):
     store: Literal["float32", "float16", "bfloat16"] = "float16"
     processes: int = 1
     threads: int = 1
+    workers: int = 0
     log_every: int = 10
     save_every: int = 200
 

@@ -171,9 +171,9 @@ def share_scenes(recipe: Recipe, accelerator: Accelerator, scenes: Path) -> Scen
     assert isinstance(data, SceneData) and isinstance(model, SmallModel)
     tier = TIERS[data.tier]
     with accelerator.main_process_first():
-        stored = store_scenes(tier, 0, data.training_scenes, scenes)
+        stored = store_scenes(tier, 0, data.training_scenes, scenes, recipe.workers)
         total = data.held_out_scenes + data.no_match_scenes
-        held_out = store_scenes(tier, HELD_OUT_SEED, total, scenes)
+        held_out = store_scenes(tier, HELD_OUT_SEED, total, scenes, recipe.workers)
     workbench = build_small_workbench(model, tier, lambda: corpus(tier), recipe.seed)
     move_to(workbench, accelerator.device)
     policy, size = workbench.policy, model.policy.image_size

@@ -38,7 +38,7 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 TOOLCHAIN = ("torch", "transformers", "accelerate", "trl", "peft", "numpy", "tokenizers")
 
-FREE_KEYS = ("description", "log_every", "save_every", "threads")
+FREE_KEYS = ("description", "log_every", "save_every", "threads", "workers")
 """Settings that a resumed run may change: they move no weight but by rounding."""
 
 

@@ -7,7 +7,11 @@ killed goes on with the very batch that it would have had.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial as partial_function
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +32,8 @@ from coprs_deploy.training.shuffling import EpochOrder
 ATTRIBUTES = ("shape", "color", "texture", "size", "row", "column")
 """What the table of a batch holds of each object, in this order."""
 
-_MARKER = "scenes.json"
+_MARKER, _IMAGES, _OWNERS = "scenes.json", "images.npy", "owners.npy"
+_DRAWN_AT_ONCE = 500
 
 
 class SceneBatch(NamedTuple):
@@ -71,27 +76,55 @@ class StoredScenes:
         return Scene(self.images[index], self.owners[index], self.objects[index])
 
 
-def store_scenes(tier: Tier, first_seed: int, count: int, folder: Path) -> StoredScenes:
-    """Draw scenes of consecutive seeds into a folder, unless they lie there already."""
+def store_scenes(
+    tier: Tier, first_seed: int, count: int, folder: Path, workers: int = 0
+) -> StoredScenes:
+    """Draw scenes of consecutive seeds into a folder, unless they lie there already.
+
+    Args:
+        tier: their world.
+        first_seed: seed of the first.
+        count: how many.
+        folder: where the folder of all such files is, or shall be.
+        workers: processes that draw them; 0 draws them in this one.
+    """
     path = folder / f"{tier.name}-{tier.image_size}-{first_seed}-{count}"
     if not (path / _MARKER).is_file():
         shape = (count, tier.image_size, tier.image_size)
         with new_directory(path, _MARKER) as partial:
-            images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, (*shape, 3))
-            owners = np.lib.format.open_memmap(partial / "owners.npy", "w+", np.uint8, shape)
-            tables = []
-            for index in range(count):
-                scene = make_scene(tier, first_seed + index)
-                images[index], owners[index] = scene.image, scene.owners
-                tables.append(scene.objects)
-            images.flush()
-            owners.flush()
+            np.lib.format.open_memmap(partial / _IMAGES, "w+", np.uint8, (*shape, 3))
+            np.lib.format.open_memmap(partial / _OWNERS, "w+", np.uint8, shape)
+            draw = partial_function(_draw, tier, first_seed, partial)
+            parts = [
+                range(i, min(i + _DRAWN_AT_ONCE, count)) for i in range(0, count, _DRAWN_AT_ONCE)
+            ]
+            if workers:
+                with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                    tables = list(chain.from_iterable(pool.map(draw, parts)))
+            else:
+                tables = list(chain.from_iterable(map(draw, parts)))
             (partial / _MARKER).write_bytes(msgspec.json.encode(tables))
     return StoredScenes(
-        np.load(path / "images.npy", mmap_mode="r"),
-        np.load(path / "owners.npy", mmap_mode="r"),
+        np.load(path / _IMAGES, mmap_mode="r"),
+        np.load(path / _OWNERS, mmap_mode="r"),
         msgspec.json.decode((path / _MARKER).read_bytes(), type=list[tuple[SceneObject, ...]]),
     )
+
+
+def _draw(
+    tier: Tier, first_seed: int, folder: Path, indices: range
+) -> list[tuple[SceneObject, ...]]:
+    """Draw some scenes into the files of a folder; return what is in each."""
+    images = np.load(folder / _IMAGES, mmap_mode="r+")
+    owners = np.load(folder / _OWNERS, mmap_mode="r+")
+    tables = []
+    for index in indices:
+        scene = make_scene(tier, first_seed + index)
+        images[index], owners[index] = scene.image, scene.owners
+        tables.append(scene.objects)
+    images.flush()
+    owners.flush()
+    return tables
 
 
 class SceneSource:

@@ -17,6 +17,7 @@ from coprs_deploy.training.phases.held_out import reduce_means
 from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
 from coprs_deploy.training.recipe import Recipe
 from coprs_deploy.training.run_folder import WEIGHTS_FILE, RunFolder
+from coprs_deploy.training.step_batches import step_batches
 from coprs_deploy.training.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -74,9 +75,11 @@ class Trainer:
             self._folder.rewind_log(phase.name, first)
         clock = _Clock(seconds)
         objective.train()
-        for step in range(first, settings.steps):
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        batches = step_batches(phase, first, *ranks, self._recipe.workers)
+        for step, batch in enumerate(batches, start=first):
             relative = relative_rate(settings.optimizer, step, settings.steps)
-            line = self._step(phase, objective, optimizers, step, relative)
+            line = self._step(phase, objective, optimizers, batch, relative)
             done = step + 1
             is_last = done == settings.steps
             if done % self._recipe.log_every == 0 or is_last:
@@ -98,7 +101,7 @@ class Trainer:
         phase: TrainingPhase[Any],
         objective: torch.nn.Module,
         optimizers: list[Any],
-        step: int,
+        batch: Any,
         relative: float,
     ) -> Outcome:
         """Move the weights once."""
@@ -106,7 +109,6 @@ class Trainer:
 
         accelerator = self._accelerator
         set_rate(optimizers, relative)
-        batch = phase.batch(step, accelerator.process_index, accelerator.num_processes)
         outcome: Outcome = objective(send_to_device(batch, accelerator.device))
         loss = self._total(outcome.losses, phase.coefficients(relative))
         accelerator.backward(loss)

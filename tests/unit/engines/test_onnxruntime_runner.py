@@ -200,9 +200,14 @@ def test_a_provider_that_silently_falls_back_is_an_error(open_stage, monkeypatch
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", FallenBack)
     message = "could not start CUDAExecutionProvider and chose CPUExecutionProvider"
-    with pytest.raises(RuntimeUnavailableError, match=message):
-        open_stage(PRIOR, RunnerOptions(device="cuda:1"))
-    assert asked == [(["CUDAExecutionProvider"], [{"device_id": 1, "use_tf32": "0"}])]
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(RuntimeUnavailableError, match=message):
+            open_stage(PRIOR, RunnerOptions(device=device))
+    provider = ["CUDAExecutionProvider"]
+    assert asked == [
+        (provider, [{"use_tf32": "0"}]),
+        (provider, [{"use_tf32": "0", "device_id": "1"}]),
+    ]
 
 
 @pytest.mark.parametrize(("device", "extra"), [("cpu", "cpu"), ("cuda", "gpu")])

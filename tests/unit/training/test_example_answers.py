@@ -122,6 +122,7 @@ def test_known_embeddings_give_the_losses_of_the_encoder(checkpoint, examples, t
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("has_features", [False, True])
 def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_path, has_features):
     for name in ("training", "held_out"):
@@ -133,6 +134,7 @@ def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_p
         "precision=fp32",
         "store=float32",
         "threads=1",
+        f"workers={2 * has_features}",
     ]
     if has_features:
         features = tmp_path / "features"

@@ -93,6 +93,16 @@ def test_two_processes_have_the_losses_of_one(tmp_path, write_recipe, scenes_fol
 
 
 @pytest.mark.slow
+def test_workers_change_no_digit(tmp_path, whole_run, write_recipe, scenes_folder):
+    out = tmp_path / "workers"
+    assert start(write_recipe(steps=8), out, tmp_path / "scenes", "workers=2").wait() in (0, 1)
+    assert losses(out) == losses(whole_run)
+    for drawn in (tmp_path / "scenes").rglob("*.npy"):
+        kept = scenes_folder / drawn.relative_to(tmp_path / "scenes")
+        assert drawn.read_bytes() == kept.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_run_leaves_a_checkpoint_and_its_report(whole_run):
     checkpoint = read_checkpoint(whole_run / "checkpoint")
     assert checkpoint.config.policy_image.max_pixels == 128**2
