@@ -19,6 +19,7 @@ from coprs_deploy.version import __version__
 
 VERBS = (
     "segment",
+    "serve",
     "export",
     "verify",
     "inspect",

@@ -10,13 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from coprs_deploy.cli.parser import (
-    add_json_flag,
-    add_plan_code_flag,
-    add_runtime_arguments,
-    log,
-    print_json,
-)
+from coprs_deploy.cli.answering import add_answering_arguments, runtime_options
+from coprs_deploy.cli.parser import add_json_flag, log, print_json
 
 SUMMARY = "answer an instruction on a picture"
 
@@ -33,50 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets", type=int, default=1, help="objects to name at most (default 1)"
     )
     parser.add_argument("--max-new-tokens", type=int, help="token budget of the response")
-    add_runtime_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="of the graphs: cpu, cuda, cuda:N")
-    parser.add_argument(
-        "--policy",
-        choices=("transformers", "vllm"),
-        default="transformers",
-        help="which library writes the reasoning (default transformers)",
-    )
-    parser.add_argument(
-        "--vllm",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of the vLLM engine, as in max_num_seqs=8; may be given several times",
-    )
-    parser.add_argument("--policy-device", help="of the policy (default: as --device)")
-    parser.add_argument("--policy-dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--threads", type=int, help="CPU threads of one graph operator")
-    parser.add_argument(
-        "--no-cuda-graphs", action="store_true", help="launch an engine's kernels one by one"
-    )
-    add_plan_code_flag(parser)
+    add_answering_arguments(parser)
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer, print, save."""
-    from coprs_deploy.policy.vllm_settings import read_settings
-    from coprs_deploy.runtime import Answer, CoPRS, RuntimeOptions, Words
+    from coprs_deploy.runtime import Answer, CoPRS, Words
     from coprs_deploy.runtime.loading import no_progress
 
-    options = RuntimeOptions(
-        runtime=arguments.runtime,
-        remeasure=arguments.remeasure,
-        inference_precision=arguments.inference_precision,
-        device=arguments.device,
-        policy=arguments.policy,
-        vllm=read_settings(arguments.vllm),
-        policy_device=arguments.policy_device,
-        policy_dtype=arguments.policy_dtype,
-        num_threads=arguments.threads,
-        allow_plan_code=arguments.allow_plan_code,
-        cuda_graphs=not arguments.no_cuda_graphs,
-    )
+    options = runtime_options(arguments)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
     report = log if arguments.policy == "vllm" else no_progress  # its engine takes a while
     with CoPRS.load(arguments.bundle, options, progress=report) as coprs:

@@ -1,0 +1,45 @@
+"""What a request is told when it cannot be answered."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+
+from coprs_deploy.errors import AnswerTimeoutError, CoPRSError, QueueFullError
+
+STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (QueueFullError, 503),
+    (AnswerTimeoutError, 504),
+    (ValueError, 422),  # also ImageError and InstructionError
+    (CoPRSError, 500),
+)
+"""The first that fits is the status of an error."""
+
+RETRY_AFTER = {503: {"Retry-After": "1"}}
+"""Seconds after which to ask again, by status."""
+
+FORM = "send a form with image (a file) and instruction, and if wanted targets and max_new_tokens"
+
+
+def failure_body(error: Exception) -> dict[str, str]:
+    """Say what went wrong, as every answer says it."""
+    return {"error": str(error), "type": type(error).__name__}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error that is raised on purpose with its status."""
+    app.add_exception_handler(RequestValidationError, _bad_form)
+    for kind, _ in STATUSES:
+        app.add_exception_handler(kind, _failed)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    status = next(status for kind, status in STATUSES if isinstance(error, kind))
+    return JSONResponse(failure_body(error), status, RETRY_AFTER.get(status))
+
+
+async def _bad_form(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+    return JSONResponse({"error": f"{faults}; {FORM}", "type": "RequestError"}, 422)

@@ -1,0 +1,84 @@
+"""``coprs-deploy serve`` as a process: it listens, answers as the runtime does, and ends."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from coprs_deploy import CoPRS
+from coprs_deploy.cli.main import main
+
+SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
+INSTRUCTION = "the largest red circle"
+
+
+def form(image):
+    """Write a form by hand, as a client without a library would."""
+    parts = [
+        b'--x\r\nContent-Disposition: form-data; name="instruction"\r\n\r\n' + INSTRUCTION.encode(),
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + image,
+        b"--x--\r\n",
+    ]
+    return b"\r\n".join(parts)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_answers_over_http():
+    command = [sys.executable, "-m", "coprs_deploy.cli.main", "serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            lines = iter(server.stderr.readline, "")
+            address = next(line for line in lines if re.match(r"http://127\.0\.0\.1:\d+$", line))
+            request = urllib.request.Request(
+                f"{address.strip()}/segment",
+                form(SCENE.read_bytes()),
+                {"Content-Type": "multipart/form-data; boundary=x"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answer = json.load(response)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=60) == 0
+            assert server.stderr.read().endswith("stopped\n")
+        finally:
+            server.kill()
+    with CoPRS.load() as coprs:
+        expected = coprs.segment(SCENE, INSTRUCTION).to_json()
+    assert {**answer, "timings": None} == {**expected, "timings": None}
+
+
+def test_an_address_that_is_taken_is_refused_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "nowhere", "--port", str(port)]) == 2
+    message = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}" in message
+    assert "name others with --host and --port" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--port", "70000"], "--port is 70000; it must be from 0 to 65535"),
+        (["--max-upload", "0"], "--max-upload is 0.0; it must be above 0 MiB"),
+        (["--timeout", "0"], "timeout_s is 0.0; it must be above 0"),
+        (["--policy", "vlm"], "did you mean vllm?"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, part, capsys):
+    try:
+        assert main(["serve", *arguments]) == 2
+    except SystemExit as left:
+        assert left.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_a_missing_library_ends_in_the_pip_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    assert capsys.readouterr().err.strip().endswith("pip install 'coprs-deploy[serve]'")
