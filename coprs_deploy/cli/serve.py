@@ -16,10 +16,14 @@ import argparse
 import signal
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.answering import add_answering_arguments, runtime_options
 from coprs_deploy.cli.parser import log
 from coprs_deploy.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from coprs_deploy.runtime import RuntimeOptions
 
 SUMMARY = "answer over HTTP, with a page"
 
@@ -62,22 +66,30 @@ def run(arguments: argparse.Namespace) -> int:
     )
     try:
         import python_multipart  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
         from fastapi import FastAPI  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"serving needs {error.name}; pip install 'coprs-deploy[serve]'"
         ) from error
+    # What a container is stopped with ends this as Ctrl-C does: answers under way are finished.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _reserve(arguments.host, arguments.port) as place:
+            _serve(arguments, options, place)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace, options: RuntimeOptions, place: socket.socket) -> None:
+    import uvicorn
+
     from coprs_deploy.runtime import CoPRS
     from coprs_deploy.server.app import build_app
     from coprs_deploy.server.body_limit import MIB
 
-    # What a container is stopped with ends this as Ctrl-C does: answers under way are finished.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with (
-        _reserve(arguments.host, arguments.port) as place,
-        CoPRS.load(arguments.bundle, options, progress=log) as coprs,
-    ):
+    with CoPRS.load(arguments.bundle, options, progress=log) as coprs:
         for choice in coprs.choices:
             log(str(choice))
         coprs.warm_up()
@@ -91,7 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
             server.run(sockets=[place])
         except KeyboardInterrupt:  # raised again by the server when it has ended
             log("stopped")
-    return 0
 
 
 def _reserve(host: str, port: int) -> socket.socket:
