@@ -10,8 +10,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 DEMO ?= demo-output
 
-# Test files side by side, a core each, on four at most.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Test files side by side, a core each, on four at most; a crash of one ends the run.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test test-vllm lint check format shipped report clean
 

@@ -195,10 +195,10 @@ def open_exported_openvino(path: str, inputs: str, precision: str) -> Subject:
 
     Its default is bf16 where the processor has units for it, and fp32 elsewhere.
     """
-    import openvino
+    from coprs_deploy.engines.openvino_runner import openvino_core
 
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
     request = compiled.create_infer_request()
     return _CallSubject(lambda image: request.infer({"image": image})[0], inputs)
 

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -209,6 +210,31 @@ def test_a_closed_runner_is_not_called_again(open_stage):
     runner.close()
     with pytest.raises(AssertionError, match="the runner was closed"):
         runner(**inputs)
+
+
+TWO_GRAPHS_AND_A_SIGNAL = """
+import gc, os, signal, sys
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.engines import RunnerOptions, openvino_runner
+
+bundle = open_bundle(sys.argv[1])
+first, second = (
+    openvino_runner.open_graph(bundle.graph_path(name), graph.spec, RunnerOptions())
+    for name, graph in list(bundle.manifest.graphs.items())[:2]
+)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_survived_after_the_first_of_two_graphs_went_first(tiny_bundle):
+    command = [sys.executable, "-c", TWO_GRAPHS_AND_A_SIGNAL, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None])
