@@ -106,7 +106,9 @@ def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: st
     except (FileNotFoundError, PermissionError, MemoryError, ImageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageSizeError(f"{what} is too large to decode: {error}") from error
+        raise ImageSizeError(
+            f"{what} has too many pixels; the limit is {MAX_IMAGE_PIXELS:,}: scale it down first"
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageDecodeError(
             f"{what} is not an image that Pillow can read; accepted: PNG, JPEG, WebP, TIFF, BMP, "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from coprs_deploy.errors import AnswerTimeoutError, CoPRSError, QueueFullError
 
@@ -20,6 +23,7 @@ RETRY_AFTER = {503: {"Retry-After": "1"}}
 """Seconds after which to ask again, by status."""
 
 FORM = "send a form with image (a file) and instruction, and if wanted targets and max_new_tokens"
+PATHS = "there are GET /, GET /health, GET /docs and POST /segment"
 
 
 def failure_body(error: Exception) -> dict[str, str]:
@@ -30,6 +34,7 @@ def failure_body(error: Exception) -> dict[str, str]:
 def add_handlers(app: FastAPI) -> None:
     """Answer every error that is raised on purpose with its status."""
     app.add_exception_handler(RequestValidationError, _bad_form)
+    app.add_exception_handler(HTTPException, _no_such_path)
     for kind, _ in STATUSES:
         app.add_exception_handler(kind, _failed)
 
@@ -41,5 +46,20 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _bad_form(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+    faults = "; ".join(_fault(fault) for fault in error.errors())
     return JSONResponse({"error": f"{faults}; {FORM}", "type": "RequestError"}, 422)
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    field = fault["loc"][-1]
+    if field == "image" and isinstance(fault["input"], str):
+        return f"image: {fault['input'][:40]!r} is text, not a file (curl takes image=@FILE)"
+    return f"{field}: {fault['msg']}"
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}; {PATHS}"
+    return JSONResponse(
+        {"error": message, "type": "RequestError"}, error.status_code, error.headers
+    )

@@ -116,6 +116,21 @@ class TestRefusals:
         assert response.status_code == 422
         assert response.json()["error"].startswith("image: Field required; send a form with image")
 
+    def test_a_picture_that_is_text(self, connect):
+        client, _ = connect()
+        response = client.post("/segment", data={"image": "a.png", "instruction": "x"})
+        assert response.status_code == 422
+        assert response.json()["error"].startswith("image: 'a.png' is text, not a file (curl takes")
+
+    def test_a_path_or_method_that_is_none(self, connect):
+        client, _ = connect()
+        for method, path, status in (("GET", "/segment", 405), ("POST", "/answer", 404)):
+            response = client.request(method, path)
+            assert response.status_code == status
+            error = response.json()["error"]
+            assert error.startswith(f"{method} {path}: ") and "POST /segment" in error
+        assert client.get("/segment").headers["allow"] == "POST"
+
     def test_what_is_too_large_is_not_read(self, connect):
         client, _ = connect()
         response = ask(client, bytes(MAX_BYTES + 1))
