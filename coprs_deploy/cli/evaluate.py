@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--absent", type=int, default=64, help="scenes asked about what is not there (default 64)"
     )
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        help="seed of the first held-out scene (default 0, where the reports of training begin)",
+    )
     parser.add_argument("--out", type=Path, help="folder for report.md, answers.jsonl and the plot")
     parser.add_argument(
         "--require",
@@ -64,7 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.training.asked import choose_examples
 
     required = _required(arguments.require)
-    chosen = choose_examples(arguments.examples, arguments.tier, arguments.count, arguments.absent)
+    chosen = choose_examples(
+        arguments.examples,
+        arguments.tier,
+        arguments.count,
+        arguments.absent,
+        arguments.first_seed,
+    )
     options = RuntimeOptions(
         device=arguments.device,
         runtime=arguments.runtime,

@@ -29,7 +29,9 @@ class ChosenExamples:
     max_targets: int
 
 
-def choose_examples(file: Path | None, tier: str, count: int | None, absent: int) -> ChosenExamples:
+def choose_examples(
+    file: Path | None, tier: str, count: int | None, absent: int, first_seed: int = 0
+) -> ChosenExamples:
     """Choose what is asked.
 
     Args:
@@ -37,6 +39,7 @@ def choose_examples(file: Path | None, tier: str, count: int | None, absent: int
         tier: world of the scenes.
         count: how many questions; None takes 256 scenes, or the whole file.
         absent: how many more scenes are asked about something that is not there.
+        first_seed: seed of the first held-out scene; reports of training begin at 0.
 
     Raises:
         ValueError: there is no such tier, or a number is too small.
@@ -55,20 +58,25 @@ def choose_examples(file: Path | None, tier: str, count: int | None, absent: int
         raise ValueError(f"--tier is {tier!r}; accepted: {', '.join(TIERS)}")
     if absent < 0:
         raise ValueError(f"--absent is {absent}; it must be at least 0")
+    if first_seed < 0:
+        raise ValueError(f"--first-seed is {first_seed}; it must be at least 0")
     world, number = TIERS[tier], count or DEFAULT_SCENES
-    examples = held_out_examples(world, number, absent)
+    examples = held_out_examples(world, number, absent, first_seed)
     words = f"{number} held-out {tier} scenes, and {absent} asked about what is not there"
+    if first_seed:
+        words += f", from seed {first_seed} on"
     return ChosenExamples(words, examples, world.max_targets)
 
 
-def held_out_examples(tier: Tier, count: int, absent: int) -> list[Example]:
-    """Ask one question with an answer about each of the first scenes, and others without one.
+def held_out_examples(tier: Tier, count: int, absent: int, first_seed: int = 0) -> list[Example]:
+    """Ask a question with an answer about each of some scenes, and others without one.
 
     The kinds of question are asked equally often, whatever the tier's own weights.
     """
     present = with_kinds(tier, dict.fromkeys((k for k in tier.kinds if k != "none"), 1.0))
-    examples = list(SceneExamples(present, count, HELD_OUT_SEED))
+    first = HELD_OUT_SEED + first_seed
+    examples = list(SceneExamples(present, count, first))
     if absent:
         nothing = with_kinds(tier, {"none": 1.0})
-        examples += SceneExamples(nothing, absent, HELD_OUT_SEED + count)
+        examples += SceneExamples(nothing, absent, first + count)
     return examples

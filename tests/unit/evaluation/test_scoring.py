@@ -41,6 +41,13 @@ def test_held_out_scenes_ask_with_and_without_an_answer(chosen):
     assert "6 held-out full scenes" in chosen.description
 
 
+def test_other_held_out_scenes_are_taken_by_their_seed(chosen):
+    others = choose_examples(None, "full", 2, 1, first_seed=5)
+    assert [e.id for e in others.examples] == [f"full-{HELD_OUT_SEED + n}" for n in (5, 6, 7)]
+    assert others.examples[0].instruction == chosen.examples[5].instruction
+    assert others.description.endswith("from seed 5 on")
+
+
 def test_a_perfect_answer_has_perfect_figures(chosen, tmp_path):
     scored = list(score_examples(perfect(chosen.examples), chosen.examples, chosen.max_targets))
     figures = summarize([answer.score for answer in scored])
@@ -63,13 +70,14 @@ def test_a_file_of_examples_is_taken_whole_or_in_part(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tier", "count", "absent", "message"),
+    ("tier", "count", "absent", "first_seed", "message"),
     [
-        ("plane", 4, 0, "accepted: plain, full"),
-        ("plain", 0, 0, "--count is 0"),
-        ("plain", 4, -1, "--absent is -1"),
+        ("plane", 4, 0, 0, "accepted: plain, full"),
+        ("plain", 0, 0, 0, "--count is 0"),
+        ("plain", 4, -1, 0, "--absent is -1"),
+        ("plain", 4, 0, -1, "--first-seed is -1"),
     ],
 )
-def test_wrong_choices_are_refused(tier, count, absent, message):
+def test_wrong_choices_are_refused(tier, count, absent, first_seed, message):
     with pytest.raises(ValueError, match=message):
-        choose_examples(None, tier, count, absent)
+        choose_examples(None, tier, count, absent, first_seed)
