@@ -66,15 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     from coprs_deploy.training.launch import is_worker, launch
 
-    if recipe.processes > 1 and not is_worker():
-        code = launch(_command_line(arguments, out), recipe.processes, recipe.threads)
-        if code:
-            return code
-        report = read_report(out)
-    else:
-        from coprs_deploy.training.run import train
+    try:
+        if recipe.processes > 1 and not is_worker():
+            code = launch(_command_line(arguments, out), recipe.processes, recipe.threads)
+            if code:
+                return code
+            report = read_report(out)
+        else:
+            from coprs_deploy.training.run import train
 
-        report = train(recipe, out, arguments.scenes)
+            report = train(recipe, out, arguments.scenes)
+    except KeyboardInterrupt:
+        if not is_worker():
+            log(
+                f"the same command goes on from the last state in {out}; one is saved every "
+                f"{recipe.save_every} steps"
+            )
+        raise
     if is_worker():  # a process that ends with another code than 0 takes the others with it
         return 0
     _show(report, out, arguments.json)

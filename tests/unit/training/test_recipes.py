@@ -125,6 +125,18 @@ def test_the_command_line_refuses_an_unknown_key(capsys):
     assert "did you mean phases.warm_up.steps" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coprs_deploy.training.run.train", interrupted)
+    out = str(tmp_path / "run")
+    assert main(["train", "shipped", "--set", "processes=1", "--out", out]) == 130
+    message = capsys.readouterr().err
+    assert f"the same command goes on from the last state in {out}" in message
+    assert "every 100 steps" in message
+
+
 @pytest.mark.parametrize("name", REAL_SIZES)
 def test_real_sizes_build_on_the_meta_device(name):
     recipe = load_recipe(name)
