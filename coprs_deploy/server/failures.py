@@ -34,7 +34,7 @@ def failure_body(error: Exception) -> dict[str, str]:
 def add_handlers(app: FastAPI) -> None:
     """Answer every error that is raised on purpose with its status."""
     app.add_exception_handler(RequestValidationError, _bad_form)
-    app.add_exception_handler(HTTPException, _no_such_path)
+    app.add_exception_handler(HTTPException, _not_routed)
     for kind, _ in STATUSES:
         app.add_exception_handler(kind, _failed)
 
@@ -57,9 +57,10 @@ def _fault(fault: dict[str, Any]) -> str:
     return f"{field}: {fault['msg']}"
 
 
-async def _no_such_path(request: Request, error: Exception) -> Response:
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """Tell of a path or method that there is not, or of a body that is no form."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}; {PATHS}"
-    return JSONResponse(
-        {"error": message, "type": "RequestError"}, error.status_code, error.headers
-    )
+    mend = PATHS if error.status_code in (404, 405) else FORM
+    message = f"{request.method} {request.url.path}: {error.detail}; {mend}"
+    body = {"error": message, "type": "RequestError"}
+    return JSONResponse(body, error.status_code, error.headers)

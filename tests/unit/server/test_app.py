@@ -131,6 +131,13 @@ class TestRefusals:
             assert error.startswith(f"{method} {path}: ") and "POST /segment" in error
         assert client.get("/segment").headers["allow"] == "POST"
 
+    def test_a_body_that_is_no_form(self, connect):
+        client, _ = connect()
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        response = client.post("/segment", content=b"no form", headers=kind)
+        assert response.status_code == 400
+        assert "send a form with image" in response.json()["error"]
+
     def test_what_is_too_large_is_not_read(self, connect):
         client, _ = connect()
         response = ask(client, bytes(MAX_BYTES + 1))
