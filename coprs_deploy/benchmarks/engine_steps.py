@@ -23,7 +23,6 @@ from coprs_deploy.engines.plan_text import read_plan_text
 from coprs_deploy.export.calibration import LEAST_PICTURES, find_pictures
 from coprs_deploy.export.equivalence import sample_inputs
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
-from coprs_deploy.export.options import ATTENTION_FORMS
 from coprs_deploy.export.precision import FP32, INT8, rest_precision
 from coprs_deploy.export.rounding import write_rounded_graph
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec, graph_specs
@@ -66,7 +65,6 @@ def export_encoder(checkpoint: str, graph: str, precision: str) -> dict[str, Any
     """Write the image encoder as a typed graph."""
     path, source = Path(graph), read_checkpoint(checkpoint)
     encoder = load_segmentation_model(source).image_encoder
-    encoder.set_attention_form(ATTENTION_FORMS[RUNTIME])
     spec, scratch = _spec(source), path.parent
     if precision == INT8:
         write_int8_graph(

@@ -26,7 +26,7 @@ from coprs_deploy.bundle import (
 )
 from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.closing import Closeable
-from coprs_deploy.engines import runtime_module, runtime_names
+from coprs_deploy.engines import ONNX_RUNTIMES, runtime_module, runtime_names
 from coprs_deploy.engines.cuda_device import current_gpu
 from coprs_deploy.engines.flavors import FLAVORS
 from coprs_deploy.errors import BundleError, CoPRSError
@@ -180,14 +180,7 @@ class Workshop(Closeable):
             form: None takes pictures as the model's own bundle does.
         """
         form = model.form if form is None else form
-        from coprs_deploy.export.options import ATTENTION_FORMS  # it imports PyTorch
-
-        sharing = [
-            other
-            for other, form in ATTENTION_FORMS.items()
-            if other not in ENGINE_FLAVORS and form == ATTENTION_FORMS[runtime]
-        ]
-        alike = (runtime,) if runtime in ENGINE_FLAVORS else tuple(sharing)
+        alike = (runtime,) if runtime in ENGINE_FLAVORS else ONNX_RUNTIMES
         folders = {
             r: self.folder / f"{model.name}-{r}-{precision}-{form.suffix}"
             for r in (runtime, *alike)

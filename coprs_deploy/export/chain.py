@@ -43,7 +43,6 @@ from coprs_deploy.export.equivalence import (
     summarize,
 )
 from coprs_deploy.export.graph_writer import write_graph
-from coprs_deploy.export.options import ATTENTION_FORMS
 from coprs_deploy.export.precision import FP32
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
@@ -158,7 +157,6 @@ def measure_chain(
     runtime, precision = graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision
     specs = {name: graph.spec for name, graph in graphs.items()}
     model = load_segmentation_model(checkpoint)
-    model.image_encoder.set_attention_form(ATTENTION_FORMS[runtime])
     stages = model.stages()
 
     def run_module() -> dict[str, list[Array]]:

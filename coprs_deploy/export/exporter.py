@@ -44,7 +44,7 @@ from coprs_deploy.engines.engine_builder import (
 from coprs_deploy.export.calibration import find_pictures, require_pictures_inside
 from coprs_deploy.export.graph_check import GraphCheck, can_run_here
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
-from coprs_deploy.export.options import ATTENTION_FORMS, ExportOptions
+from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.precision import (
     INT8,
     OPSETS,
@@ -118,7 +118,6 @@ def export_checkpoint(
     clock = _StepClock(progress)
     clock.start("load checkpoint")
     model = load_segmentation_model(source)
-    model.image_encoder.set_attention_form(ATTENTION_FORMS[options.runtime])
     # PyTorch's exporter keeps some small tensors alive, and one is enough to keep the checkpoint's
     # whole file mapped: the small stages are copies.
     stages = {

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coprs_deploy.bundle import ENGINE_FLAVORS
 from coprs_deploy.engines.plan_builder import BuildSettings
 from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.export.precision import INT8, check_precision
 from coprs_deploy.specs import CountProfile
-
-if TYPE_CHECKING:
-    from coprs_deploy.models.sam_encoder import AttentionForm
-
-ATTENTION_FORMS: dict[str, AttentionForm] = {
-    "onnxruntime": "bias",
-    "openvino": "bias",
-    "tensorrt": "bias",
-    "tensorrt-rtx": "bias",
-}
-"""The form of relative positions in each runtime, see ``AttentionForm``: measured for ONNX Runtime,
-not yet for TensorRT, whose fused attention takes an additive mask."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ matrix product. Loading weights is left to :mod:`coprs_deploy.checkpoint`.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,23 +14,6 @@ from torch import Tensor, nn
 from coprs_deploy.architecture import SamConfig
 from coprs_deploy.models.layers import LayerNorm2d, TwoLayerMlp
 from coprs_deploy.specs import PictureExtent
-
-AttentionForm = Literal["bias", "augmented", "blocked"]
-"""How relative positions enter attention; all forms are exact.
-
-``bias`` adds a (tokens, tokens) matrix to the attention logits. ``blocked`` does the same for one
-head and some rows of queries at a time, so that the logits of a block stay in the processor's cache
-and are never all in memory. ``augmented`` appends the position scores to the queries and one-hot
-rows and columns to the keys, so that no such matrix exists at all. docs/cpu-speed.md has the times:
-``blocked`` takes the least memory in ONNX Runtime and minutes to export; OpenVINO fuses ``bias``.
-"""
-
-BLOCK_ROWS = 16
-"""Rows of queries in a block: 1024 queries of SAM, whose logits take 16 MB. Half as many are 3%
-faster in ONNX Runtime and double the nodes, of which there are eight a block."""
-
-UNBLOCKED_BYTES = 16_777_216
-"""Logits of one head that are too small to be worth blocks: those of windows and small grids."""
 
 LAYER_NORM_EPS = 1e-6
 
@@ -55,7 +36,6 @@ class RelativeAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.relative_positions = relative_positions
-        self.form: AttentionForm = "bias"
         if relative_positions:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, self.head_width))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, self.head_width))
@@ -81,47 +61,17 @@ class RelativeAttention(nn.Module):
             (B, R, K, C), what ``self.proj`` takes.
         """
         batch, rows, columns = qkv.shape[:3]
-        tokens, scale = rows * columns, self.head_width**-0.5
+        tokens = rows * columns
         qkv = qkv.reshape(batch, tokens, 3, self.heads, self.head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, head_width)
         if not self.relative_positions:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
             by_row, by_column = self._position_scores(query, rows, columns)
-            if self.form == "augmented":
-                cells = _one_hot_cells(rows, columns, key).expand(batch, self.heads, -1, -1)
-                query = torch.cat([query * scale, by_row, by_column], dim=-1)
-                key = torch.cat([key, cells], dim=-1)
-                out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-            elif self.form == "blocked" and 4 * batch * tokens**2 > UNBLOCKED_BYTES:
-                out = self._attend_in_blocks(query, key, value, by_row, by_column)
-            else:
-                bias = by_row[..., :, None] + by_column[..., None, :]
-                bias = bias.reshape(batch, self.heads, tokens, tokens)
-                out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            bias = by_row[..., :, None] + by_column[..., None, :]
+            bias = bias.reshape(batch, self.heads, tokens, tokens)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return out.transpose(1, 2).reshape(batch, rows, columns, self.heads * self.head_width)
-
-    def _attend_in_blocks(
-        self, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor
-    ) -> Tensor:
-        """Attend one head and :data:`BLOCK_ROWS` rows of queries at a time; loops are unrolled."""
-        columns, step = by_column.shape[-1], BLOCK_ROWS * by_column.shape[-1]
-        heads = []
-        for head in (slice(h, h + 1) for h in range(self.heads)):
-            blocks = []
-            for start in range(0, by_row.shape[-1] * columns, step):
-                queries = slice(start, start + step)
-                bias = by_row[:, head, queries, :, None] + by_column[:, head, queries, None, :]
-                blocks.append(
-                    F.scaled_dot_product_attention(
-                        query[:, head, queries],
-                        key[:, head],
-                        value[:, head],
-                        attn_mask=bias.flatten(start_dim=3),
-                    )
-                )
-            heads.append(torch.cat(blocks, dim=2))
-        return torch.cat(heads, dim=1)
 
     def _position_scores(self, query: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Score each query against rows and columns: (B, heads, tokens, R) and (..., K)."""
@@ -139,14 +89,6 @@ class RelativeAttention(nn.Module):
         index = torch.arange(size, device=relative.device)
         distance = index[:, None] - index[None, :] + (self.grid - 1)
         return relative[distance].transpose(1, 2)
-
-
-def _one_hot_cells(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Mark each token's row and column: (tokens, R + K)."""
-    by_row = torch.eye(rows, dtype=like.dtype, device=like.device)[:, None, :]
-    by_column = torch.eye(columns, dtype=like.dtype, device=like.device)[None, :, :]
-    cells = [by_row.expand(rows, columns, rows), by_column.expand(rows, columns, columns)]
-    return torch.cat(cells, dim=-1).reshape(rows * columns, rows + columns)
 
 
 class EncoderBlock(nn.Module):
@@ -245,16 +187,6 @@ class SamImageEncoder(nn.Module):
             LayerNorm2d(channels),
         )
         self.padding_from = None
-
-    def set_attention_form(self, form: AttentionForm) -> None:
-        """Choose how relative positions enter attention; see :data:`AttentionForm`."""
-        if form not in get_args(AttentionForm):
-            raise ValueError(
-                f"form is {form!r}; accepted: {', '.join(map(repr, get_args(AttentionForm)))}"
-            )
-        for module in self.modules():
-            if isinstance(module, RelativeAttention):
-                module.form = form
 
     def set_picture_extent(self, extent: PictureExtent | None) -> None:
         """Leave out, from now on, what is padding in every picture of this extent.

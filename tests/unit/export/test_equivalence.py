@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from coprs_deploy.bundle import ENGINE_FLAVORS
+from coprs_deploy.engines import ONNX_RUNTIMES
 from coprs_deploy.engines.runner import Runner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.equivalence import (
@@ -16,7 +18,6 @@ from coprs_deploy.export.equivalence import (
     sample_inputs,
 )
 from coprs_deploy.export.mask_samples import draw_masked_samples
-from coprs_deploy.export.options import ATTENTION_FORMS
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, graph_specs
 
 GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
@@ -287,7 +288,7 @@ def test_equal_seeds_give_equal_samples():
 def test_every_tolerance_has_a_reason_and_can_fail(key):
     table = TOLERANCES[key]
     assert set(table) == {*GRAPH_NAMES, "end_to_end"}
-    assert key[0] in ATTENTION_FORMS
+    assert key[0] in (*ONNX_RUNTIMES, *ENGINE_FLAVORS)
     for name, tolerance in table.items():
         assert tolerance.reason
         assert 0 < tolerance.mean_signed <= tolerance.relative <= 0.2

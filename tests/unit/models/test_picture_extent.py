@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from coprs_deploy.architecture import SamConfig
-from coprs_deploy.models import sam_encoder
 from coprs_deploy.models.sam_encoder import SamImageEncoder
 from coprs_deploy.specs import Geometry, PictureExtent
 
@@ -35,13 +34,6 @@ GLOBAL_FIRST = SamConfig(
 
 ROUNDING = 2e-6
 """Relative: products of fewer rows may take their float32 sums in another order."""
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Let the small grids here go in blocks too, the last of which is cut off."""
-    monkeypatch.setattr(sam_encoder, "UNBLOCKED_BYTES", 0)
-    monkeypatch.setattr(sam_encoder, "BLOCK_ROWS", 4)
 
 
 def encoder(config=DEEP, extent=None):
@@ -81,12 +73,9 @@ def count_cells(monkeypatch):
 
 
 @pytest.mark.parametrize("aspect", [(16, 9), (9, 16), (4, 3), (7, 1), (1, 3)])
-@pytest.mark.parametrize("form", ["bias", "augmented", "blocked"])
-def test_windows_of_padding_before_the_first_global_block_are_known_beforehand(aspect, form):
+def test_windows_of_padding_before_the_first_global_block_are_known_beforehand(aspect):
     extent = DEEP.picture_extent(aspect)
     whole, partial = encoder(), encoder(extent=extent)
-    for model in (whole, partial):
-        model.set_attention_form(form)
     image = picture(extent)
     assert relative_error(partial(image), whole(image)) <= ROUNDING
     smaller = picture(PictureExtent((1, 1), extent.height // 2, extent.width // 2))
@@ -117,11 +106,9 @@ def test_what_lies_beyond_the_extent_is_never_read():
 
 
 @pytest.mark.parametrize("aspect", [(16, 9), (9, 16), (7, 1)])
-@pytest.mark.parametrize("form", ["bias", "augmented", "blocked"])
-def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect, form):
+def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect):
     extent = DEEP.picture_extent(aspect, drops_padding=True)
     partial, image = encoder(extent=extent), picture(extent)
-    partial.set_attention_form(form)
     rows, columns = extent.height // 4, extent.width // 4
     assert partial.padding_from == len(partial.blocks)
 

@@ -1,4 +1,4 @@
-"""The image encoder alone: its attention by hand, its windows, and its equal forms."""
+"""The image encoder alone: its attention by hand, and its windows."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from coprs_deploy.architecture import SAM_SIZES, SamConfig
-from coprs_deploy.models import sam_encoder
 from coprs_deploy.models.sam_encoder import EncoderBlock, RelativeAttention, SamImageEncoder
 from coprs_deploy.specs import Geometry
 
@@ -21,18 +20,6 @@ SMALL = SamConfig(
     geometry=Geometry(image_size=32, patch_size=4, embedding_channels=16),
 )
 """A grid of 8 cells a side in windows of 3, so that the last windows are padded."""
-
-FORMS = ["bias", "augmented", "blocked"]
-
-FLOAT32_FORMS = 1e-5
-"""Relative: the forms take the same float32 sums in another order; measured below 2e-6."""
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Let the small grids here go in blocks too, the last of which is cut off."""
-    monkeypatch.setattr(sam_encoder, "UNBLOCKED_BYTES", 0)
-    monkeypatch.setattr(sam_encoder, "BLOCK_ROWS", 3)
 
 
 def drawn(module, seed=0):
@@ -54,11 +41,9 @@ def relative_error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_relative_attention_is_the_sum_that_sam_defines(form):
+def test_relative_attention_is_the_sum_that_sam_defines():
     grid, heads, width = 3, 2, 8
     attention = drawn(RelativeAttention(width, heads, grid, relative_positions=True)).double()
-    attention.form = form
     x = torch.randn(1, grid, grid, width, generator=torch.Generator().manual_seed(1)).double()
     head_width = width // heads
 
@@ -85,24 +70,13 @@ def test_relative_attention_is_the_sum_that_sam_defines(form):
     torch.testing.assert_close(attention(x)[0], attention.proj(expected), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("config", [SMALL, SAM_SIZES["tiny"]], ids=["small", "tiny"])
-@pytest.mark.parametrize("form", ["augmented", "blocked"])
-def test_every_form_of_attention_gives_the_same_embedding(config, form):
-    encoder = drawn(SamImageEncoder(config))
-    as_bias = encoder(image(config))
-    encoder.set_attention_form(form)
-    assert relative_error(encoder(image(config)), as_bias) <= FLOAT32_FORMS
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("table", ["rel_pos_h", "rel_pos_w"])
-def test_each_table_of_positions_shows_in_the_embedding(form, table):
+def test_each_table_of_positions_shows_in_the_embedding(table):
     encoder = drawn(SamImageEncoder(SMALL))
-    encoder.set_attention_form(form)
     before = encoder(image(SMALL))
     for block in encoder.blocks:
         getattr(block.attn, table).zero_()
-    assert relative_error(encoder(image(SMALL)), before) > 100 * FLOAT32_FORMS
+    assert relative_error(encoder(image(SMALL)), before) > 1e-3
 
 
 def test_an_encoder_without_relative_positions_has_no_tables_and_runs():
@@ -110,13 +84,6 @@ def test_an_encoder_without_relative_positions_has_no_tables_and_runs():
     encoder = drawn(SamImageEncoder(config))
     assert not [name for name in encoder.state_dict() if "rel_pos" in name]
     assert encoder(image(config)).shape == (1, 16, 8, 8)
-
-
-def test_an_unknown_form_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"form is 'flash'; accepted: 'bias', 'augmented', 'blocked'"
-    ):
-        SamImageEncoder(SMALL).set_attention_form("flash")
 
 
 @pytest.mark.parametrize(

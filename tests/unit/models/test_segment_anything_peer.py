@@ -8,7 +8,6 @@ from torch import nn
 
 from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
-from coprs_deploy.models import sam_encoder as encoder_module
 from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder
 from coprs_deploy.models.sam_encoder import EncoderBlock, SamImageEncoder
 
@@ -133,15 +132,12 @@ def test_pixel_normalization_is_sams(segment_anything):
     assert sam.pixel_std.flatten().tolist() == pytest.approx(geometry.pixel_std)
 
 
-@pytest.mark.parametrize("form", ["bias", "augmented", "blocked"])
 @pytest.mark.parametrize("relative_positions", [True, False])
-def test_the_tiny_image_encoder_equals_sam(segment_anything, form, relative_positions, monkeypatch):
-    monkeypatch.setattr(encoder_module, "UNBLOCKED_BYTES", 0)  # even this one goes in blocks
+def test_the_tiny_image_encoder_equals_sam(segment_anything, relative_positions):
     tiny = SAM_SIZES["tiny"]
     config = type(tiny).from_json({**tiny.to_json(), "relative_positions": relative_positions})
     peer = draw(sam_encoder(segment_anything, config))
     ours = like(peer, SamImageEncoder(config))
-    ours.set_attention_form(form)
     image = normal(2, 3, 128, 128)
     assert_equal(ours(image), peer(image), "encoder")
 
