@@ -1,14 +1,16 @@
 """Runners: one for each runtime, all with one call signature.
 
-A runtime is one module of this package whose name ends in ``_runner``; adding a runtime is adding
-such a file (see :class:`RuntimeModule` for what it defines). The names that users type are the
-module names without that ending, with hyphens.
+:data:`RUNTIMES` lists the runtimes by the names that users type; adding a runtime is adding a
+module with ``open_graph`` and ``availability`` (see :class:`RuntimeModule`) and a row here.
+Modules are imported when a runtime is used.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -34,11 +36,18 @@ __all__ = [
 ONNX_RUNTIMES = ("onnxruntime", "openvino")
 """Runtimes that read ONNX files; each runs what was exported for the other."""
 
-_SUFFIX = "_runner"
+RUNTIMES: Mapping[str, tuple[str, str | None]] = {
+    "onnxruntime": ("onnxruntime_runner", None),
+    "openvino": ("openvino_runner", None),
+    "tensorrt-rtx": ("plan_execution", "tensorrt-rtx"),
+    "tensorrt": ("plan_execution", "tensorrt"),
+    "torch": ("torch_runner", None),
+}
+"""Module of each runtime in this package, and the flavor of TensorRT."""
 
 
 class RuntimeModule(Protocol):
-    """What a module ``<name>_runner`` defines."""
+    """What a module of a runtime in :data:`RUNTIMES` defines."""
 
     def open_graph(
         self,
@@ -53,13 +62,17 @@ class RuntimeModule(Protocol):
         """Say which devices this runtime can use here, and what the others lack."""
 
 
+@dataclass(frozen=True)
+class _TensorRt:
+    """The contract of :class:`RuntimeModule` for one flavor of TensorRT."""
+
+    open_graph: Callable[..., Runner]
+    availability: Callable[[], list[Availability]]
+
+
 def runtime_names() -> list[str]:
     """Name the runtimes of this package, whether or not they can run here."""
-    return [
-        module.name.removesuffix(_SUFFIX).replace("_", "-")
-        for module in pkgutil.iter_modules(__path__)
-        if module.name.endswith(_SUFFIX)
-    ]
+    return list(RUNTIMES)
 
 
 def runtime_module(name: str) -> RuntimeModule:
@@ -68,10 +81,14 @@ def runtime_module(name: str) -> RuntimeModule:
     Raises:
         ValueError: there is no such runtime.
     """
-    if name not in runtime_names():
-        raise ValueError(f"runtime is {name!r}; accepted: {', '.join(runtime_names())}")
-    module = f"{__name__}.{name.replace('-', '_')}{_SUFFIX}"
-    return cast(RuntimeModule, importlib.import_module(module))
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime is {name!r}; accepted: {', '.join(RUNTIMES)}")
+    module_name, flavor = RUNTIMES[name]
+    module = importlib.import_module(f"{__name__}.{module_name}")
+    if flavor is None:
+        return cast(RuntimeModule, module)
+    variant = module.FLAVORS[flavor]
+    return _TensorRt(partial(module.open_plan, variant), partial(module.plan_availability, variant))
 
 
 def open_graph(

@@ -215,7 +215,7 @@ def open_plan(
     path: Path,
     spec: GraphSpec,
     options: RunnerOptions,
-    engine: EngineRecord | None,
+    engine: EngineRecord | None = None,
 ) -> PlanRunner:
     """Open a plan of a flavor.
 
