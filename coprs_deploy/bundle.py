@@ -21,10 +21,7 @@ from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 5
-READABLE_VERSIONS = (1, 2, 3, 4, 5)
-"""Version 2 added what is known about engines, version 3 what an int8 graph was calibrated on,
-version 4 how many images the encoder takes, version 5 how far they reach into the square."""
+SCHEMA_VERSION = 1
 
 POLICY_DIRECTORY = "policy"
 PLAN_SUFFIX = ".engine"
@@ -220,10 +217,10 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if version not in READABLE_VERSIONS:
+        if version != SCHEMA_VERSION:
             raise BundleError(
-                f"{file} has schema version {version}; this package reads "
-                f"{', '.join(map(str, READABLE_VERSIONS))}: export the checkpoint again"
+                f"schema_version is {version!r} in {file}; accepted: {SCHEMA_VERSION}; export the "
+                f"checkpoint again: `coprs-deploy export CHECKPOINT --out {path} --overwrite`"
             )
         manifest = Manifest.from_json(data)
     except (ValueError, OSError) as error:

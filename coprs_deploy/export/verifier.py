@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from coprs_deploy.bundle import (
-    SCHEMA_VERSION,
     EngineRecord,
     EquivalenceRecord,
     open_bundle,
@@ -123,7 +122,6 @@ def verify_bundle(
             bundle.path,
             msgspec.structs.replace(
                 manifest,
-                schema_version=SCHEMA_VERSION,
                 graphs=verified,
                 equivalence=records if passed else manifest.equivalence,
             ),

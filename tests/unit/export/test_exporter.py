@@ -149,7 +149,7 @@ class TestBundle:
         text = (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
         data = json.loads(text)
         assert text.endswith("}\n")
-        assert data["schema_version"] == 5
+        assert data["schema_version"] == 1
         assert data["graphs"]["prior"]["spec"]["inputs"][1] == {
             "name": "concentration",
             "dtype": "float32",
