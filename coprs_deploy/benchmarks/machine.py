@@ -13,8 +13,8 @@ from pathlib import Path
 import coprs_deploy
 from coprs_deploy.benchmarks.report import Machine
 from coprs_deploy.engines.cuda_device import current_gpu
-from coprs_deploy.engines.processor import describe_processor
-from coprs_deploy.version import __version__, installed_versions
+from coprs_deploy.machine import describe_processor, installed_versions
+from coprs_deploy.version import __version__
 
 VECTOR_UNITS = (
     "sse4_2",

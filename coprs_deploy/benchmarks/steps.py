@@ -7,8 +7,8 @@ from typing import Any
 
 from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.export import ExportOptions, export_checkpoint
-from coprs_deploy.export.exporter import peak_memory_bytes
 from coprs_deploy.images import unpadded_size
+from coprs_deploy.machine import peak_memory_bytes
 from coprs_deploy.specs import GRAPH_NAMES, CountProfile, parse_aspect
 
 

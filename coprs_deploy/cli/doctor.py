@@ -9,7 +9,8 @@ import argparse
 import platform
 
 from coprs_deploy.cli.parser import add_json_flag, print_json
-from coprs_deploy.version import __version__, installed_versions
+from coprs_deploy.machine import installed_versions
+from coprs_deploy.version import __version__
 
 SUMMARY = "say which runtimes and policies can run here"
 

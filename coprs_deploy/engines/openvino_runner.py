@@ -18,7 +18,6 @@ import numpy as np
 
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.build_cache import default_cache
-from coprs_deploy.engines.processor import describe_processor
 from coprs_deploy.engines.runner import (
     Array,
     Availability,
@@ -29,6 +28,7 @@ from coprs_deploy.engines.runner import (
     host_array,
 )
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
+from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import GraphSpec
 
 DEVICE = "CPU"

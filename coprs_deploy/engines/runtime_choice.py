@@ -20,11 +20,10 @@ import numpy as np
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.engines import ONNX_RUNTIMES, open_bundle_graph
 from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.engines.processor import describe_processor
 from coprs_deploy.engines.runner import Array, Runner, RunnerOptions
 from coprs_deploy.errors import CoPRSError
+from coprs_deploy.machine import describe_processor, installed_versions
 from coprs_deploy.specs import GraphSpec, Record
-from coprs_deploy.version import installed_versions
 
 FOLDER = "choices"
 """Where choices are kept, below the cache folder."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.export.calibration import Ranges
+from coprs_deploy.export.equivalence import relative_error
 from coprs_deploy.export.onnx_graph import SCOPES, module_of
 from coprs_deploy.specs import GraphSpec, TensorSpec
 
@@ -78,7 +79,7 @@ def block_errors(
             for image in images:
                 found = runner(image=image)
                 for number, wanted in enumerate(_run_reference(encoder, image)):
-                    error = _relative(found[names[number]].numpy(), wanted)
+                    error = relative_error(found[names[number]].numpy(), wanted, order=2)
                     worst[number] = max(worst[number], error)
     finally:
         path.unlink(missing_ok=True)
@@ -137,11 +138,6 @@ def _run_reference(encoder: SamImageEncoder, image: NDArray[np.float32]) -> list
         for hook in hooks:
             hook.remove()
     return [*seen, embedding]
-
-
-def _relative(found: Array, wanted: Array) -> float:
-    norm = float(np.linalg.norm(wanted.astype(np.float64)))
-    return float(np.linalg.norm((found - wanted).astype(np.float64))) / norm if norm else 0.0
 
 
 def _worst_product(ranges: Ranges, number: int) -> tuple[str, float]:

@@ -300,6 +300,27 @@ def require_equivalence(
         )
 
 
+def cosine_similarity(found: Array, expected: Array) -> float:
+    """Return the cosine between two arrays, in float64; of a zero array, whether both are equal."""
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b))
+
+
+def relative_error(found: Array, expected: Array, order: float = math.inf) -> float:
+    """Return the norm of the difference over the norm of the reference, in float64.
+
+    Args:
+        found: what is compared.
+        expected: the reference; a zero one leaves the norm of the difference.
+        order: of the norm: infinity takes the largest absolute values, 2 the Euclidean norms.
+    """
+    wanted = expected.astype(np.float64).ravel()
+    difference = found.astype(np.float64).ravel() - wanted
+    scale = float(np.linalg.norm(wanted, order)) or 1.0
+    return float(np.linalg.norm(difference, order)) / scale
+
+
 def mask_iou(first: Array, second: Array) -> float:
     """IoU of two stacks of mask logits thresholded at 0; two empty masks agree (1.0)."""
     a, b = first > 0, second > 0
@@ -350,11 +371,10 @@ def summarize(
         a, b = output.astype(np.float64), truth.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
         max_abs = max(max_abs, float(np.abs(difference).max()))
-        relative = max(relative, float(np.abs(difference).max()) / scale)
+        relative = max(relative, relative_error(a, b))
         mean = float(difference.mean()) / scale
         mean_signed = mean if abs(mean) > abs(mean_signed) else mean_signed
-        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-        cosine = min(cosine, float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b)))
+        cosine = min(cosine, cosine_similarity(a, b))
         iou = min(iou, mask_iou(a, b))
     if allowed.pools_masks:
         iou = mask_iou(*(np.concatenate([np.ravel(o) for o in side]) for side in (found, expected)))

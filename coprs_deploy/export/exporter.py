@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -51,12 +49,13 @@ from coprs_deploy.export.precision import (
     graph_precision,
     rest_precision,
 )
+from coprs_deploy.machine import installed_versions, peak_memory_bytes
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
     graph_specs,
 )
-from coprs_deploy.version import __version__, installed_versions
+from coprs_deploy.version import __version__
 
 Progress = Callable[[str], None]
 
@@ -273,12 +272,6 @@ def new_scratch(out: Path) -> Iterator[Path]:
     parent = out.absolute().parent
     with tempfile.TemporaryDirectory(prefix=f".{out.absolute().name}.graphs-", dir=parent) as path:
         yield Path(path)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class _StepClock:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.machine import available_memory_bytes
 
 GIB = 1 << 30
 
@@ -149,7 +149,7 @@ def free_memory(device: str) -> FreeMemory:
         RuntimeUnavailableError: torch sees no such GPU.
     """
     if device == "cpu":
-        return FreeMemory(_available_host_bytes(), os.sysconf("SC_PAGE_SIZE") * _physical_pages())
+        return FreeMemory(available_memory_bytes(), _physical_memory_bytes())
     import torch
 
     if not torch.cuda.is_available():
@@ -205,14 +205,5 @@ def kv_bytes_per_token(text_config: Any, bytes_per_value: int) -> int:
     return int(2 * text_config.num_hidden_layers * kv_heads * head_size * bytes_per_value)
 
 
-def _physical_pages() -> int:
-    return os.sysconf("SC_PHYS_PAGES")
-
-
-def _available_host_bytes() -> int:
-    """What the kernel would give without swapping; caches that it can drop are counted."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return 1024 * int(value.split()[0])
-    return os.sysconf("SC_PAGE_SIZE") * _physical_pages() // 2
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from coprs_deploy.artifacts import exclusive, write_json
+from coprs_deploy.machine import environment
 from coprs_deploy.training.recipe import Recipe, changed_keys
 
 RECIPE_FILE = "recipe.json"
@@ -35,8 +33,6 @@ WEIGHTS_FILE = "weights.pt"
 PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
-
-TOOLCHAIN = ("torch", "transformers", "accelerate", "trl", "peft", "numpy", "tokenizers")
 
 FREE_KEYS = ("description", "log_every", "save_every", "threads", "workers")
 """Settings that a resumed run may change: they move no weight but by rounding."""
@@ -159,29 +155,6 @@ class RunFolder:
         partial = self.path / f"{LOG_FILE}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.rename(self.path / LOG_FILE)
-
-
-def environment() -> dict[str, Any]:
-    """Describe versions and machine."""
-    versions = {}
-    for package in TOOLCHAIN:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
-    }
 
 
 def all_passed(results: dict[str, Any]) -> bool:

@@ -15,10 +15,10 @@ from coprs_deploy import shipped
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, onnxruntime_runner, openvino_runner
-from coprs_deploy.engines.processor import Processor
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint
+from coprs_deploy.machine import Processor
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
 
 RELATIVE = 1e-4

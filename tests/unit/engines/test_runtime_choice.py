@@ -8,9 +8,9 @@ import pytest
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions, runtime_choice
 from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.engines.processor import Processor
 from coprs_deploy.engines.runtime_choice import RuntimeChoice, Trial, choice_key, choose_runtimes
 from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.machine import Processor
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, PRIOR
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph, openvino_runner
-from coprs_deploy.engines.processor import Processor, describe_processor
 from coprs_deploy.errors import EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer, precision
 from coprs_deploy.export.calibration import ProductRange, calibrate, find_pictures
 from coprs_deploy.export.precision import type_graph
 from coprs_deploy.export.quantization import product_names, quantize_graph
+from coprs_deploy.machine import Processor, describe_processor
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
 
 ENCODER = f"{IMAGE_ENCODER}.onnx"

@@ -1,0 +1,104 @@
+"""Processor, memory, versions: on systems that report them and on those that do not."""
+
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coprs_deploy.machine import (
+    PACKAGES,
+    TOOLCHAIN,
+    Processor,
+    available_memory_bytes,
+    describe_processor,
+    environment,
+    installed_versions,
+    peak_memory_bytes,
+)
+
+CPUINFO = """processor\t: 0
+model name\t: A Processor
+flags\t\t: fpu avx2 {}
+
+processor\t: 1
+model name\t: Another
+flags\t\t: fpu
+"""
+
+
+@pytest.mark.parametrize("unit", ["avx512_vnni", "avx_vnni", "amx_int8"])
+def test_int8_units_are_found(unit, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: CPUINFO.format(unit))
+    found = describe_processor()
+    assert found.name == "A Processor"
+    assert found.units == ("fpu", "avx2", unit)
+    assert found.has_int8_units
+
+
+def test_a_processor_without_them_has_none(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: CPUINFO.format("fma"))
+    assert not describe_processor().has_int8_units
+
+
+@pytest.fixture
+def unreadable_proc(monkeypatch):
+    def refuse(self, encoding):
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+
+
+@pytest.mark.usefixtures("unreadable_proc")
+def test_a_system_that_tells_nothing_still_has_a_name():
+    found = describe_processor()
+    assert found.name and found.units == () and found.cores > 0
+
+
+def test_it_is_a_record():
+    found = describe_processor()
+    assert Processor.from_json(found.to_json()) == found
+
+
+def test_peak_memory_covers_an_array_that_was_written():
+    before = peak_memory_bytes()
+    array = np.ones(200_000_000, np.uint8)
+    assert peak_memory_bytes() >= array.nbytes
+    assert peak_memory_bytes() >= before
+
+
+def test_peak_memory_is_read_in_kibibytes(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "VmPeak:\t9 kB\nVmHWM:\t  7 kB\n")
+    assert peak_memory_bytes() == 7 * 1024
+
+
+@pytest.mark.usefixtures("unreadable_proc")
+def test_peak_memory_without_proc_falls_back_to_resource_usage():
+    assert peak_memory_bytes() > 2**20
+
+
+def test_available_memory_is_read_in_kibibytes(monkeypatch):
+    text = "MemTotal: 100 kB\nMemFree: 10 kB\nMemAvailable:     60 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
+    assert available_memory_bytes() == 60 * 1024
+
+
+@pytest.mark.usefixtures("unreadable_proc")
+def test_available_memory_without_proc_is_half_of_the_physical():
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert available_memory_bytes() == pages // 2
+
+
+def test_installed_versions_name_python_and_the_packages_that_are_there():
+    found = installed_versions()
+    assert found["python"] == platform.python_version()
+    assert found["numpy"] == np.__version__
+    assert set(found) <= {"python", *PACKAGES}
+
+
+def test_the_environment_names_versions_machine_and_commit():
+    found = environment()
+    assert set(found) == {"versions", "python", "machine", "commit"}
+    assert set(found["versions"]) == set(TOOLCHAIN)
+    assert found["versions"]["numpy"] == np.__version__
