@@ -65,6 +65,27 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
 
 
 @contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a hidden path beside ``path``; what is written there takes its place at the end.
+
+    A reader sees the old or the new file, whole. If the block raises, nothing is left behind and
+    what was at ``path`` is untouched; what a killed process left is overwritten by the next one.
+    Two processes must not write one path at a time.
+
+    Args:
+        path: a file, which may exist, or a directory, which must not.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+@contextmanager
 def exclusive(lock: Path, taken: str) -> Iterator[None]:
     """Hold a lock file for the length of a block; a process that dies lets go of it.
 
@@ -127,17 +148,23 @@ def fingerprint(files: tuple[FileRecord, ...]) -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write indented JSON that ends with a newline; a reader sees an old or a new file, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write indented JSON that ends with a newline, see :func:`atomic_write`."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(directory: Path) -> None:
-    """Push files and folders to the disk, so that a renamed directory survives a loss of power."""
-    for path in (directory, *directory.rglob("*")):
+def _sync(written: Path) -> None:
+    """Push a file, or all in a directory, to the disk, so that it survives a loss of power."""
+    for path in (written, *written.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,13 +17,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from coprs_deploy.artifacts import hash_file, new_directory, write_json
+from coprs_deploy.artifacts import atomic_write, hash_file, new_directory, write_json
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.specs import GraphSpec, Record
 
@@ -199,16 +198,8 @@ class BuildCache:
         path = self.root / folder / name
         with self._lock(f"{folder}-{name}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=f".{name}-", dir=path.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(partial).replace(path)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+            with atomic_write(path) as partial:
+                partial.write_bytes(data)
 
     @contextmanager
     def _lock(self, name: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.artifacts import atomic_write
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray, load_image
 from coprs_deploy.prompts import REFERENCE_TOKEN, check_instruction
@@ -200,12 +201,11 @@ def write_examples(
         MissingDependencyError: a Parquet file, and pyarrow is not installed.
     """
     target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
     directory = target.with_name(f"{target.stem}_images") if images_beside else None
     if directory:
         directory.mkdir(exist_ok=True)
     count = 0
-    with row_writer(partial, target.suffix) as write:
+    with atomic_write(target) as partial, row_writer(partial, target.suffix) as write:
         for example in examples:
             count += 1
             png, image_path = _png_bytes(example.image), None
@@ -224,7 +224,6 @@ def write_examples(
                     tier=example.tier,
                 )
             )
-    partial.replace(target)
     return count
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coprs_deploy.artifacts import exclusive, write_json
+from coprs_deploy.artifacts import atomic_write, exclusive, write_json
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray, image_key, prepare_image
@@ -278,15 +277,10 @@ class _Shard:
             return 0
         numbers = [int(path.stem.partition("-")[2]) for path in self._folder.glob("shard-*.json")]
         path = self._folder / f"shard-{max(numbers, default=-1) + 1:05d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file(self.tensors, partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(self.tensors, partial)
         checksums = {key: _checksum(tensor) for key, tensor in self.tensors.items()}
-        listing = path.with_suffix(".json.partial")
-        write_json(listing, checksums)
-        listing.replace(path.with_suffix(".json"))
+        write_json(path.with_suffix(".json"), checksums)
         self.num_written += len(self.tensors)
         self.tensors = {}
         return path.stat().st_size

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.artifacts import exclusive, write_json
+from coprs_deploy.artifacts import atomic_write, exclusive, write_json
 from coprs_deploy.machine import environment
 from coprs_deploy.training.recipe import Recipe, changed_keys
 
@@ -124,9 +124,7 @@ class RunFolder:
 
     def finish_phase(self, name: str, result: dict[str, Any]) -> None:
         """Record a phase's result, last of all its files, and drop its states."""
-        file = self.phase(name) / RESULT_FILE
-        write_json(file.with_suffix(".partial"), result)
-        file.with_suffix(".partial").rename(file)
+        write_json(self.phase(name) / RESULT_FILE, result)
         for state in self.phase(name).glob("*state-*"):
             shutil.rmtree(state)
 
@@ -152,9 +150,8 @@ class RunFolder:
         """Drop what was logged after the state that a run goes on from."""
         kept = [x for x in self.read_log() if x["phase"] != phase or x["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        partial = self.path / f"{LOG_FILE}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(self.path / LOG_FILE)
+        with atomic_write(self.path / LOG_FILE) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def all_passed(results: dict[str, Any]) -> bool:

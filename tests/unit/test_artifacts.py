@@ -9,6 +9,7 @@ import pytest
 
 from coprs_deploy.artifacts import (
     FileRecord,
+    atomic_write,
     check_replaceable,
     fingerprint,
     hash_file,
@@ -272,3 +273,37 @@ def test_json_is_written_for_people(tmp_path):
     assert text.startswith('{\n  "name": "Größe 日本",\n')
     assert text.endswith("}\n")
     assert json.loads(text) == {"name": "Größe 日本", "numbers": [1, 2.5, None]}
+
+
+def test_an_atomic_write_replaces_the_file_when_its_block_ends(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with atomic_write(path) as partial:
+        partial.write_bytes(b"new")
+        assert partial.parent == tmp_path and partial.name.startswith(".")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_atomic_write_that_raises_keeps_the_old_file(tmp_path, error):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as partial:
+        partial.write_bytes(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_atomic_write_makes_a_directory_and_drops_what_a_killed_process_left(tmp_path):
+    path = tmp_path / "weights"
+    left = tmp_path / ".weights.partial"
+    write_kind(left)
+    with atomic_write(path) as partial:
+        assert partial == left and not left.exists()
+        partial.mkdir()
+        (partial / "one").write_text("1")
+    assert [file.name for file in path.iterdir()] == ["one"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from coprs_deploy.artifacts import write_json
+from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.examples import Example
@@ -247,12 +247,9 @@ class _GrpoRun:
         """Keep the weights that the phase starts from: what the policy is held close to."""
         path = self.folder.phase(self.name) / REFERENCE_FOLDER
         if self.accelerator.is_main_process and not path.is_dir():
-            partial = path.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            with without_progress_bars():
+            with atomic_write(path) as partial, without_progress_bars():
+                partial.mkdir(parents=True)
                 self.workbench.policy.model.save_pretrained(partial)
-            partial.rename(path)
         self.accelerator.wait_for_everyone()
         return path
 
