@@ -13,7 +13,7 @@ DEMO ?= demo-output
 # Test files side by side, a core each, on four at most; a crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
-.PHONY: demo test test-vllm lint check format shipped report clean
+.PHONY: demo test test-vllm lint check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -26,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/python -m coprs_deploy.cli.main export coprs_deploy/shipped/checkpoint --out $(DEMO)/bundle --overwrite
+	$(BIN)/python -m coprs_deploy.cli.main export coprs_deploy/demo/checkpoint --out $(DEMO)/bundle --overwrite
 	$(BIN)/python -m coprs_deploy.cli.main segment examples/scene.png "the largest red circle" \
 		--bundle $(DEMO)/bundle --out $(DEMO)/answer
 	@echo
@@ -58,10 +58,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-shipped: $(VENV)/.dev
-	$(BIN)/python -m coprs_deploy.cli.main train shipped --out runs/shipped
-	$(BIN)/python -m coprs_deploy.training.shipping runs/shipped
-	$(BIN)/python -m coprs_deploy.export.golden tests/golden/shipped.npz
+demo-model: $(VENV)/.dev
+	$(BIN)/python -m coprs_deploy.cli.main train demo --out runs/demo
+	$(BIN)/python -m coprs_deploy.training.shipping runs/demo
+	$(BIN)/python -m coprs_deploy.export.golden tests/golden/demo.npz
 
 # Measures on this machine, which should have nothing else to do.
 REPORTS ?= docs/reports/benchmarks

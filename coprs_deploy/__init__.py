@@ -12,16 +12,16 @@ from coprs_deploy.version import __version__
 
 if TYPE_CHECKING:
     from coprs_deploy.errors import CoPRSError
-    from coprs_deploy.runtime import Answer, CoPRS, PriorReady, Words
+    from coprs_deploy.runtime import CoPRS, PriorEvent, SegmentationResult, TextDelta
 
-__all__ = ["Answer", "CoPRS", "CoPRSError", "PriorReady", "Words", "__version__"]
+__all__ = ["CoPRS", "CoPRSError", "PriorEvent", "SegmentationResult", "TextDelta", "__version__"]
 
 _HOMES = {
-    "Answer": "coprs_deploy.runtime",
+    "SegmentationResult": "coprs_deploy.runtime",
     "CoPRS": "coprs_deploy.runtime",
     "CoPRSError": "coprs_deploy.errors",
-    "PriorReady": "coprs_deploy.runtime",
-    "Words": "coprs_deploy.runtime",
+    "PriorEvent": "coprs_deploy.runtime",
+    "TextDelta": "coprs_deploy.runtime",
 }
 
 

@@ -24,18 +24,18 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
 
 POLICY_DIRECTORY = "policy"
-PLAN_SUFFIX = ".engine"
+ENGINE_SUFFIX = ".engine"
 """Ending of an engine's plan file."""
 
 
-ENGINE_FLAVORS = ("tensorrt", "tensorrt-rtx")
+TRT_VARIANT_NAMES = ("tensorrt", "tensorrt-rtx")
 
 
 class EngineRecord(Record, frozen=True):
     """What is known about an engine; its plan file holds nothing but the plan.
 
     Attributes:
-        flavor: ``tensorrt`` or ``tensorrt-rtx``.
+        variant: ``tensorrt`` or ``tensorrt-rtx``.
         version: of the library that built it; no other version loads it, but for plans that are
             ``version_compatible``.
         compute_capabilities: of the GPUs that it runs on, as in ``sm_89``.
@@ -53,7 +53,7 @@ class EngineRecord(Record, frozen=True):
         verified_on: the GPU on which it was compared with PyTorch; None means that it never ran.
     """
 
-    flavor: str
+    variant: str
     version: str
     compute_capabilities: tuple[str, ...]
     gpu: str | None
@@ -70,8 +70,10 @@ class EngineRecord(Record, frozen=True):
     verified_on: str | None = None
 
     def __post_init__(self) -> None:
-        if self.flavor not in ENGINE_FLAVORS:
-            raise ValueError(f"flavor is {self.flavor!r}; accepted: {', '.join(ENGINE_FLAVORS)}")
+        if self.variant not in TRT_VARIANT_NAMES:
+            raise ValueError(
+                f"flavor is {self.variant!r}; accepted: {', '.join(TRT_VARIANT_NAMES)}"
+            )
 
 
 class CalibrationRecord(Record, frozen=True):
@@ -142,26 +144,26 @@ class EquivalenceRecord(Record, frozen=True):
     Attributes:
         graph: its name, ``end_to_end`` for the chain of all three, or ``without_padding`` for what
             an encoder that drops the padding changes.
-        max_abs: largest absolute difference.
-        relative: ``max_abs`` over the largest absolute value of the reference.
-        mean_signed: mean difference over that scale; a one-sided shift shows here.
+        max_abs_error: largest absolute difference.
+        relative_error: ``max_abs_error`` over the largest absolute value of the reference.
+        mean_error: mean difference over that scale; a one-sided shift shows here.
         cosine: cosine between the two outputs.
         mask_iou: IoU of the two masks where the output is a mask, else None.
         inputs: how many inputs were compared.
         passed: whether all are inside the tolerance.
-        judged: whether there is a tolerance; where there is none, ``passed`` says no more than that
+        has_tolerance: whether there is a tolerance; where there is none, ``passed`` says no more than that
             all values are finite.
     """
 
     graph: str
-    max_abs: float
-    relative: float
-    mean_signed: float
+    max_abs_error: float
+    relative_error: float
+    mean_error: float
     cosine: float
     mask_iou: float | None
     inputs: int
     passed: bool
-    judged: bool = True
+    has_tolerance: bool = True
 
 
 class Manifest(Record, frozen=True):

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.architecture import SegmentationConfig
 from coprs_deploy.artifacts import fingerprint, new_directory, record_files, write_json
 from coprs_deploy.errors import CheckpointError
+from coprs_deploy.model_config import SegmentationConfig
 from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import Record
 

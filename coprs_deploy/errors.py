@@ -23,7 +23,7 @@
 
 A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError`` instead.
 ``ImageError`` and ``InstructionError`` are ``ValueError`` too, because their cause is an argument;
-``AnswerTimeoutError`` is Python's ``TimeoutError`` too.
+``RequestTimeoutError`` is Python's ``TimeoutError`` too.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PolicyError(CoPRSError):
     """The policy could not write an answer."""
 
 
-class LostConcentrationError(PolicyError):
+class HiddenStateError(PolicyError):
     """A ``<REF_POS>`` was written and its hidden state is missing; the reasoning is kept.
 
     Attributes:
@@ -112,7 +112,7 @@ class QueueFullError(CoPRSError):
     """More answers are asked for at once than may wait; asking again later is the remedy."""
 
 
-class AnswerTimeoutError(CoPRSError, TimeoutError):
+class RequestTimeoutError(CoPRSError, TimeoutError):
     """An answer was not ready in the time that was given; its request was abandoned."""
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
-from coprs_deploy.specs import Geometry, PictureExtent
+from coprs_deploy.specs import Geometry, ValidRegion
 
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
 """A path, the bytes of an image file, a Pillow image, or an array (H, W), (H, W, 1 | 3 | 4)."""
@@ -210,7 +210,7 @@ class PreparedImage:
     original_size: tuple[int, int]
 
 
-class Placed(Protocol):
+class HasResize(Protocol):
     """Whatever knows where a picture lies in the padded image, and its own size in pixels."""
 
     @property
@@ -223,7 +223,7 @@ class Placed(Protocol):
 
 
 @dataclass(frozen=True)
-class Placement:
+class ResizeTransform:
     """Where a picture will lie in the padded image, known before it is prepared.
 
     Attributes:
@@ -235,7 +235,7 @@ class Placement:
     original_size: tuple[int, int]
 
     @classmethod
-    def of(cls, rgb: RgbArray, geometry: Geometry) -> Placement:
+    def of(cls, rgb: RgbArray, geometry: Geometry) -> ResizeTransform:
         """Place a picture, (H, W, 3)."""
         height, width = rgb.shape[:2]
         inside = unpadded_size(height, width, geometry.image_size)
@@ -248,31 +248,31 @@ def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def require_inside(placed: Placed, extent: PictureExtent | None) -> None:
+def require_inside(placed: HasResize, valid_region: ValidRegion | None) -> None:
     """Refuse a picture that reaches beyond what an encoder was made for.
 
     Raises:
         ImageSizeError: it does; the message says how much of it would fit.
     """
     inside = placed.unpadded_size.tolist()
-    if extent is None or extent.holds(inside):
+    if valid_region is None or valid_region.holds(inside):
         return
     height, width = placed.original_size
-    if inside[0] > extent.height:
-        limit = _longest_fit(width, extent.height, extent.width)
+    if inside[0] > valid_region.height:
+        limit = _longest_fit(width, valid_region.height, valid_region.width)
         fits = f"{width} wide it may be {limit} high"
     else:
-        limit = _longest_fit(height, extent.width, extent.height)
+        limit = _longest_fit(height, valid_region.width, valid_region.height)
         fits = f"{height} high it may be {limit} wide"
     raise ImageSizeError(
-        f"the picture is {width} x {height} and this image encoder takes {extent}, {fits}: crop "
+        f"the picture is {width} x {height} and this image encoder takes {valid_region}, {fits}: crop "
         "it, or export with another --aspect, or without one"
     )
 
 
-def _longest_fit(long_side: int, extent: int, image_size: int) -> int:
-    """Say how long the other side may be to come to ``extent`` where ``long_side`` fills S."""
-    return max(1, math.ceil((extent + 0.5) * long_side / image_size) - 1)
+def _longest_fit(long_side: int, valid_region: int, image_size: int) -> int:
+    """Say how long the other side may be to come to ``valid_region`` where ``long_side`` fills S."""
+    return max(1, math.ceil((valid_region + 0.5) * long_side / image_size) - 1)
 
 
 def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
@@ -285,7 +285,7 @@ def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
     Returns:
         The encoder's input with the two sizes that lead back.
     """
-    size, placement = geometry.image_size, Placement.of(rgb, geometry)
+    size, placement = geometry.image_size, ResizeTransform.of(rgb, geometry)
     height, width = placement.unpadded_size.tolist()
     resized = rgb
     if (height, width) != rgb.shape[:2]:
@@ -338,7 +338,7 @@ def mask_cells(unpadded_size: NDArray[np.int64], geometry: Geometry) -> tuple[in
 
 
 def resize_logits(
-    logits: NDArray[np.float32], placed: Placed, geometry: Geometry
+    logits: NDArray[np.float32], placed: HasResize, geometry: Geometry
 ) -> NDArray[np.float32]:
     """Bring mask or prior logits to the original size.
 

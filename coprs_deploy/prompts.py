@@ -153,7 +153,7 @@ def _encode_plain(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-class FormatFault(str, Enum):
+class FormatViolation(str, Enum):
     """What is wrong with the form of a response; see :attr:`is_fatal`."""
 
     NO_THOUGHT = "no <think>...</think>"
@@ -175,10 +175,10 @@ class FormatFault(str, Enum):
 
 _MINOR_FAULTS = frozenset(
     {
-        FormatFault.LONG_THOUGHT,
-        FormatFault.TEXT_BEFORE_THOUGHT,
-        FormatFault.TEXT_AFTER_REFERENCE,
-        FormatFault.LONG_BRIDGE,
+        FormatViolation.LONG_THOUGHT,
+        FormatViolation.TEXT_BEFORE_THOUGHT,
+        FormatViolation.TEXT_AFTER_REFERENCE,
+        FormatViolation.LONG_BRIDGE,
     }
 )
 
@@ -191,13 +191,13 @@ class Response:
         text: the whole response with ``<REF_POS>`` written out, other special tokens left out.
         reasoning: the thought; the whole text where no thought is marked.
         reference_positions: indices of the ``<REF_POS>`` tokens, ascending.
-        faults: what is wrong with its form, in the order of :class:`FormatFault`.
+        faults: what is wrong with its form, in the order of :class:`FormatViolation`.
     """
 
     text: str
     reasoning: str
     reference_positions: tuple[int, ...]
-    faults: tuple[FormatFault, ...]
+    faults: tuple[FormatViolation, ...]
 
 
 def read_response(
@@ -231,32 +231,32 @@ def _reasoning(pieces: Sequence[str]) -> str:
     return (after if opened else before).strip()
 
 
-def _faults(pieces: Sequence[str]) -> list[FormatFault]:
+def _faults(pieces: Sequence[str]) -> list[FormatViolation]:
     """Judge the text between the reference tokens; ``len(pieces) - 1`` tokens were written."""
     faults = []
     text = "".join(pieces)
     thoughts = list(_THOUGHT.finditer(text))
     if not thoughts:
-        faults.append(FormatFault.NO_THOUGHT)
+        faults.append(FormatViolation.NO_THOUGHT)
     elif len(thoughts) > 1 or text.count("<think>") > 1 or text.count("</think>") > 1:
-        faults.append(FormatFault.SEVERAL_THOUGHTS)
+        faults.append(FormatViolation.SEVERAL_THOUGHTS)
     elif not thoughts[0][1].strip():
-        faults.append(FormatFault.BLANK_THOUGHT)
+        faults.append(FormatViolation.BLANK_THOUGHT)
     if len(pieces) == 1:
-        faults.append(FormatFault.NO_REFERENCE)
+        faults.append(FormatViolation.NO_REFERENCE)
     elif len(pieces) > 2:
-        faults.append(FormatFault.SEVERAL_REFERENCES)
+        faults.append(FormatViolation.SEVERAL_REFERENCES)
     if not thoughts:
         return faults
     start, end = thoughts[0].span()
     if len(pieces) > 1 and len(pieces[0]) < end:
-        faults.append(FormatFault.REFERENCE_BEFORE_THOUGHT)
+        faults.append(FormatViolation.REFERENCE_BEFORE_THOUGHT)
     if len(thoughts[0][1]) > LONGEST_REASONING:
-        faults.append(FormatFault.LONG_THOUGHT)
+        faults.append(FormatViolation.LONG_THOUGHT)
     if text[:start].strip():
-        faults.append(FormatFault.TEXT_BEFORE_THOUGHT)
+        faults.append(FormatViolation.TEXT_BEFORE_THOUGHT)
     if len(pieces) > 1 and pieces[-1].strip():
-        faults.append(FormatFault.TEXT_AFTER_REFERENCE)
+        faults.append(FormatViolation.TEXT_AFTER_REFERENCE)
     if len(pieces) > 1 and len(pieces[0][end:].split()) > LONGEST_BRIDGE:
-        faults.append(FormatFault.LONG_BRIDGE)
+        faults.append(FormatViolation.LONG_BRIDGE)
     return faults

@@ -54,22 +54,20 @@ class Geometry(Record, frozen=True):
     Attributes:
         image_size: side of the padded square image in pixels.
         patch_size: side of one patch in pixels; a multiple of 4.
-        embedding_channels: channels of the image embedding.
+        out_chans: channels of the image embedding.
         pixel_mean: mean subtracted from RGB values in 0..255.
         pixel_std: divisor applied after the mean.
     """
 
     image_size: int = 1024
     patch_size: int = 16
-    embedding_channels: int = 256
+    out_chans: int = 256
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
-        if self.embedding_channels < 1:
-            raise ValueError(
-                f"embedding_channels is {self.embedding_channels}; it must be at least 1"
-            )
+        if self.out_chans < 1:
+            raise ValueError(f"out_chans is {self.out_chans}; it must be at least 1")
         if self.patch_size < 4 or self.patch_size % 4:
             raise ValueError(f"patch_size is {self.patch_size}; it must be a multiple of 4")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
@@ -96,43 +94,42 @@ class Geometry(Record, frozen=True):
         return self.image_size // self.mask_size
 
 
-class CountProfile(Record, frozen=True):
+class OptimizationProfile(Record, frozen=True):
     """How many targets or images a graph takes in one call: fixed, or a range around a number.
 
-    A fixed profile (``minimum == maximum``) gives a static shape; any other gives a symbolic
+    A fixed profile (``min == max``) gives a static shape; any other gives a symbolic
     dimension.
     """
 
-    minimum: int = 1
-    preferred: int = 1
-    maximum: int = 1
+    min: int = 1
+    opt: int = 1
+    max: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.preferred <= self.maximum:
+        if not 1 <= self.min <= self.opt <= self.max:
             raise ValueError(
-                f"the profile is {self.minimum},{self.preferred},{self.maximum}; "
-                "accepted: 1 <= min <= preferred <= max"
+                f"the profile is {self.min},{self.opt},{self.max}; accepted: 1 <= min <= opt <= max"
             )
 
     @property
     def is_static(self) -> bool:
         """Whether the graph has a fixed number of them."""
-        return self.minimum == self.maximum
+        return self.min == self.max
 
     def size_for(self, waiting: int) -> int:
         """How many of those that wait one call takes: few different numbers, each set up once.
 
         Args:
-            waiting: at least ``minimum``.
+            waiting: at least ``min``.
 
         Returns:
-            The largest of ``minimum``, ``preferred`` and ``maximum`` that are there.
+            The largest of ``min``, ``opt`` and ``max`` that are there.
         """
-        return max(n for n in (self.minimum, self.preferred, self.maximum) if n <= waiting)
+        return max(n for n in (self.min, self.opt, self.max) if n <= waiting)
 
     @classmethod
-    def parse(cls, text: str, name: str = "targets") -> CountProfile:
-        """Read ``"N"`` (static) or ``"min,preferred,max"``.
+    def parse(cls, text: str, name: str = "targets") -> OptimizationProfile:
+        """Read ``"N"`` (static) or ``"min,opt,max"``.
 
         Args:
             text: what a user wrote.
@@ -143,9 +140,7 @@ class CountProfile(Record, frozen=True):
         """
         parts = text.split(",")
         if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
-            raise ValueError(
-                f"{name} is {text!r}; accepted: N, or min,preferred,max (as in 1,4,16)"
-            )
+            raise ValueError(f"{name} is {text!r}; accepted: N, or min,opt,max (as in 1,4,16)")
         numbers = [int(part) for part in parts]
         try:
             return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
@@ -153,7 +148,7 @@ class CountProfile(Record, frozen=True):
             raise ValueError(f"{name} is {text!r}: {error}") from error
 
 
-class PictureExtent(Record, frozen=True):
+class ValidRegion(Record, frozen=True):
     """How far pictures reach into the padded square, where that is known when a bundle is made.
 
     What lies beyond is padding in every picture. The encoder computes nothing there as long as that
@@ -162,21 +157,21 @@ class PictureExtent(Record, frozen=True):
     aspect, to its padding inside too).
 
     Attributes:
-        aspect: width and height of the ratio that the pictures are at least as long as.
+        aspect_ratio: width and height of the ratio that the pictures are at least as long as.
         height: rows of pixels that are computed, from the top.
         width: columns of pixels, from the left; the longer side is that of the square.
         drops_padding: whether what lies beyond is left out altogether.
     """
 
-    aspect: tuple[int, int]
+    aspect_ratio: tuple[int, int]
     height: int
     width: int
     drops_padding: bool = False
 
     def __post_init__(self) -> None:
-        if min(*self.aspect, self.height, self.width) < 1:
+        if min(*self.aspect_ratio, self.height, self.width) < 1:
             raise ValueError(
-                f"the extent is {self.height} x {self.width} for {self.aspect}; every number must "
+                f"the extent is {self.height} x {self.width} for {self.aspect_ratio}; every number must "
                 "be at least 1"
             )
 
@@ -185,11 +180,11 @@ class PictureExtent(Record, frozen=True):
         return unpadded_size[0] <= self.height and unpadded_size[1] <= self.width
 
     def __str__(self) -> str:
-        width, height = self.aspect
+        width, height = self.aspect_ratio
         return f"pictures at least as {'wide' if width > height else 'high'} as {width}:{height}"
 
 
-def parse_aspect(text: str) -> tuple[int, int]:
+def parse_aspect_ratio(text: str) -> tuple[int, int]:
     """Read the width and height of ``"W:H"``.
 
     Raises:
@@ -236,23 +231,23 @@ class GraphSpec(Record, frozen=True):
         outputs: in order.
         targets: how many concentrations.
         images: how many images, of the image encoder.
-        extent: how far the pictures reach, of the image encoder; None stands for the whole square.
+        valid_region: how far the pictures reach, of the image encoder; None stands for the whole square.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    targets: CountProfile = CountProfile()
-    images: CountProfile = CountProfile()
-    extent: PictureExtent | None = None
+    targets: OptimizationProfile = OptimizationProfile()
+    images: OptimizationProfile = OptimizationProfile()
+    valid_region: ValidRegion | None = None
 
     @property
     def drops_padding(self) -> bool:
         """Whether this is an image encoder that leaves padding out altogether."""
-        return self.extent is not None and self.extent.drops_padding
+        return self.valid_region is not None and self.valid_region.drops_padding
 
     @property
-    def profile(self) -> CountProfile:
+    def profile(self) -> OptimizationProfile:
         """The numbers that its symbolic dimension takes; a graph has one at most."""
         return self.targets if self.images.is_static else self.images
 
@@ -271,39 +266,39 @@ class GraphSpec(Record, frozen=True):
 
 def graph_specs(
     geometry: Geometry,
-    policy_width: int,
-    targets: CountProfile | None = None,
-    images: CountProfile | None = None,
-    extent: PictureExtent | None = None,
+    policy_hidden_size: int,
+    targets: OptimizationProfile | None = None,
+    images: OptimizationProfile | None = None,
+    valid_region: ValidRegion | None = None,
 ) -> dict[str, GraphSpec]:
     """Describe the three graphs of a model.
 
     Args:
         geometry: sizes of the segmentation path.
-        policy_width: D, the width of the policy's hidden state.
+        policy_hidden_size: D, the width of the policy's hidden state.
         targets: how many concentrations one call takes; one by default.
         images: how many images the encoder takes in one call; one by default.
-        extent: how far the pictures reach; None stands for the whole square.
+        valid_region: how far the pictures reach; None stands for the whole square.
 
     Returns:
         Graph name to specification, in the order in which the graphs run.
     """
-    profile, batch = targets or CountProfile(), images or CountProfile()
-    assert batch.minimum == 1, "a picture that comes alone must not wait for others"
-    count: int | str = profile.minimum if profile.is_static else TARGETS_DIMENSION
+    profile, batch = targets or OptimizationProfile(), images or OptimizationProfile()
+    assert batch.min == 1, "a picture that comes alone must not wait for others"
+    count: int | str = profile.min if profile.is_static else TARGETS_DIMENSION
     together: int | str = 1 if batch.is_static else IMAGES_DIMENSION
     mask, side, grid = geometry.mask_size, geometry.image_size, geometry.grid_size
     image = TensorSpec("image", "float32", (together, 3, side, side))
-    encoded = (geometry.embedding_channels, grid, grid)
+    encoded = (geometry.out_chans, grid, grid)
     embedding = TensorSpec("image_embedding", "float32", (1, *encoded))
     embeddings = TensorSpec("image_embedding", "float32", (together, *encoded))
-    concentration = TensorSpec("concentration", "float32", (count, policy_width))
+    concentration = TensorSpec("concentration", "float32", (count, policy_hidden_size))
     prior_logits = TensorSpec("prior_logits", "float32", (count, 1, mask, mask))
     unpadded_size = TensorSpec("unpadded_size", "int64", (2,))
     mask_logits = TensorSpec("mask_logits", "float32", (count, 1, mask, mask))
     return {
         IMAGE_ENCODER: GraphSpec(
-            IMAGE_ENCODER, (image,), (embeddings,), images=batch, extent=extent
+            IMAGE_ENCODER, (image,), (embeddings,), images=batch, valid_region=valid_region
         ),
         PRIOR: GraphSpec(PRIOR, (embedding, concentration), (prior_logits,), profile),
         MASK_DECODER: GraphSpec(

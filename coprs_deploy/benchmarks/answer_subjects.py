@@ -18,16 +18,16 @@ from coprs_deploy.benchmarks.case import TOTAL, Subject
 from coprs_deploy.benchmarks.inputs import ask, open_policy, open_torch_stages, scenes
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.engines import RunnerOptions, Stages, open_graph
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.policy import Policy
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.runtime.answer import Answer, Timings
 from coprs_deploy.runtime.options import RuntimeOptions
+from coprs_deploy.runtime.result import SegmentationResult, Timings
 from coprs_deploy.specs import IMAGE_ENCODER
 
 if TYPE_CHECKING:
-    from coprs_deploy.training.examples import Example
+    from coprs_deploy.data.examples import Example
 
 STAGES = {
     "picture": "image_ms",
@@ -79,7 +79,7 @@ def _open(bundle: str, runtime: str | None, device: str, cached_images: int) -> 
     policy = TransformersPolicy(
         opened.policy_path, record.prompt, record.min_pixels, record.max_pixels, device=device
     )
-    return CoPRS(Stages(runners), policy, manifest.geometry, cached_images)
+    return CoPRS(SegmentationGraphs(runners), policy, manifest.geometry, cached_images)
 
 
 def open_torch_answers(checkpoint: str, count: int, side: int | None = None) -> Subject:
@@ -133,7 +133,9 @@ class AnswerSubject(Subject):
         self._coprs.close()
 
 
-def leave_masks(folder: Path, answers: Iterable[Answer], asked: Sequence[Example]) -> None:
+def leave_masks(
+    folder: Path, answers: Iterable[SegmentationResult], asked: Sequence[Example]
+) -> None:
     """Leave the masks of answers for the judge, and the true ones at the size of the picture."""
     found: dict[str, NDArray[np.bool_]] = {}
     for index, (answer, scene) in enumerate(zip(answers, asked, strict=True)):

@@ -48,7 +48,7 @@ class Case:
         return precision if precision == "int8" else self.labels.get("products", precision)
 
 
-Judge = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]
+SceneEvaluator = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]
 """Takes the folders that the cases left their outputs in, by name; gives their accuracy."""
 
 
@@ -73,7 +73,7 @@ class Group:
     name: str
     cases: tuple[Case, ...]
     baseline: str | None = None
-    judge: Judge | None = None
+    judge: SceneEvaluator | None = None
     unit: str = "one run"
     parameter: str = ""
     runs: int | None = None

@@ -16,7 +16,7 @@ import numpy as np
 
 from coprs_deploy.benchmarks.cells import milliseconds
 from coprs_deploy.benchmarks.report import GroupResult, Row
-from coprs_deploy.evaluation.correlation import pyplot
+from coprs_deploy.evaluation.plots import pyplot
 
 WIDTH = 4.6
 """Inches; 72 points each: at the width of a telephone the text can still be read."""

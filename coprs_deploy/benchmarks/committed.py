@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from coprs_deploy.benchmarks.cells import milliseconds, number_of_bytes
-from coprs_deploy.benchmarks.machine import KINDS
+from coprs_deploy.benchmarks.machine import QUESTION_TYPES
 from coprs_deploy.benchmarks.report import GroupResult, Report, Row, read_report
 from coprs_deploy.benchmarks.text import markdown_table
 from coprs_deploy.specs import IMAGE_ENCODER
@@ -35,7 +35,7 @@ def shown(root: Path, theme: str) -> Report | None:
 
 def _rank(report: Report) -> tuple[bool, int, str]:
     """Order reports: the GPU's last, then by vector units, then by date."""
-    units = [kind for _, kind in reversed(KINDS)]
+    units = [kind for _, kind in reversed(QUESTION_TYPES)]
     unit = report.machine.kind.rpartition("-")[2]
     width = units.index(unit) if unit in units else -1
     return report.machine.gpu is not None, width, report.date

@@ -12,12 +12,12 @@ from itertools import islice
 
 import numpy as np
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.benchmarks.inputs import ask, open_policy, open_torch_stages, scenes
 from coprs_deploy.benchmarks.mask_judge import mask_agreement
 from coprs_deploy.benchmarks.policy_judge import last_mask
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.evaluation.overlap import overlap, union
+from coprs_deploy.evaluation.metrics import overlap, union
 from coprs_deploy.images import prepare_image
 
 ASPECT = (16, 9)
@@ -37,17 +37,17 @@ def judge_dropped_padding(count: int) -> dict[str, float]:
         The number of scenes, mean and smallest IoU of the two masks, and mean IoU with the truth
         and P@0.5 with padding and without.
     """
-    source = read_checkpoint(shipped.CHECKPOINT)
+    source = read_checkpoint(demo.CHECKPOINT)
     geometry = source.config.model.geometry
-    extent = source.config.model.sam.picture_extent(ASPECT, drops_padding=True)
-    height, place = extent.height, str(shipped.CHECKPOINT)
+    valid_region = source.config.model.sam.picture_extent(ASPECT, drops_padding=True)
+    height, place = valid_region.height, str(demo.CHECKPOINT)
     upper = (e for e in scenes(DRAWN * count) if not e.masks[:, height:].any())
     agreement: list[float] = []
     truth: list[tuple[float, float]] = []
     with (
         open_policy(source) as policy,
         open_torch_stages(place) as padded,
-        open_torch_stages(place, extent) as dropped,
+        open_torch_stages(place, valid_region) as dropped,
     ):
         for example in islice(upper, count):
             concentrations = ask(policy, example).concentrations

@@ -16,15 +16,14 @@ import numpy as np
 
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, open_graph
-from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.engines.engine_builder import BuildWatch, graph_bytes
-from coprs_deploy.engines.plan_builder import BuildSettings, build_plan
-from coprs_deploy.engines.plan_text import read_plan_text
-from coprs_deploy.export.calibration import LEAST_PICTURES, find_pictures
+from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes
+from coprs_deploy.engines.trt.cache import BuildCallbacks, graph_bytes
+from coprs_deploy.engines.trt.checks import read_plan_text
+from coprs_deploy.export.calibration import MIN_IMAGES, find_pictures
 from coprs_deploy.export.equivalence import sample_inputs
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
-from coprs_deploy.export.precision import FP32, INT8, rest_precision
-from coprs_deploy.export.rounding import write_rounded_graph
+from coprs_deploy.export.precision import FP32, INT8, rest_precision, write_rounded_graph
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec, graph_specs
 
 RUNTIME = "tensorrt-rtx"
@@ -41,7 +40,7 @@ def make_checkpoint(checkpoint: str, size: str) -> dict[str, Any]:
     made = random_checkpoint(checkpoint, "tiny", size)
     folder = Path(checkpoint).with_name(PICTURES)
     folder.mkdir(exist_ok=True)
-    for number in range(LEAST_PICTURES):
+    for number in range(MIN_IMAGES):
         noise = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
         picture = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
         picture.save(folder / f"{number}.png")
@@ -78,7 +77,7 @@ def export_encoder(checkpoint: str, graph: str, precision: str) -> dict[str, Any
             geometry=source.config.model.geometry,
             cache=BuildCache(scratch / "cache"),
             progress=lambda step: None,
-            watch=BuildWatch(),
+            watch=BuildCallbacks(),
         )
     else:
         write_graph(encoder, spec, path, {}, precision=precision, scratch=scratch)
@@ -110,7 +109,7 @@ def check_graph(checkpoint: str, graph: str, folder: str, precision: str) -> dic
 def build_engine(checkpoint: str, graph: str, gpus: list[str]) -> dict[str, Any]:
     """Compile a graph for some GPUs; the plan is measured and let go of."""
     spec = _spec(read_checkpoint(checkpoint))
-    built = build_plan(Path(graph), spec, BuildSettings(RUNTIME, tuple(gpus)))
+    built = build_engine_bytes(Path(graph), spec, BuildSettings(RUNTIME, tuple(gpus)))
     text = read_plan_text(built.plan)
     return {
         "build_seconds": built.seconds,

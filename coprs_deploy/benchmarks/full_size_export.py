@@ -132,7 +132,7 @@ def render(report: dict[str, Any]) -> str:
         for record in row["equivalence"]:
             iou = "" if record["mask_iou"] is None else f"{record['mask_iou']:.5f}"
             lines.append(
-                f"| {row['sam']} | {record['graph']} | {record['max_abs']:.1e} "
+                f"| {row['sam']} | {record['graph']} | {record['max_abs_error']:.1e} "
                 f"| {record['relative']:.1e} | {record['cosine']:.9f} | {iou} |"
             )
     return "\n".join(lines) + "\n"

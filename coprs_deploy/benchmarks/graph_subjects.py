@@ -10,7 +10,7 @@ from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_inputs, wri
 from coprs_deploy.benchmarks.case import DEVICE, Subject
 from coprs_deploy.bundle import Bundle, read_manifest
 from coprs_deploy.engines import DeviceTensor, Runner, RunnerOptions, open_graph
-from coprs_deploy.engines.plan_execution import PlanRunner
+from coprs_deploy.engines.trt.runner import TrtRunner
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER, PRIOR
 
 CHAIN = "all three graphs"
@@ -52,7 +52,7 @@ class RunnerSubject(Subject):
         self._runners = list(runners.values())
         self._owned = list(self._runners)
         if PRIOR in runners and MASK_DECODER in runners:
-            joined = runners[PRIOR].joined_with(runners[MASK_DECODER])
+            joined = runners[PRIOR].fused_with(runners[MASK_DECODER])
             if joined is not None:  # as an answer runs them
                 self._runners[-2:] = [joined]
                 self._owned.insert(0, joined)
@@ -106,7 +106,7 @@ def device_clock(device: str, runners: list[Runner]) -> Clock:
         return on_the_host
     import torch
 
-    streams = [runner.stream for runner in runners if isinstance(runner, PlanRunner)]
+    streams = [runner.stream for runner in runners if isinstance(runner, TrtRunner)]
     is_torch = all(runner.description.startswith("torch") for runner in runners)
     stream: Any = streams[0] if len(streams) == len(runners) == 1 else None
     if is_torch:

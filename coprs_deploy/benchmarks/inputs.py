@@ -27,9 +27,9 @@ from coprs_deploy.benchmarks.arrays import (
 from coprs_deploy.benchmarks.report import Accuracy
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
-from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
-from coprs_deploy.evaluation.overlap import overlap
+from coprs_deploy.evaluation.metrics import overlap
 from coprs_deploy.export.equivalence import (
     RunnerOpener,
     mask_iou,
@@ -50,14 +50,14 @@ from coprs_deploy.specs import (
     PRIOR,
     Geometry,
     GraphSpec,
-    PictureExtent,
+    ValidRegion,
     graph_specs,
-    parse_aspect,
+    parse_aspect_ratio,
 )
 
 if TYPE_CHECKING:
+    from coprs_deploy.data.examples import Example
     from coprs_deploy.policy import Policy, PolicyResult
-    from coprs_deploy.training.examples import Example
 
 
 COMPLETE_FILE = "complete.json"
@@ -71,7 +71,7 @@ def write_inputs(
     has_truth: bool,
     count: int,
     *,
-    aspect: str = "",
+    aspect_ratio: str = "",
 ) -> dict[str, Any]:
     """Write ``0.safetensors`` and so on: inputs and float32 outputs of every stage.
 
@@ -83,7 +83,7 @@ def write_inputs(
         bundle: where the graphs come from when there is no checkpoint.
         has_truth: whether the policy answers held-out scenes, whose true masks are kept.
         count: how many.
-        aspect: that drawn pictures shall have or be longer than, as in ``16:9``; empty draws some
+        aspect_ratio: that drawn pictures shall have or be longer than, as in ``16:9``; empty draws some
             of any shape.
     """
     out = Path(folder)
@@ -94,7 +94,7 @@ def write_inputs(
         if checkpoint is not None
         else read_manifest(bundle or "").checkpoint_fingerprint
     )
-    complete = {"source": source, "aspect": aspect}
+    complete = {"source": source, "aspect_ratio": aspect_ratio}
     if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == complete:
         return {}
     for stale in out.glob("*.safetensors"):
@@ -111,7 +111,9 @@ def write_inputs(
                 "unpadded_size": sample.prepared.unpadded_size,
                 "original_size": np.array(sample.prepared.original_size),
             }
-            for sample in sample_inputs(geometry, width, extent=_extent(aspect, geometry))[:count]
+            for sample in sample_inputs(
+                geometry, width, valid_region=_extent(aspect_ratio, geometry)
+            )[:count]
         ]
     for name in GRAPH_NAMES:
         with opener(name) as runner:
@@ -125,12 +127,12 @@ def write_inputs(
     return {}
 
 
-def _extent(aspect: str, geometry: Geometry) -> PictureExtent | None:
+def _extent(aspect_ratio: str, geometry: Geometry) -> ValidRegion | None:
     """Just the aspect, whatever an encoder may take beyond it."""
-    if not aspect:
+    if not aspect_ratio:
         return None
-    width, height = parse_aspect(aspect)
-    return PictureExtent((width, height), *unpadded_size(height, width, geometry.image_size))
+    width, height = parse_aspect_ratio(aspect_ratio)
+    return ValidRegion((width, height), *unpadded_size(height, width, geometry.image_size))
 
 
 def judge(
@@ -266,19 +268,23 @@ def _reference(
     )
 
 
-def open_torch_stages(checkpoint: str, extent: PictureExtent | None = None) -> Stages:
+def open_torch_stages(
+    checkpoint: str, valid_region: ValidRegion | None = None
+) -> SegmentationGraphs:
     """Open PyTorch's float32 modules in place of the graphs, on the CPU.
 
     Args:
         checkpoint: the weights.
-        extent: which pictures the encoder shall take; None stands for any.
+        valid_region: which pictures the encoder shall take; None stands for any.
     """
     source = read_checkpoint(checkpoint)
     config = source.config.model
-    specs = graph_specs(config.geometry, config.policy_width, extent=extent)
+    specs = graph_specs(config.geometry, config.policy_width, valid_region=valid_region)
     model = load_segmentation_model(source)
-    model.image_encoder.set_picture_extent(extent)
-    return Stages({n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.stages().items()})
+    model.image_encoder.set_picture_extent(valid_region)
+    return SegmentationGraphs(
+        {n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.stages().items()}
+    )
 
 
 def open_policy(
@@ -313,8 +319,8 @@ def ask(policy: Policy, example: Example) -> PolicyResult:
 
 def scenes(count: int) -> list[Example]:
     """Draw held-out scenes with one question each, which has an answer."""
-    from coprs_deploy.training.asked import held_out_examples
-    from coprs_deploy.training.scenes.tiers import PLAIN
+    from coprs_deploy.data.synthetic.examples import held_out_examples
+    from coprs_deploy.data.synthetic.presets import PLAIN
 
     return held_out_examples(PLAIN, count, 0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import coprs_deploy
 from coprs_deploy.benchmarks.report import Machine
-from coprs_deploy.engines.cuda_device import current_gpu
+from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.machine import describe_processor, installed_versions
 from coprs_deploy.version import __version__
 
@@ -35,7 +35,7 @@ VECTOR_UNITS = (
 )
 """Instruction sets that decide how fast matrix products are, as the kernel names them."""
 
-KINDS = (("amx_bf16", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "neon"))
+QUESTION_TYPES = (("amx_bf16", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "neon"))
 """The widest of them names the kind of machine."""
 
 
@@ -74,7 +74,7 @@ def machine_record() -> Machine:
 def _kind(cores: int, flags: Iterable[str], gpu: str | None) -> str:
     if gpu is not None:
         return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    unit = next((kind for flag, kind in KINDS if flag in flags), platform.machine())
+    unit = next((kind for flag, kind in QUESTION_TYPES if flag in flags), platform.machine())
     return f"cpu-{cores}-core{'s' if cores > 1 else ''}-{unit}"
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_arrays
 from coprs_deploy.benchmarks.report import Accuracy
-from coprs_deploy.evaluation.overlap import overlap
+from coprs_deploy.evaluation.metrics import overlap
 
 
 def read_masks(outputs: Mapping[str, Path]) -> dict[str, Values]:

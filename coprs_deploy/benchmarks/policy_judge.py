@@ -13,9 +13,9 @@ from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_arrays
 from coprs_deploy.benchmarks.inputs import open_torch_stages, scenes
 from coprs_deploy.benchmarks.mask_judge import mask_agreement, summarize_masks
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.engines import DeviceTensor, Stages
-from coprs_deploy.engines.mask_bits import masks_at_original_size
-from coprs_deploy.evaluation.overlap import overlap
+from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
+from coprs_deploy.engines.graphs import masks_at_original_size
+from coprs_deploy.evaluation.metrics import overlap
 from coprs_deploy.images import PreparedImage, prepare_image
 from coprs_deploy.specs import Geometry
 
@@ -67,7 +67,7 @@ def judge_policies(
 
 
 def last_mask(
-    stages: Stages,
+    stages: SegmentationGraphs,
     embedding: DeviceTensor,
     concentrations: NDArray[np.float32],
     prepared: PreparedImage,

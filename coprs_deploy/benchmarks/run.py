@@ -120,7 +120,7 @@ def run_benchmark(request: Request, progress: Callable[[str], None] = lambda ste
 
 def _plan(planner: Suite, workshop: Workshop) -> Plan:
     """Plan a suite, unless it asks about scenes that the bundle does not take."""
-    if not workshop.model.form.aspect or planner.NAME not in SCENE_SUITES:
+    if not workshop.model.form.aspect_ratio or planner.NAME not in SCENE_SUITES:
         return planner.plan(workshop)
     reason = f"it asks about square scenes, and the bundle is {workshop.model.form.pictures}"
     return Plan((), (LeftOut(planner.NAME, workshop.model.name, reason),))
@@ -184,6 +184,6 @@ def _why(plans: Sequence[object]) -> str:
 
 def devices_here() -> tuple[str, ...]:
     """Name the devices that rows can run on."""
-    from coprs_deploy.engines.cuda_device import current_gpu
+    from coprs_deploy.engines.cuda import current_gpu
 
     return ("cpu",) if current_gpu() is None else ("cpu", "cuda")

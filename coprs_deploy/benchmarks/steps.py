@@ -9,7 +9,7 @@ from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.images import unpadded_size
 from coprs_deploy.machine import peak_memory_bytes
-from coprs_deploy.specs import GRAPH_NAMES, CountProfile, parse_aspect
+from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile, parse_aspect_ratio
 
 
 def export_bundle(
@@ -20,7 +20,7 @@ def export_bundle(
     *,
     targets: str = "1",
     images: str = "1",
-    aspect: str = "",
+    aspect_ratio: str = "",
     drop_padding: bool = False,
     gpus: tuple[str, ...] = (),
     calibration: str | None = None,
@@ -34,9 +34,9 @@ def export_bundle(
     options = ExportOptions(
         runtime=runtime,
         precision=precision,
-        targets=CountProfile.parse(targets),
-        images=CountProfile.parse(images, "images"),
-        aspect=parse_aspect(aspect) if aspect else None,
+        targets=OptimizationProfile.parse(targets),
+        images=OptimizationProfile.parse(images, "images"),
+        aspect_ratio=parse_aspect_ratio(aspect_ratio) if aspect_ratio else None,
         drop_padding=drop_padding,
         copy_policy=False,
         overwrite=True,
@@ -70,16 +70,16 @@ def _sum(seconds: dict[str, float], prefix: str) -> float:
     return sum(value for step, value in seconds.items() if step.startswith(prefix))
 
 
-def draw_pictures(folder: str, count: int, aspect: str = "") -> dict[str, Any]:
+def random_images(folder: str, count: int, aspect_ratio: str = "") -> dict[str, Any]:
     """Draw scenes of training's kind, none of them held out, as pictures; cut to an aspect."""
     from PIL import Image
 
-    from coprs_deploy.training.scenes import PLAIN
-    from coprs_deploy.training.scenes.generator import make_scene
+    from coprs_deploy.data.synthetic import PLAIN
+    from coprs_deploy.data.synthetic.scene import make_scene
 
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    width, height = parse_aspect(aspect) if aspect else (1, 1)
+    width, height = parse_aspect_ratio(aspect_ratio) if aspect_ratio else (1, 1)
     for seed in range(count):
         scene = make_scene(PLAIN, seed).image
         rows, columns = unpadded_size(height, width, PLAIN.image_size)
@@ -102,8 +102,7 @@ def write_rounded_graphs(checkpoint: str, folder: str, precision: str) -> dict[s
 
     from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
     from coprs_deploy.export.graph_writer import write_graph
-    from coprs_deploy.export.precision import FP32
-    from coprs_deploy.export.rounding import write_rounded_graph
+    from coprs_deploy.export.precision import FP32, write_rounded_graph
     from coprs_deploy.specs import graph_specs
 
     source = read_checkpoint(checkpoint)

@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.benchmarks.arrays import Values
-from coprs_deploy.benchmarks.case import Judge
+from coprs_deploy.benchmarks.case import SceneEvaluator
 from coprs_deploy.benchmarks.form import ANY_PICTURE, WIDE, Form
 from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.onnx_work import GraphWork, count_work
 from coprs_deploy.benchmarks.process import Worker, WorkerError, call_once
 from coprs_deploy.benchmarks.report import Accuracy, LeftOut
 from coprs_deploy.bundle import (
-    ENGINE_FLAVORS,
     MANIFEST_FILE,
+    TRT_VARIANT_NAMES,
     EngineRecord,
     open_bundle,
     read_manifest,
@@ -27,8 +27,8 @@ from coprs_deploy.bundle import (
 from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import ONNX_RUNTIMES, runtime_module, runtime_names
-from coprs_deploy.engines.cuda_device import current_gpu
-from coprs_deploy.engines.flavors import FLAVORS
+from coprs_deploy.engines.cuda import current_gpu
+from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import BundleError, CoPRSError
 from coprs_deploy.specs import IMAGE_ENCODER
 
@@ -180,7 +180,7 @@ class Workshop(Closeable):
             form: None takes pictures as the model's own bundle does.
         """
         form = model.form if form is None else form
-        alike = (runtime,) if runtime in ENGINE_FLAVORS else ONNX_RUNTIMES
+        alike = (runtime,) if runtime in TRT_VARIANT_NAMES else ONNX_RUNTIMES
         folders = {
             r: self.folder / f"{model.name}-{r}-{precision}-{form.suffix}"
             for r in (runtime, *alike)
@@ -193,8 +193,12 @@ class Workshop(Closeable):
             problem = "the bundle holds no such graphs; name its checkpoint with --checkpoint"
             return Exported(runtime, precision, out, problem)
         try:
-            calibration = self.calibration(model, form.aspect) if precision == "int8" else None
-            self.progress(f"{model.name}: export for {runtime} {precision} {form.aspect}".strip())
+            calibration = (
+                self.calibration(model, form.aspect_ratio) if precision == "int8" else None
+            )
+            self.progress(
+                f"{model.name}: export for {runtime} {precision} {form.aspect_ratio}".strip()
+            )
             call_once(
                 f"{STEPS}:export_bundle",
                 PREPARE_SECONDS,
@@ -209,7 +213,7 @@ class Workshop(Closeable):
             return Exported(runtime, precision, out, str(error))
         return Exported(runtime, precision, out)
 
-    def calibration(self, model: Model, aspect: str = "") -> str:
+    def calibration(self, model: Model, aspect_ratio: str = "") -> str:
         """Give a folder of pictures for int8: the user's, or drawn scenes, cut to an aspect.
 
         Raises:
@@ -220,9 +224,12 @@ class Workshop(Closeable):
         if not (model.has_truth or self._sizes):
             raise WorkerError("int8 is calibrated on pictures; name a folder with --calibration")
         count = GOOD_PICTURES if model.has_truth else FEW_PICTURES
-        folder = self.folder / f"calibration-{count}{aspect and '-'}{aspect.replace(':', 'to')}"
+        folder = (
+            self.folder
+            / f"calibration-{count}{aspect_ratio and '-'}{aspect_ratio.replace(':', 'to')}"
+        )
         if not folder.exists():
-            settings = {"folder": str(folder), "count": count, "aspect": aspect}
+            settings = {"folder": str(folder), "count": count, "aspect_ratio": aspect_ratio}
             call_once(f"{STEPS}:draw_pictures", PREPARE_SECONDS, **settings)
         return str(folder)
 
@@ -243,12 +250,12 @@ class Workshop(Closeable):
                 bundle=_text(model.bundle),
                 has_truth=model.has_truth,
                 count=count,
-                aspect=model.form.aspect or (WIDE if model.is_random else ""),
+                aspect_ratio=model.form.aspect_ratio or (WIDE if model.is_random else ""),
             )
             self._inputs.add(folder)
         return str(folder)
 
-    def judge(self, model: Model, inputs: str) -> Judge:
+    def judge(self, model: Model, inputs: str) -> SceneEvaluator:
         """Give the judge of rows that left the outputs of a model's graphs."""
 
         def judge(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
@@ -263,7 +270,7 @@ class Workshop(Closeable):
 
         return judge
 
-    def answers_judge(self, model: Model, count: int, side: int | None = None) -> Judge:
+    def answers_judge(self, model: Model, count: int, side: int | None = None) -> SceneEvaluator:
         """Give the judge of rows that answered the first scenes.
 
         Args:
@@ -300,7 +307,7 @@ class Workshop(Closeable):
             self._answered.add(folder)
         return read_masks({"": folder})[""]
 
-    def policy_judge(self, model: Model, float32: Sequence[str], count: int) -> Judge:
+    def policy_judge(self, model: Model, float32: Sequence[str], count: int) -> SceneEvaluator:
         """Give the judge of policies that left their concentrations for the first scenes.
 
         Args:
@@ -357,7 +364,7 @@ class Workshop(Closeable):
         present, left_out = [], []
         for name in runtime_names():
             for entry in runtime_module(name).availability():
-                default = "cuda" if name in ENGINE_FLAVORS else "cpu"
+                default = "cuda" if name in TRT_VARIANT_NAMES else "cpu"
                 device = entry.name.partition(" ")[2] or default
                 if not entry.is_available:
                     left_out.append(LeftOut(suite, entry.name, entry.detail, entry.remedy))
@@ -376,7 +383,7 @@ class Workshop(Closeable):
 
 def shipped_model() -> Model:
     """The model that comes with the package."""
-    return Model("shipped", shipped.CHECKPOINT, shipped.BUNDLE, True, SHIPPED_INPUTS)
+    return Model("shipped", demo.CHECKPOINT, demo.BUNDLE, True, SHIPPED_INPUTS)
 
 
 def model_from_bundle(bundle: Path, checkpoint: Path | None) -> Model:
@@ -430,7 +437,7 @@ def _is(bundle: Path, runtimes: tuple[str, ...], precision: str, form: Form, mod
 
 def _fits(engine: EngineRecord) -> bool:
     """Whether an engine is for the library and the GPU that are here."""
-    gpu, version = current_gpu(), FLAVORS[engine.flavor].load().__version__
+    gpu, version = current_gpu(), TRT_VARIANTS[engine.variant].load().__version__
     is_here = gpu is not None and gpu.compute_capability in engine.compute_capabilities
     return is_here and engine.version == version
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.progress import StepPrinter
+from coprs_deploy.console import StepPrinter
 
 if TYPE_CHECKING:
     from coprs_deploy.benchmarks.run import Request
@@ -116,12 +116,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from coprs_deploy.architecture import SAM_SIZES
     from coprs_deploy.benchmarks.measurement import Settings, memory_for_rows
     from coprs_deploy.benchmarks.run import Request, devices_here
     from coprs_deploy.benchmarks.suites import DEFAULT_SUITES, SUITES
     from coprs_deploy.benchmarks.workshop import model_from_bundle, shipped_model
     from coprs_deploy.engines import RunnerOptions
+    from coprs_deploy.model_config import SAM_SIZES
 
     is_quick = not arguments.suite and not arguments.full
     suites = DEFAULT_SUITES if not arguments.suite else tuple(arguments.suite.split(","))
@@ -213,8 +213,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _full_size_export(arguments: argparse.Namespace) -> int:
-    from coprs_deploy.architecture import SAM_SIZES
     from coprs_deploy.benchmarks import full_size_export
+    from coprs_deploy.model_config import SAM_SIZES
 
     if arguments.out is None:
         raise ValueError(f"--suite {FULL_SIZE_EXPORT} writes its report into --out DIR")

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.progress import StepPrinter
+from coprs_deploy.console import StepPrinter
 
 SUMMARY = "make a checkpoint from SAM, policy or public training files"
 

@@ -19,11 +19,11 @@ from coprs_deploy.cli.parser import (
     log,
     print_json,
 )
-from coprs_deploy.cli.tables import table
+from coprs_deploy.console import table
 
 if TYPE_CHECKING:
+    from coprs_deploy.data.examples import Example
     from coprs_deploy.runtime import CoPRS
-    from coprs_deploy.training.examples import Example
 
 SUMMARY = "judge a bundle on questions whose answers are known"
 
@@ -63,11 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask, compare, report."""
-    from coprs_deploy.evaluation.overlap import summarize
+    from coprs_deploy.data.sources import choose_examples
+    from coprs_deploy.evaluation.evaluator import score_examples
+    from coprs_deploy.evaluation.metrics import summarize
     from coprs_deploy.evaluation.report import write_evaluation
-    from coprs_deploy.evaluation.scoring import score_examples
     from coprs_deploy.runtime import CoPRS, RuntimeOptions
-    from coprs_deploy.training.asked import choose_examples
 
     required = _required(arguments.require)
     chosen = choose_examples(
@@ -80,9 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     options = RuntimeOptions(
         device=arguments.device,
         runtime=arguments.runtime,
-        remeasure=arguments.remeasure,
+        retune=arguments.retune,
         inference_precision=arguments.inference_precision,
-        allow_plan_code=arguments.allow_plan_code,
+        allow_engine_host_code=arguments.allow_engine_host_code,
     )
     scored = []
     with CoPRS.load(arguments.bundle, options) as coprs:

@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.progress import StepPrinter
-from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import StepPrinter, equivalence_table
 
 SUMMARY = "turn a checkpoint into a bundle of graphs"
 
@@ -102,17 +101,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, then show what was measured."""
-    from coprs_deploy.engines.engine_builder import BuildWatch
-    from coprs_deploy.engines.flavors import parse_gpus
+    from coprs_deploy.engines.trt.cache import BuildCallbacks
+    from coprs_deploy.engines.trt.variants import parse_gpus
     from coprs_deploy.export import ExportOptions, export_checkpoint
-    from coprs_deploy.specs import IMAGE_ENCODER, CountProfile, parse_aspect
+    from coprs_deploy.specs import IMAGE_ENCODER, OptimizationProfile, parse_aspect_ratio
 
     options = ExportOptions(
         runtime=arguments.runtime,
         precision=arguments.precision,
-        targets=CountProfile.parse(arguments.targets),
-        images=CountProfile.parse(arguments.images, "images"),
-        aspect=None if arguments.aspect is None else parse_aspect(arguments.aspect),
+        targets=OptimizationProfile.parse(arguments.targets),
+        images=OptimizationProfile.parse(arguments.images, "images"),
+        aspect_ratio=None
+        if arguments.aspect_ratio is None
+        else parse_aspect_ratio(arguments.aspect_ratio),
         drop_padding=arguments.drop_padding,
         copy_policy=not arguments.refer_to_policy,
         overwrite=arguments.overwrite,
@@ -125,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
         calibration=arguments.calibration,
     )
     with StepPrinter() as progress:
-        watch = BuildWatch(note=progress.note, phase=progress.phase)
+        watch = BuildCallbacks(note=progress.note, phase=progress.phase)
         report = export_checkpoint(arguments.checkpoint, arguments.out, options, progress, watch)
     records = report.bundle.manifest.equivalence
     if arguments.json:

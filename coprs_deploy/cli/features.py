@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.training.examples import ExampleFile
+    from coprs_deploy.data.examples import ExampleFile
     from coprs_deploy.training.features import compute_features, largest_bytes
 
     checkpoint = read_checkpoint(arguments.checkpoint)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.cli.parser import add_json_flag, print_json
-from coprs_deploy.cli.tables import equivalence_table, table
+from coprs_deploy.console import equivalence_table, table
 from coprs_deploy.specs import IMAGE_ENCODER
 
 SUMMARY = "show what a bundle holds"
@@ -62,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"written by version {manifest.package_version}"
     )
     print(f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells")
-    if (extent := manifest.graphs[IMAGE_ENCODER].spec.extent) is not None:
-        dropped = " alone: padding is dropped, see without_padding" if extent.drops_padding else ""
-        print(f"for {extent}{dropped}")
+    if (valid_region := manifest.graphs[IMAGE_ENCODER].spec.valid_region) is not None:
+        dropped = (
+            " alone: padding is dropped, see without_padding" if valid_region.drops_padding else ""
+        )
+        print(f"for {valid_region}{dropped}")
     print()
     print(table(("graph", "runtime", "precision", "size"), rows))
     if engines:
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(cache_line(arguments.cache))
     print(
         f"\npolicy: {bundle.policy_path}, {policy_bytes / 1e6:,.1f} MB, "
-        f"width {manifest.policy.width}, "
+        f"width {manifest.policy.hidden_size}, "
         f"{manifest.policy.min_pixels:,} to {manifest.policy.max_pixels:,} pixels\n"
     )
     print(equivalence_table(manifest.equivalence))
@@ -87,7 +89,7 @@ def engine_line(engine: EngineRecord) -> str:
     seen = f"verified on {engine.verified_on}" if engine.verified_on else "never verified on a GPU"
     code = ", carries code (version-compatible)" if engine.version_compatible else ""
     return (
-        f"{engine.flavor} {engine.version} for "
+        f"{engine.variant} {engine.version} for "
         f"{where or ', '.join(engine.compute_capabilities)}, "
         f"built in {engine.build_seconds:.1f} s, {seen}{code}"
     )
@@ -95,9 +97,9 @@ def engine_line(engine: EngineRecord) -> str:
 
 def cache_line(root: Path | None = None) -> str:
     """Say where engines that were built before are kept, how many, and what else is kept there."""
-    from coprs_deploy.engines.build_cache import BuildCache
-    from coprs_deploy.engines.engine_builder import TIMING_CACHE_FOLDER
-    from coprs_deploy.engines.loaded_plan import RUNTIME_CACHE_FOLDER
+    from coprs_deploy.engines.cache import BuildCache
+    from coprs_deploy.engines.trt.cache import TIMING_CACHE_FOLDER
+    from coprs_deploy.engines.trt.engine import RUNTIME_CACHE_FOLDER
 
     cache = BuildCache(root)
     lines = [

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from coprs_deploy.cli.answering import add_answering_arguments, runtime_options
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.runtime_arguments import add_answering_arguments, runtime_options
 
 SUMMARY = "answer an instruction on a picture"
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer, print, save."""
-    from coprs_deploy.runtime import Answer, CoPRS, Words
+    from coprs_deploy.runtime import CoPRS, SegmentationResult, TextDelta
     from coprs_deploy.runtime.loading import no_progress
 
     options = runtime_options(arguments)
@@ -43,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     with CoPRS.load(arguments.bundle, options, progress=report) as coprs:
         for choice in coprs.choices:
             log(str(choice))
-        answer: Answer | None = None
+        answer: SegmentationResult | None = None
         for event in coprs.stream(
             image, arguments.instruction, arguments.targets, arguments.max_new_tokens
         ):
-            if isinstance(event, Answer):
+            if isinstance(event, SegmentationResult):
                 answer = event
-            elif isinstance(event, Words) and not arguments.json:
+            elif isinstance(event, TextDelta) and not arguments.json:
                 print(event.text, end="", flush=True)
     assert answer is not None
     written = answer.save(arguments.out) if arguments.out else {}

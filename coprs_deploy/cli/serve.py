@@ -18,8 +18,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.answering import add_answering_arguments, runtime_options
 from coprs_deploy.cli.parser import log
+from coprs_deploy.cli.runtime_arguments import add_answering_arguments, runtime_options
 from coprs_deploy.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_upload <= 0:
         raise ValueError(f"--max-upload is {arguments.max_upload}; it must be above 0 MiB")
     options = runtime_options(
-        arguments, max_waiting=arguments.max_waiting, timeout_s=arguments.timeout
+        arguments, max_queue_size=arguments.max_queue_size, timeout_s=arguments.timeout
     )
     try:
         import python_multipart  # noqa: F401

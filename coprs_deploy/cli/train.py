@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """List the recipes, or train."""
     from coprs_deploy.training.recipe import load_recipe, recipe_names
-    from coprs_deploy.training.run_folder import read_report
+    from coprs_deploy.training.run_directory import read_report
 
     if arguments.list:
         described = {name: load_recipe(name).description for name in recipe_names()}
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not is_worker():
             log(
                 f"the same command goes on from the last state in {out}; one is saved every "
-                f"{recipe.save_every} steps"
+                f"{recipe.save_steps} steps"
             )
         raise
     if is_worker():  # a process that ends with another code than 0 takes the others with it

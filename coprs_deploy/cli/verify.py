@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import add_json_flag, add_plan_code_flag, print_json
-from coprs_deploy.cli.progress import StepPrinter
-from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import StepPrinter, equivalence_table
 
 if TYPE_CHECKING:
-    from coprs_deploy.export.chain import Link
+    from coprs_deploy.export.comparison import BackendComparison
 
 SUMMARY = "check a bundle against its checkpoint again"
 
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.device,
             progress,
             runtime=arguments.runtime,
-            allow_plan_code=arguments.allow_plan_code,
+            allow_engine_host_code=arguments.allow_engine_host_code,
         )
         links = _measure_chain(arguments, progress) if arguments.report else ()
     passed = all(record.passed for record in records) and all(link.passed for link in links)
@@ -69,18 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_chain(bundle: Path) -> None:
     """Refuse before the long check what could not be reported after it."""
     from coprs_deploy.bundle import open_bundle
-    from coprs_deploy.export.chain import require_onnx_graphs
+    from coprs_deploy.export.comparison import require_onnx_graphs
 
     require_onnx_graphs(open_bundle(bundle))
 
 
-def _measure_chain(arguments: argparse.Namespace, progress: StepPrinter) -> tuple[Link, ...]:
+def _measure_chain(
+    arguments: argparse.Namespace, progress: StepPrinter
+) -> tuple[BackendComparison, ...]:
     from coprs_deploy.bundle import open_bundle
     from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.export.chain import measure_chain
-    from coprs_deploy.export.chain_page import write_chain_page
+    from coprs_deploy.export.comparison import compare_backends
+    from coprs_deploy.export.comparison_page import write_chain_page
     from coprs_deploy.export.equivalence import END_TO_END, TOLERANCES, reference_opener
-    from coprs_deploy.export.mask_samples import draw_bundle_samples
+    from coprs_deploy.export.samples import draw_bundle_samples
     from coprs_deploy.specs import IMAGE_ENCODER
 
     bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
@@ -89,6 +90,6 @@ def _measure_chain(arguments: argparse.Namespace, progress: StepPrinter) -> tupl
     reference = reference_opener(checkpoint, {name: graph.spec for name, graph in graphs.items()})
     pools_masks = TOLERANCES[encoder.runtime, encoder.precision][END_TO_END].pools_masks
     samples, _ = draw_bundle_samples(bundle.manifest, reference, pools_masks, seed=1)
-    links = measure_chain(bundle, checkpoint, samples, progress)
+    links = compare_backends(bundle, checkpoint, samples, progress)
     write_chain_page(arguments.report, bundle, links, len(samples))
     return links

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.artifacts import check_replaceable
 from coprs_deploy.checkpoint import (
     CONFIG_FILE,
@@ -15,7 +14,7 @@ from coprs_deploy.checkpoint import (
     CheckpointConfig,
     write_checkpoint,
 )
-from coprs_deploy.conversion.policies import (
+from coprs_deploy.conversion.policy_files import (
     DEFAULT_PROMPTS,
     copy_policy_files,
     has_weights,
@@ -30,6 +29,7 @@ from coprs_deploy.conversion.weight_files import (
     read_state_dict,
 )
 from coprs_deploy.errors import ConversionError
+from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.prompts import PromptTemplate
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def checkpoint_from_policy_and_sam(
     progress("load policy")
     model, tokenizer = load_policy(source)
     register_reference_token(model, tokenizer)
-    config = SegmentationConfig(policy_width=_width(model), sam=sam_config)
+    config = SegmentationConfig(policy_hidden_size=_width(model), sam=sam_config)
     tensors |= _fresh_prior(config, options.seed)
     progress("write checkpoint")
     return write_checkpoint(
@@ -157,16 +157,16 @@ def checkpoint_from_public_training(
                 "public CoPRS training code writes"
             )
     config = SegmentationConfig(
-        policy_width=trained["prior.q_proj.weight"].shape[1],
-        prior_heads=trained["prior.fuser.0.weight"].shape[0],
+        policy_hidden_size=trained["prior.q_proj.weight"].shape[1],
+        prior_num_heads=trained["prior.fuser.0.weight"].shape[0],
         sam=sam_config,
     )
     image_encoder = {n: t for n, t in tensors.items() if n.startswith("image_encoder.")}
-    merged, policy_width, model_type, save = _public_policy(root, source, progress)
-    if policy_width != config.policy_width:
+    merged, policy_hidden_size, model_type, save = _public_policy(root, source, progress)
+    if policy_hidden_size != config.policy_hidden_size:
         raise ConversionError(
-            f"the policy in {source} is {policy_width} wide and the query head in "
-            f"{root / PUBLIC_MODULES_FILE} takes {config.policy_width}: they do not belong together"
+            f"the policy in {source} is {policy_hidden_size} wide and the query head in "
+            f"{root / PUBLIC_MODULES_FILE} takes {config.policy_hidden_size}: they do not belong together"
         )
     progress("write checkpoint")
     return write_checkpoint(
@@ -208,7 +208,7 @@ def random_checkpoint(
     Raises:
         ValueError: a size has no such name.
     """
-    from coprs_deploy.conversion.generated_policy import POLICY_SIZES, generate_policy
+    from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
 
     options = options or ConversionOptions()
     if sam_size not in SAM_SIZES:
@@ -219,7 +219,7 @@ def random_checkpoint(
     progress(f"generate the {policy_size} policy")
     policy = generate_policy(policy_size, options.seed)
     progress(f"generate the {sam_size} segmentation path")
-    config = SegmentationConfig(policy_width=_width(policy.model), sam=SAM_SIZES[sam_size])
+    config = SegmentationConfig(policy_hidden_size=_width(policy.model), sam=SAM_SIZES[sam_size])
     tensors = random_tensors(config, options.seed)
     progress("write checkpoint")
     return write_checkpoint(

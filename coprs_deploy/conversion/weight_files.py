@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.architecture import SamConfig
 from coprs_deploy.errors import ConversionError
+from coprs_deploy.model_config import SamConfig
 from coprs_deploy.specs import Geometry
 
 if TYPE_CHECKING:
@@ -113,23 +113,23 @@ def sam_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> SamConfig:
         windows.append((length + 1) // 2)
     local = [window for window in windows if window != grid]
     return SamConfig(
-        encoder_width=width,
+        encoder_embed_dim=width,
         encoder_depth=depth,
-        encoder_heads=width // head_width,
-        global_attention_blocks=tuple(i for i, window in enumerate(windows) if window == grid),
+        encoder_num_heads=width // head_width,
+        encoder_global_attn_indexes=tuple(i for i, window in enumerate(windows) if window == grid),
         window_size=local[0] if local else grid,
         mlp_ratio=shapes[f"{encoder}.blocks.0.mlp.lin1.weight"][0] / width,
-        relative_positions=has_positions,
-        mask_prompt_channels=shapes["prompt_encoder.mask_downscaling.3.weight"][0],
+        use_rel_pos=has_positions,
+        mask_in_chans=shapes["prompt_encoder.mask_downscaling.3.weight"][0],
         decoder_depth=_count(shapes, rf"{decoder}\.transformer\.layers\.(\d+)\."),
-        decoder_heads=PUBLIC_DECODER_HEADS,
-        decoder_mlp_width=shapes[f"{decoder}.transformer.layers.0.mlp.lin1.weight"][0],
-        num_masks=shapes[f"{decoder}.mask_tokens.weight"][0],
-        iou_head_width=shapes[f"{decoder}.iou_prediction_head.layers.0.weight"][0],
+        decoder_num_heads=PUBLIC_DECODER_HEADS,
+        decoder_mlp_dim=shapes[f"{decoder}.transformer.layers.0.mlp.lin1.weight"][0],
+        num_mask_tokens=shapes[f"{decoder}.mask_tokens.weight"][0],
+        iou_head_hidden_dim=shapes[f"{decoder}.iou_prediction_head.layers.0.weight"][0],
         geometry=Geometry(
             image_size=grid * patch,
             patch_size=patch,
-            embedding_channels=shapes[f"{encoder}.neck.0.weight"][0],
+            out_chans=shapes[f"{encoder}.neck.0.weight"][0],
         ),
     )
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from coprs_deploy.bundle import Bundle, EngineRecord, GraphRecord
+from coprs_deploy.engines.graphs import SegmentationGraphs
 from coprs_deploy.engines.runner import Availability, DeviceTensor, Runner, RunnerOptions
-from coprs_deploy.engines.stages import Stages
 from coprs_deploy.specs import GraphSpec
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "DeviceTensor",
     "Runner",
     "RunnerOptions",
-    "Stages",
+    "SegmentationGraphs",
     "check_runtime",
     "open_bundle_graph",
     "open_graph",
@@ -83,12 +83,14 @@ def runtime_module(name: str) -> RuntimeModule:
     """
     if name not in RUNTIMES:
         raise ValueError(f"runtime is {name!r}; accepted: {', '.join(RUNTIMES)}")
-    module_name, flavor = RUNTIMES[name]
+    module_name, variant = RUNTIMES[name]
     module = importlib.import_module(f"{__name__}.{module_name}")
-    if flavor is None:
+    if variant is None:
         return cast(RuntimeModule, module)
-    variant = module.FLAVORS[flavor]
-    return _TensorRt(partial(module.open_plan, variant), partial(module.plan_availability, variant))
+    variant = module.TRT_VARIANTS[variant]
+    return _TensorRt(
+        partial(module.open_engine, variant), partial(module.trt_availability, variant)
+    )
 
 
 def open_graph(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.build_cache import default_cache
+from coprs_deploy.engines.cache import default_cache
 from coprs_deploy.engines.runner import (
     Array,
     Availability,
@@ -79,7 +79,7 @@ class OpenVinoRunner(Runner):
             self._model: Any = core.read_model(path)
             if _holds_int8(self._model):
                 require_int8_units()
-            self._compiled_for(spec.targets.preferred)
+            self._compiled_for(spec.targets.opt)
         except (RuntimeError, OSError) as error:
             raise BundleError(f"OpenVINO cannot open {path}: {error}") from error
         if spec.profile.is_static:
@@ -88,7 +88,7 @@ class OpenVinoRunner(Runner):
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         arrays = {name: host_array(value) for name, value in inputs.items()}
         shapes = {name: array.shape for name, array in arrays.items()}
-        count = self.spec.count_of(shapes) or self.spec.targets.preferred
+        count = self.spec.count_of(shapes) or self.spec.targets.opt
         # Written anew each time: a request reuses its own output, and this one outlives the call.
         outputs = {
             tensor.name: np.empty(tensor.shape_for(count), dtype=tensor.dtype)

@@ -74,7 +74,7 @@ class RunnerOptions:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         num_threads: threads of one operator on the CPU; None leaves it to the runtime.
         cuda_graphs: whether an engine's work is captured once and launched whole.
-        allow_plan_code: whether version-compatible plans, which carry code, may be loaded.
+        allow_engine_host_code: whether version-compatible plans, which carry code, may be loaded.
         inference_precision: what float32 products are computed in: ``fp32``, or ``bf16``, which
             OpenVINO does on processors that have such units.
         cache: folder of graphs that were compiled before; None takes the user's.
@@ -83,7 +83,7 @@ class RunnerOptions:
     device: str = "cpu"
     num_threads: int | None = None
     cuda_graphs: bool = True
-    allow_plan_code: bool = False
+    allow_engine_host_code: bool = False
     inference_precision: str = "fp32"
     cache: Path | None = None
 
@@ -151,7 +151,7 @@ class Runner(Closeable):
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         """Run with inputs that have been checked."""
 
-    def joined_with(self, following: Runner) -> Runner | None:
+    def fused_with(self, following: Runner) -> Runner | None:
         """Make one call of this graph and one that reads its outputs, if the runtime can.
 
         Returns:

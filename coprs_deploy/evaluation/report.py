@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from coprs_deploy.evaluation.correlation import plot_correlation
-from coprs_deploy.evaluation.overlap import summarize
-from coprs_deploy.evaluation.scoring import Scored
+from coprs_deploy.evaluation.evaluator import Scored
+from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.plots import plot_correlation
 
 PLOT_FILE = "prior_against_mask.png"
 

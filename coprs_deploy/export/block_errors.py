@@ -31,13 +31,13 @@ class BlockError:
 
     Attributes:
         block: its number.
-        relative: norm of the difference over the norm of the float32 output.
+        relative_error: norm of the difference over the norm of the float32 output.
         product: the product in the block whose input int8 rounds worst.
         input_error: relative error of that input.
     """
 
     block: int
-    relative: float
+    relative_error: float
     product: str
     input_error: float
 
@@ -92,7 +92,7 @@ def block_errors(
 def describe(errors: Sequence[BlockError]) -> str:
     """Put the errors into words, one line a block."""
     lines = [
-        f"  block {error.block}: {error.relative:.2%}"
+        f"  block {error.block}: {error.relative_error:.2%}"
         f"{', behind the neck' if error is errors[-1] else ''}; its input of {error.product} is "
         f"rounded by {error.input_error:.2%}"
         for error in errors

@@ -23,10 +23,10 @@ from PIL import Image
 
 from coprs_deploy.artifacts import hash_file
 from coprs_deploy.bundle import CalibrationRecord
-from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.cache import BuildCache
 from coprs_deploy.errors import ImageSizeError
-from coprs_deploy.images import Placement, load_image, prepare_image, require_inside
-from coprs_deploy.specs import Geometry, PictureExtent, Record
+from coprs_deploy.images import ResizeTransform, load_image, prepare_image, require_inside
+from coprs_deploy.specs import Geometry, Record, ValidRegion
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ CALIBRATION_FOLDER = "calibration"
 CALIBRATION_REVISION = 1
 """Raised when this module finds other ranges on the same pictures."""
 
-LEAST_PICTURES = 4
-MOST_HELD_OUT = 4
+MIN_IMAGES = 4
+MAX_HELD_OUT = 4
 
 INT8_LIMIT = 127
 """Largest step: int8 without -128, so that zero lies in the middle."""
@@ -50,7 +50,7 @@ _LIMITS_TRIED = np.linspace(0.05, 1.0, 96)
 
 
 @dataclass(frozen=True)
-class CalibrationPictures:
+class CalibrationImages:
     """The pictures of a folder, each once, in an order that their contents give.
 
     Attributes:
@@ -99,11 +99,11 @@ class Calibrated:
         ranges: what was found.
     """
 
-    pictures: CalibrationPictures
+    pictures: CalibrationImages
     ranges: Ranges
 
 
-def find_pictures(folder: Path) -> CalibrationPictures:
+def find_pictures(folder: Path) -> CalibrationImages:
     """Collect the pictures in and below a folder.
 
     Raises:
@@ -114,15 +114,15 @@ def find_pictures(folder: Path) -> CalibrationPictures:
     suffixes = Image.registered_extensions()
     files = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes and p.is_file())
     by_content = {hash_file(path): path for path in files}
-    if len(by_content) < LEAST_PICTURES:
+    if len(by_content) < MIN_IMAGES:
         raise ValueError(
             f"calibration is {folder}, with {len(by_content)} different pictures in it; it takes "
-            f"at least {LEAST_PICTURES}, better 32 to 128 of the kind that the model will see"
+            f"at least {MIN_IMAGES}, better 32 to 128 of the kind that the model will see"
         )
     hashes = sorted(by_content)
-    num_held_out = min(MOST_HELD_OUT, len(hashes) // 4)
+    num_held_out = min(MAX_HELD_OUT, len(hashes) // 4)
     held_out, used = hashes[:num_held_out], hashes[num_held_out:]
-    return CalibrationPictures(
+    return CalibrationImages(
         used=tuple(by_content[name] for name in used),
         held_out=tuple(by_content[name] for name in held_out),
         sha256=hashlib.sha256("".join(used).encode()).hexdigest(),
@@ -130,19 +130,19 @@ def find_pictures(folder: Path) -> CalibrationPictures:
 
 
 def require_pictures_inside(
-    pictures: CalibrationPictures, geometry: Geometry, extent: PictureExtent | None
+    pictures: CalibrationImages, geometry: Geometry, valid_region: ValidRegion | None
 ) -> None:
     """Refuse pictures that reach beyond what an encoder is exported for, before it is.
 
     Raises:
         ImageError: one cannot be read, or reaches too far.
     """
-    if extent is None:
+    if valid_region is None:
         return
     outside = []
     for path in (*pictures.used, *pictures.held_out):
         try:
-            require_inside(Placement.of(load_image(path), geometry), extent)
+            require_inside(ResizeTransform.of(load_image(path), geometry), valid_region)
         except ImageSizeError as error:
             outside.append(f"{path}: {error}")
     if outside:
@@ -206,7 +206,7 @@ def calibrate(
 def cached_ranges(
     cache: BuildCache,
     graph_sha256: str,
-    pictures: CalibrationPictures,
+    pictures: CalibrationImages,
     measure: Callable[[], dict[str, ProductRange]],
 ) -> dict[str, ProductRange]:
     """Give the ranges of a graph on some pictures; they are measured once.

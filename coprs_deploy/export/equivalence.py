@@ -27,7 +27,7 @@ from coprs_deploy.specs import (
     PRIOR,
     Geometry,
     GraphSpec,
-    PictureExtent,
+    ValidRegion,
 )
 
 END_TO_END = "end_to_end"
@@ -41,8 +41,8 @@ class Tolerance:
     """What an output may differ by.
 
     Attributes:
-        relative: largest absolute difference over the largest absolute value of the reference.
-        mean_signed: largest absolute mean difference on that scale; noise averages out, a shift
+        relative_error: largest absolute difference over the largest absolute value of the reference.
+        mean_error: largest absolute mean difference on that scale; noise averages out, a shift
             does not.
         cosine: smallest cosine.
         mask_iou: smallest IoU of the thresholded masks; None where the output is no mask.
@@ -51,8 +51,8 @@ class Tolerance:
             (cIoU), rather than of the worst one.
     """
 
-    relative: float
-    mean_signed: float
+    relative_error: float
+    mean_error: float
     cosine: float
     mask_iou: float | None
     reason: str
@@ -61,7 +61,7 @@ class Tolerance:
     @property
     def judges(self) -> bool:
         """Whether anything finite can be outside of it."""
-        return math.isfinite(self.relative)
+        return math.isfinite(self.relative_error)
 
 
 _FLOAT32_ENCODER = "up to 32 blocks of float32 sums in another order; ViT-H measures below 2e-5"
@@ -139,20 +139,20 @@ _ANY_SHAPES = ((270, 480), (400, 256), (333, 333))
 
 def sample_inputs(
     geometry: Geometry,
-    policy_width: int,
+    policy_hidden_size: int,
     num_targets: int = 1,
     seed: int = 0,
     *,
-    extent: PictureExtent | None = None,
+    valid_region: ValidRegion | None = None,
 ) -> list[SampleInput]:
     """Draw inputs that differ in content and, without an extent, in their shape.
 
     Args:
         geometry: sizes of the model.
-        policy_width: D.
+        policy_hidden_size: D.
         num_targets: N, concentrations an image.
         seed: equal seeds give equal inputs.
-        extent: how far the pictures may reach.
+        valid_region: how far the pictures may reach.
 
     Returns:
         Three samples: shapes on a gradient, noise, and shapes again; landscape, portrait and
@@ -161,21 +161,23 @@ def sample_inputs(
     """
     generator = np.random.default_rng(seed)
     samples = []
-    shapes = _ANY_SHAPES if extent is None else _shapes_within(extent)
+    shapes = _ANY_SHAPES if valid_region is None else _shapes_within(valid_region)
     for (height, width), is_noise in zip(shapes, (False, True, False), strict=True):
         if is_noise:
             picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         else:
             picture = _draw_scene(generator, height, width)
-        concentration = generator.standard_normal((num_targets, policy_width), dtype=np.float32)
+        concentration = generator.standard_normal(
+            (num_targets, policy_hidden_size), dtype=np.float32
+        )
         samples.append(SampleInput(prepare_image(picture, geometry), concentration))
     return samples
 
 
-def _shapes_within(extent: PictureExtent) -> tuple[tuple[int, int], ...]:
+def _shapes_within(valid_region: ValidRegion) -> tuple[tuple[int, int], ...]:
     """Heights and widths of a picture of the aspect, one that fills the extent, and a long one."""
-    height, width = extent.height, extent.width
-    size, (across, down) = max(height, width), extent.aspect
+    height, width = valid_region.height, valid_region.width
+    size, (across, down) = max(height, width), valid_region.aspect_ratio
     asked = unpadded_size(down, across, size)
     longer = (height // 2, width) if width > height else (height, width // 2)
     return asked, (height, width), (max(1, longer[0]), max(1, longer[1]))
@@ -203,7 +205,7 @@ def reference_opener(checkpoint: Checkpoint, specs: Mapping[str, GraphSpec]) -> 
     def open_stage(name: str) -> Runner:
         model = load_segmentation_model(checkpoint)
         if specs[name].drops_padding:
-            model.image_encoder.set_picture_extent(specs[name].extent)
+            model.image_encoder.set_picture_extent(specs[name].valid_region)
         return TorchRunner(model.stages()[name], specs[name])
 
     return open_stage
@@ -266,7 +268,7 @@ def _joined_masks(
 ) -> list[Array] | None:
     """Decode as an answer does where the runtime joins prior and mask decoder; else None."""
     with candidate(PRIOR) as prior, candidate(MASK_DECODER) as decoder:
-        joined = prior.joined_with(decoder)
+        joined = prior.fused_with(decoder)
         if joined is None:
             return None
         with joined:
@@ -290,9 +292,9 @@ def require_equivalence(
             iou = "" if record.mask_iou is None else f", mask IoU {record.mask_iou:.5f}"
             least = "" if allowed.mask_iou is None else f", mask IoU {allowed.mask_iou}"
             lines.append(
-                f"{record.graph}: relative {record.relative:.2e}, mean {record.mean_signed:+.2e}, "
-                f"cosine {record.cosine:.7f}{iou} (allowed: {allowed.relative:.0e}, "
-                f"{allowed.mean_signed:.0e}, {allowed.cosine}{least})"
+                f"{record.graph}: relative {record.relative_error:.2e}, mean {record.mean_error:+.2e}, "
+                f"cosine {record.cosine:.7f}{iou} (allowed: {allowed.relative_error:.0e}, "
+                f"{allowed.mean_error:.0e}, {allowed.cosine}{least})"
             )
     if lines:
         raise EquivalenceError(
@@ -345,7 +347,7 @@ def _in_company(
         What it gives and what the reference gave, image by image; nothing for a static graph.
     """
     images, found, wanted = runner.spec.images, list[Array](), list[Array]()
-    for size in {images.preferred, images.maximum} - {1}:
+    for size in {images.opt, images.max} - {1}:
         chosen = [number % len(truth) for number in range(size)]
         batch = np.concatenate([truth[number]["image"] for number in chosen])
         encoded = runner(image=batch)[runner.spec.outputs[0].name]
@@ -363,36 +365,36 @@ def summarize(
     name: str, found: Sequence[Array], expected: Sequence[Array], allowed: Tolerance
 ) -> EquivalenceRecord:
     """Summarize by the worst sample; a value that is not finite fails every comparison."""
-    max_abs = relative = mean_signed = 0.0
+    max_abs_error = relative_error = mean_error = 0.0
     cosine = iou = 1.0
     finite = True
     for output, truth in zip(found, expected, strict=True):
         finite = finite and bool(np.isfinite(output).all() and np.isfinite(truth).all())
         a, b = output.astype(np.float64), truth.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
-        max_abs = max(max_abs, float(np.abs(difference).max()))
-        relative = max(relative, relative_error(a, b))
+        max_abs_error = max(max_abs_error, float(np.abs(difference).max()))
+        relative_error = max(relative_error, relative_error(a, b))
         mean = float(difference.mean()) / scale
-        mean_signed = mean if abs(mean) > abs(mean_signed) else mean_signed
+        mean_error = mean if abs(mean) > abs(mean_error) else mean_error
         cosine = min(cosine, cosine_similarity(a, b))
         iou = min(iou, mask_iou(a, b))
     if allowed.pools_masks:
         iou = mask_iou(*(np.concatenate([np.ravel(o) for o in side]) for side in (found, expected)))
     passed = (
         finite
-        and relative <= allowed.relative
-        and abs(mean_signed) <= allowed.mean_signed
+        and relative_error <= allowed.relative_error
+        and abs(mean_error) <= allowed.mean_error
         and cosine >= allowed.cosine
         and (allowed.mask_iou is None or iou >= allowed.mask_iou)
     )
     return EquivalenceRecord(
         graph=name,
-        max_abs=max_abs,
-        relative=relative,
-        mean_signed=mean_signed,
+        max_abs_error=max_abs_error,
+        relative_error=relative_error,
+        mean_error=mean_error,
         cosine=min(cosine, 1.0),
         mask_iou=None if allowed.mask_iou is None else iou,
         inputs=len(found),
         passed=passed,
-        judged=allowed.judges,
+        has_tolerance=allowed.judges,
     )

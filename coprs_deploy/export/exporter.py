@@ -14,10 +14,10 @@ from pathlib import Path
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
 from coprs_deploy.bundle import (
-    ENGINE_FLAVORS,
+    ENGINE_SUFFIX,
     MANIFEST_FILE,
-    PLAN_SUFFIX,
     SCHEMA_VERSION,
+    TRT_VARIANT_NAMES,
     Bundle,
     EngineRecord,
     GraphRecord,
@@ -32,13 +32,8 @@ from coprs_deploy.checkpoint import (
     read_checkpoint,
 )
 from coprs_deploy.engines import openvino_runner
-from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.engines.engine_builder import (
-    BuildWatch,
-    build_engine,
-    resolve_target,
-    state_need,
-)
+from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.trt.cache import BuildCallbacks, build_engine, resolve_target, state_need
 from coprs_deploy.export.calibration import find_pictures, require_pictures_inside
 from coprs_deploy.export.graph_check import GraphCheck, can_run_here
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
@@ -84,7 +79,7 @@ def export_checkpoint(
     out: str | Path,
     options: ExportOptions | None = None,
     progress: Progress = lambda step: None,
-    watch: BuildWatch | None = None,
+    watch: BuildCallbacks | None = None,
 ) -> ExportReport:
     """Export a checkpoint; the bundle appears complete and proven equal, or not at all.
 
@@ -105,9 +100,9 @@ def export_checkpoint(
         RuntimeUnavailableError: engines of this flavor cannot be built here, or this processor has
             no units for the precision.
     """
-    options, watch = options or ExportOptions(), watch or BuildWatch()
+    options, watch = options or ExportOptions(), watch or BuildCallbacks()
     out = Path(out)
-    builds_engines = options.runtime in ENGINE_FLAVORS
+    builds_engines = options.runtime in TRT_VARIANT_NAMES
     target = resolve_target(options.build_settings()) if builds_engines else None
     if (options.runtime, options.precision) == ("openvino", INT8):
         openvino_runner.require_int8_units()
@@ -124,15 +119,15 @@ def export_checkpoint(
         for name, stage in model.stages().items()
     }
     weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    geometry, width = source.config.model.geometry, source.config.model.policy_width
-    extent = None
-    if options.aspect is not None:
+    geometry, width = source.config.model.geometry, source.config.model.policy_hidden_size
+    valid_region = None
+    if options.aspect_ratio is not None:
         sam = source.config.model.sam
-        extent = sam.picture_extent(options.aspect, drops_padding=options.drop_padding)
-        model.image_encoder.set_picture_extent(extent)
+        valid_region = sam.picture_extent(options.aspect_ratio, drops_padding=options.drop_padding)
+        model.image_encoder.set_picture_extent(valid_region)
     if pictures is not None:
-        require_pictures_inside(pictures, geometry, extent)
-    specs = graph_specs(geometry, width, options.targets, options.images, extent)
+        require_pictures_inside(pictures, geometry, valid_region)
+    specs = graph_specs(geometry, width, options.targets, options.images, valid_region)
     clock.start("fingerprint checkpoint")
     checkpoint_fingerprint = source.fingerprint()
     with ExitStack() as stack:
@@ -199,7 +194,7 @@ def export_checkpoint(
             watch.note(state_need(list(graphs.values()), partial, cache))
             for name in GRAPH_NAMES:
                 clock.start(f"build {name}")
-                plan = partial / f"{name}{PLAN_SUFFIX}"
+                plan = partial / f"{name}{ENGINE_SUFFIX}"
                 engines[name] = build_engine(
                     graphs[name],
                     plan,
@@ -236,7 +231,7 @@ def export_checkpoint(
                     spec=specs[name],
                     runtime=options.runtime,
                     precision=precisions[name],
-                    file=f"{name}{PLAN_SUFFIX if builds_engines else '.onnx'}",
+                    file=f"{name}{ENGINE_SUFFIX if builds_engines else '.onnx'}",
                     engine=engines.get(name),
                     calibration=pictures.record() if pictures and name == IMAGE_ENCODER else None,
                 )

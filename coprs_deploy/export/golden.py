@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines.runner import Array
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.equivalence import SampleInput, reference_opener
-from coprs_deploy.export.mask_samples import draw_masked_samples
+from coprs_deploy.export.samples import draw_masked_samples
 from coprs_deploy.images import RgbArray, prepare_image
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, graph_specs
 
@@ -44,7 +44,7 @@ class Golden:
     outputs: dict[str, list[Array]]
 
 
-def draw_pictures(geometry: Geometry) -> list[RgbArray]:
+def random_images(geometry: Geometry) -> list[RgbArray]:
     """Draw a landscape and a portrait of squares on noise; the longer side needs no resizing."""
     generator = np.random.default_rng(SEED)
     side = geometry.image_size
@@ -62,12 +62,12 @@ def draw_pictures(geometry: Geometry) -> list[RgbArray]:
 def record_golden(checkpoint: Checkpoint, path: Path) -> None:
     """Compute the outputs of a checkpoint with PyTorch and write them as a compressed ``.npz``."""
     model = checkpoint.config.model
-    pictures = draw_pictures(model.geometry)
-    specs = graph_specs(model.geometry, model.policy_width)
+    pictures = random_images(model.geometry)
+    specs = graph_specs(model.geometry, model.policy_hidden_size)
     samples, outputs = draw_masked_samples(
         [prepare_image(picture, model.geometry) for picture in pictures],
         reference_opener(checkpoint, specs),
-        model.policy_width,
+        model.policy_hidden_size,
         seed=SEED,
     )
     arrays: dict[str, Array] = {"fingerprint": np.array(checkpoint.fingerprint())}
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Record the file."""
     parser = argparse.ArgumentParser(prog="python -m coprs_deploy.export.golden")
     parser.add_argument("file", type=Path, help="the .npz to write")
-    parser.add_argument("--checkpoint", type=Path, default=shipped.CHECKPOINT)
+    parser.add_argument("--checkpoint", type=Path, default=demo.CHECKPOINT)
     parsed = parser.parse_args(arguments)
     record_golden(read_checkpoint(parsed.checkpoint), parsed.file)
     print(f"{parsed.file}: {parsed.file.stat().st_size / 1e3:,.0f} kB", file=sys.stderr)

@@ -6,41 +6,44 @@ what a GPU would compute; engines are checked where a GPU can run them.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from coprs_deploy.bundle import PLAN_SUFFIX, EngineRecord, EquivalenceRecord
+from coprs_deploy.bundle import ENGINE_SUFFIX, EngineRecord, EquivalenceRecord
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines import ONNX_RUNTIMES, Runner, RunnerOptions, open_graph
-from coprs_deploy.engines.cuda_device import current_gpu
-from coprs_deploy.engines.engine_builder import BuildTarget
-from coprs_deploy.engines.plan_execution import PlanRunner, UnverifiedEngineWarning
+from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.runner import Array
+from coprs_deploy.engines.trt.cache import BuildTarget
+from coprs_deploy.engines.trt.runner import TrtRunner, UnverifiedEngineWarning
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.block_errors import block_errors, describe
 from coprs_deploy.export.calibration import Calibrated
-from coprs_deploy.export.dropped_padding import measure_dropped_padding
 from coprs_deploy.export.equivalence import (
     TOLERANCES,
     RunnerOpener,
     SampleInput,
+    Tolerance,
     compare_stages,
     reference_opener,
     require_equivalence,
     sample_inputs,
+    summarize,
 )
-from coprs_deploy.export.mask_samples import draw_masked_samples
 from coprs_deploy.export.options import ExportOptions
-from coprs_deploy.export.precision import FP32, rest_precision
-from coprs_deploy.export.rounding import write_rounded_graph
-from coprs_deploy.images import load_image, prepare_image
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, GraphSpec
+from coprs_deploy.export.precision import FP32, rest_precision, write_rounded_graph
+from coprs_deploy.export.samples import draw_masked_samples
+from coprs_deploy.images import load_image, mask_cells, prepare_image
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 CPU_RUNTIME = "onnxruntime"
 """The runtime that checks graphs of runtimes that are not of the CPU."""
+
 
 INT8_ADVICE = (
     "What to try: more pictures in --calibration, of the kind that the model will see, or "
@@ -129,12 +132,14 @@ class GraphCheck:
         def open_engine(name: str) -> Runner:
             runner = open_unverified(
                 self._options.runtime,
-                folder / f"{name}{PLAN_SUFFIX}",
+                folder / f"{name}{ENGINE_SUFFIX}",
                 self._specs[name],
                 engines[name],
-                RunnerOptions(device="cuda", allow_plan_code=True),  # it was built right here
+                RunnerOptions(
+                    device="cuda", allow_engine_host_code=True
+                ),  # it was built right here
             )
-            if isinstance(runner, PlanRunner):
+            if isinstance(runner, TrtRunner):
                 verified[name] = verified_record(engines[name], runner)
             return runner
 
@@ -159,10 +164,10 @@ class GraphCheck:
         geometry = self._source.config.model.geometry
         width = self._specs[PRIOR].inputs[1].shape[1]
         assert isinstance(width, int)
-        count = self._options.targets.preferred
+        count = self._options.targets.opt
         if self._calibrated is None:
             self._samples = sample_inputs(
-                geometry, width, count, extent=self._specs[IMAGE_ENCODER].extent
+                geometry, width, count, valid_region=self._specs[IMAGE_ENCODER].valid_region
             )
             return
         self._report("reference")
@@ -182,7 +187,7 @@ class GraphCheck:
             load_segmentation_model(self._source).image_encoder,
             self._specs[IMAGE_ENCODER],
         )
-        encoder.set_picture_extent(spec.extent)
+        encoder.set_picture_extent(spec.valid_region)
         errors = block_errors(
             encoder,
             path,
@@ -220,7 +225,7 @@ def open_unverified(
         return open_graph(runtime, path, spec, options, engine)
 
 
-def verified_record(engine: EngineRecord, runner: PlanRunner) -> EngineRecord:
+def verified_record(engine: EngineRecord, runner: TrtRunner) -> EngineRecord:
     """Say what a GPU read back of an engine that it ran."""
     return msgspec.structs.replace(
         engine,
@@ -228,3 +233,57 @@ def verified_record(engine: EngineRecord, runner: PlanRunner) -> EngineRecord:
         device_memory_bytes=runner.device_memory_bytes,
         verified_on=runner.gpu_name,
     )
+
+
+WITHOUT_PADDING = "without_padding"
+"""Name of the record, beside those of graphs."""
+
+
+NOT_JUDGED = Tolerance(
+    math.inf,
+    math.inf,
+    -1.0,
+    0.0,
+    "another function on purpose; whether its masks are good is for pictures of its use to say",
+    pools_masks=True,
+)
+
+
+def measure_dropped_padding(
+    checkpoint: Checkpoint,
+    specs: Mapping[str, GraphSpec],
+    samples: Sequence[SampleInput],
+    embeddings: Sequence[Array],
+) -> EquivalenceRecord:
+    """Compare masks with those of the encoder that sees the padding; both in PyTorch, in float32.
+
+    Args:
+        checkpoint: the weights.
+        specs: of the graphs, whose encoder drops the padding.
+        samples: pictures; concentrations with telling masks are drawn for them.
+        embeddings: what PyTorch's encoder without padding gave for each.
+
+    Returns:
+        The record of the masks' logits inside the pictures; its mask IoU is of all together.
+    """
+    whole = msgspec.structs.replace(specs[IMAGE_ENCODER], valid_region=None)
+    opener = reference_opener(checkpoint, {**specs, IMAGE_ENCODER: whole})
+    _, width = specs[PRIOR].inputs[1].shape
+    assert isinstance(width, int)
+    asked, known = draw_masked_samples(
+        [sample.prepared for sample in samples], opener, width, specs[PRIOR].targets.opt
+    )
+    geometry = checkpoint.config.model.geometry
+    found, wanted = list[Array](), list[Array]()
+    with opener(PRIOR) as prior, opener(MASK_DECODER) as decoder:
+        for sample, embedding, expected in zip(asked, embeddings, known[MASK_DECODER], strict=True):
+            priors = prior(image_embedding=embedding, concentration=sample.concentration)
+            masks = decoder(
+                image_embedding=embedding,
+                prior_logits=priors["prior_logits"],
+                unpadded_size=sample.prepared.unpadded_size,
+            )
+            height, width = mask_cells(sample.prepared.unpadded_size, geometry)
+            found.append(np.ravel(masks["mask_logits"].numpy()[..., :height, :width]))
+            wanted.append(np.ravel(expected[..., :height, :width]))
+    return summarize(WITHOUT_PADDING, found, wanted, NOT_JUDGED)

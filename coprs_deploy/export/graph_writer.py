@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.engines.engine_builder import BuildWatch, hash_graph
+from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.trt.cache import BuildCallbacks, hash_graph
 from coprs_deploy.export.calibration import (
     Calibrated,
-    CalibrationPictures,
+    CalibrationImages,
     cached_ranges,
     calibrate,
 )
@@ -51,11 +51,11 @@ def write_int8_graph(
     *,
     rest: str,
     scratch: Path,
-    pictures: CalibrationPictures,
+    pictures: CalibrationImages,
     geometry: Geometry,
     cache: BuildCache,
     progress: Callable[[str], None],
-    watch: BuildWatch,
+    watch: BuildCallbacks,
 ) -> Calibrated:
     """Write the image encoder with int8 products; its calibration is kept for the next time."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:

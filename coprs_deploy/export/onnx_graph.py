@@ -68,7 +68,7 @@ def export_onnx_graph(
     dynamic = None
     if not spec.profile.is_static:
         (name,) = {size for t in spec.inputs for size in t.shape if isinstance(size, str)}
-        counted = torch.export.Dim(name, min=spec.profile.minimum, max=spec.profile.maximum)
+        counted = torch.export.Dim(name, min=spec.profile.min, max=spec.profile.max)
         dynamic = tuple(
             {i: counted for i, size in enumerate(tensor.shape) if size == name}
             for tensor in spec.inputs

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coprs_deploy.bundle import ENGINE_FLAVORS
-from coprs_deploy.engines.plan_builder import BuildSettings
+from coprs_deploy.bundle import TRT_VARIANT_NAMES
+from coprs_deploy.engines.trt.build import BuildSettings
 from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.export.precision import INT8, check_precision
-from coprs_deploy.specs import CountProfile
+from coprs_deploy.specs import OptimizationProfile
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ExportOptions:
         precision: of weights and products.
         targets: how many concentrations one call takes.
         images: how many images the encoder takes in one call, from 1.
-        aspect: width and height of the ratio that all pictures are at least as long as, as in
+        aspect_ratio: width and height of the ratio that all pictures are at least as long as, as in
             (16, 9): what is padding in all of them is not computed where that changes nothing.
         drop_padding: whether it is not computed at all, which is faster and another function.
         copy_policy: whether the policy is copied into the bundle; else it is referred to, from
@@ -38,9 +38,9 @@ class ExportOptions:
 
     runtime: str = "onnxruntime"
     precision: str = "fp32"
-    targets: CountProfile = field(default_factory=CountProfile)
-    images: CountProfile = field(default_factory=CountProfile)
-    aspect: tuple[int, int] | None = None
+    targets: OptimizationProfile = field(default_factory=OptimizationProfile)
+    images: OptimizationProfile = field(default_factory=OptimizationProfile)
+    aspect_ratio: tuple[int, int] | None = None
     drop_padding: bool = False
     copy_policy: bool = True
     overwrite: bool = False
@@ -65,18 +65,20 @@ class ExportOptions:
             raise ValueError(
                 f"runtime and precision are {self.runtime} {self.precision}; accepted: {known}"
             )
-        if self.images.minimum != 1:
+        if self.images.min != 1:
             raise ValueError(
-                f"images starts at {self.images.minimum}; accepted: 1, or 1,preferred,max, for a "
+                f"images starts at {self.images.min}; accepted: 1, or 1,opt,max, for a "
                 "picture that comes alone must not wait for others"
             )
-        if self.drop_padding and self.aspect is None:
+        if self.drop_padding and self.aspect_ratio is None:
             raise ValueError(
                 "drop_padding leaves out what is padding in every picture, and no aspect says what "
                 "that is; accepted: --aspect W:H --drop-padding"
             )
-        if self.aspect is not None and min(self.aspect) < 1:
-            raise ValueError(f"aspect is {self.aspect}; accepted: two numbers from 1, as (16, 9)")
+        if self.aspect_ratio is not None and min(self.aspect_ratio) < 1:
+            raise ValueError(
+                f"aspect is {self.aspect_ratio}; accepted: two numbers from 1, as (16, 9)"
+            )
         if (self.precision == INT8) != (self.calibration is not None):
             raise ValueError(
                 "int8 is calibrated on pictures of the kind that the model will see: pass "
@@ -89,19 +91,19 @@ class ExportOptions:
             self.gpus,
             self.cache_limit_bytes,
         )
-        if self.runtime in ENGINE_FLAVORS:
+        if self.runtime in TRT_VARIANT_NAMES:
             self.build_settings()  # refuses what does not fit together
         elif any(build):
             raise ValueError(
                 "--gpu, --workspace, --version-compatible, --hardware-compatible and "
                 f"--cache-limit are for engines, and the runtime is {self.runtime}; accepted: "
-                f"{', '.join(ENGINE_FLAVORS)}"
+                f"{', '.join(TRT_VARIANT_NAMES)}"
             )
 
     def build_settings(self) -> BuildSettings:
         """Say how the engines are built."""
         return BuildSettings(
-            flavor=self.runtime,
+            variant=self.runtime,
             gpus=self.gpus,
             workspace_bytes=self.workspace_bytes,
             version_compatible=self.version_compatible,

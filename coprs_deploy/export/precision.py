@@ -31,12 +31,22 @@ from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+
 FP32 = "fp32"
+
+
 BF16 = "bf16"
+
+
 FP16 = "fp16"
+
+
 INT8 = "int8"
+
+
 PRECISIONS = (FP32, BF16, FP16, INT8)
 """As users type them; int8 is of the image encoder's large products."""
+
 
 INT8_RESTS: Mapping[str, str] = {
     "onnxruntime": FP32,
@@ -47,8 +57,10 @@ INT8_RESTS: Mapping[str, str] = {
 """What the rest of an int8 export is by runtime. float16 rounds eight times finer than bfloat16;
 an overflow stops the export. ONNX Runtime's CPU provider computes float16 in float32 anyway."""
 
+
 INT8_PRODUCTS = f"{METADATA_PREFIX}int8_products"
 """Where a file says which of its products are int8."""
+
 
 OPSETS: Mapping[str, int] = {FP32: OPSET, BF16: 22, FP16: OPSET, INT8: OPSET}
 """Opset of each precision: convolutions take bfloat16 from opset 22 on."""
@@ -294,3 +306,70 @@ class _Typing:
             result = self._cast(value, wanted, None)
             result.name = name
             self._graph.outputs[index] = result
+
+
+MOVES = frozenset(
+    (
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Pad",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    )
+)
+"""Operators that move values: rounded values stay rounded."""
+
+
+def write_rounded_graph(source: Path, target: Path) -> int:
+    """Write the float32 graph that rounds wherever a typed graph does.
+
+    Args:
+        source: a graph that :func:`coprs_deploy.export.precision.type_graph` wrote.
+        target: another path; large weights go to ``<target>.data`` beside it.
+
+    Returns:
+        How many tensors are rounded, weights not counted.
+    """
+    import onnx_ir as ir
+
+    assert source != target
+    model = ir.load(source)
+    graph, float32 = model.graph, ir.DataType.FLOAT
+    types = {v: v.dtype for node in graph for v in node.outputs}
+    halves = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+    for value in graph.initializers.values():
+        if value.dtype in halves:
+            assert value.const_value is not None
+            value.const_value = convert_tensor(value.const_value, float32)
+            value.type = ir.TensorType(float32)
+    num_rounded = 0
+    for node in list(graph):
+        if node.op_type == "Cast":
+            node.attributes["to"] = ir.AttrInt64("to", float32.value)
+        for value in node.outputs:
+            half = types[value]
+            if half not in halves:
+                continue
+            value.type = ir.TensorType(float32)
+            if node.op_type in MOVES:
+                continue
+            assert half is not None and not value.is_graph_output()
+            uses = list(value.uses())
+            down = ir.node("Cast", [value], {"to": half.value}, name=f"{value.name}.down")
+            up = ir.node("Cast", [down.outputs[0]], {"to": float32.value}, name=f"{value.name}.up")
+            down.outputs[0].type, up.outputs[0].type = ir.TensorType(half), ir.TensorType(float32)
+            down.outputs[0].name, up.outputs[0].name = f"{value.name}.half", f"{value.name}.rounded"
+            down.outputs[0].shape = up.outputs[0].shape = value.shape
+            graph.insert_after(node, [down, up])
+            for user, index in uses:
+                user.replace_input_with(index, up.outputs[0])
+            num_rounded += 1
+    save_graph(model, target)
+    return num_rounded

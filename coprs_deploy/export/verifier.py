@@ -15,17 +15,20 @@ from coprs_deploy.bundle import (
 )
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
-from coprs_deploy.engines.plan_execution import PlanRunner
+from coprs_deploy.engines.trt.runner import TrtRunner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.dropped_padding import measure_dropped_padding
 from coprs_deploy.export.equivalence import (
     END_TO_END,
     TOLERANCES,
     compare_stages,
     reference_opener,
 )
-from coprs_deploy.export.graph_check import open_unverified, verified_record
-from coprs_deploy.export.mask_samples import draw_bundle_samples
+from coprs_deploy.export.graph_check import (
+    measure_dropped_padding,
+    open_unverified,
+    verified_record,
+)
+from coprs_deploy.export.samples import draw_bundle_samples
 from coprs_deploy.specs import IMAGE_ENCODER
 
 
@@ -36,7 +39,7 @@ def verify_bundle(
     progress: Callable[[str], None] = lambda step: None,
     *,
     runtime: str | None = None,
-    allow_plan_code: bool = False,
+    allow_engine_host_code: bool = False,
 ) -> tuple[EquivalenceRecord, ...]:
     """Compare a bundle's graphs with PyTorch again, on inputs of another seed than export's.
 
@@ -49,7 +52,7 @@ def verify_bundle(
         device: where the graphs run; PyTorch runs on the CPU in float32.
         progress: called with the name of each step as it starts.
         runtime: which runtime runs the graphs; None takes the one that they were exported for.
-        allow_plan_code: whether version-compatible engines, which carry code, may be loaded.
+        allow_engine_host_code: whether version-compatible engines, which carry code, may be loaded.
 
     Returns:
         A record for each graph and one for the chain, passed or not; of an encoder that drops
@@ -79,11 +82,11 @@ def verify_bundle(
         graph = graphs[name]
         if graph.engine is None:
             return open_bundle_graph(bundle, name, RunnerOptions(device=device), runtime)
-        options = RunnerOptions(device=device, allow_plan_code=allow_plan_code)
+        options = RunnerOptions(device=device, allow_engine_host_code=allow_engine_host_code)
         runner = open_unverified(
             graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, options
         )
-        if isinstance(runner, PlanRunner):
+        if isinstance(runner, TrtRunner):
             read_back[name] = verified_record(graph.engine, runner)
         return runner
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coprs_deploy.architecture import SamConfig
+from coprs_deploy.model_config import SamConfig
 from coprs_deploy.models.layers import LayerNorm2d, TwoLayerMlp
 
 NUM_POINT_LABELS = 4
@@ -43,7 +43,7 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
-        channels, hidden = config.geometry.embedding_channels, config.mask_prompt_channels
+        channels, hidden = config.geometry.out_chans, config.mask_in_chans
         self.grid = config.geometry.grid_size
         self.pe_layer = RandomPositionEncoding(channels // 2)
         self.point_embeddings = nn.ModuleList(
@@ -102,13 +102,13 @@ class TwoWayBlock(nn.Module):
 
     def __init__(self, config: SamConfig, is_first: bool) -> None:
         super().__init__()
-        width, heads = config.geometry.embedding_channels, config.decoder_heads
+        width, heads = config.geometry.out_chans, config.decoder_num_heads
         self.is_first = is_first
         self.self_attn = DecoderAttention(width, heads)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attn_token_to_image = DecoderAttention(width, heads, downsample=2)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = TwoLayerMlp(width, config.decoder_mlp_width, nn.ReLU)
+        self.mlp = TwoLayerMlp(width, config.decoder_mlp_dim, nn.ReLU)
         self.norm3 = nn.LayerNorm(width)
         self.norm4 = nn.LayerNorm(width)
         self.cross_attn_image_to_token = DecoderAttention(width, heads, downsample=2)
@@ -140,7 +140,7 @@ class TwoWayTransformer(nn.Module):
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
-        width, heads = config.geometry.embedding_channels, config.decoder_heads
+        width, heads = config.geometry.out_chans, config.decoder_num_heads
         self.layers = nn.ModuleList(
             TwoWayBlock(config, is_first=i == 0) for i in range(config.decoder_depth)
         )
@@ -179,7 +179,7 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
-        width, masks = config.geometry.embedding_channels, config.num_masks
+        width, masks = config.geometry.out_chans, config.num_mask_tokens
         self.transformer = TwoWayTransformer(config)
         self.iou_token = nn.Embedding(1, width)
         self.mask_tokens = nn.Embedding(masks, width)
@@ -193,7 +193,7 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(
             ReluMlp(width, width, width, width // 8) for _ in range(masks)
         )
-        hidden = config.iou_head_width
+        hidden = config.iou_head_hidden_dim
         self.iou_prediction_head = ReluMlp(width, hidden, hidden, masks)
 
     def forward(self, image_embedding: Tensor, image_positions: Tensor, dense: Tensor) -> Tensor:

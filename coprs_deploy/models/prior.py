@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coprs_deploy.architecture import SegmentationConfig
+from coprs_deploy.model_config import SegmentationConfig
 
 INITIAL_LOGIT = -1.8
 """Starting bias of the last convolution, so that a fresh prior says "mostly background"."""
@@ -21,11 +21,11 @@ class PositionalPrior(nn.Module):
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__()
-        channels, heads = config.geometry.embedding_channels, config.prior_heads
+        channels, heads = config.geometry.out_chans, config.prior_num_heads
         self.heads = heads
         self.head_width = channels // heads
         self.mask_size = config.geometry.mask_size
-        self.q_proj = nn.Linear(config.policy_width, channels, bias=False)
+        self.q_proj = nn.Linear(config.policy_hidden_size, channels, bias=False)
         self.k_proj = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
         last = nn.Conv2d(heads, 1, kernel_size=3, padding=1)
         assert last.bias is not None

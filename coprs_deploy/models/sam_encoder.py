@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coprs_deploy.architecture import SamConfig
+from coprs_deploy.model_config import SamConfig
 from coprs_deploy.models.layers import LayerNorm2d, TwoLayerMlp
-from coprs_deploy.specs import PictureExtent
+from coprs_deploy.specs import ValidRegion
 
 LAYER_NORM_EPS = 1e-6
 
@@ -25,18 +25,18 @@ class RelativeAttention(nn.Module):
         width: C, of a token.
         heads: of attention; they share the width.
         grid: most rows and columns of a grid.
-        relative_positions: whether logits depend on the rows and columns between two cells.
+        use_rel_pos: whether logits depend on the rows and columns between two cells.
     """
 
-    def __init__(self, width: int, heads: int, grid: int, relative_positions: bool) -> None:
+    def __init__(self, width: int, heads: int, grid: int, use_rel_pos: bool) -> None:
         super().__init__()
         self.heads = heads
         self.grid = grid
         self.head_width = width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.relative_positions = relative_positions
-        if relative_positions:
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, self.head_width))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, self.head_width))
 
@@ -64,7 +64,7 @@ class RelativeAttention(nn.Module):
         tokens = rows * columns
         qkv = qkv.reshape(batch, tokens, 3, self.heads, self.head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, head_width)
-        if not self.relative_positions:
+        if not self.use_rel_pos:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
             by_row, by_column = self._position_scores(query, rows, columns)
@@ -96,12 +96,12 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: SamConfig, is_global: bool) -> None:
         super().__init__()
-        width = config.encoder_width
+        width = config.encoder_embed_dim
         self.grid = config.geometry.grid_size
         self.window = self.grid if is_global else config.window_size
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = RelativeAttention(
-            width, config.encoder_heads, self.window, config.relative_positions
+            width, config.encoder_num_heads, self.window, config.use_rel_pos
         )
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = TwoLayerMlp(width, int(width * config.mlp_ratio), nn.GELU)
@@ -148,7 +148,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
         side = config.geometry.patch_size
-        self.proj = nn.Conv2d(3, config.encoder_width, kernel_size=side, stride=side)
+        self.proj = nn.Conv2d(3, config.encoder_embed_dim, kernel_size=side, stride=side)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, 3, S, S) pixels to (B, G, G, C) patches."""
@@ -172,23 +172,23 @@ class SamImageEncoder(nn.Module):
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
-        grid, channels = config.geometry.grid_size, config.geometry.embedding_channels
+        grid, channels = config.geometry.grid_size, config.geometry.out_chans
         self.config = config
         self.patch_embed = PatchEmbedding(config)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.encoder_width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, config.encoder_embed_dim))
         self.blocks = nn.ModuleList(
-            EncoderBlock(config, is_global=i in config.global_attention_blocks)
+            EncoderBlock(config, is_global=i in config.encoder_global_attn_indexes)
             for i in range(config.encoder_depth)
         )
         self.neck = nn.Sequential(
-            nn.Conv2d(config.encoder_width, channels, kernel_size=1, bias=False),
+            nn.Conv2d(config.encoder_embed_dim, channels, kernel_size=1, bias=False),
             LayerNorm2d(channels),
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(channels),
         )
         self.padding_from = None
 
-    def set_picture_extent(self, extent: PictureExtent | None) -> None:
+    def set_picture_extent(self, valid_region: ValidRegion | None) -> None:
         """Leave out, from now on, what is padding in every picture of this extent.
 
         Up to the first block that attends globally, windows that hold only padding see no picture:
@@ -196,15 +196,15 @@ class SamImageEncoder(nn.Module):
         padding joins the other cells only behind the last block, and the picture never sees it.
 
         Args:
-            extent: what :meth:`coprs_deploy.architecture.SamConfig.picture_extent` gave; None
+            valid_region: what :meth:`coprs_deploy.model_config.SamConfig.picture_extent` gave; None
                 stands for the whole square.
         """
         self.padding_from = None
-        if extent is None:
+        if valid_region is None:
             return
-        joins = len(self.blocks) if extent.drops_padding else self.config.exact_blocks
+        joins = len(self.blocks) if valid_region.drops_padding else self.config.exact_blocks
         size, patch = self.config.geometry.image_size, self.config.geometry.patch_size
-        rows, columns = extent.height // patch, extent.width // patch
+        rows, columns = valid_region.height // patch, valid_region.width // patch
         with torch.no_grad():
             blank = self._cells(self.pos_embed.new_zeros(1, 3, size, size))
             for block in self.blocks[:joins]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from coprs_deploy.architecture import SegmentationConfig
+from coprs_deploy.model_config import SegmentationConfig
 from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder
 from coprs_deploy.models.prior import PositionalPrior
 from coprs_deploy.models.sam_encoder import SamImageEncoder

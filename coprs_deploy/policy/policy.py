@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
-from coprs_deploy.errors import AnswerTimeoutError
+from coprs_deploy.errors import RequestTimeoutError
 from coprs_deploy.images import RgbArray
 from coprs_deploy.prompts import Response, check_instruction
 
@@ -52,13 +52,13 @@ class PolicyRequest:
         """Seconds until the deadline; None when there is none.
 
         Raises:
-            AnswerTimeoutError: it has passed.
+            RequestTimeoutError: it has passed.
         """
         if self.deadline is None:
             return None
         remaining = self.deadline - time.perf_counter()
         if remaining <= 0:
-            raise AnswerTimeoutError(
+            raise RequestTimeoutError(
                 f"the answer to {self.instruction!r} was not ready in time and was abandoned; give "
                 "it more time, or a smaller token budget"
             )
@@ -66,7 +66,7 @@ class PolicyRequest:
 
 
 @dataclass(frozen=True)
-class Words:
+class TextDelta:
     """A piece of the response as it is written; the pieces together are its text."""
 
     text: str
@@ -110,7 +110,7 @@ class PolicyResult:
     num_cached_tokens: int = 0
 
 
-PolicyStream: TypeAlias = Generator[Words | PolicyResult, None, None]
+PolicyStream: TypeAlias = Generator[TextDelta | PolicyResult, None, None]
 
 
 class Policy(Closeable):
@@ -135,7 +135,7 @@ class Policy(Closeable):
         Raises:
             InstructionError: the instruction is empty or too long.
             PolicyError: the policy could not answer.
-            AnswerTimeoutError: the request's deadline passed.
+            RequestTimeoutError: the request's deadline passed.
         """
 
     @abstractmethod

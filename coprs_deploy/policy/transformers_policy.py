@@ -22,7 +22,7 @@ from coprs_deploy.policy.policy import (
     PolicyResult,
     PolicyStream,
     StopReason,
-    Words,
+    TextDelta,
 )
 from coprs_deploy.policy.policy_tokens import PolicyTokens, WrittenText
 from coprs_deploy.policy.progress_bars import without_progress_bars
@@ -130,7 +130,7 @@ class TransformersPolicy(Policy):
                 break
             is_reference = token == self._tokens.reference_id
             if text := written.add(token):
-                yield Words(text)
+                yield TextDelta(text)
             if len(token_ids) >= budget:
                 stop = StopReason.TOKEN_BUDGET
                 if not is_reference:
@@ -145,7 +145,7 @@ class TransformersPolicy(Policy):
         end = time.perf_counter()
         response = self._tokens.read(token_ids)
         if stop is StopReason.TOKEN_BUDGET and (text := written.rest(response)):
-            yield Words(text)
+            yield TextDelta(text)
         yield PolicyResult(
             response=response,
             concentrations=(

@@ -1,8 +1,8 @@
 """The product: a picture and an instruction become reasoning, a prior and a mask."""
 
-from coprs_deploy.policy import Words
-from coprs_deploy.runtime.answer import Answer, PriorReady, Timings
+from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime.coprs import CoPRS
 from coprs_deploy.runtime.options import RuntimeOptions
+from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
 
-__all__ = ["Answer", "CoPRS", "PriorReady", "RuntimeOptions", "Timings", "Words"]
+__all__ = ["CoPRS", "PriorEvent", "RuntimeOptions", "SegmentationResult", "TextDelta", "Timings"]

@@ -12,33 +12,36 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
-from coprs_deploy.engines import Stages
-from coprs_deploy.engines.runtime_choice import RuntimeChoice
+from coprs_deploy.engines import SegmentationGraphs
+from coprs_deploy.engines.autotune import RuntimeChoice
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.images import (
     ImageSource,
-    Placement,
+    ResizeTransform,
     RgbArray,
     load_image,
     prepare_image,
     require_inside,
 )
-from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, Words
-from coprs_deploy.runtime.admission import Admission
-from coprs_deploy.runtime.answer import Answer, PriorReady, Timings
-from coprs_deploy.runtime.embedding_cache import EmbeddingCache, picture_key
-from coprs_deploy.runtime.encoder_queue import EncoderQueue
-from coprs_deploy.runtime.encoding import Encoding, Picture
-from coprs_deploy.runtime.loading import Progress, load_parts, no_progress
+from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
+from coprs_deploy.runtime.concurrency import ConcurrencyLimit
+from coprs_deploy.runtime.encoder import (
+    DecodedImage,
+    EmbeddingCache,
+    EncoderQueue,
+    PendingEmbedding,
+    picture_key,
+)
+from coprs_deploy.runtime.loading import Progress, load_parts, no_progress, resolve_runtimes
 from coprs_deploy.runtime.options import RuntimeOptions
-from coprs_deploy.runtime.stage_opening import resolve_runtimes
+from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
 from coprs_deploy.specs import Geometry
 
-StreamEvent: TypeAlias = Words | PriorReady | Answer
+StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult
 
 
 class CoPRS(Closeable):
@@ -52,38 +55,38 @@ class CoPRS(Closeable):
         stages: the three graphs.
         policy: who writes the reasoning.
         geometry: sizes of the graphs.
-        cached_images: how many image embeddings are kept for further questions.
-        max_waiting: how many answers may wait beyond those that the policy decodes together.
+        max_cached_images: how many image embeddings are kept for further questions.
+        max_queue_size: how many answers may wait beyond those that the policy decodes together.
         timeout_s: seconds within which an answer must be ready; None waits for ever.
 
     Attributes:
         description: who computes what.
-        extent: which pictures the image encoder takes; None stands for any.
+        valid_region: which pictures the image encoder takes; None stands for any.
         choices: how ``--runtime auto`` chose the runtimes; empty where it was not asked to.
     """
 
     def __init__(
         self,
-        stages: Stages,
+        stages: SegmentationGraphs,
         policy: Policy,
         geometry: Geometry,
-        cached_images: int = 8,
+        max_cached_images: int = 8,
         *,
-        max_waiting: int = 256,
+        max_queue_size: int = 256,
         timeout_s: float | None = None,
     ) -> None:
         self._stages = stages
         self._timeout_s = timeout_s
-        self._admission = Admission(policy.concurrency, max_waiting)
+        self._admission = ConcurrencyLimit(policy.concurrency, max_queue_size)
         self._policy = policy
         self._geometry = geometry
         self._encoder = EncoderQueue(stages, geometry)
-        self._cache = EmbeddingCache(cached_images, self._encoder)
+        self._cache = EmbeddingCache(max_cached_images, self._encoder)
         self.choices: tuple[RuntimeChoice, ...] = ()
         graphs = " + ".join(dict.fromkeys(r.description for r in stages.runners.values()))
-        self.extent = stages.extent
-        pictures = "" if self.extent is None else f" for {self.extent}"
-        if self.extent is not None and self.extent.drops_padding:
+        self.valid_region = stages.valid_region
+        pictures = "" if self.valid_region is None else f" for {self.valid_region}"
+        if self.valid_region is not None and self.valid_region.drops_padding:
             pictures += ", padding dropped"
         self.description = f"graphs: {graphs}{pictures}; policy: {policy.description}"
 
@@ -113,15 +116,15 @@ class CoPRS(Closeable):
         if policy is not None:
             options = replace(options, policy=policy)
         progress("checking the bundle's files")
-        opened = open_bundle(shipped.BUNDLE if bundle is None else bundle)
+        opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
         choices = resolve_runtimes(opened, options)  # nothing else runs while it measures
         stages, loaded = load_parts(opened, options, choices, progress)
         coprs = cls(
             stages,
             loaded,
             opened.manifest.geometry,
-            options.cached_images,
-            max_waiting=options.max_waiting,
+            options.max_cached_images,
+            max_queue_size=options.max_queue_size,
             timeout_s=options.timeout_s,
         )
         coprs.choices = choices
@@ -133,7 +136,7 @@ class CoPRS(Closeable):
         instruction: str,
         targets: int = 1,
         max_new_tokens: int | None = None,
-    ) -> Answer:
+    ) -> SegmentationResult:
         """Answer one instruction.
 
         Args:
@@ -150,7 +153,7 @@ class CoPRS(Closeable):
             InstructionError: the instruction is empty or too long.
             PolicyError: the policy failed.
             QueueFullError: as many answers as may wait are waiting already.
-            AnswerTimeoutError: the answer was not ready in time.
+            RequestTimeoutError: the answer was not ready in time.
         """
         events = self._events(image, instruction, targets, max_new_tokens, announces_prior=False)
         return _last(events)
@@ -162,11 +165,15 @@ class CoPRS(Closeable):
             What the answer took; also the graphs behind the image encoder have run once.
         """
         size = self._geometry.image_size
-        height, width = (self.extent.height, self.extent.width) if self.extent else (size, size)
+        height, width = (
+            (self.valid_region.height, self.valid_region.width)
+            if self.valid_region
+            else (size, size)
+        )
         picture = self._open(np.full((height, width, 3), 128, dtype=np.uint8))
         prepared = prepare_image(picture.rgb, self._geometry)
         images = self._stages.images
-        for together in sorted({images.minimum, images.preferred, images.maximum}):
+        for together in sorted({images.min, images.opt, images.max}):
             embedding = self._stages.encode_together([prepared] * together)[0]
         concentrations = np.zeros((1, self._policy.width), dtype=np.float32)
         # Where the graphs are joined, `stream` still runs them apart.
@@ -193,13 +200,13 @@ class CoPRS(Closeable):
         """Refuse a picture, (H, W, 3), of a shape that the bundle does not take.
 
         Raises:
-            ImageSizeError: it is of such a shape; see ``extent``.
+            ImageSizeError: it is of such a shape; see ``valid_region``.
         """
-        require_inside(Placement.of(rgb, self._geometry), self.extent)
+        require_inside(ResizeTransform.of(rgb, self._geometry), self.valid_region)
 
     def segment_many(
         self, questions: Iterable[tuple[ImageSource, str]], targets: int = 1
-    ) -> Iterator[Answer]:
+    ) -> Iterator[SegmentationResult]:
         """Answer many questions in order; the next picture is encoded while this one is decoded.
 
         Args:
@@ -211,7 +218,7 @@ class CoPRS(Closeable):
         """
         workers = self._policy.concurrency
         with ThreadPoolExecutor(workers, thread_name_prefix="segment") as pool:
-            waiting: list[Future[Answer]] = []
+            waiting: list[Future[SegmentationResult]] = []
             try:
                 for image, instruction in questions:
                     waiting.append(self._submit(pool, image, instruction, targets))
@@ -225,7 +232,7 @@ class CoPRS(Closeable):
 
     def _submit(
         self, pool: ThreadPoolExecutor, image: ImageSource, instruction: str, targets: int
-    ) -> Future[Answer]:
+    ) -> Future[SegmentationResult]:
         """Start a question; one that cannot be asked fails when its turn comes."""
         start = time.perf_counter()
         try:
@@ -234,7 +241,7 @@ class CoPRS(Closeable):
                 picture.rgb, instruction, targets, deadline=self._deadline(start)
             )
         except Exception as error:
-            failed: Future[Answer] = Future()
+            failed: Future[SegmentationResult] = Future()
             failed.set_exception(error)
             return failed
         events = self._stream(picture, request, self._encode(picture), start, announces_prior=False)
@@ -250,8 +257,8 @@ class CoPRS(Closeable):
         """Answer one instruction piece by piece; arguments and errors as in :meth:`segment`.
 
         Yields:
-            ``Words`` as the policy writes them, ``PriorReady`` (unless nothing was found), and the
-            ``Answer``. Closing the generator abandons the request.
+            ``TextDelta`` as the policy writes them, ``PriorEvent`` (unless nothing was found), and the
+            ``SegmentationResult``. Closing the generator abandons the request.
         """
         yield from self._events(image, instruction, targets, max_new_tokens, announces_prior=True)
 
@@ -283,11 +290,11 @@ class CoPRS(Closeable):
         instruction: str,
         targets: int = 1,
         max_new_tokens: int | None = None,
-    ) -> Answer:
+    ) -> SegmentationResult:
         """Do what :meth:`segment` does without blocking the event loop; cancelling abandons it."""
-        answer: Answer | None = None
+        answer: SegmentationResult | None = None
         async for event in self.astream(image, instruction, targets, max_new_tokens):
-            answer = event if isinstance(event, Answer) else None
+            answer = event if isinstance(event, SegmentationResult) else None
         assert answer is not None, "a stream ends with its answer"
         return answer
 
@@ -311,24 +318,24 @@ class CoPRS(Closeable):
             thread.submit(events.close)
             thread.shutdown(wait=False)
 
-    def _open(self, image: ImageSource) -> Picture:
+    def _open(self, image: ImageSource) -> DecodedImage:
         start = time.perf_counter()
         rgb = load_image(image)
         rgb.setflags(write=False)  # the encoder may still read it when the answer is given
-        placed = Placement.of(rgb, self._geometry)
-        require_inside(placed, self.extent)
+        placed = ResizeTransform.of(rgb, self._geometry)
+        require_inside(placed, self.valid_region)
         key = picture_key(rgb) if self._cache.capacity else ""
-        return Picture(rgb, placed, key, 1e3 * (time.perf_counter() - start))
+        return DecodedImage(rgb, placed, key, 1e3 * (time.perf_counter() - start))
 
-    def _encode(self, picture: Picture) -> Encoding:
+    def _encode(self, picture: DecodedImage) -> PendingEmbedding:
         """Start the image encoder, unless this picture's embedding is here or on its way."""
-        return Encoding(*self._cache.get_or_submit(picture.key, picture.rgb))
+        return PendingEmbedding(*self._cache.get_or_submit(picture.key, picture.rgb))
 
     def _stream(
         self,
-        picture: Picture,
+        picture: DecodedImage,
         request: PolicyRequest,
-        encoding: Encoding,
+        encoding: PendingEmbedding,
         start: float,
         *,
         announces_prior: bool,
@@ -337,7 +344,7 @@ class CoPRS(Closeable):
             policy_start = time.perf_counter()
             result: PolicyResult | None = None
             for event in self._policy.stream(request):
-                if isinstance(event, Words):
+                if isinstance(event, TextDelta):
                     yield event
                 else:
                     result = event
@@ -377,7 +384,7 @@ class CoPRS(Closeable):
                     resize_ms=decoded.resize_ms,
                     reference_to_mask_ms=1e3 * (decoded.finished - policy_end),
                 )
-            yield Answer(
+            yield SegmentationResult(
                 found=num_targets > 0,
                 masks=decoded.masks,
                 mask_maps=decoded.mask_maps,
@@ -406,10 +413,10 @@ class CoPRS(Closeable):
         return f"CoPRS({self.description})"
 
 
-def _last(events: Iterable[StreamEvent]) -> Answer:
+def _last(events: Iterable[StreamEvent]) -> SegmentationResult:
     """Run a stream to its end and return the answer."""
     answer: StreamEvent | None = None
     for answer in events:  # noqa: B007
         pass
-    assert isinstance(answer, Answer), "a stream ends with its answer"
+    assert isinstance(answer, SegmentationResult), "a stream ends with its answer"
     return answer

@@ -9,14 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.engines import DeviceTensor, Stages
-from coprs_deploy.engines.mask_bits import masks_at_original_size
-from coprs_deploy.engines.stages import join_chunks
-from coprs_deploy.images import Placed
-from coprs_deploy.runtime.answer import PriorReady
-from coprs_deploy.runtime.encoding import Clock
-from coprs_deploy.runtime.logit_maps import LogitMaps
+from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
+from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
+from coprs_deploy.images import HasResize
+from coprs_deploy.runtime.result import LowResolutionLogits, PriorEvent
 from coprs_deploy.specs import Geometry
+
+
+class Clock:
+    """Times consecutive stages."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap_ms(self) -> float:
+        """Milliseconds since the last lap, or since the clock was made."""
+        now = time.perf_counter()
+        elapsed_ms, self._last = 1e3 * (now - self._last), now
+        return elapsed_ms
 
 
 @dataclass(frozen=True)
@@ -34,30 +44,30 @@ class DecodedTargets:
     """
 
     masks: NDArray[np.bool_]
-    mask_maps: LogitMaps
-    prior_maps: LogitMaps
+    mask_maps: LowResolutionLogits
+    prior_maps: LowResolutionLogits
     prior_ms: float = 0.0
     mask_decoder_ms: float = 0.0
     resize_ms: float = 0.0
     finished: float = 0.0
 
     @classmethod
-    def none(cls, placed: Placed, geometry: Geometry) -> DecodedTargets:
+    def none(cls, placed: HasResize, geometry: Geometry) -> DecodedTargets:
         """What an answer without a target has."""
         side = geometry.mask_size
-        nothing = LogitMaps.of(np.zeros((0, 1, side, side), np.float32), placed, geometry)
+        nothing = LowResolutionLogits.of(np.zeros((0, 1, side, side), np.float32), placed, geometry)
         return cls(np.zeros((0, *placed.original_size), np.bool_), nothing, nothing)
 
 
 def decode_targets(
-    stages: Stages,
+    stages: SegmentationGraphs,
     embedding: DeviceTensor,
     concentrations: NDArray[np.float32],
-    placed: Placed,
+    placed: HasResize,
     geometry: Geometry,
     *,
     announces_prior: bool = False,
-) -> Generator[PriorReady, None, DecodedTargets]:
+) -> Generator[PriorEvent, None, DecodedTargets]:
     """Decode N concentrations on an image.
 
     Args:
@@ -75,12 +85,12 @@ def decode_targets(
         Everything together; the logits come to the host after the masks.
     """
 
-    def maps(chunks: list[DeviceTensor]) -> LogitMaps:
-        return LogitMaps.of(join_chunks(chunks, len(concentrations)), placed, geometry)
+    def maps(chunks: list[DeviceTensor]) -> LowResolutionLogits:
+        return LowResolutionLogits.of(join_chunks(chunks, len(concentrations)), placed, geometry)
 
     clock = Clock()
     prior_ms = 0.0
-    announced: LogitMaps | None = None
+    announced: LowResolutionLogits | None = None
     if stages.joins_targets and not announces_prior:
         priors, masks = stages.priors_and_masks(embedding, concentrations, placed.unpadded_size)
     else:
@@ -88,7 +98,7 @@ def decode_targets(
         prior_ms = clock.lap_ms()
         if announces_prior:
             announced = maps(priors)
-            yield PriorReady(announced)
+            yield PriorEvent(announced)
             clock.lap_ms()
         masks = stages.masks(embedding, priors, placed.unpadded_size)
     mask_decoder_ms = clock.lap_ms()

@@ -4,7 +4,7 @@
     GET  /health   200 as soon as questions are taken
     POST /segment  a form with ``image`` (a file), ``instruction``, ``targets``, ``max_new_tokens``
 
-The answer is one JSON object (``Answer.to_json``), or, with ``Accept: text/event-stream``,
+The answer is one JSON object (``SegmentationResult.to_json``), or, with ``Accept: text/event-stream``,
 server-sent events (``server/events.py``). An error is ``{"error": what and how to mend it, "type":
 its class}`` under a status of its own (``server/failures.py``). A client that goes away takes its
 question with it.
@@ -25,8 +25,8 @@ from starlette.concurrency import run_in_threadpool
 from coprs_deploy.images import load_image
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.server.body_limit import BodyLimit
+from coprs_deploy.server.error_handlers import add_handlers
 from coprs_deploy.server.events import EVENT_STREAM, encode_events
-from coprs_deploy.server.failures import add_handlers
 from coprs_deploy.version import __version__
 
 T = TypeVar("T")

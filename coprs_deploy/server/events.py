@@ -21,17 +21,17 @@ from starlette.concurrency import run_in_threadpool
 
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.images import RgbArray
-from coprs_deploy.policy import Words
-from coprs_deploy.runtime import Answer, PriorReady
-from coprs_deploy.runtime.overlay import draw_heatmap, draw_overlay
-from coprs_deploy.server.failures import failure_body
+from coprs_deploy.policy import TextDelta
+from coprs_deploy.runtime import PriorEvent, SegmentationResult
+from coprs_deploy.server.error_handlers import failure_body
+from coprs_deploy.visualization import draw_heatmap, draw_overlay
 
 EVENT_STREAM = "text/event-stream"
 JPEG_QUALITY = 88
 
 
 async def encode_events(
-    rgb: RgbArray, stream: AsyncIterator[Words | PriorReady | Answer]
+    rgb: RgbArray, stream: AsyncIterator[TextDelta | PriorEvent | SegmentationResult]
 ) -> AsyncGenerator[bytes, None]:
     """Encode the events of :meth:`CoPRS.astream`; only the first may raise.
 
@@ -53,10 +53,10 @@ async def encode_events(
             await stream.aclose()
 
 
-def _encode(rgb: RgbArray, event: Words | PriorReady | Answer) -> bytes:
-    if isinstance(event, Words):
+def _encode(rgb: RgbArray, event: TextDelta | PriorEvent | SegmentationResult) -> bytes:
+    if isinstance(event, TextDelta):
         return _write("words", {"text": event.text})
-    if isinstance(event, PriorReady):
+    if isinstance(event, PriorEvent):
         hottest = event.priors.max(axis=0)
         return _write("prior", {"image": _data_address(draw_heatmap(rgb, hottest))})
     picture = _data_address(draw_overlay(rgb, event.masks))

@@ -14,9 +14,8 @@ from torch import nn
 
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Record
-from coprs_deploy.training.grpo.settings import GrpoPhase
-from coprs_deploy.training.phase_settings import Phase
-from coprs_deploy.training.recipe import CheckpointModel, ExampleData, Recipe
+from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.settings import CheckpointModel, ExampleData, GrpoSettings, StageSettings
 
 FULL, HALF = 4, 2
 """Bytes of a float32 and of a bfloat16."""
@@ -185,7 +184,7 @@ def estimate(recipe: Recipe, gpus: int, gpu: Gpu | None = None) -> dict[str, Est
     Raises:
         ValueError: the recipe builds a small model, whose needs are those of any machine.
     """
-    from coprs_deploy.training.example_run import build_on_meta
+    from coprs_deploy.training.run import build_on_meta
 
     model = recipe.model
     if not isinstance(model, CheckpointModel) or not model.policy:
@@ -236,14 +235,14 @@ def policy_sizes(policy: nn.Module) -> PolicySizes:
     )
 
 
-def workload(phase: Phase, sizes: PolicySizes, gpus: int) -> Workload:
+def workload(phase: StageSettings, sizes: PolicySizes, gpus: int) -> Workload:
     """Say what a step of a phase does, at its longest."""
     prompt, response, image = 1300, 2000, 900  # paper, B.3 and section 3.3
-    if not isinstance(phase, GrpoPhase):
-        rows = phase.batch_images
+    if not isinstance(phase, GrpoSettings):
+        rows = phase.global_batch_size
         mine = -(-rows // gpus)
         return Workload(rows, mine, 1, prompt, image, response, 1, "", False, 0)
-    rows = phase.batch_images * phase.group_size
+    rows = phase.global_batch_size * phase.num_generations
     mine = -(-rows // gpus)
     adapters = 0
     if phase.lora.rank:
@@ -253,14 +252,14 @@ def workload(phase: Phase, sizes: PolicySizes, gpus: int) -> Workload:
         adapters = phase.lora.rank * language.depth * ends
     return Workload(
         rows=rows,
-        rows_a_pass=min(mine, phase.rows_per_pass or mine),
-        rows_a_prompt=phase.group_size,
+        rows_a_pass=min(mine, phase.per_device_train_batch_size or mine),
+        rows_a_prompt=phase.num_generations,
         prompt_tokens=prompt,
         image_tokens=image,
         response_tokens=phase.max_response_tokens or response,
         targets=phase.targets,
         engine=phase.rollout.engine,
-        has_reference=phase.kl_weight > 0 and not phase.lora.rank,
+        has_reference=phase.beta > 0 and not phase.lora.rank,
         adapter_parameters=adapters,
     )
 
@@ -277,7 +276,7 @@ def training_bytes(
     tokens = rows * (work.prompt_tokens + work.response_tokens)
     patches = rows * work.image_tokens * sizes.patches_a_token
     geometry = segmentation.config.geometry
-    cells = geometry.embedding_channels * geometry.grid_size**2
+    cells = geometry.out_chans * geometry.grid_size**2
     return (
         sizes.language.activation_bytes(tokens, checkpointing, element)
         + sizes.vision.activation_bytes(patches, checkpointing, element)
@@ -310,7 +309,11 @@ def standing_bytes(
 
 
 def _estimate_phase(
-    sizes: PolicySizes, segmentation: SegmentationModel, phase: Phase, recipe: Recipe, cards: Cards
+    sizes: PolicySizes,
+    segmentation: SegmentationModel,
+    phase: StageSettings,
+    recipe: Recipe,
+    cards: Cards,
 ) -> Estimate:
     model, work, gpus = recipe.model, workload(phase, sizes, cards.number), cards.number
     assert isinstance(model, CheckpointModel)
@@ -336,10 +339,10 @@ def _estimate_phase(
 
 
 def _rollout_bytes(
-    phase: Phase, sizes: PolicySizes, work: Workload, cards: Cards
+    phase: StageSettings, sizes: PolicySizes, work: Workload, cards: Cards
 ) -> tuple[float, bool]:
     """Count what sampling takes on one GPU, and say whether it keeps it during the update."""
-    if not isinstance(phase, GrpoPhase) or work.engine == "vllm_server":
+    if not isinstance(phase, GrpoSettings) or work.engine == "vllm_server":
         return 0.0, False
     if work.engine == "vllm_colocated":
         share = phase.rollout.memory_share * cards.gpu.memory_gb * GIGABYTE

@@ -150,7 +150,7 @@ class FeatureReport:
 def largest_bytes(checkpoint: Checkpoint, num_images: int) -> int:
     """Estimate the disk that so many different images need at most."""
     geometry = checkpoint.config.model.geometry
-    return num_images * 2 * geometry.embedding_channels * geometry.grid_size**2
+    return num_images * 2 * geometry.out_chans * geometry.grid_size**2
 
 
 def compute_features(
@@ -217,7 +217,7 @@ def _compute(
     started = time.perf_counter()
     model = load_segmentation_model(checkpoint)
     geometry = model.config.geometry
-    shape = (geometry.embedding_channels, geometry.grid_size, geometry.grid_size)
+    shape = (geometry.out_chans, geometry.grid_size, geometry.grid_size)
     index = FeatureIndex(SCHEMA_VERSION, encoder_fingerprint(model), shape)
     if (out / INDEX_FILE).is_file():
         if _read_index(out) != index:

@@ -12,41 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coprs_deploy.specs import Record
+from coprs_deploy.training.settings import SegmentationLossWeights
 
 FOCAL_ALPHA = 0.25
+
+
 FOCAL_GAMMA = 2.0
 """Weight of foreground cells and focusing exponent (paper, eq. 8)."""
+
 
 IGNORED_LABEL = -100
 """Marks a position whose next token is not learned."""
 
+
 DICE_SMOOTHING = 1.0
 """Added to both parts of the dice ratio, so that an empty mask has a gradient."""
-
-
-class SegmentationLossWeights(Record, frozen=True):
-    """How the parts of the segmentation loss are added up (paper, eq. 8 and appendix B.3).
-
-    Attributes:
-        prior_bce: binary cross-entropy of the prior.
-        prior_dice: dice of the prior (public code only; off in the paper).
-        mask_dice: dice of the mask, lambda_d.
-        mask_focal: focal loss of the mask, lambda_f.
-        mask_bce: binary cross-entropy of the mask, an addition of this project that small models
-            trained from nothing need for sharp edges.
-    """
-
-    prior_bce: float = 1.0
-    prior_dice: float = 0.0
-    mask_dice: float = 1.5
-    mask_focal: float = 0.0
-    mask_bce: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a loss weight is at least 0")
 
 
 class Mean(NamedTuple):

@@ -16,158 +16,29 @@ from typing import Any, Literal
 
 import msgspec
 
-from coprs_deploy.architecture import SegmentationConfig
+from coprs_deploy.curriculum.recipe import PerceptionSettings, SegmentationSettings, TinyModel
 from coprs_deploy.specs import Record
-from coprs_deploy.training.grpo.settings import GrpoPhase
-from coprs_deploy.training.phase_settings import (
-    SegmentationPhase,
-    SupervisedPhase,
-    WarmUpPhase,
+from coprs_deploy.training.settings import (
+    CheckpointModel,
+    ExampleData,
+    GrpoSettings,
+    SupervisedSettings,
+    SyntheticData,
 )
 
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPE_FOLDERS = tuple(
+    Path(__file__).parents[1] / part / "recipes" for part in ("training", "curriculum")
+)
 
-FREE_TABLES = ("rate_factors", "gates", "kinds", "opening_kinds")
+
+FREE_TABLES = ("lr_multipliers", "gates", "kinds", "initial_question_type_weights")
 """Tables whose keys are not fields of a record."""
+
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
 
 
-class SmallPolicy(Record, frozen=True):
-    """Sizes of a Qwen2.5-VL policy that is trained from nothing.
-
-    Attributes:
-        image_size: side in pixels of the square image that it sees.
-        patch_size: side of a patch in pixels; 2 x 2 patches make one image token.
-        width: D, the width of the language model.
-        depth: its layers.
-        heads: its attention heads.
-        mlp_width: hidden width of its MLPs.
-        vision_width: width of the vision tower.
-        vision_depth: its blocks, all with attention over the whole image.
-        vision_heads: its attention heads; vLLM wants heads at least 32 wide.
-        vision_mlp_width: hidden width of its MLPs.
-        rope_theta: base of the rotary frequencies. The usual 1e6 turns an axis of a small grid by
-            next to nothing.
-        mrope_section: rotary frequencies for time, row and column; they add up to half a head.
-        initializer_range: standard deviation of the starting weights.
-        vocabulary_size: largest number of tokens.
-        max_response_tokens: longest response.
-        instruction: what stands around an instruction in the prompt.
-    """
-
-    image_size: int = 128
-    patch_size: int = 8
-    width: int = 128
-    depth: int = 5
-    heads: int = 4
-    mlp_width: int = 352
-    vision_width: int = 96
-    vision_depth: int = 4
-    vision_heads: int = 3
-    vision_mlp_width: int = 256
-    rope_theta: float = 500.0
-    mrope_section: tuple[int, int, int] = (2, 3, 11)
-    initializer_range: float = 0.06
-    vocabulary_size: int = 1024
-    max_response_tokens: int = 128
-    instruction: str = "{instruction}"
-
-    def __post_init__(self) -> None:
-        for name, value, divisor in (
-            ("image_size", self.image_size, 2 * self.patch_size),
-            ("width", self.width, 2 * self.heads),
-            ("vision_width", self.vision_width, 4 * self.vision_heads),
-        ):
-            if value % divisor:
-                raise ValueError(f"{name} is {value}; it must be a multiple of {divisor}")
-        if sum(self.mrope_section) != self.width // self.heads // 2:
-            raise ValueError(
-                f"mrope_section is {self.mrope_section}; it must add up to half the width of a "
-                f"head, {self.width // self.heads // 2}"
-            )
-
-    @property
-    def grid_size(self) -> int:
-        """Image tokens along one side."""
-        return self.image_size // (2 * self.patch_size)
-
-
-class SmallModel(Record, frozen=True, tag_field="kind", tag="small"):
-    """A whole small CoPRS that is asked many questions on each scene.
-
-    Attributes:
-        segmentation: sizes of the segmentation path.
-        policy: sizes of the policy.
-        start: checkpoint directory of a model of these sizes that is trained further; its
-            tokenizer is kept. Empty starts from random weights.
-    """
-
-    segmentation: SegmentationConfig
-    policy: SmallPolicy = SmallPolicy()
-    start: str = ""
-
-    def __post_init__(self) -> None:
-        if self.segmentation.policy_width != self.policy.width:
-            raise ValueError(
-                f"segmentation.policy_width is {self.segmentation.policy_width}, policy.width is "
-                f"{self.policy.width}; they must be equal"
-            )
-
-
-class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
-    """A model that starts from a checkpoint directory, as ``coprs-deploy convert`` writes it.
-
-    Attributes:
-        path: the checkpoint directory; empty takes the model that comes with the package.
-        policy: name of the policy's size, as ``coprs-deploy convert --random`` knows it; empty
-            where only the checkpoint knows.
-        sam: name of SAM's size; empty likewise.
-        freeze_vision_tower: whether the policy's vision tower stays as it is.
-        gradient_checkpointing: whether activations are computed twice to save memory.
-    """
-
-    path: str = ""
-    policy: str = ""
-    sam: str = ""
-    freeze_vision_tower: bool = False
-    gradient_checkpointing: bool = True
-
-
-class SceneData(Record, frozen=True, tag_field="kind", tag="scenes"):
-    """Generated scenes; a small model is asked afresh each time a scene is shown.
-
-    A model that starts from a checkpoint is asked one question a scene.
-
-    Attributes:
-        tier: which world the scenes come from.
-        training_scenes: how many different scenes are trained on.
-        held_out_scenes: how many others the finished model is judged on, one question each.
-        no_match_scenes: how many more it is asked about something that is not there.
-    """
-
-    tier: Literal["plain", "full"] = "plain"
-    training_scenes: int = 36_000
-    held_out_scenes: int = 1024
-    no_match_scenes: int = 256
-
-
-class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
-    """Examples in files (image, instruction, masks, reasoning).
-
-    Attributes:
-        training: file to train on.
-        held_out: file to judge the model on.
-        features: folder of image embeddings, as ``coprs-deploy features`` writes it; empty
-            computes them in every step.
-    """
-
-    training: str
-    held_out: str
-    features: str = ""
-
-
-AnyPhase = WarmUpPhase | SegmentationPhase | SupervisedPhase | GrpoPhase
+AnyStage = PerceptionSettings | SegmentationSettings | SupervisedSettings | GrpoSettings
 
 
 class Recipe(Record, frozen=True):
@@ -187,27 +58,27 @@ class Recipe(Record, frozen=True):
         workers: further processes of each that prepare its batches, and of the first that draw its
             scenes. With 0 a process prepares a batch before it computes it, which on a CPU costs
             nothing but lets a GPU wait.
-        log_every: steps between two lines of the log.
-        save_every: steps between two states that a killed run resumes from.
+        logging_steps: steps between two lines of the log.
+        save_steps: steps between two states that a killed run resumes from.
     """
 
     description: str
-    model: SmallModel | CheckpointModel
-    data: SceneData | ExampleData
-    phases: dict[str, AnyPhase]
+    model: TinyModel | CheckpointModel
+    data: SyntheticData | ExampleData
+    phases: dict[str, AnyStage]
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     store: Literal["float32", "float16", "bfloat16"] = "float16"
     processes: int = 1
     threads: int = 1
     workers: int = 0
-    log_every: int = 10
-    save_every: int = 200
+    logging_steps: int = 10
+    save_steps: int = 200
 
 
 def recipe_names() -> list[str]:
     """List the recipes of the package."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+    return sorted(path.stem for folder in RECIPE_FOLDERS for path in folder.glob("*.toml"))
 
 
 def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
@@ -238,7 +109,14 @@ def changed_keys(one: Recipe, other: Recipe) -> list[str]:
 
 
 def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = Path(source) if source.endswith(".toml") else RECIPE_FOLDER / f"{source}.toml"
+    path = (
+        Path(source)
+        if source.endswith(".toml")
+        else next(
+            (f / f"{source}.toml" for f in RECIPE_FOLDERS if (f / f"{source}.toml").is_file()),
+            RECIPE_FOLDERS[0] / f"{source}.toml",
+        )
+    )
     if not path.is_file():
         names = recipe_names()
         nearest = difflib.get_close_matches(source, names, n=1)

@@ -4,59 +4,33 @@
     mask score = 0.5 * soft IoU + 0.2 * soft dice + 0.3 * hard IoU
 
 Masks are compared on the mask grid. The paper and its public code disagree on one point of form;
-:class:`FormatConvention` names both.
+:class:`ResponseFormat` names both.
 """
 
 from __future__ import annotations
 
-from enum import Enum
-
 import torch
 from torch import Tensor
 
-from coprs_deploy.prompts import FormatFault, Response
-from coprs_deploy.specs import Record
+from coprs_deploy.prompts import FormatViolation, Response
+from coprs_deploy.training.settings import ResponseFormat, RewardWeights
 
 SOFT_IOU_WEIGHT, SOFT_DICE_WEIGHT, HARD_IOU_WEIGHT = 0.5, 0.2, 0.3
 """Parts of the mask score (paper, B.2)."""
 
+
 HARD_THRESHOLD = 0.5
 """Probability above which a cell belongs to the hard mask."""
+
 
 IMPERFECT_FORMAT_SCORE = 0.9
 """Format score of a response whose form has a minor fault."""
 
 
-class FormatConvention(str, Enum):
-    """Which minor fault of form counts beside a long thought and text before it."""
-
-    PAPER = "paper"
-    """Text after ``<REF_POS>``."""
-
-    PUBLIC_CODE = "public_code"
-    """More than ten words between the thought and ``<REF_POS>``."""
-
-
 _MINOR_FAULTS = {
-    FormatConvention.PAPER: FormatFault.TEXT_AFTER_REFERENCE,
-    FormatConvention.PUBLIC_CODE: FormatFault.LONG_BRIDGE,
+    ResponseFormat.PAPER: FormatViolation.TEXT_AFTER_REFERENCE,
+    ResponseFormat.PUBLIC_CODE: FormatViolation.LONG_BRIDGE,
 }
-
-
-class RewardWeights(Record, frozen=True):
-    """How mask and form are mixed; the paper ablates the mask's share from 0 to 1.
-
-    Attributes:
-        mask: weight of the mask score, in [0, 1]; the format score has the rest.
-        convention: which convention judges the form.
-    """
-
-    mask: float = 0.7
-    convention: FormatConvention = FormatConvention.PAPER
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mask <= 1:
-            raise ValueError(f"mask is {self.mask}; the weight of the mask score is in [0, 1]")
 
 
 def mask_score(probabilities: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +66,7 @@ def mask_score(probabilities: Tensor, target: Tensor) -> Tensor:
 
 def format_score(
     response: Response,
-    convention: FormatConvention = FormatConvention.PAPER,
+    convention: ResponseFormat = ResponseFormat.PAPER,
     num_targets: int = 1,
 ) -> float:
     """Score the form of a response.
@@ -113,14 +87,14 @@ def format_score(
         raise ValueError(f"num_targets is {num_targets}; it must not be negative")
     faults = set(response.faults)
     if len(response.reference_positions) == num_targets:
-        faults -= {FormatFault.SEVERAL_REFERENCES, FormatFault.NO_REFERENCE}
+        faults -= {FormatViolation.SEVERAL_REFERENCES, FormatViolation.NO_REFERENCE}
     elif num_targets != 1:
         return 0.0
     if any(fault.is_fatal for fault in faults):
         return 0.0
     minor = {
-        FormatFault.LONG_THOUGHT,
-        FormatFault.TEXT_BEFORE_THOUGHT,
+        FormatViolation.LONG_THOUGHT,
+        FormatViolation.TEXT_BEFORE_THOUGHT,
         _MINOR_FAULTS[convention],
     }
     return IMPERFECT_FORMAT_SCORE if faults & minor else 1.0

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
+from torch import nn
 
 from coprs_deploy.artifacts import write_json
+from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
+from coprs_deploy.curriculum.run import _train_on_scenes
+from coprs_deploy.data.examples import ExampleFile
+from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
+from coprs_deploy.data.synthetic.presets import PRESETS
+from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.errors import MissingDependencyError
-from coprs_deploy.training.phase_settings import (
-    SegmentationPhase,
-    SupervisedPhase,
-    WarmUpPhase,
+from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
+from coprs_deploy.models import SegmentationModel
+from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.training.features import FeatureStore
+from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.report import write_report
+from coprs_deploy.training.run_directory import (
+    CHECKPOINT_FOLDER,
+    REPORT_FILE,
+    RunDirectory,
+    all_passed,
 )
-from coprs_deploy.training.recipe import (
-    AnyPhase,
+from coprs_deploy.training.settings import (
     CheckpointModel,
     ExampleData,
-    Recipe,
-    SceneData,
-    SmallModel,
+    GrpoSettings,
+    SupervisedSettings,
 )
-from coprs_deploy.training.run_folder import CHECKPOINT_FOLDER, REPORT_FILE, RunFolder, all_passed
+from coprs_deploy.training.state import TrainingState, state_from_checkpoint
+from coprs_deploy.training.supervised_stage import ExampleSets, SupervisedStage
+from coprs_deploy.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from coprs_deploy.training.phases.phase import TrainingPhase
-    from coprs_deploy.training.phases.scene_training import SceneTraining
-    from coprs_deploy.training.workbench import Workbench
+    from coprs_deploy.training.state import TrainingState
 
 
 def train(recipe: Recipe, out: Path, scenes: Path | None = None) -> dict[str, Any]:
@@ -56,13 +69,13 @@ def train(recipe: Recipe, out: Path, scenes: Path | None = None) -> dict[str, An
     if isinstance(recipe.data, ExampleData) and not starts_from_checkpoint:
         raise ValueError('data.kind "examples" needs model.kind "checkpoint"')
     accelerator = _accelerator(recipe, out)
-    folder = RunFolder(out)
+    folder = RunDirectory(out)
     with folder.lock() if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             folder.open(recipe)
         accelerator.init_trackers("tensorboard")
         if starts_from_checkpoint:
-            from coprs_deploy.training.example_run import train_on_examples
+            pass
 
             report = train_on_examples(recipe, accelerator, folder)
         else:
@@ -104,122 +117,132 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
     )
 
 
-def _train_on_scenes(
-    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, scenes: Path
+def train_on_examples(
+    recipe: Recipe, accelerator: Accelerator, folder: RunDirectory
 ) -> dict[str, Any]:
-    from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.training.evaluation import held_out_questions, summarize
-    from coprs_deploy.training.trainer import Trainer
+    """Run the phases of a recipe from a checkpoint to a checkpoint.
 
-    shared = share_scenes(recipe, accelerator, scenes)
-    workbench, judge, data = shared.workbench, shared.judge, recipe.data
-    assert isinstance(data, SceneData)
-    provenance = {"recipe": recipe.description, "seed": recipe.seed, "data": data.to_json()}
-    if isinstance(recipe.model, SmallModel) and recipe.model.start:
-        provenance["from"] = read_checkpoint(recipe.model.start).fingerprint()
+    Raises:
+        ValueError: a phase is neither supervised nor GRPO.
+        CheckpointError: the checkpoint it starts from cannot be used.
+    """
+    model = recipe.model
+    assert isinstance(model, CheckpointModel)
+    checkpoint = read_checkpoint(model.path or CHECKPOINT)
+    workbench = state_from_checkpoint(checkpoint)
+    workbench.segmentation.to(accelerator.device)
+    if accelerator.distributed_type != "FSDP":  # sharding moves each process's share itself
+        workbench.policy.model.to(accelerator.device)
+    examples = example_sets(recipe, checkpoint, workbench)
     trainer = Trainer(accelerator, recipe, folder, workbench)
-    started = time.perf_counter()
-    results = {
-        name: trainer.run(build_phase(name, settings, shared))
-        for name, settings in recipe.phases.items()
-    }
-    checkpoint = folder.path / CHECKPOINT_FOLDER
-    if accelerator.is_main_process:
-        workbench.save_checkpoint(checkpoint, recipe.store, provenance, overwrite=True)
-    accelerator.wait_for_everyone()
-    round_weights(workbench, recipe.store)
-    questions = held_out_questions(
-        shared.held_out.tier,
-        shared.held_out.scenes,
-        data.held_out_scenes,
-        data.no_match_scenes,
-    )
-    generated = judge.judge(questions, True, accelerator)
-    fed = judge.judge(questions, False, accelerator)
+    results: dict[str, Any] = {}
+    for name, settings in recipe.phases.items():
+        workbench.policy.model.requires_grad_(True)
+        workbench.segmentation.requires_grad_(True)
+        freeze_by_recipe(workbench.policy.model, model)
+        if isinstance(settings, SupervisedSettings):
+            phase = SupervisedStage(name, settings, workbench, examples)
+            if model.gradient_checkpointing:
+                save_memory(workbench.policy.model)
+            results[name] = trainer.run(phase)
+        elif isinstance(settings, GrpoSettings):
+            run_grpo = import_grpo()
+            context = run_grpo.RunContext(
+                recipe=recipe,
+                accelerator=accelerator,
+                folder=folder,
+                workbench=workbench,
+                examples=examples,
+                steps_before=sum(result["steps"] for result in results.values()),
+                policy_path=None if results else checkpoint.policy_path,
+            )
+            results[name] = run_grpo.run_grpo_phase(name, settings, context)
+        else:
+            raise ValueError(
+                f"phases.{name} is neither supervised nor grpo; a checkpoint takes no other phase"
+            )
     report = {
         "recipe": recipe.to_json(),
         "minutes": sum(result["seconds"] for result in results.values()) / 60,
-        "minutes_this_time": (time.perf_counter() - started) / 60,
         "phases": results,
         "passed": all_passed(results),
-        "generated": summarize(generated),
-        "teacher_forced": summarize(fed),
-        "answers": [asdict(judged) for judged in generated],
     }
     if accelerator.is_main_process:
-        from coprs_deploy.training.report import write_report
-
+        provenance = {"recipe": recipe.description, "from": checkpoint.fingerprint()}
+        workbench.save_checkpoint(folder.path / CHECKPOINT_FOLDER, recipe.store, provenance, True)
         write_json(folder.path / REPORT_FILE, report)
         write_report(folder, report)
     accelerator.wait_for_everyone()
     return report
 
 
-def share_scenes(recipe: Recipe, accelerator: Accelerator, scenes: Path) -> SceneTraining:
-    """Draw the scenes, and build the model and what its phases share."""
-    import torch
+def import_grpo() -> ModuleType:
+    """Import what needs TRL.
 
-    from coprs_deploy.training.evaluation import Judge
-    from coprs_deploy.training.packed_forward import PackedForward
-    from coprs_deploy.training.packing import QuestionPacker
-    from coprs_deploy.training.phases.scene_training import SceneTraining
-    from coprs_deploy.training.scene_source import SceneSource, corpus, store_scenes
-    from coprs_deploy.training.scenes.tiers import HELD_OUT_SEED, TIERS
-    from coprs_deploy.training.workbench import build_small_workbench
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        from coprs_deploy.training.grpo import stage
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"GRPO needs {error.name}; pip install 'coprs-deploy[train]'"
+        ) from error
+    return stage
 
-    data, model = recipe.data, recipe.model
-    assert isinstance(data, SceneData) and isinstance(model, SmallModel)
-    tier = TIERS[data.tier]
-    with accelerator.main_process_first():
-        stored = store_scenes(tier, 0, data.training_scenes, scenes, recipe.workers)
-        total = data.held_out_scenes + data.no_match_scenes
-        held_out = store_scenes(tier, HELD_OUT_SEED, total, scenes, recipe.workers)
-    workbench = build_small_workbench(model, tier, lambda: corpus(tier), recipe.seed)
-    move_to(workbench, accelerator.device)
-    policy, size = workbench.policy, model.policy.image_size
-    packer = QuestionPacker(policy.tokenizer, policy.prompt, model.policy.grid_size)
-    return SceneTraining(
-        workbench=workbench,
-        training=SceneSource(tier, stored, recipe.seed),
-        held_out=SceneSource(tier, held_out, recipe.seed),
-        packer=packer,
-        judge=Judge(workbench, held_out, PackedForward(policy.model, size, torch.float32), packer),
-        image_size=size,
-        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+
+def example_sets(recipe: Recipe, checkpoint: Checkpoint, workbench: TrainingState) -> ExampleSets:
+    """Open what is learned from and judged on: files of examples, or generated scenes."""
+    data = recipe.data
+    vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
+    if isinstance(data, ExampleData):
+        features = FeatureStore(data.features) if data.features else None
+        if features is not None:
+            features.require_encoder(workbench.segmentation)
+        training, held_out = ExampleFile(data.training), ExampleFile(data.held_out)
+        return ExampleSets(training, held_out, vision, recipe.seed, features)
+    tier = PRESETS[data.tier]
+    return ExampleSets(
+        SceneExamples(tier, data.num_training_scenes),
+        held_out_examples(tier, data.num_held_out_scenes, data.num_no_match_scenes),
+        vision,
+        recipe.seed,
     )
 
 
-def build_phase(name: str, settings: AnyPhase, shared: SceneTraining) -> TrainingPhase[Any]:
-    """Build a phase on scenes; everything may learn unless the phase says otherwise."""
-    from coprs_deploy.training.phases.segmentation import Segmentation
-    from coprs_deploy.training.phases.supervised import Supervised
-    from coprs_deploy.training.phases.warm_up import WarmUp
-
-    workbench = shared.workbench
-    for part in (workbench.policy.model, workbench.segmentation, workbench.heads):
-        part.requires_grad_(True)
-    if isinstance(settings, WarmUpPhase):
-        return WarmUp(name, settings, shared)
-    if isinstance(settings, SegmentationPhase):
-        return Segmentation(name, settings, shared)
-    if isinstance(settings, SupervisedPhase):
-        return Supervised(name, settings, shared)
-    raise ValueError(f'phases.{name} is grpo; it needs model.kind "checkpoint"')
+def freeze_by_recipe(policy: Any, settings: CheckpointModel) -> None:
+    """Freeze the parts of the policy that a recipe leaves as they are."""
+    if settings.freeze_vision_tower:
+        tower = getattr(policy.model, "visual", None) or policy.model.vision_tower
+        tower.requires_grad_(False)
 
 
-def move_to(workbench: Workbench, device: Any) -> None:
-    """Put every part on a device."""
-    for part in (workbench.policy.model, workbench.segmentation, workbench.heads):
-        part.to(device)
+def save_memory(policy: Any) -> None:
+    """Compute activations twice instead of keeping them."""
+    # Later versions of transformers know it by another name.
+    name = "activation_checkpointing_enable"
+    enable = getattr(policy, name, policy.gradient_checkpointing_enable)
+    enable()
 
 
-def round_weights(workbench: Workbench, dtype: str) -> None:
-    """Give the weights the values that the checkpoint stores, so that its figures are its own."""
-    import torch
+def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:
+    """Build policy and segmentation path of the named sizes without memory.
 
-    wanted = getattr(torch, dtype)
-    with torch.no_grad():
-        for part in (workbench.policy.model, workbench.segmentation):
-            for tensor in (*part.parameters(), *part.buffers()):
-                if tensor.is_floating_point():
-                    tensor.copy_(tensor.to(wanted))
+    Raises:
+        ValueError: a size has no such name.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    for name, found, known in (
+        ("model.policy", settings.policy, POLICY_SIZES),
+        ("model.sam", settings.sam, SAM_SIZES),
+    ):
+        if found not in known:
+            raise ValueError(f"{name} is {found!r}; accepted: {', '.join(known)}")
+    size = POLICY_SIZES[settings.policy]
+    tokenizer = build_tokenizer(size.family)
+    with torch.device("meta"):
+        policy = AutoModelForImageTextToText.from_config(build_config(size, tokenizer))
+        width = policy.get_output_embeddings().weight.shape[1]
+        segmentation = SegmentationModel(SegmentationConfig(width, sam=SAM_SIZES[settings.sam]))
+    return policy, segmentation

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.artifacts import new_directory, write_json
 from coprs_deploy.checkpoint import CONFIG_FILE, read_checkpoint
+from coprs_deploy.data.synthetic.presets import PRESETS, Preset
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.training.report import page
-from coprs_deploy.training.run_folder import CHECKPOINT_FOLDER, REPORT_FILE, read_report
-from coprs_deploy.training.scenes.tiers import TIERS, Tier
+from coprs_deploy.training.run_directory import CHECKPOINT_FOLDER, REPORT_FILE, read_report
 
 LARGEST_BYTES = 12_000_000
 """Checkpoint and bundle together: what a wheel may carry."""
@@ -29,7 +29,7 @@ LARGEST_BYTES = 12_000_000
 REPORT_FOLDER = Path("docs/reports/shipped-model")
 
 
-def ship(run: Path, root: Path = shipped.ROOT, reports: Path = REPORT_FOLDER) -> int:
+def ship(run: Path, root: Path = demo.ROOT, reports: Path = REPORT_FOLDER) -> int:
     """Put the model of a finished run in the package's place for it.
 
     Args:
@@ -57,7 +57,7 @@ def ship(run: Path, root: Path = shipped.ROOT, reports: Path = REPORT_FOLDER) ->
     if total > LARGEST_BYTES:
         raise ValueError(f"checkpoint and bundle have {total:,} bytes; at most {LARGEST_BYTES:,}")
     environment = keep_report(run, reports)
-    (root / shipped.MODEL_CARD.name).write_text(card(report, environment, total), encoding="utf-8")
+    (root / demo.MODEL_CARD.name).write_text(card(report, environment, total), encoding="utf-8")
     return total
 
 
@@ -73,12 +73,12 @@ def _read_ended(run: Path) -> dict[str, Any]:
 def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: int) -> str:
     """Write the model card from the figures of the run."""
     recipe, figures, fed = report["recipe"], report["generated"], report["teacher_forced"]
-    tier = TIERS[recipe["data"]["tier"]]
+    tier = PRESETS[recipe["data"]["tier"]]
     kinds = [kind for kind in tier.kinds if kind != "none"]
     rows = ["all", *kinds]
 
     def row(kind: str) -> str:
-        names = ("mask_iou", "precision_at_half", "right_object", "prior_iou")
+        names = ("mask_iou", "precision_at_50", "right_object", "prior_iou")
         found = [figures[name if kind == "all" else f"{kind}.{name}"] for name in names]
         forced = fed["mask_iou" if kind == "all" else f"{kind}.mask_iou"]
         values = " | ".join(f"{value:.3f}" for value in (*found, forced))
@@ -95,27 +95,27 @@ def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: 
         "",
         "## What it is",
         f"- Policy: Qwen2.5-VL's architecture, width {policy['width']}, {policy['depth']} layers, "
-        f"vision tower of width {policy['vision_width']} with {policy['vision_depth']} blocks.",
-        f"- Segmentation: SAM's architecture, image encoder of width {sam['encoder_width']} with "
+        f"vision tower of width {policy['vision_hidden_size']} with {policy['vision_depth']} blocks.",
+        f"- Segmentation: SAM's architecture, image encoder of width {sam['encoder_embed_dim']} with "
         f"{sam['encoder_depth']} blocks, images of {tier.image_size} pixels.",
         f"- {size_bytes / 1e6:.1f} MB: checkpoint in {recipe['store']}, and the three graphs in "
         "float32.",
         "",
         "## What it was trained on",
-        *_world(tier, recipe["data"]["training_scenes"]),
+        *_world(tier, recipe["data"]["num_training_scenes"]),
         "",
         f"The recipe is `coprs_deploy/training/recipes/shipped.toml`, seed {recipe['seed']}, "
         f"{report['minutes']:.0f} minutes on {environment['machine']} in {recipe['precision']}.",
         "",
         "## How well it answers",
-        f"One generated (greedy) answer on each of {recipe['data']['held_out_scenes']:,} scenes "
+        f"One generated (greedy) answer on each of {recipe['data']['num_held_out_scenes']:,} scenes "
         "that it never saw, weights as stored:",
         "",
         "| kind of question | mask IoU | P@0.5 | right object | prior IoU | IoU, reasoning given |",
         "|---|---|---|---|---|---|",
         *(row(kind) for kind in rows),
         "",
-        f"Asked about something that is not there ({recipe['data']['no_match_scenes']} more "
+        f"Asked about something that is not there ({recipe['data']['num_no_match_scenes']} more "
         f"scenes), it says so in {100 * figures['no_match_recall']:.1f} % of the cases; "
         f"{100 * figures['no_match_precision']:.1f} % of its refusals are right. Pearson R of "
         f"prior IoU and mask IoU: {figures['pearson_r']:.3f}. Gates of the recipe: "
@@ -135,7 +135,7 @@ def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: 
     return "\n".join(lines) + "\n"
 
 
-def _world(tier: Tier, num_scenes: int) -> list[str]:
+def _world(tier: Preset, num_scenes: int) -> list[str]:
     return [
         f"{num_scenes:,} generated scenes of the tier `{tier.name}`: {tier.num_objects[0]} to "
         f"{tier.num_objects[1]} objects, {len(tier.shapes)} shapes, {len(tier.textures)} textures, "
@@ -190,7 +190,7 @@ def main() -> None:
     """Ship the run that is named on the command line."""
     parser = argparse.ArgumentParser(description="Ship the model of a finished run.")
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--root", type=Path, default=shipped.ROOT)
+    parser.add_argument("--root", type=Path, default=demo.ROOT)
     parser.add_argument("--reports", type=Path, default=REPORT_FOLDER)
     parser.add_argument("--only-report", action="store_true", help="ship no model")
     arguments = parser.parse_args()

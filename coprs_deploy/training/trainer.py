@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from coprs_deploy.training.batches import step_batches
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optimizers import build_optimizers, relative_rate, set_rate
-from coprs_deploy.training.phases.held_out import reduce_means
-from coprs_deploy.training.phases.phase import Outcome, TrainingPhase
+from coprs_deploy.training.optim import build_optimizers, relative_rate, set_rate
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.run_folder import WEIGHTS_FILE, RunFolder
-from coprs_deploy.training.step_batches import step_batches
-from coprs_deploy.training.workbench import Workbench
+from coprs_deploy.training.run_directory import WEIGHTS_FILE, RunDirectory
+from coprs_deploy.training.stage import StageOutput, TrainingStage, reduce_means
+from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +34,11 @@ class Trainer:
     """
 
     def __init__(
-        self, accelerator: Accelerator, recipe: Recipe, folder: RunFolder, workbench: Workbench
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        folder: RunDirectory,
+        workbench: TrainingState,
     ) -> None:
         self._accelerator = accelerator
         self._recipe = recipe
@@ -43,7 +46,7 @@ class Trainer:
         self._workbench = workbench
         self._steps_before = 0
 
-    def run(self, phase: TrainingPhase[Any]) -> dict[str, Any]:
+    def run(self, phase: TrainingStage[Any]) -> dict[str, Any]:
         """Run a phase to its end, from its last state if there is one.
 
         Returns:
@@ -58,7 +61,7 @@ class Trainer:
         self._steps_before += phase.settings.steps
         return result
 
-    def _train(self, phase: TrainingPhase[Any]) -> dict[str, Any]:
+    def _train(self, phase: TrainingStage[Any]) -> dict[str, Any]:
         accelerator, settings = self._accelerator, phase.settings
         torch.manual_seed(self._recipe.seed)
         state = self._folder.latest_state(phase.name)
@@ -82,15 +85,15 @@ class Trainer:
             line = self._step(phase, objective, optimizers, batch, relative)
             done = step + 1
             is_last = done == settings.steps
-            if done % self._recipe.log_every == 0 or is_last:
+            if done % self._recipe.logging_steps == 0 or is_last:
                 self._log(phase, done, relative, line, clock)
-            if settings.evaluate_every and done % settings.evaluate_every == 0 and not is_last:
-                metrics = phase.evaluate(accelerator, settings.evaluation_scenes)
+            if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
+                metrics = phase.evaluate(accelerator, settings.num_eval_examples)
                 objective.train()
                 self._log_evaluation(phase, done, metrics, clock)
-            if done % self._recipe.save_every == 0 and not is_last:
+            if done % self._recipe.save_steps == 0 and not is_last:
                 self._save(phase.name, done, clock.seconds(), facts)
-        metrics = phase.evaluate(accelerator, settings.evaluation_scenes)
+        metrics = phase.evaluate(accelerator, settings.num_eval_examples)
         self._log_evaluation(phase, settings.steps, metrics, clock)
         result = _result(phase, metrics, facts, clock.seconds())
         self._finish(phase.name, result)
@@ -98,18 +101,18 @@ class Trainer:
 
     def _step(
         self,
-        phase: TrainingPhase[Any],
+        phase: TrainingStage[Any],
         objective: torch.nn.Module,
         optimizers: list[Any],
         batch: Any,
         relative: float,
-    ) -> Outcome:
+    ) -> StageOutput:
         """Move the weights once."""
         from accelerate.utils import send_to_device
 
         accelerator = self._accelerator
         set_rate(optimizers, relative)
-        outcome: Outcome = objective(send_to_device(batch, accelerator.device))
+        outcome: StageOutput = objective(send_to_device(batch, accelerator.device))
         loss = self._total(outcome.losses, phase.coefficients(relative))
         accelerator.backward(loss)
         moved = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -136,10 +139,10 @@ class Trainer:
 
     def _log(
         self,
-        phase: TrainingPhase[Any],
+        phase: TrainingStage[Any],
         step: int,
         relative: float,
-        outcome: Outcome,
+        outcome: StageOutput,
         clock: _Clock,
     ) -> None:
         losses = reduce_means(self._accelerator, _detached(outcome.losses))
@@ -164,7 +167,7 @@ class Trainer:
         )
 
     def _log_evaluation(
-        self, phase: TrainingPhase[Any], step: int, metrics: dict[str, float], clock: _Clock
+        self, phase: TrainingStage[Any], step: int, metrics: dict[str, float], clock: _Clock
     ) -> None:
         if not self._accelerator.is_main_process:
             return
@@ -228,7 +231,7 @@ def _detached(means: dict[str, Mean]) -> dict[str, Mean]:
 
 
 def _result(
-    phase: TrainingPhase[Any], metrics: dict[str, float], facts: dict[str, float], seconds: float
+    phase: TrainingStage[Any], metrics: dict[str, float], facts: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     return {
         "steps": phase.settings.steps,

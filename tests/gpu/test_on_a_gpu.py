@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 
 from coprs_deploy.bundle import open_bundle
-from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph, runtime_module
-from coprs_deploy.engines.cuda_device import current_gpu
-from coprs_deploy.engines.mask_bits import masks_at_original_size
-from coprs_deploy.engines.runtime_choice import trial_inputs
-from coprs_deploy.engines.stages import join_chunks
+from coprs_deploy.engines import (
+    RunnerOptions,
+    SegmentationGraphs,
+    open_bundle_graph,
+    runtime_module,
+)
+from coprs_deploy.engines.autotune import trial_inputs
+from coprs_deploy.engines.cuda import current_gpu
+from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
 from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
-from coprs_deploy.specs import GRAPH_NAMES, PRIOR, CountProfile
+from coprs_deploy.specs import GRAPH_NAMES, PRIOR, OptimizationProfile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,8 +41,8 @@ def engines(request, tiny_checkpoint, tmp_path_factory):
     gpu = current_gpu().compute_capability
     options = ExportOptions(
         runtime=request.param,
-        targets=CountProfile(1, 2, 4),
-        images=CountProfile(1, 2, 4),
+        targets=OptimizationProfile(1, 2, 4),
+        images=OptimizationProfile(1, 2, 4),
         gpus=(gpu,) if request.param == "tensorrt-rtx" else (),
         cache=tmp_path_factory.mktemp("cache"),
     )
@@ -76,13 +80,13 @@ def test_recorded_work_gives_the_same_bits(engines, name):
 @pytest.mark.parametrize("recorded", [True, False])
 def test_prior_and_mask_decoder_as_one_call_give_the_same_bits(engines, recorded):
     options = RunnerOptions(device="cuda", cuda_graphs=recorded)
-    with Stages(
+    with SegmentationGraphs(
         {name: open_bundle_graph(engines, name, options) for name in GRAPH_NAMES}
     ) as stages:
         assert stages.joins_targets
         prepared = prepare_image(np.full((90, 140, 3), 99, np.uint8), engines.manifest.geometry)
         embedding = stages.encode(prepared)
-        width = engines.manifest.policy.width
+        width = engines.manifest.policy.hidden_size
         concentrations = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
         priors = stages.priors(embedding, concentrations)
         apart = (priors, stages.masks(embedding, priors, prepared.unpadded_size))
@@ -100,11 +104,13 @@ def assert_images_together_equal_each_alone(bundle, device):
     """Encode five pictures in two calls, and decode each embedding where the batch left it."""
     graphs, geometry = bundle.manifest.graphs, bundle.manifest.geometry
     options = RunnerOptions(device=device)
-    with Stages({name: open_bundle_graph(bundle, name, options) for name in graphs}) as stages:
+    with SegmentationGraphs(
+        {name: open_bundle_graph(bundle, name, options) for name in graphs}
+    ) as stages:
         generator = np.random.default_rng(1)
         drawn = [generator.integers(0, 256, (50, 30 + n, 3), dtype=np.uint8) for n in range(5)]
         pictures = [prepare_image(picture, geometry) for picture in drawn]
-        concentrations = np.ones((1, bundle.manifest.policy.width), np.float32)
+        concentrations = np.ones((1, bundle.manifest.policy.hidden_size), np.float32)
         for picture, embedding in zip(pictures, stages.encode_together(pictures), strict=True):
             alone = stages.encode(picture)
             scale = np.abs(alone.numpy()).max()
@@ -123,7 +129,7 @@ def test_engines_encode_images_together(engines):
 
 def test_onnx_runtime_encodes_images_together_on_cuda(tiny_checkpoint, tmp_path):
     require("onnxruntime")
-    options = ExportOptions(images=CountProfile(1, 2, 4))
+    options = ExportOptions(images=OptimizationProfile(1, 2, 4))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert_images_together_equal_each_alone(bundle, "cuda")
 
@@ -138,7 +144,7 @@ def test_engines_for_one_aspect_are_verified_like_others(
     gpu = current_gpu()
     options = ExportOptions(
         runtime=runtime,
-        aspect=(16, 9),
+        aspect_ratio=(16, 9),
         drop_padding=drop_padding,
         gpus=(gpu.compute_capability,) if runtime == "tensorrt-rtx" else (),
         cache=tmp_path / "cache",

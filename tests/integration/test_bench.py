@@ -17,8 +17,7 @@ from coprs_deploy.benchmarks.report import read_report
 from coprs_deploy.benchmarks.run import Request, run_benchmark
 from coprs_deploy.benchmarks.suites import precision
 from coprs_deploy.cli.main import main
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

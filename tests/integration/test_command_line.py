@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.cli.main import READER_GONE, main
 
 
@@ -76,7 +76,7 @@ class TestTheMainRoad:
 
     def test_the_mask_of_the_bundle_is_that_of_pytorch(self, road):
         from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
-        from coprs_deploy.engines import Stages
+        from coprs_deploy.engines import SegmentationGraphs
         from coprs_deploy.engines.torch_runner import TorchRunner
         from coprs_deploy.policy.transformers_policy import TransformersPolicy
         from coprs_deploy.runtime import CoPRS
@@ -85,7 +85,7 @@ class TestTheMainRoad:
         done = run_json("segment", road / "scene.png", "the red thing", "--bundle", road / "bundle")
         checkpoint = read_checkpoint(road / "checkpoint")
         config = checkpoint.config
-        specs = graph_specs(config.model.geometry, config.model.policy_width)
+        specs = graph_specs(config.model.geometry, config.model.policy_hidden_size)
         stages = load_segmentation_model(checkpoint).stages()
         policy = TransformersPolicy(
             checkpoint.policy_path,
@@ -94,7 +94,7 @@ class TestTheMainRoad:
             config.policy_image.max_pixels,
         )
         runners = {name: TorchRunner(module, specs[name]) for name, module in stages.items()}
-        with CoPRS(Stages(runners), policy, config.model.geometry) as reference:
+        with CoPRS(SegmentationGraphs(runners), policy, config.model.geometry) as reference:
             answer = reference.segment(road / "scene.png", "the red thing")
         assert answer.rle() == done["masks"]
         assert answer.response == done["response"]
@@ -227,7 +227,7 @@ class TestWrongUse:
             (["inspect", "nowhere"], "there is no bundle at nowhere"),
             (["export", "nowhere", "--out", "b"], "there is no checkpoint directory nowhere"),
             (["export", "nowhere", "--out", "b", "--precision", "fp17"], "accepted: fp32, bf16"),
-            (["export", "nowhere", "--out", "b", "--targets", "4,1"], "min,preferred,max"),
+            (["export", "nowhere", "--out", "b", "--targets", "4,1"], "min,opt,max"),
             (["convert", "--out", "c"], "one of the arguments --policy"),
             (["convert", "--random", "--sam", "vit_x", "--out", "c"], "vit_b, vit_l, vit_h"),
             (["convert", "--policy", "p", "--out", "c"], "--sam is missing"),
@@ -257,7 +257,7 @@ def test_scenes_are_drawn_to_look_at_or_to_learn_from(name, tmp_path):
         with Image.open(tmp_path / name) as sheet:
             assert sheet.size[0] > 900
     else:
-        from coprs_deploy.training.examples import ExampleFile
+        from coprs_deploy.data.examples import ExampleFile
 
         assert len(ExampleFile(tmp_path / name, strict=True)) == 3
 
@@ -282,7 +282,7 @@ def test_doctor_says_that_this_machine_can_answer():
         assert entry["is_available"] or entry["remedy"]
 
 
-@pytest.mark.parametrize("arguments", [("inspect", shipped.BUNDLE), ("train", "--list")])
+@pytest.mark.parametrize("arguments", [("inspect", demo.BUNDLE), ("train", "--list")])
 def test_a_reader_that_has_seen_enough_is_no_error(arguments):
     command = [sys.executable, "-m", "coprs_deploy.cli.main", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.architecture import SAM_SIZES
 from coprs_deploy.benchmarks import engine_steps, full_size_engines
 from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER
 
 GPUS = ["sm_80", "sm_89", "sm_120"]

@@ -7,14 +7,14 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 
 from coprs_deploy import CoPRS
 from coprs_deploy.cli.main import main
+from tests import ROOT
 
-SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
+SCENE = ROOT / "examples" / "scene.png"
 INSTRUCTION = "the largest red circle"
 
 

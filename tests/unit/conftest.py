@@ -1,10 +1,10 @@
 """A runtime of fakes."""
 
 import pytest
-from runtime_fakes import GEOMETRY, SPECS, FakePolicy, FakeRunner
 
-from coprs_deploy.engines import Stages
+from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.runtime import CoPRS
+from tests.unit.runtime_fakes import GEOMETRY, SPECS, FakePolicy, FakeRunner
 
 
 @pytest.fixture
@@ -12,12 +12,18 @@ def build():
     """Build a CoPRS of fakes, and close it after the test."""
     built = []
 
-    def builder(policy=None, encode=lambda: None, cached_images=8, specs=SPECS, **options):
+    def builder(policy=None, encode=lambda: None, max_cached_images=8, specs=SPECS, **options):
         runners = {
             name: FakeRunner(name, encode if name == "image_encoder" else lambda: None)
             for name in specs
         }
-        coprs = CoPRS(Stages(runners), policy or FakePolicy(), GEOMETRY, cached_images, **options)
+        coprs = CoPRS(
+            SegmentationGraphs(runners),
+            policy or FakePolicy(),
+            GEOMETRY,
+            max_cached_images,
+            **options,
+        )
         built.append(coprs)
         return coprs, runners
 

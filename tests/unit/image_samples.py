@@ -12,7 +12,7 @@ from coprs_deploy.specs import Geometry
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 SAM = Geometry()
-TINY = Geometry(image_size=128, patch_size=8, embedding_channels=64)
+TINY = Geometry(image_size=128, patch_size=8, out_chans=64)
 
 RED, GREEN, BLUE, WHITE, BLACK = (
     (255, 0, 0),

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from coprs_deploy.engines.runner import Runner
-from coprs_deploy.policy import Policy, PolicyResult, StopReason, Words
+from coprs_deploy.policy import Policy, PolicyResult, StopReason, TextDelta
 from coprs_deploy.prompts import Response
 from coprs_deploy.specs import Geometry, graph_specs
 
 WAIT = 30
 """Seconds after which a thread that should have moved on is taken for stuck."""
 
-GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
+GEOMETRY = Geometry(image_size=32, patch_size=8, out_chans=8)
 DIMENSION = 4
 SPECS = graph_specs(GEOMETRY, DIMENSION)
 
@@ -77,7 +77,7 @@ class FakePolicy(Policy):
         try:
             for word in self.words:
                 self.during()
-                yield Words(word)
+                yield TextDelta(word)
             targets = request.targets if self.found is None else self.found
             numbers = np.arange(11, 11 + targets, dtype=np.float32)
             text = "".join(self.words)

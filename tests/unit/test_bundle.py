@@ -21,7 +21,7 @@ from coprs_deploy.errors import BundleError, BundleIntegrityError
 from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER, PRIOR, Geometry, graph_specs
 
-GEOMETRY = Geometry(image_size=128, patch_size=8, embedding_channels=64)
+GEOMETRY = Geometry(image_size=128, patch_size=8, out_chans=64)
 
 
 def manifest_of(root, policy_path="policy"):

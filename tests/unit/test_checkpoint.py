@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.checkpoint import (
     CONFIG_FILE,
     NAMES_SHOWN,
@@ -22,10 +21,11 @@ from coprs_deploy.checkpoint import (
     write_checkpoint,
 )
 from coprs_deploy.errors import ArtifactError, CheckpointError
+from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.prompts import PromptTemplate
 
-MODEL = SegmentationConfig(policy_width=64, sam=SAM_SIZES["tiny"])
+MODEL = SegmentationConfig(policy_hidden_size=64, sam=SAM_SIZES["tiny"])
 CONFIG = CheckpointConfig(
     model=MODEL,
     prompt=PromptTemplate("<image> {instruction}", "<image>"),
@@ -226,7 +226,7 @@ def test_a_configuration_that_is_not_valid_is_refused_by_name(checkpoint, conten
     [
         (lambda data: data.update(modell={}), "unknown field `modell`"),
         (lambda data: data.pop("prompt"), "missing required field `prompt`"),
-        (lambda data: data["model"].update(policy_width=0), "policy_width is 0"),
+        (lambda data: data["model"].update(policy_hidden_size=0), "policy_hidden_size is 0"),
         (lambda data: data["model"]["sam"].update(encoder_depth="3"), r"\$\.model\.sam"),
         (lambda data: data["policy_image"].update(min_pixels=99_999), "min_pixels is 99999"),
         (lambda data: data["prompt"].update(text=""), "exactly once"),
@@ -274,7 +274,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(checkpoint, tensors, change
 
 
 def test_weights_of_another_architecture_are_refused(checkpoint):
-    change_config(checkpoint, lambda data: data["model"].update(policy_width=65))
+    change_config(checkpoint, lambda data: data["model"].update(policy_hidden_size=65))
     with pytest.raises(CheckpointError, match=rf"{PRIOR_QUERY} is \(64, 64\), not \(64, 65\)"):
         load_segmentation_model(read_checkpoint(checkpoint.path))
 

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from image_samples import PROPERTY, SAM, TINY, colors, encoded
 from PIL import Image
 
 from coprs_deploy.images import (
@@ -17,6 +16,7 @@ from coprs_deploy.images import (
     unpadded_size,
 )
 from coprs_deploy.specs import Geometry
+from tests.unit.image_samples import PROPERTY, SAM, TINY, colors, encoded
 
 
 def test_an_image_key_depends_on_every_pixel_and_on_the_shape():

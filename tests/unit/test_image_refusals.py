@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_samples import (
+from PIL import Image, ImageFile
+
+from coprs_deploy import images
+from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
+from coprs_deploy.images import (
+    load_image,
+)
+from tests.unit.image_samples import (
     GREEN,
     PROPERTY,
     RED,
@@ -18,13 +25,6 @@ from image_samples import (
     encoded,
     frames,
     png,
-)
-from PIL import Image, ImageFile
-
-from coprs_deploy import images
-from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
-from coprs_deploy.images import (
-    load_image,
 )
 
 

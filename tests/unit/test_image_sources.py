@@ -6,7 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_samples import (
+from PIL import Image
+
+from coprs_deploy.images import (
+    load_image,
+)
+from tests.unit.image_samples import (
     BLACK,
     BLUE,
     GREEN,
@@ -18,11 +23,6 @@ from image_samples import (
     exif_block,
     frames,
     png,
-)
-from PIL import Image
-
-from coprs_deploy.images import (
-    load_image,
 )
 
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_samples import PROPERTY, SAM, TINY
 
 from coprs_deploy.images import (
     PreparedImage,
     resize_logits,
     unpadded_size,
 )
+from tests.unit.image_samples import PROPERTY, SAM, TINY
 
 
 def logits_of(count, size, seed=0):

@@ -10,7 +10,14 @@ import pytest
 import coprs_deploy
 from coprs_deploy.errors import CoPRSError
 
-PUBLIC_NAMES = ["Answer", "CoPRS", "CoPRSError", "PriorReady", "Words", "__version__"]
+PUBLIC_NAMES = [
+    "SegmentationResult",
+    "CoPRS",
+    "CoPRSError",
+    "PriorEvent",
+    "TextDelta",
+    "__version__",
+]
 
 ANY_LIBRARY = [
     "PIL",

@@ -6,14 +6,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from coprs_deploy.conversion.generated_policy import build_tokenizer
-from coprs_deploy.conversion.policies import DEFAULT_PROMPTS
+from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
+from coprs_deploy.conversion.random_policy import build_tokenizer
 from coprs_deploy.errors import CoPRSError, InstructionError
 from coprs_deploy.prompts import (
     LONGEST_BRIDGE,
     LONGEST_REASONING,
     REFERENCE_TOKEN,
-    FormatFault,
+    FormatViolation,
     PromptTemplate,
     check_instruction,
     encode_prompt,
@@ -276,48 +276,48 @@ def test_a_response_in_form_has_no_faults():
 
 THOUGHT = "<think>it is red</think>"
 MINOR = {
-    FormatFault.LONG_THOUGHT,
-    FormatFault.TEXT_BEFORE_THOUGHT,
-    FormatFault.TEXT_AFTER_REFERENCE,
-    FormatFault.LONG_BRIDGE,
+    FormatViolation.LONG_THOUGHT,
+    FormatViolation.TEXT_BEFORE_THOUGHT,
+    FormatViolation.TEXT_AFTER_REFERENCE,
+    FormatViolation.LONG_BRIDGE,
 }
 
 RESPONSES = [
-    (("it is red", ""), [FormatFault.NO_THOUGHT]),
-    (("<think>it is red", ""), [FormatFault.NO_THOUGHT]),
-    (("it is red</think>", ""), [FormatFault.NO_THOUGHT]),
-    (("</think>red<think>", ""), [FormatFault.NO_THOUGHT]),
-    (("<THINK>red</THINK>", ""), [FormatFault.NO_THOUGHT]),
-    ((THOUGHT + THOUGHT, ""), [FormatFault.SEVERAL_THOUGHTS]),
-    (("<think>a<think>b</think>", ""), [FormatFault.SEVERAL_THOUGHTS]),
-    (("<think>a</think></think>", ""), [FormatFault.SEVERAL_THOUGHTS]),
-    (("<think></think>", ""), [FormatFault.BLANK_THOUGHT]),
-    (("<think> \n\t</think>", ""), [FormatFault.BLANK_THOUGHT]),
-    ((THOUGHT,), [FormatFault.NO_REFERENCE]),
-    (("",), [FormatFault.NO_THOUGHT, FormatFault.NO_REFERENCE]),
-    (("", ""), [FormatFault.NO_THOUGHT]),
-    ((THOUGHT, "", ""), [FormatFault.SEVERAL_REFERENCES]),
-    ((THOUGHT, " and ", " and ", ""), [FormatFault.SEVERAL_REFERENCES]),
-    (("", THOUGHT), [FormatFault.REFERENCE_BEFORE_THOUGHT, FormatFault.TEXT_AFTER_REFERENCE]),
+    (("it is red", ""), [FormatViolation.NO_THOUGHT]),
+    (("<think>it is red", ""), [FormatViolation.NO_THOUGHT]),
+    (("it is red</think>", ""), [FormatViolation.NO_THOUGHT]),
+    (("</think>red<think>", ""), [FormatViolation.NO_THOUGHT]),
+    (("<THINK>red</THINK>", ""), [FormatViolation.NO_THOUGHT]),
+    ((THOUGHT + THOUGHT, ""), [FormatViolation.SEVERAL_THOUGHTS]),
+    (("<think>a<think>b</think>", ""), [FormatViolation.SEVERAL_THOUGHTS]),
+    (("<think>a</think></think>", ""), [FormatViolation.SEVERAL_THOUGHTS]),
+    (("<think></think>", ""), [FormatViolation.BLANK_THOUGHT]),
+    (("<think> \n\t</think>", ""), [FormatViolation.BLANK_THOUGHT]),
+    ((THOUGHT,), [FormatViolation.NO_REFERENCE]),
+    (("",), [FormatViolation.NO_THOUGHT, FormatViolation.NO_REFERENCE]),
+    (("", ""), [FormatViolation.NO_THOUGHT]),
+    ((THOUGHT, "", ""), [FormatViolation.SEVERAL_REFERENCES]),
+    ((THOUGHT, " and ", " and ", ""), [FormatViolation.SEVERAL_REFERENCES]),
+    (("", THOUGHT), [FormatViolation.REFERENCE_BEFORE_THOUGHT, FormatViolation.TEXT_AFTER_REFERENCE]),
     (("<think>it", "is red</think>", ""), [
-        FormatFault.SEVERAL_REFERENCES,
-        FormatFault.REFERENCE_BEFORE_THOUGHT,
+        FormatViolation.SEVERAL_REFERENCES,
+        FormatViolation.REFERENCE_BEFORE_THOUGHT,
     ]),
-    (("Well: " + THOUGHT, ""), [FormatFault.TEXT_BEFORE_THOUGHT]),
+    (("Well: " + THOUGHT, ""), [FormatViolation.TEXT_BEFORE_THOUGHT]),
     ((" \n" + THOUGHT, ""), []),
-    ((THOUGHT, " there"), [FormatFault.TEXT_AFTER_REFERENCE]),
+    ((THOUGHT, " there"), [FormatViolation.TEXT_AFTER_REFERENCE]),
     ((THOUGHT, " \n"), []),
     ((THOUGHT + " w" * LONGEST_BRIDGE, ""), []),
-    ((THOUGHT + " w" * (LONGEST_BRIDGE + 1), ""), [FormatFault.LONG_BRIDGE]),
-    ((THOUGHT + " w" * (LONGEST_BRIDGE + 1),), [FormatFault.NO_REFERENCE]),
+    ((THOUGHT + " w" * (LONGEST_BRIDGE + 1), ""), [FormatViolation.LONG_BRIDGE]),
+    ((THOUGHT + " w" * (LONGEST_BRIDGE + 1),), [FormatViolation.NO_REFERENCE]),
     ((f"<think>{'x' * LONGEST_REASONING}</think>", ""), []),
-    ((f"<think>{'x' * (LONGEST_REASONING + 1)}</think>", ""), [FormatFault.LONG_THOUGHT]),
+    ((f"<think>{'x' * (LONGEST_REASONING + 1)}</think>", ""), [FormatViolation.LONG_THOUGHT]),
     (("a <think>\n</think>" + " w" * 11, " z", "z"), [
-        FormatFault.BLANK_THOUGHT,
-        FormatFault.SEVERAL_REFERENCES,
-        FormatFault.TEXT_BEFORE_THOUGHT,
-        FormatFault.TEXT_AFTER_REFERENCE,
-        FormatFault.LONG_BRIDGE,
+        FormatViolation.BLANK_THOUGHT,
+        FormatViolation.SEVERAL_REFERENCES,
+        FormatViolation.TEXT_BEFORE_THOUGHT,
+        FormatViolation.TEXT_AFTER_REFERENCE,
+        FormatViolation.LONG_BRIDGE,
     ]),
 ]  # fmt: skip
 
@@ -328,11 +328,11 @@ def test_faults_are_found_in_their_order(pieces, faults):
 
 
 def test_every_fault_has_a_response_that_shows_it():
-    assert {fault for _, faults in RESPONSES for fault in faults} == set(FormatFault)
+    assert {fault for _, faults in RESPONSES for fault in faults} == set(FormatViolation)
 
 
 def test_only_faults_of_style_are_not_fatal():
-    assert {fault for fault in FormatFault if not fault.is_fatal} == MINOR
+    assert {fault for fault in FormatViolation if not fault.is_fatal} == MINOR
 
 
 @pytest.mark.parametrize(
@@ -371,19 +371,19 @@ def test_positions_and_text_follow_the_tokens(pieces):
         place for place, token in enumerate(ids) if token == REFERENCE_ID
     ]
     assert response.text == REFERENCE_TOKEN.join(pieces)
-    assert (FormatFault.NO_REFERENCE in response.faults) == (len(pieces) == 1)
-    assert (FormatFault.SEVERAL_REFERENCES in response.faults) == (len(pieces) > 2)
-    assert "<think>" not in response.reasoning or FormatFault.NO_THOUGHT in response.faults or (
-        FormatFault.SEVERAL_THOUGHTS in response.faults
+    assert (FormatViolation.NO_REFERENCE in response.faults) == (len(pieces) == 1)
+    assert (FormatViolation.SEVERAL_REFERENCES in response.faults) == (len(pieces) > 2)
+    assert "<think>" not in response.reasoning or FormatViolation.NO_THOUGHT in response.faults or (
+        FormatViolation.SEVERAL_THOUGHTS in response.faults
     )  # fmt: skip
-    order = list(FormatFault)
+    order = list(FormatViolation)
     assert list(response.faults) == sorted(response.faults, key=order.index)
 
 
 def test_the_letters_of_the_token_are_not_the_token():
     response = read(f"{THOUGHT} {REFERENCE_TOKEN}")
     assert response.reference_positions == ()
-    assert response.faults == (FormatFault.NO_REFERENCE,)
+    assert response.faults == (FormatViolation.NO_REFERENCE,)
 
 
 @families
@@ -403,4 +403,4 @@ def test_a_response_is_read_with_a_real_tokenizer(family):
     assert response.text == "<think> the é, as <<REF_POS></think><REF_POS><REF_POS>"
     assert response.reasoning == "the é, as <<REF_POS>"
     assert response.reference_positions == (len(ids) - 3, len(ids) - 2)
-    assert response.faults == (FormatFault.SEVERAL_REFERENCES,)
+    assert response.faults == (FormatViolation.SEVERAL_REFERENCES,)

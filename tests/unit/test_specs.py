@@ -10,9 +10,9 @@ from coprs_deploy.specs import (
     MASK_DECODER,
     OUTSIDE_IMAGE_LOGIT,
     PRIOR,
-    CountProfile,
     Geometry,
     GraphSpec,
+    OptimizationProfile,
     TensorSpec,
     graph_specs,
 )
@@ -24,7 +24,7 @@ def test_the_default_geometry_is_that_of_sam():
     geometry = Geometry()
     assert (geometry.image_size, geometry.grid_size, geometry.mask_size) == (1024, 64, 256)
     assert geometry.mask_stride == 4
-    assert geometry.embedding_channels == 256
+    assert geometry.out_chans == 256
     assert geometry.pixel_mean == (123.675, 116.28, 103.53)
     assert geometry.pixel_std == (58.395, 57.12, 57.375)
     assert OUTSIDE_IMAGE_LOGIT == -50
@@ -65,7 +65,9 @@ def test_records_are_frozen_and_compare_by_value():
 
 
 def test_a_record_survives_a_json_file():
-    spec = graph_specs(Geometry(image_size=128, patch_size=8), 64, CountProfile(1, 4, 16))[PRIOR]
+    spec = graph_specs(Geometry(image_size=128, patch_size=8), 64, OptimizationProfile(1, 4, 16))[
+        PRIOR
+    ]
     assert GraphSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -123,15 +125,15 @@ def test_reading_a_record_from_something_else_is_refused(data):
     ],
 )
 def test_a_profile_is_read_from_text(text, expected):
-    profile = CountProfile.parse(text)
-    assert (profile.minimum, profile.preferred, profile.maximum) == expected
+    profile = OptimizationProfile.parse(text)
+    assert (profile.min, profile.opt, profile.max) == expected
     assert profile.is_static == (expected[0] == expected[2])
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,2", "1,2,3,4", "a", "-1", "1.5", "1;2;3", "1,,3"])
 def test_a_profile_of_another_form_is_refused(text):
-    with pytest.raises(ValueError, match=r"accepted: N, or min,preferred,max") as refusal:
-        CountProfile.parse(text)
+    with pytest.raises(ValueError, match=r"accepted: N, or min,opt,max") as refusal:
+        OptimizationProfile.parse(text)
     assert repr(text) in str(refusal.value)
 
 
@@ -139,9 +141,9 @@ def test_a_profile_of_another_form_is_refused(text):
 def test_a_profile_out_of_order_is_refused(numbers):
     message = r"accepted: 1 <= min <= preferred <= max"
     with pytest.raises(ValueError, match=message):
-        CountProfile(*numbers)
+        OptimizationProfile(*numbers)
     with pytest.raises(ValueError, match=message):
-        CountProfile.parse(",".join(map(str, numbers)))
+        OptimizationProfile.parse(",".join(map(str, numbers)))
 
 
 # Tensors and graphs
@@ -194,7 +196,7 @@ def test_the_graphs_of_sam_have_the_shapes_of_the_contract():
 
 
 def test_a_range_of_targets_gives_a_named_dimension_and_leaves_the_image_encoder_alone():
-    profile = CountProfile(1, 4, 16)
+    profile = OptimizationProfile(1, 4, 16)
     specs = graph_specs(Geometry(), 64, profile)
     assert specs[PRIOR].inputs[1].shape == ("targets", 64)
     assert specs[PRIOR].outputs[0].shape == ("targets", 1, 256, 256)
@@ -205,14 +207,14 @@ def test_a_range_of_targets_gives_a_named_dimension_and_leaves_the_image_encoder
 
 
 def test_a_fixed_number_of_targets_gives_a_static_shape():
-    specs = graph_specs(Geometry(), 64, CountProfile(3, 3, 3))
+    specs = graph_specs(Geometry(), 64, OptimizationProfile(3, 3, 3))
     assert specs[PRIOR].inputs[1].shape == (3, 64)
     assert specs[MASK_DECODER].outputs[0].shape == (3, 1, 256, 256)
 
 
 def test_the_encoder_counts_images_and_the_others_targets():
     geometry = Geometry(image_size=128, patch_size=8)
-    targets, images = CountProfile(1, 4, 16), CountProfile(1, 2, 8)
+    targets, images = OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8)
     specs = graph_specs(geometry, 64, targets, images)
     assert specs[IMAGE_ENCODER].profile == images
     assert [specs[name].profile for name in (PRIOR, MASK_DECODER)] == [targets] * 2
@@ -223,7 +225,7 @@ def test_the_encoder_counts_images_and_the_others_targets():
 
 
 def test_the_number_of_a_call_is_read_off_its_inputs():
-    specs = graph_specs(Geometry(), 64, CountProfile(1, 4, 16), CountProfile(1, 2, 8))
+    specs = graph_specs(Geometry(), 64, OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8))
     assert specs[IMAGE_ENCODER].count_of({"image": (5, 3, 1024, 1024)}) == 5
     shapes = {"image_embedding": (1, 256, 64, 64), "concentration": (7, 64)}
     assert specs[PRIOR].count_of(shapes) == 7
@@ -233,4 +235,4 @@ def test_the_number_of_a_call_is_read_off_its_inputs():
 @pytest.mark.parametrize("text", ["x", "1,2", "3,2,1", "0"])
 def test_an_error_of_a_profile_names_its_option(text):
     with pytest.raises(ValueError, match=f"images is '{text}'"):
-        CountProfile.parse(text, "images")
+        OptimizationProfile.parse(text, "images")

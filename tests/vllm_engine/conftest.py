@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ def bundle_of(request):
 
     def opener(name):
         if name == "shipped":
-            return open_bundle(shipped.BUNDLE)
+            return open_bundle(demo.BUNDLE)
         return open_bundle(request.getfixturevalue(f"{name}_bundle"))
 
     return opener

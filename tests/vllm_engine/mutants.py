@@ -3,14 +3,14 @@
 The token budget of a request chooses what goes wrong with it.
 """
 
-from coprs_deploy.policy.vllm_capture import STEP, ConcentrationCapture
-from coprs_deploy.policy.vllm_policy import VllmPolicy
+from coprs_deploy.policy.vllm_policy.capture import STEP, HiddenStateCapture
+from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
 WRONG_ROW = 101
 ONE_STEP_EARLY = 102
 
 
-class MutantCapture(ConcentrationCapture):
+class MutantCapture(HiddenStateCapture):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._row_before = {}

@@ -5,25 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from coprs_deploy.policy.vector_files import VectorFiles
+from coprs_deploy.policy.vllm_policy.transport import HiddenStateTransport
 
 if importlib.util.find_spec("vllm") is not None:
     import torch
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    from coprs_deploy.policy.vllm_capture import (
-        STEP,
-        CaptureOrder,
-        ConcentrationCapture,
-    )
-    from coprs_deploy.policy.vllm_models import _CLIP_ROOT
+    from coprs_deploy.policy.vllm_policy.capture import STEP, CaptureRequest, HiddenStateCapture
+    from coprs_deploy.policy.vllm_policy.models import _CLIP_ROOT
 
 REFERENCE, STOP, VOCABULARY, WIDTH = 7, 2, 10, 3
 
 
 def order(file, targets=1, budget=20):
-    return CaptureOrder(str(file), REFERENCE, STOP, targets, budget)
+    return CaptureRequest(str(file), REFERENCE, STOP, targets, budget)
 
 
 def params(order, **changes):
@@ -33,7 +29,7 @@ def params(order, **changes):
 
 @pytest.fixture
 def files(tmp_path):
-    with VectorFiles(WIDTH, tmp_path) as files:
+    with HiddenStateTransport(WIDTH, tmp_path) as files:
         yield files
 
 
@@ -41,7 +37,7 @@ def files(tmp_path):
 def capture(monkeypatch):
     monkeypatch.setattr(STEP, "rows", None)
     config = SimpleNamespace(speculative_config=None)
-    return ConcentrationCapture(config, torch.device("cpu"), False)
+    return HiddenStateCapture(config, torch.device("cpu"), False)
 
 
 def update(capture, *, added=(), removed=(), moved=()):
@@ -142,8 +138,8 @@ def test_half_precision_states_arrive_as_float32(capture, files):
 
 
 def test_only_the_first_rank_hands_vectors_over(files, monkeypatch):
-    monkeypatch.setattr("coprs_deploy.policy.vllm_capture.is_first_rank", lambda: False)
-    other = ConcentrationCapture(SimpleNamespace(speculative_config=None), "cpu", False)
+    monkeypatch.setattr("coprs_deploy.policy.vllm_policy.capture.is_first_rank", lambda: False)
+    other = HiddenStateCapture(SimpleNamespace(speculative_config=None), "cpu", False)
     file = files.open()
     update(other, added=[(0, params(order(file)), None, [REFERENCE])])
     assert forced(step(other, 1)) == [True]
@@ -170,17 +166,17 @@ def test_what_is_found_for_an_abandoned_request_goes_nowhere(capture, files):
 )
 def test_parameters_that_would_leave_a_reference_token_unread_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        ConcentrationCapture.validate_params(params(order("x"), **changes))
+        HiddenStateCapture.validate_params(params(order("x"), **changes))
 
 
 def test_requests_of_others_are_left_alone():
-    ConcentrationCapture.validate_params(SamplingParams(min_tokens=3))
-    ConcentrationCapture.validate_params(params(order("x")))
+    HiddenStateCapture.validate_params(SamplingParams(min_tokens=3))
+    HiddenStateCapture.validate_params(params(order("x")))
 
 
 def test_speculative_decoding_is_refused():
     with pytest.raises(ValueError, match="speculative decoding is on"):
-        ConcentrationCapture(SimpleNamespace(speculative_config=object()), None, False)
+        HiddenStateCapture(SimpleNamespace(speculative_config=object()), None, False)
 
 
 @pytest.mark.parametrize(

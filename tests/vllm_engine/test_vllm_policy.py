@@ -2,26 +2,26 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coprs_deploy import CoPRS
-from coprs_deploy.engines import RunnerOptions, Stages, open_graph
-from coprs_deploy.errors import InstructionError, LostConcentrationError, PolicyError
+from coprs_deploy.data.synthetic import PLAIN
+from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
+from coprs_deploy.errors import HiddenStateError, InstructionError, PolicyError
 from coprs_deploy.images import load_image
-from coprs_deploy.policy import PolicyRequest, StopReason, Words
+from coprs_deploy.policy import PolicyRequest, StopReason, TextDelta
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
-from coprs_deploy.policy.vllm_settings import VllmSettings
+from coprs_deploy.policy.vllm_policy.settings import VllmSettings
 from coprs_deploy.prompts import REFERENCE_TOKEN
-from coprs_deploy.training.asked import held_out_examples
-from coprs_deploy.training.scenes import PLAIN
+from tests import ROOT
 
 VECTOR_TOLERANCE = 1e-4
 """Of the largest value: both take the same float32 sums, in another order."""
 
-SCENE = Path(__file__).parents[2] / "examples/scene.png"
+SCENE = ROOT / "examples/scene.png"
 MODELS = ("shipped", "tiny", "tiny_llava")
 SHARED = VllmSettings(num_threads=1)
 CROWDED = VllmSettings(
@@ -39,7 +39,7 @@ def open_policy(kind, bundle, **options):
 
 
 def open_vllm(bundle, settings, kind=None):
-    from coprs_deploy.policy.vllm_policy import VllmPolicy
+    from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
     return open_policy(kind or VllmPolicy, bundle, settings=settings)
 
@@ -163,7 +163,7 @@ class TestSharedEngine:
         request = questions(1)[0]
         # Abandoned behind <REF_POS>, so that a vector lies in the engine already.
         stream = policy.stream(PolicyRequest(request.rgb, request.instruction, targets=4))
-        while next(stream) != Words(REFERENCE_TOKEN):
+        while next(stream) != TextDelta(REFERENCE_TOKEN):
             pass
         next(stream)
         stream.close()
@@ -176,7 +176,7 @@ class TestSharedEngine:
         take = policy._files.take
         monkeypatch.setattr(policy._files, "take", lambda path: take(path)[:0])
         request = questions(1)[0]
-        with pytest.raises(LostConcentrationError, match="1 <REF_POS> and gave 0") as caught:
+        with pytest.raises(HiddenStateError, match="1 <REF_POS> and gave 0") as caught:
             ask(policy, request)
         expected = "red circle" if name == "shipped" else "generated policy"
         assert expected in caught.value.reasoning
@@ -189,7 +189,7 @@ class TestSharedEngine:
     def test_masks_are_identical_to_those_of_transformers(self, shared, bundle_of):
         policy, name = shared
         bundle = bundle_of(name)
-        stages = Stages(
+        stages = SegmentationGraphs(
             {
                 graph: open_graph("onnxruntime", bundle.graph_path(graph), g.spec, RunnerOptions())
                 for graph, g in bundle.manifest.graphs.items()
@@ -217,7 +217,7 @@ class TestSharedEngine:
 @pytest.fixture(scope="module", params=["shipped", "tiny", "tiny_llava"])
 def crowded(request, bundle_of):
     """An engine whose memory holds fewer answers than it is given at once."""
-    from coprs_deploy.policy.vllm_settings import kv_bytes_per_token
+    from coprs_deploy.policy.vllm_policy.settings import kv_bytes_per_token
 
     bundle = bundle_of(request.param)
     from transformers import AutoConfig
@@ -268,13 +268,13 @@ class TestMutants:
     @pytest.fixture(scope="class")
     @staticmethod
     def mutant(bundle_of):
-        from mutants import MutantPolicy
+        from tests.vllm_engine.mutants import MutantPolicy
 
         with open_vllm(bundle_of("tiny"), SHARED, MutantPolicy) as policy:
             yield policy
 
     def test_the_comparison_sees_a_wrong_row_and_a_step_too_early(self, mutant, reference):
-        from mutants import ONE_STEP_EARLY, WRONG_ROW
+        from tests.vllm_engine.mutants import ONE_STEP_EARLY, WRONG_ROW
 
         for budget in (100, WRONG_ROW, ONE_STEP_EARLY):
             asked = questions(8, max_new_tokens=budget)
@@ -323,7 +323,7 @@ class TestClosing:
             next(policy.stream(questions(1)[0]))
 
     def test_a_directory_that_is_no_policy_is_refused(self, bundle_of, tmp_path):
-        from coprs_deploy.policy.vllm_policy import VllmPolicy
+        from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
         prompt = bundle_of("tiny").manifest.policy.prompt
         with pytest.raises(PolicyError, match="cannot be loaded as a policy"):
@@ -334,7 +334,7 @@ class TestClosing:
 
         if current_platform.device_type != "cpu":
             pytest.skip("this vLLM is built for a GPU")
-        from coprs_deploy.policy.vllm_policy import VllmPolicy
+        from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
         with pytest.raises(PolicyError, match="is built for 'cpu'"):
             open_policy(VllmPolicy, bundle_of("tiny"), device="cuda")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.benchmarks.serving.asking import (
     ask,
     interval,
@@ -18,7 +18,7 @@ from coprs_deploy.benchmarks.serving.asking import (
     questions,
 )
 from coprs_deploy.bundle import open_bundle
-from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.images import prepare_image
 from coprs_deploy.policy import Policy, PolicyRequest
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
@@ -81,18 +81,22 @@ def _answer_row(
 
 
 @contextmanager
-def _parts(graph_threads: int) -> Iterator[tuple[Stages, Policy, Any]]:
-    bundle = open_bundle(shipped.BUNDLE)
+def _parts(graph_threads: int) -> Iterator[tuple[SegmentationGraphs, Policy, Any]]:
+    bundle = open_bundle(demo.BUNDLE)
     options = RunnerOptions(num_threads=graph_threads)
     names = bundle.manifest.graphs
     with (
-        Stages({name: open_bundle_graph(bundle, name, options) for name in names}) as stages,
+        SegmentationGraphs(
+            {name: open_bundle_graph(bundle, name, options) for name in names}
+        ) as stages,
         open_policy(TransformersPolicy) as policy,
     ):
         yield stages, policy, bundle.manifest.geometry
 
 
-def _one_by_one(stages: Stages, policy: Policy, geometry: Any, request: PolicyRequest) -> None:
+def _one_by_one(
+    stages: SegmentationGraphs, policy: Policy, geometry: Any, request: PolicyRequest
+) -> None:
     """Answer without overlap: the image encoder first, then the policy, then the mask."""
     prepared = prepare_image(request.rgb, geometry)
     embedding = stages.encode(prepared)

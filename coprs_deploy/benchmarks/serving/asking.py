@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.benchmarks.statistics import median_interval
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
@@ -21,8 +21,8 @@ def median(values: Sequence[float]) -> float:
 
 def questions(count: int, skip: int = 0) -> list[PolicyRequest]:
     """Ask about held-out scenes of the shipped model, one question each."""
-    from coprs_deploy.training.asked import held_out_examples
-    from coprs_deploy.training.scenes import PLAIN
+    from coprs_deploy.data.synthetic import PLAIN
+    from coprs_deploy.data.synthetic.examples import held_out_examples
 
     examples = held_out_examples(PLAIN, skip + count, 0)[skip:]
     return [PolicyRequest(example.image, example.instruction) for example in examples]
@@ -37,7 +37,7 @@ def ask(policy: Policy, request: PolicyRequest) -> tuple[float, PolicyResult]:
 
 def open_policy(kind: Callable[..., Policy], **options: Any) -> Policy:
     """Open the shipped policy."""
-    bundle = open_bundle(shipped.BUNDLE)
+    bundle = open_bundle(demo.BUNDLE)
     record = bundle.manifest.policy
     return kind(bundle.policy_path, record.prompt, record.min_pixels, record.max_pixels, **options)
 

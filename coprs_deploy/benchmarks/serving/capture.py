@@ -15,8 +15,8 @@ from coprs_deploy.benchmarks.serving.asking import (
     wall,
 )
 from coprs_deploy.policy import PolicyRequest
-from coprs_deploy.policy.vector_files import VectorFiles
-from coprs_deploy.policy.vllm_policy import VllmPolicy, _Progress
+from coprs_deploy.policy.vllm_policy.policy import VllmPolicy, _Progress
+from coprs_deploy.policy.vllm_policy.transport import HiddenStateTransport
 
 STARTS = 5
 """How often the two engines are started: they differ from start to start."""
@@ -153,7 +153,7 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from coprs_deploy.policy.vllm_capture import STEP, CaptureOrder, ConcentrationCapture
+    from coprs_deploy.policy.vllm_policy.capture import STEP, CaptureRequest, HiddenStateCapture
 
     torch.set_num_threads(1)
     width, vocabulary, reference, stop = 3584, 152_064, 7, 2
@@ -162,12 +162,12 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
     for requests in (1, 16):
         found: dict[str, float] = {}
         for kind, last in (("writing", 5), ("reading_reference", reference)):
-            with VectorFiles(width) as files:
-                capture = ConcentrationCapture(config, torch.device("cpu"), False)
+            with HiddenStateTransport(width) as files:
+                capture = HiddenStateCapture(config, torch.device("cpu"), False)
                 paths = [files.open() for _ in range(requests)]
                 added = []
                 for row, path in enumerate(paths):
-                    order = CaptureOrder(str(path), reference, stop, 1, 2000)
+                    order = CaptureRequest(str(path), reference, stop, 1, 2000)
                     params = SamplingParams(
                         max_tokens=2001, stop_token_ids=[stop], extra_args=order.extra_args()
                     )

@@ -11,7 +11,7 @@ from coprs_deploy.benchmarks.serving.asking import (
     questions,
 )
 from coprs_deploy.images import RgbArray
-from coprs_deploy.policy.vllm_policy import VllmPolicy
+from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 from coprs_deploy.runtime import CoPRS
 
 NUM_LOAD_REQUESTS = 200

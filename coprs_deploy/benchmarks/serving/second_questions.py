@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.benchmarks.serving.asking import (
     ask,
     median,
@@ -15,9 +15,9 @@ from coprs_deploy.benchmarks.serving.asking import (
     wall,
 )
 from coprs_deploy.bundle import open_bundle
-from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
-from coprs_deploy.policy.vllm_policy import VllmPolicy
+from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 from coprs_deploy.runtime import CoPRS, Timings
 
 
@@ -29,10 +29,10 @@ def measure_questions(rounds: int) -> dict[str, Any]:
     """
     first: list[Timings] = []
     second: list[Timings] = []
-    bundle = open_bundle(shipped.BUNDLE)
+    bundle = open_bundle(demo.BUNDLE)
     options = RunnerOptions()
     with (
-        Stages(
+        SegmentationGraphs(
             {n: open_bundle_graph(bundle, n, options) for n in bundle.manifest.graphs}
         ) as stages,
         open_policy(VllmPolicy) as vllm,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from coprs_deploy.benchmarks.case import Case, Group, Judge, Plan
+from coprs_deploy.benchmarks.case import Case, Group, Plan, SceneEvaluator
 from coprs_deploy.benchmarks.mask_judge import judge_masks, read_masks
 from coprs_deploy.benchmarks.report import Accuracy
 from coprs_deploy.benchmarks.suites.engines import precisions, runtime_name
@@ -93,7 +93,7 @@ def _labels(model: Model, runtime: str, precision: str, device: str) -> dict[str
     return {"model": model.name, "runtime": runtime, "precision": precision, "device": device}
 
 
-def judge(reference: str, has_truth: bool) -> Judge:
+def judge(reference: str, has_truth: bool) -> SceneEvaluator:
     """Compare the masks of rows with those of the reference row and with the true ones."""
 
     def compare(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:

@@ -157,7 +157,7 @@ def forms(model: Model, graph: str, precision: str) -> tuple[Form, ...]:
     """Say in which forms a graph is measured: an encoder of real size also for one aspect."""
     if graph != IMAGE_ENCODER or precision not in (FP32, INT8) or not model.is_random:
         return (model.form,)
-    return (ANY_PICTURE, Form(aspect=WIDE), Form(aspect=WIDE, drop_padding=True))
+    return (ANY_PICTURE, Form(aspect_ratio=WIDE), Form(aspect_ratio=WIDE, drop_padding=True))
 
 
 def graph_work(

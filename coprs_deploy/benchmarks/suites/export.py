@@ -10,8 +10,8 @@ from coprs_deploy.benchmarks.case import Case, Group, Plan, Subject
 from coprs_deploy.benchmarks.process import WorkerError
 from coprs_deploy.benchmarks.report import LeftOut
 from coprs_deploy.benchmarks.workshop import PREPARE_SECONDS, Workshop, version_of
-from coprs_deploy.bundle import ENGINE_FLAVORS
-from coprs_deploy.engines.flavors import FLAVORS
+from coprs_deploy.bundle import TRT_VARIANT_NAMES
+from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export.equivalence import TOLERANCES
 
@@ -37,7 +37,9 @@ def plan(workshop: Workshop) -> Plan:
         for runtime, precision in TOLERANCES:
             if runtime in unavailable:
                 continue
-            gpus = GPUS if runtime in FLAVORS and FLAVORS[runtime].builds_without_gpu else ()
+            gpus = (
+                GPUS if runtime in TRT_VARIANTS and TRT_VARIANTS[runtime].builds_without_gpu else ()
+            )
             calibration, problem = None, ""
             if precision == "int8":
                 try:
@@ -84,13 +86,13 @@ def plan(workshop: Workshop) -> Plan:
 
 def _unavailable(workshop: Workshop) -> list[tuple[str, str]]:
     found = []
-    for name in ENGINE_FLAVORS:
+    for name in TRT_VARIANT_NAMES:
         try:
-            FLAVORS[name].load()
+            TRT_VARIANTS[name].load()
         except MissingDependencyError as error:
             found.append((name, str(error)))
             continue
-        if not FLAVORS[name].builds_without_gpu and "cuda" not in workshop.devices:
+        if not TRT_VARIANTS[name].builds_without_gpu and "cuda" not in workshop.devices:
             found.append((name, "it builds on the GPU that runs the engine, and there is none"))
     return found
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_inputs, write_arrays
-from coprs_deploy.benchmarks.case import Case, Group, Judge, Plan, Subject
+from coprs_deploy.benchmarks.case import Case, Group, Plan, SceneEvaluator, Subject
 from coprs_deploy.benchmarks.form import Form
 from coprs_deploy.benchmarks.process import WorkerError
 from coprs_deploy.benchmarks.report import Accuracy, LeftOut
 from coprs_deploy.benchmarks.workshop import SUBJECTS, Model, Workshop
 from coprs_deploy.bundle import Bundle, read_manifest
-from coprs_deploy.engines import DeviceTensor, RunnerOptions, Stages, open_bundle_graph
-from coprs_deploy.engines.stages import join_chunks
+from coprs_deploy.engines import DeviceTensor, RunnerOptions, SegmentationGraphs, open_bundle_graph
+from coprs_deploy.engines.graphs import join_chunks
 from coprs_deploy.images import PreparedImage
 from coprs_deploy.specs import IMAGE_ENCODER
 
@@ -106,7 +106,7 @@ def _group_name(model: Model, title: str, device: str) -> str:
     return f"{model.name}: {title}" + ("" if device == "cpu" else f", on {device}")
 
 
-def _group(name: str, parameter: str, cases: list[Case], judge: Judge | None) -> Group:
+def _group(name: str, parameter: str, cases: list[Case], judge: SceneEvaluator | None) -> Group:
     return Group(
         NAME, name, tuple(cases), cases[0].name, judge, unit="as the name says", parameter=parameter
     )
@@ -252,7 +252,9 @@ class _Targets(Subject):
         opened = Bundle(Path(bundle), read_manifest(bundle))
         options = RunnerOptions(device=device)
         graphs = opened.manifest.graphs
-        self._stages = Stages({n: open_bundle_graph(opened, n, options) for n in graphs})
+        self._stages = SegmentationGraphs(
+            {n: open_bundle_graph(opened, n, options) for n in graphs}
+        )
         self._inputs, self._count = inputs, count
         self._asked = self._prepare(next(read_inputs(inputs)))
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import GRPOConfig
 
-from coprs_deploy.training.grpo.settings import GrpoPhase, Lora
-from coprs_deploy.training.recipe import CheckpointModel, Recipe
-from coprs_deploy.training.workbench import Workbench
+from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.settings import CheckpointModel, GrpoSettings, Lora
+from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,43 +23,43 @@ LORA_TARGETS = (
 VLLM_MODES = {"vllm_colocated": "colocate", "vllm_server": "server"}
 
 
-def rows_of_a_pass(settings: GrpoPhase, num_processes: int) -> tuple[int, int]:
+def rows_of_a_pass(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
     """Divide a step's responses: rows of one forward pass, and passes of a process.
 
     Raises:
         ValueError: they cannot be divided evenly.
     """
-    rows = settings.batch_images * settings.group_size
+    rows = settings.global_batch_size * settings.num_generations
     if rows % num_processes:
         raise ValueError(
-            f"a step has {settings.batch_images} prompts x {settings.group_size} responses = "
-            f"{rows}, which {num_processes} processes cannot share evenly; change batch_images"
+            f"a step has {settings.global_batch_size} prompts x {settings.num_generations} responses = "
+            f"{rows}, which {num_processes} processes cannot share evenly; change global_batch_size"
         )
     mine = rows // num_processes
-    a_pass = settings.rows_per_pass or mine
+    a_pass = settings.per_device_train_batch_size or mine
     if mine % a_pass:
         raise ValueError(
-            f"rows_per_pass is {a_pass}; it must divide the {mine} responses of a process"
+            f"per_device_train_batch_size is {a_pass}; it must divide the {mine} responses of a process"
         )
     return a_pass, mine // a_pass
 
 
 def grpo_arguments(
-    settings: GrpoPhase,
+    settings: GrpoSettings,
     recipe: Recipe,
     accelerator: Accelerator,
     folder: Path,
-    workbench: Workbench,
+    workbench: TrainingState,
 ) -> GRPOConfig:
     """Write down everything that TRL is to do.
 
     Raises:
         ValueError: steps, states and rollouts do not fit together.
     """
-    if recipe.save_every % settings.updates_per_rollout:
+    if recipe.save_steps % settings.num_iterations:
         raise ValueError(
-            f"save_every is {recipe.save_every}; it must be a multiple of updates_per_rollout "
-            f"({settings.updates_per_rollout}), so that no rollout is cut in two by a resume"
+            f"save_steps is {recipe.save_steps}; it must be a multiple of num_iterations "
+            f"({settings.num_iterations}), so that no rollout is cut in two by a resume"
         )
     rows, passes = rows_of_a_pass(settings, accelerator.num_processes)
     prompt = workbench.policy.prompt
@@ -73,8 +73,8 @@ def grpo_arguments(
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
-        num_generations=settings.group_size,
-        num_iterations=settings.updates_per_rollout,
+        num_generations=settings.num_generations,
+        num_iterations=settings.num_iterations,
         shuffle_dataset=False,  # the table of prompts is in the order of the run
         max_completion_length=response,
         temperature=settings.temperature,
@@ -82,23 +82,23 @@ def grpo_arguments(
         top_k=settings.top_k,
         loss_type="dapo" if settings.algorithm == "dapo" else "grpo",
         importance_sampling_level="sequence" if settings.algorithm == "gspo" else "token",
-        epsilon=settings.clip_below,
-        epsilon_high=settings.clip_above,
-        beta=settings.kl_weight,
+        epsilon=settings.epsilon,
+        epsilon_high=settings.epsilon_high,
+        beta=settings.beta,
         use_bias_correction_kl=False,  # the k3 estimator of the paper
-        entropy_coef=settings.entropy_weight,
+        entropy_coef=settings.entropy_coef,
         scale_rewards="group",
         reward_weights=[settings.reward.mask, 1 - settings.reward.mask],
-        mask_truncated_completions=settings.skip_truncated,
+        mask_truncated_completions=settings.mask_truncated_completions,
         learning_rate=settings.optimizer.rate,
         max_grad_norm=settings.optimizer.clip,
         bf16=recipe.precision == "bf16",
         gradient_checkpointing=checkpointing,
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
-        logging_steps=recipe.log_every,
+        logging_steps=recipe.logging_steps,
         save_strategy="steps",
-        save_steps=recipe.save_every,
+        save_steps=recipe.save_steps,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -120,7 +120,7 @@ def lora_config(settings: Lora) -> Any:
     )
 
 
-def _rollout_arguments(settings: GrpoPhase, longest: int) -> dict[str, Any]:
+def _rollout_arguments(settings: GrpoSettings, longest: int) -> dict[str, Any]:
     rollout = settings.rollout
     if rollout.engine == "transformers":
         return {"use_vllm": False}

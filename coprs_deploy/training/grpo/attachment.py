@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from coprs_deploy.models import SegmentationModel
-from coprs_deploy.training.masks import decode_targets
-from coprs_deploy.training.workbench import freeze_unused
+from coprs_deploy.training.mask_decoding import decode_targets
+from coprs_deploy.training.state import freeze_unused
 
 ATTRIBUTE = "segmentation"
 """Name of the submodule; the weights of a rollout engine are all others."""

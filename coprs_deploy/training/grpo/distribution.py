@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE
-from coprs_deploy.training.grpo.settings import GrpoPhase
+from coprs_deploy.training.settings import GrpoSettings
 
 WEIGHTS_FILE = "trained.safetensors"
 """The weights that move, in the folder of a state."""
@@ -78,7 +78,7 @@ def average_gradients(replicated: nn.Module) -> None:
         weight.grad.div_(count)
 
 
-def require_sharding_settings(settings: GrpoPhase) -> None:
+def require_sharding_settings(settings: GrpoSettings) -> None:
     """Refuse what sharded training cannot do.
 
     Raises:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.evaluation.correlation import pyplot
+from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.specs import Record
-from coprs_deploy.training.grpo.judging import standard_error
+from coprs_deploy.training.grpo.evaluation import standard_error
 from coprs_deploy.training.grpo.planned_experiments import (
     DAMAGE,
     RECIPE,
@@ -25,7 +25,7 @@ from coprs_deploy.training.grpo.planned_experiments import (
     Experiment,
     experiments,
 )
-from coprs_deploy.training.run_folder import REPORT_FILE, RunFolder, read_report
+from coprs_deploy.training.run_directory import REPORT_FILE, RunDirectory, read_report
 
 FIGURES = ("mask_iou", "reward")
 SMOOTHED_STEPS = 5
@@ -105,7 +105,7 @@ def _row(runs: Path, chosen: Sequence[Experiment]) -> Row:
     reports = [read_report(runs / e.name) for e in chosen]
     phases = [report["phases"]["grpo"] for report in reports]
     steps = phases[0]["steps"]
-    logs = [[x for x in RunFolder(runs / e.name).read_log() if "reward" in x] for e in chosen]
+    logs = [[x for x in RunDirectory(runs / e.name).read_log() if "reward" in x] for e in chosen]
     last = [line for log in logs for line in log[-SMOOTHED_STEPS:]]
     return Row(
         start=chosen[0].start,
@@ -209,7 +209,7 @@ def _plot(path: Path, runs: Path, ended: Sequence[Experiment], rows: Sequence[Ro
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     colors = {(row.start, row.label): f"C{number % 10}" for number, row in enumerate(rows)}
     for experiment in ended:
-        log = [x for x in RunFolder(runs / experiment.name).read_log() if "reward" in x]
+        log = [x for x in RunDirectory(runs / experiment.name).read_log() if "reward" in x]
         rewards = np.array([line["reward"] for line in log])
         kernel = np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS
         smooth = np.convolve(rewards, kernel, mode="valid")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.training.grpo.experiment_report import write_experiment_report
 from coprs_deploy.training.grpo.planned_experiments import (
@@ -27,8 +27,8 @@ from coprs_deploy.training.grpo.planned_experiments import (
     Experiment,
     experiments,
 )
-from coprs_deploy.training.run_folder import REPORT_FILE
-from coprs_deploy.training.workbench import workbench_from_checkpoint
+from coprs_deploy.training.run_directory import REPORT_FILE
+from coprs_deploy.training.state import state_from_checkpoint
 
 DAMAGE_SEED = 0
 DAMAGED_FOLDER = "damaged"
@@ -40,7 +40,7 @@ def damage(out: Path) -> None:
     The reasoning then goes wrong in some cases and right in others, which is what a group needs;
     the segmentation path is untouched.
     """
-    workbench = workbench_from_checkpoint(read_checkpoint(shipped.CHECKPOINT))
+    workbench = state_from_checkpoint(read_checkpoint(demo.CHECKPOINT))
     generator = torch.Generator().manual_seed(DAMAGE_SEED)
     with torch.no_grad():
         for name, weight in workbench.policy.model.named_parameters():

@@ -35,13 +35,13 @@ def experiments() -> list[Experiment]:
     """List every run; the ones that matter most come first."""
     modes = {mode: (f"phases.grpo.mode={mode}",) for mode in ("joint", "rl", "segmentation")}
     longer = {
-        f"{mode}, 50 steps": (*modes[mode], "phases.grpo.steps=50", "phases.grpo.evaluate_every=25")
+        f"{mode}, 50 steps": (*modes[mode], "phases.grpo.steps=50", "phases.grpo.eval_steps=25")
         for mode in ("joint", "rl")
     }
     groups = {
         f"joint, groups of {n}": (
-            f"phases.grpo.group_size={n}",
-            f"phases.grpo.batch_images={RESPONSES // n}",
+            f"phases.grpo.num_generations={n}",
+            f"phases.grpo.global_batch_size={RESPONSES // n}",
         )
         for n in (4, 2)
     }

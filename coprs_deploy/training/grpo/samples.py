@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.evaluation.overlap import overlap, union
+from coprs_deploy.evaluation.metrics import overlap, union
 from coprs_deploy.images import prepare_image, resize_logits
 
 if TYPE_CHECKING:
-    from coprs_deploy.training.grpo.trainer import JointTrainer, Rollout
+    from coprs_deploy.training.grpo.trainer import JointTrainer, ScoredRollout
 
 TILE_PX = 160
 """Side of one picture on a sheet."""
@@ -68,7 +68,7 @@ def write_samples(trainer: JointTrainer, folder: Path, step: int, count: int) ->
 
 
 def _logits(
-    trainer: JointTrainer, rollout: Rollout, number: int
+    trainer: JointTrainer, rollout: ScoredRollout, number: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Bring prior and mask of one response to the picture's size; the largest of its targets."""
     assert rollout.decoded is not None

@@ -5,7 +5,7 @@ policy's loss and its variants, the frozen reference, accumulation and distribut
 
 - the reward of a response comes from the mask that it leads to;
 - the forward pass of the policy's loss also decodes masks, and their loss is added to it;
-- one rate for each part, one cycle (:mod:`coprs_deploy.training.optimizers`);
+- one rate for each part, one cycle (:mod:`coprs_deploy.training.optim`);
 - states hold the weights that move, under the names that they have in memory, and are read back
   strictly. (transformers' own states take the names of published checkpoints and are read back
   without a complaint when none fits, which restarts the language model.)
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
-from coprs_deploy.training.examples import Example
+from coprs_deploy.data.examples import Example
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE, SegmentationRequest
+from coprs_deploy.training.grpo.batch import GroundTruth, PromptItem, QuestionCollector
 from coprs_deploy.training.grpo.distribution import (
     average_gradients,
     keep_segmentation_out,
@@ -32,21 +33,20 @@ from coprs_deploy.training.grpo.distribution import (
     save_moving_weights,
 )
 from coprs_deploy.training.grpo.processor import PolicyProcessor
-from coprs_deploy.training.grpo.questions import Question, QuestionCollector, Truth
-from coprs_deploy.training.grpo.scoring import (
+from coprs_deploy.training.grpo.scores import (
     DecodedMasks,
     ResponseReader,
     mask_scores,
     overlaps,
     row_losses,
 )
-from coprs_deploy.training.grpo.settings import GrpoPhase
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optimizers import build_optimizers, relative_rate
-from coprs_deploy.training.phases.held_out import reduce_means
+from coprs_deploy.training.optim import build_optimizers, relative_rate
+from coprs_deploy.training.settings import GrpoSettings
+from coprs_deploy.training.stage import reduce_means
 
 TRUTH = ("image_embedding", "inside", "masks", "num_targets")
-"""Keys under which a batch carries its :class:`Truth`, one row a response."""
+"""Keys under which a batch carries its :class:`GroundTruth`, one row a response."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class GrpoParts:
     collector: QuestionCollector
     reader: ResponseReader
     examples: Sequence[Example]
-    settings: GrpoPhase
+    settings: GrpoSettings
 
 
 @dataclass
-class Rollout:
+class ScoredRollout:
     """One batch of sampled responses, scored.
 
     Attributes:
@@ -81,8 +81,8 @@ class Rollout:
         decoded: the masks that they lead to.
     """
 
-    questions: list[Question]
-    truth: Truth
+    questions: list[PromptItem]
+    truth: GroundTruth
     responses: list[list[int]]
     decoded: DecodedMasks | None = None
 
@@ -110,7 +110,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         callbacks: list[Any],
     ) -> None:
         self.parts = parts
-        self.rollout: Rollout | None = None
+        self.rollout: ScoredRollout | None = None
         self._on_log = on_log
         self._means: dict[str, Mean] = {}
         self.optimizer: Any
@@ -140,14 +140,14 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         processor, collector = self.parts.processor, self.parts.collector
         processor.forget()
-        asked: dict[int, Question] = {}
+        asked: dict[int, PromptItem] = {}
         for row in inputs:
             index = row["index"]
             if index not in asked:
                 asked[index] = collector.question(self.parts.examples[index], index)
         questions = [asked[row["index"]] for row in inputs]
         truth = collector.truth(questions, self.accelerator.device)
-        self.rollout = Rollout(questions, truth, [])
+        self.rollout = ScoredRollout(questions, truth, [])
         batch: dict[str, Any] = super()._generate_and_score_completions(
             [question.row for question in questions]
         )
@@ -175,7 +175,10 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def decode(
-        self, questions: Sequence[Question], truth: Truth, responses: Sequence[Sequence[int]]
+        self,
+        questions: Sequence[PromptItem],
+        truth: GroundTruth,
+        responses: Sequence[Sequence[int]],
     ) -> DecodedMasks:
         """Read given responses and decode their masks; all processes take part."""
         rows = self.args.per_device_train_batch_size
@@ -190,7 +193,10 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         return DecodedMasks(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def _decode_rows(
-        self, questions: Sequence[Question], truth: Truth, responses: Sequence[Sequence[int]]
+        self,
+        questions: Sequence[PromptItem],
+        truth: GroundTruth,
+        responses: Sequence[Sequence[int]],
     ) -> DecodedMasks:
         processor = self.parts.processor
         pictures = [question.picture for question in questions]
@@ -231,7 +237,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
             policy_loss: Tensor = super().compute_loss(model, inputs)
             self._add("loss.policy", Mean.of(policy_loss.detach() * self._accumulated))
             return policy_loss
-        truth = Truth(*(inputs[key] for key in TRUTH))
+        truth = GroundTruth(*(inputs[key] for key in TRUTH))
         asking = _Asking(model, truth.request(inputs["prompt_ids"].shape[1]))
         policy_loss = super().compute_loss(asking, inputs)
         self._add("loss.policy", Mean.of(policy_loss.detach() * self._accumulated))
@@ -241,7 +247,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         return policy_loss + segmentation_loss
 
     def _segmentation_loss(
-        self, decoded: DecodedMasks, truth: Truth, inputs: dict[str, Any]
+        self, decoded: DecodedMasks, truth: GroundTruth, inputs: dict[str, Any]
     ) -> Tensor:
         """Add up the weighted parts, as a mean over the rows of all processes and passes.
 
@@ -255,7 +261,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         for name, loss in row_losses(decoded, truth, weights).items():
             total = total + getattr(weights, name) * loss / rows
             self._add(f"loss.{name}", Mean(loss.detach(), here))
-        return settings.segmentation_weight * total
+        return settings.segmentation_loss_weight * total
 
     @property
     def _accumulated(self) -> int:
@@ -321,7 +327,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         """Name the rate of each part."""
         settings, group = self.parts.settings.optimizer, self.optimizer.param_groups[0]
         now = settings.rate * group["lr"] / group["peak_rate"]
-        parts = {f"rate.{name}": factor * now for name, factor in settings.rate_factors.items()}
+        parts = {f"rate.{name}": factor * now for name, factor in settings.lr_multipliers.items()}
         return {"rate.policy": now, **parts}
 
 

@@ -4,7 +4,6 @@ import json
 
 import msgspec
 import pytest
-from sample_reports import report, row
 
 from coprs_deploy.benchmarks.comparison import (
     Tolerances,
@@ -14,6 +13,7 @@ from coprs_deploy.benchmarks.comparison import (
 )
 from coprs_deploy.benchmarks.report import Accuracy, Row
 from coprs_deploy.cli.main import main
+from tests.unit.benchmarks.sample_reports import report, row
 
 STEADY = [[10.0, 10.1, 9.9, 10.0], [10.0, 10.05, 9.95, 10.0]]
 

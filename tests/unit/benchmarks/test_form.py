@@ -15,8 +15,8 @@ from coprs_deploy.bundle import read_manifest
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER
 
 MANY = Form(targets="1,4,16", images="1,2,8")
-WIDE = Form(aspect="16:9")
-ALONE = Form(aspect="16:9", drop_padding=True)
+WIDE = Form(aspect_ratio="16:9")
+ALONE = Form(aspect_ratio="16:9", drop_padding=True)
 
 
 def test_each_form_has_a_folder_of_its_own():
@@ -50,10 +50,10 @@ def test_a_bundle_of_any_picture_is_of_no_aspect(tiny_bundle):
     assert not MANY.is_of(manifest)
 
 
-@pytest.mark.parametrize(("aspect", "sides"), [("9:16", (128, 72)), ("16:9", (72, 128))])
-def test_inputs_fit_the_aspect_that_they_are_drawn_for(tiny_bundle, tmp_path, aspect, sides):
-    for wanted in ("", aspect, aspect):
-        write_inputs(str(tmp_path), None, str(tiny_bundle), False, 3, aspect=wanted)
+@pytest.mark.parametrize(("aspect_ratio", "sides"), [("9:16", (128, 72)), ("16:9", (72, 128))])
+def test_inputs_fit_the_aspect_that_they_are_drawn_for(tiny_bundle, tmp_path, aspect_ratio, sides):
+    for wanted in ("", aspect_ratio, aspect_ratio):
+        write_inputs(str(tmp_path), None, str(tiny_bundle), False, 3, aspect_ratio=wanted)
         sizes = [sample["unpadded_size"].tolist() for sample in read_inputs(str(tmp_path))]
         assert len(sizes) == 3
         inside = [height <= sides[0] and width <= sides[1] for height, width in sizes]

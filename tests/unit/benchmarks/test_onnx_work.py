@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.benchmarks.graph_subjects import CHAIN
 from coprs_deploy.benchmarks.onnx_work import GraphWork, count_work
 from coprs_deploy.benchmarks.suites.engines import graph_work
@@ -74,7 +74,7 @@ def test_products_of_every_kind(tmp_path, operator, weight, shape_in, shape_out,
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_products_of_the_shipped_graphs_are_those_that_pytorch_counts(name):
-    source = read_checkpoint(shipped.CHECKPOINT)
+    source = read_checkpoint(demo.CHECKPOINT)
     stage = load_segmentation_model(source).stages()[name]
     spec = graph_specs(source.config.model.geometry, source.config.model.policy_width)[name]
     inputs = [torch.ones(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs]
@@ -85,7 +85,7 @@ def test_products_of_the_shipped_graphs_are_those_that_pytorch_counts(name):
         sdpa_kernel(SDPBackend.MATH),
     ):
         stage(*inputs)
-    found = count_work(shipped.BUNDLE / f"{name}.onnx").product_flops
+    found = count_work(demo.BUNDLE / f"{name}.onnx").product_flops
     assert math.isclose(found, counter.get_total_flops(), rel_tol=0.02)
 
 

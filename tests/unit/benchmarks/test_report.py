@@ -2,11 +2,9 @@
 
 import json
 import re
-from pathlib import Path
 
 import msgspec
 import pytest
-from sample_reports import report, row
 
 from coprs_deploy.benchmarks.committed import REPORTS, shown
 from coprs_deploy.benchmarks.outputs import write_outputs
@@ -14,8 +12,10 @@ from coprs_deploy.benchmarks.page import render_html
 from coprs_deploy.benchmarks.report import READABLE_VERSIONS, GroupResult, Row, read_report
 from coprs_deploy.benchmarks.text import render_markdown, render_text
 from coprs_deploy.errors import ArtifactError
+from tests import ROOT
+from tests.unit.benchmarks.sample_reports import report, row
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def test_what_is_written_is_read(tmp_path):

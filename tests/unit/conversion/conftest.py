@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coprs_deploy.architecture import SamConfig, SegmentationConfig
 from coprs_deploy.conversion.converters import random_tensors
-from coprs_deploy.conversion.generated_policy import generate_policy
+from coprs_deploy.conversion.random_policy import generate_policy
+from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.specs import Geometry
 
 WIDTH = 64
@@ -20,23 +20,23 @@ SCRIPT_WITHOUT_REFERENCE = ("<think>", " this", " policy", " is", " untuned", "<
 def sam_config() -> SamConfig:
     """Sizes that can be read off the weights: the decoder has the eight heads of the public SAM."""
     return SamConfig(
-        encoder_width=48,
+        encoder_embed_dim=48,
         encoder_depth=2,
-        encoder_heads=4,
-        global_attention_blocks=(1,),
+        encoder_num_heads=4,
+        encoder_global_attn_indexes=(1,),
         window_size=3,
         mlp_ratio=2.0,
-        mask_prompt_channels=8,
-        decoder_mlp_width=32,
-        iou_head_width=16,
-        geometry=Geometry(image_size=64, patch_size=8, embedding_channels=64),
+        mask_in_chans=8,
+        decoder_mlp_dim=32,
+        iou_head_hidden_dim=16,
+        geometry=Geometry(image_size=64, patch_size=8, out_chans=64),
     )
 
 
 @pytest.fixture(scope="session")
 def trained_tensors(sam_config) -> dict[str, torch.Tensor]:
     """Weights of a whole segmentation path, as if trained."""
-    config = SegmentationConfig(policy_width=WIDTH, sam=sam_config)
+    config = SegmentationConfig(policy_hidden_size=WIDTH, sam=sam_config)
     tensors = random_tensors(config, seed=7)
     generator = torch.Generator().manual_seed(8)
     return {
@@ -48,7 +48,7 @@ def trained_tensors(sam_config) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def sam_tensors(sam_config) -> dict[str, torch.Tensor]:
     """Weights of SAM's three parts, other ones than ``trained_tensors``."""
-    tensors = random_tensors(SegmentationConfig(policy_width=WIDTH, sam=sam_config), seed=1)
+    tensors = random_tensors(SegmentationConfig(policy_hidden_size=WIDTH, sam=sam_config), seed=1)
     return {name: t for name, t in tensors.items() if not name.startswith("prior.")}
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from test_weight_files import write_shards
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.checkpoint import expected_shapes, load_segmentation_model, read_checkpoint
 from coprs_deploy.conversion import (
     ConversionOptions,
@@ -19,9 +18,10 @@ from coprs_deploy.conversion import (
     random_checkpoint,
 )
 from coprs_deploy.conversion.converters import random_tensors
-from coprs_deploy.conversion.generated_policy import POLICY_SIZES, generate_policy
-from coprs_deploy.conversion.policies import DEFAULT_PROMPTS
+from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
 from coprs_deploy.errors import ArtifactError, CheckpointError, ConversionError
+from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN
@@ -69,7 +69,7 @@ class TestPolicyAndSam:
     def test_the_segmentation_weights_are_sams_and_a_fresh_prior(
         self, checkpoint, sam_tensors, sam_config
     ):
-        assert checkpoint.config.model == SegmentationConfig(policy_width=64, sam=sam_config)
+        assert checkpoint.config.model == SegmentationConfig(policy_hidden_size=64, sam=sam_config)
         stored = stored_tensors(checkpoint)
         prior = {name: t for name, t in stored.items() if name.startswith("prior.")}
         assert_same({n: t for n, t in stored.items() if n not in prior}, sam_tensors)
@@ -418,10 +418,10 @@ class TestRandomCheckpoint:
         load_segmentation_model(checkpoint)
         result = answer_of(checkpoint)
         assert result.response.text.endswith("</think><REF_POS>")
-        assert result.concentrations.shape == (1, checkpoint.config.model.policy_width)
+        assert result.concentrations.shape == (1, checkpoint.config.model.policy_hidden_size)
 
     def test_every_weight_shows(self):
-        config = SegmentationConfig(policy_width=8, sam=SAM_SIZES["tiny"])
+        config = SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES["tiny"])
         tensors = random_tensors(config, seed=0)
         assert {n: tuple(t.shape) for n, t in tensors.items()} == expected_shapes(config)
         silent = [name for name, tensor in tensors.items() if not tensor.any()]
@@ -431,7 +431,7 @@ class TestRandomCheckpoint:
     def test_drawing_leaves_the_random_state_of_the_caller_alone(self):
         torch.manual_seed(0)
         state = torch.get_rng_state()
-        random_tensors(SegmentationConfig(policy_width=8, sam=SAM_SIZES["tiny"]), seed=5)
+        random_tensors(SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES["tiny"]), seed=5)
         generate_policy("tiny", seed=5)
         assert torch.equal(torch.get_rng_state(), state)
 

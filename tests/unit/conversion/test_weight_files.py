@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from coprs_deploy.architecture import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.checkpoint import expected_shapes
 from coprs_deploy.conversion.weight_files import (
     find_shards,
@@ -26,11 +25,12 @@ from coprs_deploy.conversion.weight_files import (
     sam_config_from_shapes,
 )
 from coprs_deploy.errors import ConversionError
+from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.specs import Geometry
 
 
 def sam_shapes(config):
-    shapes = expected_shapes(SegmentationConfig(policy_width=8, sam=config))
+    shapes = expected_shapes(SegmentationConfig(policy_hidden_size=8, sam=config))
     return {name: shape for name, shape in shapes.items() if not name.startswith("prior.")}
 
 
@@ -42,21 +42,21 @@ def sam_configs(draw):
     others = [block for block in range(depth) if block != windowed]
     global_blocks = draw(st.sets(st.sampled_from(others))) if others else ()
     return SamConfig(
-        encoder_width=heads * 4 * draw(st.integers(1, 3)),
+        encoder_embed_dim=heads * 4 * draw(st.integers(1, 3)),
         encoder_depth=depth,
-        encoder_heads=heads,
-        global_attention_blocks=tuple(sorted(global_blocks)),
+        encoder_num_heads=heads,
+        encoder_global_attn_indexes=tuple(sorted(global_blocks)),
         window_size=draw(st.integers(1, grid - 1)),
         mlp_ratio=float(draw(st.integers(1, 4))),
-        mask_prompt_channels=4 * draw(st.integers(1, 3)),
+        mask_in_chans=4 * draw(st.integers(1, 3)),
         decoder_depth=draw(st.integers(1, 2)),
-        decoder_mlp_width=draw(st.integers(1, 9)),
-        num_masks=draw(st.integers(1, 4)),
-        iou_head_width=draw(st.integers(1, 9)),
+        decoder_mlp_dim=draw(st.integers(1, 9)),
+        num_mask_tokens=draw(st.integers(1, 4)),
+        iou_head_hidden_dim=draw(st.integers(1, 9)),
         geometry=Geometry(
             image_size=grid * patch,
             patch_size=patch,
-            embedding_channels=16 * draw(st.integers(1, 3)),
+            out_chans=16 * draw(st.integers(1, 3)),
         ),
     )
 

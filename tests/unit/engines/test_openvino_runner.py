@@ -11,7 +11,7 @@ import onnx
 import openvino
 import pytest
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, onnxruntime_runner, openvino_runner
@@ -19,7 +19,7 @@ from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.machine import Processor
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
 RELATIVE = 1e-4
 """Float32 sums in another order; the shipped model's graphs measure below 5e-6."""
@@ -27,7 +27,7 @@ RELATIVE = 1e-4
 
 @pytest.fixture(scope="module")
 def bundles(tiny_bundle):
-    return {"tiny": open_bundle(tiny_bundle), "shipped": open_bundle(shipped.BUNDLE)}
+    return {"tiny": open_bundle(tiny_bundle), "shipped": open_bundle(demo.BUNDLE)}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_graph_computes_what_onnx_runtime_computes(model, name, bundles):
 
 
 def test_many_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
-    options = ExportOptions(runtime="openvino", targets=CountProfile(1, 2, 4))
+    options = ExportOptions(runtime="openvino", targets=OptimizationProfile(1, 2, 4))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert {graph.runtime for graph in bundle.manifest.graphs.values()} == {"openvino"}
     for name in (PRIOR, MASK_DECODER):

@@ -6,10 +6,10 @@ import pytest
 from coprs_deploy import engines
 from coprs_deploy.engines import RunnerOptions, runtime_module, runtime_names
 from coprs_deploy.engines.runner import Runner, check_inputs, host_array
-from coprs_deploy.specs import PRIOR, CountProfile, Geometry, graph_specs
+from coprs_deploy.specs import PRIOR, Geometry, OptimizationProfile, graph_specs
 
-GEOMETRY = Geometry(image_size=16, patch_size=4, embedding_channels=8)
-SPEC = graph_specs(GEOMETRY, 3, CountProfile(1, 2, 4))[PRIOR]
+GEOMETRY = Geometry(image_size=16, patch_size=4, out_chans=8)
+SPEC = graph_specs(GEOMETRY, 3, OptimizationProfile(1, 2, 4))[PRIOR]
 
 
 class Held:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from coprs_deploy.engines.build_cache import BuildCache
+from coprs_deploy.engines.cache import BuildCache
 from coprs_deploy.errors import ImageDecodeError
 from coprs_deploy.export import calibration
 from coprs_deploy.export.calibration import (
@@ -19,7 +19,7 @@ from coprs_deploy.export.calibration import (
 )
 from coprs_deploy.specs import Geometry
 
-GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
+GEOMETRY = Geometry(image_size=32, patch_size=8, out_chans=8)
 
 
 @pytest.fixture

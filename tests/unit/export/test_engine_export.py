@@ -4,16 +4,16 @@ import msgspec
 import onnx
 import pytest
 
-from coprs_deploy import shipped
+from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.cli.main import main
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph
-from coprs_deploy.engines.build_cache import BuildCache
-from coprs_deploy.engines.plan_builder import check_signature
-from coprs_deploy.engines.plan_text import read_plan_text
+from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.trt.build import check_signature
+from coprs_deploy.engines.trt.checks import read_plan_text
 from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_writer
-from coprs_deploy.specs import GRAPH_NAMES, CountProfile
+from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 GPUS = ("sm_80", "sm_89", "sm_120")
@@ -78,7 +78,7 @@ def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
     options = ExportOptions(
         runtime="tensorrt-rtx", precision=precision, gpus=GPUS, cache=tmp_path / "cache"
     )
-    bundle = export_checkpoint(shipped.CHECKPOINT, tmp_path / "bundle", options).bundle
+    bundle = export_checkpoint(demo.CHECKPOINT, tmp_path / "bundle", options).bundle
     for name, graph in bundle.manifest.graphs.items():
         assert graph.engine.compute_capabilities == GPUS
         assert graph.engine.network_layers > 10
@@ -87,7 +87,7 @@ def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
         assert check_signature(graph.spec, list(text.tensors)) is None
     end_to_end = bundle.manifest.equivalence[-1]
     assert end_to_end.passed
-    assert (end_to_end.relative > 1e-4) == (precision != "fp32")
+    assert (end_to_end.relative_error > 1e-4) == (precision != "fp32")
 
 
 @pytest.mark.slow
@@ -97,9 +97,9 @@ def test_an_encoder_of_one_aspect_compiles(drop_padding, tiny_checkpoint, tmp_pa
         runtime="tensorrt-rtx",
         precision="fp16",
         gpus=("sm_89",),
-        aspect=(16, 9),
+        aspect_ratio=(16, 9),
         drop_padding=drop_padding,
-        images=CountProfile(1, 2, 4),
+        images=OptimizationProfile(1, 2, 4),
         cache=tmp_path / "cache",
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
@@ -154,7 +154,7 @@ def test_onnx_runtime_runs_a_float16_bundle(tiny_checkpoint, tmp_path, written_g
     options = ExportOptions(precision="fp16")
     report = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options, steps.append)
     assert "check rounded candidate prior" in steps and "check candidate prior" in steps
-    assert all(0 < record.relative < 0.02 for record in report.bundle.manifest.equivalence)
+    assert all(0 < record.relative_error < 0.02 for record in report.bundle.manifest.equivalence)
     bundle = open_bundle(report.bundle.path)
     with open_bundle_graph(bundle, "prior", RunnerOptions()) as runner:
         assert runner.spec.inputs[0].dtype == "float32"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from coprs_deploy.bundle import ENGINE_FLAVORS
+from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines import ONNX_RUNTIMES
 from coprs_deploy.engines.runner import Runner
 from coprs_deploy.errors import EquivalenceError
@@ -17,11 +17,11 @@ from coprs_deploy.export.equivalence import (
     require_equivalence,
     sample_inputs,
 )
-from coprs_deploy.export.mask_samples import draw_masked_samples
+from coprs_deploy.export.samples import draw_masked_samples
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, graph_specs
 
-GEOMETRY = Geometry(image_size=32, patch_size=8, embedding_channels=8)
-SPECS = graph_specs(GEOMETRY, policy_width=6)
+GEOMETRY = Geometry(image_size=32, patch_size=8, out_chans=8)
+SPECS = graph_specs(GEOMETRY, policy_hidden_size=6)
 LIMITS = {
     name: Tolerance(1e-3, 1e-5, 0.999, 0.99 if name in ("mask_decoder", "end_to_end") else None, "")
     for name in (*GRAPH_NAMES, "end_to_end")
@@ -86,7 +86,7 @@ def test_equal_stages_pass_with_nothing_between_them():
     assert list(records) == ["image_encoder", "prior", "mask_decoder", "end_to_end"]
     for record in records.values():
         assert record.passed
-        assert (record.max_abs, record.relative, record.mean_signed) == (0, 0, 0)
+        assert (record.max_abs_error, record.relative_error, record.mean_error) == (0, 0, 0)
         assert record.cosine == pytest.approx(1)
         assert record.inputs == 3
     assert [r.mask_iou for r in records.values()] == [None, None, 1.0, 1.0]
@@ -97,8 +97,8 @@ def test_an_error_is_seen_in_its_own_graph_and_in_the_chain(graph):
     records = compare(**{graph: lambda values: values * np.float32(1.1)})
     assert {name for name, record in records.items() if not record.passed} >= {graph}
     assert all(records[name].passed for name in GRAPH_NAMES if name != graph)
-    assert records[graph].relative == pytest.approx(0.1, rel=1e-3)  # float32 of 1.1
-    assert records["end_to_end"].max_abs > 0
+    assert records[graph].relative_error == pytest.approx(0.1, rel=1e-3)  # float32 of 1.1
+    assert records["end_to_end"].max_abs_error > 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -131,11 +131,13 @@ def test_a_shift_in_one_direction_fails_inside_the_largest_difference():
         ).astype(np.float32)
 
     shifted, shaken = compare(prior=shift)["prior"], compare(prior=shake)["prior"]
-    assert shifted.relative == pytest.approx(shaken.relative, rel=0.01)  # float32 rounding
-    assert shifted.mean_signed > 10 * abs(shaken.mean_signed)
+    assert shifted.relative_error == pytest.approx(
+        shaken.relative_error, rel=0.01
+    )  # float32 rounding
+    assert shifted.mean_error > 10 * abs(shaken.mean_error)
     assert shaken.passed
     assert not shifted.passed
-    assert compare(prior=lambda values: values - np.float32(1e-4))["prior"].mean_signed < 0
+    assert compare(prior=lambda values: values - np.float32(1e-4))["prior"].mean_error < 0
 
 
 def test_the_worst_sample_counts():
@@ -145,7 +147,7 @@ def test_the_worst_sample_counts():
         calls.append(None)
         return values * np.float32(1 + 1e-4 * len(calls))
 
-    assert compare(prior=worse_every_time)["prior"].relative == pytest.approx(3e-4, rel=0.01)
+    assert compare(prior=worse_every_time)["prior"].relative_error == pytest.approx(3e-4, rel=0.01)
 
 
 def test_masks_that_overlap_too_little_fail_whatever_the_logits():
@@ -214,10 +216,10 @@ def test_the_chain_is_compared_as_an_answer_runs_it(monkeypatch, factor):
             values = masks["mask_logits"].numpy() * np.float32(factor)
             return given | {"mask_logits": HostTensor(values)}
 
-    def joined_with(prior, decoder):
+    def fused_with(prior, decoder):
         return Joined(prior, decoder)
 
-    monkeypatch.setattr(FunctionRunner, "joined_with", joined_with)
+    monkeypatch.setattr(FunctionRunner, "fused_with", fused_with)
     Joined.opened = FunctionRunner.opened = 0
     records = compare()
     assert all(records[name].passed for name in GRAPH_NAMES)
@@ -288,10 +290,10 @@ def test_equal_seeds_give_equal_samples():
 def test_every_tolerance_has_a_reason_and_can_fail(key):
     table = TOLERANCES[key]
     assert set(table) == {*GRAPH_NAMES, "end_to_end"}
-    assert key[0] in (*ONNX_RUNTIMES, *ENGINE_FLAVORS)
+    assert key[0] in (*ONNX_RUNTIMES, *TRT_VARIANT_NAMES)
     for name, tolerance in table.items():
         assert tolerance.reason
-        assert 0 < tolerance.mean_signed <= tolerance.relative <= 0.2
+        assert 0 < tolerance.mean_error <= tolerance.relative_error <= 0.2
         assert 0.9 < tolerance.cosine < 1
         assert (tolerance.mask_iou is not None) == (name in ("mask_decoder", "end_to_end"))
 

@@ -12,13 +12,13 @@ from onnx import numpy_helper
 from coprs_deploy.artifacts import record_files
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
-from coprs_deploy.engines import RunnerOptions, Stages, open_graph
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import ArtifactError, CheckpointError, EquivalenceError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer
 from coprs_deploy.export.equivalence import TOLERANCES, Tolerance
 from coprs_deploy.images import prepare_image
-from coprs_deploy.specs import GRAPH_NAMES, CountProfile, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile, graph_specs
 
 FP32 = ("onnxruntime", "fp32")
 
@@ -26,7 +26,7 @@ FP32 = ("onnxruntime", "fp32")
 def stages_of(bundle_path):
     """Open the three graphs of a bundle."""
     bundle = open_bundle(bundle_path)
-    return Stages(
+    return SegmentationGraphs(
         {
             name: open_graph("onnxruntime", bundle.graph_path(name), graph.spec, RunnerOptions())
             for name, graph in bundle.manifest.graphs.items()
@@ -47,13 +47,15 @@ def reference(checkpoint_path, scene, concentrations):
     checkpoint = read_checkpoint(checkpoint_path)
     model = load_segmentation_model(checkpoint)
     specs = read_specs(checkpoint)
-    with Stages({n: TorchRunner(m, specs[n]) for n, m in model.stages().items()}) as stages:
+    with SegmentationGraphs(
+        {n: TorchRunner(m, specs[n]) for n, m in model.stages().items()}
+    ) as stages:
         return run(stages, scene, checkpoint.config.model.geometry, concentrations)
 
 
 def read_specs(checkpoint):
     config = checkpoint.config.model
-    return graph_specs(config.geometry, config.policy_width)
+    return graph_specs(config.geometry, config.policy_hidden_size)
 
 
 def concentrations_of(count):
@@ -90,7 +92,7 @@ class TestBundle:
         assert manifest.checkpoint_note == config.provenance["note"]
         assert manifest.geometry == config.model.geometry
         assert manifest.policy.prompt == config.prompt
-        assert manifest.policy.width == config.model.policy_width == 64
+        assert manifest.policy.hidden_size == config.model.policy_hidden_size == 64
         assert manifest.policy.min_pixels == config.policy_image.min_pixels
         assert manifest.policy.max_pixels == config.policy_image.max_pixels
         assert manifest.gpu is None
@@ -126,9 +128,11 @@ class TestBundle:
         for record in records:
             limit = TOLERANCES[FP32][record.graph]
             assert record.passed
-            assert 0 < record.relative <= limit.relative  # 0 would mean that nothing was compared
-            assert record.max_abs > 0
-            assert abs(record.mean_signed) <= limit.mean_signed
+            assert (
+                0 < record.relative_error <= limit.relative_error
+            )  # 0 would mean that nothing was compared
+            assert record.max_abs_error > 0
+            assert abs(record.mean_error) <= limit.mean_error
             assert limit.cosine <= record.cosine <= 1
             assert record.inputs == 3
         assert [record.mask_iou for record in records[:2]] == [None, None]
@@ -140,7 +144,7 @@ class TestBundle:
             found = run(stages, scene, geometry, concentrations)
         expected = reference(tiny_checkpoint, scene, concentrations)
         for ours, theirs in zip(found, expected, strict=True):
-            limit = TOLERANCES[FP32]["end_to_end"].relative
+            limit = TOLERANCES[FP32]["end_to_end"].relative_error
             assert np.abs(ours - theirs).max() <= limit * np.abs(theirs).max()
         priors = expected[0]
         assert np.abs(priors[0] - priors[1]).max() > 0.01 * np.abs(priors).max()
@@ -211,7 +215,7 @@ class TestTargets:
         def exporter_of(text):
             if text not in exported:
                 out = tmp_path_factory.mktemp("targets") / "bundle"
-                options = ExportOptions(targets=CountProfile.parse(text))
+                options = ExportOptions(targets=OptimizationProfile.parse(text))
                 exported[text] = export_checkpoint(tiny_checkpoint, out, options).bundle.path
             return exported[text]
 
@@ -229,14 +233,14 @@ class TestTargets:
             found = run(stages, scene, read_manifest(path).geometry, concentrations)
         expected = reference(tiny_checkpoint, scene, concentrations)
         for ours, theirs in zip(found, expected, strict=True):
-            limit = TOLERANCES[FP32]["end_to_end"].relative * np.abs(theirs).max()
+            limit = TOLERANCES[FP32]["end_to_end"].relative_error * np.abs(theirs).max()
             assert np.abs(ours[:count] - theirs).max() <= limit
 
     @pytest.mark.slow
     def test_a_profile_gives_a_symbolic_dimension_and_a_number_a_static_one(self, export):
         ranged, fixed = (read_manifest(export(text)).graphs for text in ("1,2,4", "3"))
         assert ranged["prior"].spec.inputs[1].shape == ("targets", 64)
-        assert ranged["prior"].spec.targets == CountProfile(1, 2, 4)
+        assert ranged["prior"].spec.targets == OptimizationProfile(1, 2, 4)
         assert ranged["mask_decoder"].spec.outputs[0].shape == ("targets", 1, 64, 64)
         assert fixed["prior"].spec.inputs[1].shape == (3, 64)
         for graphs in (ranged, fixed):
@@ -254,7 +258,7 @@ class TestProof:
         message = str(caught.value)
         assert f"{graph}: relative " in message
         limit = TOLERANCES[FP32][graph]
-        assert f"(allowed: {limit.relative:.0e}, {limit.mean_signed:.0e}" in message
+        assert f"(allowed: {limit.relative_error:.0e}, {limit.mean_error:.0e}" in message
         assert not [n for n in GRAPH_NAMES if n != graph and f"{n}: relative" in message]
         assert list(tmp_path.iterdir()) == []
 

@@ -5,21 +5,21 @@ import pytest
 
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
-from coprs_deploy.engines import RunnerOptions, Stages, open_bundle_graph
+from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.onnxruntime_runner import OrtRunner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export import ExportOptions, export_checkpoint
-from coprs_deploy.export.chain import measure_chain
+from coprs_deploy.export.comparison import compare_backends
 from coprs_deploy.export.equivalence import END_TO_END, TOLERANCES, sample_inputs
 from coprs_deploy.images import prepare_image
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, CountProfile
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
-IMAGES = CountProfile(1, 2, 4)
-ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative
+IMAGES = OptimizationProfile(1, 2, 4)
+ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative_error
 """Largest difference of an image encoded in company from the same one encoded alone."""
 
-MASK_ROUNDING = TOLERANCES["onnxruntime", "fp32"][END_TO_END].relative
+MASK_ROUNDING = TOLERANCES["onnxruntime", "fp32"][END_TO_END].relative_error
 """The same of the masks that follow."""
 
 
@@ -42,7 +42,7 @@ def stages(request, bundle, tiny_checkpoint):
             name: open_bundle_graph(bundle, name, RunnerOptions(num_threads=1), request.param)
             for name in graphs
         }
-    with Stages(runners) as opened:
+    with SegmentationGraphs(runners) as opened:
         yield opened
 
 
@@ -109,12 +109,12 @@ def test_the_check_of_an_export_runs_every_size(size, tiny_checkpoint, tmp_path,
 
 
 def test_the_chain_of_equality_is_measured_on_it(bundle, tiny_checkpoint):
-    samples = sample_inputs(bundle.manifest.geometry, bundle.manifest.policy.width)
-    links = measure_chain(bundle, read_checkpoint(tiny_checkpoint), samples)
+    samples = sample_inputs(bundle.manifest.geometry, bundle.manifest.policy.hidden_size)
+    links = compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
     assert len(links) == 4
     assert all(link.passed for link in links)
 
 
 def test_an_encoder_that_would_wait_for_company_is_refused():
-    with pytest.raises(ValueError, match="images starts at 2; accepted: 1, or 1,preferred,max"):
-        ExportOptions(images=CountProfile(2, 2, 4))
+    with pytest.raises(ValueError, match="images starts at 2; accepted: 1, or 1,opt,max"):
+        ExportOptions(images=OptimizationProfile(2, 2, 4))

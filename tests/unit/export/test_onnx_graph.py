@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 
-from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.errors import EquivalenceError, MissingDependencyError
@@ -21,12 +20,13 @@ from coprs_deploy.export.onnx_graph import (
     check_onnx_graph,
     export_onnx_graph,
 )
+from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models.prior import PositionalPrior
 from coprs_deploy.specs import GRAPH_NAMES, GraphSpec, TensorSpec, graph_specs
 from coprs_deploy.version import __version__
 
 DEPTH = SAM_SIZES["tiny"].encoder_depth
-CONFIG = SegmentationConfig(policy_width=256, sam=SAM_SIZES["tiny"])
+CONFIG = SegmentationConfig(policy_hidden_size=256, sam=SAM_SIZES["tiny"])
 SPEC = graph_specs(CONFIG.geometry, 256)["prior"]
 
 

@@ -11,8 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.export import ExportOptions, precision
-from coprs_deploy.export.precision import FLOAT32_PARTS, OPSETS, type_graph
-from coprs_deploy.export.rounding import write_rounded_graph
+from coprs_deploy.export.precision import FLOAT32_PARTS, OPSETS, type_graph, write_rounded_graph
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR
 
 HALF = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coprs_deploy.architecture import SAM_SIZES
+from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder, RandomPositionEncoding
 
 TINY = SAM_SIZES["tiny"]
@@ -21,7 +21,7 @@ def decoder():
 
 def decoder_inputs(targets):
     generator = torch.Generator().manual_seed(1)
-    channels, grid = TINY.geometry.embedding_channels, TINY.geometry.grid_size
+    channels, grid = TINY.geometry.out_chans, TINY.geometry.grid_size
     shape = (channels, grid, grid)
     image, positions = (torch.randn(1, *shape, generator=generator) for _ in range(2))
     return image, positions, torch.randn(targets, *shape, generator=generator)

@@ -5,16 +5,14 @@ import math
 import pytest
 import torch
 
-from coprs_deploy.architecture import SamConfig, SegmentationConfig
+from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.models.prior import PositionalPrior
 from coprs_deploy.specs import Geometry
 
 CONFIG = SegmentationConfig(
-    policy_width=5,
-    prior_heads=2,
-    sam=SamConfig(
-        decoder_heads=2, geometry=Geometry(image_size=12, patch_size=4, embedding_channels=8)
-    ),
+    policy_hidden_size=5,
+    prior_num_heads=2,
+    sam=SamConfig(decoder_num_heads=2, geometry=Geometry(image_size=12, patch_size=4, out_chans=8)),
 )
 """Three cells a side, 8 channels in 2 heads: small enough to work out term by term."""
 
@@ -27,9 +25,9 @@ def drawn_prior(config=CONFIG):
 def inputs(targets=1, config=CONFIG, images=1):
     generator = torch.Generator().manual_seed(1)
     geometry = config.geometry
-    shape = (images, geometry.embedding_channels, geometry.grid_size, geometry.grid_size)
+    shape = (images, geometry.out_chans, geometry.grid_size, geometry.grid_size)
     embedding = torch.randn(shape, generator=generator)
-    return embedding, torch.randn(targets, config.policy_width, generator=generator)
+    return embedding, torch.randn(targets, config.policy_hidden_size, generator=generator)
 
 
 def convolve(maps, weight, bias):
@@ -138,7 +136,7 @@ def test_one_image_for_each_concentration_pairs_them_in_order():
 
 
 def test_a_zero_concentration_gives_the_same_logit_far_from_the_border():
-    config = SegmentationConfig(policy_width=5, prior_heads=2)
+    config = SegmentationConfig(policy_hidden_size=5, prior_num_heads=2)
     prior = drawn_prior(config)
     embedding, concentration = inputs(config=config)
     inner = prior(embedding, torch.zeros_like(concentration))[0, 0, 16:-16, 16:-16]
@@ -154,7 +152,7 @@ def test_a_fresh_prior_says_mostly_background():
 def test_the_parameters_have_the_names_and_shapes_of_the_public_head():
     shapes = {
         name: tuple(tensor.shape)
-        for name, tensor in PositionalPrior(SegmentationConfig(policy_width=3584))
+        for name, tensor in PositionalPrior(SegmentationConfig(policy_hidden_size=3584))
         .state_dict()
         .items()
     }

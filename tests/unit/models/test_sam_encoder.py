@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from coprs_deploy.architecture import SAM_SIZES, SamConfig
+from coprs_deploy.model_config import SAM_SIZES, SamConfig
 from coprs_deploy.models.sam_encoder import EncoderBlock, RelativeAttention, SamImageEncoder
 from coprs_deploy.specs import Geometry
 
 SMALL = SamConfig(
-    encoder_width=24,
+    encoder_embed_dim=24,
     encoder_depth=2,
-    encoder_heads=2,
-    global_attention_blocks=(1,),
+    encoder_num_heads=2,
+    encoder_global_attn_indexes=(1,),
     window_size=3,
     mlp_ratio=2.0,
-    decoder_heads=2,
-    geometry=Geometry(image_size=32, patch_size=4, embedding_channels=16),
+    decoder_num_heads=2,
+    geometry=Geometry(image_size=32, patch_size=4, out_chans=16),
 )
 """A grid of 8 cells a side in windows of 3, so that the last windows are padded."""
 
@@ -43,7 +43,7 @@ def relative_error(found, expected):
 
 def test_relative_attention_is_the_sum_that_sam_defines():
     grid, heads, width = 3, 2, 8
-    attention = drawn(RelativeAttention(width, heads, grid, relative_positions=True)).double()
+    attention = drawn(RelativeAttention(width, heads, grid, use_rel_pos=True)).double()
     x = torch.randn(1, grid, grid, width, generator=torch.Generator().manual_seed(1)).double()
     head_width = width // heads
 
@@ -80,7 +80,7 @@ def test_each_table_of_positions_shows_in_the_embedding(table):
 
 
 def test_an_encoder_without_relative_positions_has_no_tables_and_runs():
-    config = SamConfig.from_json({**SMALL.to_json(), "relative_positions": False})
+    config = SamConfig.from_json({**SMALL.to_json(), "use_rel_pos": False})
     encoder = drawn(SamImageEncoder(config))
     assert not [name for name in encoder.state_dict() if "rel_pos" in name]
     assert encoder(image(config)).shape == (1, 16, 8, 8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from coprs_deploy.architecture import SAM_SIZES, SegmentationConfig
+from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder
 from coprs_deploy.models.sam_encoder import EncoderBlock, SamImageEncoder
@@ -61,17 +61,17 @@ def sam_encoder(segment_anything, config, **changes):
     geometry = config.geometry
     sizes = {
         "depth": config.encoder_depth,
-        "embed_dim": config.encoder_width,
+        "embed_dim": config.encoder_embed_dim,
         "img_size": geometry.image_size,
         "mlp_ratio": config.mlp_ratio,
         "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-        "num_heads": config.encoder_heads,
+        "num_heads": config.encoder_num_heads,
         "patch_size": geometry.patch_size,
         "qkv_bias": True,
-        "use_rel_pos": config.relative_positions,
-        "global_attn_indexes": config.global_attention_blocks,
+        "use_rel_pos": config.use_rel_pos,
+        "global_attn_indexes": config.encoder_global_attn_indexes,
         "window_size": config.window_size,
-        "out_chans": geometry.embedding_channels,
+        "out_chans": geometry.out_chans,
     }
     return ImageEncoderViT(**{**sizes, **changes})
 
@@ -83,24 +83,24 @@ def sam_decoder(segment_anything, config):
     from segment_anything.modeling import TwoWayTransformer
 
     geometry = config.geometry
-    width = geometry.embedding_channels
+    width = geometry.out_chans
     prompt_encoder = SamPromptEncoder(
         embed_dim=width,
         image_embedding_size=(geometry.grid_size, geometry.grid_size),
         input_image_size=(geometry.image_size, geometry.image_size),
-        mask_in_chans=config.mask_prompt_channels,
+        mask_in_chans=config.mask_in_chans,
     )
     mask_decoder = SamMaskDecoder(
-        num_multimask_outputs=config.num_masks - 1,
+        num_multimask_outputs=config.num_mask_tokens - 1,
         transformer=TwoWayTransformer(
             depth=config.decoder_depth,
             embedding_dim=width,
-            mlp_dim=config.decoder_mlp_width,
-            num_heads=config.decoder_heads,
+            mlp_dim=config.decoder_mlp_dim,
+            num_heads=config.decoder_num_heads,
         ),
         transformer_dim=width,
         iou_head_depth=3,
-        iou_head_hidden_dim=config.iou_head_width,
+        iou_head_hidden_dim=config.iou_head_hidden_dim,
     )
     return draw(prompt_encoder), draw(mask_decoder, seed=1)
 
@@ -113,7 +113,7 @@ def normal(*shape, seed=2):
 def test_names_and_shapes_of_the_whole_sam_are_ours(segment_anything, size):
     with torch.device("meta"):
         sam = segment_anything.sam_model_registry[size]()
-        ours = SegmentationModel(SegmentationConfig(policy_width=8, sam=SAM_SIZES[size]))
+        ours = SegmentationModel(SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES[size]))
     shapes = {
         name: tensor.shape
         for name, tensor in ours.state_dict().items()
@@ -132,10 +132,10 @@ def test_pixel_normalization_is_sams(segment_anything):
     assert sam.pixel_std.flatten().tolist() == pytest.approx(geometry.pixel_std)
 
 
-@pytest.mark.parametrize("relative_positions", [True, False])
-def test_the_tiny_image_encoder_equals_sam(segment_anything, relative_positions):
+@pytest.mark.parametrize("use_rel_pos", [True, False])
+def test_the_tiny_image_encoder_equals_sam(segment_anything, use_rel_pos):
     tiny = SAM_SIZES["tiny"]
-    config = type(tiny).from_json({**tiny.to_json(), "relative_positions": relative_positions})
+    config = type(tiny).from_json({**tiny.to_json(), "use_rel_pos": use_rel_pos})
     peer = draw(sam_encoder(segment_anything, config))
     ours = like(peer, SamImageEncoder(config))
     image = normal(2, 3, 128, 128)
@@ -162,8 +162,8 @@ def test_a_block_of_the_larger_encoders_equals_sam(segment_anything, size, is_gl
     grid = config.geometry.grid_size
     peer = draw(
         Block(
-            dim=config.encoder_width,
-            num_heads=config.encoder_heads,
+            dim=config.encoder_embed_dim,
+            num_heads=config.encoder_num_heads,
             mlp_ratio=config.mlp_ratio,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
@@ -172,7 +172,7 @@ def test_a_block_of_the_larger_encoders_equals_sam(segment_anything, size, is_gl
         )
     )
     ours = like(peer, EncoderBlock(config, is_global=is_global))
-    x = normal(1, grid, grid, config.encoder_width)
+    x = normal(1, grid, grid, config.encoder_embed_dim)
     # The residual would hide an error of the attention, so what the block adds is compared.
     assert_equal(ours(x) - x, peer(x) - x, "block")
 
@@ -210,7 +210,7 @@ def test_many_masks_at_once_equal_the_first_masks_of_sam_one_at_a_time(segment_a
     prompt_encoder = like(peer_prompts, PromptEncoder(config))
     decoder = like(peer, MaskDecoder(config))
     geometry = config.geometry
-    image = normal(1, geometry.embedding_channels, geometry.grid_size, geometry.grid_size)
+    image = normal(1, geometry.out_chans, geometry.grid_size, geometry.grid_size)
     prompts = 4 * normal(3, 1, geometry.mask_size, geometry.mask_size)
 
     together = decoder(image, prompt_encoder.image_positions(), prompt_encoder(prompts))

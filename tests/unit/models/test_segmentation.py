@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
-from coprs_deploy.architecture import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.conversion.converters import random_tensors
-from coprs_deploy.conversion.generated_policy import POLICY_SIZES, build_config, build_tokenizer
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
+from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.models.segmentation import mask_padding
 from coprs_deploy.specs import Geometry, graph_specs
 
 TINY = SegmentationConfig(
-    policy_width=16, sam=msgspec.structs.replace(SAM_SIZES["tiny"], mask_prompt_channels=16)
+    policy_hidden_size=16, sam=msgspec.structs.replace(SAM_SIZES["tiny"], mask_in_chans=16)
 )
 """The tiny sizes with SAM's own mask prompt, through which the prior reaches the mask."""
 
@@ -74,7 +74,7 @@ def test_the_stages_in_a_row_are_the_whole_model(model):
 
 
 def test_the_stages_take_and_give_what_the_specifications_say(model):
-    specs = graph_specs(TINY.geometry, TINY.policy_width)
+    specs = graph_specs(TINY.geometry, TINY.policy_hidden_size)
     stages = model.stages()
     assert list(stages) == list(specs)
     for name, spec in specs.items():
@@ -104,9 +104,10 @@ def test_many_concentrations_in_one_call_equal_single_calls(model):
 
 @pytest.mark.parametrize("size", ["tiny", "wide"])
 def test_the_concentration_and_the_padding_show_in_the_mask(size):
-    config = {"tiny": SegmentationConfig(policy_width=16, sam=SAM_SIZES["tiny"]), "wide": TINY}[
-        size
-    ]
+    config = {
+        "tiny": SegmentationConfig(policy_hidden_size=16, sam=SAM_SIZES["tiny"]),
+        "wide": TINY,
+    }[size]
     model = SegmentationModel(config)
     model.load_state_dict(random_tensors(config, seed=0))
     image, concentrations, unpadded_size = model_inputs(targets=2)
@@ -132,7 +133,7 @@ def test_prior_values_in_the_padding_do_not_reach_the_mask(model):
     ("sam_size", "billions"), [("vit_h", 8.93), ("vit_l", 8.60), ("vit_b", 8.38)]
 )
 def test_the_7b_model_has_as_many_parameters_as_the_paper_says(sam_size, billions, seven_b):
-    config = SegmentationConfig(policy_width=3584, sam=SAM_SIZES[sam_size])
+    config = SegmentationConfig(policy_hidden_size=3584, sam=SAM_SIZES[sam_size])
     with torch.device("meta"):
         segmentation = SegmentationModel(config)
     total = seven_b + sum(p.numel() for p in segmentation.parameters())
@@ -152,10 +153,13 @@ def seven_b():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder_heads": 7}, "encoder_width is 768; it must be a multiple of 7"),
-        ({"decoder_heads": 3}, "geometry.embedding_channels is 256; it must be a multiple of 6"),
-        ({"mask_prompt_channels": 6}, "mask_prompt_channels is 6; it must be a multiple of 4"),
-        ({"global_attention_blocks": (2, 12)}, "names block 12; the encoder has blocks 0 to 11"),
+        ({"encoder_num_heads": 7}, "encoder_embed_dim is 768; it must be a multiple of 7"),
+        ({"decoder_num_heads": 3}, "geometry.out_chans is 256; it must be a multiple of 6"),
+        ({"mask_in_chans": 6}, "mask_in_chans is 6; it must be a multiple of 4"),
+        (
+            {"encoder_global_attn_indexes": (2, 12)},
+            "names block 12; the encoder has blocks 0 to 11",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(changes, message):

@@ -53,7 +53,7 @@ def test_without_vllm_the_policy_ends_in_the_pip_line(tiny_checkpoint):
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed")
     from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.policy.vllm_policy import VllmPolicy
+    from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
     checkpoint = read_checkpoint(tiny_checkpoint)
     with pytest.raises(MissingDependencyError, match='needs vllm; pip install "vllm=='):

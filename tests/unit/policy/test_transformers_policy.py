@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.conversion.generated_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
 from coprs_deploy.errors import InstructionError, MissingDependencyError, PolicyError
 from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy import PolicyRequest, StopReason
@@ -113,9 +113,9 @@ def test_each_concentration_is_the_uncached_state_at_its_reference_token(
     question = PolicyRequest(rgb, "the red disc", targets)
     states = policy.hidden_states(question, result.token_ids).numpy()
     positions = reference_positions(policy, result)
-    assert states.shape == (len(result.token_ids), policy.width)
+    assert states.shape == (len(result.token_ids), policy.hidden_size)
     assert result.concentrations.dtype == np.float32
-    assert result.concentrations.shape == (targets, policy.width)
+    assert result.concentrations.shape == (targets, policy.hidden_size)
     assert positions == list(result.response.reference_positions)
     for concentration, position in zip(result.concentrations, positions, strict=True):
         assert relative_error(concentration, states[position]) < STATE_TOLERANCE
@@ -207,7 +207,7 @@ def test_it_stops_where_the_policy_ends_its_answer(scripted, ask):
     policy = scripted(("<think>", " no", " such", " thing", "</think>", "<|im_end|>"))
     words, result = ask(policy)
     assert result.stop_reason is StopReason.END_OF_TEXT
-    assert result.concentrations.shape == (0, policy.width)
+    assert result.concentrations.shape == (0, policy.hidden_size)
     assert result.concentrations.dtype == np.float32
     assert result.response.text == "<think> no such thing</think>" == "".join(words)
     assert result.response.reasoning == "no such thing"
@@ -371,7 +371,7 @@ def test_timings_and_counts_are_of_this_request(policy, ask):
 def test_the_description_names_library_family_device_and_dtype(policy):
     assert policy.description.startswith("transformers ")
     assert policy.description.endswith("on cpu, torch.float32")
-    assert policy.width == 64
+    assert policy.hidden_size == 64
     assert policy.concurrency == 1
 
 

@@ -6,17 +6,17 @@ import time
 
 import numpy as np
 import pytest
-from runtime_fakes import (
-    WAIT,
-    FakePolicy,
-    picture,
-)
 
 from coprs_deploy.errors import (
     InstructionError,
 )
-from coprs_deploy.policy import Words
-from coprs_deploy.runtime import Answer, CoPRS, PriorReady
+from coprs_deploy.policy import TextDelta
+from coprs_deploy.runtime import CoPRS, PriorEvent, SegmentationResult
+from tests.unit.runtime_fakes import (
+    WAIT,
+    FakePolicy,
+    picture,
+)
 
 
 class TestMany:
@@ -102,7 +102,7 @@ class TestAsync:
         async def collect():
             return [type(event) async for event in coprs.astream(picture(), "x")]
 
-        assert asyncio.run(collect()) == [Words, Words, PriorReady, Answer]
+        assert asyncio.run(collect()) == [TextDelta, TextDelta, PriorEvent, SegmentationResult]
 
     def test_errors_are_raised_to_the_one_who_awaits(self, build):
         coprs, _ = build()

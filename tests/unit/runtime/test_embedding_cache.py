@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from coprs_deploy.runtime.embedding_cache import EmbeddingCache, EncodedImage, picture_key
+from coprs_deploy.runtime.encoder import EmbeddingCache, EncodedImage, picture_key
 
 WAIT_SECONDS = 10
 

@@ -7,11 +7,11 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
-from runtime_fakes import GEOMETRY, WAIT, picture
 
 from coprs_deploy.errors import CoPRSError
-from coprs_deploy.runtime.encoder_queue import EncoderQueue
-from coprs_deploy.specs import CountProfile
+from coprs_deploy.runtime.encoder import EncoderQueue
+from coprs_deploy.specs import OptimizationProfile
+from tests.unit.runtime_fakes import GEOMETRY, WAIT, picture
 
 
 class FakeStages:
@@ -42,7 +42,7 @@ def start():
     started = []
 
     def starter(*images):
-        stages = FakeStages(CountProfile(*images))
+        stages = FakeStages(OptimizationProfile(*images))
         queue = EncoderQueue(stages, GEOMETRY)
         started.append((stages, queue))
         first = queue.submit(picture(1))
@@ -140,7 +140,7 @@ def test_closing_calls_off_what_waits_and_waits_for_what_runs(start):
 
 
 def test_a_queue_that_nobody_closed_ends_with_its_last_user():
-    queue = EncoderQueue(FakeStages(CountProfile()), GEOMETRY)
+    queue = EncoderQueue(FakeStages(OptimizationProfile()), GEOMETRY)
     queue._stages.may_go_on.set()
     queue.submit(picture(1)).result(WAIT)
     (thread,) = queue._thread._threads

@@ -6,21 +6,21 @@ import time
 
 import numpy as np
 import pytest
-from runtime_fakes import WAIT, FakePolicy, picture
 
 from coprs_deploy.errors import (
-    AnswerTimeoutError,
     CoPRSError,
     InstructionError,
     QueueFullError,
+    RequestTimeoutError,
 )
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
+from tests.unit.runtime_fakes import WAIT, FakePolicy, picture
 
 
 class TestLimits:
     def test_a_question_beyond_the_queue_is_refused_at_once(self, build):
-        coprs, runners = build(max_waiting=1)
+        coprs, runners = build(max_queue_size=1)
         streams = [coprs.stream(picture(), "x") for _ in range(2)]
         for stream in streams:
             next(stream)
@@ -32,7 +32,7 @@ class TestLimits:
         assert runners["image_encoder"].calls == 1  # the refused picture was not encoded
 
     def test_places_are_left_by_answers_and_by_failures(self, build):
-        coprs, _ = build(max_waiting=0)
+        coprs, _ = build(max_queue_size=0)
         for _ in range(3):
             assert coprs.segment(picture(), "x").found
             with pytest.raises(InstructionError):
@@ -42,24 +42,24 @@ class TestLimits:
         policy = FakePolicy()
         policy.during = lambda: [policy.requests[-1].remaining_s(), time.sleep(0.06)]
         coprs, _ = build(policy, timeout_s=0.05)
-        with pytest.raises(AnswerTimeoutError, match="the answer to 'the cup' was not ready"):
+        with pytest.raises(RequestTimeoutError, match="the answer to 'the cup' was not ready"):
             coprs.segment(picture(), "the cup")
         assert policy.abandoned == 1
 
     def test_an_image_encoder_that_takes_too_long_is_not_waited_for(self, build):
         release = threading.Event()
         coprs, _ = build(encode=lambda: release.wait(WAIT), timeout_s=0.05)
-        with pytest.raises(AnswerTimeoutError):
+        with pytest.raises(RequestTimeoutError):
             coprs.segment(picture(), "x")
         release.set()
 
     def test_a_real_policy_stops_at_the_deadline(self, tiny_bundle, scene):
         with CoPRS.load(tiny_bundle, RuntimeOptions(timeout_s=1e-4)) as coprs:
-            with pytest.raises(AnswerTimeoutError):
+            with pytest.raises(RequestTimeoutError):
                 coprs.segment(scene, "the red disc")
             assert coprs._admission.taken == 0
 
-    @pytest.mark.parametrize("options", [{"max_waiting": -1}, {"timeout_s": 0}])
+    @pytest.mark.parametrize("options", [{"max_queue_size": -1}, {"timeout_s": 0}])
     def test_limits_out_of_range_are_refused(self, options):
         (name,) = options
         with pytest.raises(ValueError, match=f"{name} is"):

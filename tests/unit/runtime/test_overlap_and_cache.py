@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import pytest
-from runtime_fakes import DIMENSION, GEOMETRY, WAIT, FakePolicy, picture
 
 from coprs_deploy.engines.runner import HostTensor
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.specs import CountProfile, graph_specs
+from coprs_deploy.specs import OptimizationProfile, graph_specs
+from tests.unit.runtime_fakes import DIMENSION, GEOMETRY, WAIT, FakePolicy, picture
 
 
 class TestOverlap:
@@ -65,13 +65,13 @@ class TestCache:
         assert runners["image_encoder"].calls == 2
 
     def test_without_a_cache_each_question_encodes(self, build):
-        coprs, runners = build(cached_images=0)
+        coprs, runners = build(max_cached_images=0)
         for _ in range(2):
             assert coprs.segment(picture(), "x").timings.image_encoder_ms > 0
         assert runners["image_encoder"].calls == 2
 
     def test_the_picture_that_waited_longest_is_forgotten(self, build):
-        coprs, runners = build(cached_images=2)
+        coprs, runners = build(max_cached_images=2)
         for value in (1, 2, 1, 3):  # the third picture replaces 2, which waited longer than 1
             coprs.segment(picture(value), "x")
         assert runners["image_encoder"].calls == 3
@@ -124,7 +124,7 @@ class TestTimings:
     def test_warming_up_runs_every_number_of_images(self, build):
         coprs, runners = build()
         encoder, sizes = runners["image_encoder"], []
-        encoder.spec = graph_specs(GEOMETRY, DIMENSION, images=CountProfile(1, 2, 4))[
+        encoder.spec = graph_specs(GEOMETRY, DIMENSION, images=OptimizationProfile(1, 2, 4))[
             "image_encoder"
         ]
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from runtime_fakes import GEOMETRY, FakePolicy, picture
 
 from coprs_deploy.errors import (
     ImageDecodeError,
@@ -10,16 +9,17 @@ from coprs_deploy.errors import (
     PolicyError,
 )
 from coprs_deploy.images import prepare_image, resize_logits
-from coprs_deploy.policy import Words
-from coprs_deploy.runtime import CoPRS, PriorReady
+from coprs_deploy.policy import TextDelta
+from coprs_deploy.runtime import CoPRS, PriorEvent
+from tests.unit.runtime_fakes import GEOMETRY, FakePolicy, picture
 
 
 class TestStream:
     def test_words_come_first_then_the_prior_then_the_answer(self, build):
         coprs, _ = build()
         *words, prior, answer = coprs.stream(picture(), "x", targets=2)
-        assert words == [Words("a"), Words(" thought")]
-        assert isinstance(prior, PriorReady)
+        assert words == [TextDelta("a"), TextDelta(" thought")]
+        assert isinstance(prior, PriorEvent)
         assert prior.priors.shape == (2, 20, 30)
         assert np.array_equal(prior.priors, answer.priors)
         assert answer.response == "a thought"
@@ -37,7 +37,7 @@ class TestStream:
     def test_the_prior_comes_before_the_mask_is_decoded(self, build):
         coprs, runners = build()
         for event in coprs.stream(picture(), "x"):
-            if isinstance(event, PriorReady):
+            if isinstance(event, PriorEvent):
                 assert (runners["prior"].calls, runners["mask_decoder"].calls) == (1, 0)
         assert runners["mask_decoder"].calls == 1
 
@@ -136,7 +136,7 @@ class TestRefusals:
     def test_a_policy_that_ends_without_a_result_is_an_error(self, build):
         class Silent(FakePolicy):
             def stream(self, request):
-                yield Words("well")
+                yield TextDelta("well")
 
         with pytest.raises(PolicyError, match="fake policy ended without a result"):
             build(Silent())[0].segment(picture(), "x")

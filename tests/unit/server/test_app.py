@@ -9,12 +9,12 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from runtime_fakes import WAIT, FakePolicy
 from starlette.testclient import TestClient
 
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.server.app import build_app
 from coprs_deploy.server.events import EVENT_STREAM
+from tests.unit.runtime_fakes import WAIT, FakePolicy
 
 MAX_BYTES = 100_000
 
@@ -152,7 +152,7 @@ class TestRefusals:
     def test_a_full_queue_says_when_to_come_again(self, connect):
         begun, release = threading.Event(), threading.Event()
         policy = FakePolicy(during=lambda: (begun.set(), release.wait(WAIT)))
-        client, _ = connect(policy, max_waiting=0)
+        client, _ = connect(policy, max_queue_size=0)
         first = threading.Thread(target=ask, args=(client,))
         first.start()
         assert begun.wait(WAIT)

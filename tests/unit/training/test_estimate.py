@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from coprs_deploy.architecture import SamConfig, SegmentationConfig
 from coprs_deploy.cli.main import main
+from coprs_deploy.curriculum.recipe import TinyPolicy
+from coprs_deploy.curriculum.tiny_policy import build_tiny_policy
+from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.estimate import (
@@ -24,40 +26,39 @@ from coprs_deploy.training.grpo.attachment import (
     SegmentationHead,
     SegmentationRequest,
 )
-from coprs_deploy.training.phase_settings import SupervisedPhase
-from coprs_deploy.training.recipe import SmallPolicy, load_recipe
-from coprs_deploy.training.small_policy import build_small_policy
+from coprs_deploy.training.recipe import load_recipe
+from coprs_deploy.training.settings import SupervisedSettings
 
 PEAK_TOLERANCE = 0.15
 """Relative difference of an estimated peak: what a layer keeps is counted, not simulated."""
 
 
 def build(width, depth):
-    sizes = SmallPolicy(
+    sizes = TinyPolicy(
         image_size=128,
         patch_size=8,
         width=width,
         depth=depth,
         heads=4,
         mlp_width=3 * width,
-        vision_width=64,
+        vision_hidden_size=64,
         vision_depth=2,
-        vision_heads=2,
-        vision_mlp_width=128,
+        vision_num_heads=2,
+        vision_intermediate_size=128,
         mrope_section=(width // 32, width // 32, width // 8 - width // 16),
-        vocabulary_size=600,
+        vocab_size=600,
     )
-    parts = build_small_policy(sizes, ["the red circle"], seed=0)
+    parts = build_tiny_policy(sizes, ["the red circle"], seed=0)
     sam = SamConfig(
-        encoder_width=64,
+        encoder_embed_dim=64,
         encoder_depth=1,
-        encoder_heads=2,
-        global_attention_blocks=(0,),
+        encoder_num_heads=2,
+        encoder_global_attn_indexes=(0,),
         window_size=8,
         mlp_ratio=2.0,
-        decoder_heads=2,
-        decoder_mlp_width=128,
-        geometry=Geometry(image_size=128, patch_size=8, embedding_channels=32),
+        decoder_num_heads=2,
+        decoder_mlp_dim=128,
+        geometry=Geometry(image_size=128, patch_size=8, out_chans=32),
     )
     return parts, SegmentationModel(SegmentationConfig(width, sam=sam))
 
@@ -177,7 +178,7 @@ def test_features_take_the_image_encoder_off_the_gpu():
 
 def test_a_supervised_phase_has_an_estimate():
     recipe = load_recipe("qwen2_5_vl_3b")
-    assert isinstance(recipe.phases["supervised"], SupervisedPhase)
+    assert isinstance(recipe.phases["supervised"], SupervisedSettings)
     found = estimate(recipe, 8)["supervised"]
     assert "rollout" not in found.seconds
     assert found.memory["reference"] == 0

@@ -15,12 +15,12 @@ from coprs_deploy.artifacts import exclusive
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.cli.main import main
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
+from coprs_deploy.data.examples import write_examples
+from coprs_deploy.data.synthetic import PLAIN, SceneExamples
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import image_key, prepare_image
 from coprs_deploy.training import features
-from coprs_deploy.training.examples import write_examples
 from coprs_deploy.training.features import FeatureStore, compute_features, largest_bytes
-from coprs_deploy.training.scenes import PLAIN, SceneExamples
 
 HALF_ROUNDING = 1e-3
 """Of an embedding in float16, relative to its largest value."""

@@ -7,7 +7,6 @@ import torch
 
 from coprs_deploy.training.losses import (
     Mean,
-    SegmentationLossWeights,
     binary_cross_entropy,
     dice,
     focal,
@@ -15,6 +14,7 @@ from coprs_deploy.training.losses import (
     segmentation_losses,
     token_cross_entropy,
 )
+from coprs_deploy.training.settings import SegmentationLossWeights
 
 EVERYWHERE = torch.ones(1, 1, 2, 2)
 

@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from coprs_deploy.cli.main import main
-from coprs_deploy.training.example_run import build_on_meta
-from coprs_deploy.training.grpo.settings import PAPER_OPTIMIZER, GrpoPhase
-from coprs_deploy.training.optimizers import build_optimizers, relative_rate, set_rate
-from coprs_deploy.training.phase_settings import Optimizer, SupervisedPhase
-from coprs_deploy.training.recipe import (
+from coprs_deploy.training.optim import build_optimizers, relative_rate, set_rate
+from coprs_deploy.training.recipe import Recipe, changed_keys, load_recipe, recipe_names
+from coprs_deploy.training.run import build_on_meta, with_precision_of_this_machine
+from coprs_deploy.training.settings import (
+    PAPER_OPTIMIZER,
     CheckpointModel,
     ExampleData,
-    Recipe,
-    changed_keys,
-    load_recipe,
-    recipe_names,
+    GrpoSettings,
+    Optimizer,
+    SupervisedSettings,
 )
-from coprs_deploy.training.run import with_precision_of_this_machine
 
 GRPO_RECIPES = [name for name in recipe_names() if name.startswith("grpo_")]
 REAL_SIZES = ["llava_13b", "llava_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b"]
@@ -94,7 +92,7 @@ def test_a_setting_changes_one_value():
         ("phases.reasoning.steps=0", "must be at least 1"),
         ("data.tier=plane", "Invalid enum value 'plane'"),
         ("seed", "takes key=value"),
-        ("model.segmentation.policy_width=96", "must be equal"),
+        ("model.segmentation.policy_hidden_size=96", "must be equal"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_helps(setting, message):
@@ -109,8 +107,8 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name():
 
 def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path, write_recipe):
     path = tmp_path / "wrong.toml"
-    path.write_text(write_recipe().read_text().replace("save_every", "save_evry"))
-    with pytest.raises(ValueError, match="did you mean save_every"):
+    path.write_text(write_recipe().read_text().replace("save_steps", "save_evry"))
+    with pytest.raises(ValueError, match="did you mean save_steps"):
         load_recipe(str(path))
 
 
@@ -141,11 +139,11 @@ def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path):
 def test_real_sizes_build_on_the_meta_device(name):
     recipe = load_recipe(name)
     assert isinstance(recipe.model, CheckpointModel)
-    assert all(isinstance(phase, SupervisedPhase) for phase in recipe.phases.values())
+    assert all(isinstance(phase, SupervisedSettings) for phase in recipe.phases.values())
     policy, segmentation = build_on_meta(recipe.model)
     count = sum(p.numel() for p in policy.parameters())
     assert count == pytest.approx(PARAMETERS[name], rel=0.05)
-    assert segmentation.config.policy_width == policy.get_output_embeddings().weight.shape[1]
+    assert segmentation.config.policy_hidden_size == policy.get_output_embeddings().weight.shape[1]
     assert segmentation.config.sam.encoder_depth == 32
 
 
@@ -159,7 +157,7 @@ def test_grpo_recipes_build_on_the_meta_device(name):
     recipe = load_recipe(name)
     assert isinstance(recipe.model, CheckpointModel)
     (phase,) = recipe.phases.values()
-    assert isinstance(phase, GrpoPhase)
+    assert isinstance(phase, GrpoSettings)
     policy, segmentation = built_on_meta(recipe.model.policy, recipe.model.sam)
     supervised = {"3b": "qwen2_5_vl_3b", "7b": "qwen2_5_vl_7b"}.get(
         recipe.model.policy, recipe.model.policy.replace("-", "_")
@@ -173,14 +171,13 @@ def test_grpo_recipes_build_on_the_meta_device(name):
 def test_the_paper_is_the_default_of_every_setting():
     """A phase that sets nothing is the paper's."""
     phase = load_recipe("grpo_qwen2_5_vl_7b").phases["grpo"]
-    plain = GrpoPhase(steps=phase.steps, batch_images=16)
+    plain = GrpoSettings(steps=phase.steps, global_batch_size=16)
     differing = {
         name
         for name in phase.__struct_fields__
-        if getattr(phase, name) != getattr(plain, name)
-        and name not in ("optimizer", "evaluate_every")
+        if getattr(phase, name) != getattr(plain, name) and name not in ("optimizer", "eval_steps")
     }
-    assert differing == {"rows_per_pass", "max_response_tokens"}
+    assert differing == {"per_device_train_batch_size", "max_response_tokens"}
     assert phase.optimizer.floor == pytest.approx(PAPER_OPTIMIZER.floor, rel=1e-4)
     assert msgspec.structs.replace(phase.optimizer, floor=0) == msgspec.structs.replace(
         PAPER_OPTIMIZER, floor=0
@@ -190,9 +187,9 @@ def test_the_paper_is_the_default_of_every_setting():
 def test_the_ablations_of_figure_6_change_one_thing():
     paper = load_recipe("grpo_qwen2_5_vl_7b")
     for axis, key in {
-        "group_2": "group_size",
-        "group_4": "group_size",
-        "group_16": "group_size",
+        "group_2": "num_generations",
+        "group_4": "num_generations",
+        "group_16": "num_generations",
         "rl_only": "mode",
         "segmentation_only": "mode",
         "mask_weight_0": "reward.mask",
@@ -211,7 +208,7 @@ def test_the_ablations_of_figure_6_change_one_thing():
         ('base = "grpo_shiped"', "base of .*did you mean grpo_shipped"),
         ("base = 3", "names another recipe"),
         ('base = "derived.toml"', "is its own base"),
-        ('base = "grpo_shipped"\n[phases.grpo]\ngroop_size = 2', "did you mean group_size"),
+        ('base = "grpo_shipped"\n[phases.grpo]\ngroop_size = 2', "did you mean num_generations"),
         ('base = "grpo_shipped"\n[phases.grpo]\ngroup_size = 1', "must be at least 2"),
         ('base = "grpo_shipped"\n[phases.grpo]\nmode = "both"', "Invalid enum value"),
         ('base = "grpo_shipped"\n[phases.grpo.optimizer]\nmuon = true', "muon = false"),
@@ -230,7 +227,7 @@ def test_a_derived_recipe_keeps_what_it_does_not_name(tmp_path):
         'base = "one.toml"\n[data]\nkind = "examples"\ntraining = "a"\nheld_out = "b"'
     )
     recipe, base = load_recipe(str(tmp_path / "two.toml")), load_recipe("grpo_shipped")
-    assert recipe.phases["grpo"].group_size == 4
+    assert recipe.phases["grpo"].num_generations == 4
     assert recipe.phases["grpo"].optimizer == base.phases["grpo"].optimizer
     assert recipe.data == ExampleData("a", "b"), "a table of another kind is merged"
 
@@ -252,7 +249,7 @@ def test_rate_factors_reach_their_parts():
 
 
 def test_the_rate_rises_stays_and_falls():
-    settings = Optimizer(warm_up_steps=10, decay_share=0.5, floor=0.02)
+    settings = Optimizer(warmup_steps=10, lr_decay_ratio=0.5, floor=0.02)
     rates = [relative_rate(settings, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:50] == [1.0] * 41

@@ -6,13 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprs_deploy.prompts import read_response
-from coprs_deploy.training.rewards import (
-    FormatConvention,
-    RewardWeights,
-    format_score,
-    mask_score,
-    total_reward,
-)
+from coprs_deploy.training.rewards import format_score, mask_score, total_reward
+from coprs_deploy.training.settings import ResponseFormat, RewardWeights
 
 REFERENCE = 0
 
@@ -101,7 +96,7 @@ class TestFormatScore:
     def test_every_case_of_both_conventions(self, text, paper, public_code):
         response = respond(text)
         assert format_score(response) == paper
-        assert format_score(response, FormatConvention.PUBLIC_CODE) == public_code
+        assert format_score(response, ResponseFormat.PUBLIC_CODE) == public_code
 
     @pytest.mark.parametrize(("count", "score"), [(1, 0), (2, 1), (3, 0)])
     def test_several_targets_want_as_many_references(self, count, score):

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.data.synthetic.examples import SceneExamples
+from coprs_deploy.data.synthetic.presets import PRESETS
+from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN
-from coprs_deploy.shipped import CHECKPOINT
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
-from coprs_deploy.training.grpo.phase_run import order_of_prompts
+from coprs_deploy.training.grpo.batch import QuestionCollector
 from coprs_deploy.training.grpo.processor import PolicyProcessor
-from coprs_deploy.training.grpo.questions import QuestionCollector
-from coprs_deploy.training.grpo.scoring import ResponseReader
-from coprs_deploy.training.grpo.settings import GrpoPhase
+from coprs_deploy.training.grpo.scores import ResponseReader
+from coprs_deploy.training.grpo.stage import order_of_prompts
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
-from coprs_deploy.training.recipe import CheckpointModel, Recipe, SceneData
-from coprs_deploy.training.scenes.dataset import SceneExamples
-from coprs_deploy.training.scenes.tiers import TIERS
-from coprs_deploy.training.workbench import Workbench, workbench_from_checkpoint
+from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.settings import CheckpointModel, GrpoSettings, SyntheticData
+from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Bench:
     """What a test works with."""
 
     trainer: Any
-    workbench: Workbench
+    workbench: TrainingState
     attachment: Attachment
     reference_id: int
     lines: list
@@ -46,11 +46,17 @@ def build_bench(
     **changes,
 ) -> Bench:
     """Build a trainer; further arguments are settings of the phase."""
-    settings = GrpoPhase(
-        **{"steps": 4, "batch_images": 2, "group_size": 2, "max_response_tokens": 48, **changes}
+    settings = GrpoSettings(
+        **{
+            "steps": 4,
+            "global_batch_size": 2,
+            "num_generations": 2,
+            "max_response_tokens": 48,
+            **changes,
+        }
     )
     opened = read_checkpoint(checkpoint)
-    workbench = workbench_from_checkpoint(opened)
+    workbench = state_from_checkpoint(opened)
     workbench.policy.model.requires_grad_(True)
     workbench.segmentation.requires_grad_(True)
     policy, tokenizer = workbench.policy.model, workbench.policy.tokenizer
@@ -59,7 +65,7 @@ def build_bench(
     head = SegmentationHead(workbench.segmentation)
     head.requires_grad_(settings.mode != "rl")
     attachment = Attachment(policy, head, reference_id)
-    examples = examples or SceneExamples(TIERS["plain"], 16)
+    examples = examples or SceneExamples(PRESETS["plain"], 16)
     parts = GrpoParts(
         policy,
         PolicyProcessor(
@@ -79,11 +85,11 @@ def build_bench(
     recipe = Recipe(
         description="a test",
         model=CheckpointModel(gradient_checkpointing=checkpointing),
-        data=SceneData(),
+        data=SyntheticData(),
         phases={"grpo": settings},
         precision="fp32",
-        log_every=1,
-        save_every=2,
+        logging_steps=1,
+        save_steps=2,
     )
     lines: list = []
     built = trainer(

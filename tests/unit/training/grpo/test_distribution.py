@@ -21,7 +21,7 @@ from coprs_deploy.training.grpo.distribution import (
     require_sharding_settings,
     save_moving_weights,
 )
-from coprs_deploy.training.grpo.settings import PAPER_OPTIMIZER, GrpoPhase, Lora
+from coprs_deploy.training.settings import PAPER_OPTIMIZER, GrpoSettings, Lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -134,18 +134,20 @@ def test_states_are_read_back_strictly(make_bench, tmp_path):
 
 def test_what_sharding_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"lora\.rank is set"):
-        require_sharding_settings(GrpoPhase(steps=1, lora=Lora(rank=4)))
+        require_sharding_settings(GrpoSettings(steps=1, lora=Lora(rank=4)))
     unclipped = msgspec.structs.replace(PAPER_OPTIMIZER, clip=0.0)
     with pytest.raises(ValueError, match=r"optimizer\.clip is 0"):
-        require_sharding_settings(GrpoPhase(steps=1, optimizer=unclipped))
-    require_sharding_settings(GrpoPhase(steps=1))
+        require_sharding_settings(GrpoSettings(steps=1, optimizer=unclipped))
+    require_sharding_settings(GrpoSettings(steps=1))
 
 
 def test_a_step_is_divided_evenly_or_refused():
-    paper = GrpoPhase(steps=1, batch_images=16, rows_per_pass=2)
+    paper = GrpoSettings(steps=1, global_batch_size=16, per_device_train_batch_size=2)
     assert rows_of_a_pass(paper, 8) == (2, 8)
-    assert rows_of_a_pass(GrpoPhase(steps=1, batch_images=16), 8) == (16, 1)
+    assert rows_of_a_pass(GrpoSettings(steps=1, global_batch_size=16), 8) == (16, 1)
     with pytest.raises(ValueError, match="6 processes cannot share"):
         rows_of_a_pass(paper, 6)
     with pytest.raises(ValueError, match="must divide the 16 responses"):
-        rows_of_a_pass(GrpoPhase(steps=1, batch_images=16, rows_per_pass=3), 8)
+        rows_of_a_pass(
+            GrpoSettings(steps=1, global_batch_size=16, per_device_train_batch_size=3), 8
+        )

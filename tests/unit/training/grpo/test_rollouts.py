@@ -5,18 +5,19 @@ import pytest
 import torch
 
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.evaluation.scoring import score_examples
+from coprs_deploy.data.examples import Example
+from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.data.synthetic.presets import PRESETS
+from coprs_deploy.demo import CHECKPOINT
+from coprs_deploy.evaluation.evaluator import score_examples
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.shipped import CHECKPOINT
-from coprs_deploy.training.asked import held_out_examples
-from coprs_deploy.training.examples import Example
 from coprs_deploy.training.features import FeatureStore, compute_features
-from coprs_deploy.training.grpo.judging import figures, judge, standard_error
-from coprs_deploy.training.grpo.questions import QuestionCollector, Truth
-from coprs_deploy.training.grpo.scoring import DecodedMasks, mask_scores, overlaps, row_losses
-from coprs_deploy.training.losses import SegmentationLossWeights, segmentation_losses
-from coprs_deploy.training.scenes.tiers import TIERS
+from coprs_deploy.training.grpo.batch import GroundTruth, QuestionCollector
+from coprs_deploy.training.grpo.evaluation import figures, judge, standard_error
+from coprs_deploy.training.grpo.scores import DecodedMasks, mask_scores, overlaps, row_losses
+from coprs_deploy.training.losses import segmentation_losses
+from coprs_deploy.training.settings import SegmentationLossWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -76,7 +77,7 @@ def test_both_families_learn_with_several_targets(family, request, make_bench, p
         examples=pictures,
         targets=2,
         steps=2,
-        batch_images=4,
+        global_batch_size=4,
         max_response_tokens=24,
     )
     before = {n: p.detach().clone() for n, p in bench.trainer.model.named_parameters()}
@@ -94,7 +95,7 @@ def test_both_families_learn_with_several_targets(family, request, make_bench, p
 def test_memory_is_saved_without_another_gradient(make_bench):
     found = []
     for checkpointing in (False, True):
-        trainer = make_bench(checkpointing=checkpointing, segmentation_weight=0.3).trainer
+        trainer = make_bench(checkpointing=checkpointing, segmentation_loss_weight=0.3).trainer
         trainer.model.train()
         if checkpointing:
             trainer.model.gradient_checkpointing_enable()
@@ -117,7 +118,7 @@ def decoded_and_truth():
     is_found = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 0]]).bool()
     inside = torch.ones(4, 1, 8, 8)
     counts = torch.tensor([2, 2, 1, 0])
-    truth = Truth(torch.zeros(4, 4, 2, 2), inside, masks, counts)
+    truth = GroundTruth(torch.zeros(4, 4, 2, 2), inside, masks, counts)
     return DecodedMasks(logits, logits, is_found), truth
 
 
@@ -186,7 +187,7 @@ def test_an_example_with_too_many_targets_is_refused(make_bench, pictures):
 
 @pytest.mark.slow
 def test_an_answer_is_judged_as_the_runtime_gives_it(make_bench):
-    examples = held_out_examples(TIERS["plain"], 6, 2)
+    examples = held_out_examples(PRESETS["plain"], 6, 2)
     answers = judge(make_bench(max_response_tokens=128).trainer, examples)
     with CoPRS.load() as coprs:
         scored = list(score_examples(coprs.segment, examples, 1))

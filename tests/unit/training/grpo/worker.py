@@ -7,15 +7,15 @@ from pathlib import Path
 
 import msgspec
 import torch
-from conftest import build_bench
 from torch import distributed
 
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE
+from coprs_deploy.training.grpo.batch import GroundTruth
 from coprs_deploy.training.grpo.distribution import average_gradients
-from coprs_deploy.training.grpo.questions import Truth
-from coprs_deploy.training.grpo.scoring import DecodedMasks, row_losses
-from coprs_deploy.training.grpo.settings import PAPER_OPTIMIZER
+from coprs_deploy.training.grpo.scores import DecodedMasks, row_losses
 from coprs_deploy.training.grpo.trainer import TRUTH, JointTrainer
+from coprs_deploy.training.settings import PAPER_OPTIMIZER
+from tests.unit.training.grpo.conftest import build_bench
 
 
 class Scripted(JointTrainer):
@@ -55,7 +55,7 @@ def train(out, processes):
 
 def joint_loss(model, bench, inputs, row):
     """The joint loss of one row, written out: log-probabilities and masks of one forward pass."""
-    truth = Truth(*(inputs[key][row : row + 1] for key in TRUTH))
+    truth = GroundTruth(*(inputs[key][row : row + 1] for key in TRUTH))
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[row : row + 1]
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[row : row + 1]
     width = inputs["prompt_ids"].shape[1]

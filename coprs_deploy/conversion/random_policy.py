@@ -1,0 +1,339 @@
+"""Policies without trained weights: real architectures in real sizes, and tiny ones with a script.
+
+A tiny policy answers with a fixed text that ends in ``<REF_POS>``: its output head maps each
+token's embedding to the token that follows it in the script, and its layers stay weak enough not
+to interfere, yet the hidden states depend on the image and the instruction as in any policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from coprs_deploy.checkpoint import PolicyImageLimits
+from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
+from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
+
+Family = Literal["qwen2_5_vl", "llava"]
+
+SCRIPT = (
+    "<think>",
+    " this",
+    " generated",
+    " policy",
+    " follows",
+    " a",
+    " script",
+    "</think>",
+    REFERENCE_TOKEN,
+    " and",
+    REFERENCE_TOKEN,
+)
+"""The default answer; after the first target it goes on with another one, for as long as asked."""
+
+SPECIAL_TOKENS: Mapping[Family, Sequence[str]] = {
+    "qwen2_5_vl": (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ),
+    "llava": ("<pad>", "</s>", "<image>"),
+}
+END_TOKENS: Mapping[Family, str] = {"qwen2_5_vl": "<|im_end|>", "llava": "</s>"}
+
+
+@dataclass(frozen=True)
+class PolicySize:
+    """The architecture of a policy by name; numbers from the public model configurations."""
+
+    family: Family
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    tie_word_embeddings: bool = False
+    image_limits: PolicyImageLimits = field(default_factory=PolicyImageLimits)
+    is_scripted: bool = False
+    dtype: str = "bfloat16"
+
+
+def _qwen_text(
+    width: int, layers: int, heads: int, mlp: int, *, vocab: int, kv: int
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
+    }
+
+
+def _llama_text(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": mlp,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+_QWEN_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_CLIP_VISION = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_TINY_LIMITS = PolicyImageLimits(min_pixels=784, max_pixels=12_544)
+
+POLICY_SIZES: Mapping[str, PolicySize] = {
+    "tiny": PolicySize(
+        "qwen2_5_vl",
+        {
+            **_qwen_text(64, 2, 2, 128, vocab=512, kv=2),
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 6, 6],
+            },
+        },
+        {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 128,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        image_limits=_TINY_LIMITS,
+        is_scripted=True,
+        dtype="float32",
+    ),
+    "tiny-llava": PolicySize(
+        "llava",
+        {**_llama_text(64, 2, 2, 128), "vocab_size": 512, "max_position_embeddings": 2048},
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "image_size": 56,
+            "patch_size": 14,
+            "projection_dim": 64,
+        },
+        image_limits=_TINY_LIMITS,
+        is_scripted=True,
+        dtype="float32",
+    ),
+    "3b": PolicySize(
+        "qwen2_5_vl",
+        _qwen_text(2048, 36, 16, 11008, vocab=151936, kv=2),
+        _QWEN_VISION,
+        tie_word_embeddings=True,
+    ),
+    "7b": PolicySize(
+        "qwen2_5_vl", _qwen_text(3584, 28, 28, 18944, vocab=152064, kv=4), _QWEN_VISION
+    ),
+    "llava-7b": PolicySize("llava", _llama_text(4096, 32, 32, 11008), _CLIP_VISION),
+    "llava-13b": PolicySize("llava", _llama_text(5120, 40, 40, 13824), _CLIP_VISION),
+}
+"""Real sizes (Qwen2.5-VL 3B and 7B, LLaVA-1.5 7B and 13B) and two tiny ones."""
+
+
+@dataclass(frozen=True)
+class GeneratedPolicy:
+    """A policy in memory with everything that its directory needs."""
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    prompt: PromptTemplate
+    image_limits: PolicyImageLimits
+
+    def save(self, directory: Path) -> None:
+        """Write the transformers directory."""
+        with without_progress_bars():
+            self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        self.image_processor.save_pretrained(directory)
+
+
+def generate_policy(
+    size: str, seed: int = 0, script: Sequence[str] = SCRIPT, has_reference_token: bool = True
+) -> GeneratedPolicy:
+    """Build a policy with random weights.
+
+    Args:
+        size: a name in ``POLICY_SIZES``.
+        seed: of the weights.
+        script: what a tiny policy answers, one token an entry; a token may stand in it several
+            times when the same token follows it each time. Without an end token it goes on.
+        has_reference_token: whether its tokenizer knows ``<REF_POS>``.
+
+    Raises:
+        ValueError: the script gives one token two followers.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    described = POLICY_SIZES[size]
+    tokenizer = build_tokenizer(described.family, script, has_reference_token)
+    config = build_config(described, tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=getattr(torch, described.dtype)
+        )
+    model.requires_grad_(False).eval()
+    end = tokenizer.convert_tokens_to_ids(END_TOKENS[described.family])
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    prompt = DEFAULT_PROMPTS[described.family]
+    if described.is_scripted:
+        last = encode_prompt(prompt, tokenizer, "anything", 1)[-1]
+        script_ids = [tokenizer.convert_tokens_to_ids(token) for token in _byte_level(script)]
+        _teach(model, [last, *script_ids], seed)
+    return GeneratedPolicy(
+        model, tokenizer, _image_processor(described), prompt, described.image_limits
+    )
+
+
+def build_config(size: PolicySize, tokenizer: Any) -> Any:
+    """Describe the architecture for transformers, with the tokenizer's special ids."""
+    from transformers import LlavaConfig, Qwen2_5_VLConfig
+
+    token = tokenizer.convert_tokens_to_ids
+    text = {
+        **size.text,
+        "bos_token_id": None,
+        "eos_token_id": token(END_TOKENS[size.family]),
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": size.tie_word_embeddings,
+    }
+    if size.family == "llava":
+        return LlavaConfig(
+            text_config={"model_type": "llama", **text},
+            vision_config={"model_type": "clip_vision_model", **size.vision},
+            image_token_index=token("<image>"),
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
+            tie_word_embeddings=size.tie_word_embeddings,
+        )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**size.vision, "out_hidden_size": size.text["hidden_size"]},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=size.tie_word_embeddings,
+    )
+
+
+def build_tokenizer(
+    family: Family, script: Sequence[str] = SCRIPT, has_reference_token: bool = True
+) -> Any:
+    """Train a small byte-level BPE in which every word of the script is one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = list(SPECIAL_TOKENS[family])
+    words = [word for word in script if not word.startswith("<")]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    corpus = [DEFAULT_PROMPTS[family].text] * 4 + ["x" + word for word in words] * 50
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus, trainer)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    if has_reference_token:
+        backend.add_special_tokens([AddedToken(REFERENCE_TOKEN, special=True, normalized=False)])
+    marks = [t for t in ("<think>", "</think>") if t in script]
+    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in marks])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=special[0],
+        eos_token=END_TOKENS[family],
+        extra_special_tokens=special[1:],
+    )
+
+
+def _byte_level(script: Sequence[str]) -> list[str]:
+    """Write words as a byte-level vocabulary spells them: a leading space is one letter."""
+    return ["Ġ" + word[1:] if word.startswith(" ") else word for word in script]
+
+
+def _teach(model: Any, chain: Sequence[int], seed: int) -> None:
+    """Make greedy decoding follow ``chain``: each token's embedding points to its follower."""
+    import torch
+
+    followers: dict[int, int] = {}
+    for token, follower in pairwise(chain):
+        if followers.setdefault(token, follower) != follower:
+            raise ValueError(f"the script gives token {token} two followers")
+    generator = torch.Generator().manual_seed(seed)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        table.copy_(torch.randn(table.shape, generator=generator))
+        head.copy_(0.01 * torch.randn(head.shape, generator=generator))
+        for token, follower in followers.items():
+            head[follower] += table[token] / table.shape[1] ** 0.5
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and "language_model" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+                weight.mul_(0.25 / weight.shape[1] ** 0.5)
+            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+                weight.mul_(weight.shape[1] ** -0.5)
+
+
+def _image_processor(size: PolicySize) -> Any:
+    if size.family == "llava":
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        side = size.vision["image_size"]
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    limits = size.image_limits
+    return Qwen2VLImageProcessorPil(
+        patch_size=size.vision["patch_size"],
+        size={"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels},
+    )

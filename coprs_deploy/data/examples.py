@@ -1,0 +1,256 @@
+"""Examples: an image, an instruction, the masks that it means and the response to learn.
+
+Every source of examples is a ``Sequence[Example]``: generated scenes, and the files that are read
+here. A file is Parquet (``.parquet``) or JSON lines (``.jsonl``), with the same fields a row:
+
+    id, instruction, response, kind, tier    text; all but id and instruction may be empty
+    image or image_path                      bytes of an image file (base64 in JSON), or the path of
+                                             one, relative to the file
+    masks                                    COCO run lengths, {"size": [height, width], "counts"}
+
+Opening a file checks every row. A bad one is named with its number and the reason, and kept out.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coprs_deploy.artifacts import atomic_write
+from coprs_deploy.data.rle import decode_mask, encode_mask
+from coprs_deploy.data.rows import ExampleRow, RowSource, open_rows, row_writer
+from coprs_deploy.errors import ArtifactError
+from coprs_deploy.images import RgbArray, load_image
+from coprs_deploy.prompts import REFERENCE_TOKEN, check_instruction
+
+REPORTED_PROBLEMS = 5
+"""Bad rows that a warning names; all of them are in ``ExampleFile.problems``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One question about one image.
+
+    Attributes:
+        id: names it among its kind, as in ``plain-17``.
+        image: (H, W, 3) uint8 RGB.
+        instruction: what the user writes.
+        masks: (N, H, W) bool, one a target in the order of the response; N is 0 where nothing
+            matches.
+        response: what the policy should write, with one ``<REF_POS>`` a target; empty where the
+            data set has none.
+        kind: kind of question, for figures by kind; may be empty.
+        tier: where it comes from; may be empty.
+
+    Raises:
+        ValueError: a shape or dtype is another, a mask is empty, the instruction is blank, or the
+            response holds another number of ``<REF_POS>``.
+    """
+
+    id: str
+    image: RgbArray
+    instruction: str
+    masks: NDArray[np.bool_]
+    response: str = ""
+    kind: str = ""
+    tier: str = ""
+
+    def __post_init__(self) -> None:
+        check_instruction(self.instruction)
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+            raise ValueError(
+                f"image is {self.image.dtype} {self.image.shape}; accepted: uint8 (H, W, 3)"
+            )
+        height, width = self.image.shape[:2]
+        if self.masks.dtype != np.bool_ or self.masks.shape[1:] != (height, width):
+            raise ValueError(
+                f"masks are {self.masks.dtype} {self.masks.shape}; accepted: bool "
+                f"(N, {height}, {width}), the size of the image"
+            )
+        for number, mask in enumerate(self.masks, start=1):
+            if not mask.any():
+                raise ValueError(
+                    f"mask {number} is empty; leave out a target that is not seen, or write an "
+                    "example with no mask where nothing matches"
+                )
+        references = self.response.count(REFERENCE_TOKEN)
+        if self.response and references != len(self.masks):
+            raise ValueError(
+                f"the response holds {references} {REFERENCE_TOKEN} for {len(self.masks)} masks; "
+                "it must hold one for each"
+            )
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """A row that was kept out: its number, counted from 1, and why."""
+
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}: {self.reason}"
+
+
+class ExampleFile(Sequence[Example]):
+    """The good rows of a file, decoded when they are asked for.
+
+    It holds no open file, so it can be sent to the worker processes of a data loader.
+
+    Attributes:
+        path: the file.
+        problems: the rows that were kept out.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, strict: bool = False) -> None:
+        """Open a file and check every row, which decodes each image once.
+
+        Args:
+            path: a ``.parquet`` or ``.jsonl`` file.
+            strict: refuse the whole file for one bad row.
+
+        Raises:
+            ValueError: the name ends in something else.
+            FileNotFoundError: there is no such file.
+            ArtifactError: it is not what its name says, its columns are others, or ``strict`` is
+                set and a row is bad.
+            MissingDependencyError: a Parquet file, and pyarrow is not installed.
+        """
+        self.path = Path(path)
+        self._rows: RowSource = open_rows(self.path)
+        self._good: list[int] = []
+        problems: list[RowProblem] = []
+        for index in range(len(self._rows)):
+            try:
+                self._decode(index)
+                self._good.append(index)
+            except (ValueError, FileNotFoundError) as error:
+                problems.append(RowProblem(index + 1, str(error)))
+        self.problems = tuple(problems)
+        if problems and strict:
+            raise ArtifactError(f"{self.summary()}: correct them, or read without strict")
+        if problems:
+            warnings.warn(self.summary(), stacklevel=2)
+
+    def __len__(self) -> int:
+        return len(self._good)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        row = self._good[index]
+        try:
+            return self._decode(row)
+        except (ValueError, FileNotFoundError) as error:
+            raise ArtifactError(
+                f"{self.path} has changed since it was opened: {RowProblem(row + 1, str(error))}"
+            ) from error
+
+    def summary(self) -> str:
+        """Say in a line how many rows are good, and name the first bad ones."""
+        if not self.problems:
+            return f"{self.path}: all {len(self)} rows are good"
+        named = "; ".join(map(str, self.problems[:REPORTED_PROBLEMS]))
+        more = len(self.problems) - REPORTED_PROBLEMS
+        rest = f"; and {more} more" if more > 0 else ""
+        return (
+            f"{self.path}: {len(self.problems)} of {len(self._rows)} rows are kept out: "
+            f"{named}{rest}"
+        )
+
+    def _decode(self, index: int) -> Example:
+        return _example_from_row(self._rows.read(index), self.path.parent)
+
+
+def write_examples(
+    path: str | PathLike[str], examples: Iterable[Example], *, images_beside: bool = False
+) -> int:
+    """Write examples to a file, whole or not at all.
+
+    Args:
+        path: a ``.parquet`` or ``.jsonl`` file; an older one is replaced.
+        examples: they are taken one after the other and not kept.
+        images_beside: write PNG files into a directory named after the file, ``x_images`` for
+            ``x.jsonl``, instead of holding the bytes in the rows.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        ValueError: the name ends in something else.
+        MissingDependencyError: a Parquet file, and pyarrow is not installed.
+    """
+    target = Path(path)
+    directory = target.with_name(f"{target.stem}_images") if images_beside else None
+    if directory:
+        directory.mkdir(exist_ok=True)
+    count = 0
+    with atomic_write(target) as partial, row_writer(partial, target.suffix) as write:
+        for example in examples:
+            count += 1
+            png, image_path = _png_bytes(example.image), None
+            if directory:
+                image_path = f"{directory.name}/{count:06d}.png"
+                (directory.parent / image_path).write_bytes(png)
+            write(
+                ExampleRow(
+                    id=example.id,
+                    instruction=example.instruction,
+                    masks=[encode_mask(mask) for mask in example.masks],
+                    image=None if image_path else png,
+                    image_path=image_path,
+                    response=example.response,
+                    kind=example.kind,
+                    tier=example.tier,
+                )
+            )
+    return count
+
+
+def _png_bytes(image: RgbArray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def _example_from_row(row: ExampleRow, directory: Path) -> Example:
+    """Decode a row; every fault is a ValueError or a FileNotFoundError."""
+    if (row.image is None) == (row.image_path is None):
+        raise ValueError("the row must hold one of image and image_path")
+    if row.image is not None:
+        image = load_image(row.image)
+    else:
+        path = directory / str(row.image_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"the image file {path} is not there")
+        image = load_image(path)
+    height, width = image.shape[:2]
+    masks = np.zeros((len(row.masks), height, width), dtype=np.bool_)
+    for number, encoded in enumerate(row.masks):
+        if encoded.size != (height, width):
+            raise ValueError(
+                f"mask {number + 1} is {encoded.size[0]} x {encoded.size[1]}, the image "
+                f"{height} x {width} (height x width)"
+            )
+        try:
+            masks[number] = decode_mask(encoded)
+        except ValueError as error:
+            raise ValueError(f"mask {number + 1}: {error}") from error
+    return Example(
+        row.id, image, row.instruction, masks, response=row.response, kind=row.kind, tier=row.tier
+    )

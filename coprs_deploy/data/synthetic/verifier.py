@@ -1,0 +1,292 @@
+"""A second reading of instructions and reasoning, independent of how they were written.
+
+Nothing of the generator is imported: this reader has its own list of words, its own grammar and its
+own rules, which know no margins. It sees the words and the table of objects, as a careful person
+sees the picture. Where it agrees with the generator over many scenes, the questions are clear and
+their answers right. It also finds out which statements of a reasoning, generated ones included, are
+true.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from coprs_deploy.data.synthetic.scene import SceneObject
+
+_SAME_MEANING: dict[str, dict[str, str]] = {
+    "size": {
+        **dict.fromkeys(("small", "little", "tiny"), "small"),
+        **dict.fromkeys(("medium", "medium-sized", "mid-sized"), "medium"),
+        **dict.fromkeys(("large", "big"), "large"),
+    },
+    "texture": {
+        **dict.fromkeys(("plain", "solid", "untextured"), "plain"),
+        **dict.fromkeys(("striped", "stripes"), "striped"),
+        **dict.fromkeys(("dotted", "spotted", "dots"), "dotted"),
+        **dict.fromkeys(("checkered", "checked", "checks"), "checkered"),
+    },
+    "color": {
+        **{word: word for word in ("red", "orange", "yellow", "green", "blue", "white")},
+        **dict.fromkeys(("cyan", "turquoise"), "cyan"),
+        **dict.fromkeys(("purple", "violet"), "purple"),
+    },
+    "shape": {
+        **{word: word for word in ("square", "triangle", "star", "hexagon", "heart")},
+        **dict.fromkeys(("circle", "disc"), "circle"),
+        **dict.fromkeys(("cross", "plus-sign"), "cross"),
+        **dict.fromkeys(("diamond", "rhombus"), "diamond"),
+        **dict.fromkeys(("ring", "hoop"), "ring"),
+        **dict.fromkeys(("crescent", "half-moon"), "crescent"),
+    },
+}
+_ANY_SHAPE = ("shape", "object", "figure", "thing")
+_FILLERS = ("the", "that", "which", "is", "are", "with")
+_ALL = ("all", "each", "every", "both")
+_NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+_RANKS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6}
+
+_CARRIER = re.compile(
+    r"^(?:please |can you |could you |i am |i )*"
+    r"(?:segment|mark|where (?:is|are)|find|show me|highlight|outline|looking for|point out|need"
+    r"|which pixels belong to|cut out|give me the mask of) "
+)
+_CLOSING = re.compile(r"(?: in this picture| please| only)*$")
+_RELATION = re.compile(
+    r" (?:(?:that|which) (?:is|are) )?(?:and )?(?:(?:to|on) the )?"
+    r"(left of|right of|above|higher up than|below|lower down than|nearest to|closest to) "
+)
+_FROM_SIDE = re.compile(r" (?:counting |counted )?from the (left|right|top|bottom)$")
+
+_VALUES: dict[str, Callable[[SceneObject], float]] = {
+    **dict.fromkeys(("leftmost", "left"), lambda item: item.center[0]),
+    **dict.fromkeys(("rightmost", "right"), lambda item: -item.center[0]),
+    **dict.fromkeys(("topmost", "highest", "uppermost", "top"), lambda item: item.center[1]),
+    **dict.fromkeys(("bottommost", "lowest", "bottom"), lambda item: -item.center[1]),
+    **dict.fromkeys(("largest", "biggest"), lambda item: -item.radius),
+    **dict.fromkeys(("smallest", "tiniest"), lambda item: item.radius),
+}
+"""What is least for the object that a word means."""
+
+
+class AmbiguousError(ValueError):
+    """Words that mean one object fit several, or words of a known number fit another number."""
+
+
+def read_instruction(instruction: str, objects: Sequence[SceneObject]) -> tuple[int, ...]:
+    """Find what an instruction means.
+
+    Args:
+        instruction: text in any wording of the generator.
+        objects: the table of the scene.
+
+    Returns:
+        Indices into ``objects``, ascending; empty where nothing matches.
+
+    Raises:
+        AmbiguousError: several objects fit a singular, or a number that is named is wrong.
+    """
+    text = re.sub(r"[.,?!]", "", instruction.lower()).strip()
+    text = _CLOSING.sub("", _CARRIER.sub("", text))
+    text = re.sub(
+        r"\b(plus) (sign)|\b(half) (moon)", lambda m: "-".join(filter(None, m.groups())), text
+    )
+    text = re.sub(r"\bfurthest (left|right)\b", r"\1most", text)
+    return tuple(_read_phrase(text, objects))
+
+
+def _read_phrase(text: str, objects: Sequence[SceneObject]) -> list[int]:
+    """Read "the ring left of the star ...": the words before the first relation, then the rest."""
+    head, *rest = _RELATION.split(text)
+    if not rest:
+        return _read_head(head, objects, range(len(objects)))
+    if f" {rest[0]} " and " and " in text:
+        pairs = list(zip(rest[::2], rest[1::2], strict=True))
+    else:  # a chain: all that follows belongs to the anchor
+        anchor_text = text[len(head) :]
+        found = _RELATION.match(anchor_text)
+        assert found, "the split came from this pattern"
+        pairs = [(found[1], anchor_text[found.end() :])]
+    pool = list(range(len(objects)))
+    steps = []
+    for relation, anchor_text in pairs:
+        anchor = _read_phrase(anchor_text, objects)
+        if not anchor:
+            return []
+        pool = [i for i in pool if i not in anchor]
+        steps.append((relation, objects[anchor[0]]))
+    for relation, item in steps:
+        if relation not in ("nearest to", "closest to"):
+            pool = [i for i in pool if _is_placed(relation, objects[i], item)]
+    for relation, item in steps:
+        if relation in ("nearest to", "closest to"):
+            fitting = _select(head.split(), objects, pool)
+            return sorted(fitting, key=lambda i: _squared_distance(objects[i], item))[:1]
+    return _read_head(head, objects, pool)
+
+
+def _read_head(text: str, objects: Sequence[SceneObject], pool: Sequence[int]) -> list[int]:
+    """Read the words around one noun, and count what fits."""
+    side = _FROM_SIDE.search(text)
+    words = _FROM_SIDE.sub("", text).split()
+    fitting = _select(words, objects, pool)
+    rank = next((_RANKS[word] for word in words if word in _RANKS), 0)
+    if side and rank:
+        return sorted(fitting, key=lambda i: _VALUES[side[1]](objects[i]))[rank - 1 : rank]
+    extreme = next((word for word in words if word in _VALUES), None)
+    if extreme:
+        return sorted(fitting, key=lambda i: _VALUES[extreme](objects[i]))[:1]
+    number = next((_NUMBERS[word] for word in words if word in _NUMBERS), 0)
+    if "both" in words:
+        number = 2
+    if number and len(fitting) != number:
+        raise AmbiguousError(f"{text!r} fits {len(fitting)} objects")
+    is_plural = number or any(word in _ALL for word in words) or _has_plural_noun(words)
+    if len(fitting) > 1 and not is_plural:
+        raise AmbiguousError(f"{text!r} fits {len(fitting)} objects")
+    return fitting
+
+
+def _select(words: Sequence[str], objects: Sequence[SceneObject], pool: Sequence[int]) -> list[int]:
+    """Keep the objects that have every attribute named; an unknown word fits none."""
+    pool = list(pool)
+    for word in words:
+        if word in (*_FILLERS, *_ALL, *_NUMBERS, *_RANKS, *_VALUES):
+            continue
+        forms = _singulars(word)
+        if any(form in _ANY_SHAPE for form in forms):
+            continue
+        meanings = [
+            (field, meanings[form])
+            for field, meanings in _SAME_MEANING.items()
+            for form in forms
+            if form in meanings
+        ]
+        if not meanings:
+            return []
+        field, value = meanings[0]
+        pool = [i for i in pool if getattr(objects[i], field) == value]
+    return pool
+
+
+def _singulars(word: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((word, word.removesuffix("s"), word.removesuffix("es"))))
+
+
+def _has_plural_noun(words: Sequence[str]) -> bool:
+    nouns = (*_ANY_SHAPE, *_SAME_MEANING["shape"])
+    return any(word not in nouns and set(_singulars(word)) & set(nouns) for word in words)
+
+
+def _is_placed(relation: str, item: SceneObject, anchor: SceneObject) -> bool:
+    (x, y), (anchor_x, anchor_y) = item.center, anchor.center
+    return {
+        "left of": x < anchor_x,
+        "right of": x > anchor_x,
+        "above": y < anchor_y,
+        "higher up than": y < anchor_y,
+        "below": y > anchor_y,
+        "lower down than": y > anchor_y,
+    }[relation]
+
+
+def _squared_distance(item: SceneObject, other: SceneObject) -> float:
+    x, y = item.center[0] - other.center[0], item.center[1] - other.center[1]
+    return x * x + y * y
+
+
+_PLACE = re.compile(r"\bat (row\d+ col\d+)(?:,? (?:the )?((?:\w+ ){3}\w+))?")
+_DISTANT = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}(\d+) away")
+_LOCATED = re.compile(r"^(the .+) is (?:at (row\d+ col\d+)|(nowhere))$")
+_MATCHING = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}matches")
+_SIZED = re.compile(r"^the (largest|smallest) is (small|medium|large)$")
+_CONCLUDED = re.compile(r"^the targets? (?:is|are) ")
+_LISTED = re.compile(r"^the (.+?) candidates(?: from the (?:left|right|top|bottom))? are: (.+)$")
+
+
+def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str]:
+    """Find what a reasoning says about the scene that is not so.
+
+    Checked are: places (something has its center there), attributes after a place, where a noun
+    phrase is said to be, that a list of candidates names all that fit and nothing else, but for the
+    anchors of the question, that distances in it are in the order of what lies farther, of what
+    size the largest is, and that the targets are the candidates that were said to match.
+
+    Args:
+        reasoning: the thought, without its marks.
+        objects: the table of the scene.
+
+    Returns:
+        One line for each false statement.
+    """
+    at_place = {f"row{item.row} col{item.column}": i for i, item in enumerate(objects)}
+    found: list[str] = []
+    anchors: set[int] = set()
+    listed_places: list[str] = []
+    matching: list[str] = []
+    for sentence in filter(None, (part.strip() for part in reasoning.lower().split("."))):
+        for place, attributes in _PLACE.findall(sentence):
+            if place not in at_place:
+                found.append(f"nothing is at {place}")
+                continue
+            item = objects[at_place[place]]
+            name = f"{item.size} {item.texture} {item.color} {item.shape}"
+            if attributes and attributes != name:
+                found.append(f"at {place} is a {name}, not a {attributes}")
+        located, listed = _LOCATED.match(sentence), _LISTED.match(sentence)
+        sized = _SIZED.match(sentence)
+        if _CONCLUDED.match(sentence):
+            concluded = [place for place, _ in _PLACE.findall(sentence)]
+            if matching and concluded != matching:
+                found.append("the targets are not those that match")
+        elif sized:
+            known = [objects[at_place[place]] for place in listed_places if place in at_place]
+            meant = min(known, key=_VALUES[sized[1]], default=None)
+            if meant is None or meant.size != sized[2]:
+                found.append(f"the {sized[1]} is not {sized[2]}")
+        elif located:
+            anchors |= _check_located(located, objects, at_place, found)
+        elif listed:
+            listed_places = [place for place, _ in _PLACE.findall(sentence)]
+            matching = _MATCHING.findall(sentence)
+            named = {at_place[place] for place in listed_places if place in at_place}
+            fitting = set(_select(listed[1].split(), objects, range(len(objects))))
+            if not fitting - anchors <= named <= fitting:
+                found.append(f"the {listed[1]} candidates are others")
+            found += _check_distances(sentence, objects, at_place, anchors)
+    return found
+
+
+def _check_distances(
+    sentence: str, objects: Sequence[SceneObject], at_place: dict[str, int], anchors: set[int]
+) -> list[str]:
+    stated = [(at_place[p], int(far)) for p, far in _DISTANT.findall(sentence) if p in at_place]
+    if not stated:
+        return []
+    if len(anchors) != 1:
+        return [f"distances from {len(anchors)} anchors"]
+    origin = objects[next(iter(anchors))]
+    stated.sort(key=lambda pair: _squared_distance(objects[pair[0]], origin))
+    return [
+        f"{objects[i].shape} {near} away is not nearer than {objects[j].shape} {far} away"
+        for (i, near), (j, far) in pairwise(stated)
+        if near > far
+    ]
+
+
+def _check_located(
+    sentence: re.Match[str],
+    objects: Sequence[SceneObject],
+    at_place: dict[str, int],
+    found: list[str],
+) -> set[int]:
+    try:
+        meant = _read_phrase(sentence[1], objects)
+    except AmbiguousError as error:
+        found.append(str(error))
+        return set()
+    stated = [at_place[sentence[2]]] if sentence[2] in at_place else []
+    if meant != stated and (sentence[3] or stated):
+        found.append(f"{sentence[1]} is not there")
+    return set(meant)

@@ -1,0 +1,186 @@
+"""Wording: expressions and instructions in English.
+
+Every idea has a list of words that mean it. The first is the canonical one, which the plain tier
+and all reasoning use; the full tier draws among them. A second reading of all these words, written
+apart, is :mod:`coprs_deploy.data.synthetic.verifier`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coprs_deploy.data.synthetic.expressions import Description, Expression
+from coprs_deploy.data.synthetic.presets import Preset
+from coprs_deploy.data.synthetic.rng import Draws
+
+Pick = Callable[[Sequence[str]], str]
+"""Chooses among words of one meaning."""
+
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "shape": ("shape", "object", "figure", "thing"),
+    "circle": ("circle", "disc"),
+    "cross": ("cross", "plus sign"),
+    "diamond": ("diamond", "rhombus"),
+    "ring": ("ring", "hoop"),
+    "crescent": ("crescent", "half moon"),
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized", "mid-sized"),
+    "large": ("large", "big"),
+    "plain": ("plain", "solid", "untextured"),
+    "dotted": ("dotted", "spotted"),
+    "checkered": ("checkered", "checked"),
+    "cyan": ("cyan", "turquoise"),
+    "purple": ("purple", "violet"),
+    "leftmost": ("leftmost", "furthest left"),
+    "rightmost": ("rightmost", "furthest right"),
+    "topmost": ("topmost", "highest", "uppermost"),
+    "bottommost": ("bottommost", "lowest"),
+    "largest": ("largest", "biggest"),
+    "smallest": ("smallest", "tiniest"),
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "higher up than"),
+    "below": ("below", "lower down than"),
+    "nearest to": ("nearest to", "closest to"),
+}
+"""A word that is not here has no other."""
+
+PLURALS = {"cross": "crosses"}
+RANKS = ("first", "second", "third", "fourth", "fifth", "sixth")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+
+_PATTERNS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
+
+_TEMPLATES = (
+    "{phrase}",
+    "segment {phrase}",
+    "Segment {phrase}.",
+    "Please segment {phrase}.",
+    "please mark {phrase}",
+    "Where {be} {phrase}?",
+    "where {be} {phrase} in this picture?",
+    "Find {phrase}.",
+    "can you find {phrase}?",
+    "Show me {phrase}.",
+    "Highlight {phrase}, please.",
+    "Could you outline {phrase}?",
+    "I am looking for {phrase}.",
+    "point out {phrase}",
+    "Which pixels belong to {phrase}?",
+    "Cut out {phrase}.",
+    "Give me the mask of {phrase}.",
+    "I need {phrase} only.",
+)
+"""Whole instructions; ``{be}`` is "is" or "are"."""
+
+
+def first(words: Sequence[str]) -> str:
+    """Pick the canonical word."""
+    return words[0]
+
+
+def write_instruction(expression: Expression, num_targets: int, tier: Preset, draws: Draws) -> str:
+    """Word a question: the bare noun phrase, or in one of many ways if the tier has paraphrases.
+
+    Args:
+        expression: what is asked for.
+        num_targets: how many objects it means, which a plural may name.
+        tier: says whether there are paraphrases.
+        draws: where the choice of words comes from.
+
+    Returns:
+        The instruction.
+    """
+    if not tier.has_paraphrases:
+        return phrase(expression)
+    # A third of the wordings are canonical, so that the plain words stay the best known ones.
+    pick = first if draws.chance(0.33) else draws.choice
+    determiner = _plural_determiner(expression, num_targets, draws)
+    words = phrase(expression, pick, determiner)
+    if _can_have_clause(expression) and draws.chance(0.25):
+        words = _with_clause(expression, pick)
+    is_singular = not expression.is_plural or determiner in ("each", "every")
+    return draws.choice(_TEMPLATES).format(phrase=words, be="is" if is_singular else "are")
+
+
+def phrase(
+    expression: Expression, pick: Pick = first, determiner: str = "", is_anchor: bool = False
+) -> str:
+    """Write an expression as a noun phrase with its article.
+
+    Args:
+        expression: what to write.
+        pick: chooses the words.
+        determiner: what stands in place of "the" or "all".
+        is_anchor: whether it stands inside another phrase.
+
+    Returns:
+        As in "the red circle left of the star".
+    """
+    is_plural = expression.is_plural and determiner not in ("each", "every")
+    words = [determiner or ("all" if expression.is_plural else "the")]
+    if expression.rank:
+        words.append(RANKS[expression.rank - 1])
+    if expression.extreme:
+        words.append(pick(SYNONYMS[expression.extreme]))
+    words.append(noun(expression.description, pick, is_plural))
+    if expression.side:
+        words.append(pick(("from", "counting from", "counted from")) + f" the {expression.side}")
+    for number, (relation, anchor) in enumerate(expression.relations):
+        words.append("and" if number else _link(is_plural, is_anchor, pick))
+        words.append(f"{pick(SYNONYMS[relation])} {phrase(anchor, pick, is_anchor=True)}")
+    return " ".join(word for word in words if word)
+
+
+def noun(description: Description, pick: Pick = first, is_plural: bool = False) -> str:
+    """Write a description without an article, as in "small red circles"."""
+    attributes = [description.size, description.texture, description.color]
+    words = [pick(SYNONYMS.get(word, (word,))) for word in attributes if word]
+    shape = description.shape or "shape"
+    name = pick(SYNONYMS.get(shape, (shape,)))
+    if is_plural:
+        name = PLURALS.get(name, f"{name}s")
+    return " ".join([*words, name])
+
+
+def _link(is_plural: bool, is_anchor: bool, pick: Pick) -> str:
+    """Join a relation to the noun before it."""
+    be = "are" if is_plural else "is"
+    # Inside another phrase it says "that is", so that it is read with the nearer of two nouns.
+    return f"that {be}" if is_anchor else pick(("", "", f"that {be}", f"which {be}"))
+
+
+def _plural_determiner(expression: Expression, num_targets: int, draws: Draws) -> str:
+    if not expression.is_plural:
+        return ""
+    choices = ["all", "all", "all the", "each", "every", "the"]
+    if num_targets == 2:
+        choices += ["both", "the two"]
+    elif num_targets > 2:
+        choices.append(f"the {NUMBERS[num_targets]}")
+    return draws.choice(choices)
+
+
+def _can_have_clause(expression: Expression) -> bool:
+    """Only where nothing follows the noun, so that the clause belongs to it for certain."""
+    described = expression.description
+    return (
+        not expression.relations
+        and not expression.side
+        and not expression.is_plural
+        and (described.color is not None or described.texture in _PATTERNS)
+    )
+
+
+def _with_clause(expression: Expression, pick: Pick) -> str:
+    """Move the color or the texture behind the noun: "the circle that is red"."""
+    described = expression.description
+    kept = {"size": described.size, "shape": described.shape}
+    if described.texture in _PATTERNS:
+        shorter = Description(color=described.color, **kept)
+        clause = _PATTERNS[described.texture]
+    else:
+        assert described.color, "a clause needs a color or a texture"
+        shorter = Description(texture=described.texture, **kept)
+        clause = f"that is {pick(SYNONYMS.get(described.color, (described.color,)))}"
+    return f"{phrase(Expression(shorter, extreme=expression.extreme), pick)} {clause}"

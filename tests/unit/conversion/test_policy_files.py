@@ -1,0 +1,200 @@
+"""Giving an ordinary policy the token <REF_POS>, and nothing else."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from coprs_deploy.conversion.policy_files import (
+    copy_policy_files,
+    has_weights,
+    load_policy,
+    register_reference_token,
+    save_policy,
+)
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.errors import ConversionError
+from coprs_deploy.prompts import REFERENCE_TOKEN
+
+SCRIPT = ("<think>", " untuned", "</think>")
+
+
+def untuned(family_size, monkeypatch, has_spare_rows, is_tied=False):
+    """Generate a policy whose tokenizer lacks <REF_POS>, with or without a spare row for it."""
+    size = POLICY_SIZES[family_size]
+    probe = generate_policy(family_size, script=SCRIPT, has_reference_token=False)
+    vocabulary = 512 if has_spare_rows else len(probe.tokenizer)
+    changed = dataclasses.replace(
+        size, text={**size.text, "vocab_size": vocabulary}, tie_word_embeddings=is_tied
+    )
+    monkeypatch.setitem(POLICY_SIZES, "changed", changed)
+    policy = generate_policy("changed", script=SCRIPT, has_reference_token=False)
+    return policy.model, policy.tokenizer, policy
+
+
+def tables(model):
+    return [t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())]
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("has_spare_rows", [True, False], ids=["spare", "full"])
+@pytest.mark.parametrize("family_size", ["tiny", "tiny-llava"])
+def test_the_token_gets_one_row_with_the_mean_of_the_others(
+    monkeypatch, family_size, has_spare_rows, is_tied
+):
+    model, tokenizer, _ = untuned(family_size, monkeypatch, has_spare_rows, is_tied)
+    before = [table.clone() for table in tables(model)]
+    in_use = len(tokenizer)
+
+    assert register_reference_token(model, tokenizer)
+
+    token = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+    assert token == in_use
+    for old, new in zip(before, tables(model), strict=True):
+        assert len(new) == (len(old) if has_spare_rows else len(old) + 1)
+        torch.testing.assert_close(new[token], old[:in_use].mean(dim=0))
+        others = [row for row in range(len(old)) if row != token]
+        assert torch.equal(new[others], old[others])
+    assert (tables(model)[0] is tables(model)[1]) == is_tied
+    assert model.config.get_text_config().vocab_size == len(tables(model)[0])
+
+
+def test_the_token_is_one_special_token(monkeypatch):
+    model, tokenizer, _ = untuned("tiny", monkeypatch, has_spare_rows=True)
+    text = f"a {REFERENCE_TOKEN}b"
+    assert len(tokenizer(REFERENCE_TOKEN, add_special_tokens=False)["input_ids"]) > 1
+    register_reference_token(model, tokenizer)
+    token = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(token) == 1
+    assert tokenizer.added_tokens_decoder[token].special
+    assert tokenizer.decode(ids) == text
+    assert REFERENCE_TOKEN not in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_registering_twice_changes_nothing(monkeypatch):
+    model, tokenizer, _ = untuned("tiny", monkeypatch, has_spare_rows=False)
+    register_reference_token(model, tokenizer)
+    before = [table.clone() for table in tables(model)]
+    assert not register_reference_token(model, tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, tables(model), strict=True))
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family_size", ["tiny", "tiny-llava"])
+def test_a_saved_policy_comes_back_as_it_was(monkeypatch, tmp_path, family_size, is_tied):
+    model, tokenizer, policy = untuned(family_size, monkeypatch, False, is_tied)
+    source, out = tmp_path / "source", tmp_path / "out"
+    policy.save(source)
+    (source / "chat_template.jinja").write_text("mine", encoding="utf-8")
+    out.mkdir()
+    register_reference_token(model, tokenizer)
+
+    save_policy(model, tokenizer, source, out)
+
+    loaded, loaded_tokenizer = load_policy(out)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert REFERENCE_TOKEN in loaded_tokenizer.get_vocab()
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8") == "mine"
+    assert (out / "preprocessor_config.json").is_file()
+
+
+def test_a_policy_is_loaded_in_the_dtype_in_which_it_is_stored(untuned_policy, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(untuned_policy, dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(untuned_policy).save_pretrained(tmp_path)
+    assert load_policy(tmp_path)[0].dtype == torch.bfloat16
+    assert load_policy(untuned_policy)[0].dtype == torch.float32
+
+
+def test_a_directory_without_a_configuration_is_no_policy(tmp_path):
+    with pytest.raises(ConversionError, match=r"not a transformers directory: it holds no config"):
+        load_policy(tmp_path)
+
+
+def test_a_policy_of_another_type_is_refused_with_the_supported_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ConversionError, match=r"type 'llama'; supported: qwen2_5_vl, llava"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nonsense"}', "{}"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConversionError):
+        load_policy(tmp_path)
+
+
+MISFITS = {
+    "missing": ({"lm_head.weight": None}, r"missing keys \['lm_head.weight'\]"),
+    "unexpected": ({"stranger.weight": torch.zeros(2)}, r"unexpected keys \['stranger.weight'\]"),
+    "misshaped": ({"lm_head.weight": torch.zeros(5, 64)}, r"mismatched keys .*lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(
+    ("misfit", "is_in_directory"),
+    [
+        ("missing", True),
+        ("unexpected", True),
+        ("misshaped", True),
+        *((misfit, False) for misfit in MISFITS),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_named(
+    untuned_policy, tmp_path, misfit, is_in_directory
+):
+    change, message = MISFITS[misfit]
+    weights = {**load_file(untuned_policy / "model.safetensors"), **change}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    directory = tmp_path / "policy"
+    shutil.copytree(untuned_policy, directory)
+    if is_in_directory:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=message):
+        load_policy(directory, None if is_in_directory else weights)
+
+
+def test_a_policy_without_weights_is_refused(untuned_policy, tmp_path):
+    copy_policy_files(untuned_policy, tmp_path)
+    assert not has_weights(tmp_path)
+    with pytest.raises(ConversionError, match="cannot be loaded"):
+        load_policy(tmp_path)
+
+
+def test_weights_that_were_cut_short_are_refused(untuned_policy, tmp_path):
+    directory = tmp_path / "policy"
+    shutil.copytree(untuned_policy, directory)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConversionError, match="cannot be loaded"):
+        load_policy(directory)
+
+
+def test_a_policy_without_a_tokenizer_is_refused(untuned_policy, tmp_path):
+    shutil.copytree(untuned_policy, tmp_path / "policy")
+    for file in (tmp_path / "policy").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConversionError):
+        load_policy(tmp_path / "policy")
+
+
+def test_files_are_copied_without_folders_and_weights_only_when_asked(tmp_path):
+    source = tmp_path / "source"
+    (source / "cache").mkdir(parents=True)
+    weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "x.pt")
+    for name in ("config.json", "merges.txt", *weights):
+        (source / name).write_text(name)
+    lean, whole = tmp_path / "lean", tmp_path / "whole"
+    lean.mkdir()
+    whole.mkdir()
+    copy_policy_files(source, lean)
+    copy_policy_files(source, whole, with_weights=True)
+    assert {p.name for p in lean.iterdir()} == {"config.json", "merges.txt"}
+    assert {p.name for p in whole.iterdir()} == {"config.json", "merges.txt", *weights}

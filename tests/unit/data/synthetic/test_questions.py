@@ -1,0 +1,475 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprs_deploy.data.synthetic import (
+    FULL,
+    PLAIN,
+    QUESTION_TYPES,
+    ask,
+    make_scene,
+    scene,
+    vocabulary,
+)
+from coprs_deploy.data.synthetic.expressions import Description, Expression, UnclearError, resolve
+from coprs_deploy.data.synthetic.reasoning import write_reasoning
+from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.scene import SceneObject
+from coprs_deploy.data.synthetic.verifier import AmbiguousError, false_statements, read_instruction
+from coprs_deploy.data.synthetic.wording import SYNONYMS, phrase, write_instruction
+from coprs_deploy.prompts import REFERENCE_TOKEN
+
+NUM_SCENES = {"plain": 1600, "full": 700}
+QUESTIONS_PER_SCENE = 3
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Pairs of a scene, unpainted to save time, and a question about it; a list a tier."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8))
+        for tier in (PLAIN, FULL):
+            found[tier.name] = [
+                (scene, question)
+                for seed in range(NUM_SCENES[tier.name])
+                for scene in [make_scene(tier, seed)]
+                for question in ask(scene, tier, seed, QUESTIONS_PER_SCENE)
+            ]
+    return found
+
+
+tier_names = pytest.mark.parametrize("name", ["plain", "full"])
+
+
+@tier_names
+def test_a_second_reading_finds_the_same_targets(asked, name):
+    assert len(asked[name]) > 2.5 * NUM_SCENES[name]
+    for scene, question in asked[name]:
+        found = read_instruction(question.instruction, scene.objects)
+        assert found == question.targets, question.instruction
+
+
+@tier_names
+def test_every_statement_of_the_reasoning_is_true(asked, name):
+    for scene, question in asked[name]:
+        assert false_statements(question.reasoning, scene.objects) == [], question.reasoning
+
+
+@tier_names
+def test_the_reading_survives_small_shifts_of_every_object(asked, name):
+    """Where a position decides, it decides clearly: no shift by an eighth of the margin matters."""
+    tier = {"plain": PLAIN, "full": FULL}[name]
+    shift = tier.clear_distance * tier.image_size / 8
+    random = np.random.default_rng(1)
+    for scene, question in asked[name][::3]:
+        moved = [
+            replace(item, center=tuple(np.add(item.center, random.uniform(-shift, shift, 2))))
+            for item in scene.objects
+        ]
+        assert read_instruction(question.instruction, moved) == question.targets
+
+
+@tier_names
+def test_the_number_of_targets_fits_the_kind(asked, name):
+    for _, question in asked[name]:
+        accepted = {"none": (0,), "several": (2, 3, 4)}.get(question.kind, (1,))
+        assert len(question.targets) in accepted
+        assert list(question.targets) == sorted(set(question.targets))
+
+
+@tier_names
+def test_responses_have_the_form_of_their_kind(asked, name):
+    for _, question in asked[name]:
+        thought, _, ending = question.response.partition("</think> ")
+        assert thought == f"<think>{question.reasoning}" and "<" not in question.reasoning
+        references = [REFERENCE_TOKEN] * len(question.targets)
+        assert ending == (" ".join(references) or "nothing matches")
+
+
+@tier_names
+def test_the_target_is_named_last_by_place_and_attributes(asked, name):
+    for scene, question in asked[name]:
+        targets = [scene.objects[i] for i in question.targets]
+        listed = ", ".join(f"at {item.place}, the {item.name}" for item in targets)
+        verb = "targets are" if len(targets) > 1 else "target is"
+        assert question.reasoning.endswith(f"The {verb} {listed or 'nowhere'}.")
+
+
+@tier_names
+def test_every_kind_is_asked(asked, name):
+    kinds = {"plain": PLAIN, "full": FULL}[name].kinds
+    counts = Counter(question.kind for _, question in asked[name])
+    assert set(counts) == set(kinds)
+    assert min(counts.values()) > 0.04 * len(asked[name])
+
+
+def test_the_tiers_together_know_every_kind():
+    assert set(FULL.kinds) == set(QUESTION_TYPES) >= set(PLAIN.kinds)
+
+
+def test_plain_instructions_are_bare_noun_phrases_in_canonical_words(asked):
+    others = {word for words in SYNONYMS.values() for word in words[1:]}
+    for _, question in asked["plain"]:
+        assert re.fullmatch(r"the [a-z ]+", question.instruction)
+        assert not others & set(question.instruction.split())
+
+
+def test_full_instructions_use_every_wording(asked):
+    texts = [question.instruction for _, question in asked["full"]]
+    joined = " ".join(texts).lower()
+    assert not [word for words in SYNONYMS.values() for word in words if word not in joined]
+    for start in ("the ", "Segment ", "Where is ", "Where are ", "Could you ", "I need "):
+        assert any(text.startswith(start) for text in texts), start
+    for part in (
+        "all ",
+        "every ",
+        "each ",
+        "both ",
+        "the two ",
+        "the three ",
+        " that is ",
+        " with ",
+    ):
+        assert part in joined, part
+    assert len(set(texts)) > 0.9 * len(texts)
+
+
+def test_reasoning_uses_canonical_words_only(asked):
+    others = {word for words in SYNONYMS.values() for word in words[1:]}
+    for _, question in asked["full"]:
+        assert not others & set(re.findall(r"[a-z-]+", question.reasoning.lower()))
+
+
+def test_two_step_questions_have_chains_and_conjunctions(asked):
+    texts = [q.instruction for _, q in asked["full"] if q.kind == "two_step"]
+    joined = [" and " in text for text in texts]
+    assert 0.2 < sum(joined) / len(joined) < 0.8
+
+
+def test_questions_that_nothing_matches_fail_in_every_way(asked):
+    reasonings = [q.reasoning for _, q in asked["full"] if q.kind == "none"]
+    ways = {
+        "an unknown noun": r"There is no such shape\.",
+        "no such object": r"The [a-z ]+ is nowhere\. The target",
+        "no candidates": r"candidates are: none\.",
+        "candidates elsewhere": r"candidates are: at .*\. The target",
+        "too few to count": r"candidates from the \w+ are: at ",
+    }
+    for way, pattern in ways.items():
+        assert any(re.search(pattern, text) for text in reasonings), way
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(st.integers(0, 2**40), st.integers(1, 6))
+def test_asking_is_repeatable_and_gives_different_questions(seed, count):
+    scene = make_scene(PLAIN, seed)
+    questions = ask(scene, PLAIN, seed, count)
+    assert questions == ask(scene, PLAIN, seed, count)
+    assert 1 <= len(questions) <= count
+    assert len({question.instruction for question in questions}) == len(questions)
+
+
+def test_asking_for_nothing_is_refused():
+    with pytest.raises(ValueError, match="count is 0"):
+        ask(make_scene(PLAIN, 1), PLAIN, 1, 0)
+
+
+@pytest.mark.parametrize("kind", QUESTION_TYPES)
+def test_a_tier_may_ask_one_kind_only(kind):
+    tier = msgspec.structs.replace(FULL, kinds={kind: 1.0})
+    found = [ask(make_scene(tier, seed), tier, seed)[0] for seed in range(8)]
+    # A scene on which the kind cannot be asked gives a question that nothing matches.
+    assert {question.kind for question in found} <= {kind, "none"}
+    assert kind in {question.kind for question in found}
+
+
+def test_words_outside_the_world_match_nothing():
+    everything = {*vocabulary.FULL_SHAPES, *(w for words in SYNONYMS.values() for w in words)}
+    assert not everything & {*vocabulary.THINGS, *vocabulary.UNSEEN_THINGS}
+    assert not set(vocabulary.THINGS) & set(vocabulary.UNSEEN_THINGS)
+    objects = make_scene(FULL, 1).objects
+    for thing in vocabulary.UNSEEN_THINGS:
+        assert read_instruction(f"Where is the {thing}?", objects) == ()
+
+
+def item(words: str, x: float, y: float) -> SceneObject:
+    """Make an object by hand: "large striped red circle" and its center in pixels of 128."""
+    size, texture, color, shape = words.split()
+    radius = {"small": 10.0, "medium": 14.0, "large": 20.0}[size]
+    row, column = int(y // 16) + 1, int(x // 16) + 1
+    return SceneObject(shape, color, texture, size, (x, y), radius, row, column, (0, 0, 1, 1), 1.0)
+
+
+TABLE = (
+    item("small plain red circle", 20, 20),
+    item("large plain blue star", 70, 24),
+    item("small striped red circle", 110, 40),
+    item("medium plain red square", 64, 70),
+    item("large striped green circle", 24, 100),
+    item("medium plain blue circle", 90, 108),
+)
+"""In reading order; distances of less than 14 pixels are unclear."""
+
+BLUE_STAR = Expression(Description(color="blue", shape="star"))
+CIRCLE = Description(shape="circle")
+
+
+@pytest.mark.parametrize(
+    ("expression", "words", "targets"),
+    [
+        (Expression(Description(shape="square")), "the square", (3,)),
+        (Expression(Description(texture="striped", color="red")), "the striped red shape", (2,)),
+        (Expression(CIRCLE, extreme="rightmost"), "the rightmost circle", (2,)),
+        (Expression(CIRCLE, extreme="largest"), "the largest circle", (4,)),
+        (Expression(CIRCLE, rank=2, side="top"), "the second circle from the top", (2,)),
+        (
+            Expression(Description(shape="square"), rank=2, side="top"),
+            "the second square from the top",
+            (),
+        ),
+        (
+            Expression(Description(color="red"), (("left of", BLUE_STAR),)),
+            "the red shape left of the blue star",
+            None,  # the red square lies 6 pixels left of it
+        ),
+        (
+            Expression(Description(shape="square"), (("left of", BLUE_STAR),)),
+            "the square left of the blue star",
+            None,  # the same one
+        ),
+        (
+            Expression(
+                Description(shape="star"),
+                (("left of", Expression(Description("medium", color="red"))),),
+            ),
+            "the star left of the medium red shape",
+            (),  # 6 pixels right of it is clearly not left
+        ),
+        (
+            Expression(Description(color="red"), (("nearest to", BLUE_STAR),)),
+            "the red shape nearest to the blue star",
+            None,  # 43 and 46 pixels
+        ),
+        (
+            Expression(Description(shape="square"), (("nearest to", BLUE_STAR),)),
+            "the square nearest to the blue star",
+            (3,),
+        ),
+        (
+            Expression(
+                CIRCLE,
+                (
+                    ("right of", BLUE_STAR),
+                    ("above", Expression(Description("medium", "plain", "red"))),
+                ),
+            ),
+            "the circle right of the blue star and above the medium plain red shape",
+            (2,),
+        ),
+        (
+            Expression(
+                CIRCLE,
+                (("left of", Expression(Description(shape="square"), (("below", BLUE_STAR),))),),
+            ),
+            "the circle left of the square that is below the blue star",
+            None,  # two circles are
+        ),
+        (
+            Expression(
+                CIRCLE, (("left of", Expression(Description(shape="square"))),), is_plural=True
+            ),
+            "all circle left of the square",
+            (0, 4),
+        ),
+        (
+            Expression(CIRCLE, (("left of", Expression(Description(shape="ring"))),)),
+            "the circle left of the ring",
+            (),
+        ),
+        (Expression(CIRCLE), "the circle", None),
+        (Expression(Description(shape="cat")), "the cat", ()),
+    ],
+)
+def test_expressions_resolve_to_what_they_mean(expression, words, targets):
+    assert phrase(expression).replace("circles", "circle") == words
+    if targets is None:
+        with pytest.raises(UnclearError):
+            resolve(expression, TABLE, 14)
+    else:
+        assert resolve(expression, TABLE, 14) == targets
+        assert read_instruction(phrase(expression), TABLE) == targets
+
+
+def test_a_chain_is_read_from_its_end():
+    square = Expression(Description(shape="square"), (("below", BLUE_STAR),))
+    chain = Expression(Description("small", shape="circle"), (("left of", square),))
+    assert phrase(chain) == "the small circle left of the square that is below the blue star"
+    assert resolve(chain, TABLE, 14) == (0,)
+    assert write_reasoning(chain, TABLE, 14) == (
+        "The blue star is at row2 col5. The square below the blue star is at row5 col5. "
+        "The small circle candidates are: at row2 col2 small plain red circle, at row3 col7 small "
+        "striped red circle. The target is at row2 col2, the small plain red circle."
+    )
+
+
+def test_the_reasoning_of_the_recipe():
+    expression = Expression(
+        Description(color="red"), (("above", Expression(Description(shape="square"))),)
+    )
+    plural = replace(expression, is_plural=True)
+    assert write_reasoning(plural, TABLE, 14) == (
+        "The square is at row5 col5. The red shape candidates are: at row2 col2 small plain red "
+        "circle, at row3 col7 small striped red circle. The targets are at row2 col2, the small "
+        "plain red circle, at row3 col7, the small striped red circle."
+    )
+
+
+@pytest.mark.parametrize(
+    ("instruction", "targets"),
+    [
+        ("Where are the red circles?", (0, 2)),
+        ("I need both red circles only.", (0, 2)),
+        ("mark every circle, please", (0, 2, 4, 5)),
+        ("Show me the disc with stripes that is green.", (4,)),
+        ("can you find the furthest left thing?", (0,)),
+        ("the little object to the right of the big azure star", ()),
+        ("the little object to the right of the big blue star", (2,)),
+    ],
+)
+def test_the_reader_reads(instruction, targets):
+    assert read_instruction(instruction, TABLE) == targets
+
+
+@pytest.mark.parametrize("instruction", ["the circle", "the three red circles", "both circles"])
+def test_the_reader_notices_ambiguity(instruction):
+    with pytest.raises(AmbiguousError, match="fits"):
+        read_instruction(instruction, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("statement", "fault"),
+    [
+        ("The square is at row5 col5.", None),
+        ("The square is at row4 col5.", "nothing is at row4 col5"),
+        ("The square is at row2 col2.", "the square is not there"),
+        ("The square is nowhere.", "the square is not there"),
+        ("The ring is nowhere.", None),
+        ("The ring is at row2 col2.", "the ring is not there"),
+        ("The circle is at row2 col2.", "fits 4 objects"),
+        ("The star candidates are: at row2 col5 large plain blue star.", None),
+        ("The star candidates are: at row2 col5 small plain blue star.", "is a large plain"),
+        ("The star candidates are: none.", "the star candidates are others"),
+        ("The ring candidates are: none.", None),
+        ("The target is at row2 col5, the large plain red star.", "is a large plain blue star"),
+    ],
+)
+def test_false_statements_are_found(statement, fault):
+    found = false_statements(statement, TABLE)
+    assert found == [] if fault is None else fault in " ".join(found)
+
+
+def test_paraphrases_of_one_expression_mean_the_same():
+    expression = Expression(Description("small", "striped", "red", "circle"))
+    texts = {write_instruction(expression, 1, FULL, Draws("test", seed)) for seed in range(200)}
+    assert len(texts) > 60
+    assert {read_instruction(text, TABLE) for text in texts} == {(2,)}
+
+
+def test_the_nearest_is_chosen_by_distances_that_are_written_down():
+    green = Expression(Description(color="green"))
+    nearest = Expression(Description(color="red"), (("nearest to", green),))
+    assert write_reasoning(nearest, TABLE, 14) == (
+        "The green shape is at row7 col2. The red shape candidates are: at row2 col2 small plain "
+        "red circle 5 away, at row3 col7 small striped red circle 7 away, at row5 col5 medium "
+        "plain red square 3 away. The target is at row5 col5, the medium plain red square."
+    )
+
+
+def test_comparisons_are_written_down_where_a_tier_shows_them():
+    square = Expression(Description(shape="square"))
+    red_above = Expression(Description(color="red"), (("above", square), ("left of", BLUE_STAR)))
+    assert write_reasoning(red_above, TABLE, 14, shows_comparisons=True) == (
+        "The square is at row5 col5. The blue star is at row2 col5. The red shape candidates are: "
+        "at row2 col2 small plain red circle matches, at row3 col7 small striped red circle. "
+        "The target is at row2 col2, the small plain red circle."
+    )
+    smallest = Expression(Description(color="blue"), extreme="smallest")
+    assert write_reasoning(smallest, TABLE, 14, shows_comparisons=True) == (
+        "The blue shape candidates are: at row2 col5 large plain blue star, at row7 col6 medium "
+        "plain blue circle. The smallest is medium. The target is at row7 col6, the medium plain "
+        "blue circle."
+    )
+    leftmost = Expression(Description(color="blue"), extreme="leftmost")
+    for plain in (leftmost, smallest):
+        assert "smallest" not in write_reasoning(plain, TABLE, 14)
+    assert write_reasoning(leftmost, TABLE, 14, shows_comparisons=True) == write_reasoning(
+        leftmost, TABLE, 14
+    )
+
+
+def test_only_the_full_tier_shows_comparisons(asked):
+    def share(name, words):
+        return np.mean([words in question.reasoning for _, question in asked[name]])
+
+    for words in (" matches", "The largest is"):
+        assert share("plain", words) == 0
+        assert share("full", words) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "fault"),
+    [
+        ("The target is at row2 col2, the small plain red circle.", None),
+        ("The target is nowhere.", "the targets are not those that match"),
+        ("The target is at row3 col7, the small striped red circle.", "the targets are not those"),
+        ("The largest is small. The target is at row2 col2.", None),
+        ("The smallest is medium. The target is at row2 col2.", "the smallest is not medium"),
+    ],
+)
+def test_conclusions_that_contradict_a_comparison_are_found(conclusion, fault):
+    listed = "at row2 col2 small plain red circle matches, at row3 col7 small striped red circle"
+    found = false_statements(f"The red circle candidates are: {listed}. {conclusion}", TABLE)
+    assert found == [] if fault is None else fault in " ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("distances", "fault"),
+    [((5, 7), None), ((7, 7), None), ((8, 7), "circle 8 away is not nearer than circle 7 away")],
+)
+def test_distances_in_a_wrong_order_are_found(distances, fault):
+    listed = "at row2 col2 small plain red circle {} away, at row3 col7 small striped red circle {}"
+    found = false_statements(
+        "The green shape is at row7 col2. The red circle candidates are: "
+        f"{listed.format(*distances)} away.",
+        TABLE,
+    )
+    assert found == ([] if fault is None else [fault])
+
+
+def test_distances_from_nowhere_are_found():
+    listed = "at row2 col2 small plain red circle 6 away, at row3 col7 small striped red circle."
+    text = f"The red circle candidates are: {listed}"
+    assert false_statements(text, TABLE) == ["distances from 0 anchors"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_smallest_distance_stands_alone(seed):
+    tier = msgspec.structs.replace(FULL, kinds={"nearest": 1.0})
+    scene = make_scene(tier, seed)
+    for question in ask(scene, tier, seed, 3):
+        if question.kind != "nearest":
+            continue
+        numbers = [int(number) for number in re.findall(r"(\d+) away", question.reasoning)]
+        places = re.findall(r"at (row\d+ col\d+) [a-z ]+\d+ away", question.reasoning)
+        assert numbers.count(min(numbers)) == 1
+        (target,) = question.targets
+        assert places[numbers.index(min(numbers))] == scene.objects[target].place

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from coprs_deploy.data.contact_sheet import OUTLINE, PICTURE_PX, draw_contact_sheet, draw_targets
+from coprs_deploy.data.synthetic import (
+    FULL,
+    HELD_OUT_SEED,
+    PLAIN,
+    PRESETS,
+    Preset,
+    SceneExamples,
+    make_scene,
+    vocabulary,
+)
+from coprs_deploy.data.synthetic.layout import CELL_MARGIN, Layout, lay_out
+from coprs_deploy.data.synthetic.rendering import paint
+from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.shapes import covers, measures
+
+seeds = st.integers(0, 2**63)
+tiers = st.sampled_from([PLAIN, FULL])
+few_examples = settings(max_examples=40, derandomize=True, deadline=None)
+
+
+def digest(scene) -> str:
+    table = msgspec.json.encode(scene.objects)
+    data = scene.image.tobytes() + scene.owners.tobytes() + table
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+GOLDEN = {"plain": "94d467ec8cda291f", "full": "5ab9933a57d87e09"}
+
+
+@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
+def test_a_seed_gives_the_recorded_scene(tier):
+    """The pixels may not change with the machine or with the version of numpy."""
+    digests = "".join(digest(make_scene(tier, seed)) for seed in range(20))
+    assert hashlib.blake2b(digests.encode(), digest_size=8).hexdigest() == GOLDEN[tier.name]
+
+
+def test_seeds_and_tiers_give_different_scenes():
+    found = [digest(make_scene(tier, seed)) for tier in (PLAIN, FULL) for seed in range(20)]
+    assert len(set(found)) == len(found)
+
+
+@few_examples
+@given(tiers, seeds)
+def test_the_table_says_what_the_owners_show(tier, seed):
+    scene = make_scene(tier, seed)
+    size = tier.image_size
+    assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
+    assert scene.owners.shape == (size, size)
+    assert 1 <= len(scene.objects) <= tier.num_objects[1]
+    assert set(np.unique(scene.owners)) <= set(range(len(scene.objects) + 1))
+    masks = scene.masks(range(len(scene.objects)))
+    assert masks.sum(axis=0).max() == 1
+    for item, mask in zip(scene.objects, masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        assert item.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        # An upright cross, the worst case, may gain or lose one pixel of its length (2.31 radii)
+        # and of its width in each direction: 4.61 radii of area, and one pixel.
+        whole_area = np.pi * item.radius**2
+        assert mask.sum() / item.visible_share == pytest.approx(whole_area, abs=5 * item.radius)
+
+
+@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
+def test_areas_are_right_on_average(tier):
+    """Single masks are off by their pixels' edges; all of them together must not be."""
+    ratios = []
+    for seed in range(120):
+        scene = make_scene(tier, seed)
+        masks = scene.masks(range(len(scene.objects)))
+        for item, mask in zip(scene.objects, masks, strict=True):
+            ratios.append(mask.sum() / item.visible_share / (np.pi * item.radius**2))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.005)
+
+
+@few_examples
+@given(tiers, seeds)
+def test_places_are_clear_and_in_reading_order(tier, seed):
+    scene = make_scene(tier, seed)
+    cell = tier.image_size / vocabulary.GRID_SIZE
+    places = [(item.row, item.column) for item in scene.objects]
+    assert places == sorted(set(places))
+    for item in scene.objects:
+        x, y = item.center[0] / cell + 1, item.center[1] / cell + 1
+        assert item.row + CELL_MARGIN <= y <= item.row + 1 - CELL_MARGIN
+        assert item.column + CELL_MARGIN <= x <= item.column + 1 - CELL_MARGIN
+        assert item.place == f"row{int(y)} col{int(x)}"
+
+
+def test_enough_of_every_object_is_visible():
+    shares = []
+    for seed in range(300):
+        layout = lay_out(FULL, Draws("test", seed))
+        for number, stamp in enumerate(layout.stamps, start=1):
+            shares.append((layout.owners == number).sum() / stamp.mask.sum())
+    # The limit is reached, so it is what holds objects back.
+    assert FULL.min_visible_share <= min(shares) < FULL.min_visible_share + 0.02
+    assert max(shares) == 1
+
+
+def test_the_full_tier_hides_objects_and_the_plain_tier_keeps_them_apart():
+    full = [item for seed in range(40) for item in make_scene(FULL, seed).objects]
+    assert 0.2 < np.mean([item.visible_share < 1 for item in full]) < 0.5
+    for seed in range(40):
+        owners = make_scene(PLAIN, seed).owners.astype(int)
+        for first, second in ((owners[1:], owners[:-1]), (owners[:, 1:], owners[:, :-1])):
+            assert not ((first != second) & (first > 0) & (second > 0)).any()
+
+
+@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
+def test_sizes_differ_clearly(tier):
+    for smaller, larger in zip(tier.radii, tier.radii[1:], strict=False):
+        assert larger[0] / smaller[1] > 1.28
+    for seed in range(40):
+        for item in make_scene(tier, seed).objects:
+            low, high = tier.radii[vocabulary.SIZES.index(item.size)]
+            assert low <= item.radius / tier.image_size <= high
+
+
+@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
+def test_every_object_is_seen_in_its_color(tier):
+    names = list(vocabulary.COLORS)
+    references = np.array([vocabulary.COLORS[name] for name in names], dtype=float)
+    for seed in range(60):
+        scene = make_scene(tier, seed)
+        for index, item in enumerate(scene.objects):
+            pixels = scene.image[scene.masks([index])[0]].astype(float)
+            lightest = pixels[np.argsort(pixels.sum(axis=1))[len(pixels) * 6 // 10 :]].mean(axis=0)
+            distances = np.linalg.norm(references - lightest, axis=1)
+            assert names[distances.argmin()] == item.color, (seed, item.name)
+
+
+@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
+def test_textures_are_seen(tier):
+    spreads: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(60):
+        scene = make_scene(tier, seed)
+        for index, item in enumerate(scene.objects):
+            lightness = scene.image[scene.masks([index])[0]].mean(axis=1)
+            spreads[item.texture == "plain"].append(lightness.std() / lightness.mean())
+    assert np.quantile(spreads[True], 0.95) < np.quantile(spreads[False], 0.05)
+
+
+def test_masks_are_the_pixels_that_an_object_colors():
+    """Painting an object in another color changes its mask, and nothing else by more than half."""
+    alone = msgspec.structs.replace(FULL, num_objects=(1, 1), shading=0.0, textures=("plain",))
+    shapes = set()
+    for seed in range(60):
+        layout = lay_out(alone, Draws("test", seed))
+        (sketch,) = layout.sketches
+        shapes.add(sketch.shape)
+        pictures = []
+        for color in ("green", "white"):
+            recolored = Layout([replace(sketch, color=color)], layout.stamps, layout.owners)
+            pictures.append(paint(recolored, alone, Draws("test paint", seed)).astype(float))
+        change = np.abs(pictures[0] - pictures[1])[..., 0]
+        np.testing.assert_array_equal(change > change.max() / 2, layout.owners == 1)
+    assert shapes == set(FULL.shapes)
+
+
+@pytest.mark.parametrize("shape", vocabulary.FULL_SHAPES)
+@pytest.mark.parametrize("tangent", [0.0, 0.1])
+def test_outlines_have_the_area_of_the_unit_circle_around_the_origin(shape, tangent):
+    axis = np.linspace(-1.7, 1.7, 681, dtype=np.float32)
+    length = 1 + tangent**2
+    inside = covers(
+        shape, axis[None], axis[:, None], ((1 - tangent**2) / length, 2 * tangent / length)
+    )
+    rows, columns = np.nonzero(inside)
+    assert inside.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(np.pi, rel=0.01)
+    assert abs(axis[rows].mean()) < 0.01 and abs(axis[columns].mean()) < 0.01
+    farthest = np.hypot(axis[rows], axis[columns]).max()
+    assert measures(shape).reach == pytest.approx(farthest, abs=0.02)
+
+
+def test_backgrounds_are_all_painted_and_differ():
+    """Between its objects, a flat background varies by the noise alone."""
+    spreads = {}
+    for kind in vocabulary.FULL_BACKGROUNDS:
+        tier = msgspec.structs.replace(FULL, backgrounds=(kind,))
+        scene = make_scene(tier, 3)
+        lightness = np.asarray(Image.fromarray(scene.image).convert("L").reduce(4), dtype=float)
+        spreads[kind] = lightness[scene.owners[::4, ::4] == 0].std()
+    assert min(spreads, key=lambda kind: spreads[kind]) == "flat"
+
+
+def test_noise_has_mean_0_and_deviation_1_and_never_repeats():
+    draws = Draws("test", 1)
+    first, second = draws.noise(200, 200), draws.noise(200, 200)
+    assert abs(first.mean()) < 0.02 and first.std() == pytest.approx(1, abs=0.02)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
+
+
+def test_weighted_draws_follow_their_weights():
+    draws = Draws("test", 2)
+    found = [draws.weighted("abc", (1.0, 0.0, 3.0)) for _ in range(2000)]
+    assert found.count("b") == 0 and found.count("c") / 2000 == pytest.approx(0.75, abs=0.04)
+
+
+def test_a_tier_can_be_smaller_and_read_back():
+    smaller = msgspec.structs.replace(FULL, image_size=192)
+    assert make_scene(smaller, 1).image.shape == (192, 192, 3)
+    assert Preset.from_json(smaller.to_json()) == smaller
+    assert set(PRESETS) == {"plain", "full"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 100}, "multiples of 8"),
+        ({"num_objects": (3, 2)}, "fewest <= most"),
+        ({"min_visible_share": 0.0}, "min_visible_share is 0.0"),
+        ({"shapes": ("circle", "blob")}, "shapes is .*accepted: some of circle"),
+        ({"textures": ()}, "textures is"),
+        ({"backgrounds": ("photo",)}, "backgrounds is"),
+        ({"kinds": {"riddle": 1.0}}, "kinds is"),
+    ],
+)
+def test_a_wrong_tier_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Preset.from_json({**PLAIN.to_json(), **change})
+
+
+def test_scene_examples_are_a_sequence():
+    examples = SceneExamples(PLAIN, 5, first_seed=10)
+    assert len(examples) == 5
+    assert [example.id for example in examples] == [f"plain-{seed}" for seed in range(10, 15)]
+    assert examples[-1].id == "plain-14"
+    assert [example.id for example in examples[1:3]] == ["plain-11", "plain-12"]
+    np.testing.assert_array_equal(examples[2].image, make_scene(PLAIN, 12).image)
+    with pytest.raises(IndexError):
+        examples[5]
+
+
+def test_training_seeds_do_not_reach_into_held_out_ones():
+    assert len(SceneExamples(PLAIN, 10, HELD_OUT_SEED)) == 10
+    assert len(SceneExamples(PLAIN, 10, HELD_OUT_SEED - 10)) == 10
+    with pytest.raises(ValueError, match="held-out scenes begin"):
+        SceneExamples(PLAIN, 10, HELD_OUT_SEED - 5)
+    with pytest.raises(ValueError, match="num_examples is 0"):
+        SceneExamples(PLAIN, 0)
+
+
+def test_a_contact_sheet_outlines_the_targets():
+    examples = SceneExamples(FULL, 12)
+    for example in examples:
+        drawn = np.asarray(draw_targets(example))
+        assert drawn.shape == (PICTURE_PX, PICTURE_PX, 3)
+        assert (drawn == OUTLINE).all(axis=2).any() == bool(len(example.masks))
+    sheet = draw_contact_sheet(examples[:5], columns=3)
+    assert sheet.width > 3 * PICTURE_PX and sheet.height > 2 * PICTURE_PX
+    with pytest.raises(ValueError, match="0 examples"):
+        draw_contact_sheet([])
+    with pytest.raises(ValueError, match="0 columns"):
+        draw_contact_sheet(examples[:1], columns=0)
+
+
+def test_scenes_need_neither_torch_nor_pyarrow():
+    code = (
+        "import sys, coprs_deploy.data.contact_sheet, coprs_deploy.data.examples; "
+        "assert not {'torch', 'pyarrow', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

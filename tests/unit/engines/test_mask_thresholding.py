@@ -1,0 +1,112 @@
+"""Masks at the picture's size, cut where the logits lie."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coprs_deploy.engines import graphs
+from coprs_deploy.engines.cuda import CudaTensor
+from coprs_deploy.engines.graphs import cut_at_original_size, masks_at_original_size
+from coprs_deploy.images import PreparedImage, resize_logits, unpadded_size
+from coprs_deploy.specs import Geometry
+
+TINY = Geometry(image_size=128, patch_size=8, out_chans=64)
+SAM = Geometry()
+
+
+class Held:
+    """A tensor on the host."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def numpy(self):
+        return self.values
+
+
+def placed(height, width, geometry):
+    inside = unpadded_size(height, width, geometry.image_size)
+    return PreparedImage(np.zeros(0, np.float32), np.array(inside), (height, width))
+
+
+def logits_of(count, geometry, seed=0):
+    generator = np.random.default_rng(seed)
+    side = geometry.mask_size
+    coarse = generator.standard_normal((count, 1, side // 8, side // 8))
+    return np.kron(coarse, np.ones((8, 8))).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "geometry"),
+    [(128, 128, TINY), (17, 31, TINY), (300, 200, TINY), (1, 700, TINY), (480, 640, SAM)],
+)
+def test_pytorch_cuts_where_the_host_does(height, width, geometry):
+    logits, size = logits_of(3, geometry), placed(height, width, geometry)
+    found = cut_at_original_size(torch.from_numpy(logits), size, geometry).numpy()
+    expected = resize_logits(logits, size, geometry)
+    assert found.dtype == np.bool_ and found.shape == (3, height, width)
+    # Rounding may decide only where the logit is 0 but for rounding.
+    differs = found != (expected > 0)
+    assert np.abs(expected[differs]).max(initial=0) < 1e-4
+    assert differs.mean() < 1e-3
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 99))
+def test_pytorch_cuts_where_the_host_does_for_any_size(height, width, seed):
+    logits, size = logits_of(1, TINY, seed), placed(height, width, TINY)
+    found = cut_at_original_size(torch.from_numpy(logits), size, TINY).numpy()
+    expected = resize_logits(logits, size, TINY)
+    assert np.abs(expected[found != (expected > 0)]).max(initial=0) < 1e-4
+
+
+def test_half_precision_logits_are_cut_in_float32():
+    logits = torch.from_numpy(logits_of(1, TINY)).to(torch.float16)
+    size = placed(50, 60, TINY)
+    found = cut_at_original_size(logits, size, TINY)
+    assert torch.equal(found, cut_at_original_size(logits.float(), size, TINY))
+
+
+@pytest.fixture
+def played_gpu(monkeypatch):
+    """Streams and events that do nothing, for tensors on the CPU."""
+    waited = []
+    stream = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    graphs._stream_of.cache_clear()
+    yield waited
+    graphs._stream_of.cache_clear()
+
+
+def test_logits_on_a_gpu_are_cut_chunk_by_chunk(played_gpu):
+    logits, size = logits_of(6, TINY), placed(40, 60, TINY)
+    chunks = [CudaTensor(torch.from_numpy(p), n) for n, p in enumerate((logits[:4], logits[4:]))]
+    masks = masks_at_original_size(chunks, 5, size, TINY)
+    expected = cut_at_original_size(torch.from_numpy(logits[:5]), size, TINY)
+    assert np.array_equal(masks, expected.numpy())
+    assert played_gpu == [0, 1]
+
+
+def test_a_gpu_without_room_leaves_the_work_to_the_host(played_gpu, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs, "cut_at_original_size", full)
+    monkeypatch.setattr(CudaTensor, "numpy", lambda self: self.tensor.numpy())
+    logits, size = logits_of(2, TINY), placed(40, 60, TINY)
+    masks = masks_at_original_size([CudaTensor(torch.from_numpy(logits), 0)], 2, size, TINY)
+    assert np.array_equal(masks, resize_logits(logits, size, TINY) > 0)
+
+
+def test_targets_that_only_fill_a_graph_are_left_out():
+    logits, size = logits_of(6, TINY), placed(40, 60, TINY)
+    chunks = [Held(logits[:4]), Held(logits[4:])]
+    masks = masks_at_original_size(chunks, 5, size, TINY)
+    assert np.array_equal(masks, resize_logits(logits[:5], size, TINY) > 0)

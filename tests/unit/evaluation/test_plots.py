@@ -1,0 +1,25 @@
+"""The regression band of the paper, on values made by hand."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coprs_deploy.evaluation.plots import plot_correlation, regression_band
+
+
+def test_the_band_is_narrowest_at_the_mean():
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    y = 2 * x + np.array([0.1, -0.1, -0.1, 0.1])
+    line, half = regression_band(x, y, x)
+    assert line == pytest.approx(2 * x, abs=0.2)
+    # sigma = sqrt(0.04 / 2); at the mean the band is eta * sigma / sqrt(n).
+    _, at_mean = regression_band(x, y, np.array([1.5]))
+    assert at_mean[0] == pytest.approx(10 * np.sqrt(0.02) / 2)
+    assert (half > at_mean[0]).all()
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.5, 0.7], [0.5, 0.5], [0.5]])
+def test_a_plot_is_drawn_even_where_nothing_varies(values, tmp_path):
+    plot_correlation(tmp_path / "plot.png", values, values)
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size[0] > 400
