@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.specs import Record
@@ -85,6 +86,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+def file_lock(path: Path) -> FileLock:
+    """Return the lock between processes that a file stands for; the folder must exist.
+
+    The system releases it when its process ends, however it ends; the file stays behind, empty.
+    ``preserve_lock_file`` also keeps the library from falling back to a marker file, which a killed
+    process would leave behind, where the file system has no locks. Threads share the lock object.
+    """
+    return FileLock(path, thread_local=False, preserve_lock_file=True)
+
+
 @contextmanager
 def exclusive(lock: Path, taken: str) -> Iterator[None]:
     """Hold a lock file for the length of a block; a process that dies lets go of it.
@@ -96,11 +107,11 @@ def exclusive(lock: Path, taken: str) -> Iterator[None]:
     Raises:
         ArtifactError: another process holds it.
     """
-    with lock.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ArtifactError(taken) from error
+    try:
+        held = file_lock(lock).acquire(blocking=False)
+    except Timeout as error:
+        raise ArtifactError(taken) from error
+    with held:
         yield
 
 

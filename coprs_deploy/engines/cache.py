@@ -12,7 +12,6 @@ dies leaves no lock, and nothing half-written under a name that is read.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from coprs_deploy.artifacts import atomic_write, hash_file, new_directory, write_json
+from filelock import FileLock, Timeout
+
+from coprs_deploy.artifacts import atomic_write, file_lock, hash_file, new_directory, write_json
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.specs import GraphSpec, Record
 
@@ -204,34 +205,30 @@ class BuildCache:
     @contextmanager
     def _lock(self, name: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold a lock between processes; the system lets go of it when a process dies."""
-        path = self.root / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:  # the file stays: removing it would give two locks one name
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:  # closing is not enough: a process forked meanwhile has the file open too
-                fcntl.flock(file, fcntl.LOCK_UN)
+        lock = self._lock_of(name)
+        try:
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            on_wait()
+            held = lock.acquire()
+        with held:
+            yield
 
     @contextmanager
     def _lock_if_free(self, name: str) -> Iterator[bool]:
         """Hold a lock between processes; False where another holds it."""
+        try:
+            held = self._lock_of(name).acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        with held:
+            yield True
+
+    def _lock_of(self, name: str) -> FileLock:
         path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            try:
-                yield True
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        return file_lock(path)
 
 
 def _last_use(place: Path) -> float:

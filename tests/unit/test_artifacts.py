@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import hashlib
 import json
+import signal
 import stat
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from coprs_deploy.artifacts import (
     FileRecord,
     atomic_write,
     check_replaceable,
+    exclusive,
     fingerprint,
     hash_file,
     new_directory,
@@ -307,3 +311,47 @@ def test_an_atomic_write_makes_a_directory_and_drops_what_a_killed_process_left(
         (partial / "one").write_text("1")
     assert [file.name for file in path.iterdir()] == ["one"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from coprs_deploy.artifacts import exclusive
+with exclusive(Path(sys.argv[1]), "taken"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_is_refused_while_another_process_holds_it_and_free_when_that_is_killed(tmp_path):
+    lock = tmp_path / ".lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ArtifactError, match="taken by another"),
+            exclusive(lock, "taken by another"),
+        ):
+            pass
+        holder.kill()
+        assert holder.wait() == -signal.SIGKILL
+        with exclusive(lock, "taken"):
+            assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+    with exclusive(lock, "taken"):
+        pass
+    assert lock.read_bytes() == b""
+
+
+def test_a_file_system_without_locks_is_an_error_and_leaves_no_marker(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="no locks here"), exclusive(tmp_path / ".lock", "taken"):
+        pass
+    assert all(file.read_bytes() == b"" for file in tmp_path.iterdir())

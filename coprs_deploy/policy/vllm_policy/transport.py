@@ -10,7 +10,6 @@ process that was killed is removed by the next one.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.artifacts import file_lock
 from coprs_deploy.closing import Closeable
 from coprs_deploy.errors import PolicyError
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 
 FOLDER_PREFIX = "coprs-deploy-"
+LOCK_FILE = ".lock"
 
 YOUNG_SECONDS = 60
 """A folder that was changed since is left alone: its process may not have locked it yet."""
@@ -53,8 +54,8 @@ class HiddenStateTransport(Closeable):
         _remove_abandoned(parent)
         self._record = _record(width)
         self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
-        # The system lets go of the lock when this process ends, however it ends.
-        self._lock: int | None = _lock(self.folder)
+        self._lock = file_lock(self.folder / LOCK_FILE)
+        self._lock.acquire(blocking=False)
 
     def open(self) -> Path:
         """Make the empty file of one request; no other request ever has it.
@@ -106,45 +107,25 @@ class HiddenStateTransport(Closeable):
 
     def __len__(self) -> int:
         """How many requests have a file."""
-        return len(list(self.folder.iterdir()))
+        return len(list(self.folder.glob("[!.]*")))
 
     def close(self) -> None:
         """Remove all files."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-
-def _lock(folder: Path) -> int:
-    """Lock a folder for this process.
-
-    Returns:
-        The open folder, which holds the lock.
-
-    Raises:
-        OSError: another process holds it, or it is gone.
-    """
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(opened)
-        raise
-    return opened
+        self._lock.release()
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove the folders of processes that were killed; a living one holds a lock on its own."""
+    """Remove the folders of processes that were killed; a living one holds the lock in its own."""
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         try:
             if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
                 continue
-            lock = _lock(folder)
-        except OSError:
+            held = file_lock(folder / LOCK_FILE).acquire(blocking=False)
+        except OSError:  # Timeout is one
             continue  # it is in use, belongs to another user, or is gone
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        with held:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def append_vector(path: str, position: int, vector: NDArray[np.float32]) -> None:

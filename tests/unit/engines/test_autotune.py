@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from coprs_deploy.bundle import open_bundle
-from coprs_deploy.engines import RunnerOptions, autotune
-from coprs_deploy.engines.autotune import RuntimeChoice, Timing, choice_key
+from coprs_deploy.engines import RunnerOptions
+from coprs_deploy.engines import autotune as autotuning
+from coprs_deploy.engines.autotune import RuntimeChoice, Timing, autotune, choice_key
 from coprs_deploy.engines.cache import BuildCache
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.machine import Processor
@@ -33,7 +34,7 @@ def times(monkeypatch):
         table["trials"] += 1
         return Timing(runtime, table[runtime], 3)
 
-    monkeypatch.setattr(autotune, "_time", timed)
+    monkeypatch.setattr(autotuning, "_time", timed)
     return table
 
 
@@ -86,7 +87,7 @@ def test_measuring_again_replaces_what_was_remembered(bundle, cache, times):
 def test_a_choice_that_cannot_be_read_is_measured_anew(bundle, cache, times):
     key = choice_key(bundle, PRIOR, RunnerOptions())
     for content in (b"{", json.dumps({"graph": PRIOR}).encode()):
-        cache.keep_blob(autotune.FOLDER, key, content)
+        cache.keep_blob(autotuning.FOLDER, key, content)
         assert not autotune(bundle, RunnerOptions(), cache=cache)[PRIOR].is_remembered
 
 
@@ -99,11 +100,11 @@ def test_whatever_changes_the_times_changes_the_key(bundle, monkeypatch):
         choice_key(bundle, IMAGE_ENCODER, RunnerOptions(inference_precision="bf16")),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(autotune, "installed_versions", lambda: {"openvino": "1"})
+        patch.setattr(autotuning, "installed_versions", lambda: {"openvino": "1"})
         keys.append(choice_key(bundle, IMAGE_ENCODER, RunnerOptions()))
     with monkeypatch.context() as patch:
         other = Processor("another", (), 2)
-        patch.setattr(autotune, "describe_processor", lambda: other)
+        patch.setattr(autotuning, "describe_processor", lambda: other)
         keys.append(choice_key(bundle, IMAGE_ENCODER, RunnerOptions()))
     files = tuple(msgspec.structs.replace(file, sha256="0" * 64) for file in bundle.manifest.files)
     changed = msgspec.structs.replace(bundle.manifest, files=files)
@@ -115,14 +116,14 @@ def test_whatever_changes_the_times_changes_the_key(bundle, monkeypatch):
 def test_a_runtime_that_is_not_installed_is_a_row_with_its_reason(
     bundle, cache, times, monkeypatch
 ):
-    opened = autotune.open_bundle_graph
+    opened = autotuning.open_bundle_graph
 
     def without_openvino(bundle, name, options, runtime):
         if runtime == "openvino":
             raise MissingDependencyError("OpenVINO is not installed")
         return opened(bundle, name, options, runtime)
 
-    monkeypatch.setattr(autotune, "open_bundle_graph", without_openvino)
+    monkeypatch.setattr(autotuning, "open_bundle_graph", without_openvino)
     choice = autotune(bundle, RunnerOptions(), cache=cache)[PRIOR]
     assert (choice.runtime, choice.reason) == ("onnxruntime", "the only one that runs here")
     assert choice.trials[1] == Timing("openvino", None, problem="OpenVINO is not installed")
@@ -133,7 +134,7 @@ def test_no_runtime_at_all_is_the_error_of_the_first(bundle, cache, monkeypatch)
     def refuse(bundle, name, options, runtime):
         raise MissingDependencyError(f"{runtime} is not installed")
 
-    monkeypatch.setattr(autotune, "open_bundle_graph", refuse)
+    monkeypatch.setattr(autotuning, "open_bundle_graph", refuse)
     with pytest.raises(MissingDependencyError, match="onnxruntime is not installed"):
         autotune(bundle, RunnerOptions(), cache=cache)
 

@@ -16,8 +16,10 @@ from coprs_deploy.data.synthetic import (
     QUESTION_TYPES,
     ask,
     make_scene,
-    scene,
     vocabulary,
+)
+from coprs_deploy.data.synthetic import (
+    scene as scene_module,
 )
 from coprs_deploy.data.synthetic.expressions import Description, Expression, UnclearError, resolve
 from coprs_deploy.data.synthetic.reasoning import write_reasoning
@@ -36,7 +38,7 @@ def asked():
     """Pairs of a scene, unpainted to save time, and a question about it; a list a tier."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(scene_module, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8))
         for tier in (PLAIN, FULL):
             found[tier.name] = [
                 (scene, question)

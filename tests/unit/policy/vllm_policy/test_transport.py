@@ -151,7 +151,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeyp
     )
     left = Path(done.stdout.strip())
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(left.iterdir())) == 1
+    assert len(list(left.glob("[!.]*"))) == 1
     with HiddenStateTransport(WIDTH, tmp_path) as young:
         assert left.is_dir()  # it might still be on its way to its lock
         monkeypatch.setattr(transport, "YOUNG_SECONDS", -1)
