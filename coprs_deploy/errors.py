@@ -14,9 +14,9 @@
     ├── EngineBuildError            an engine could not be built
     ├── EquivalenceError            an exported graph does not compute what PyTorch computes
     ├── PolicyError                 the policy could not write an answer
-    │   └── LostConcentrationError      it wrote <REF_POS>, and its hidden state was not captured
+    │   └── HiddenStateError      it wrote <REF_POS>, and its hidden state was not captured
     ├── QueueFullError              more answers are asked for than may wait
-    ├── AnswerTimeoutError          an answer was not ready in time
+    ├── RequestTimeoutError          an answer was not ready in time
     └── EnvironmentNotReadyError    this machine lacks something
         ├── MissingDependencyError  a Python package; the message holds the pip line
         └── RuntimeUnavailableError a runtime or device that was asked for is not here

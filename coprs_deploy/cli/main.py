@@ -26,7 +26,7 @@ VERBS = (
     "convert",
     "train",
     "features",
-    "scenes",
+    "synth",
     "evaluate",
     "bench",
     "doctor",

@@ -21,10 +21,10 @@ class TinyPolicy(Record, frozen=True):
     Attributes:
         image_size: side in pixels of the square image that it sees.
         patch_size: side of a patch in pixels; 2 x 2 patches make one image token.
-        width: D, the width of the language model.
-        depth: its layers.
-        heads: its attention heads.
-        mlp_width: hidden width of its MLPs.
+        hidden_size: D, the width of the language model.
+        num_hidden_layers: layers of the language model.
+        num_attention_heads: attention heads of the language model.
+        intermediate_size: hidden width of its MLPs.
         vision_hidden_size: width of the vision tower.
         vision_depth: its blocks, all with attention over the whole image.
         vision_num_heads: its attention heads; vLLM wants heads at least 32 wide.
@@ -40,10 +40,10 @@ class TinyPolicy(Record, frozen=True):
 
     image_size: int = 128
     patch_size: int = 8
-    width: int = 128
-    depth: int = 5
-    heads: int = 4
-    mlp_width: int = 352
+    hidden_size: int = 128
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    intermediate_size: int = 352
     vision_hidden_size: int = 96
     vision_depth: int = 4
     vision_num_heads: int = 3
@@ -58,15 +58,15 @@ class TinyPolicy(Record, frozen=True):
     def __post_init__(self) -> None:
         for name, value, divisor in (
             ("image_size", self.image_size, 2 * self.patch_size),
-            ("width", self.width, 2 * self.heads),
+            ("hidden_size", self.hidden_size, 2 * self.num_attention_heads),
             ("vision_hidden_size", self.vision_hidden_size, 4 * self.vision_num_heads),
         ):
             if value % divisor:
                 raise ValueError(f"{name} is {value}; it must be a multiple of {divisor}")
-        if sum(self.mrope_section) != self.width // self.heads // 2:
+        if sum(self.mrope_section) != self.hidden_size // self.num_attention_heads // 2:
             raise ValueError(
                 f"mrope_section is {self.mrope_section}; it must add up to half the width of a "
-                f"head, {self.width // self.heads // 2}"
+                f"head, {self.hidden_size // self.num_attention_heads // 2}"
             )
 
     @property

@@ -39,8 +39,8 @@ ONNX_RUNTIMES = ("onnxruntime", "openvino")
 RUNTIMES: Mapping[str, tuple[str, str | None]] = {
     "onnxruntime": ("onnxruntime_runner", None),
     "openvino": ("openvino_runner", None),
-    "tensorrt-rtx": ("plan_execution", "tensorrt-rtx"),
-    "tensorrt": ("plan_execution", "tensorrt"),
+    "tensorrt-rtx": ("trt.runner", "tensorrt-rtx"),
+    "tensorrt": ("trt.runner", "tensorrt"),
     "torch": ("torch_runner", None),
 }
 """Module of each runtime in this package, and the flavor of TensorRT."""

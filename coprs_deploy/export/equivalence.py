@@ -365,7 +365,7 @@ def summarize(
     name: str, found: Sequence[Array], expected: Sequence[Array], allowed: Tolerance
 ) -> EquivalenceRecord:
     """Summarize by the worst sample; a value that is not finite fails every comparison."""
-    max_abs_error = relative_error = mean_error = 0.0
+    max_abs_error = largest = mean_error = 0.0
     cosine = iou = 1.0
     finite = True
     for output, truth in zip(found, expected, strict=True):
@@ -373,7 +373,7 @@ def summarize(
         a, b = output.astype(np.float64), truth.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
         max_abs_error = max(max_abs_error, float(np.abs(difference).max()))
-        relative_error = max(relative_error, relative_error(a, b))
+        largest = max(largest, relative_error(a, b))
         mean = float(difference.mean()) / scale
         mean_error = mean if abs(mean) > abs(mean_error) else mean_error
         cosine = min(cosine, cosine_similarity(a, b))
@@ -382,7 +382,7 @@ def summarize(
         iou = mask_iou(*(np.concatenate([np.ravel(o) for o in side]) for side in (found, expected)))
     passed = (
         finite
-        and relative_error <= allowed.relative_error
+        and largest <= allowed.relative_error
         and abs(mean_error) <= allowed.mean_error
         and cosine >= allowed.cosine
         and (allowed.mask_iou is None or iou >= allowed.mask_iou)
@@ -390,7 +390,7 @@ def summarize(
     return EquivalenceRecord(
         graph=name,
         max_abs_error=max_abs_error,
-        relative_error=relative_error,
+        relative_error=largest,
         mean_error=mean_error,
         cosine=min(cosine, 1.0),
         mask_iou=None if allowed.mask_iou is None else iou,

@@ -118,12 +118,12 @@ class Policy(Closeable):
 
     Attributes:
         description: library, model and device, for people.
-        width: D, the width of the hidden state.
+        hidden_size: policy hidden size D.
         concurrency: how many requests are served together.
     """
 
     description: str
-    width: int
+    hidden_size: int
     concurrency: int = 1
 
     @abstractmethod

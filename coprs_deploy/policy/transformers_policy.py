@@ -100,7 +100,7 @@ class TransformersPolicy(Policy):
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
-        self.width = int(model.get_output_embeddings().weight.shape[1])
+        self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
         self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
 
     def stream(self, request: PolicyRequest) -> PolicyStream:
@@ -151,7 +151,7 @@ class TransformersPolicy(Policy):
             concentrations=(
                 torch.cat(concentrations).float().cpu().numpy()
                 if concentrations
-                else np.zeros((0, self.width), dtype=np.float32)
+                else np.zeros((0, self.hidden_size), dtype=np.float32)
             ),
             stop_reason=stop,
             token_ids=tuple(token_ids),

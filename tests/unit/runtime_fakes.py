@@ -62,7 +62,7 @@ class FakePolicy(Policy):
 
     def __init__(self, words=("a", " thought"), during=lambda: None, found=None, concurrency=1):
         self.description = "fake policy"
-        self.width = DIMENSION
+        self.hidden_size = DIMENSION
         self.concurrency = concurrency
         self.words = words
         self.during = during

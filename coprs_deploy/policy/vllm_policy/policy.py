@@ -163,7 +163,7 @@ class VllmPolicy(Policy):
         self._image_id = config.image_token_id
         self.num_preemptions = 0
         text = config.get_text_config()
-        self.width = int(text.hidden_size)
+        self.hidden_size = int(text.hidden_size)
         self.concurrency = settings.max_num_seqs
         most_tokens = prompt.max_prompt_tokens + prompt.max_response_tokens + 1
         self._longest = min(most_tokens, int(text.max_position_embeddings))
@@ -189,7 +189,7 @@ class VllmPolicy(Policy):
             **settings.engine_arguments(device_type),
             **memory,
         )
-        self._files = HiddenStateTransport(self.width)
+        self._files = HiddenStateTransport(self.hidden_size)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vllm-policy", daemon=True

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_weight_files import write_shards
+from tests.unit.conversion.test_weight_files import write_shards
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coprs_deploy.checkpoint import expected_shapes, load_segmentation_model, read_checkpoint

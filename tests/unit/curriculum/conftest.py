@@ -26,10 +26,10 @@ num_no_match_scenes = 1
 kind = "small"
 
 [model.policy]
-width = 64
-depth = 2
-heads = 2
-mlp_width = 96
+hidden_size = 64
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 96
 vision_hidden_size = 64
 vision_depth = 1
 vision_num_heads = 2

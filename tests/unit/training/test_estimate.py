@@ -143,7 +143,7 @@ def test_the_cache_is_the_measured_one():
 
 
 def test_sharding_divides_what_is_sharded_and_nothing_else():
-    one, eight = (estimate(load_recipe("grpo_qwen2_5_vl_7b"), n)["grpo"].memory for n in (1, 8))
+    one, eight = (estimate(load_recipe("grpo_7b"), n)["grpo"].memory for n in (1, 8))
     for part in ("policy", "reference"):
         assert one[part] == pytest.approx(8 * eight[part])
     assert one["segmentation"] == eight["segmentation"]
@@ -151,7 +151,7 @@ def test_sharding_divides_what_is_sharded_and_nothing_else():
     assert one["policy"] == pytest.approx(4 * 8.29e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["grpo_qwen2_5_vl_7b", "grpo_7b_vllm", "grpo_llava_7b"])
+@pytest.mark.parametrize("name", ["grpo_7b", "grpo_7b_vllm", "grpo_llava_7b"])
 def test_the_paper_fits_its_eight_gpus_and_not_one(name):
     recipe = load_recipe(name)
     assert estimate(recipe, 8)["grpo"].fits
@@ -159,7 +159,7 @@ def test_the_paper_fits_its_eight_gpus_and_not_one(name):
 
 
 def test_an_engine_saves_the_gathering():
-    slow = estimate(load_recipe("grpo_qwen2_5_vl_7b"), 8)["grpo"]
+    slow = estimate(load_recipe("grpo_7b"), 8)["grpo"]
     fast = estimate(load_recipe("grpo_7b_vllm"), 8)["grpo"]
     assert "gathering in the rollout" in slow.seconds
     assert "gathering in the rollout" not in fast.seconds
@@ -169,8 +169,8 @@ def test_an_engine_saves_the_gathering():
 
 
 def test_features_take_the_image_encoder_off_the_gpu():
-    plain = load_recipe("grpo_qwen2_5_vl_7b")
-    known = load_recipe("grpo_qwen2_5_vl_7b", ["data.features=features"])
+    plain = load_recipe("grpo_7b")
+    known = load_recipe("grpo_7b", ["data.features=features"])
     before, after = (estimate(recipe, 8)["grpo"] for recipe in (plain, known))
     assert before.memory["segmentation"] - after.memory["segmentation"] > 2.4e9
     assert "image encoder" not in after.seconds
@@ -189,8 +189,8 @@ def test_the_command_line_shows_an_estimate(capsys):
     found = json.loads(capsys.readouterr().out)["grpo"]
     assert found["fits"]
     assert found["gpu"] == Gpu().to_json()
-    assert main(["train", "grpo_qwen2_5_vl_7b", "--estimate", "--gpus", "1"]) == 1
+    assert main(["train", "grpo_7b", "--estimate", "--gpus", "1"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
-    assert main(["train", "shipped", "--estimate"]) == 2
+    assert main(["train", "demo", "--estimate"]) == 2
     assert "model.policy" in capsys.readouterr().err
     assert main(["train", "grpo_llava_7b", "--estimate", "--gpus", "0"]) == 2

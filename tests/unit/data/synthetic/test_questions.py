@@ -38,7 +38,9 @@ def asked():
     """Pairs of a scene, unpainted to save time, and a question about it; a list a tier."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_module, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(
+            scene_module, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8)
+        )
         for tier in (PLAIN, FULL):
             found[tier.name] = [
                 (scene, question)

@@ -17,7 +17,7 @@ from coprs_deploy.export import export_checkpoint
 from coprs_deploy.training.run_directory import RunDirectory
 
 RECIPE = """
-base = "grpo_shipped"
+base = "grpo_demo"
 description = "a test"
 seed = 3
 save_steps = 1

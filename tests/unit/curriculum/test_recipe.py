@@ -22,12 +22,12 @@ from coprs_deploy.training.settings import (
 )
 
 GRPO_RECIPES = [name for name in recipe_names() if name.startswith("grpo_")]
-REAL_SIZES = ["llava_13b", "llava_7b", "qwen2_5_vl_3b", "qwen2_5_vl_7b"]
+REAL_SIZES = ["llava_13b", "llava_7b", "qwen2_5_vl_3b", "supervised_7b"]
 PARAMETERS = {
     "llava_13b": 13.4e9,
     "llava_7b": 7.1e9,
     "qwen2_5_vl_3b": 3.75e9,
-    "qwen2_5_vl_7b": 8.3e9,
+    "supervised_7b": 8.3e9,
 }
 
 
@@ -38,7 +38,7 @@ def test_every_recipe_reads_and_survives_json(name):
     assert recipe.phases
 
 
-@pytest.mark.parametrize("name", ["shipped", "full"])
+@pytest.mark.parametrize("name", ["demo", "full"])
 def test_a_small_model_runs_its_phases_in_order(name):
     assert list(load_recipe(name).phases) == [
         "warm_up",
@@ -55,17 +55,17 @@ def test_a_small_model_runs_its_phases_in_order(name):
 def test_the_precision_is_that_of_the_machine(units, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **units})
-    recipe = load_recipe("shipped")
+    recipe = load_recipe("demo")
     assert recipe.precision == "auto"
     assert with_precision_of_this_machine(recipe).precision == expected
-    chosen = load_recipe("shipped", ["precision=bf16"])
+    chosen = load_recipe("demo", ["precision=bf16"])
     assert with_precision_of_this_machine(chosen) == chosen
 
 
 def test_a_setting_changes_one_value():
-    plain = load_recipe("shipped")
+    plain = load_recipe("demo")
     changed = load_recipe(
-        "shipped",
+        "demo",
         [
             "phases.reasoning.steps=7",
             "data.tier=full",
@@ -97,7 +97,7 @@ def test_a_setting_changes_one_value():
 )
 def test_a_wrong_setting_is_refused_with_what_helps(setting, message):
     with pytest.raises(ValueError, match=message):
-        load_recipe("shipped", [setting])
+        load_recipe("demo", [setting])
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name():
@@ -119,7 +119,7 @@ def test_the_command_line_lists_every_recipe(capsys):
 
 
 def test_the_command_line_refuses_an_unknown_key(capsys):
-    assert main(["train", "shipped", "--set", "phases.warm_up.stps=3"]) == 2
+    assert main(["train", "demo", "--set", "phases.warm_up.stps=3"]) == 2
     assert "did you mean phases.warm_up.steps" in capsys.readouterr().err
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr("coprs_deploy.training.run.train", interrupted)
     out = str(tmp_path / "run")
-    assert main(["train", "shipped", "--set", "processes=1", "--out", out]) == 130
+    assert main(["train", "demo", "--set", "processes=1", "--out", out]) == 130
     message = capsys.readouterr().err
     assert f"the same command goes on from the last state in {out}" in message
     assert "every 100 steps" in message
@@ -152,14 +152,14 @@ def built_on_meta(policy, sam):
     return build_on_meta(CheckpointModel(path="x", policy=policy, sam=sam))
 
 
-@pytest.mark.parametrize("name", [n for n in GRPO_RECIPES if n != "grpo_shipped"])
+@pytest.mark.parametrize("name", [n for n in GRPO_RECIPES if n != "grpo_demo"])
 def test_grpo_recipes_build_on_the_meta_device(name):
     recipe = load_recipe(name)
     assert isinstance(recipe.model, CheckpointModel)
     (phase,) = recipe.phases.values()
     assert isinstance(phase, GrpoSettings)
     policy, segmentation = built_on_meta(recipe.model.policy, recipe.model.sam)
-    supervised = {"3b": "qwen2_5_vl_3b", "7b": "qwen2_5_vl_7b"}.get(
+    supervised = {"3b": "qwen2_5_vl_3b", "7b": "supervised_7b"}.get(
         recipe.model.policy, recipe.model.policy.replace("-", "_")
     )
     count = sum(p.numel() for p in policy.parameters())
@@ -170,7 +170,7 @@ def test_grpo_recipes_build_on_the_meta_device(name):
 
 def test_the_paper_is_the_default_of_every_setting():
     """A phase that sets nothing is the paper's."""
-    phase = load_recipe("grpo_qwen2_5_vl_7b").phases["grpo"]
+    phase = load_recipe("grpo_7b").phases["grpo"]
     plain = GrpoSettings(steps=phase.steps, global_batch_size=16)
     differing = {
         name
@@ -185,7 +185,7 @@ def test_the_paper_is_the_default_of_every_setting():
 
 
 def test_the_ablations_of_figure_6_change_one_thing():
-    paper = load_recipe("grpo_qwen2_5_vl_7b")
+    paper = load_recipe("grpo_7b")
     for axis, key in {
         "group_2": "num_generations",
         "group_4": "num_generations",
@@ -208,10 +208,10 @@ def test_the_ablations_of_figure_6_change_one_thing():
         ('base = "grpo_shiped"', "base of .*did you mean grpo_shipped"),
         ("base = 3", "names another recipe"),
         ('base = "derived.toml"', "is its own base"),
-        ('base = "grpo_shipped"\n[phases.grpo]\ngroop_size = 2', "did you mean num_generations"),
-        ('base = "grpo_shipped"\n[phases.grpo]\ngroup_size = 1', "must be at least 2"),
-        ('base = "grpo_shipped"\n[phases.grpo]\nmode = "both"', "Invalid enum value"),
-        ('base = "grpo_shipped"\n[phases.grpo.optimizer]\nmuon = true', "muon = false"),
+        ('base = "grpo_demo"\n[phases.grpo]\ngroop_size = 2', "did you mean num_generations"),
+        ('base = "grpo_demo"\n[phases.grpo]\ngroup_size = 1', "must be at least 2"),
+        ('base = "grpo_demo"\n[phases.grpo]\nmode = "both"', "Invalid enum value"),
+        ('base = "grpo_demo"\n[phases.grpo.optimizer]\nmuon = true', "muon = false"),
     ],
 )
 def test_a_wrong_derived_recipe_is_refused(tmp_path, text, message):
@@ -222,11 +222,11 @@ def test_a_wrong_derived_recipe_is_refused(tmp_path, text, message):
 
 
 def test_a_derived_recipe_keeps_what_it_does_not_name(tmp_path):
-    (tmp_path / "one.toml").write_text('base = "grpo_shipped"\n[phases.grpo]\ngroup_size = 4')
+    (tmp_path / "one.toml").write_text('base = "grpo_demo"\n[phases.grpo]\ngroup_size = 4')
     (tmp_path / "two.toml").write_text(
         'base = "one.toml"\n[data]\nkind = "examples"\ntraining = "a"\nheld_out = "b"'
     )
-    recipe, base = load_recipe(str(tmp_path / "two.toml")), load_recipe("grpo_shipped")
+    recipe, base = load_recipe(str(tmp_path / "two.toml")), load_recipe("grpo_demo")
     assert recipe.phases["grpo"].num_generations == 4
     assert recipe.phases["grpo"].optimizer == base.phases["grpo"].optimizer
     assert recipe.data == ExampleData("a", "b"), "a table of another kind is merged"
@@ -259,7 +259,7 @@ def test_the_rate_rises_stays_and_falls():
 
 
 def test_the_paper_schedule_is_a_cosine_without_rise():
-    settings = load_recipe("qwen2_5_vl_7b").phases["supervised"].optimizer
+    settings = load_recipe("supervised_7b").phases["supervised"].optimizer
     assert relative_rate(settings, 0, 1000) == pytest.approx(1.0)
     middle = settings.floor + (1 - settings.floor) / 2
     assert relative_rate(settings, 500, 1000) == pytest.approx(middle)
