@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ PAGES = [
 ]
 CURRENT = [page for page in PAGES if page.name != "log.md"]  # a log keeps the commands of its day
 RECIPES = [ROOT / "coprs_deploy" / folder / "recipes" for folder in ("training", "curriculum")]
+LAB_RECIPES = ROOT / "training" / "recipes"
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -87,8 +89,7 @@ def test_commands_of_a_page_are_accepted(page):
     targets = set(re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE))
     for program, *arguments in commands(page):
         if program == "coprs-deploy":
-            line = [word for word in arguments if word != "<"]
-            build_parser().parse_args(line[:-1] if line != arguments else line)
+            build_parser().parse_args(arguments)
             if arguments[0] == "train" and not arguments[1].startswith("--"):
                 check_recipe(arguments[1:])
         elif program == "make":
@@ -106,7 +107,7 @@ def test_commands_of_a_page_are_accepted(page):
 def check_recipe(arguments):
     """Check the recipe, and that the keys of --set are written in it."""
     tables = recipe(arguments[0])
-    for option, setting in zip(arguments, arguments[1:], strict=False):
+    for option, setting in itertools.pairwise(arguments):
         if option == "--set":
             keys = setting.partition("=")[0].split(".")
             assert any(lookup(table, keys) for table in tables), setting
@@ -149,6 +150,13 @@ def test_every_verb_is_in_the_table_of_the_readme():
     readme = read(ROOT / "README.md")
     for verb in VERBS:
         assert f"| `{verb}" in readme, verb
+
+
+def test_recipes_named_in_prose_exist():
+    recipes = {path.stem for folder in (*RECIPES, LAB_RECIPES) for path in folder.glob("*.toml")}
+    for page in CURRENT:
+        named = {span for span in code_spans(page) if re.fullmatch(r"(grpo|supervised)_\w+", span)}
+        assert named <= recipes, page.name
 
 
 def test_every_grpo_setting_of_the_page_exists():
