@@ -9,7 +9,6 @@ from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from coprs_deploy.training.recipe import load_recipe
 from tests import ROOT
 
 LAUNCH = ROOT / "examples" / "launch"
@@ -36,17 +35,3 @@ def test_accelerate_reads_its_files(name, machines, processes):
 @pytest.mark.parametrize("name", ["one_node.sh", "rollout_server.sh", "slurm.sbatch"])
 def test_the_shell_is_valid(name):
     subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
-
-
-def test_the_page_names_recipes_and_settings_that_exist():
-    page = (ROOT / "docs" / "training.md").read_text()
-    recipe = load_recipe("grpo_qwen2_5_vl_7b")
-    for name in set(re.findall(r"`(grpo_\w+?)`", page)):
-        load_recipe(name)
-    for setting in re.findall(r"--set ([a-z][\w.]+=[\w./]+)", page):
-        load_recipe("grpo_qwen2_5_vl_7b", [setting])
-    fields = type(recipe.phases["grpo"]).__struct_fields__
-    table = page.partition("| setting of")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)
-    named = {field for row in rows for field in re.findall(r"`(\w+)(?: = \{[^`]*)?`", row)}
-    assert {"mode", "num_generations", "rollout", "lora", "reward"} <= named <= set(fields)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.conversion.test_weight_files import write_shards
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coprs_deploy.checkpoint import expected_shapes, load_segmentation_model, read_checkpoint
@@ -25,6 +24,7 @@ from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN
+from tests.unit.conversion.test_weight_files import write_shards
 
 PROMPT = (
     "<|im_start|>user\n<|image_pad|>\nSegment: {instruction}<|im_end|>\n<|im_start|>assistant\n"
