@@ -354,7 +354,7 @@ class CoPRS(Closeable):
             timings = Timings(
                 queue_ms=result.queue_ms,
                 image_ms=picture.milliseconds,
-                policy_image_ms=result.image_ms,
+                policy_image_ms=result.preprocess_ms,
                 prefill_ms=result.prefill_ms,
                 decode_ms=result.decode_ms,
                 prompt_tokens=result.num_prompt_tokens,
@@ -392,9 +392,9 @@ class CoPRS(Closeable):
                 reasoning=result.response.reasoning,
                 response=result.response.text,
                 reason=(
-                    "" if num_targets else f"no <REF_POS> was written: {result.stop_reason.value}"
+                    "" if num_targets else f"no <REF_POS> was written: {result.stop_reason.description}"
                 ),
-                format_faults=tuple(fault.value for fault in result.response.faults),
+                format_faults=tuple(v.description for v in result.response.format_violations),
                 instruction=request.instruction,
                 timings=replace(timings, total_ms=1e3 * (time.perf_counter() - start)),
                 runtime=self.description,

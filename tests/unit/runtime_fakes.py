@@ -78,7 +78,7 @@ class FakePolicy(Policy):
             for word in self.words:
                 self.during()
                 yield TextDelta(word)
-            targets = request.targets if self.found is None else self.found
+            targets = request.max_targets if self.found is None else self.found
             numbers = np.arange(11, 11 + targets, dtype=np.float32)
             text = "".join(self.words)
             yield PolicyResult(

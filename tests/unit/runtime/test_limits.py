@@ -133,5 +133,5 @@ class TestClosing:
         coprs, _ = build(policy)
         coprs.segment(picture(3), " the cup ", targets=2, max_new_tokens=40)
         (request,) = policy.requests
-        assert dataclasses.replace(request, rgb=None) == PolicyRequest(None, " the cup ", 2, 40)
-        assert np.array_equal(request.rgb, picture(3))
+        assert dataclasses.replace(request, image=None) == PolicyRequest(None, " the cup ", 2, 40)
+        assert np.array_equal(request.image, picture(3))
