@@ -2,7 +2,7 @@
 
 The template is data of a checkpoint, because weights are tuned to it. User input is encoded as
 plain text only: it cannot inject special tokens. Responses are parsed from token ids, so that the
-letters ``<REF_POS>`` in running text are never mistaken for the token.
+characters ``<REF_POS>`` in running text are never mistaken for the token.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def check_instruction(instruction: str) -> str:
         raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
     if not instruction.strip():
         raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
-    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+    if any("\ud800" <= character <= "\udfff" for character in instruction):
         raise InstructionError(
             "the instruction contains half a surrogate pair; accepted: Unicode text"
         )
@@ -136,17 +136,17 @@ def _encode_text(text: str, tokenizer: Tokenizer, instruction: str) -> list[int]
     if not added or pattern.findall(whole) == pattern.findall(text):
         return _encode_plain(whole, tokenizer)
     # Only added tokens of the template itself are special: split the template at them, and encode
-    # the text between with each added token of the instruction cut after its first letter.
+    # the text between with each added token of the instruction split after its first character.
     ids: list[int] = []
     for piece in pattern.split(text):
         if pattern.fullmatch(piece):
             ids.append(tokenizer.convert_tokens_to_ids(piece))
             continue
-        letters = piece.replace(_INSTRUCTION, instruction)
-        while found := pattern.search(letters):
-            ids.extend(_encode_plain(letters[: found.start() + 1], tokenizer))
-            letters = letters[found.start() + 1 :]
-        ids.extend(_encode_plain(letters, tokenizer))
+        rest = piece.replace(_INSTRUCTION, instruction)
+        while found := pattern.search(rest):
+            ids.extend(_encode_plain(rest[: found.start() + 1], tokenizer))
+            rest = rest[found.start() + 1 :]
+        ids.extend(_encode_plain(rest, tokenizer))
     return ids
 
 

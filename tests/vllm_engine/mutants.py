@@ -1,6 +1,6 @@
-"""Hidden-state capture with injected faults, which the comparison with transformers must detect.
+"""Hidden-state capture with injected errors, which the comparison with transformers must detect.
 
-The token budget of a request selects its fault.
+The token budget of a request selects its error.
 """
 
 from coprs_deploy.policy.vllm_policy.capture import STEP, HiddenStateCapture
