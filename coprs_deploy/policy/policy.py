@@ -59,8 +59,8 @@ class PolicyRequest:
         remaining = self.deadline - time.perf_counter()
         if remaining <= 0:
             raise RequestTimeoutError(
-                f"the request {self.instruction!r} exceeded its deadline and was abandoned; "
-                "increase the timeout, or reduce max_new_tokens"
+                f"the request {self.instruction!r} passed its deadline and was abandoned; increase "
+                "the timeout, or reduce max_new_tokens"
             )
         return remaining
 
@@ -147,7 +147,7 @@ class Policy(Closeable):
         Raises:
             InstructionError: the instruction is empty or too long.
             PolicyError: decoding failed.
-            RequestTimeoutError: the request exceeded its deadline.
+            RequestTimeoutError: the request passed its deadline.
         """
 
     @abstractmethod

@@ -33,7 +33,7 @@ def test_policy_request_deadline_gives_the_remaining_time_and_then_an_error():
     now = time.perf_counter()
     assert PolicyRequest(IMAGE, "the cup").remaining_s() is None
     assert 0 < PolicyRequest(IMAGE, "the cup", deadline=now + 600).remaining_s() <= 600
-    with pytest.raises(RequestTimeoutError, match="'the cup' exceeded its deadline"):
+    with pytest.raises(RequestTimeoutError, match="'the cup' passed its deadline"):
         PolicyRequest(IMAGE, "the cup", deadline=now).remaining_s()
 
 

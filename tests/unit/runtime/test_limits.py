@@ -42,7 +42,7 @@ class TestLimits:
         policy = FakePolicy()
         policy.during = lambda: [policy.requests[-1].remaining_s(), time.sleep(0.06)]
         coprs, _ = build(policy, timeout_s=0.05)
-        with pytest.raises(RequestTimeoutError, match="the answer to 'the cup' was not ready"):
+        with pytest.raises(RequestTimeoutError, match="'the cup' passed its deadline"):
             coprs.segment(picture(), "the cup")
         assert policy.abandoned == 1
 
