@@ -115,7 +115,7 @@ def test_the_example_of_the_repository_is_answered_right(coprs):
     answer = coprs.segment(scene.image, "the largest red circle")
     assert answer.found
     assert overlap(answer.mask, scene.masks([target])[0]).iou > 0.9
-    assert scene.objects[target].place in answer.reasoning
+    assert scene.objects[target].location in answer.reasoning
 
 
 def test_what_is_not_there_is_not_segmented(coprs):

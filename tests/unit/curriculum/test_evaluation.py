@@ -104,7 +104,7 @@ def test_fed_answers_are_compared_with_the_truth(workbench, scenes):
     forward = PackedForward(workbench.policy.model, 128, torch.float32)
     judge = SceneEvaluator(workbench, scenes, forward, packer)
     questions = held_out_questions(PLAIN, scenes, 4, 2)
-    assert [q.question.kind == "none" for q in questions] == [False] * 4 + [True] * 2
+    assert [q.question.question_type == "none" for q in questions] == [False] * 4 + [True] * 2
     answers = judge.judge(questions, generates=False)
     assert all(a.is_exact and a.names_targets for a in answers)
     assert [a.num_found for a in answers] == [1] * 4 + [0] * 2

@@ -38,12 +38,12 @@ formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 
 
 @formats
-@pytest.mark.parametrize("images_beside", [False, True])
-def test_what_is_written_is_read(tmp_path, examples, suffix, images_beside):
+@pytest.mark.parametrize("images_as_files", [False, True])
+def test_what_is_written_is_read(tmp_path, examples, suffix, images_as_files):
     path = tmp_path / f"scenes{suffix}"
-    assert write_examples(path, examples, images_beside=images_beside) == 6
+    assert write_examples(path, examples, images_as_files=images_as_files) == 6
     pictures = sorted(file.name for file in tmp_path.glob("scenes_images/*"))
-    assert len(pictures) == (6 if images_beside else 0)
+    assert len(pictures) == (6 if images_as_files else 0)
     found = ExampleFile(path, strict=True)
     assert found.problems == () and found.summary().endswith("all 6 rows are good")
     assert len(found) == 6
@@ -223,7 +223,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, examples, suffix):
 
 def test_a_file_that_changes_behind_the_reader_is_noticed(tmp_path, examples):
     path = tmp_path / "scenes.jsonl"
-    write_examples(path, examples, images_beside=True)
+    write_examples(path, examples, images_as_files=True)
     found = ExampleFile(path)
     (tmp_path / "scenes_images" / "000002.png").unlink()
     with pytest.raises(ArtifactError, match="has changed since it was opened: row 2"):

@@ -70,7 +70,7 @@ def test_a_file_of_examples_is_taken_whole_or_in_part(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tier", "count", "absent", "first_seed", "message"),
+    ("preset", "count", "absent", "first_seed", "message"),
     [
         ("plane", 4, 0, 0, "accepted: plain, full"),
         ("plain", 0, 0, 0, "--count is 0"),
@@ -78,6 +78,6 @@ def test_a_file_of_examples_is_taken_whole_or_in_part(tmp_path):
         ("plain", 4, 0, -1, "--first-seed is -1"),
     ],
 )
-def test_wrong_choices_are_refused(tier, count, absent, first_seed, message):
+def test_wrong_choices_are_refused(preset, count, absent, first_seed, message):
     with pytest.raises(ValueError, match=message):
-        choose_examples(None, tier, count, absent, first_seed)
+        choose_examples(None, preset, count, absent, first_seed)

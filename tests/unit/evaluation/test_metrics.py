@@ -6,7 +6,7 @@ import pytest
 from coprs_deploy.evaluation.metrics import (
     ExampleScore,
     MaskCounts,
-    no_match_figures,
+    no_match_metrics,
     overlap,
     pearson_r,
     summarize,
@@ -67,7 +67,7 @@ def test_questions_without_an_answer_count_as_refusals_only():
 
 def test_what_nothing_decides_is_left_out():
     assert summarize([]) == {}
-    assert no_match_figures([1], [1]) == {}
+    assert no_match_metrics([1], [1]) == {}
     assert pearson_r([0.5, 0.5], [0.1, 0.9]) is None
     assert pearson_r([0.1], [0.1]) is None
 

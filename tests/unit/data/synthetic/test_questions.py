@@ -14,7 +14,7 @@ from coprs_deploy.data.synthetic import (
     FULL,
     PLAIN,
     QUESTION_TYPES,
-    ask,
+    ask_questions,
     make_scene,
     vocabulary,
 )
@@ -23,7 +23,7 @@ from coprs_deploy.data.synthetic import (
 )
 from coprs_deploy.data.synthetic.expressions import Description, Expression, UnclearError, resolve
 from coprs_deploy.data.synthetic.reasoning import write_reasoning
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.scene import SceneObject
 from coprs_deploy.data.synthetic.verifier import AmbiguousError, false_statements, read_instruction
 from coprs_deploy.data.synthetic.wording import SYNONYMS, phrase, write_instruction
@@ -34,19 +34,19 @@ QUESTIONS_PER_SCENE = 3
 
 
 @pytest.fixture(scope="module")
-def asked():
+def questions():
     """Pairs of a scene, unpainted to save time, and a question about it; a list a tier."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            scene_module, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8)
+            scene_module, "render", lambda layout, preset, rng: np.zeros((1, 1, 3), np.uint8)
         )
-        for tier in (PLAIN, FULL):
-            found[tier.name] = [
+        for preset in (PLAIN, FULL):
+            found[preset.name] = [
                 (scene, question)
-                for seed in range(NUM_SCENES[tier.name])
-                for scene in [make_scene(tier, seed)]
-                for question in ask(scene, tier, seed, QUESTIONS_PER_SCENE)
+                for seed in range(NUM_SCENES[preset.name])
+                for scene in [make_scene(preset, seed)]
+                for question in ask_questions(scene, preset, seed, QUESTIONS_PER_SCENE)
             ]
     return found
 
@@ -55,26 +55,26 @@ tier_names = pytest.mark.parametrize("name", ["plain", "full"])
 
 
 @tier_names
-def test_a_second_reading_finds_the_same_targets(asked, name):
-    assert len(asked[name]) > 2.5 * NUM_SCENES[name]
-    for scene, question in asked[name]:
+def test_a_second_reading_finds_the_same_targets(questions, name):
+    assert len(questions[name]) > 2.5 * NUM_SCENES[name]
+    for scene, question in questions[name]:
         found = read_instruction(question.instruction, scene.objects)
         assert found == question.targets, question.instruction
 
 
 @tier_names
-def test_every_statement_of_the_reasoning_is_true(asked, name):
-    for scene, question in asked[name]:
+def test_every_statement_of_the_reasoning_is_true(questions, name):
+    for scene, question in questions[name]:
         assert false_statements(question.reasoning, scene.objects) == [], question.reasoning
 
 
 @tier_names
-def test_the_reading_survives_small_shifts_of_every_object(asked, name):
+def test_the_reading_survives_small_shifts_of_every_object(questions, name):
     """Where a position decides, it decides clearly: no shift by an eighth of the margin matters."""
-    tier = {"plain": PLAIN, "full": FULL}[name]
-    shift = tier.clear_distance * tier.image_size / 8
+    preset = {"plain": PLAIN, "full": FULL}[name]
+    shift = preset.clear_distance * preset.image_size / 8
     random = np.random.default_rng(1)
-    for scene, question in asked[name][::3]:
+    for scene, question in questions[name][::3]:
         moved = [
             replace(item, center=tuple(np.add(item.center, random.uniform(-shift, shift, 2))))
             for item in scene.objects
@@ -83,16 +83,16 @@ def test_the_reading_survives_small_shifts_of_every_object(asked, name):
 
 
 @tier_names
-def test_the_number_of_targets_fits_the_kind(asked, name):
-    for _, question in asked[name]:
-        accepted = {"none": (0,), "several": (2, 3, 4)}.get(question.kind, (1,))
+def test_the_number_of_targets_fits_the_kind(questions, name):
+    for _, question in questions[name]:
+        accepted = {"none": (0,), "several": (2, 3, 4)}.get(question.question_type, (1,))
         assert len(question.targets) in accepted
         assert list(question.targets) == sorted(set(question.targets))
 
 
 @tier_names
-def test_responses_have_the_form_of_their_kind(asked, name):
-    for _, question in asked[name]:
+def test_responses_have_the_form_of_their_kind(questions, name):
+    for _, question in questions[name]:
         thought, _, ending = question.response.partition("</think> ")
         assert thought == f"<think>{question.reasoning}" and "<" not in question.reasoning
         references = [REFERENCE_TOKEN] * len(question.targets)
@@ -100,35 +100,37 @@ def test_responses_have_the_form_of_their_kind(asked, name):
 
 
 @tier_names
-def test_the_target_is_named_last_by_place_and_attributes(asked, name):
-    for scene, question in asked[name]:
+def test_the_target_is_named_last_by_place_and_attributes(questions, name):
+    for scene, question in questions[name]:
         targets = [scene.objects[i] for i in question.targets]
-        listed = ", ".join(f"at {item.place}, the {item.name}" for item in targets)
+        listed = ", ".join(f"at {item.location}, the {item.name}" for item in targets)
         verb = "targets are" if len(targets) > 1 else "target is"
         assert question.reasoning.endswith(f"The {verb} {listed or 'nowhere'}.")
 
 
 @tier_names
-def test_every_kind_is_asked(asked, name):
-    kinds = {"plain": PLAIN, "full": FULL}[name].kinds
-    counts = Counter(question.kind for _, question in asked[name])
-    assert set(counts) == set(kinds)
-    assert min(counts.values()) > 0.04 * len(asked[name])
+def test_every_kind_is_asked(questions, name):
+    question_type_weights = {"plain": PLAIN, "full": FULL}[name].question_type_weights
+    counts = Counter(question.question_type for _, question in questions[name])
+    assert set(counts) == set(question_type_weights)
+    assert min(counts.values()) > 0.04 * len(questions[name])
 
 
 def test_the_tiers_together_know_every_kind():
-    assert set(FULL.kinds) == set(QUESTION_TYPES) >= set(PLAIN.kinds)
+    assert (
+        set(FULL.question_type_weights) == set(QUESTION_TYPES) >= set(PLAIN.question_type_weights)
+    )
 
 
-def test_plain_instructions_are_bare_noun_phrases_in_canonical_words(asked):
+def test_plain_instructions_are_bare_noun_phrases_in_canonical_words(questions):
     others = {word for words in SYNONYMS.values() for word in words[1:]}
-    for _, question in asked["plain"]:
+    for _, question in questions["plain"]:
         assert re.fullmatch(r"the [a-z ]+", question.instruction)
         assert not others & set(question.instruction.split())
 
 
-def test_full_instructions_use_every_wording(asked):
-    texts = [question.instruction for _, question in asked["full"]]
+def test_full_instructions_use_every_wording(questions):
+    texts = [question.instruction for _, question in questions["full"]]
     joined = " ".join(texts).lower()
     assert not [word for words in SYNONYMS.values() for word in words if word not in joined]
     for start in ("the ", "Segment ", "Where is ", "Where are ", "Could you ", "I need "):
@@ -147,20 +149,20 @@ def test_full_instructions_use_every_wording(asked):
     assert len(set(texts)) > 0.9 * len(texts)
 
 
-def test_reasoning_uses_canonical_words_only(asked):
+def test_reasoning_uses_canonical_words_only(questions):
     others = {word for words in SYNONYMS.values() for word in words[1:]}
-    for _, question in asked["full"]:
+    for _, question in questions["full"]:
         assert not others & set(re.findall(r"[a-z-]+", question.reasoning.lower()))
 
 
-def test_two_step_questions_have_chains_and_conjunctions(asked):
-    texts = [q.instruction for _, q in asked["full"] if q.kind == "two_step"]
+def test_two_step_questions_have_chains_and_conjunctions(questions):
+    texts = [q.instruction for _, q in questions["full"] if q.question_type == "two_step"]
     joined = [" and " in text for text in texts]
     assert 0.2 < sum(joined) / len(joined) < 0.8
 
 
-def test_questions_that_nothing_matches_fail_in_every_way(asked):
-    reasonings = [q.reasoning for _, q in asked["full"] if q.kind == "none"]
+def test_questions_that_nothing_matches_fail_in_every_way(questions):
+    reasonings = [q.reasoning for _, q in questions["full"] if q.question_type == "none"]
     ways = {
         "an unknown noun": r"There is no such shape\.",
         "no such object": r"The [a-z ]+ is nowhere\. The target",
@@ -176,24 +178,24 @@ def test_questions_that_nothing_matches_fail_in_every_way(asked):
 @given(st.integers(0, 2**40), st.integers(1, 6))
 def test_asking_is_repeatable_and_gives_different_questions(seed, count):
     scene = make_scene(PLAIN, seed)
-    questions = ask(scene, PLAIN, seed, count)
-    assert questions == ask(scene, PLAIN, seed, count)
+    questions = ask_questions(scene, PLAIN, seed, count)
+    assert questions == ask_questions(scene, PLAIN, seed, count)
     assert 1 <= len(questions) <= count
     assert len({question.instruction for question in questions}) == len(questions)
 
 
 def test_asking_for_nothing_is_refused():
     with pytest.raises(ValueError, match="count is 0"):
-        ask(make_scene(PLAIN, 1), PLAIN, 1, 0)
+        ask_questions(make_scene(PLAIN, 1), PLAIN, 1, 0)
 
 
-@pytest.mark.parametrize("kind", QUESTION_TYPES)
-def test_a_tier_may_ask_one_kind_only(kind):
-    tier = msgspec.structs.replace(FULL, kinds={kind: 1.0})
-    found = [ask(make_scene(tier, seed), tier, seed)[0] for seed in range(8)]
+@pytest.mark.parametrize("question_type", QUESTION_TYPES)
+def test_a_tier_may_ask_one_kind_only(question_type):
+    preset = msgspec.structs.replace(FULL, question_type_weights={question_type: 1.0})
+    found = [ask_questions(make_scene(preset, seed), preset, seed)[0] for seed in range(8)]
     # A scene on which the kind cannot be asked gives a question that nothing matches.
-    assert {question.kind for question in found} <= {kind, "none"}
-    assert kind in {question.kind for question in found}
+    assert {question.question_type for question in found} <= {question_type, "none"}
+    assert question_type in {question.question_type for question in found}
 
 
 def test_words_outside_the_world_match_nothing():
@@ -383,7 +385,9 @@ def test_false_statements_are_found(statement, fault):
 
 def test_paraphrases_of_one_expression_mean_the_same():
     expression = Expression(Description("small", "striped", "red", "circle"))
-    texts = {write_instruction(expression, 1, FULL, Draws("test", seed)) for seed in range(200)}
+    texts = {
+        write_instruction(expression, 1, FULL, PortableRng("test", seed)) for seed in range(200)
+    }
     assert len(texts) > 60
     assert {read_instruction(text, TABLE) for text in texts} == {(2,)}
 
@@ -420,9 +424,9 @@ def test_comparisons_are_written_down_where_a_tier_shows_them():
     )
 
 
-def test_only_the_full_tier_shows_comparisons(asked):
+def test_only_the_full_tier_shows_comparisons(questions):
     def share(name, words):
-        return np.mean([words in question.reasoning for _, question in asked[name]])
+        return np.mean([words in question.reasoning for _, question in questions[name]])
 
     for words in (" matches", "The largest is"):
         assert share("plain", words) == 0
@@ -467,13 +471,13 @@ def test_distances_from_nowhere_are_found():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_smallest_distance_stands_alone(seed):
-    tier = msgspec.structs.replace(FULL, kinds={"nearest": 1.0})
-    scene = make_scene(tier, seed)
-    for question in ask(scene, tier, seed, 3):
-        if question.kind != "nearest":
+    preset = msgspec.structs.replace(FULL, question_type_weights={"nearest": 1.0})
+    scene = make_scene(preset, seed)
+    for question in ask_questions(scene, preset, seed, 3):
+        if question.question_type != "nearest":
             continue
         numbers = [int(number) for number in re.findall(r"(\d+) away", question.reasoning)]
         places = re.findall(r"at (row\d+ col\d+) [a-z ]+\d+ away", question.reasoning)
         assert numbers.count(min(numbers)) == 1
         (target,) = question.targets
-        assert places[numbers.index(min(numbers))] == scene.objects[target].place
+        assert places[numbers.index(min(numbers))] == scene.objects[target].location

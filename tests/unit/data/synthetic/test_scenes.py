@@ -23,46 +23,46 @@ from coprs_deploy.data.synthetic import (
     make_scene,
     vocabulary,
 )
-from coprs_deploy.data.synthetic.layout import CELL_MARGIN, Layout, lay_out
-from coprs_deploy.data.synthetic.rendering import paint
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.layout import CELL_MARGIN, Layout, make_layout
+from coprs_deploy.data.synthetic.rendering import render
+from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.shapes import covers, measures
 
 seeds = st.integers(0, 2**63)
-tiers = st.sampled_from([PLAIN, FULL])
+presets = st.sampled_from([PLAIN, FULL])
 few_examples = settings(max_examples=40, derandomize=True, deadline=None)
 
 
 def digest(scene) -> str:
     table = msgspec.json.encode(scene.objects)
-    data = scene.image.tobytes() + scene.owners.tobytes() + table
+    data = scene.image.tobytes() + scene.instance_map.tobytes() + table
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 GOLDEN = {"plain": "94d467ec8cda291f", "full": "5ab9933a57d87e09"}
 
 
-@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
-def test_a_seed_gives_the_recorded_scene(tier):
+@pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
+def test_a_seed_gives_the_recorded_scene(preset):
     """The pixels may not change with the machine or with the version of numpy."""
-    digests = "".join(digest(make_scene(tier, seed)) for seed in range(20))
-    assert hashlib.blake2b(digests.encode(), digest_size=8).hexdigest() == GOLDEN[tier.name]
+    digests = "".join(digest(make_scene(preset, seed)) for seed in range(20))
+    assert hashlib.blake2b(digests.encode(), digest_size=8).hexdigest() == GOLDEN[preset.name]
 
 
 def test_seeds_and_tiers_give_different_scenes():
-    found = [digest(make_scene(tier, seed)) for tier in (PLAIN, FULL) for seed in range(20)]
+    found = [digest(make_scene(preset, seed)) for preset in (PLAIN, FULL) for seed in range(20)]
     assert len(set(found)) == len(found)
 
 
 @few_examples
-@given(tiers, seeds)
-def test_the_table_says_what_the_owners_show(tier, seed):
-    scene = make_scene(tier, seed)
-    size = tier.image_size
+@given(presets, seeds)
+def test_the_table_says_what_the_owners_show(preset, seed):
+    scene = make_scene(preset, seed)
+    size = preset.image_size
     assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
-    assert scene.owners.shape == (size, size)
-    assert 1 <= len(scene.objects) <= tier.num_objects[1]
-    assert set(np.unique(scene.owners)) <= set(range(len(scene.objects) + 1))
+    assert scene.instance_map.shape == (size, size)
+    assert 1 <= len(scene.objects) <= preset.num_objects[1]
+    assert set(np.unique(scene.instance_map)) <= set(range(len(scene.objects) + 1))
     masks = scene.masks(range(len(scene.objects)))
     assert masks.sum(axis=0).max() == 1
     for item, mask in zip(scene.objects, masks, strict=True):
@@ -74,12 +74,12 @@ def test_the_table_says_what_the_owners_show(tier, seed):
         assert mask.sum() / item.visible_share == pytest.approx(whole_area, abs=5 * item.radius)
 
 
-@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
-def test_areas_are_right_on_average(tier):
+@pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
+def test_areas_are_right_on_average(preset):
     """Single masks are off by their pixels' edges; all of them together must not be."""
     ratios = []
     for seed in range(120):
-        scene = make_scene(tier, seed)
+        scene = make_scene(preset, seed)
         masks = scene.masks(range(len(scene.objects)))
         for item, mask in zip(scene.objects, masks, strict=True):
             ratios.append(mask.sum() / item.visible_share / (np.pi * item.radius**2))
@@ -87,25 +87,25 @@ def test_areas_are_right_on_average(tier):
 
 
 @few_examples
-@given(tiers, seeds)
-def test_places_are_clear_and_in_reading_order(tier, seed):
-    scene = make_scene(tier, seed)
-    cell = tier.image_size / vocabulary.GRID_SIZE
+@given(presets, seeds)
+def test_places_are_clear_and_in_reading_order(preset, seed):
+    scene = make_scene(preset, seed)
+    cell = preset.image_size / vocabulary.GRID_SIZE
     places = [(item.row, item.column) for item in scene.objects]
     assert places == sorted(set(places))
     for item in scene.objects:
         x, y = item.center[0] / cell + 1, item.center[1] / cell + 1
         assert item.row + CELL_MARGIN <= y <= item.row + 1 - CELL_MARGIN
         assert item.column + CELL_MARGIN <= x <= item.column + 1 - CELL_MARGIN
-        assert item.place == f"row{int(y)} col{int(x)}"
+        assert item.location == f"row{int(y)} col{int(x)}"
 
 
 def test_enough_of_every_object_is_visible():
     shares = []
     for seed in range(300):
-        layout = lay_out(FULL, Draws("test", seed))
-        for number, stamp in enumerate(layout.stamps, start=1):
-            shares.append((layout.owners == number).sum() / stamp.mask.sum())
+        layout = make_layout(FULL, PortableRng("test", seed))
+        for number, footprint in enumerate(layout.footprints, start=1):
+            shares.append((layout.instance_map == number).sum() / footprint.mask.sum())
     # The limit is reached, so it is what holds objects back.
     assert FULL.min_visible_share <= min(shares) < FULL.min_visible_share + 0.02
     assert max(shares) == 1
@@ -115,27 +115,30 @@ def test_the_full_tier_hides_objects_and_the_plain_tier_keeps_them_apart():
     full = [item for seed in range(40) for item in make_scene(FULL, seed).objects]
     assert 0.2 < np.mean([item.visible_share < 1 for item in full]) < 0.5
     for seed in range(40):
-        owners = make_scene(PLAIN, seed).owners.astype(int)
-        for first, second in ((owners[1:], owners[:-1]), (owners[:, 1:], owners[:, :-1])):
+        instance_map = make_scene(PLAIN, seed).instance_map.astype(int)
+        for first, second in (
+            (instance_map[1:], instance_map[:-1]),
+            (instance_map[:, 1:], instance_map[:, :-1]),
+        ):
             assert not ((first != second) & (first > 0) & (second > 0)).any()
 
 
-@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
-def test_sizes_differ_clearly(tier):
-    for smaller, larger in zip(tier.radii, tier.radii[1:], strict=False):
+@pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
+def test_sizes_differ_clearly(preset):
+    for smaller, larger in zip(preset.radii, preset.radii[1:], strict=False):
         assert larger[0] / smaller[1] > 1.28
     for seed in range(40):
-        for item in make_scene(tier, seed).objects:
-            low, high = tier.radii[vocabulary.SIZES.index(item.size)]
-            assert low <= item.radius / tier.image_size <= high
+        for item in make_scene(preset, seed).objects:
+            low, high = preset.radii[vocabulary.SIZES.index(item.size)]
+            assert low <= item.radius / preset.image_size <= high
 
 
-@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
-def test_every_object_is_seen_in_its_color(tier):
+@pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
+def test_every_object_is_seen_in_its_color(preset):
     names = list(vocabulary.COLORS)
     references = np.array([vocabulary.COLORS[name] for name in names], dtype=float)
     for seed in range(60):
-        scene = make_scene(tier, seed)
+        scene = make_scene(preset, seed)
         for index, item in enumerate(scene.objects):
             pixels = scene.image[scene.masks([index])[0]].astype(float)
             lightest = pixels[np.argsort(pixels.sum(axis=1))[len(pixels) * 6 // 10 :]].mean(axis=0)
@@ -143,11 +146,11 @@ def test_every_object_is_seen_in_its_color(tier):
             assert names[distances.argmin()] == item.color, (seed, item.name)
 
 
-@pytest.mark.parametrize("tier", [PLAIN, FULL], ids=lambda tier: tier.name)
-def test_textures_are_seen(tier):
+@pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
+def test_textures_are_seen(preset):
     spreads: dict[bool, list[float]] = {True: [], False: []}
     for seed in range(60):
-        scene = make_scene(tier, seed)
+        scene = make_scene(preset, seed)
         for index, item in enumerate(scene.objects):
             lightness = scene.image[scene.masks([index])[0]].mean(axis=1)
             spreads[item.texture == "plain"].append(lightness.std() / lightness.mean())
@@ -159,15 +162,15 @@ def test_masks_are_the_pixels_that_an_object_colors():
     alone = msgspec.structs.replace(FULL, num_objects=(1, 1), shading=0.0, textures=("plain",))
     shapes = set()
     for seed in range(60):
-        layout = lay_out(alone, Draws("test", seed))
-        (sketch,) = layout.sketches
-        shapes.add(sketch.shape)
+        layout = make_layout(alone, PortableRng("test", seed))
+        (spec,) = layout.specs
+        shapes.add(spec.shape)
         pictures = []
         for color in ("green", "white"):
-            recolored = Layout([replace(sketch, color=color)], layout.stamps, layout.owners)
-            pictures.append(paint(recolored, alone, Draws("test paint", seed)).astype(float))
+            recolored = Layout([replace(spec, color=color)], layout.footprints, layout.instance_map)
+            pictures.append(render(recolored, alone, PortableRng("test paint", seed)).astype(float))
         change = np.abs(pictures[0] - pictures[1])[..., 0]
-        np.testing.assert_array_equal(change > change.max() / 2, layout.owners == 1)
+        np.testing.assert_array_equal(change > change.max() / 2, layout.instance_map == 1)
     assert shapes == set(FULL.shapes)
 
 
@@ -189,24 +192,24 @@ def test_outlines_have_the_area_of_the_unit_circle_around_the_origin(shape, tang
 def test_backgrounds_are_all_painted_and_differ():
     """Between its objects, a flat background varies by the noise alone."""
     spreads = {}
-    for kind in vocabulary.FULL_BACKGROUNDS:
-        tier = msgspec.structs.replace(FULL, backgrounds=(kind,))
-        scene = make_scene(tier, 3)
+    for question_type in vocabulary.FULL_BACKGROUNDS:
+        preset = msgspec.structs.replace(FULL, backgrounds=(question_type,))
+        scene = make_scene(preset, 3)
         lightness = np.asarray(Image.fromarray(scene.image).convert("L").reduce(4), dtype=float)
-        spreads[kind] = lightness[scene.owners[::4, ::4] == 0].std()
-    assert min(spreads, key=lambda kind: spreads[kind]) == "flat"
+        spreads[question_type] = lightness[scene.instance_map[::4, ::4] == 0].std()
+    assert min(spreads, key=lambda question_type: spreads[question_type]) == "flat"
 
 
 def test_noise_has_mean_0_and_deviation_1_and_never_repeats():
-    draws = Draws("test", 1)
-    first, second = draws.noise(200, 200), draws.noise(200, 200)
+    rng = PortableRng("test", 1)
+    first, second = rng.noise(200, 200), rng.noise(200, 200)
     assert abs(first.mean()) < 0.02 and first.std() == pytest.approx(1, abs=0.02)
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
 
 
 def test_weighted_draws_follow_their_weights():
-    draws = Draws("test", 2)
-    found = [draws.weighted("abc", (1.0, 0.0, 3.0)) for _ in range(2000)]
+    rng = PortableRng("test", 2)
+    found = [rng.weighted("abc", (1.0, 0.0, 3.0)) for _ in range(2000)]
     assert found.count("b") == 0 and found.count("c") / 2000 == pytest.approx(0.75, abs=0.04)
 
 
@@ -226,7 +229,7 @@ def test_a_tier_can_be_smaller_and_read_back():
         ({"shapes": ("circle", "blob")}, "shapes is .*accepted: some of circle"),
         ({"textures": ()}, "textures is"),
         ({"backgrounds": ("photo",)}, "backgrounds is"),
-        ({"kinds": {"riddle": 1.0}}, "kinds is"),
+        ({"question_type_weights": {"riddle": 1.0}}, "kinds is"),
     ],
 )
 def test_a_wrong_tier_is_refused(change, message):
