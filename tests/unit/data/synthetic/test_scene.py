@@ -1,8 +1,8 @@
+"""Scenes: presets, layout, rendering, shapes and the random streams behind them."""
+
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from dataclasses import replace
 
 import msgspec
@@ -12,14 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coprs_deploy.data.contact_sheet import OUTLINE, PICTURE_PX, draw_contact_sheet, draw_targets
 from coprs_deploy.data.synthetic import (
     FULL,
-    HELD_OUT_SEED,
     PLAIN,
     PRESETS,
     Preset,
-    SceneExamples,
     make_scene,
     vocabulary,
 )
@@ -43,20 +40,20 @@ GOLDEN = {"plain": "94d467ec8cda291f", "full": "5ab9933a57d87e09"}
 
 
 @pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
-def test_a_seed_gives_the_recorded_scene(preset):
-    """The pixels may not change with the machine or with the version of numpy."""
+def test_seeds_give_the_recorded_scenes(preset):
+    """Pixels must not change with the machine or with the version of Python or numpy."""
     digests = "".join(digest(make_scene(preset, seed)) for seed in range(20))
     assert hashlib.blake2b(digests.encode(), digest_size=8).hexdigest() == GOLDEN[preset.name]
 
 
-def test_seeds_and_tiers_give_different_scenes():
+def test_seeds_and_presets_give_different_scenes():
     found = [digest(make_scene(preset, seed)) for preset in (PLAIN, FULL) for seed in range(20)]
     assert len(set(found)) == len(found)
 
 
 @few_examples
 @given(presets, seeds)
-def test_the_table_says_what_the_owners_show(preset, seed):
+def test_objects_agree_with_the_instance_map(preset, seed):
     scene = make_scene(preset, seed)
     size = preset.image_size
     assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
@@ -75,8 +72,8 @@ def test_the_table_says_what_the_owners_show(preset, seed):
 
 
 @pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
-def test_areas_are_right_on_average(preset):
-    """Single masks are off by their pixels' edges; all of them together must not be."""
+def test_mask_areas_are_unbiased(preset):
+    """Single masks have rounding errors at their edges, which must average out."""
     ratios = []
     for seed in range(120):
         scene = make_scene(preset, seed)
@@ -88,7 +85,7 @@ def test_areas_are_right_on_average(preset):
 
 @few_examples
 @given(presets, seeds)
-def test_places_are_clear_and_in_reading_order(preset, seed):
+def test_locations_are_clear_and_in_reading_order(preset, seed):
     scene = make_scene(preset, seed)
     cell = preset.image_size / vocabulary.GRID_SIZE
     places = [(item.row, item.column) for item in scene.objects]
@@ -100,18 +97,18 @@ def test_places_are_clear_and_in_reading_order(preset, seed):
         assert item.location == f"row{int(y)} col{int(x)}"
 
 
-def test_enough_of_every_object_is_visible():
+def test_every_object_has_the_minimum_visible_share():
     shares = []
     for seed in range(300):
         layout = make_layout(FULL, PortableRng("test", seed))
         for number, footprint in enumerate(layout.footprints, start=1):
             shares.append((layout.instance_map == number).sum() / footprint.mask.sum())
-    # The limit is reached, so it is what holds objects back.
+    # The minimum is reached, so the limit is effective.
     assert FULL.min_visible_share <= min(shares) < FULL.min_visible_share + 0.02
     assert max(shares) == 1
 
 
-def test_the_full_tier_hides_objects_and_the_plain_tier_keeps_them_apart():
+def test_full_preset_has_occlusion_and_plain_has_gaps():
     full = [item for seed in range(40) for item in make_scene(FULL, seed).objects]
     assert 0.2 < np.mean([item.visible_share < 1 for item in full]) < 0.5
     for seed in range(40):
@@ -134,7 +131,7 @@ def test_sizes_differ_clearly(preset):
 
 
 @pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
-def test_every_object_is_seen_in_its_color(preset):
+def test_rendered_color_of_every_object_is_nearest_to_its_own(preset):
     names = list(vocabulary.COLORS)
     references = np.array([vocabulary.COLORS[name] for name in names], dtype=float)
     for seed in range(60):
@@ -147,36 +144,36 @@ def test_every_object_is_seen_in_its_color(preset):
 
 
 @pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
-def test_textures_are_seen(preset):
-    spreads: dict[bool, list[float]] = {True: [], False: []}
+def test_textured_objects_vary_more_than_plain_ones(preset):
+    deviations: dict[bool, list[float]] = {True: [], False: []}
     for seed in range(60):
         scene = make_scene(preset, seed)
         for index, item in enumerate(scene.objects):
             lightness = scene.image[scene.masks([index])[0]].mean(axis=1)
-            spreads[item.texture == "plain"].append(lightness.std() / lightness.mean())
-    assert np.quantile(spreads[True], 0.95) < np.quantile(spreads[False], 0.05)
+            deviations[item.texture == "plain"].append(lightness.std() / lightness.mean())
+    assert np.quantile(deviations[True], 0.95) < np.quantile(deviations[False], 0.05)
 
 
-def test_masks_are_the_pixels_that_an_object_colors():
-    """Painting an object in another color changes its mask, and nothing else by more than half."""
+def test_masks_are_the_pixels_that_change_with_the_color():
+    """Another color changes the pixels of the mask, and no others by more than half as much."""
     alone = msgspec.structs.replace(FULL, num_objects=(1, 1), shading=0.0, textures=("plain",))
     shapes = set()
     for seed in range(60):
         layout = make_layout(alone, PortableRng("test", seed))
         (spec,) = layout.specs
         shapes.add(spec.shape)
-        pictures = []
+        images = []
         for color in ("green", "white"):
             recolored = Layout([replace(spec, color=color)], layout.footprints, layout.instance_map)
-            pictures.append(render(recolored, alone, PortableRng("test paint", seed)).astype(float))
-        change = np.abs(pictures[0] - pictures[1])[..., 0]
+            images.append(render(recolored, alone, PortableRng("test paint", seed)).astype(float))
+        change = np.abs(images[0] - images[1])[..., 0]
         np.testing.assert_array_equal(change > change.max() / 2, layout.instance_map == 1)
     assert shapes == set(FULL.shapes)
 
 
 @pytest.mark.parametrize("shape", vocabulary.FULL_SHAPES)
 @pytest.mark.parametrize("tangent", [0.0, 0.1])
-def test_outlines_have_the_area_of_the_unit_circle_around_the_origin(shape, tangent):
+def test_covers_has_the_area_of_the_unit_circle_around_the_origin(shape, tangent):
     axis = np.linspace(-1.7, 1.7, 681, dtype=np.float32)
     length = 1 + tangent**2
     inside = covers(
@@ -189,31 +186,31 @@ def test_outlines_have_the_area_of_the_unit_circle_around_the_origin(shape, tang
     assert measures(shape).reach == pytest.approx(farthest, abs=0.02)
 
 
-def test_backgrounds_are_all_painted_and_differ():
-    """Between its objects, a flat background varies by the noise alone."""
-    spreads = {}
-    for question_type in vocabulary.FULL_BACKGROUNDS:
-        preset = msgspec.structs.replace(FULL, backgrounds=(question_type,))
+def test_flat_background_varies_least():
+    """A flat background varies only by noise."""
+    deviations = {}
+    for background in vocabulary.FULL_BACKGROUNDS:
+        preset = msgspec.structs.replace(FULL, backgrounds=(background,))
         scene = make_scene(preset, 3)
         lightness = np.asarray(Image.fromarray(scene.image).convert("L").reduce(4), dtype=float)
-        spreads[question_type] = lightness[scene.instance_map[::4, ::4] == 0].std()
-    assert min(spreads, key=lambda question_type: spreads[question_type]) == "flat"
+        deviations[background] = lightness[scene.instance_map[::4, ::4] == 0].std()
+    assert min(deviations, key=lambda background: deviations[background]) == "flat"
 
 
-def test_noise_has_mean_0_and_deviation_1_and_never_repeats():
+def test_noise_has_mean_0_and_deviation_1_and_does_not_repeat():
     rng = PortableRng("test", 1)
     first, second = rng.noise(200, 200), rng.noise(200, 200)
     assert abs(first.mean()) < 0.02 and first.std() == pytest.approx(1, abs=0.02)
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
 
 
-def test_weighted_draws_follow_their_weights():
+def test_weighted_choice_follows_the_weights():
     rng = PortableRng("test", 2)
     found = [rng.weighted("abc", (1.0, 0.0, 3.0)) for _ in range(2000)]
     assert found.count("b") == 0 and found.count("c") / 2000 == pytest.approx(0.75, abs=0.04)
 
 
-def test_a_tier_can_be_smaller_and_read_back():
+def test_preset_of_another_size_is_used_and_read_back():
     smaller = msgspec.structs.replace(FULL, image_size=192)
     assert make_scene(smaller, 1).image.shape == (192, 192, 3)
     assert Preset.from_json(smaller.to_json()) == smaller
@@ -224,57 +221,14 @@ def test_a_tier_can_be_smaller_and_read_back():
     ("change", "message"),
     [
         ({"image_size": 100}, "multiples of 8"),
-        ({"num_objects": (3, 2)}, "fewest <= most"),
+        ({"num_objects": (3, 2)}, "minimum <= maximum"),
         ({"min_visible_share": 0.0}, "min_visible_share is 0.0"),
         ({"shapes": ("circle", "blob")}, "shapes is .*accepted: some of circle"),
         ({"textures": ()}, "textures is"),
         ({"backgrounds": ("photo",)}, "backgrounds is"),
-        ({"question_type_weights": {"riddle": 1.0}}, "kinds is"),
+        ({"question_type_weights": {"riddle": 1.0}}, "question_type_weights is"),
     ],
 )
-def test_a_wrong_tier_is_refused(change, message):
+def test_invalid_preset_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Preset.from_json({**PLAIN.to_json(), **change})
-
-
-def test_scene_examples_are_a_sequence():
-    examples = SceneExamples(PLAIN, 5, first_seed=10)
-    assert len(examples) == 5
-    assert [example.id for example in examples] == [f"plain-{seed}" for seed in range(10, 15)]
-    assert examples[-1].id == "plain-14"
-    assert [example.id for example in examples[1:3]] == ["plain-11", "plain-12"]
-    np.testing.assert_array_equal(examples[2].image, make_scene(PLAIN, 12).image)
-    with pytest.raises(IndexError):
-        examples[5]
-
-
-def test_training_seeds_do_not_reach_into_held_out_ones():
-    assert len(SceneExamples(PLAIN, 10, HELD_OUT_SEED)) == 10
-    assert len(SceneExamples(PLAIN, 10, HELD_OUT_SEED - 10)) == 10
-    with pytest.raises(ValueError, match="held-out scenes begin"):
-        SceneExamples(PLAIN, 10, HELD_OUT_SEED - 5)
-    with pytest.raises(ValueError, match="num_examples is 0"):
-        SceneExamples(PLAIN, 0)
-
-
-def test_a_contact_sheet_outlines_the_targets():
-    examples = SceneExamples(FULL, 12)
-    for example in examples:
-        drawn = np.asarray(draw_targets(example))
-        assert drawn.shape == (PICTURE_PX, PICTURE_PX, 3)
-        assert (drawn == OUTLINE).all(axis=2).any() == bool(len(example.masks))
-    sheet = draw_contact_sheet(examples[:5], columns=3)
-    assert sheet.width > 3 * PICTURE_PX and sheet.height > 2 * PICTURE_PX
-    with pytest.raises(ValueError, match="0 examples"):
-        draw_contact_sheet([])
-    with pytest.raises(ValueError, match="0 columns"):
-        draw_contact_sheet(examples[:1], columns=0)
-
-
-def test_scenes_need_neither_torch_nor_pyarrow():
-    code = (
-        "import sys, coprs_deploy.data.contact_sheet, coprs_deploy.data.examples; "
-        "assert not {'torch', 'pyarrow', 'transformers'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
