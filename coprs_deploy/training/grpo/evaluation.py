@@ -58,8 +58,8 @@ def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
     """Compute metrics over all examples, and mask metrics over those with a target.
 
     Returns:
-        ``COMPLETION_METRICS``, ``MASK_METRICS``, ``giou_stderr`` and ``reward_stderr``; mask metrics
-        are nan if no example has a target.
+        ``COMPLETION_METRICS``, ``MASK_METRICS``, ``giou_stderr`` and ``reward_stderr``; those of
+        masks are nan if no example has a target.
     """
     scores = [each.score for each in evaluated]
     present = [score for score in scores if score.num_targets]

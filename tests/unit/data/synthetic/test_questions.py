@@ -228,7 +228,7 @@ def test_unknown_nouns_match_nothing():
 
 
 def item(name: str, x: float, y: float) -> SceneObject:
-    """Make an object from its attributes: "large striped red circle" and its center in pixels of 128."""
+    """Make an object from a name such as "large striped red circle" and its center in pixels."""
     size, texture, color, shape = name.split()
     radius = {"small": 10.0, "medium": 14.0, "large": 20.0}[size]
     row, column = int(y // 16) + 1, int(x // 16) + 1
