@@ -80,7 +80,7 @@ def held_out_questions(
     with_target, no_match = preset_with_target(preset), with_question_types(preset, {"none": 1.0})
     chosen = [(i, with_target) for i in range(min(num_examples, count))]
     chosen += [(count - 1 - i, no_match) for i in range(min(num_no_match, count))]
-    return [_scene_example(scenes, index, asked) for index, asked in chosen]
+    return [_scene_example(scenes, index, weighted) for index, weighted in chosen]
 
 
 def _scene_example(scenes: StoredScenes, index: int, preset: Preset) -> SceneExample:

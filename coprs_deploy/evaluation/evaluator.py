@@ -61,7 +61,7 @@ class Evaluated:
 ExampleT = TypeVar("ExampleT", bound=Example)
 
 Predict = Callable[[Sequence[ExampleT]], Sequence[Prediction]]
-"""Predicts a batch of examples, in their order. It must not read the ground truth."""
+"""Predicts a batch of examples, in their order."""
 
 
 class Segmented(Protocol):

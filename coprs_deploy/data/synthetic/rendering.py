@@ -101,38 +101,38 @@ def _dark_samples(
     return dark
 
 
-def _render_background(kind: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
+def _render_background(background: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
     """Return (size, size, 3) float32."""
     base = rng.uniform(*BACKGROUND_LIGHTNESS) + BACKGROUND_TINT * rng.array(3)
     tint = 1 + 0.35 * rng.array(3)
-    rendered: NDArray[np.float32] = base + _pattern(kind, size, rng)[..., None] * tint
+    rendered: NDArray[np.float32] = base + _pattern(background, size, rng)[..., None] * tint
     return rendered
 
 
-def _pattern(kind: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
+def _pattern(background: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
     """Return the brightness pattern of a background, (size, size) float32 around 0."""
     x, y = _pixel_centers(size)
     pattern: NDArray[np.floating] = np.zeros((size, size), dtype=np.float32)
-    if kind == "gradient":
+    if background == "gradient":
         step_x, step_y = rng.direction()
         pattern = rng.uniform(20, 45) * ((x - 0.5) * step_x + (y - 0.5) * step_y)
-    elif kind == "grain":
+    elif background == "grain":
         coarse = rng.noise(size // 2, size // 2).repeat(2, axis=0).repeat(2, axis=1)
         pattern = rng.uniform(5, 9) * coarse
-    elif kind == "blobs":
+    elif background == "blobs":
         pattern = rng.uniform(16, 24) * _smooth_field(6, size, rng)
-    elif kind == "clouds":
+    elif background == "clouds":
         pattern = 20 * _smooth_field(4, size, rng) + 12 * _smooth_field(16, size, rng)
-    elif kind == "stripes":
+    elif background == "stripes":
         step_x, step_y = rng.direction()
         along = (x * step_x + y * step_y) * rng.uniform(5, 11) + 4
         pattern = rng.uniform(28, 48) * (np.abs(along % 1 - 0.5) - 0.25)
-    elif kind == "tiles":
+    elif background == "tiles":
         count = rng.integer(6, 12)
         parity = (np.floor(x * count) + np.floor(y * count)) % 2
         pattern = rng.uniform(5, 9) * (2 * parity - 1)
     else:
-        assert kind == "flat", f"no background {kind!r}"
+        assert background == "flat", f"no background {background!r}"
     return pattern.astype(np.float32)
 
 

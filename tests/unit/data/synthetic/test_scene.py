@@ -88,8 +88,8 @@ def test_mask_areas_are_unbiased(preset):
 def test_locations_are_clear_and_in_reading_order(preset, seed):
     scene = make_scene(preset, seed)
     cell = preset.image_size / vocabulary.GRID_SIZE
-    places = [(item.row, item.column) for item in scene.objects]
-    assert places == sorted(set(places))
+    locations = [(item.row, item.column) for item in scene.objects]
+    assert locations == sorted(set(locations))
     for item in scene.objects:
         x, y = item.center[0] / cell + 1, item.center[1] / cell + 1
         assert item.row + CELL_MARGIN <= y <= item.row + 1 - CELL_MARGIN

@@ -87,9 +87,9 @@ def test_both_families_learn_with_several_targets(family, request, make_bench, p
     assert any(n.startswith("segmentation.prior") for n in moved)
     assert len(bench.lines) == 2
     assert all(np.isfinite(line["loss"]) for line in bench.lines)
-    answers = evaluate_policy(bench.trainer, pictures)
-    assert [answer.id for answer in answers] == ["two", "one", "none", "other"]
-    assert [answer.num_targets for answer in answers] == [2, 1, 0, 1]
+    evaluated = evaluate_policy(bench.trainer, pictures)
+    assert [each.score.id for each in evaluated] == ["two", "one", "none", "other"]
+    assert [each.score.num_targets for each in evaluated] == [2, 1, 0, 1]
 
 
 def test_memory_is_saved_without_another_gradient(make_bench):
