@@ -73,7 +73,7 @@ def _read_ended(run: Path) -> dict[str, Any]:
 def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: int) -> str:
     """Write the model card from the figures of the run."""
     recipe, figures, fed = report["recipe"], report["generated"], report["teacher_forced"]
-    preset = PRESETS[recipe["data"]["preset"]]
+    preset = PRESETS[recipe["data"]["tier"]]
     kinds = [kind for kind in preset.question_type_weights if kind != "none"]
     rows = ["all", *kinds]
 
@@ -141,7 +141,7 @@ def _world(preset: Preset, num_scenes: int) -> list[str]:
         f"{preset.num_objects[1]} objects, {len(preset.shapes)} shapes, {len(preset.textures)} textures, "
         f"{len(preset.backgrounds)} kinds of background; questions of the kinds "
         f"{', '.join(kind.replace('_', ' ') for kind in preset.question_type_weights)}, asked afresh in each step. "
-        f"`coprs-deploy synth --preset {preset.name} --out sheet.png` shows them.",
+        f"`coprs-deploy scenes --tier {preset.name} --out sheet.png` shows them.",
     ]
 
 

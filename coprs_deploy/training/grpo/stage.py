@@ -173,7 +173,7 @@ class _GrpoRun:
             rows = [each.to_json() for each in evaluated]
             write_json(kept / f"step-{step:06d}.json", {"answers": rows})
             self._write(step, {f"held_out.{key}": value for key, value in found.items()})
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if "." not in k)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if not k.endswith("_stderr"))
             print(f"{self.name:<14} {step:>6} held out: {shown}", file=sys.stderr, flush=True)
             write_samples(
                 trainer, self.folder.path / SAMPLES_FOLDER / self.name, step, self.settings.samples
