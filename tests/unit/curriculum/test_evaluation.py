@@ -32,7 +32,7 @@ from coprs_deploy.training.state import TrainingState
 
 
 class FixedPolicy(Policy):
-    """Answers with given states, so that only the segmentation path is compared."""
+    """Policy with fixed hidden states, so that only the segmentation path is compared."""
 
     description = "fixed"
     width = 128
@@ -61,7 +61,7 @@ def scenes(scenes_folder):
 
 
 @pytest.fixture(scope="module")
-def workbench():
+def state():
     recipe = load_recipe("demo")
     torch.manual_seed(0)
     segmentation = SegmentationModel(recipe.model.segmentation)
@@ -72,8 +72,8 @@ def workbench():
     )
 
 
-def test_scene_evaluator_masks_are_those_of_the_exported_bundle(workbench, scenes, tmp_path):
-    workbench.save_checkpoint(tmp_path / "checkpoint", "float32", {})
+def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, tmp_path):
+    state.save_checkpoint(tmp_path / "checkpoint", "float32", {})
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle
     bundle = open_bundle(bundle.path)
     stages = SegmentationGraphs(
@@ -82,9 +82,9 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(workbench, scene
             for name, graph in bundle.manifest.graphs.items()
         }
     )
-    packer = QuestionPacker(workbench.policy.tokenizer, workbench.policy.prompt, 8)
-    forward = PackedForward(workbench.policy.model, 128, torch.float32)
-    evaluator = SceneEvaluator(workbench, scenes, forward, packer)
+    packer = QuestionPacker(state.policy.tokenizer, state.policy.prompt, 8)
+    forward = PackedForward(state.policy.model, 128, torch.float32)
+    evaluator = SceneEvaluator(state, scenes, forward, packer)
     states = np.random.default_rng(0).standard_normal((2, 128), dtype=np.float32)
     policy = FixedPolicy(states)
     with CoPRS(stages, policy, bundle.manifest.geometry) as coprs:
@@ -98,10 +98,10 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(workbench, scene
             assert np.mean(priors != (answer.priors > 0)) < 1e-3
 
 
-def test_teacher_forced_evaluation_scores_the_target_responses(workbench, scenes):
-    packer = QuestionPacker(workbench.policy.tokenizer, workbench.policy.prompt, 8)
-    forward = PackedForward(workbench.policy.model, 128, torch.float32)
-    evaluator = SceneEvaluator(workbench, scenes, forward, packer)
+def test_teacher_forced_evaluation_scores_the_target_responses(state, scenes):
+    packer = QuestionPacker(state.policy.tokenizer, state.policy.prompt, 8)
+    forward = PackedForward(state.policy.model, 128, torch.float32)
+    evaluator = SceneEvaluator(state, scenes, forward, packer)
     questions = held_out_questions(PLAIN, scenes, 4, 2)
     assert [q.question_type == "none" for q in questions] == [False] * 4 + [True] * 2
     assert [q.index for q in questions] == [0, 1, 2, 3, 5, 4]
@@ -116,11 +116,11 @@ def test_teacher_forced_evaluation_scores_the_target_responses(workbench, scenes
     assert metrics["location_accuracy"] == metrics["exact_match"] == 1
 
 
-def test_prediction_of_a_target_mask_selects_its_object(workbench, scenes):
-    packer = QuestionPacker(workbench.policy.tokenizer, workbench.policy.prompt, 8)
-    evaluator = SceneEvaluator(workbench, scenes, None, packer)
+def test_prediction_of_a_target_mask_selects_its_object(state, scenes):
+    packer = QuestionPacker(state.policy.tokenizer, state.policy.prompt, 8)
+    evaluator = SceneEvaluator(state, scenes, None, packer)
     question = held_out_questions(PLAIN, scenes, 1, 0)[0]
-    ids = workbench.policy.tokenizer(question.response)["input_ids"]
+    ids = state.policy.tokenizer(question.response)["input_ids"]
     right = evaluator._prediction(question, ids, ids, question.masks, question.masks)
     assert right.extra["object_accuracy"] == 1
     empty = np.zeros_like(question.masks)
@@ -134,14 +134,14 @@ def test_named_locations_reads_the_conclusion_only():
     assert named_locations("The target is nowhere.") == set()
 
 
-def test_a_missed_gate_is_shown():
+def test_report_page_shows_a_failed_threshold():
     gates = {"mask_iou": {"wanted": 0.9, "found": 0.5, "passed": False}}
     phases = {"one": {"steps": 3, "seconds": 60.0, "gates": gates}}
     shown = page({"recipe": {"description": "x", "seed": 0}, "minutes": 1.0, "phases": phases})
     assert "| one | 3 | 1.0 | mask_iou | 0.9 | 0.5000 | **missed** |" in shown
 
 
-def test_processes_share_a_batch_and_epochs_are_shuffled_afresh(scenes):
+def test_scene_source_shares_batches_and_shuffles_each_epoch(scenes):
     source = SceneSource(PLAIN, scenes, seed=1)
     whole = source.indices(3, 4, 0, 1)
     halves = [source.indices(3, 4, rank, 2) for rank in range(2)]
@@ -154,7 +154,7 @@ def test_processes_share_a_batch_and_epochs_are_shuffled_afresh(scenes):
     assert source.questions(0, 5, 3, {}) == source.questions(0, 5, 3, {})
 
 
-def test_attributes_are_numbered_within_their_sizes(scenes):
+def test_scene_source_numbers_attributes_within_their_sizes(scenes):
     source = SceneSource(PLAIN, scenes, seed=0)
     batch = source.batch(range(6))
     for column, size in enumerate(attribute_sizes(PLAIN)):
