@@ -49,10 +49,10 @@ class HeadResult(NamedTuple):
 
 def cell_truth(scenes: SceneBatch, grid: int) -> CellTruth:
     """Read off what a grid of so many cells a side shows."""
-    batch, size = scenes.owners.shape[0], scenes.owners.shape[1]
+    batch, size = scenes.instance_map.shape[0], scenes.instance_map.shape[1]
     cell = size // grid
     most = scenes.attributes.shape[1]
-    pixels = scenes.owners.reshape(batch, grid, cell, grid, cell).permute(0, 1, 3, 2, 4)
+    pixels = scenes.instance_map.reshape(batch, grid, cell, grid, cell).permute(0, 1, 3, 2, 4)
     pixels = pixels.reshape(batch, grid * grid, cell * cell).long()
     counts = torch.zeros(batch, grid * grid, most + 1, device=pixels.device)
     counts.scatter_add_(2, pixels, torch.ones_like(pixels, dtype=counts.dtype))
@@ -160,11 +160,11 @@ class PatchReader(nn.Module):
     def forward(self, image_embedding: Tensor, scenes: SceneBatch) -> HeadResult:
         """Read (B, C, G, G); foreground is asked for on the mask grid, 4 G a side."""
         grid = image_embedding.shape[-1]
-        cell = scenes.owners.shape[1] // grid
-        covered = F.adaptive_avg_pool2d((scenes.owners > 0).float()[:, None], 4 * grid)
+        cell = scenes.instance_map.shape[1] // grid
+        covered = F.adaptive_avg_pool2d((scenes.instance_map > 0).float()[:, None], 4 * grid)
         logits = F.pixel_shuffle(self.foreground(image_embedding).float(), 4)
         loss = F.binary_cross_entropy_with_logits(logits, covered, reduction="none")
-        owner = scenes.owners[:, cell // 2 :: cell, cell // 2 :: cell].flatten(1).long()
+        owner = scenes.instance_map[:, cell // 2 :: cell, cell // 2 :: cell].flatten(1).long()
         is_owned = owner > 0
         index = (owner - 1).clamp(min=0)[..., None].expand(-1, -1, len(ATTRIBUTES))
         attributes = scenes.attributes.gather(1, index)[is_owned]

@@ -20,7 +20,7 @@ from coprs_deploy.curriculum.auxiliary_heads import (
     cell_truth,
 )
 from coprs_deploy.curriculum.context import CurriculumContext
-from coprs_deploy.curriculum.evaluation import held_out_questions, summarize
+from coprs_deploy.curriculum.evaluation import held_out_questions
 from coprs_deploy.curriculum.packing import Answered, PackedRows
 from coprs_deploy.curriculum.perception_stage import read_cells
 from coprs_deploy.curriculum.scenes import (
@@ -31,6 +31,7 @@ from coprs_deploy.curriculum.scenes import (
 )
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.synthetic import vocabulary
+from coprs_deploy.evaluation.metrics import summarize
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     Mean,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 MIDDLE_LAYER = 2
 """Language layer whose image tokens the dense head reads."""
 
-TEXT_FIGURES = ("text_right", "exact", "no_match_precision", "no_match_recall")
+TEXT_METRICS = ("location_accuracy", "exact_match", "no_match_precision", "no_match_recall")
 """Figures of an answer that need no mask."""
 
 JOIN_SCENES = 512
@@ -209,12 +210,13 @@ class ReasoningStage(TrainingStage[SupervisedSettings]):
         """Judge generated answers; masks only count once segmentation losses do."""
         scenes = self._shared.held_out.scenes
         questions = held_out_questions(
-            self._shared.held_out.tier, scenes, num_scenes, num_scenes // 4
+            self._shared.held_out.preset, scenes, num_scenes, num_scenes // 4
         )
-        figures = summarize(self._shared.judge.judge(questions, accelerator=accelerator))
+        evaluated = self._shared.judge.evaluate(questions, accelerator=accelerator)
+        figures = summarize([each.score for each in evaluated])
         if self.settings.segmentation_loss_weight:
             return figures
-        return {k: v for k, v in figures.items() if k.rpartition(".")[2] in TEXT_FIGURES}
+        return {k: v for k, v in figures.items() if k.rpartition(".")[2] in TEXT_METRICS}
 
     def prepare(self, accelerator: Accelerator) -> dict[str, float]:
         """Join the policy to the segmentation path, where the recipe asks for it."""

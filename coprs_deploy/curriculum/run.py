@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,8 @@ def _train_on_scenes(
     recipe: Recipe, accelerator: Accelerator, folder: RunDirectory, scenes: Path
 ) -> dict[str, Any]:
     from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.curriculum.evaluation import held_out_questions, summarize
+    from coprs_deploy.curriculum.evaluation import held_out_questions
+    from coprs_deploy.evaluation.metrics import summarize
     from coprs_deploy.training.trainer import Trainer
 
     shared = share_scenes(recipe, accelerator, scenes)
@@ -51,22 +51,22 @@ def _train_on_scenes(
     accelerator.wait_for_everyone()
     round_weights(workbench, recipe.store)
     questions = held_out_questions(
-        shared.held_out.tier,
+        shared.held_out.preset,
         shared.held_out.scenes,
         data.num_held_out_scenes,
         data.num_no_match_scenes,
     )
-    generated = judge.judge(questions, True, accelerator)
-    fed = judge.judge(questions, False, accelerator)
+    generated = judge.evaluate(questions, accelerator=accelerator)
+    fed = judge.evaluate(questions, True, accelerator)
     report = {
         "recipe": recipe.to_json(),
         "minutes": sum(result["seconds"] for result in results.values()) / 60,
         "minutes_this_time": (time.perf_counter() - started) / 60,
         "phases": results,
         "passed": all_passed(results),
-        "generated": summarize(generated),
-        "teacher_forced": summarize(fed),
-        "answers": [asdict(judged) for judged in generated],
+        "generated": summarize([each.score for each in generated]),
+        "teacher_forced": summarize([each.score for each in fed]),
+        "answers": [each.to_json() for each in generated],
     }
     if accelerator.is_main_process:
         from coprs_deploy.training.report import write_report
@@ -91,19 +91,19 @@ def share_scenes(recipe: Recipe, accelerator: Accelerator, scenes: Path) -> Curr
 
     data, model = recipe.data, recipe.model
     assert isinstance(data, SyntheticData) and isinstance(model, TinyModel)
-    tier = PRESETS[data.tier]
+    preset = PRESETS[data.preset]
     with accelerator.main_process_first():
-        stored = store_scenes(tier, 0, data.num_training_scenes, scenes, recipe.workers)
+        stored = store_scenes(preset, 0, data.num_training_scenes, scenes, recipe.workers)
         total = data.num_held_out_scenes + data.num_no_match_scenes
-        held_out = store_scenes(tier, HELD_OUT_SEED, total, scenes, recipe.workers)
-    workbench = build_tiny_state(model, tier, lambda: corpus(tier), recipe.seed)
+        held_out = store_scenes(preset, HELD_OUT_SEED, total, scenes, recipe.workers)
+    workbench = build_tiny_state(model, preset, lambda: corpus(preset), recipe.seed)
     move_to(workbench, accelerator.device)
     policy, size = workbench.policy, model.policy.image_size
     packer = QuestionPacker(policy.tokenizer, policy.prompt, model.policy.grid_size)
     return CurriculumContext(
         workbench=workbench,
-        training=SceneSource(tier, stored, recipe.seed),
-        held_out=SceneSource(tier, held_out, recipe.seed),
+        training=SceneSource(preset, stored, recipe.seed),
+        held_out=SceneSource(preset, held_out, recipe.seed),
         packer=packer,
         judge=SceneEvaluator(
             workbench, held_out, PackedForward(policy.model, size, torch.float32), packer

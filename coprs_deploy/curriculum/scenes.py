@@ -23,9 +23,9 @@ from torch import Tensor
 
 from coprs_deploy.artifacts import new_directory
 from coprs_deploy.data.synthetic import vocabulary
-from coprs_deploy.data.synthetic.examples import with_kinds
+from coprs_deploy.data.synthetic.examples import with_question_types
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, Preset
-from coprs_deploy.data.synthetic.questions import Question, ask
+from coprs_deploy.data.synthetic.questions import Question, ask_questions
 from coprs_deploy.data.synthetic.scene import Scene, SceneObject, make_scene
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.batches import EpochOrder
@@ -33,14 +33,14 @@ from coprs_deploy.training.batches import EpochOrder
 
 def target_masks(scenes: SceneBatch, rows: Tensor, targets: Tensor) -> Tensor:
     """Return the visible pixels of chosen objects, (N, S, S) bool."""
-    return scenes.owners[rows] == (targets + 1)[:, None, None]
+    return scenes.instance_map[rows] == (targets + 1)[:, None, None]
 
 
 ATTRIBUTES = ("shape", "color", "texture", "size", "row", "column")
 """What the table of a batch holds of each object, in this order."""
 
 
-_MARKER, _IMAGES, _OWNERS = "scenes.json", "images.npy", "owners.npy"
+_MARKER, _IMAGES, _INSTANCE_MAP = "scenes.json", "images.npy", "instance_map.npy"
 
 
 _DRAWN_AT_ONCE = 500
@@ -51,14 +51,14 @@ class SceneBatch(NamedTuple):
 
     Attributes:
         images: uint8 (B, S, S, 3) RGB.
-        owners: uint8 (B, S, S); 0 is background, n the pixel of object n - 1.
+        instance_map: uint8 (B, S, S); 0 is background, n the pixel of object n - 1.
         attributes: int64 (B, M, 6), numbers of ``ATTRIBUTES``, from 0; 0 beyond the last object.
         centers: float32 (B, M, 2), x and y in pixels.
         num_objects: int64 (B,).
     """
 
     images: Tensor
-    owners: Tensor
+    instance_map: Tensor
     attributes: Tensor
     centers: Tensor
     num_objects: Tensor
@@ -70,12 +70,12 @@ class StoredScenes:
 
     Attributes:
         images: uint8 (N, S, S, 3).
-        owners: uint8 (N, S, S).
+        instance_map: uint8 (N, S, S).
         objects: the table of each scene.
     """
 
     images: NDArray[np.uint8]
-    owners: NDArray[np.uint8]
+    instance_map: NDArray[np.uint8]
     objects: list[tuple[SceneObject, ...]]
 
     def __len__(self) -> int:
@@ -83,28 +83,28 @@ class StoredScenes:
 
     def scene(self, index: int) -> Scene:
         """Return one scene."""
-        return Scene(self.images[index], self.owners[index], self.objects[index])
+        return Scene(self.images[index], self.instance_map[index], self.objects[index])
 
 
 def store_scenes(
-    tier: Preset, first_seed: int, count: int, folder: Path, workers: int = 0
+    preset: Preset, first_seed: int, count: int, folder: Path, workers: int = 0
 ) -> StoredScenes:
     """Draw scenes of consecutive seeds into a folder, unless they lie there already.
 
     Args:
-        tier: their world.
+        preset: their world.
         first_seed: seed of the first.
         count: how many.
         folder: where the folder of all such files is, or shall be.
         workers: processes that draw them; 0 draws them in this one.
     """
-    path = folder / f"{tier.name}-{tier.image_size}-{first_seed}-{count}"
+    path = folder / f"{preset.name}-{preset.image_size}-{first_seed}-{count}"
     if not (path / _MARKER).is_file():
-        shape = (count, tier.image_size, tier.image_size)
+        shape = (count, preset.image_size, preset.image_size)
         with new_directory(path, _MARKER) as partial:
             np.lib.format.open_memmap(partial / _IMAGES, "w+", np.uint8, (*shape, 3))
-            np.lib.format.open_memmap(partial / _OWNERS, "w+", np.uint8, shape)
-            draw = partial_function(_draw, tier, first_seed, partial)
+            np.lib.format.open_memmap(partial / _INSTANCE_MAP, "w+", np.uint8, shape)
+            draw = partial_function(_draw, preset, first_seed, partial)
             parts = [
                 range(i, min(i + _DRAWN_AT_ONCE, count)) for i in range(0, count, _DRAWN_AT_ONCE)
             ]
@@ -116,24 +116,24 @@ def store_scenes(
             (partial / _MARKER).write_bytes(msgspec.json.encode(tables))
     return StoredScenes(
         np.load(path / _IMAGES, mmap_mode="r"),
-        np.load(path / _OWNERS, mmap_mode="r"),
+        np.load(path / _INSTANCE_MAP, mmap_mode="r"),
         msgspec.json.decode((path / _MARKER).read_bytes(), type=list[tuple[SceneObject, ...]]),
     )
 
 
 def _draw(
-    tier: Preset, first_seed: int, folder: Path, indices: range
+    preset: Preset, first_seed: int, folder: Path, indices: range
 ) -> list[tuple[SceneObject, ...]]:
     """Draw some scenes into the files of a folder; return what is in each."""
     images = np.load(folder / _IMAGES, mmap_mode="r+")
-    owners = np.load(folder / _OWNERS, mmap_mode="r+")
+    instance_map = np.load(folder / _INSTANCE_MAP, mmap_mode="r+")
     tables = []
     for index in indices:
-        scene = make_scene(tier, first_seed + index)
-        images[index], owners[index] = scene.image, scene.owners
+        scene = make_scene(preset, first_seed + index)
+        images[index], instance_map[index] = scene.image, scene.instance_map
         tables.append(scene.objects)
     images.flush()
-    owners.flush()
+    instance_map.flush()
     return tables
 
 
@@ -141,13 +141,13 @@ class SceneSource:
     """Training batches in an order that is shuffled afresh in each epoch.
 
     Args:
-        tier: the world of the scenes.
+        preset: the world of the scenes.
         scenes: scenes of that tier.
         seed: of the order and the questions.
     """
 
-    def __init__(self, tier: Preset, scenes: StoredScenes, seed: int) -> None:
-        self.tier = tier
+    def __init__(self, preset: Preset, scenes: StoredScenes, seed: int) -> None:
+        self.preset = preset
         self.scenes = scenes
         self._seed = seed
         self._order = EpochOrder(len(scenes), seed)
@@ -159,10 +159,10 @@ class SceneSource:
 
     def batch(self, indices: Sequence[int]) -> SceneBatch:
         """Collect scenes as tensors."""
-        return collect_scenes(self.tier, self.scenes, indices)
+        return collect_scenes(self.preset, self.scenes, indices)
 
     def questions(
-        self, index: int, step: int, count: int, kinds: Mapping[str, float]
+        self, index: int, step: int, count: int, question_type_weights: Mapping[str, float]
     ) -> list[Question]:
         """Ask about a scene; other questions in each step.
 
@@ -170,68 +170,73 @@ class SceneSource:
             index: of the scene.
             step: of the run.
             count: how many at most.
-            kinds: weight of each kind of question; empty takes the tier's own.
+            question_type_weights: weight of each kind of question; empty takes the tier's own.
         """
         seed = (self._seed * 1_000_003 + step) * 1_000_003 + index
-        return ask(self.scenes.scene(index), with_kinds(self.tier, kinds), seed, count)
+        return ask_questions(
+            self.scenes.scene(index),
+            with_question_types(self.preset, question_type_weights),
+            seed,
+            count,
+        )
 
     def generator(self, step: int, index: int) -> np.random.Generator:
         """Return the random numbers of one scene in one step, in whichever process it falls."""
         return np.random.default_rng([self._seed, step, index])
 
 
-def collect_scenes(tier: Preset, scenes: StoredScenes, indices: Sequence[int]) -> SceneBatch:
+def collect_scenes(preset: Preset, scenes: StoredScenes, indices: Sequence[int]) -> SceneBatch:
     """Collect some scenes as tensors."""
     rows = [scenes.objects[i] for i in indices]
-    attributes = np.zeros((len(rows), tier.num_objects[1], len(ATTRIBUTES)), np.int64)
-    centers = np.zeros((len(rows), tier.num_objects[1], 2), np.float32)
+    attributes = np.zeros((len(rows), preset.num_objects[1], len(ATTRIBUTES)), np.int64)
+    centers = np.zeros((len(rows), preset.num_objects[1], 2), np.float32)
     for row, objects in enumerate(rows):
         for number, item in enumerate(objects):
-            attributes[row, number] = encode_object(tier, item)
+            attributes[row, number] = encode_object(preset, item)
             centers[row, number] = item.center
     return SceneBatch(
         torch.from_numpy(np.stack([scenes.images[i] for i in indices])),
-        torch.from_numpy(np.stack([scenes.owners[i] for i in indices])),
+        torch.from_numpy(np.stack([scenes.instance_map[i] for i in indices])),
         torch.from_numpy(attributes),
         torch.from_numpy(centers),
         torch.tensor([len(objects) for objects in rows]),
     )
 
 
-def encode_object(tier: Preset, item: SceneObject) -> tuple[int, ...]:
+def encode_object(preset: Preset, item: SceneObject) -> tuple[int, ...]:
     """Number the attributes of an object as ``ATTRIBUTES`` lists them."""
     return (
-        tier.shapes.index(item.shape),
+        preset.shapes.index(item.shape),
         list(vocabulary.COLORS).index(item.color),
-        tier.textures.index(item.texture),
+        preset.textures.index(item.texture),
         vocabulary.SIZES.index(item.size),
         item.row - 1,
         item.column - 1,
     )
 
 
-def attribute_sizes(tier: Preset) -> tuple[int, ...]:
+def attribute_sizes(preset: Preset) -> tuple[int, ...]:
     """Count the values of each attribute."""
     grid = vocabulary.GRID_SIZE
     return (
-        len(tier.shapes),
+        len(preset.shapes),
         len(vocabulary.COLORS),
-        len(tier.textures),
+        len(preset.textures),
         len(vocabulary.SIZES),
         grid,
         grid,
     )
 
 
-def corpus(tier: Preset, seed: int = 0, num_scenes: int = 2000) -> list[str]:
+def corpus(preset: Preset, seed: int = 0, num_scenes: int = 2000) -> list[str]:
     """Write instructions and responses for the tokenizer to learn its words from."""
     words = [f" row{n} col{n}" for n in range(1, vocabulary.GRID_SIZE + 1)] * 50
-    words += [f" {thing}" for thing in tier.things] * 50
+    words += [f" {thing}" for thing in preset.things] * 50
     blank = np.zeros((1, 1, 3), np.uint8)
     for index in range(num_scenes):
-        scene = make_scene(tier, HELD_OUT_SEED - 1 - index)
-        lean = Scene(blank, scene.owners, scene.objects)
-        for question in ask(lean, tier, seed + index, 4):
+        scene = make_scene(preset, HELD_OUT_SEED - 1 - index)
+        lean = Scene(blank, scene.instance_map, scene.objects)
+        for question in ask_questions(lean, preset, seed + index, 4):
             words += [question.instruction, question.response]
     return words
 

@@ -29,13 +29,13 @@ TOKEN_SCALE = 0.5
 
 
 def build_tiny_state(
-    settings: TinyModel, tier: Preset, corpus: Callable[[], list[str]], seed: int
+    settings: TinyModel, preset: Preset, corpus: Callable[[], list[str]], seed: int
 ) -> TrainingState:
     """Build a small model with random weights or those it starts from; heads are always random.
 
     Args:
         settings: sizes, and what to start from.
-        tier: the world of the scenes.
+        preset: the world of the scenes.
         corpus: texts to learn a tokenizer from; not asked for where a checkpoint brings one.
         seed: of the random weights.
 
@@ -49,11 +49,11 @@ def build_tiny_state(
         ("model.policy.image_size", settings.policy.image_size),
         ("model.segmentation.sam.geometry.image_size", geometry.image_size),
     ):
-        if size != tier.image_size:
+        if size != preset.image_size:
             raise ValueError(
-                f"{name} is {size}; the scenes of the tier {tier.name!r} have {tier.image_size}"
+                f"{name} is {size}; the scenes of the tier {preset.name!r} have {preset.image_size}"
             )
-    sizes, width = attribute_sizes(tier), settings.policy.hidden_size
+    sizes, width = attribute_sizes(preset), settings.policy.hidden_size
     policy = None if settings.start else build_tiny_policy(settings.policy, corpus(), seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

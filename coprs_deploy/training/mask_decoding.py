@@ -88,24 +88,33 @@ def whole_images(count: int, geometry: Geometry, device: torch.device) -> Tensor
 
 
 def mask_metrics(prior_logits: Tensor, mask_logits: Tensor, masks: Tensor) -> dict[str, Mean]:
-    """Compare logits (N, 1, M, M), brought to the masks' size, with (N, S, S) bool masks."""
+    """Compute metrics of prior and mask logits on the ground truth's grid.
+
+    Args:
+        prior_logits: (N, 1, M, M); resized to the masks' size.
+        mask_logits: (N, 1, M, M); resized likewise.
+        masks: (N, S, S) bool ground truth.
+
+    Returns:
+        ``giou``, ``precision_at_50`` and ``prior_giou`` as means over the targets.
+    """
     iou = intersection_over_union(mask_logits.detach(), masks)
     prior_iou = intersection_over_union(prior_logits.detach(), masks)
     return {
-        "mask_iou": Mean.of(iou),
+        "giou": Mean.of(iou),
         "precision_at_50": Mean.of((iou > 0.5).float()),
-        "prior_iou": Mean.of(prior_iou),
+        "prior_giou": Mean.of(prior_iou),
     }
 
 
 def intersection_over_union(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return (N,) IoU of the thresholded logits with the masks."""
+    """Return (N,) IoU of the thresholded logits (N, 1, M, M) with masks (N, S, S)."""
     size = masks.shape[-2:]
-    grown = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    found = grown[:, 0] > 0
-    both = (found & masks).flatten(1).sum(1).float()
-    either = (found | masks).flatten(1).sum(1).float()
-    return both / either.clamp(min=1)
+    resized = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    found = resized[:, 0] > 0
+    intersection = (found & masks).flatten(1).sum(1).float()
+    union = (found | masks).flatten(1).sum(1).float()
+    return intersection / union.clamp(min=1)
 
 
 def fit_mask(mask: NDArray[np.bool_], unpadded: tuple[int, int], geometry: Geometry) -> Tensor:

@@ -201,10 +201,10 @@ def example_sets(recipe: Recipe, checkpoint: Checkpoint, workbench: TrainingStat
             features.require_encoder(workbench.segmentation)
         training, held_out = ExampleFile(data.training), ExampleFile(data.held_out)
         return ExampleSets(training, held_out, vision, recipe.seed, features)
-    tier = PRESETS[data.tier]
+    preset = PRESETS[data.preset]
     return ExampleSets(
-        SceneExamples(tier, data.num_training_scenes),
-        held_out_examples(tier, data.num_held_out_scenes, data.num_no_match_scenes),
+        SceneExamples(preset, data.num_training_scenes),
+        held_out_examples(preset, data.num_held_out_scenes, data.num_no_match_scenes),
         vision,
         recipe.seed,
     )

@@ -83,13 +83,13 @@ class SyntheticData(Record, frozen=True, tag_field="kind", tag="scenes"):
     A model that starts from a checkpoint is asked one question a scene.
 
     Attributes:
-        tier: which world the scenes come from.
+        preset: which world the scenes come from.
         num_training_scenes: how many different scenes are trained on.
         num_held_out_scenes: how many others the finished model is judged on, one question each.
         num_no_match_scenes: how many more it is asked about something that is not there.
     """
 
-    tier: Literal["plain", "full"] = "plain"
+    preset: Literal["plain", "full"] = "plain"
     num_training_scenes: int = 36_000
     num_held_out_scenes: int = 1024
     num_no_match_scenes: int = 256

@@ -73,8 +73,8 @@ def _read_ended(run: Path) -> dict[str, Any]:
 def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: int) -> str:
     """Write the model card from the figures of the run."""
     recipe, figures, fed = report["recipe"], report["generated"], report["teacher_forced"]
-    tier = PRESETS[recipe["data"]["tier"]]
-    kinds = [kind for kind in tier.kinds if kind != "none"]
+    preset = PRESETS[recipe["data"]["tier"]]
+    kinds = [kind for kind in preset.question_type_weights if kind != "none"]
     rows = ["all", *kinds]
 
     def row(kind: str) -> str:
@@ -97,12 +97,12 @@ def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: 
         f"- Policy: Qwen2.5-VL's architecture, width {policy['width']}, {policy['depth']} layers, "
         f"vision tower of width {policy['vision_hidden_size']} with {policy['vision_depth']} blocks.",
         f"- Segmentation: SAM's architecture, image encoder of width {sam['encoder_embed_dim']} with "
-        f"{sam['encoder_depth']} blocks, images of {tier.image_size} pixels.",
+        f"{sam['encoder_depth']} blocks, images of {preset.image_size} pixels.",
         f"- {size_bytes / 1e6:.1f} MB: checkpoint in {recipe['store']}, and the three graphs in "
         "float32.",
         "",
         "## What it was trained on",
-        *_world(tier, recipe["data"]["num_training_scenes"]),
+        *_world(preset, recipe["data"]["num_training_scenes"]),
         "",
         f"The recipe is `coprs_deploy/training/recipes/shipped.toml`, seed {recipe['seed']}, "
         f"{report['minutes']:.0f} minutes on {environment['machine']} in {recipe['precision']}.",
@@ -124,24 +124,24 @@ def card(report: Mapping[str, Any], environment: Mapping[str, Any], size_bytes: 
         "## Limits",
         "- Generated scenes only. A photograph is outside its world, and its answer then means "
         "nothing.",
-        f"- Its words: {', '.join(tier.shapes)}; the colors and textures of its scenes; small, "
+        f"- Its words: {', '.join(preset.shapes)}; the colors and textures of its scenes; small, "
         "medium, large; left, right, above, below, and the extremes of place and size.",
-        f"- {'One target' if tier.max_targets == 1 else f'Up to {tier.max_targets} targets'} an "
+        f"- {'One target' if preset.max_targets == 1 else f'Up to {preset.max_targets} targets'} an "
         "answer; instructions are noun phrases as in its training"
-        f"{', in many wordings' if tier.has_paraphrases else ', in one wording'}.",
+        f"{', in many wordings' if preset.has_paraphrases else ', in one wording'}.",
         "- Pictures are seen in a square of "
-        f"{tier.image_size} pixels: thin parts of a mask are as coarse as that.",
+        f"{preset.image_size} pixels: thin parts of a mask are as coarse as that.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _world(tier: Preset, num_scenes: int) -> list[str]:
+def _world(preset: Preset, num_scenes: int) -> list[str]:
     return [
-        f"{num_scenes:,} generated scenes of the tier `{tier.name}`: {tier.num_objects[0]} to "
-        f"{tier.num_objects[1]} objects, {len(tier.shapes)} shapes, {len(tier.textures)} textures, "
-        f"{len(tier.backgrounds)} kinds of background; questions of the kinds "
-        f"{', '.join(kind.replace('_', ' ') for kind in tier.kinds)}, asked afresh in each step. "
-        f"`coprs-deploy scenes --tier {tier.name} --out sheet.png` shows them.",
+        f"{num_scenes:,} generated scenes of the tier `{preset.name}`: {preset.num_objects[0]} to "
+        f"{preset.num_objects[1]} objects, {len(preset.shapes)} shapes, {len(preset.textures)} textures, "
+        f"{len(preset.backgrounds)} kinds of background; questions of the kinds "
+        f"{', '.join(kind.replace('_', ' ') for kind in preset.question_type_weights)}, asked afresh in each step. "
+        f"`coprs-deploy scenes --tier {preset.name} --out sheet.png` shows them.",
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.training.grpo.evaluation import standard_error
+from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.training.grpo.experiment_report import write_experiment_report
 from coprs_deploy.training.grpo.experiments import DAMAGED_FOLDER, damage
 from coprs_deploy.training.grpo.planned_experiments import RECIPE, experiments

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.artifacts import write_json
+from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.specs import Record
-from coprs_deploy.training.grpo.evaluation import standard_error
 from coprs_deploy.training.grpo.planned_experiments import (
     DAMAGE,
     RECIPE,

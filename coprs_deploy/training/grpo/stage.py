@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import QuestionCollector
 from coprs_deploy.training.grpo.distribution import whole_policy
-from coprs_deploy.training.grpo.evaluation import figures, judge
+from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.samples import write_samples
 from coprs_deploy.training.grpo.scores import ResponseReader
@@ -165,15 +165,15 @@ class _GrpoRun:
 
     def look(self, trainer: JointTrainer, step: int) -> dict[str, float]:
         """Judge the weights as they are on held-out examples."""
-        answers = judge(trainer, self.held_out)
-        found = figures(answers)
+        evaluated = evaluate_policy(trainer, self.held_out)
+        found = summarize(evaluated)
         if self.accelerator.is_main_process:
             kept = self.folder.path / HELD_OUT_FOLDER / self.name
             kept.mkdir(parents=True, exist_ok=True)
-            rows = [asdict(answer) for answer in answers]
+            rows = [each.to_json() for each in evaluated]
             write_json(kept / f"step-{step:06d}.json", {"answers": rows})
             self._write(step, {f"held_out.{key}": value for key, value in found.items()})
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if "." not in k)
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if not k.endswith("_stderr"))
             print(f"{self.name:<14} {step:>6} held out: {shown}", file=sys.stderr, flush=True)
             write_samples(
                 trainer, self.folder.path / SAMPLES_FOLDER / self.name, step, self.settings.samples

@@ -68,14 +68,14 @@ def test_a_setting_changes_one_value():
         "demo",
         [
             "phases.reasoning.steps=7",
-            "data.tier=full",
+            "data.preset=full",
             "phases.reasoning.optimizer.betas=[0.9, 0.99]",
             "phases.together.gates.mask_iou=0.5",
         ],
     )
     assert changed.phases["reasoning"].steps == 7
     assert changed_keys(plain, changed) == [
-        "data.tier",
+        "data.preset",
         "phases.reasoning.optimizer.betas",
         "phases.reasoning.steps",
         "phases.together.gates.mask_iou",
@@ -90,7 +90,7 @@ def test_a_setting_changes_one_value():
         ("sed=1", "did you mean seed"),
         ("phases.reasoning.steps=many", "Expected `int`"),
         ("phases.reasoning.steps=0", "must be at least 1"),
-        ("data.tier=plane", "Invalid enum value 'plane'"),
+        ("data.preset=plane", "Invalid enum value 'plane'"),
         ("seed", "takes key=value"),
         ("model.segmentation.policy_hidden_size=96", "must be equal"),
     ],

@@ -108,7 +108,7 @@ def test_a_run_leaves_a_checkpoint_and_its_report(whole_run):
     checkpoint = read_checkpoint(whole_run / "checkpoint")
     assert checkpoint.config.policy_image.max_pixels == 128**2
     report = json.loads((whole_run / "report.json").read_text())
-    assert {"mask_iou", "right_object", "no_match_recall"} <= set(report["teacher_forced"])
+    assert {"giou", "object_accuracy", "no_match_recall"} <= set(report["teacher_forced"])
     assert len(report["answers"]) == 4
     assert report["phases"]["together"]["facts"]["join_r2"] <= 1
     page = (whole_run / "report.md").read_text()

@@ -9,12 +9,12 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.evaluation.evaluator import score_examples
+from coprs_deploy.evaluation.evaluator import evaluate, predict_with
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.grpo.batch import GroundTruth, QuestionCollector
-from coprs_deploy.training.grpo.evaluation import figures, judge, standard_error
+from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
 from coprs_deploy.training.grpo.scores import DecodedMasks, mask_scores, overlaps, row_losses
 from coprs_deploy.training.losses import segmentation_losses
 from coprs_deploy.training.settings import SegmentationLossWeights
@@ -87,9 +87,9 @@ def test_both_families_learn_with_several_targets(family, request, make_bench, p
     assert any(n.startswith("segmentation.prior") for n in moved)
     assert len(bench.lines) == 2
     assert all(np.isfinite(line["loss"]) for line in bench.lines)
-    answers = judge(bench.trainer, pictures)
-    assert [answer.id for answer in answers] == ["two", "one", "none", "other"]
-    assert [answer.num_targets for answer in answers] == [2, 1, 0, 1]
+    evaluated = evaluate_policy(bench.trainer, pictures)
+    assert [each.score.id for each in evaluated] == ["two", "one", "none", "other"]
+    assert [each.score.num_targets for each in evaluated] == [2, 1, 0, 1]
 
 
 def test_memory_is_saved_without_another_gradient(make_bench):
@@ -186,24 +186,18 @@ def test_an_example_with_too_many_targets_is_refused(make_bench, pictures):
 
 
 @pytest.mark.slow
-def test_an_answer_is_judged_as_the_runtime_gives_it(make_bench):
+def test_evaluate_policy_agrees_with_the_runtime(make_bench):
     examples = held_out_examples(PRESETS["plain"], 6, 2)
-    answers = judge(make_bench(max_response_tokens=128).trainer, examples)
+    evaluated = evaluate_policy(make_bench(max_response_tokens=128).trainer, examples)
     with CoPRS.load() as coprs:
-        scored = list(score_examples(coprs.segment, examples, 1))
-    for ours, theirs in zip(answers, scored, strict=True):
-        assert ours.response == theirs.given.response
-        assert ours.mask_iou == pytest.approx(theirs.score.mask.iou, abs=2e-3)
-        assert ours.prior_iou == pytest.approx(theirs.score.prior.iou, abs=2e-3)
-    found = figures(answers)
-    assert found["mask_iou"] > 0.9
-    assert found["is_counted"] == 1
-
-
-def test_the_standard_error_is_that_of_the_mean():
-    values = [0.2, 0.4, 0.9, 0.5]
-    assert standard_error(values) == pytest.approx(np.std(values, ddof=1) / 2)
-    assert np.isnan(standard_error([0.3]))
+        expected = evaluate(predict_with(coprs.segment, 1), examples)
+    for ours, theirs in zip(evaluated, expected, strict=True):
+        assert ours.response == theirs.response
+        assert ours.score.mask_iou == pytest.approx(theirs.score.mask_iou, abs=2e-3)
+        assert ours.score.prior_iou == pytest.approx(theirs.score.prior_iou, abs=2e-3)
+    metrics = summarize(evaluated)
+    assert metrics["giou"] > 0.9
+    assert metrics["count_accuracy"] == 1
 
 
 def test_known_embeddings_are_those_of_the_encoder(make_bench, pictures, tmp_path):
