@@ -90,11 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.estimate import Gpu, estimate, estimate_page
+    from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
-    found = estimate(recipe, arguments.gpus, Gpu(memory_gb=arguments.gpu_memory))
+    found = estimate(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
     if arguments.json:
         print_json({name: one.to_json() for name, one in found.items()})
     else:

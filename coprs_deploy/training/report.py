@@ -52,7 +52,7 @@ def page(report: Mapping[str, Any]) -> str:
         if not result["gates"]:
             lines.append(f"{start} | | | |")
     for name, result in report["phases"].items():
-        if "before.reward" in result.get("facts", {}):
+        if "before/reward" in result.get("facts", {}):
             lines += before_and_after(name, result)
     if "generated" not in report:
         return "\n".join(lines) + "\n"
@@ -75,7 +75,7 @@ def before_and_after(name: str, result: Mapping[str, Any]) -> list[str]:
     lines = ["", f"Held-out examples, greedy answers, before and after {name}:", ""]
     lines += ["| | before | after |", "|---|---|---|"]
     for figure, after in result["metrics"].items():
-        before = result["facts"][f"before.{figure}"]
+        before = result["facts"][f"before/{figure}"]
         words = figure.replace("error.", "standard error of ").replace("_", " ")
         lines.append(f"| {words} | {before:.4f} | {after:.4f} |")
     return lines
@@ -122,14 +122,14 @@ def plot_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> Non
 
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("reward", ("reward", "reward.mask", "reward.format", "held_out.reward")),
-    ("overlap with the truth", ("mask_iou", "prior_iou", "held_out.mask_iou")),
-    ("losses", ("loss", "loss.policy", "loss.prior_bce", "loss.mask_dice", "loss.mask_focal")),
-    ("divergence and entropy", ("kl", "entropy", "clip_fraction")),
+    ("reward", ("reward", "rewards/mask/mean", "rewards/format/mean", "eval/reward")),
+    ("gIoU of masks and priors", ("giou", "prior_giou", "eval/giou")),
+    ("losses", ("loss", "loss/policy", "loss/prior_bce", "loss/mask_dice", "loss/mask_focal")),
+    ("divergence and entropy", ("kl", "entropy", "clip_ratio/region_mean")),
     ("gradient norm", ("grad_norm",)),
-    ("rates", ("rate.",)),
+    ("learning rates", ("learning_rate/",)),
 )
-"""Title, and the figures of the log that are drawn; a name that ends in a dot stands for all."""
+"""Title, and the figures of the log that are drawn; a name that ends in a slash stands for all."""
 
 
 def plot_grpo_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -139,14 +139,14 @@ def plot_grpo_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -
     for axes, (title, wanted) in zip(grid.flat, PANELS, strict=True):
         for key in sorted({k for line in lines for k in line if _is_wanted(k, wanted)}):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            is_look = key.startswith("held_out.")
+            is_look = key.startswith("eval/")
             style: dict[str, Any] = {"linewidth": 1.0}
             if is_look:
                 style = {"marker": "o", "markersize": 4, "linewidth": 1.6}
             axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
         axes.set(xlabel="step", title=title)
         axes.grid(alpha=0.3)
-        if title == "rates":
+        if title == "learning rates":
             axes.set_yscale("log")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
@@ -157,4 +157,4 @@ def plot_grpo_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -
 
 
 def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
-    return any(key.startswith(name) if name.endswith(".") else key == name for name in wanted)
+    return any(key.startswith(name) if name.endswith("/") else key == name for name in wanted)

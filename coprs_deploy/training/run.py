@@ -147,16 +147,16 @@ def train_on_examples(
             results[name] = trainer.run(phase)
         elif isinstance(settings, GrpoSettings):
             run_grpo = import_grpo()
-            context = run_grpo.RunContext(
+            context = run_grpo.GrpoContext(
                 recipe=recipe,
                 accelerator=accelerator,
-                folder=folder,
-                workbench=workbench,
+                directory=folder,
+                state=workbench,
                 examples=examples,
                 steps_before=sum(result["steps"] for result in results.values()),
                 policy_path=None if results else checkpoint.policy_path,
             )
-            results[name] = run_grpo.run_grpo_phase(name, settings, context)
+            results[name] = run_grpo.run_grpo_stage(name, settings, context)
         else:
             raise ValueError(
                 f"phases.{name} is neither supervised nor grpo; a checkpoint takes no other phase"

@@ -101,16 +101,16 @@ def standard_error(values: Sequence[float]) -> float:
 
 def _judge_batch(trainer: JointTrainer, examples: Sequence[Example]) -> list[EvaluatedCompletion]:
     parts = trainer.parts
-    questions = [parts.collector.question(example, i) for i, example in enumerate(examples)]
-    parts.processor.forget()
+    questions = [parts.collator.item(example, i) for i, example in enumerate(examples)]
+    parts.processor.clear_cache()
     responses = generate_greedily(trainer, questions)
-    truth = parts.collector.truth(questions, trainer.accelerator.device)
+    truth = parts.collator.ground_truth(questions, trainer.accelerator.device)
     decoded = trainer.decode(questions, truth, responses)
     counts = truth.num_targets.tolist()
     forms = parts.reader.format_scores(responses, counts)
     scores = mask_scores(decoded, truth).float().cpu()
-    rewards = total_reward(scores, torch.tensor(forms), parts.settings.reward).tolist()
-    parts.processor.forget()
+    rewards = total_reward(scores, torch.tensor(forms), parts.settings.reward_weights).tolist()
+    parts.processor.clear_cache()
     answers = []
     for row, example in enumerate(examples):
         found = decoded.is_found[row]
@@ -139,8 +139,8 @@ def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[l
     from trl.models import unwrap_model_for_generation
 
     processor = trainer.parts.processor
-    pictures = [question.picture for question in questions]
-    prompts = [processor.encode(q.example.instruction, q.picture) for q in questions]
+    pictures = [question.image for question in questions]
+    prompts = [processor.encode(q.example.instruction, q.image) for q in questions]
     fields = processor.tensors(prompts, pictures)
     device = trainer.accelerator.device
     ends = set(trainer.eos_token_ids)
@@ -167,7 +167,7 @@ def _at_picture_size(
     trainer: JointTrainer, example: Example, logits: torch.Tensor
 ) -> NDArray[np.bool_]:
     """Bring (N, M, M) logits to the picture's size and cut them, (N, H, W)."""
-    geometry = trainer.parts.collector.geometry
+    geometry = trainer.parts.collator.geometry
     if not len(logits):
         return np.zeros((0, *example.image.shape[:2]), np.bool_)
     source = prepare_image(example.image, geometry)
