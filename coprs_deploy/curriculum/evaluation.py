@@ -110,7 +110,7 @@ class SceneEvaluator:
     """Answers questions with the parts of a model in training and compares with the truth.
 
     Args:
-        workbench: the model.
+        state: the model.
         scenes: the scenes that the questions are about.
         forward: the policy's forward pass in float32.
         packer: its prompt.
@@ -118,16 +118,16 @@ class SceneEvaluator:
 
     def __init__(
         self,
-        workbench: TrainingState,
+        state: TrainingState,
         scenes: StoredScenes,
         forward: PackedForward,
         packer: QuestionPacker,
     ) -> None:
-        self._workbench = workbench
+        self._state = state
         self._scenes = scenes
         self._forward = forward
         self._packer = packer
-        self._device = next(workbench.segmentation.parameters()).device
+        self._device = next(state.segmentation.parameters()).device
 
     def judge(
         self,
@@ -145,7 +145,7 @@ class SceneEvaluator:
         mine = list(questions)
         if accelerator is not None:
             mine = mine[accelerator.process_index :: accelerator.num_processes]
-        model = self._workbench.policy.model
+        model = self._state.policy.model
         was_training = model.training
         model.eval()
         answers: list[EvaluatedResponse] = []
@@ -166,7 +166,7 @@ class SceneEvaluator:
             images: (S, S, 3) uint8 each.
             instructions: one an image.
         """
-        policy = self._workbench.policy
+        policy = self._state.policy
         prompts = [self._packer.encode_prompt(text) for text in instructions]
         width, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self._device)
@@ -187,7 +187,7 @@ class SceneEvaluator:
     def _judge_batch(
         self, questions: Sequence[HeldOutQuestion], generates: bool
     ) -> list[EvaluatedResponse]:
-        policy = self._workbench.policy
+        policy = self._state.policy
         images = [self._scenes.images[item.index] for item in questions]
         wanted = [
             policy.tokenizer(item.question.response + END_TOKEN)["input_ids"] for item in questions
@@ -215,7 +215,7 @@ class SceneEvaluator:
         self, images: Sequence[Any], rows: Tensor, concentrations: Tensor
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Decode each target on its image: prior and mask at the picture's size, (N, H, W)."""
-        model = self._workbench.segmentation
+        model = self._state.segmentation
         geometry = model.config.geometry
         prepared = [prepare_image(image, geometry) for image in images]
         shape = (0, *images[0].shape[:2])
@@ -253,7 +253,7 @@ class SceneEvaluator:
             overlaps = [overlap(mask, other).iou for other in everything]
             if max(overlaps) > LEAST_OVERLAP:
                 meant.add(int(np.argmax(overlaps)))
-        tokenizer = self._workbench.policy.tokenizer
+        tokenizer = self._state.policy.tokenizer
         response = read_response(
             list(ids),
             self._packer.reference_id,
@@ -307,10 +307,10 @@ def _figures(answers: Sequence[EvaluatedResponse]) -> dict[str, float]:
     if not answers:
         return {}
     return {
-        "mask_iou": float(np.mean([a.mask_iou for a in answers])),
+        "giou": float(np.mean([a.mask_iou for a in answers])),
         "precision_at_50": float(np.mean([a.mask_iou > 0.5 for a in answers])),
-        "right_object": float(np.mean([a.is_right for a in answers])),
-        "prior_iou": float(np.mean([a.prior_iou for a in answers])),
-        "text_right": float(np.mean([a.names_targets for a in answers])),
-        "exact": float(np.mean([a.is_exact for a in answers])),
+        "object_accuracy": float(np.mean([a.is_right for a in answers])),
+        "prior_giou": float(np.mean([a.prior_iou for a in answers])),
+        "location_accuracy": float(np.mean([a.names_targets for a in answers])),
+        "exact_match": float(np.mean([a.is_exact for a in answers])),
     }

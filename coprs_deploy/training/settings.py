@@ -1,4 +1,8 @@
-"""What a recipe says about its phases: steps, how weights move, and what each kind adds."""
+"""Settings of models, data, optimizers and stages in a recipe.
+
+Nothing here imports torch or TRL: ``train --list`` and the documentation read these records. The
+stages of the tiny model are in :mod:`coprs_deploy.curriculum.recipe`.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from coprs_deploy.specs import Record
 
 
 class SegmentationLossWeights(Record, frozen=True):
-    """How the parts of the segmentation loss are added up (paper, eq. 8 and appendix B.3).
+    """Weights of the single segmentation losses (paper, eq. 8 and appendix B.3).
 
     Attributes:
         prior_bce: binary cross-entropy of the prior.
-        prior_dice: dice of the prior (public code only; off in the paper).
-        mask_dice: dice of the mask, lambda_d.
+        prior_dice: dice loss of the prior (public code only; off in the paper).
+        mask_dice: dice loss of the mask, lambda_d.
         mask_focal: focal loss of the mask, lambda_f.
-        mask_bce: binary cross-entropy of the mask, an addition of this project that small models
-            trained from nothing need for sharp edges.
+        mask_bce: binary cross-entropy of the mask, an addition of this project: tiny models
+            trained from random weights need it for sharp edges.
     """
 
     prior_bce: float = 1.0
@@ -62,15 +66,15 @@ class RewardWeights(Record, frozen=True):
 
 
 class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
-    """A model that starts from a checkpoint directory, as ``coprs-deploy convert`` writes it.
+    """Model that starts from a checkpoint directory, as ``coprs-deploy convert`` writes it.
 
     Attributes:
-        path: the checkpoint directory; empty takes the model that comes with the package.
-        policy: name of the policy's size, as ``coprs-deploy convert --random`` knows it; empty
-            where only the checkpoint knows.
-        sam: name of SAM's size; empty likewise.
-        freeze_vision_tower: whether the policy's vision tower stays as it is.
-        gradient_checkpointing: whether activations are computed twice to save memory.
+        path: checkpoint directory; empty for the demo model of the package.
+        policy: name of the policy's size, as in ``coprs-deploy convert --random``; needed by
+            ``--estimate`` only.
+        sam: name of SAM's size; needed by ``--estimate`` only.
+        freeze_vision_tower: whether the policy's vision tower is frozen.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
     """
 
     path: str = ""
@@ -80,30 +84,31 @@ class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
     gradient_checkpointing: bool = True
 
 
-class SyntheticData(Record, frozen=True, tag_field="kind", tag="scenes"):
-    """Generated scenes; a small model is asked afresh each time a scene is shown.
+class SyntheticData(Record, frozen=True, tag_field="kind", tag="synthetic"):
+    """Generated scenes.
 
-    A model that starts from a checkpoint is asked one question a scene.
+    A tiny model gets new questions each time a scene is shown; a model that starts from a
+    checkpoint gets one fixed question per scene.
 
     Attributes:
-        tier: which world the scenes come from.
-        num_training_scenes: how many different scenes are trained on.
-        num_held_out_scenes: how many others the finished model is judged on, one question each.
-        num_no_match_scenes: how many more it is asked about something that is not there.
+        preset: difficulty preset of the scenes.
+        num_training_scenes: number of training scenes.
+        num_held_out_scenes: number of held-out scenes, one question each.
+        num_no_match_scenes: number of further held-out scenes with a no-match question each.
     """
 
-    tier: Literal["plain", "full"] = "plain"
+    preset: Literal["plain", "full"] = "plain"
     num_training_scenes: int = 36_000
     num_held_out_scenes: int = 1024
     num_no_match_scenes: int = 256
 
 
 class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
-    """Examples in files (image, instruction, masks, reasoning).
+    """Example files (image, instruction, masks, reasoning).
 
     Attributes:
-        training: file to train on.
-        held_out: file to judge the model on.
+        training: file of training examples.
+        held_out: file of held-out examples.
         features: folder of image embeddings, as ``coprs-deploy features`` writes it; empty
             computes them in every step.
     """
@@ -114,113 +119,88 @@ class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
 
 
 class Optimizer(Record, frozen=True):
-    """How weights move.
+    """Optimizer and learning-rate schedule.
 
     Attributes:
-        rate: learning rate at its peak.
-        lr_multipliers: multiples of the rate by the first part of a parameter's name (``prior``,
+        learning_rate: peak learning rate.
+        lr_multipliers: learning-rate multipliers by a part of a parameter's name (``prior``,
             ``prompt_encoder``, ``mask_decoder``, ``image_encoder``, ``policy``).
-        muon: whether hidden matrices are moved by Muon, the rest by AdamW.
+        name: ``muon`` (Muon for hidden matrices, AdamW for the rest) or ``adamw``.
         weight_decay: decoupled weight decay.
-        betas: decay of AdamW's two moments.
-        clip: largest norm of the whole gradient.
-        warmup_steps: steps over which the rate rises linearly.
-        decay: ``linear`` or ``cosine``.
-        lr_decay_ratio: share of the steps, at the end, over which the rate falls.
-        floor: the rate at the end, as a share of its peak.
+        betas: AdamW's betas.
+        max_grad_norm: largest norm of the whole gradient.
+        warmup_steps: steps of linear warm-up.
+        lr_decay_type: ``linear`` or ``cosine``.
+        lr_decay_ratio: share of the steps, at the end, over which the learning rate decays.
+        min_lr_ratio: final learning rate as a share of the peak.
     """
 
-    rate: float = 2e-3
+    learning_rate: float = 2e-3
     lr_multipliers: dict[str, float] = {}
-    muon: bool = True
+    name: Literal["muon", "adamw"] = "muon"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     warmup_steps: int = 60
-    decay: Literal["linear", "cosine"] = "linear"
+    lr_decay_type: Literal["linear", "cosine"] = "linear"
     lr_decay_ratio: float = 0.6
-    floor: float = 0.02
+    min_lr_ratio: float = 0.02
 
 
 class StageSettings(Record, frozen=True):
-    """What all phases have.
+    """Settings of every stage.
 
     Attributes:
-        steps: updates of the weights.
-        global_batch_size: images an update, over all processes together.
-        optimizer: how weights move.
-        eval_steps: steps between two looks at held-out scenes; 0 for the end only.
-        num_eval_examples: held-out scenes of one look.
-        gates: what the phase must reach at its end: metric to smallest value.
+        max_steps: number of weight updates.
+        global_batch_size: images per update, over all processes together.
+        optimizer: optimizer and learning-rate schedule.
+        eval_steps: steps between two evaluations; 0 evaluates at the end only.
+        num_eval_examples: held-out scenes or examples per evaluation.
+        thresholds: acceptance thresholds at the end of the stage, metric to smallest value.
     """
 
-    steps: int
+    max_steps: int
     global_batch_size: int = 32
     optimizer: Optimizer = Optimizer()
     eval_steps: int = 0
     num_eval_examples: int = 256
-    gates: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "num_eval_examples"):
+        for name in ("max_steps", "global_batch_size", "num_eval_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supervised"):
-    """The policy learns to reason, and with segmentation losses the whole model to answer.
+    """Supervised stage on examples: cross-entropy on the response, and segmentation losses.
 
     Attributes:
-        questions_per_image: questions asked on one image at most.
-        kinds: weight of each kind of question; empty takes the tier's own.
-        initial_question_type_weights: the same for the first steps, simple ones first.
-        initial_ratio: share of the steps that take ``initial_question_type_weights``.
-        max_packed_length: tokens of one image with its questions behind it; what does not fit is left
-            out, long questions first (``left_out`` in the log is their share). 0 gives each
-            question a row of its own and takes the policy's own forward pass.
-        language_loss_weight: of the cross-entropy on the response.
-        location_token_weight: how much a token that names a place counts, as a label.
-        reference_head_loss_weight: of a throw-away head that reads the target from ``<REF_POS>``.
-        auxiliary_loss_weight: of the warm-up's heads; falls with the learning rate.
-        segmentation_loss_weight: of the segmentation losses (lambda_SEG); 0 leaves them out.
-        segmentation_ratio: share of the answers that the segmentation losses are computed on.
-        weights: of the segmentation losses among themselves.
-        join: first solve for the query head that maps the policy's states to the queries that the
-            segmentation path was trained with.
-        train_image_encoder: whether SAM's image encoder learns too.
-        compile: whether the transformer blocks are compiled.
+        language_loss_weight: weight of the cross-entropy on the response.
+        segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
+        loss_weights: weights of the single segmentation losses.
+        train_image_encoder: whether SAM's image encoder is trained.
     """
 
-    questions_per_image: int = 4
-    kinds: dict[str, float] = {}
-    initial_question_type_weights: dict[str, float] = {}
-    initial_ratio: float = 0.0
-    max_packed_length: int = 0
     language_loss_weight: float = 1.0
-    location_token_weight: float = 1.0
-    reference_head_loss_weight: float = 0.0
-    auxiliary_loss_weight: float = 0.0
     segmentation_loss_weight: float = 0.0
-    segmentation_ratio: float = 1.0
-    weights: SegmentationLossWeights = SegmentationLossWeights()
-    join: bool = False
+    loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     train_image_encoder: bool = False
-    compile: bool = False
 
 
 PAPER_OPTIMIZER = Optimizer(
-    rate=1.6e-6,
+    learning_rate=1.6e-6,
     lr_multipliers={"prior": 25.0, "prompt_encoder": 10.0, "mask_decoder": 5.0},
-    muon=False,
+    name="adamw",
     weight_decay=0.01,
     betas=(0.9, 0.999),
-    clip=1.0,
+    max_grad_norm=1.0,
     warmup_steps=0,
-    decay="cosine",
+    lr_decay_type="cosine",
     lr_decay_ratio=1.0,
-    floor=1 / 6.7,
+    min_lr_ratio=1 / 6.7,
 )
-"""AdamW under one cycle without a rise, from the peak down to 1/6.7 of it (paper, B.3)."""
+"""AdamW, cosine decay from the peak to 1/6.7 of it, without warm-up (paper, B.3)."""
 
 
 class Lora(Record, frozen=True):
@@ -337,8 +317,10 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
-        if self.optimizer.muon:
-            raise ValueError("optimizer.muon is set; GRPO moves weights by AdamW: muon = false")
+        if self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.name is {self.optimizer.name!r}; accepted for GRPO: 'adamw'"
+            )
 
     def loss_weights_at(self, step: int) -> SegmentationLossWeights:
         """Return the weights of the segmentation losses in a step, counted from 0."""
