@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coprs_deploy.curriculum.packed_forward import PackedForward
-from coprs_deploy.curriculum.packing import Answered, QuestionPacker
+from coprs_deploy.curriculum.packing import InstructionResponse, QuestionPacker
 from coprs_deploy.curriculum.scenes import StoredScenes, policy_pixels
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.synthetic.examples import with_kinds
@@ -194,7 +194,9 @@ class SceneEvaluator:
         ]
         instructions = [item.question.instruction for item in questions]
         written = self.generate(images, instructions) if generates else wanted
-        pairs: list[list[Answered]] = [[pair] for pair in zip(instructions, written, strict=True)]
+        pairs: list[list[InstructionResponse]] = [
+            [pair] for pair in zip(instructions, written, strict=True)
+        ]
         rows = self._packer.pack(pairs)
         rows = type(rows)(*(tensor.to(self._device) for tensor in rows))
         pixels = policy_pixels(

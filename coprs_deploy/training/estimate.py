@@ -190,7 +190,7 @@ def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str,
     policy, segmentation = build_on_meta(model)
     sizes = policy_sizes(policy)
     estimates = {}
-    for name, settings in recipe.phases.items():
+    for name, settings in recipe.stages.items():
         stage = _StageEstimator(
             recipe, settings, sizes, segmentation, gpus=gpus, gpu=gpu or GpuSpec()
         )

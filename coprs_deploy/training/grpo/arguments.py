@@ -81,7 +81,7 @@ def grpo_arguments(
     )
     return GRPOConfig(
         output_dir=str(output_dir),
-        max_steps=settings.steps,
+        max_steps=settings.max_steps,
         per_device_train_batch_size=per_pass,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
@@ -102,8 +102,8 @@ def grpo_arguments(
         scale_rewards="group",
         reward_weights=[settings.reward_weights.mask, settings.reward_weights.format],
         mask_truncated_completions=settings.mask_truncated_completions,
-        learning_rate=settings.optimizer.rate,
-        max_grad_norm=settings.optimizer.clip,
+        learning_rate=settings.optimizer.learning_rate,
+        max_grad_norm=settings.optimizer.max_grad_norm,
         bf16=recipe.precision == "bf16",
         gradient_checkpointing=checkpointing,
         use_cpu=not torch.cuda.is_available(),

@@ -89,10 +89,10 @@ def check_sharding_settings(settings: GrpoSettings) -> None:
             f"lora.r is {settings.lora.r}; accepted with a sharded policy (FSDP): 0; adapters are "
             "merged from whole weights, so start without an FSDP configuration"
         )
-    if settings.optimizer.clip <= 0:
+    if settings.optimizer.max_grad_norm <= 0:
         raise ValueError(
-            f"optimizer.clip is {settings.optimizer.clip}; accepted with a sharded policy (FSDP): "
-            "a value above 0"
+            f"optimizer.max_grad_norm is {settings.optimizer.max_grad_norm}; accepted with a "
+            "sharded policy (FSDP): a value above 0"
         )
 
 

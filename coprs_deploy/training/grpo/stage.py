@@ -32,7 +32,7 @@ from coprs_deploy.training.run_directory import WEIGHTS_FILE, RunDirectory
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.state import TrainingState
 from coprs_deploy.training.supervised_stage import ExampleSets
-from coprs_deploy.training.trainer import gate_results
+from coprs_deploy.training.trainer import threshold_results
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,10 +75,10 @@ def run_grpo_stage(name: str, settings: GrpoSettings, context: GrpoContext) -> d
     Raises:
         ValueError: settings and data do not fit together.
     """
-    result = context.directory.phase_result(name)
+    result = context.directory.stage_result(name)
     if result is None:
         return _GrpoStage(name, settings, context).run()
-    file = context.directory.phase(name) / WEIGHTS_FILE
+    file = context.directory.stage(name) / WEIGHTS_FILE
     context.state.load_state_dict(torch.load(file, weights_only=True))
     return result
 
@@ -100,7 +100,7 @@ class _GrpoStage:
             held_out[: min(settings.num_eval_examples, len(held_out))]
         )
         self._context = context
-        self._path = context.directory.phase(name)
+        self._path = context.directory.stage(name)
         self._seconds_before = 0.0
         self._start = time.perf_counter()
 
@@ -115,21 +115,21 @@ class _GrpoStage:
         attachment = Attachment(policy, head, reference_id)
         trainer = self._trainer(policy, reference_id)
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
-        metrics = self.evaluate(trainer, self.settings.steps)
+        metrics = self.evaluate(trainer, self.settings.max_steps)
         seconds = self.seconds()
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         self._take_weights(trainer, attachment)
         result = {
-            "steps": self.settings.steps,
+            "steps": self.settings.max_steps,
             "seconds": seconds,
             "metrics": metrics,
-            "facts": self.init_metrics,
-            "gates": gate_results(self.settings.gates, metrics),
+            "init_metrics": self.init_metrics,
+            "thresholds": threshold_results(self.settings.thresholds, metrics),
             "parameters": num_trainable,
         }
         if self.accelerator.is_main_process:
             torch.save(self.state.state_dict(), self._path / WEIGHTS_FILE)
-            self.directory.finish_phase(self.name, result)
+            self.directory.finish_stage(self.name, result)
             shutil.rmtree(self._path / REFERENCE_FOLDER, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return result
@@ -159,9 +159,9 @@ class _GrpoStage:
     def log(self, step: int, line: dict[str, float]) -> None:
         """Write the metrics of a step, under TRL's names and ours."""
         self._write(step, {name: value for name, value in line.items() if value is not None})
-        seconds_left = self.seconds() / max(1, step) * (self.settings.steps - step)
+        seconds_left = self.seconds() / max(1, step) * (self.settings.max_steps - step)
         print(
-            f"{self.name:<14} {step:>6}/{self.settings.steps}  reward {line['reward']:7.4f}  "
+            f"{self.name:<14} {step:>6}/{self.settings.max_steps}  reward {line['reward']:7.4f}  "
             f"loss {line['loss']:8.4f}  {self.seconds() / 60:6.1f} min, "
             f"{seconds_left / 60:.1f} left",
             file=sys.stderr,
@@ -172,7 +172,7 @@ class _GrpoStage:
         """Turn the checkpoint that transformers wrote into the state to resume from."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            progress = {"step": step, "seconds": self.seconds(), "facts": self.init_metrics}
+            progress = {"step": step, "seconds": self.seconds(), "init_metrics": self.init_metrics}
             self.directory.commit_state(self.name, self._path / f"checkpoint-{step}", progress)
         self.accelerator.wait_for_everyone()
 
@@ -183,7 +183,7 @@ class _GrpoStage:
         if latest is not None:
             progress = latest[1]
             step = progress["step"]
-            self._seconds_before, self.init_metrics = progress["seconds"], progress["facts"]
+            self._seconds_before, self.init_metrics = progress["seconds"], progress["init_metrics"]
         if self.accelerator.is_main_process:
             self._path.mkdir(parents=True, exist_ok=True)
             self.directory.rewind_log(self.name, step)
@@ -193,7 +193,7 @@ class _GrpoStage:
         return latest[0] if latest else None
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        position = {"phase": self.name, "step": step, "seconds": self.seconds()}
+        position = {"stage": self.name, "step": step, "seconds": self.seconds()}
         self.directory.log({**position, **metrics})
         self.accelerator.log(
             {f"{self.name}/{key}": value for key, value in metrics.items()},
@@ -281,7 +281,7 @@ class _StageCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         stage = self._stage
         eval_steps = stage.settings.eval_steps
-        if state.global_step == stage.settings.steps:
+        if state.global_step == stage.settings.max_steps:
             control.should_log = True
         elif eval_steps and state.global_step % eval_steps == 0:
             stage.evaluate(self.trainer, state.global_step)
@@ -295,6 +295,6 @@ def prompt_order(examples: Sequence[Example], settings: GrpoSettings, seed: int)
     from datasets import Dataset
 
     order = EpochOrder(len(examples), seed)
-    rollouts = -(-settings.steps // settings.num_iterations)
+    rollouts = -(-settings.max_steps // settings.num_iterations)
     count = rollouts * settings.global_batch_size
     return Dataset.from_dict({"index": [order[position] for position in range(count)]})

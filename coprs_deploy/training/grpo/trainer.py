@@ -41,7 +41,7 @@ from coprs_deploy.training.grpo.scores import (
     row_losses,
 )
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optim import build_optimizers, relative_rate
+from coprs_deploy.training.optim import build_optimizers, lr_factor
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.stage import reduce_means
 
@@ -285,7 +285,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
             settings = self.parts.settings.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: relative_rate(settings, step, num_training_steps),
+                lambda step: lr_factor(settings, step, num_training_steps),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -329,7 +329,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     def _learning_rates(self) -> dict[str, float]:
         """Return the learning rate of each part."""
         settings, group = self.parts.settings.optimizer, self.optimizer.param_groups[0]
-        current = settings.rate * group["lr"] / group["peak_rate"]
+        current = settings.learning_rate * group["lr"] / group["peak_lr"]
         rates = {"policy": current}
         rates |= {name: factor * current for name, factor in settings.lr_multipliers.items()}
         return {f"learning_rate/{name}": rate for name, rate in rates.items()}

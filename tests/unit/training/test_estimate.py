@@ -178,7 +178,7 @@ def test_features_take_the_image_encoder_off_the_gpu():
 
 def test_a_supervised_phase_has_an_estimate():
     recipe = load_recipe("qwen2_5_vl_3b")
-    assert isinstance(recipe.phases["supervised"], SupervisedSettings)
+    assert isinstance(recipe.stages["supervised"], SupervisedSettings)
     found = estimate(recipe, 8)["supervised"]
     assert "rollout" not in found.seconds
     assert found.memory["reference"] == 0
