@@ -57,8 +57,8 @@ class FixedPolicy(Policy):
 
 
 @pytest.fixture(scope="module")
-def scenes(scenes_folder):
-    return store_scenes(PLAIN, HELD_OUT_SEED, 6, scenes_folder)
+def scenes(scenes_dir):
+    return store_scenes(PLAIN, HELD_OUT_SEED, 6, scenes_dir)
 
 
 @pytest.fixture(scope="module")
