@@ -157,7 +157,7 @@ def _read_finished(run: Path) -> dict[str, Any]:
 
 def _rows(report: Mapping[str, Any], preset: Preset) -> list[str]:
     rows = []
-    for question_type in ("all", *(t for t in preset.kinds if t != "none")):
+    for question_type in ("all", *(t for t in preset.question_type_weights if t != "none")):
         prefix = "" if question_type == "all" else f"{question_type}."
         names = ("giou", "precision_at_50", "object_accuracy", "prior_giou")
         values = [report["generated"][prefix + name] for name in names]
@@ -168,7 +168,7 @@ def _rows(report: Mapping[str, Any], preset: Preset) -> list[str]:
 
 
 def _data(preset: Preset, num_scenes: int) -> list[str]:
-    types = ", ".join(t.replace("_", " ") for t in preset.kinds)
+    types = ", ".join(t.replace("_", " ") for t in preset.question_type_weights)
     return [
         f"{num_scenes:,} synthetic scenes of the preset `{preset.name}`: "
         f"{preset.num_objects[0]} to {preset.num_objects[1]} objects, {len(preset.shapes)} shapes, "

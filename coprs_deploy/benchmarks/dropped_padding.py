@@ -17,7 +17,7 @@ from coprs_deploy.benchmarks.inputs import ask, open_policy, open_torch_stages, 
 from coprs_deploy.benchmarks.mask_judge import mask_agreement
 from coprs_deploy.benchmarks.policy_judge import last_mask
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.evaluation.metrics import overlap, union
+from coprs_deploy.evaluation.metrics import count_pixels, iou, union
 from coprs_deploy.images import prepare_image
 
 ASPECT = (16, 9)
@@ -58,7 +58,9 @@ def judge_dropped_padding(count: int) -> dict[str, float]:
             )
             target = union(example.masks)[:height]
             agreement.append(mask_agreement(without, with_padding))
-            truth.append((overlap(with_padding, target).iou, overlap(without, target).iou))
+            truth.append(
+                [iou(count_pixels(mask, target), empty=0.0) for mask in (with_padding, without)]
+            )
     ious = np.array(truth)
     return {
         "scenes": len(agreement),

@@ -29,7 +29,7 @@ from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
-from coprs_deploy.evaluation.metrics import overlap
+from coprs_deploy.evaluation.metrics import count_pixels, iou
 from coprs_deploy.export.equivalence import (
     RunnerOpener,
     mask_iou,
@@ -201,7 +201,7 @@ def _judge_sample(
         size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
         prepared = PreparedImage(sample["image"], sample["unpadded_size"], size)
         mask = np.any(resize_logits(values["mask_logits"], prepared, geometry) > 0, axis=0)
-        figures["truth_iou"] = overlap(mask, sample["truth"].astype(np.bool_)).iou
+        figures["truth_iou"] = iou(count_pixels(mask, sample["truth"].astype(np.bool_)), empty=0.0)
         figures["hit"] = float(figures["truth_iou"] > 0.5)
     return figures
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.benchmarks.arrays import OUTPUT_FILE, Values, read_arrays
 from coprs_deploy.benchmarks.report import Accuracy
-from coprs_deploy.evaluation.metrics import overlap
+from coprs_deploy.evaluation.metrics import count_pixels, iou
 
 
 def read_masks(outputs: Mapping[str, Path]) -> dict[str, Values]:
@@ -44,7 +44,7 @@ def _judge(found: Values, expected: Values | None, has_truth: bool, note: str) -
     if expected is not None:
         same = [mask_agreement(found[f"{i}.mask"], expected[f"{i}.mask"]) for i in numbers]
     true = [
-        overlap(found[f"{i}.mask"], found[f"{i}.truth"]).iou
+        iou(count_pixels(found[f"{i}.mask"], found[f"{i}.truth"]), empty=0.0)
         for i in numbers
         if has_truth and f"{i}.truth" in found
     ]
@@ -68,4 +68,4 @@ def summarize_masks(
 
 def mask_agreement(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
     """IoU of two masks; two empty ones agree."""
-    return overlap(found, expected).iou if found.any() or expected.any() else 1.0
+    return iou(count_pixels(found, expected), empty=1.0)

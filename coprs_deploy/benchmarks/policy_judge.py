@@ -15,7 +15,7 @@ from coprs_deploy.benchmarks.mask_judge import mask_agreement, summarize_masks
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
 from coprs_deploy.engines.graphs import masks_at_original_size
-from coprs_deploy.evaluation.metrics import overlap
+from coprs_deploy.evaluation.metrics import count_pixels, iou
 from coprs_deploy.images import PreparedImage, prepare_image
 from coprs_deploy.specs import Geometry
 
@@ -58,7 +58,7 @@ def judge_policies(
             ]
             figures = {"concentration_cosine": _smallest_cosine(found, given[reference])}
         true = (
-            [overlap(m, t).iou for m, t in zip(masks[name], truth, strict=True)]
+            [iou(count_pixels(m, t), empty=0.0) for m, t in zip(masks[name], truth, strict=True)]
             if has_truth
             else []
         )

@@ -1,14 +1,14 @@
-"""Judge a bundle on questions whose answers are known: generated scenes, or a file of examples.
+"""Evaluate a bundle end to end on held-out synthetic scenes or on a file of examples.
 
-Every answer goes through the runtime, exactly as a user gets it. With --out, a page, a plot of the
-prior against the mask, and every answer are left in a folder. Exit code 1 when a figure named with
---require is not reached.
+Each example goes through the runtime like a user's request. --out writes a report page, a plot of
+prior IoU against mask IoU, and all predictions. The exit code is 1 if a metric is below its
+--require threshold.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,56 +25,68 @@ if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
     from coprs_deploy.runtime import CoPRS
 
-SUMMARY = "judge a bundle on questions whose answers are known"
+SUMMARY = "evaluate a bundle on held-out scenes or your own examples"
 
 LOG_EVERY = 50
+"""Examples between two lines of progress."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="default: the shipped model"
+        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="bundle (default: the demo model)"
     )
-    parser.add_argument("--examples", type=Path, help="a .parquet or .jsonl file of examples")
-    parser.add_argument("--tier", default="plain", help="world of generated scenes: plain or full")
-    parser.add_argument("--count", type=int, help="how many (default: 256 scenes, or all examples)")
     parser.add_argument(
-        "--absent", type=int, default=64, help="scenes asked about what is not there (default 64)"
+        "--examples", type=Path, help="example file, .parquet or .jsonl (default: held-out scenes)"
+    )
+    parser.add_argument(
+        "--preset", default="plain", help="difficulty preset of the scenes: plain or full"
+    )
+    parser.add_argument(
+        "--num-examples",
+        type=int,
+        help="number of examples with a target (default: 256 scenes, or the whole file)",
+    )
+    parser.add_argument(
+        "--num-no-match", type=int, default=64, help="number of no-match scenes (default: 64)"
     )
     parser.add_argument(
         "--first-seed",
         type=int,
         default=0,
-        help="seed of the first held-out scene (default 0, where the reports of training begin)",
+        help="seed of the first held-out scene (default: 0, as in the training reports)",
     )
-    parser.add_argument("--out", type=Path, help="folder for report.md, answers.jsonl and the plot")
+    parser.add_argument(
+        "--out", type=Path, help="directory for report.md, predictions.jsonl and the plot"
+    )
     parser.add_argument(
         "--require",
         action="append",
         default=[],
-        metavar="FIGURE=VALUE",
-        help="fail below this, as in mask_iou=0.93; may be repeated",
+        metavar="METRIC=VALUE",
+        help="acceptance threshold, as in giou=0.93; may be repeated",
     )
     add_runtime_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="of graphs and policy: cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--device", default="cpu", help="device of graphs and policy: cpu, cuda or cuda:N"
+    )
     add_plan_code_flag(parser)
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, compare, report."""
-    from coprs_deploy.data.sources import choose_examples
-    from coprs_deploy.evaluation.evaluator import score_examples
+    """Evaluate, print the metrics, and check the thresholds."""
+    from coprs_deploy.data.sources import SYNTHETIC, open_examples
+    from coprs_deploy.evaluation.evaluator import evaluate, predict_with
     from coprs_deploy.evaluation.metrics import summarize
     from coprs_deploy.evaluation.report import write_evaluation
     from coprs_deploy.runtime import CoPRS, RuntimeOptions
 
-    required = _required(arguments.require)
-    chosen = choose_examples(
-        arguments.examples,
-        arguments.tier,
-        arguments.count,
-        arguments.absent,
+    thresholds = _parse_thresholds(arguments.require)
+    dataset = open_examples(
+        arguments.examples or f"{SYNTHETIC}{arguments.preset}",
+        arguments.num_examples,
+        arguments.num_no_match,
         arguments.first_seed,
     )
     options = RuntimeOptions(
@@ -84,58 +96,67 @@ def run(arguments: argparse.Namespace) -> int:
         inference_precision=arguments.inference_precision,
         allow_engine_host_code=arguments.allow_engine_host_code,
     )
-    scored = []
+
+    def log_progress(done: int) -> None:
+        if done % LOG_EVERY == 0:
+            log(f"{done} of {len(dataset.examples)} examples")
+
     with CoPRS.load(arguments.bundle, options) as coprs:
-        for choice in coprs.choices:
+        for choice in coprs.runtime_choices:
             log(str(choice))
-        _require_inside(chosen.examples, coprs)
-        for answer in score_examples(coprs.segment, chosen.examples, chosen.max_targets):
-            scored.append(answer)
-            if len(scored) % LOG_EVERY == 0:
-                log(f"{len(scored)} of {len(chosen.examples)} answers")
-    figures = summarize([answer.score for answer in scored])
-    missed = [
-        f"{name} is {figures.get(name, float('nan')):.4f}, below {wanted:g}"
-        for name, wanted in required.items()
-        if not figures.get(name, float("-inf")) >= wanted
-    ]
+        _check_images(dataset.examples, coprs)
+        predict = predict_with(coprs.segment, dataset.max_targets)
+        evaluated = evaluate(predict, dataset.examples, on_progress=log_progress)
+    metrics = summarize([each.score for each in evaluated])
+    failed = _failed_thresholds(metrics, thresholds)
     if arguments.out:
-        write_evaluation(arguments.out, chosen.description, scored)
+        write_evaluation(arguments.out, dataset.description, evaluated)
     if arguments.json:
-        print_json({"examples": chosen.description, "figures": figures, "missed": missed})
+        print_json(
+            {"dataset": dataset.description, "metrics": metrics, "failed_thresholds": failed}
+        )
     else:
-        rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in figures.items()]
-        print(table((chosen.description, ""), rows))
-    for line in missed:
+        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+        print(table((dataset.description, ""), rows))
+    for line in failed:
         log(line)
-    return 1 if missed else 0
+    return 1 if failed else 0
 
 
-def _require_inside(examples: Sequence[Example], coprs: CoPRS) -> None:
-    """Refuse before the first question what the bundle does not take."""
+def _check_images(examples: Sequence[Example], coprs: CoPRS) -> None:
+    """Check all images against the bundle's valid region before the first prediction."""
     from coprs_deploy.errors import ImageSizeError
 
-    outside = []
+    refused = []
     for example in examples:
         try:
-            coprs.require_inside(example.image)
+            coprs.check_image(example.image)
         except ImageSizeError as error:
-            outside.append(f"{example.id}: {error}")
-    if outside:
+            refused.append(f"{example.id}: {error}")
+    if refused:
         raise ImageSizeError(
-            f"{len(outside)} of {len(examples)} examples cannot be asked; the first, {outside[0]}. "
-            "Generated scenes are square: a bundle of one aspect is judged on --examples of it"
+            f"the bundle does not accept {len(refused)} of {len(examples)} images; the first is "
+            f"{refused[0]}. Synthetic scenes are square: evaluate a bundle with a fixed aspect "
+            "ratio on --examples of that aspect ratio"
         )
 
 
-def _required(settings: list[str]) -> dict[str, float]:
-    required = {}
+def _parse_thresholds(settings: Sequence[str]) -> dict[str, float]:
+    thresholds = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         try:
-            required[name.strip()] = float(value)
+            thresholds[name.strip()] = float(value)
         except ValueError:
             equals = ""
         if not equals:
-            raise ValueError(f"--require takes FIGURE=VALUE, as in mask_iou=0.93, not {setting!r}")
-    return required
+            raise ValueError(f"--require is {setting!r}; accepted: METRIC=VALUE, as in giou=0.93")
+    return thresholds
+
+
+def _failed_thresholds(metrics: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
+    return [
+        f"{name} is {metrics.get(name, float('nan')):.4f}; required: {threshold:g}"
+        for name, threshold in thresholds.items()
+        if not metrics.get(name, float("-inf")) >= threshold
+    ]

@@ -20,7 +20,7 @@ from coprs_deploy.curriculum.auxiliary_heads import (
     cell_labels,
 )
 from coprs_deploy.curriculum.context import CurriculumContext
-from coprs_deploy.curriculum.evaluation import held_out_questions, summarize
+from coprs_deploy.curriculum.evaluation import held_out_questions
 from coprs_deploy.curriculum.packing import InstructionResponse, PackedRows
 from coprs_deploy.curriculum.perception_stage import cell_head_output
 from coprs_deploy.curriculum.recipe import ReasoningSettings
@@ -32,6 +32,7 @@ from coprs_deploy.curriculum.scenes import (
 )
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.synthetic import vocabulary
+from coprs_deploy.evaluation.metrics import summarize
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     Mean,
@@ -222,7 +223,8 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
         questions = held_out_questions(
             held_out.preset, held_out.scenes, num_examples, num_examples // 4
         )
-        metrics = summarize(self._context.evaluator.judge(questions, accelerator=accelerator))
+        evaluated = self._context.evaluator.evaluate(questions, accelerator=accelerator)
+        metrics = summarize([each.score for each in evaluated])
         if self.settings.segmentation_loss_weight:
             return metrics
         return {k: v for k, v in metrics.items() if k.rpartition(".")[2] in TEXT_METRICS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.curriculum.context import CurriculumContext
-from coprs_deploy.curriculum.evaluation import SceneEvaluator, held_out_questions, summarize
+from coprs_deploy.curriculum.evaluation import SceneEvaluator, held_out_questions
 from coprs_deploy.curriculum.packed_forward import PackedForward
 from coprs_deploy.curriculum.packing import QuestionPacker
 from coprs_deploy.curriculum.perception_stage import PerceptionStage
@@ -25,6 +24,7 @@ from coprs_deploy.curriculum.scenes import SceneSource, corpus, store_scenes
 from coprs_deploy.curriculum.segmentation_stage import SegmentationStage
 from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, PRESETS
+from coprs_deploy.evaluation.metrics import summarize
 from coprs_deploy.training.run import Run, finish_run, open_run, save_checkpoint
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.stage import TrainingStage
@@ -119,12 +119,14 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
     questions = held_out_questions(
         held_out.preset, held_out.scenes, data.num_held_out_scenes, data.num_no_match_scenes
     )
-    generated = context.evaluator.judge(questions, True, run.accelerator)
-    teacher_forced = context.evaluator.judge(questions, False, run.accelerator)
+    generated = context.evaluator.evaluate(questions, accelerator=run.accelerator)
+    teacher_forced = context.evaluator.evaluate(
+        questions, teacher_forced=True, accelerator=run.accelerator
+    )
     return {
-        "generated": summarize(generated),
-        "teacher_forced": summarize(teacher_forced),
-        "examples": [asdict(example) for example in generated],
+        "generated": summarize([each.score for each in generated]),
+        "teacher_forced": summarize([each.score for each in teacher_forced]),
+        "examples": [each.to_json() for each in generated],
     }
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from coprs_deploy.artifacts import new_directory
 from coprs_deploy.data.synthetic import vocabulary
-from coprs_deploy.data.synthetic.examples import with_kinds
+from coprs_deploy.data.synthetic.examples import with_question_types
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, Preset
-from coprs_deploy.data.synthetic.questions import Question, ask
+from coprs_deploy.data.synthetic.questions import Question, ask_questions
 from coprs_deploy.data.synthetic.scene import Scene, SceneObject, make_scene
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.batches import EpochOrder
@@ -121,7 +121,7 @@ def _render(
     objects = []
     for index in indices:
         scene = make_scene(preset, first_seed + index)
-        images[index], instance_map[index] = scene.image, scene.owners
+        images[index], instance_map[index] = scene.image, scene.instance_map
         objects.append(scene.objects)
     images.flush()
     instance_map.flush()
@@ -164,8 +164,8 @@ class SceneSource:
             question_type_weights: sampling weight by question type; empty for the preset's own.
         """
         seed = (self._seed * 1_000_003 + step) * 1_000_003 + index
-        preset = with_kinds(self.preset, question_type_weights)
-        return ask(self.scenes.scene(index), preset, seed, count)
+        preset = with_question_types(self.preset, question_type_weights)
+        return ask_questions(self.scenes.scene(index), preset, seed, count)
 
     def generator(self, step: int, index: int) -> np.random.Generator:
         """Return the random generator of one scene in one step, the same in every process."""
@@ -222,8 +222,8 @@ def corpus(preset: Preset, seed: int = 0, num_scenes: int = 2000) -> list[str]:
     blank = np.zeros((1, 1, 3), np.uint8)
     for index in range(num_scenes):
         scene = make_scene(preset, HELD_OUT_SEED - 1 - index)
-        without_image = Scene(blank, scene.owners, scene.objects)
-        for question in ask(without_image, preset, seed + index, 4):
+        without_image = Scene(blank, scene.instance_map, scene.objects)
+        for question in ask_questions(without_image, preset, seed + index, 4):
             texts += [question.instruction, question.response]
     return texts
 

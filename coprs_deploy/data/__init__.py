@@ -1,1 +1,1 @@
-"""TODO."""
+"""Examples and their sources: example files and synthetic scenes. Never imports torch."""

@@ -114,7 +114,7 @@ def _number(drawn: Image.Image, mask: NDArray[np.bool_], number: int, factor: fl
 
 
 def _caption(example: Example) -> list[_Line]:
-    label = _Line(f"{example.kind}  {example.id}", LABEL_FONT_PX, FAINT_INK)
+    label = _Line(f"{example.question_type}  {example.id}", LABEL_FONT_PX, FAINT_INK)
     instruction = _wrap(example.instruction, INSTRUCTION_FONT_PX, INK)
     return [label, *instruction, *_wrap(example.response, RESPONSE_FONT_PX, FAINT_INK)]
 

@@ -1,14 +1,16 @@
-"""Examples: an image, an instruction, the masks that it means and the response to learn.
+"""Examples (image, instruction, ground-truth masks, response) and the files that hold them.
 
 Every source of examples is a ``Sequence[Example]``: generated scenes, and the files that are read
-here. A file is Parquet (``.parquet``) or JSON lines (``.jsonl``), with the same fields a row:
+here. A file is Parquet (``.parquet``) or JSON lines (``.jsonl``), with the same columns:
 
-    id, instruction, response, kind, tier    text; all but id and instruction may be empty
-    image or image_path                      bytes of an image file (base64 in JSON), or the path of
-                                             one, relative to the file
-    masks                                    COCO run lengths, {"size": [height, width], "counts"}
+    id, instruction                    text
+    response, question_type, source    text, optional
+    image or image_path                bytes of an image file (base64 in JSON), or its path relative
+                                       to the example file
+    masks                              COCO RLE, {"size": [height, width], "counts": text}
 
-Opening a file checks every row. A bad one is named with its number and the reason, and kept out.
+Opening a file validates every row. Invalid rows are skipped and reported with their number and the
+reason. :mod:`coprs_deploy.data.rows` reads and writes the rows on disk.
 """
 
 from __future__ import annotations
@@ -33,27 +35,27 @@ from coprs_deploy.images import RgbArray, load_image
 from coprs_deploy.prompts import REFERENCE_TOKEN, check_instruction
 
 REPORTED_PROBLEMS = 5
-"""Bad rows that a warning names; all of them are in ``ExampleFile.problems``."""
+"""Invalid rows listed in a warning; ``ExampleFile.problems`` has all of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One question about one image.
+    """One instruction about one image, with its ground truth.
 
     Attributes:
-        id: names it among its kind, as in ``plain-17``.
+        id: name that is unique within its source, as in ``plain-17``.
         image: (H, W, 3) uint8 RGB.
-        instruction: what the user writes.
-        masks: (N, H, W) bool, one a target in the order of the response; N is 0 where nothing
-            matches.
-        response: what the policy should write, with one ``<REF_POS>`` a target; empty where the
+        instruction: the user's text.
+        masks: (N, H, W) bool ground truth, one mask per target in the order of the response; N is 0
+            for a no-match example.
+        response: target response of the policy, with one ``<REF_POS>`` per target; empty if the
             data set has none.
-        kind: kind of question, for figures by kind; may be empty.
-        tier: where it comes from; may be empty.
+        question_type: type of question, for metrics by type; may be empty.
+        source: data set or preset that the example comes from; may be empty.
 
     Raises:
-        ValueError: a shape or dtype is another, a mask is empty, the instruction is blank, or the
-            response holds another number of ``<REF_POS>``.
+        ValueError: a shape or dtype is wrong, a mask is empty, the instruction is blank, or the
+            number of ``<REF_POS>`` in the response differs from the number of masks.
     """
 
     id: str
@@ -61,8 +63,8 @@ class Example:
     instruction: str
     masks: NDArray[np.bool_]
     response: str = ""
-    kind: str = ""
-    tier: str = ""
+    question_type: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         check_instruction(self.instruction)
@@ -79,8 +81,8 @@ class Example:
         for number, mask in enumerate(self.masks, start=1):
             if not mask.any():
                 raise ValueError(
-                    f"mask {number} is empty; leave out a target that is not seen, or write an "
-                    "example with no mask where nothing matches"
+                    f"mask {number} is empty; leave out a target that is not visible, or write a "
+                    "no-match example without masks"
                 )
         references = self.response.count(REFERENCE_TOKEN)
         if self.response and references != len(self.masks):
@@ -92,7 +94,7 @@ class Example:
 
 @dataclass(frozen=True)
 class RowProblem:
-    """A row that was kept out: its number, counted from 1, and why."""
+    """An invalid row: its number, counted from 1, and the reason."""
 
     row: int
     reason: str
@@ -102,47 +104,47 @@ class RowProblem:
 
 
 class ExampleFile(Sequence[Example]):
-    """The good rows of a file, decoded when they are asked for.
+    """The valid rows of a file, decoded on access.
 
-    It holds no open file, so it can be sent to the worker processes of a data loader.
+    Holds no open file, so that it can be pickled for the worker processes of a data loader.
 
     Attributes:
         path: the file.
-        problems: the rows that were kept out.
+        problems: the invalid rows, which are skipped.
     """
 
     def __init__(self, path: str | PathLike[str], *, strict: bool = False) -> None:
-        """Open a file and check every row, which decodes each image once.
+        """Open a file and validate every row, which decodes each image once.
 
         Args:
             path: a ``.parquet`` or ``.jsonl`` file.
-            strict: refuse the whole file for one bad row.
+            strict: raise if any row is invalid.
 
         Raises:
-            ValueError: the name ends in something else.
-            FileNotFoundError: there is no such file.
-            ArtifactError: it is not what its name says, its columns are others, or ``strict`` is
-                set and a row is bad.
-            MissingDependencyError: a Parquet file, and pyarrow is not installed.
+            ValueError: the suffix is not supported.
+            FileNotFoundError: the file does not exist.
+            ArtifactError: the file does not match its suffix, its columns are wrong, or ``strict``
+                is set and a row is invalid.
+            MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
         self._rows: RowSource = open_rows(self.path)
-        self._good: list[int] = []
+        self._valid: list[int] = []
         problems: list[RowProblem] = []
         for index in range(len(self._rows)):
             try:
                 self._decode(index)
-                self._good.append(index)
+                self._valid.append(index)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(RowProblem(index + 1, str(error)))
         self.problems = tuple(problems)
         if problems and strict:
-            raise ArtifactError(f"{self.summary()}: correct them, or read without strict")
+            raise ArtifactError(f"{self.summary()}: correct them, or open the file without strict")
         if problems:
             warnings.warn(self.summary(), stacklevel=2)
 
     def __len__(self) -> int:
-        return len(self._good)
+        return len(self._valid)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -153,23 +155,23 @@ class ExampleFile(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        row = self._good[index]
+        row = self._valid[index]
         try:
             return self._decode(row)
         except (ValueError, FileNotFoundError) as error:
             raise ArtifactError(
-                f"{self.path} has changed since it was opened: {RowProblem(row + 1, str(error))}"
+                f"{self.path} changed after it was opened: {RowProblem(row + 1, str(error))}"
             ) from error
 
     def summary(self) -> str:
-        """Say in a line how many rows are good, and name the first bad ones."""
+        """Return one line with the number of invalid rows and the first reasons."""
         if not self.problems:
-            return f"{self.path}: all {len(self)} rows are good"
+            return f"{self.path}: all {len(self)} rows are valid"
         named = "; ".join(map(str, self.problems[:REPORTED_PROBLEMS]))
         more = len(self.problems) - REPORTED_PROBLEMS
         rest = f"; and {more} more" if more > 0 else ""
         return (
-            f"{self.path}: {len(self.problems)} of {len(self._rows)} rows are kept out: "
+            f"{self.path}: {len(self.problems)} of {len(self._rows)} rows are invalid and skipped: "
             f"{named}{rest}"
         )
 
@@ -178,25 +180,25 @@ class ExampleFile(Sequence[Example]):
 
 
 def write_examples(
-    path: str | PathLike[str], examples: Iterable[Example], *, images_beside: bool = False
+    path: str | PathLike[str], examples: Iterable[Example], *, images_as_files: bool = False
 ) -> int:
-    """Write examples to a file, whole or not at all.
+    """Write examples to a file atomically.
 
     Args:
-        path: a ``.parquet`` or ``.jsonl`` file; an older one is replaced.
-        examples: they are taken one after the other and not kept.
-        images_beside: write PNG files into a directory named after the file, ``x_images`` for
-            ``x.jsonl``, instead of holding the bytes in the rows.
+        path: a ``.parquet`` or ``.jsonl`` file; an existing file is replaced.
+        examples: the examples, consumed one at a time.
+        images_as_files: write PNG files into a directory named after the file (``x_images`` for
+            ``x.jsonl``) instead of storing the bytes in the rows.
 
     Returns:
-        How many rows were written.
+        The number of rows written.
 
     Raises:
-        ValueError: the name ends in something else.
-        MissingDependencyError: a Parquet file, and pyarrow is not installed.
+        ValueError: the suffix is not supported.
+        MissingDependencyError: the file is Parquet and pyarrow is not installed.
     """
     target = Path(path)
-    directory = target.with_name(f"{target.stem}_images") if images_beside else None
+    directory = target.with_name(f"{target.stem}_images") if images_as_files else None
     if directory:
         directory.mkdir(exist_ok=True)
     count = 0
@@ -215,8 +217,8 @@ def write_examples(
                     image=None if image_path else png,
                     image_path=image_path,
                     response=example.response,
-                    kind=example.kind,
-                    tier=example.tier,
+                    question_type=example.question_type,
+                    source=example.source,
                 )
             )
     return count
@@ -229,22 +231,22 @@ def _png_bytes(image: RgbArray) -> bytes:
 
 
 def _example_from_row(row: ExampleRow, directory: Path) -> Example:
-    """Decode a row; every fault is a ValueError or a FileNotFoundError."""
+    """Decode a row; every problem is a ValueError or a FileNotFoundError."""
     if (row.image is None) == (row.image_path is None):
-        raise ValueError("the row must hold one of image and image_path")
+        raise ValueError("the row must have exactly one of image and image_path")
     if row.image is not None:
         image = load_image(row.image)
     else:
         path = directory / str(row.image_path)
         if not path.is_file():
-            raise FileNotFoundError(f"the image file {path} is not there")
+            raise FileNotFoundError(f"the image file {path} does not exist")
         image = load_image(path)
     height, width = image.shape[:2]
     masks = np.zeros((len(row.masks), height, width), dtype=np.bool_)
     for number, encoded in enumerate(row.masks):
         if encoded.size != (height, width):
             raise ValueError(
-                f"mask {number + 1} is {encoded.size[0]} x {encoded.size[1]}, the image "
+                f"mask {number + 1} is {encoded.size[0]} x {encoded.size[1]}, but the image is "
                 f"{height} x {width} (height x width)"
             )
         try:
@@ -252,5 +254,11 @@ def _example_from_row(row: ExampleRow, directory: Path) -> Example:
         except ValueError as error:
             raise ValueError(f"mask {number + 1}: {error}") from error
     return Example(
-        row.id, image, row.instruction, masks, response=row.response, kind=row.kind, tier=row.tier
+        row.id,
+        image,
+        row.instruction,
+        masks,
+        response=row.response,
+        question_type=row.question_type,
+        source=row.source,
     )

@@ -1,7 +1,6 @@
-"""Rows of example files as they lie on disk, in JSON lines and in Parquet.
+"""Rows of example files on disk: JSON lines and Parquet.
 
-Here a row is text and bytes; what they mean is checked in
-:mod:`coprs_deploy.data.examples`.
+A row is text and bytes; :mod:`coprs_deploy.data.examples` decodes and validates it.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from coprs_deploy.specs import Record
 SUFFIXES = (".parquet", ".jsonl")
 
 ROWS_PER_GROUP = 64
-"""Rows of a Parquet row group: what reading one row has to decompress."""
+"""Rows of a Parquet row group, which is decompressed as a whole to read one row."""
 
 
 class ExampleRow(Record, frozen=True, omit_defaults=True):
-    """The fields of a row; see :mod:`coprs_deploy.data.examples`."""
+    """Columns of an example file; see :mod:`coprs_deploy.data.examples`."""
 
     id: str
     instruction: str
@@ -33,32 +32,32 @@ class ExampleRow(Record, frozen=True, omit_defaults=True):
     image: bytes | None = None
     image_path: str | None = None
     response: str = ""
-    kind: str = ""
-    tier: str = ""
+    question_type: str = ""
+    source: str = ""
 
 
 class RowSource(Protocol):
-    """Rows of an opened file, by index from 0."""
+    """Rows of an open file, by index from 0."""
 
     def __len__(self) -> int:
-        """Return the number of rows, bad ones included."""
+        """Return the number of rows, invalid ones included."""
 
     def read(self, index: int) -> ExampleRow:
         """Read a row.
 
         Raises:
-            ValueError: it is not what a row must be.
+            ValueError: the row does not match :class:`ExampleRow`.
         """
 
 
 def open_rows(path: Path) -> RowSource:
-    """Open a file by its suffix.
+    """Open a file in the format of its suffix.
 
     Raises:
-        ValueError: the suffix is another than ``SUFFIXES``.
-        FileNotFoundError: there is no such file.
-        ArtifactError: the file is not what its suffix says.
-        MissingDependencyError: a Parquet file, and pyarrow is not installed.
+        ValueError: the suffix is not in ``SUFFIXES``.
+        FileNotFoundError: the file does not exist.
+        ArtifactError: the file does not have the format of its suffix.
+        MissingDependencyError: the file is Parquet and pyarrow is not installed.
     """
     _check_suffix(path.suffix)
     if not path.is_file():
@@ -68,18 +67,18 @@ def open_rows(path: Path) -> RowSource:
 
 @contextmanager
 def row_writer(path: Path, suffix: str) -> Generator[Callable[[ExampleRow], None]]:
-    """Open a file for writing in the format of a suffix, and give a function that adds a row.
+    """Open a file for writing in the format of a suffix and yield a function that appends a row.
 
-    A file that could not be written to its end is removed.
+    The file is removed if writing fails.
 
     Raises:
-        ValueError: the suffix is another than ``SUFFIXES``.
-        MissingDependencyError: Parquet, and pyarrow is not installed.
+        ValueError: the suffix is not in ``SUFFIXES``.
+        MissingDependencyError: the format is Parquet and pyarrow is not installed.
     """
     _check_suffix(suffix)
-    opening = _writing_parquet if suffix == ".parquet" else _writing_json_lines
+    writer = _parquet_writer if suffix == ".parquet" else _json_writer
     try:
-        with opening(path) as write:
+        with writer(path) as write:
             yield write
     except BaseException:
         path.unlink(missing_ok=True)
@@ -88,7 +87,7 @@ def row_writer(path: Path, suffix: str) -> Generator[Callable[[ExampleRow], None
 
 def _check_suffix(suffix: str) -> None:
     if suffix not in SUFFIXES:
-        raise ValueError(f"the file's name ends in {suffix!r}; accepted: {', '.join(SUFFIXES)}")
+        raise ValueError(f"suffix is {suffix!r}; accepted: {', '.join(SUFFIXES)}")
 
 
 def _converted(convert: Callable[[], ExampleRow]) -> ExampleRow:
@@ -99,7 +98,7 @@ def _converted(convert: Callable[[], ExampleRow]) -> ExampleRow:
 
 
 class _JsonRows:
-    """One JSON object a line; a blank line is a bad row."""
+    """One JSON object per line; a blank line is an invalid row."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -121,7 +120,7 @@ class _JsonRows:
 
 
 @contextmanager
-def _writing_json_lines(path: Path) -> Generator[Callable[[ExampleRow], None]]:
+def _json_writer(path: Path) -> Generator[Callable[[ExampleRow], None]]:
     with path.open("wb") as file:
 
         def write(row: ExampleRow) -> None:
@@ -131,7 +130,7 @@ def _writing_json_lines(path: Path) -> Generator[Callable[[ExampleRow], None]]:
 
 
 class _ParquetRows:
-    """Rows of a Parquet file; the row group that was read last is kept."""
+    """Rows of a Parquet file; the last row group is cached."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -142,22 +141,22 @@ class _ParquetRows:
         unknown = sorted(columns - set(fields))
         if unknown or missing:
             raise ArtifactError(
-                f"{path} has unknown columns ({', '.join(unknown) or 'none'}) or lacks some "
+                f"{path} has unknown columns ({', '.join(unknown) or 'none'}) or missing columns "
                 f"({', '.join(missing) or 'none'}); accepted: {', '.join(fields)}"
             )
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        self._places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
+        self._locations = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
         self._group_number = -1
         self._group: Any = None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group_number": -1, "_group": None}
 
     def read(self, index: int) -> ExampleRow:
-        group, row = self._places[index]
+        group, row = self._locations[index]
         if group != self._group_number:
             self._group = _open_parquet(self._path).read_row_group(group)
             self._group_number = group
@@ -167,36 +166,36 @@ class _ParquetRows:
 
 
 @contextmanager
-def _writing_parquet(path: Path) -> Generator[Callable[[ExampleRow], None]]:
+def _parquet_writer(path: Path) -> Generator[Callable[[ExampleRow], None]]:
     pyarrow, parquet = _import_pyarrow()
     text = pyarrow.string()
-    run_lengths = pyarrow.struct([("size", pyarrow.list_(pyarrow.int32())), ("counts", text)])
+    rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int32())), ("counts", text)])
     schema = pyarrow.schema(
         [
             pyarrow.field("id", text, nullable=False),
             pyarrow.field("instruction", text, nullable=False),
-            pyarrow.field("masks", pyarrow.list_(run_lengths), nullable=False),
+            pyarrow.field("masks", pyarrow.list_(rle), nullable=False),
             pyarrow.field("image", pyarrow.binary()),
             pyarrow.field("image_path", text),
             pyarrow.field("response", text),
-            pyarrow.field("kind", text),
-            pyarrow.field("tier", text),
+            pyarrow.field("question_type", text),
+            pyarrow.field("source", text),
         ]
     )
-    waiting: list[dict[str, Any]] = []
+    pending: list[dict[str, Any]] = []
     with parquet.ParquetWriter(path, schema) as file:
 
         def flush() -> None:
-            file.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
-            waiting.clear()
+            file.write_table(pyarrow.Table.from_pylist(pending, schema=schema))
+            pending.clear()
 
         def write(row: ExampleRow) -> None:
-            waiting.append({**row.to_json(), "image": row.image})
-            if len(waiting) == ROWS_PER_GROUP:
+            pending.append({**row.to_json(), "image": row.image})
+            if len(pending) == ROWS_PER_GROUP:
                 flush()
 
         yield write
-        if waiting:
+        if pending:
             flush()
 
 
@@ -205,7 +204,7 @@ def _open_parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ArtifactError(f"{path} is no Parquet file: {error}") from error
+        raise ArtifactError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _import_pyarrow() -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Which questions a finished model is judged on: held-out scenes, or a file of examples."""
+"""Sources of examples for evaluation: held-out synthetic scenes, or an example file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from coprs_deploy.data.examples import Example, ExampleFile
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 
-DEFAULT_SCENES = 256
+SYNTHETIC = "synthetic:"
+"""Prefix of a source that names a preset, as in ``synthetic:plain``."""
+
+DEFAULT_NUM_SCENES = 256
+DEFAULT_NUM_NO_MATCH = 64
 
 
 @dataclass(frozen=True)
-class ChosenExamples:
-    """Questions with their truth.
+class ExampleSet:
+    """Examples with a description.
 
     Attributes:
-        description: where they come from, in words.
-        examples: one question each.
-        max_targets: most targets of one of them.
+        description: source and number of the examples, for reports.
+        examples: the examples.
+        max_targets: maximum number of targets of one example.
     """
 
     description: str
@@ -28,40 +32,47 @@ class ChosenExamples:
     max_targets: int
 
 
-def choose_examples(
-    file: Path | None, tier: str, count: int | None, absent: int, first_seed: int = 0
-) -> ChosenExamples:
-    """Choose what is asked.
+def open_examples(
+    source: str | Path,
+    num_examples: int | None = None,
+    num_no_match: int = DEFAULT_NUM_NO_MATCH,
+    first_seed: int = 0,
+) -> ExampleSet:
+    """Open the examples of a source.
 
     Args:
-        file: of examples; None takes held-out scenes.
-        tier: world of the scenes.
-        count: how many questions; None takes 256 scenes, or the whole file.
-        absent: how many more scenes are asked about something that is not there.
-        first_seed: seed of the first held-out scene; reports of training begin at 0.
+        source: path of an example file, or ``synthetic:PRESET`` for held-out scenes.
+        num_examples: number of examples with a target; None is 256 scenes, or the whole file.
+        num_no_match: number of additional no-match scenes; not used for a file.
+        first_seed: seed of the first held-out scene, counted from 0; not used for a file.
 
     Raises:
-        ValueError: there is no such tier, or a number is too small.
+        ValueError: the preset is unknown, a number is too small, or the file has no valid example.
+        FileNotFoundError: the file does not exist.
         ArtifactError: the file cannot be read.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"--count is {count}; it must be at least 1")
-    if file is not None:
-        everything = ExampleFile(file)
-        taken = everything[: count if count is not None else len(everything)]
-        if not taken:
-            raise ValueError(f"{file} holds no good example")
-        most = max(1, *(len(example.masks) for example in taken))
-        return ChosenExamples(f"{len(taken)} examples of {file.name}", taken, most)
-    if tier not in PRESETS:
-        raise ValueError(f"--tier is {tier!r}; accepted: {', '.join(PRESETS)}")
-    if absent < 0:
-        raise ValueError(f"--absent is {absent}; it must be at least 0")
-    if first_seed < 0:
-        raise ValueError(f"--first-seed is {first_seed}; it must be at least 0")
-    world, number = PRESETS[tier], count or DEFAULT_SCENES
-    examples = held_out_examples(world, number, absent, first_seed)
-    words = f"{number} held-out {tier} scenes, and {absent} asked about what is not there"
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples is {num_examples}; it must be at least 1")
+    if str(source).startswith(SYNTHETIC):
+        preset = str(source).removeprefix(SYNTHETIC)
+        return _open_scenes(preset, num_examples or DEFAULT_NUM_SCENES, num_no_match, first_seed)
+    path = Path(source)
+    examples = ExampleFile(path)[:num_examples]
+    if not examples:
+        raise ValueError(f"{path} has no valid example")
+    most = max(1, *(len(example.masks) for example in examples))
+    return ExampleSet(f"{len(examples)} examples of {path.name}", examples, most)
+
+
+def _open_scenes(name: str, num_examples: int, num_no_match: int, first_seed: int) -> ExampleSet:
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; accepted: {', '.join(PRESETS)}")
+    for field, number in (("num_no_match", num_no_match), ("first_seed", first_seed)):
+        if number < 0:
+            raise ValueError(f"{field} is {number}; it must be at least 0")
+    preset = PRESETS[name]
+    description = f"{num_examples} held-out {name} scenes and {num_no_match} no-match scenes"
     if first_seed:
-        words += f", from seed {first_seed} on"
-    return ChosenExamples(words, examples, world.max_targets)
+        description += f", first seed {first_seed}"
+    examples = held_out_examples(preset, num_examples, num_no_match, first_seed)
+    return ExampleSet(description, examples, preset.max_targets)

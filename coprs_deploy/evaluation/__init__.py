@@ -1,1 +1,1 @@
-"""Judging answers: overlaps with the truth, figures over many answers, prior against mask."""
+"""Evaluation of predicted masks against ground truth: metrics, evaluator, plots, report."""

@@ -1,96 +1,143 @@
-"""Asking a model every question of a set of examples and comparing its answers with the truth.
+"""The evaluator: predict masks for examples and score them against the ground truth.
 
-What answers and what is asked are protocols, so the bundle's runtime, a server's client or a model
-in training can be judged by the same code.
+It opens no model. What predicts is a callable: a bundle's runtime, a server's client or a model in
+training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.evaluation.metrics import ExampleScore, overlap, union
+from coprs_deploy.data.examples import Example
+from coprs_deploy.evaluation.metrics import ExampleScore, count_pixels, union
 
 
-class Asked(Protocol):
-    """A question with its truth, as ``training.examples.Example`` has it."""
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model predicts for one example.
 
-    @property
-    def id(self) -> str:
-        """Names it among its kind."""
+    Attributes:
+        masks: (N, H, W) bool at the image's size; N is 0 for a no-match prediction.
+        priors: (N, H, W) bool, the priors thresholded at logit 0.
+        response: the whole generated text.
+        extra: further metrics of this example, by name.
+    """
 
-    @property
-    def image(self) -> NDArray[np.uint8]:
-        """(H, W, 3) RGB."""
-
-    @property
-    def instruction(self) -> str:
-        """What the user writes."""
-
-    @property
-    def masks(self) -> NDArray[np.bool_]:
-        """(N, H, W), one a target."""
-
-    @property
-    def kind(self) -> str:
-        """Kind of question."""
+    masks: NDArray[np.bool_]
+    priors: NDArray[np.bool_]
+    response: str
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
-class Given(Protocol):
-    """What came back, as ``runtime.SegmentationResult`` has it."""
+@dataclass(frozen=True)
+class Evaluated:
+    """Instruction, response and scores of one example; images and masks are not kept."""
+
+    instruction: str
+    response: str
+    score: ExampleScore
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one flat row: id, texts, counts, IoU and the further metrics."""
+        score = self.score
+        return {
+            "id": score.id,
+            "question_type": score.question_type,
+            "instruction": self.instruction,
+            "response": self.response,
+            "num_targets": score.num_targets,
+            "num_found": score.num_found,
+            "mask_iou": score.mask_iou,
+            "prior_iou": score.prior_iou,
+            **score.extra,
+        }
+
+
+ExampleT = TypeVar("ExampleT", bound=Example)
+
+Predict = Callable[[Sequence[ExampleT]], Sequence[Prediction]]
+"""Predicts a batch of examples, in their order."""
+
+
+class Segmented(Protocol):
+    """The fields of ``runtime.SegmentationResult`` that evaluation reads."""
 
     @property
     def masks(self) -> NDArray[np.bool_]:
         """(N, H, W)."""
 
     @property
-    def priors(self) -> NDArray[np.float32]:
-        """(N, H, W) logits."""
+    def prior_logits(self) -> NDArray[np.float32]:
+        """(N, H, W)."""
 
     @property
     def response(self) -> str:
-        """The whole text."""
+        """The whole generated text."""
 
 
-Answering = Callable[[NDArray[np.uint8], str, int], Given]
-"""Takes an image, an instruction and the most targets that may be named."""
+Segment = Callable[[NDArray[np.uint8], str, int], Segmented]
+"""``CoPRS.segment``: takes an image, an instruction and the maximum number of targets."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A question with its truth, the answer, and its score."""
-
-    asked: Asked
-    given: Given
-    score: ExampleScore
-
-
-def score_examples(
-    answer: Answering, examples: Iterable[Asked], max_targets: int
-) -> Iterator[Scored]:
-    """Ask the questions one after the other.
+def predict_with(segment: Segment, max_targets: int) -> Predict[Example]:
+    """Turn a segment function into a predict callable.
 
     Args:
-        answer: who answers.
-        examples: what is asked.
-        max_targets: how many targets an answer may name.
-
-    Yields:
-        One scored answer an example, as soon as it is there.
+        segment: as ``CoPRS.segment``.
+        max_targets: maximum number of targets of each prediction.
     """
-    for asked in examples:
-        given = answer(asked.image, asked.instruction, max_targets)
-        truth = union(asked.masks)
-        score = ExampleScore(
-            id=asked.id,
-            kind=asked.kind,
-            num_targets=len(asked.masks),
-            num_found=len(given.masks),
-            mask=overlap(union(given.masks), truth),
-            prior=overlap(union(given.priors > 0), truth),
-        )
-        yield Scored(asked, given, score)
+
+    def predict(examples: Sequence[Example]) -> list[Prediction]:
+        results = [segment(each.image, each.instruction, max_targets) for each in examples]
+        return [Prediction(each.masks, each.prior_logits > 0, each.response) for each in results]
+
+    return predict
+
+
+def evaluate(
+    predict: Predict[ExampleT],
+    examples: Sequence[ExampleT],
+    *,
+    batch_size: int = 1,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Evaluated]:
+    """Predict examples batch by batch and score the predictions.
+
+    Args:
+        predict: the model.
+        examples: instructions with their ground truth.
+        batch_size: number of examples of one call of ``predict``.
+        on_progress: called after each batch with the number of examples that are done.
+
+    Returns:
+        One record per example, in the order of the examples.
+    """
+    evaluated: list[Evaluated] = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        evaluated += [
+            Evaluated(example.instruction, prediction.response, score_example(example, prediction))
+            for example, prediction in zip(batch, predict(batch), strict=True)
+        ]
+        if on_progress is not None:
+            on_progress(len(evaluated))
+    return evaluated
+
+
+def score_example(example: Example, prediction: Prediction) -> ExampleScore:
+    """Score one prediction against the ground truth of its example."""
+    ground_truth = union(example.masks)
+    return ExampleScore(
+        id=example.id,
+        question_type=example.question_type,
+        num_targets=len(example.masks),
+        num_found=len(prediction.masks),
+        mask=count_pixels(union(prediction.masks), ground_truth),
+        prior=count_pixels(union(prediction.priors), ground_truth),
+        extra=prediction.extra,
+    )

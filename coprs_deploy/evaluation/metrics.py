@@ -1,127 +1,187 @@
-"""Overlaps of masks, and figures over many answers."""
+"""Segmentation metrics as pure functions: IoU, gIoU, cIoU, precision, no-match, correlation.
+
+Masks are numpy arrays at the original image size. The IoU of two empty masks depends on the
+protocol, so that every function that may meet it takes the value as ``empty``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+EMPTY_IOU = 0.0
+"""IoU of two empty masks in evaluation: no mask is no hit."""
+
 
 @dataclass(frozen=True)
 class MaskCounts:
-    """Two sets of pixels, counted.
+    """Pixel counts of a predicted mask and a ground-truth mask.
 
     Attributes:
-        intersection: pixels that both hold.
-        union: pixels that either holds.
+        intersection: pixels in both masks.
+        union: pixels in at least one of them.
     """
 
     intersection: int
     union: int
 
-    @property
-    def iou(self) -> float:
-        """Intersection over union; 0 where both are empty."""
-        return self.intersection / self.union if self.union else 0.0
-
 
 @dataclass(frozen=True)
 class ExampleScore:
-    """One answer beside the truth; several targets count as one set of pixels.
+    """Scores of one example; all targets together count as one mask.
 
     Attributes:
-        id: of the example.
-        kind: of the question, for figures by kind.
-        num_targets: targets that there are; 0 where nothing matches.
-        num_found: masks that were given.
-        mask: of the masks with the targets.
-        prior: of the priors, cut at logit 0, with the targets.
+        id: id of the example.
+        question_type: type of the question, for metrics by type; may be empty.
+        num_targets: number of ground-truth targets; 0 for a no-match example.
+        num_found: number of predicted masks.
+        mask: pixel counts of the predicted masks against the targets.
+        prior: pixel counts of the priors, thresholded at logit 0, against the targets.
+        extra: further metrics of this example, by name.
     """
 
     id: str
-    kind: str
+    question_type: str
     num_targets: int
     num_found: int
     mask: MaskCounts
     prior: MaskCounts
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mask_iou(self) -> float:
+        """IoU of the predicted masks with the targets."""
+        return iou(self.mask, empty=EMPTY_IOU)
+
+    @property
+    def prior_iou(self) -> float:
+        """IoU of the thresholded priors with the targets."""
+        return iou(self.prior, empty=EMPTY_IOU)
 
 
-def overlap(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> MaskCounts:
-    """Count what two masks of one shape share."""
+def count_pixels(prediction: NDArray[np.bool_], ground_truth: NDArray[np.bool_]) -> MaskCounts:
+    """Count the pixels of the intersection and the union of two masks of one shape."""
     return MaskCounts(
-        int(np.count_nonzero(found & truth)),
-        int(np.count_nonzero(found | truth)),
+        int(np.count_nonzero(prediction & ground_truth)),
+        int(np.count_nonzero(prediction | ground_truth)),
     )
 
 
 def union(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Join (N, H, W) masks to one (H, W); N may be 0."""
-    joined: NDArray[np.bool_] = np.any(masks, axis=0)
-    return joined
+    """Merge masks (N, H, W) into one (H, W); N may be 0."""
+    merged: NDArray[np.bool_] = np.any(masks, axis=0)
+    return merged
 
 
-def summarize(answers: Sequence[ExampleScore]) -> dict[str, float]:
-    """Bring answers down to figures.
-
-    Returns:
-        Over questions that have an answer: ``mask_iou`` (the mean, gIoU in the literature),
-        ``ciou`` (sum of intersections over sum of unions, cIoU), ``precision_at_50``,
-        ``prior_iou``, the same by kind as ``kind.figure``, and ``pearson_r`` of prior IoU and mask
-        IoU. Over all: ``no_match_precision`` and ``no_match_recall``, where an answer without a
-        mask says that nothing matches. A figure that nothing decides is left out.
-    """
-    present = [answer for answer in answers if answer.num_targets]
-    figures = _figures(present)
-    for kind in sorted({answer.kind for answer in present} - {""}):
-        part = _figures([answer for answer in present if answer.kind == kind])
-        figures.update({f"{kind}.{name}": value for name, value in part.items()})
-    pearson = pearson_r([a.prior.iou for a in present], [a.mask.iou for a in present])
-    if pearson is not None:
-        figures["pearson_r"] = pearson
-    figures.update(
-        no_match_figures([a.num_targets for a in answers], [a.num_found for a in answers])
-    )
-    return figures
-
-
-def no_match_figures(num_targets: Sequence[int], num_found: Sequence[int]) -> dict[str, float]:
-    """Judge refusals: how many were right, and how many of the due ones came.
+def iou(counts: MaskCounts, *, empty: float) -> float:
+    """Return intersection over union, in [0, 1].
 
     Args:
-        num_targets: targets of each question; 0 where nothing matches.
-        num_found: masks of each answer; 0 is a refusal.
-
-    Returns:
-        ``no_match_precision`` and ``no_match_recall``, each where something decides it.
+        counts: pixel counts of two masks.
+        empty: value for two empty masks.
     """
-    due = sum(not count for count in num_targets)
-    refused = [wanted for wanted, found in zip(num_targets, num_found, strict=True) if not found]
-    rightly = sum(not count for count in refused)
-    figures = {}
-    if due:
-        figures["no_match_recall"] = rightly / due
-    if refused:
-        figures["no_match_precision"] = rightly / len(refused)
-    return figures
+    return counts.intersection / counts.union if counts.union else empty
+
+
+def giou(counts: Sequence[MaskCounts], *, empty: float) -> float:
+    """Return gIoU of at least one example: the mean of their IoU."""
+    return float(np.mean([iou(one, empty=empty) for one in counts]))
+
+
+def ciou(counts: Sequence[MaskCounts], *, empty: float) -> float:
+    """Return cIoU, the cumulative IoU: sum of intersections over sum of unions."""
+    total = MaskCounts(sum(one.intersection for one in counts), sum(one.union for one in counts))
+    return iou(total, empty=empty)
+
+
+def precision_at(counts: Sequence[MaskCounts], threshold: float, *, empty: float) -> float:
+    """Return the share of at least one example whose IoU is above a threshold."""
+    return float(np.mean([iou(one, empty=empty) > threshold for one in counts]))
 
 
 def pearson_r(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Correlate two lists; None where one of them does not vary."""
+    """Return the Pearson correlation of two lists; None if one of them is constant."""
     if len(x) < 2 or np.std(x) == 0 or np.std(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def _figures(answers: Sequence[ExampleScore]) -> dict[str, float]:
-    if not answers:
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean; nan for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def no_match_metrics(num_targets: Sequence[int], num_found: Sequence[int]) -> dict[str, float]:
+    """Compute precision and recall of no-match predictions.
+
+    Args:
+        num_targets: number of targets of each example; 0 is a no-match example.
+        num_found: number of predicted masks of each example; 0 is a no-match prediction.
+
+    Returns:
+        ``no_match_recall`` if there are no-match examples, and ``no_match_precision`` if there are
+        no-match predictions.
+    """
+    num_no_match = sum(not count for count in num_targets)
+    predicted = [count for count, found in zip(num_targets, num_found, strict=True) if not found]
+    num_correct = sum(not count for count in predicted)
+    metrics = {}
+    if num_no_match:
+        metrics["no_match_recall"] = num_correct / num_no_match
+    if predicted:
+        metrics["no_match_precision"] = num_correct / len(predicted)
+    return metrics
+
+
+def mask_metrics(scores: Sequence[ExampleScore]) -> dict[str, float]:
+    """Average the mask metrics over examples that all have a target.
+
+    Returns:
+        ``giou``, ``ciou``, ``precision_at_50``, ``prior_giou`` and the means of ``extra``; empty
+        without examples.
+    """
+    if not scores:
         return {}
-    intersections = sum(answer.mask.intersection for answer in answers)
-    unions = sum(answer.mask.union for answer in answers)
+    masks, priors = [score.mask for score in scores], [score.prior for score in scores]
     return {
-        "mask_iou": float(np.mean([answer.mask.iou for answer in answers])),
-        "ciou": intersections / unions if unions else 0.0,
-        "precision_at_50": float(np.mean([answer.mask.iou > 0.5 for answer in answers])),
-        "prior_iou": float(np.mean([answer.prior.iou for answer in answers])),
+        "giou": giou(masks, empty=EMPTY_IOU),
+        "ciou": ciou(masks, empty=EMPTY_IOU),
+        "precision_at_50": precision_at(masks, 0.5, empty=EMPTY_IOU),
+        "prior_giou": giou(priors, empty=EMPTY_IOU),
+        **{
+            name: float(np.mean([score.extra[name] for score in scores]))
+            for name in scores[0].extra
+        },
     }
+
+
+def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
+    """Compute all metrics of an evaluation.
+
+    Returns:
+        Over examples with a target: the keys of :func:`mask_metrics`, the same by question type as
+        ``TYPE.METRIC``, and ``pearson_r`` of prior IoU and mask IoU. Over all examples: the keys of
+        :func:`no_match_metrics`. An undefined metric is left out.
+    """
+    present = [score for score in scores if score.num_targets]
+    metrics = mask_metrics(present)
+    for question_type in sorted({score.question_type for score in present} - {""}):
+        part = mask_metrics([score for score in present if score.question_type == question_type])
+        metrics.update({f"{question_type}.{name}": value for name, value in part.items()})
+    pearson = pearson_r(
+        [score.prior_iou for score in present], [score.mask_iou for score in present]
+    )
+    if pearson is not None:
+        metrics["pearson_r"] = pearson
+    metrics.update(
+        no_match_metrics(
+            [score.num_targets for score in scores], [score.num_found for score in scores]
+        )
+    )
+    return metrics

@@ -1,4 +1,4 @@
-"""Prior against mask: scatter, regression line and its band (paper, section 4.3 and figure 3)."""
+"""Scatter plot of prior IoU against mask IoU with a regression band (paper, 4.3, fig. 3)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.evaluation.metrics import pearson_r
 
 BAND_WIDTH = 10.0
-"""Factor eta on the confidence band of a regression line (paper, section 4.3)."""
+"""Factor eta of the confidence band (paper, section 4.3)."""
 
 POINT, LINE, INK = "#2563eb", "#b91c1c", "#18181b"
 
 
 def plot_correlation(path: Path, prior_iou: Sequence[float], mask_iou: Sequence[float]) -> None:
-    """Draw the IoU of prior and mask of each answer, with regression line, band and Pearson R.
+    """Plot prior IoU against mask IoU with regression line, confidence band and Pearson R.
 
     Args:
-        path: of the picture to write.
-        prior_iou: in [0, 1].
-        mask_iou: in [0, 1], as many.
+        path: image file to write.
+        prior_iou: prior IoU of each example, in [0, 1].
+        mask_iou: mask IoU of each example, in [0, 1].
     """
     x, y = np.asarray(prior_iou), np.asarray(mask_iou)
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(5.4, 5))
+    canvas, axes = plt.subplots(figsize=(5.4, 5))
     axes.scatter(x, y, s=9, alpha=0.3, color=POINT, linewidths=0)
     correlation = pearson_r(prior_iou, mask_iou)
     if correlation is not None and len(x) > 2:
@@ -36,24 +36,24 @@ def plot_correlation(path: Path, prior_iou: Sequence[float], mask_iou: Sequence[
         line, half = regression_band(x, y, at)
         axes.plot(at, line, color=LINE, linewidth=1.6)
         axes.fill_between(at, line - half, line + half, alpha=0.15, color=LINE, linewidth=0)
-        axes.set_title(f"Pearson R {correlation:.3f}, {len(x)} answers", fontsize=11)
+        axes.set_title(f"Pearson R {correlation:.3f}, {len(x)} examples", fontsize=11)
     axes.set(xlabel="IoU of the prior", ylabel="IoU of the mask", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=120)
+    plt.close(canvas)
 
 
 def regression_band(
     x: NDArray[np.float64], y: NDArray[np.float64], at: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fit a line and the half-width of its mean confidence band (paper, section 4.3).
+    """Fit a line and the half-width of its confidence band (paper, section 4.3).
 
     Args:
         x: (N,) values.
         y: (N,) values.
-        at: (M,) where line and band are wanted.
+        at: (M,) positions of the line and the band.
 
     Returns:
         The line, and ``eta * sigma * sqrt(1/n + (at - mean)^2 / sum((x - mean)^2))``.
@@ -61,13 +61,13 @@ def regression_band(
     slope, intercept = np.polyfit(x, y, 1)
     residual = y - (slope * x + intercept)
     sigma = np.sqrt((residual**2).sum() / max(1, len(x) - 2))
-    spread = ((x - x.mean()) ** 2).sum()
-    half = BAND_WIDTH * sigma * np.sqrt(1 / len(x) + (at - x.mean()) ** 2 / spread)
+    deviation = ((x - x.mean()) ** 2).sum()
+    half = BAND_WIDTH * sigma * np.sqrt(1 / len(x) + (at - x.mean()) ** 2 / deviation)
     return slope * at + intercept, half
 
 
 def pyplot() -> Any:
-    """Import matplotlib's plotting for pictures in files.
+    """Import matplotlib.pyplot with the backend that writes files.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

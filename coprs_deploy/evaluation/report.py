@@ -1,70 +1,62 @@
-"""What an evaluation leaves behind: a page of figures, the plot, and every answer."""
+"""Files of an evaluation: report page, plot of prior against mask, and all predictions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coprs_deploy.evaluation.evaluator import Scored
+from coprs_deploy.evaluation.evaluator import Evaluated
 from coprs_deploy.evaluation.metrics import summarize
 from coprs_deploy.evaluation.plots import plot_correlation
 
+REPORT_FILE = "report.md"
+PREDICTIONS_FILE = "predictions.jsonl"
 PLOT_FILE = "prior_against_mask.png"
 
 
-def write_evaluation(folder: Path, title: str, scored: Sequence[Scored]) -> None:
-    """Write ``report.md``, ``answers.jsonl`` and ``prior_against_mask.png``.
+def write_evaluation(directory: Path, title: str, evaluated: Sequence[Evaluated]) -> None:
+    """Write ``report.md``, ``predictions.jsonl`` and ``prior_against_mask.png``.
 
     Args:
-        folder: made if it is not there; files of an earlier evaluation are replaced.
-        title: what was asked.
-        scored: the answers.
+        directory: created if it does not exist; files of an earlier evaluation are replaced.
+        title: description of the data set.
+        evaluated: the evaluated examples.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    present = [answer.score for answer in scored if answer.score.num_targets]
-    lines = [f"# {title}", "", *figure_table(summarize([answer.score for answer in scored]))]
+    directory.mkdir(parents=True, exist_ok=True)
+    scores = [each.score for each in evaluated]
+    present = [score for score in scores if score.num_targets]
+    lines = [f"# {title}", "", *metric_table(summarize(scores))]
     if present:
         plot_correlation(
-            folder / PLOT_FILE,
-            [score.prior.iou for score in present],
-            [score.mask.iou for score in present],
+            directory / PLOT_FILE,
+            [score.prior_iou for score in present],
+            [score.mask_iou for score in present],
         )
         lines += ["", f"![IoU of the prior against IoU of the mask]({PLOT_FILE})"]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for answer in scored:
-            file.write(json.dumps(_line(answer), ensure_ascii=False) + "\n")
+    (directory / REPORT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (directory / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
+        for each in evaluated:
+            row = {
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in each.to_json().items()
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def figure_table(figures: dict[str, float]) -> list[str]:
-    """Lay figures out as a Markdown table, figures by kind as one row a kind."""
-    kinds = sorted({name.partition(".")[0] for name in figures if "." in name})
-    columns = [name for name in figures if "." not in name]
-    lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {figures[name]:.4f} |" for name in columns]
-    if kinds:
-        parts = [name for name in columns if f"{kinds[0]}.{name}" in figures]
-        heads = " | ".join(part.replace("_", " ") for part in parts)
-        lines += ["", f"| kind of question | {heads} |", "|---" * (len(parts) + 1) + "|"]
-        for kind in kinds:
-            values = " | ".join(f"{figures[f'{kind}.{part}']:.4f}" for part in parts)
-            lines.append(f"| {kind.replace('_', ' ')} | {values} |")
+def metric_table(metrics: Mapping[str, float]) -> list[str]:
+    """Format metrics as Markdown tables: one of all examples, one by question type."""
+    question_types = sorted({name.partition(".")[0] for name in metrics if "." in name})
+    columns = [name for name in metrics if "." not in name]
+    lines = ["| metric | value |", "|---|---|"]
+    lines += [f"| {name} | {metrics[name]:.4f} |" for name in columns]
+    if question_types:
+        parts = [name for name in columns if f"{question_types[0]}.{name}" in metrics]
+        lines += ["", f"| question type | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
+        for question_type in question_types:
+            values = " | ".join(f"{metrics[f'{question_type}.{part}']:.4f}" for part in parts)
+            lines.append(f"| {question_type} | {values} |")
     return lines
-
-
-def _line(answer: Scored) -> dict[str, object]:
-    score = answer.score
-    return {
-        "id": score.id,
-        "kind": score.kind,
-        "instruction": answer.asked.instruction,
-        "response": answer.given.response,
-        "num_targets": score.num_targets,
-        "num_found": score.num_found,
-        "mask_iou": round(score.mask.iou, 6),
-        "prior_iou": round(score.prior.iou, 6),
-    }

@@ -219,10 +219,10 @@ class TestWrongUse:
             (["inspect", "b", "--jsn"], "did you mean --json?"),
             (["segment", "nowhere.png", "x", "--bundle", "b"], "there is no bundle at b"),
             (["segment", "nowhere.png", "x"], "nowhere.png"),
-            (["scenes", "--out", "sheet.gif"], "ends in .png"),
-            (["scenes", "--tier", "plane", "--out", "s.png"], "accepted: plain, full"),
-            (["scenes", "--count", "0", "--out", "s.png"], "must be at least 1"),
-            (["evaluate", "--tier", "plane"], "accepted: plain, full"),
+            (["synth", "--out", "sheet.gif"], "ends in .png"),
+            (["synth", "--preset", "plane", "--out", "s.png"], "accepted: plain, full"),
+            (["synth", "--num-examples", "0", "--out", "s.png"], "must be at least 1"),
+            (["evaluate", "--preset", "plane"], "accepted: plain, full"),
             (["evaluate", "--examples", "nowhere.jsonl"], "nowhere.jsonl"),
             (["inspect", "nowhere"], "there is no bundle at nowhere"),
             (["export", "nowhere", "--out", "b"], "there is no checkpoint directory nowhere"),
@@ -251,8 +251,8 @@ class TestWrongUse:
 
 @pytest.mark.parametrize("name", ["sheet.png", "some.jsonl", "some.parquet"])
 def test_scenes_are_drawn_to_look_at_or_to_learn_from(name, tmp_path):
-    done = run_json("scenes", "--tier", "full", "--count", "3", "--out", tmp_path / name)
-    assert done["scenes"] == 3
+    done = run_json("synth", "--preset", "full", "--num-examples", "3", "--out", tmp_path / name)
+    assert done["num_examples"] == 3
     if name == "sheet.png":
         with Image.open(tmp_path / name) as sheet:
             assert sheet.size[0] > 900

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.training.grpo.evaluation import standard_error
+from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.training.recipe import load_recipe
 from tests.scripts import load_script
 

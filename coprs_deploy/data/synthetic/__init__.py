@@ -1,16 +1,16 @@
-"""Synthetic scenes: pictures of shapes whose every pixel, word and answer is known.
+"""Synthetic scenes: images of shapes with exact masks, questions and reasoning. numpy only.
 
-From a seed come a picture with a table of its objects (``make_scene``), questions about it with
-their targets and reasoning (``ask``), and examples to train on (``SceneExamples``). The modules,
-from the bottom up:
+A seed gives an image with a table of its objects (:func:`make_scene`), questions about it with
+targets and reasoning (:func:`ask_questions`), and examples (:class:`SceneExamples`). The modules,
+bottom up:
 
-    vocabulary, draws, tiers      words and colors; portable random draws; the two worlds
-    shapes, layout, painting      outlines; which object lies where; pixels
-    scene, generator              the result; from seed to scene
-    expressions, wording          what a question points at; its words
-    reasoning, questions          the thought; clear questions with their answers
-    reader                        an independent second reading, which checks all of it
-    dataset, contact_sheet        examples by seed; a page to look at
+    vocabulary, rng, presets      terms and colors; portable random numbers; difficulty presets
+    shapes, layout, rendering     outlines; positions and visible parts of objects; pixels
+    scene                         the image with its instance map and its table of objects
+    expressions, wording          referring expressions and their English
+    reasoning, questions          chain of thought; unambiguous questions with their targets
+    verifier                      an independent reading that checks questions and reasoning
+    examples                      examples by seed
 """
 
 from coprs_deploy.data.synthetic.examples import SceneExamples, example_from_question
@@ -22,7 +22,7 @@ from coprs_deploy.data.synthetic.presets import (
     QUESTION_TYPES,
     Preset,
 )
-from coprs_deploy.data.synthetic.questions import Question, ask
+from coprs_deploy.data.synthetic.questions import Question, ask_questions
 from coprs_deploy.data.synthetic.scene import Scene, SceneObject, make_scene
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "Scene",
     "SceneExamples",
     "SceneObject",
-    "ask",
+    "ask_questions",
     "example_from_question",
     "make_scene",
 ]

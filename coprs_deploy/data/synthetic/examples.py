@@ -1,4 +1,4 @@
-"""Scenes and questions as examples, made when they are asked for."""
+"""Examples of synthetic scenes, generated on access."""
 
 from __future__ import annotations
 
@@ -9,41 +9,50 @@ import msgspec
 
 from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, Preset
-from coprs_deploy.data.synthetic.questions import Question, ask
+from coprs_deploy.data.synthetic.questions import Question, ask_questions
 from coprs_deploy.data.synthetic.scene import Scene, make_scene
 
 
-def held_out_examples(tier: Preset, count: int, absent: int, first_seed: int = 0) -> list[Example]:
-    """Ask a question with an answer about each of some scenes, and others without one.
+def held_out_examples(
+    preset: Preset, num_examples: int, num_no_match: int, first_seed: int = 0
+) -> list[Example]:
+    """Generate held-out examples with a target, and no-match examples after them.
 
-    The kinds of question are asked equally often, whatever the tier's own weights.
+    All question types that have a target are equally likely, whatever the weights of the preset.
+
+    Args:
+        preset: difficulty preset.
+        num_examples: number of examples with a target.
+        num_no_match: number of no-match examples; their seeds follow.
+        first_seed: seed of the first example, counted from ``HELD_OUT_SEED``.
     """
-    present = with_kinds(tier, dict.fromkeys((k for k in tier.kinds if k != "none"), 1.0))
+    answerable = preset_with_target(preset)
     first = HELD_OUT_SEED + first_seed
-    examples = list(SceneExamples(present, count, first))
-    if absent:
-        nothing = with_kinds(tier, {"none": 1.0})
-        examples += SceneExamples(nothing, absent, first + count)
+    examples = list(SceneExamples(answerable, num_examples, first))
+    if num_no_match:
+        no_match = with_question_types(preset, {"none": 1.0})
+        examples += SceneExamples(no_match, num_no_match, first + num_examples)
     return examples
 
 
 class SceneExamples(Sequence[Example]):
-    """One example a seed, without a file: the same interface as an example file."""
+    """One generated example per seed, with the interface of an example file."""
 
-    def __init__(self, tier: Preset, num_examples: int, first_seed: int = 0) -> None:
-        """Take ``num_examples`` seeds from ``first_seed`` on.
+    def __init__(self, preset: Preset, num_examples: int, first_seed: int = 0) -> None:
+        """Use ``num_examples`` consecutive seeds from ``first_seed``.
 
         Raises:
-            ValueError: there is no example, or the seeds reach from training into held-out ones.
+            ValueError: num_examples is below 1, or the seeds include both training and held-out
+                seeds.
         """
         if num_examples < 1:
             raise ValueError(f"num_examples is {num_examples}; it must be at least 1")
         if first_seed < HELD_OUT_SEED < first_seed + num_examples:
             raise ValueError(
-                f"the seeds {first_seed}..{first_seed + num_examples - 1} pass {HELD_OUT_SEED}, "
-                "where held-out scenes begin: take them from one side"
+                f"the seeds {first_seed}..{first_seed + num_examples - 1} include "
+                f"{HELD_OUT_SEED}, where held-out scenes begin; use seeds of one side only"
             )
-        self.tier = tier
+        self.preset = preset
         self.seeds = range(first_seed, first_seed + num_examples)
 
     def __len__(self) -> int:
@@ -59,23 +68,33 @@ class SceneExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         seed = self.seeds[index]
-        scene = make_scene(self.tier, seed)
-        return example_from_question(scene, ask(scene, self.tier, seed)[0], self.tier, seed)
+        scene = make_scene(self.preset, seed)
+        return example_from_question(
+            scene, ask_questions(scene, self.preset, seed)[0], self.preset, seed
+        )
 
 
-def example_from_question(scene: Scene, question: Question, tier: Preset, seed: int) -> Example:
-    """Join a scene and one of its questions to an example; masks follow the reading order."""
+def example_from_question(scene: Scene, question: Question, preset: Preset, seed: int) -> Example:
+    """Build the example of a scene and one of its questions; masks are in reading order."""
     return Example(
-        id=f"{tier.name}-{seed}",
+        id=f"{preset.name}-{seed}",
         image=scene.image,
         instruction=question.instruction,
         masks=scene.masks(question.targets),
         response=question.response,
-        kind=question.kind,
-        tier=tier.name,
+        question_type=question.question_type,
+        source=preset.name,
     )
 
 
-def with_kinds(tier: Preset, kinds: Mapping[str, float]) -> Preset:
-    """Exchange the weights of a tier's kinds of question; empty ones leave it as it is."""
-    return msgspec.structs.replace(tier, kinds=dict(kinds)) if kinds else tier
+def with_question_types(preset: Preset, weights: Mapping[str, float]) -> Preset:
+    """Replace the question type weights of a preset; empty weights keep its own."""
+    if not weights:
+        return preset
+    return msgspec.structs.replace(preset, question_type_weights=dict(weights))
+
+
+def preset_with_target(preset: Preset) -> Preset:
+    """Give all question types of a preset that have a target the same weight, the others none."""
+    types = [name for name in preset.question_type_weights if name != "none"]
+    return with_question_types(preset, dict.fromkeys(types, 1.0))

@@ -1,8 +1,8 @@
-"""Expressions: what a question points at, apart from its words.
+"""Referring expressions as data, and their resolution to objects.
 
-An expression is one pattern: objects of a description, narrowed down by relations to other
-expressions, then by an extreme or a rank. Resolving it says which objects it means, or that
-something in it lies too close to call.
+An expression is a description of objects, narrowed down by relations to other expressions, then by
+an extreme or a rank. It resolves to objects, or is unclear because two values are too close. Its
+English is in :mod:`coprs_deploy.data.synthetic.wording`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coprs_deploy.data.synthetic.scene import SceneObject
 NEAREST = "nearest to"
 
 CLEARLY_NOT_SHARE = 0.25
-"""Share of the clear distance on the other side from which an object is clearly not "left of"."""
+"""Share of the clear distance on the other side at which an object is clearly not "left of"."""
 
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left of": (0, -1),
@@ -26,7 +26,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "above": (1, -1),
     "below": (1, 1),
 }
-"""Relation to the axis (0 is x) and to the sign of the object's position minus the anchor's."""
+"""Relation to axis (0 is x) and sign of the object's position minus the anchor's."""
 
 EXTREMES: dict[str, tuple[int, int]] = {
     "leftmost": (0, 1),
@@ -34,7 +34,7 @@ EXTREMES: dict[str, tuple[int, int]] = {
     "topmost": (1, 1),
     "bottommost": (1, -1),
 }
-"""Extreme of position to the axis and to the factor that makes it a least value."""
+"""Extreme of position to axis and sign; the extreme has the smallest signed value."""
 
 SIZE_EXTREMES: dict[str, int] = {"largest": -1, "smallest": 1}
 
@@ -44,16 +44,16 @@ SIDES: dict[str, tuple[int, int]] = {
     "top": (1, 1),
     "bottom": (1, -1),
 }
-"""Side from which a rank counts to the axis and the sign of the count."""
+"""Side from which a rank counts to axis and sign of the count."""
 
 
 class UnclearError(Exception):
-    """An expression means nothing clear: two values are too close, or two objects fit."""
+    """An expression is ambiguous: two values are too close, or several objects match."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """Attributes that an object must have; None leaves one open."""
+    """Attributes that an object must have; None accepts any value."""
 
     size: str | None = None
     texture: str | None = None
@@ -61,28 +61,28 @@ class Description:
     shape: str | None = None
 
     def matches(self, item: SceneObject) -> bool:
-        """Say whether an object has every attribute that is named."""
+        """Return whether an object has all attributes of the description."""
         return all(
             getattr(self, field.name) in (None, getattr(item, field.name)) for field in fields(self)
         )
 
     @property
     def is_known(self) -> bool:
-        """Whether its noun belongs to this world."""
+        """Whether scenes have objects of this shape."""
         return self.shape is None or self.shape in vocabulary.FULL_SHAPES
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A description and what narrows it down.
+    """A description with optional relations, extreme or rank.
 
     Attributes:
-        description: attributes of the objects meant.
-        relations: each a word of ``DIRECTIONS`` or ``NEAREST``, and the anchor, which is singular.
-        extreme: a word of ``EXTREMES`` or ``SIZE_EXTREMES``.
-        rank: from 1, counted from ``side``.
-        side: a word of ``SIDES``.
-        is_plural: whether all objects that fit are meant, not the only one.
+        description: attributes of the objects.
+        relations: pairs of a key of ``DIRECTIONS`` or ``NEAREST`` and an anchor, which is singular.
+        extreme: key of ``EXTREMES`` or ``SIZE_EXTREMES``.
+        rank: position from 1, counted from ``side``.
+        side: key of ``SIDES``.
+        is_plural: whether all matching objects are targets, instead of exactly one.
     """
 
     description: Description
@@ -94,26 +94,25 @@ class Expression:
 
     @property
     def is_known(self) -> bool:
-        """Whether all its nouns belong to this world."""
+        """Whether scenes have objects of all shapes in the expression."""
         return self.description.is_known and all(anchor.is_known for _, anchor in self.relations)
 
 
 def resolve(
     expression: Expression, objects: Sequence[SceneObject], clear_px: float
 ) -> tuple[int, ...]:
-    """Find what an expression means.
+    """Resolve an expression to objects.
 
     Args:
-        expression: what is asked for.
-        objects: the table of the scene.
-        clear_px: by how much positions must differ to be told apart.
+        expression: the expression.
+        objects: objects of the scene.
+        clear_px: minimum difference in pixels of positions that are compared.
 
     Returns:
-        Indices into ``objects`` in ascending order; nothing where nothing fits, or where an anchor
-        is missing.
+        Indices into ``objects``, ascending; empty if no object matches or an anchor does not exist.
 
     Raises:
-        UnclearError: values lie within ``clear_px``, or several objects fit a singular.
+        UnclearError: values differ by less than ``clear_px``, or several objects match a singular.
     """
     pool = candidates(expression, objects, clear_px)
     for relation, anchor in expression.relations:
@@ -127,7 +126,7 @@ def resolve(
         for relation, anchor in expression.relations
         if relation in DIRECTIONS
     ]
-    pool = [i for i in pool if _lies_so(objects[i], directions, clear_px)]
+    pool = [i for i in pool if _is_in_directions(objects[i], directions, clear_px)]
     if expression.extreme in SIZE_EXTREMES:
         pool = _extreme_size(pool, expression.extreme, objects)
     elif expression.extreme in EXTREMES:
@@ -135,14 +134,14 @@ def resolve(
     elif expression.rank and expression.side:
         pool = _ranked(pool, expression.rank, SIDES[expression.side], objects, clear_px)
     if len(pool) > 1 and not expression.is_plural:
-        raise UnclearError("several objects fit")
+        raise UnclearError("several objects match")
     return tuple(pool)
 
 
 def candidates(
     expression: Expression, objects: Sequence[SceneObject], clear_px: float
 ) -> list[int]:
-    """Return the objects that fit the description, the anchors left out, ascending.
+    """Return the indices of objects that match the description, without the anchors, ascending.
 
     Raises:
         UnclearError: an anchor is unclear.
@@ -155,7 +154,7 @@ def candidates(
     ]
 
 
-def _lies_so(
+def _is_in_directions(
     item: SceneObject, directions: Sequence[tuple[tuple[int, int], SceneObject]], clear_px: float
 ) -> bool:
     is_unclear = False
@@ -165,7 +164,7 @@ def _lies_so(
             return False
         is_unclear |= offset < clear_px
     if is_unclear:
-        raise UnclearError("an object lies hardly on the side that is asked for")
+        raise UnclearError("an object is only just on that side")
     return True
 
 
@@ -175,7 +174,7 @@ def _nearest(
     ordered = sorted(pool, key=lambda i: distance(objects[i], origin))
     nearest = [distance(objects[i], origin) for i in ordered[:2]]
     if len(nearest) > 1 and nearest[1] - nearest[0] < clear_px:
-        raise UnclearError("two objects are about as near")
+        raise UnclearError("two objects are at a similar distance")
     return ordered[:1]
 
 
@@ -185,7 +184,7 @@ def _extreme_size(pool: list[int], extreme: str, objects: Sequence[SceneObject])
 
     ordered = sorted(pool, key=order)
     if len(ordered) > 1 and order(ordered[0]) == order(ordered[1]):
-        raise UnclearError("two objects are about as large")
+        raise UnclearError("two objects have the same size")
     return ordered[:1]
 
 
@@ -196,24 +195,24 @@ def _ranked(
     objects: Sequence[SceneObject],
     clear_px: float,
 ) -> list[int]:
-    """Return the object of a rank; the order must be clear up to the one after it."""
+    """Return the object of a rank; the order must be clear up to the next object."""
     ordered = in_order(pool, direction, objects)
     axis, sign = direction
     values = [sign * objects[i].center[axis] for i in ordered[: rank + 1]]
     gaps = [later - earlier for earlier, later in pairwise(values)]
     if gaps and min(gaps) < clear_px:
-        raise UnclearError("two objects are about as far to that side")
+        raise UnclearError("two objects are at a similar position")
     return ordered[rank - 1 : rank]
 
 
 def in_order(
     pool: Sequence[int], direction: tuple[int, int], objects: Sequence[SceneObject]
 ) -> list[int]:
-    """Sort indices from a side; see ``SIDES``."""
+    """Sort indices by position from a side of ``SIDES``."""
     axis, sign = direction
     return sorted(pool, key=lambda i: sign * objects[i].center[axis])
 
 
 def distance(item: SceneObject, other: SceneObject) -> float:
-    """Measure how far the centers of two objects lie apart, in pixels."""
+    """Return the distance of two objects' centers in pixels."""
     return math.dist(item.center, other.center)

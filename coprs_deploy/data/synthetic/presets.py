@@ -1,4 +1,4 @@
-"""The two worlds that scenes are drawn from, each described by one record."""
+"""Difficulty presets of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from coprs_deploy.data.synthetic import vocabulary
 from coprs_deploy.specs import Record
 
 HELD_OUT_SEED = 1_000_000_000
-"""First seed of the scenes that nothing is trained on; training takes seeds below it."""
+"""First seed of held-out scenes; training uses seeds below it."""
 
 QUESTION_TYPES = (
     "attribute",
@@ -18,35 +18,35 @@ QUESTION_TYPES = (
     "several",
     "none",
 )
-"""Kinds of question: see :mod:`coprs_deploy.data.synthetic.questions` for an example of each."""
+"""Types of question; :mod:`coprs_deploy.data.synthetic.questions` has an example of each."""
 
 
 class Preset(Record, frozen=True):
-    """What scenes hold and what is asked about them.
+    """Content of scenes and types of questions.
 
     Attributes:
-        name: part of every seed, so that tiers share no scene.
+        name: name of the preset, part of every random seed.
         image_size: side of the square image in pixels.
-        num_objects: fewest and most objects of a scene.
-        shapes: names of shapes.
-        textures: names of textures.
-        backgrounds: kinds of background.
-        radii: smallest and largest radius of small, medium and large objects, as shares of the
-            image's side; the radius is that of a circle of the same area.
-        texture_period: pixels from stripe to stripe, as a share of the image's side.
-        kinship: how often an object takes some attributes from an earlier one.
-        overlap: how often an object is put beside or over an earlier one.
-        min_visible_share: how much of each object stays visible; 1 forbids overlaps.
-        max_turn: largest turn, as the tangent of half its angle; 0 keeps every object upright.
-        shading: how much lighter and darker an object's far sides are; 0 is flat.
-        clear_distance: by how much positions must differ for words such as "leftmost" or "left
-            of", as a share of the image's side.
-        kinds: weight of each kind of question; a kind that is not named is not asked.
-        max_targets: most targets of one question.
-        has_paraphrases: whether instructions come in many wordings, or are the bare noun phrase.
-        shows_comparisons: whether the reasoning marks the candidates that lie as a relation says,
-            and says of what size the largest or smallest is.
-        things: nouns outside this world, for questions that nothing matches.
+        num_objects: minimum and maximum number of objects.
+        shapes: names of the shapes.
+        textures: names of the textures.
+        backgrounds: names of the backgrounds.
+        radii: minimum and maximum radius of small, medium and large objects, relative to the image
+            side; the radius is that of a circle of the same area.
+        texture_period: distance between stripes, relative to the image side.
+        attribute_reuse: probability that an object copies attributes of an earlier one.
+        overlap_probability: probability that an object touches or covers an earlier one.
+        min_visible_share: minimum visible share of each object; 1 forbids overlaps.
+        max_rotation: maximum rotation, as the tangent of half its angle; 0 keeps objects upright.
+        shading: relative brightness change across an object; 0 is flat.
+        clear_distance: minimum difference of positions for expressions such as "leftmost" or "left
+            of", relative to the image side.
+        question_type_weights: weight of each question type; a missing type has weight 0.
+        max_targets: maximum number of targets of a question.
+        has_paraphrases: whether instructions are paraphrased; otherwise they are noun phrases.
+        shows_comparisons: whether the reasoning marks the candidates that fulfill a relation, and
+            states the size of the largest or smallest.
+        things: nouns of objects that no scene has, for no-match questions.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Preset(Record, frozen=True):
     backgrounds: tuple[str, ...]
     radii: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
     texture_period: float
-    kinship: float
-    overlap: float
+    attribute_reuse: float
+    overlap_probability: float
     min_visible_share: float
-    max_turn: float
+    max_rotation: float
     shading: float
     clear_distance: float
-    kinds: dict[str, float]
+    question_type_weights: dict[str, float]
     max_targets: int
     has_paraphrases: bool
     shows_comparisons: bool
@@ -76,16 +76,18 @@ class Preset(Record, frozen=True):
                 f"{vocabulary.GRID_SIZE} from 64"
             )
         if not 1 <= self.num_objects[0] <= self.num_objects[1]:
-            raise ValueError(f"num_objects is {self.num_objects}; accepted: 1 <= fewest <= most")
+            raise ValueError(
+                f"num_objects is {self.num_objects}; accepted: 1 <= minimum <= maximum"
+            )
         if not 0 < self.min_visible_share <= 1:
             raise ValueError(f"min_visible_share is {self.min_visible_share}; accepted: (0, 1]")
         for field, found, known in (
             ("shapes", self.shapes, vocabulary.FULL_SHAPES),
             ("textures", self.textures, vocabulary.FULL_TEXTURES),
             ("backgrounds", self.backgrounds, vocabulary.FULL_BACKGROUNDS),
-            ("kinds", tuple(self.kinds), QUESTION_TYPES),
+            ("question_type_weights", tuple(self.question_type_weights), QUESTION_TYPES),
         ):
-            unknown = [word for word in found if word not in known]
+            unknown = [name for name in found if name not in known]
             if unknown or not found:
                 raise ValueError(f"{field} is {found}; accepted: some of {', '.join(known)}")
 
@@ -99,18 +101,18 @@ PLAIN = Preset(
     backgrounds=vocabulary.PLAIN_BACKGROUNDS,
     radii=((0.072, 0.080), (0.105, 0.116), (0.152, 0.166)),
     texture_period=0.047,
-    kinship=0.55,
-    overlap=0.0,
+    attribute_reuse=0.55,
+    overlap_probability=0.0,
     min_visible_share=1.0,
-    max_turn=0.0,
+    max_rotation=0.0,
     shading=0.0,
     clear_distance=0.11,
-    kinds={"attribute": 0.36, "superlative": 0.27, "relation": 0.27, "none": 0.10},
+    question_type_weights={"attribute": 0.36, "superlative": 0.27, "relation": 0.27, "none": 0.10},
     max_targets=1,
     has_paraphrases=False,
     shows_comparisons=False,
 )
-"""Few separate shapes on quiet backgrounds, one wording: what a small model masters in an hour."""
+"""Few separate shapes on quiet backgrounds, one wording: a tiny model learns it in an hour."""
 
 FULL = Preset(
     name="full",
@@ -121,13 +123,13 @@ FULL = Preset(
     backgrounds=vocabulary.FULL_BACKGROUNDS,
     radii=((0.054, 0.061), (0.080, 0.090), (0.118, 0.132)),
     texture_period=0.038,
-    kinship=0.6,
-    overlap=0.35,
+    attribute_reuse=0.6,
+    overlap_probability=0.35,
     min_visible_share=0.6,
-    max_turn=0.12,
+    max_rotation=0.12,
     shading=0.16,
     clear_distance=0.075,
-    kinds={
+    question_type_weights={
         "attribute": 0.20,
         "superlative": 0.15,
         "relation": 0.15,
@@ -141,6 +143,6 @@ FULL = Preset(
     has_paraphrases=True,
     shows_comparisons=True,
 )
-"""Many shapes that hide one another, ten shapes, every kind of question in many wordings."""
+"""Ten shapes, occlusion, and all question types in many wordings."""
 
-PRESETS = {tier.name: tier for tier in (PLAIN, FULL)}
+PRESETS = {preset.name: preset for preset in (PLAIN, FULL)}

@@ -1,7 +1,7 @@
-"""Questions about a scene, clear by construction, with their answers and reasoning.
+"""Questions about a scene, unambiguous by construction, with targets and reasoning.
 
-An expression is drafted at random towards some object, and kept if it resolves clearly to as many
-targets as its kind has. The kinds:
+A random expression is drafted around an object, and kept if it resolves to as many targets as its
+question type has. The types:
 
     attribute    the striped red circle
     superlative  the leftmost circle; the largest red shape
@@ -11,7 +11,7 @@ targets as its kind has. The kinds:
     nearest      the circle nearest to the blue star
     ordinal      the second circle from the left
     several      all red circles; all red circles left of the blue star
-    none         any of these with nothing that fits, or "the cat"
+    none         any of these without a match, or "the cat"
 """
 
 from __future__ import annotations
@@ -34,56 +34,56 @@ from coprs_deploy.data.synthetic.expressions import (
 )
 from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.data.synthetic.reasoning import write_reasoning, write_response
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.scene import Scene, SceneObject
 from coprs_deploy.data.synthetic.wording import write_instruction
 
-DRAFTS_PER_KIND = 60
-"""Drafts of one kind before another kind is tried."""
+DRAFTS_PER_TYPE = 60
+"""Drafts of one question type before another type is tried."""
 
 LONE_CANDIDATE_SHARE = 0.35
-"""How often a question is kept whose description alone would give the answer."""
+"""Share of questions that are kept although the description alone has a single match."""
 
-_SHARES = {"shape": 0.8, "color": 0.6, "texture": 0.3, "size": 0.25}
-"""How often a description names each attribute."""
+_ATTRIBUTE_SHARES = {"shape": 0.8, "color": 0.6, "texture": 0.3, "size": 0.25}
+"""Probability that a description has an attribute."""
 
 _NARROWING = ("superlative", "relation", "two_step", "nearest", "ordinal")
-"""Kinds that say more than attributes, about one object."""
+"""Question types with one target and more than attributes."""
 
-_FEW = {"shape": 0.65, "color": 0.35, "texture": 0.12, "size": 0.0}
-"""The same, where several objects should fit."""
+_BROAD_SHARES = {"shape": 0.65, "color": 0.35, "texture": 0.12, "size": 0.0}
+"""Probability that a description has an attribute, if several objects should match."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """An instruction with its answer.
+    """An instruction with its targets and reasoning.
 
     Attributes:
-        instruction: what the user writes.
-        kind: one of ``tiers.QUESTION_TYPES``.
+        instruction: the user's text.
+        question_type: one of ``QUESTION_TYPES``.
         targets: indices into the scene's objects, in reading order; empty for "none".
-        reasoning: the thought, without its marks.
+        reasoning: chain of thought, without ``<think>`` tags.
     """
 
     instruction: str
-    kind: str
+    question_type: str
     targets: tuple[int, ...]
     reasoning: str
 
     @property
     def response(self) -> str:
-        """The whole response: thought, then one ``<REF_POS>`` a target or "nothing matches"."""
+        """Whole response: reasoning, then one ``<REF_POS>`` per target or "nothing matches"."""
         return write_response(self.reasoning, len(self.targets))
 
 
-def ask(scene: Scene, tier: Preset, seed: int, count: int = 1) -> list[Question]:
-    """Ask different questions about a scene.
+def ask_questions(scene: Scene, preset: Preset, seed: int, count: int = 1) -> list[Question]:
+    """Generate different questions about a scene.
 
     Args:
-        scene: a scene of this tier.
-        tier: kinds of question, their weights and wordings.
-        seed: the same seed gives the same questions.
-        count: how many; a poor scene may give fewer.
+        scene: a scene of the preset.
+        preset: question types with their weights, and wording.
+        seed: seed of the questions.
+        count: maximum number of questions; a scene with few objects may have fewer.
 
     Returns:
         At least one question, no two with the same instruction.
@@ -93,7 +93,7 @@ def ask(scene: Scene, tier: Preset, seed: int, count: int = 1) -> list[Question]
     """
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
-    drafter = _Drafter(scene, tier, Draws(f"{tier.name} questions", seed))
+    drafter = _Drafter(scene, preset, PortableRng(f"{preset.name} questions", seed))
     questions: dict[str, Question] = {}
     for _ in range(3 * count):
         question = drafter.question()
@@ -106,11 +106,11 @@ def ask(scene: Scene, tier: Preset, seed: int, count: int = 1) -> list[Question]
 class _Drafter:
     """Drafts expressions about one scene."""
 
-    def __init__(self, scene: Scene, tier: Preset, draws: Draws) -> None:
+    def __init__(self, scene: Scene, preset: Preset, rng: PortableRng) -> None:
         self.objects = scene.objects
-        self.tier = tier
-        self.draws = draws
-        self.clear_px = tier.clear_distance * tier.image_size
+        self.preset = preset
+        self.rng = rng
+        self.clear_px = preset.clear_distance * preset.image_size
         self.drafts: Mapping[str, Callable[[], Expression | None]] = {
             "attribute": self._attribute,
             "superlative": self._superlative,
@@ -119,153 +119,157 @@ class _Drafter:
             "nearest": self._nearest,
             "ordinal": self._ordinal,
             "several": self._several,
-            "none": self._nothing,
+            "none": self._no_match,
         }
 
     def question(self) -> Question:
-        """Draw a kind, then drafts of it until one is clear; a kind that never is gives way."""
-        weights = dict(self.tier.kinds)
+        """Draw a question type, then drafts until one is clear; without one, draw another type."""
+        weights = dict(self.preset.question_type_weights)
         while any(weights.values()):
-            kind = self.draws.weighted(list(weights), list(weights.values()))
-            for _ in range(DRAFTS_PER_KIND):
-                question = self._try(kind)
+            question_type = self.rng.weighted(list(weights), list(weights.values()))
+            for _ in range(DRAFTS_PER_TYPE):
+                question = self._try(question_type)
                 if question:
                     return question
-            weights[kind] = 0.0
-        return self._finish("none", self._unknown_thing(), ())
+            weights[question_type] = 0.0
+        return self._finish("none", self._unknown_object(), ())
 
-    def _try(self, kind: str) -> Question | None:
-        expression = self.drafts[kind]()
-        targets = self._meaning(expression) if expression else None
+    def _try(self, question_type: str) -> Question | None:
+        expression = self.drafts[question_type]()
+        targets = self._resolve(expression) if expression else None
         if expression is None or targets is None:
             return None
-        accepted = {"none": range(1), "several": range(2, self.tier.max_targets + 1)}
-        if len(targets) not in accepted.get(kind, range(1, 2)):
+        accepted = {"none": range(1), "several": range(2, self.preset.max_targets + 1)}
+        if len(targets) not in accepted.get(question_type, range(1, 2)):
             return None
-        return self._finish(kind, expression, targets)
+        return self._finish(question_type, expression, targets)
 
-    def _finish(self, kind: str, expression: Expression, targets: tuple[int, ...]) -> Question:
-        instruction = write_instruction(expression, len(targets), self.tier, self.draws)
+    def _finish(
+        self, question_type: str, expression: Expression, targets: tuple[int, ...]
+    ) -> Question:
+        instruction = write_instruction(expression, len(targets), self.preset, self.rng)
         reasoning = write_reasoning(
             expression,
             self.objects,
             self.clear_px,
-            shows_comparisons=self.tier.shows_comparisons,
+            shows_comparisons=self.preset.shows_comparisons,
         )
-        return Question(instruction, kind, targets, reasoning)
+        return Question(instruction, question_type, targets, reasoning)
 
     def _attribute(self) -> Expression:
-        return Expression(self._describe(self.draws.choice(self.objects), _SHARES))
+        return Expression(self._describe(self.rng.choice(self.objects), _ATTRIBUTE_SHARES))
 
     def _superlative(self) -> Expression | None:
-        extreme = self.draws.choice([*EXTREMES, *SIZE_EXTREMES, *SIZE_EXTREMES])
-        described = self._describe(self.draws.choice(self.objects), _FEW, may_be_empty=True)
-        return self._if_several_fit(Expression(described, extreme=extreme))
+        extreme = self.rng.choice([*EXTREMES, *SIZE_EXTREMES, *SIZE_EXTREMES])
+        described = self._describe(self.rng.choice(self.objects), _BROAD_SHARES, may_be_empty=True)
+        return self._if_several_match(Expression(described, extreme=extreme))
 
     def _ordinal(self) -> Expression | None:
-        described = self._describe(self.draws.choice(self.objects), _FEW, may_be_empty=True)
-        rank, side = self.draws.integer(2, 4), self.draws.choice(list(SIDES))
-        return self._if_several_fit(Expression(described, rank=rank, side=side))
+        described = self._describe(self.rng.choice(self.objects), _BROAD_SHARES, may_be_empty=True)
+        rank, side = self.rng.integer(2, 4), self.rng.choice(list(SIDES))
+        return self._if_several_match(Expression(described, rank=rank, side=side))
 
     def _relation(self) -> Expression | None:
         pair = self._pair()
-        words = self._directions(*pair) if pair else []
-        if not pair or not words:
+        directions = self._directions(*pair) if pair else []
+        if not pair or not directions:
             return None
-        anchor = Expression(self._describe(pair[1], _SHARES))
-        return self._beside(pair[0], anchor, self.draws.choice(words))
+        anchor = Expression(self._describe(pair[1], _ATTRIBUTE_SHARES))
+        return self._related(pair[0], anchor, self.rng.choice(directions))
 
     def _nearest(self) -> Expression | None:
         pair = self._pair()
         if not pair:
             return None
-        return self._beside(pair[0], Expression(self._describe(pair[1], _SHARES)), NEAREST)
+        return self._related(
+            pair[0], Expression(self._describe(pair[1], _ATTRIBUTE_SHARES)), NEAREST
+        )
 
     def _two_step(self) -> Expression | None:
-        return self._chain() if self.draws.chance(0.5) else self._conjunction()
+        return self._chain() if self.rng.chance(0.5) else self._conjunction()
 
     def _chain(self) -> Expression | None:
         inner = self._relation()
-        found = self._meaning(inner) if inner else None
+        found = self._resolve(inner) if inner else None
         if inner is None or not found:
             return None
-        target, middle = self.draws.choice(self.objects), self.objects[found[0]]
-        words = self._directions(target, middle)
-        # "The ring left of the star that is right of the ring" would say the same thing twice.
-        if not words or inner.relations[0][1].description.matches(target):
+        target, middle = self.rng.choice(self.objects), self.objects[found[0]]
+        directions = self._directions(target, middle)
+        # "The ring left of the star that is right of the ring" would be redundant.
+        if not directions or inner.relations[0][1].description.matches(target):
             return None
-        return self._beside(target, inner, self.draws.choice(words))
+        return self._related(target, inner, self.rng.choice(directions))
 
     def _conjunction(self) -> Expression | None:
         first, second = self._relation(), self._relation()
         if first is None or second is None:
             return None
         both = (*first.relations, *second.relations)
-        is_one_anchor = self._meaning(both[0][1]) == self._meaning(both[1][1])
-        return None if is_one_anchor else self._if_several_fit(replace(first, relations=both))
+        is_one_anchor = self._resolve(both[0][1]) == self._resolve(both[1][1])
+        return None if is_one_anchor else self._if_several_match(replace(first, relations=both))
 
-    def _beside(self, target: SceneObject, anchor: Expression, relation: str) -> Expression | None:
-        described = self._describe(target, _FEW, may_be_empty=True)
-        return self._if_several_fit(Expression(described, ((relation, anchor),)))
+    def _related(self, target: SceneObject, anchor: Expression, relation: str) -> Expression | None:
+        described = self._describe(target, _BROAD_SHARES, may_be_empty=True)
+        return self._if_several_match(Expression(described, ((relation, anchor),)))
 
     def _several(self) -> Expression | None:
-        described = self._describe(self.draws.choice(self.objects), _FEW)
-        relation = self._relation() if self.draws.chance(0.3) else None
+        described = self._describe(self.rng.choice(self.objects), _BROAD_SHARES)
+        relation = self._relation() if self.rng.chance(0.3) else None
         return Expression(
             described, relations=relation.relations if relation else (), is_plural=True
         )
 
-    def _nothing(self) -> Expression | None:
-        """Draft something that looks answerable: a part of a sound question is exchanged."""
-        if self.draws.chance(0.2):
-            return self._unknown_thing()
-        kinds = [kind for kind in _NARROWING if self.tier.kinds.get(kind)]
-        sound = (
-            self.drafts[self.draws.choice(kinds)]() if kinds and self.draws.chance(0.7) else None
+    def _no_match(self) -> Expression | None:
+        """Draft a plausible no-match question: replace one part of an answerable one."""
+        if self.rng.chance(0.2):
+            return self._unknown_object()
+        types = [name for name in _NARROWING if self.preset.question_type_weights.get(name)]
+        answerable = (
+            self.drafts[self.rng.choice(types)]() if types and self.rng.chance(0.7) else None
         )
-        if sound is None:
-            return Expression(self._absent())
-        if self.draws.chance(0.35):
-            has_size = sound.extreme in SIZE_EXTREMES
-            absent = replace(self._absent(), size=None) if has_size else self._absent()
-            return replace(sound, description=absent)
-        if sound.relations:
-            (relation, anchor), *others = sound.relations
-            if self.draws.chance(0.5):
-                anchor = Expression(self._absent())
+        if answerable is None:
+            return Expression(self._mismatch())
+        if self.rng.chance(0.35):
+            has_size = answerable.extreme in SIZE_EXTREMES
+            mismatch = replace(self._mismatch(), size=None) if has_size else self._mismatch()
+            return replace(answerable, description=mismatch)
+        if answerable.relations:
+            (relation, anchor), *others = answerable.relations
+            if self.rng.chance(0.5):
+                anchor = Expression(self._mismatch())
             elif relation in DIRECTIONS:
-                relation = self.draws.choice(list(DIRECTIONS))
-            return replace(sound, relations=((relation, anchor), *others))
-        if sound.rank:
-            return replace(sound, rank=self.draws.integer(sound.rank + 1, 5))
+                relation = self.rng.choice(list(DIRECTIONS))
+            return replace(answerable, relations=((relation, anchor), *others))
+        if answerable.rank:
+            return replace(answerable, rank=self.rng.integer(answerable.rank + 1, 5))
         return None
 
-    def _absent(self) -> Description:
-        """Describe an object of the scene with one attribute of another kind."""
-        described = self._describe(self.draws.choice(self.objects), _SHARES)
+    def _mismatch(self) -> Description:
+        """Describe an object of the scene with one attribute replaced."""
+        described = self._describe(self.rng.choice(self.objects), _ATTRIBUTE_SHARES)
         named = [field.name for field in fields(described) if getattr(described, field.name)]
         choices: dict[str, Sequence[str]] = {
             "size": vocabulary.SIZES,
-            "texture": self.tier.textures,
+            "texture": self.preset.textures,
             "color": list(vocabulary.COLORS),
-            "shape": self.tier.shapes,
+            "shape": self.preset.shapes,
         }
-        field = self.draws.choice(named)
-        return replace(described, **{field: self.draws.choice(choices[field])})
+        field = self.rng.choice(named)
+        return replace(described, **{field: self.rng.choice(choices[field])})
 
-    def _unknown_thing(self) -> Expression:
-        color = self.draws.choice(list(vocabulary.COLORS)) if self.draws.chance(0.25) else None
-        return Expression(Description(color=color, shape=self.draws.choice(self.tier.things)))
+    def _unknown_object(self) -> Expression:
+        color = self.rng.choice(list(vocabulary.COLORS)) if self.rng.chance(0.25) else None
+        return Expression(Description(color=color, shape=self.rng.choice(self.preset.things)))
 
     def _pair(self) -> tuple[SceneObject, SceneObject] | None:
         """Draw two different objects."""
         if len(self.objects) < 2:
             return None
-        first = self.draws.integer(0, len(self.objects) - 1)
-        second = self.draws.integer(0, len(self.objects) - 2)
+        first = self.rng.integer(0, len(self.objects) - 1)
+        second = self.rng.integer(0, len(self.objects) - 2)
         return self.objects[first], self.objects[second + (second >= first)]
 
-    def _meaning(self, expression: Expression) -> tuple[int, ...] | None:
+    def _resolve(self, expression: Expression) -> tuple[int, ...] | None:
         """Resolve an expression; None where it is unclear."""
         try:
             return resolve(expression, self.objects, self.clear_px)
@@ -273,7 +277,7 @@ class _Drafter:
             return None
 
     def _directions(self, target: SceneObject, anchor: SceneObject) -> list[str]:
-        """Return the words for how the target clearly lies from the anchor."""
+        """Return the directions in which the target clearly lies from the anchor."""
         return [
             word
             for word, (axis, sign) in DIRECTIONS.items()
@@ -283,17 +287,15 @@ class _Drafter:
     def _describe(
         self, item: SceneObject, shares: Mapping[str, float], may_be_empty: bool = False
     ) -> Description:
-        """Name some attributes of an object."""
-        named = {
-            field: getattr(item, field) for field in shares if self.draws.chance(shares[field])
-        }
+        """Describe an object by a random subset of its attributes."""
+        named = {field: getattr(item, field) for field in shares if self.rng.chance(shares[field])}
         if not named and not may_be_empty:
-            field = self.draws.choice(("shape", "color"))
+            field = self.rng.choice(("shape", "color"))
             named[field] = getattr(item, field)
         return Description(**named)
 
-    def _if_several_fit(self, expression: Expression) -> Expression | None:
-        """Let most expressions go whose description alone gives the answer: they teach nothing."""
+    def _if_several_match(self, expression: Expression) -> Expression | None:
+        """Drop most expressions whose description alone has a single match."""
         try:
             pool = candidates(expression, self.objects, self.clear_px)
         except UnclearError:
@@ -301,5 +303,5 @@ class _Drafter:
         if expression.extreme or expression.rank:
             is_trivial = len(pool) < 2
         else:
-            is_trivial = len(pool) < 2 and not self.draws.chance(LONE_CANDIDATE_SHARE)
+            is_trivial = len(pool) < 2 and not self.rng.chance(LONE_CANDIDATE_SHARE)
         return None if is_trivial else expression

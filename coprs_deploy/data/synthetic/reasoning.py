@@ -1,11 +1,11 @@
-"""Reasoning: the text that leads from an instruction to its targets.
+"""Chain of thought from an instruction to its targets.
 
-The order is what makes it learnable: the noun phrase is repeated, then each candidate is given by
-its place first and its attributes after, and the target by its place again. A place is read off the
-picture; attributes written before it would be guesses that the place then has to follow. What has
-to be compared is written down: the distance of each candidate where the nearest is asked for, and
-in a tier that shows its comparisons which candidates lie as a relation says, and of what size the
-largest is. Choosing is then looking a word up.
+The order makes it learnable: the noun phrase is repeated, each candidate is listed with its
+location first and its attributes second, and the conclusion repeats the location of the target. A
+location can be read from the image; attributes before it would be guesses that constrain the
+location. Comparisons are explicit: the distance of each candidate to the anchor for "nearest", and,
+if the preset shows comparisons, which candidates fulfill a relation and the size of the largest.
+The conclusion is then a lookup.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ from coprs_deploy.data.synthetic.wording import noun, phrase
 from coprs_deploy.prompts import REFERENCE_TOKEN
 
 NOTHING_MATCHES = "nothing matches"
-"""What follows the thought in place of ``<REF_POS>`` when there is no target."""
-
+"""Text after the reasoning of a no-match response, instead of ``<REF_POS>``."""
 
 MATCHES = " matches"
-"""What follows a candidate that lies as the relations say."""
+"""Mark of a candidate that fulfills the relations."""
 
 
 def write_reasoning(
@@ -42,17 +41,17 @@ def write_reasoning(
     *,
     shows_comparisons: bool = False,
 ) -> str:
-    """Explain how an expression leads to its targets.
+    """Write the reasoning from an expression to its targets.
 
     Args:
-        expression: a clear one; see :func:`expressions.resolve`.
-        objects: the table of the scene.
-        clear_px: by how much positions must differ to be told apart.
-        shows_comparisons: whether candidates that lie as a relation says are marked, and the size
-            of the largest or smallest is said.
+        expression: an unambiguous expression; see :func:`expressions.resolve`.
+        objects: objects of the scene.
+        clear_px: minimum difference in pixels of positions that are compared.
+        shows_comparisons: mark the candidates that fulfill a relation, and state the size of the
+            largest or smallest.
 
     Returns:
-        Sentences in canonical words, without the marks of a thought.
+        Sentences in canonical terms, without ``<think>`` tags.
     """
     targets = [objects[i] for i in resolve(expression, objects, clear_px)]
     if not expression.is_known:
@@ -71,21 +70,21 @@ def write_reasoning(
 
 
 def write_response(reasoning: str, num_targets: int) -> str:
-    """Put a reasoning into the form of a whole response, one ``<REF_POS>`` for each target."""
+    """Format a whole response: tagged reasoning, then one ``<REF_POS>`` per target."""
     ending = " ".join([REFERENCE_TOKEN] * num_targets) or NOTHING_MATCHES
     return f"<think>{reasoning}</think> {ending}"
 
 
 def _locate(expression: Expression, found: Sequence[SceneObject]) -> str:
-    place = f"at {found[0].place}" if found else "nowhere"
-    words = phrase(expression)
-    return f"{words[0].upper()}{words[1:]} is {place}."
+    location = f"at {found[0].location}" if found else "nowhere"
+    text = phrase(expression)
+    return f"{text[0].upper()}{text[1:]} is {location}."
 
 
 def _locate_anchors(
     expression: Expression, objects: Sequence[SceneObject], clear_px: float
 ) -> list[str]:
-    """Say where each anchor is, those that another needs first; stop at one that is missing."""
+    """Locate the anchors, inner ones first; stop at one that does not exist."""
     sentences: list[str] = []
     for _, anchor in expression.relations:
         inner = _locate_anchors(anchor, objects, clear_px)
@@ -118,9 +117,9 @@ def _list_candidates(
     marked: tuple[int, ...] = ()
     if shows_comparisons and expression.relations and not origins:
         marked = resolve(replace(expression, is_plural=True), objects, clear_px)
-    # Counted in clear distances and rounded down, the nearest has the smallest number alone.
+    # In clear distances, rounded down, only the nearest has the smallest number.
     entries = [
-        f"at {objects[i].place} {objects[i].name}"
+        f"at {objects[i].location} {objects[i].name}"
         + "".join(f" {int(distance(objects[i], origin) / clear_px)} away" for origin in origins)
         + (MATCHES if i in marked else "")
         for i in pool
@@ -132,5 +131,5 @@ def _list_candidates(
 def _conclude(targets: Sequence[SceneObject]) -> str:
     if not targets:
         return "The target is nowhere."
-    listed = ", ".join(f"at {item.place}, the {item.name}" for item in targets)
+    listed = ", ".join(f"at {item.location}, the {item.name}" for item in targets)
     return f"The target is {listed}." if len(targets) == 1 else f"The targets are {listed}."

@@ -1,4 +1,4 @@
-"""Painting: backgrounds, textured objects over them, and the camera's noise."""
+"""Rendering of a layout: background, textured objects, and sensor noise."""
 
 from __future__ import annotations
 
@@ -8,77 +8,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.data.synthetic import vocabulary
-from coprs_deploy.data.synthetic.layout import SAMPLES_PER_SIDE, Layout, Sketch, Stamp, sum_samples
+from coprs_deploy.data.synthetic.layout import (
+    SAMPLES_PER_SIDE,
+    Footprint,
+    Layout,
+    ObjectSpec,
+    sum_samples,
+)
 from coprs_deploy.data.synthetic.presets import Preset
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.images import RgbArray
 
 DARK_SHARE = 0.56
-"""How much light the dark parts of a texture lose."""
+"""Relative darkening of the dark parts of a texture."""
 
 COLOR_SHIFT = 12.0
-"""Largest shift of an object's color, in each channel."""
+"""Maximum shift of an object's color per channel."""
 
 LIGHTNESS_NOISE = 4.0
 COLOR_NOISE = 2.5
-"""Standard deviations in 0..255 of the noise over the whole picture."""
+"""Standard deviations in 0..255 of the noise over the whole image."""
 
 BACKGROUND_LIGHTNESS = (26.0, 112.0)
 BACKGROUND_TINT = 20.0
-"""Backgrounds are dim and greyish: no object has such a color."""
+"""Backgrounds are dim and greyish, unlike any object."""
 
 
-def paint(layout: Layout, tier: Preset, draws: Draws) -> RgbArray:
-    """Paint a layout.
+def render(layout: Layout, preset: Preset, rng: PortableRng) -> RgbArray:
+    """Render a layout.
 
     Args:
-        layout: what to paint.
-        tier: image size and kinds of background.
-        draws: where every random choice comes from.
+        layout: objects and their pixels.
+        preset: image size, backgrounds, textures and shading.
+        rng: random stream.
 
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    canvas = _paint_background(draws.choice(tier.backgrounds), tier.image_size, draws)
-    for sketch, stamp in zip(layout.sketches, layout.stamps, strict=True):
-        window = canvas[stamp.rows, stamp.columns]
-        coverage = stamp.coverage.astype(np.float32) / SAMPLES_PER_SIDE**2
-        window += coverage[..., None] * (_paint_object(sketch, stamp, tier, draws) - window)
-    size = tier.image_size
-    canvas += LIGHTNESS_NOISE * draws.noise(size, size, 1)
-    canvas += COLOR_NOISE * draws.noise(size, size, 3)
+    canvas = _render_background(rng.choice(preset.backgrounds), preset.image_size, rng)
+    for spec, footprint in zip(layout.specs, layout.footprints, strict=True):
+        window = canvas[footprint.rows, footprint.columns]
+        coverage = footprint.coverage.astype(np.float32) / SAMPLES_PER_SIDE**2
+        window += coverage[..., None] * (_render_object(spec, footprint, preset, rng) - window)
+    size = preset.image_size
+    canvas += LIGHTNESS_NOISE * rng.noise(size, size, 1)
+    canvas += COLOR_NOISE * rng.noise(size, size, 3)
     np.clip(canvas, 0, 255, out=canvas)
     return canvas.astype(np.uint8)
 
 
-def _paint_object(sketch: Sketch, stamp: Stamp, tier: Preset, draws: Draws) -> NDArray[np.float32]:
-    """Color the whole window of a stamp: (h, w, 3) float32 in 0..255."""
-    base = np.array(vocabulary.COLORS[sketch.color], dtype=np.float32)
-    color = base + COLOR_SHIFT * draws.array(3)
+def _render_object(
+    spec: ObjectSpec, footprint: Footprint, preset: Preset, rng: PortableRng
+) -> NDArray[np.float32]:
+    """Color the whole window of an object: (h, w, 3) float32 in 0..255."""
+    base = np.array(vocabulary.COLORS[spec.color], dtype=np.float32)
+    color = base + COLOR_SHIFT * rng.array(3)
     middle = SAMPLES_PER_SIDE // 2
-    x, y = stamp.x[:, middle::SAMPLES_PER_SIDE], stamp.y[middle::SAMPLES_PER_SIDE]
-    light_x, light_y = draws.direction()
-    light = 1 + tier.shading * ((x * light_x + y * light_y) / sketch.radius).astype(np.float32)
-    dark = _dark_samples(sketch.texture, stamp, tier.texture_period * tier.image_size, draws)
+    x, y = footprint.x[:, middle::SAMPLES_PER_SIDE], footprint.y[middle::SAMPLES_PER_SIDE]
+    light_x, light_y = rng.direction()
+    light = 1 + preset.shading * ((x * light_x + y * light_y) / spec.radius).astype(np.float32)
+    dark = _dark_samples(spec.texture, footprint, preset.texture_period * preset.image_size, rng)
     if dark is not None:
-        samples = sum_samples((dark & stamp.inside).view(np.uint8))
-        share = samples / np.maximum(stamp.coverage, 1).astype(np.float32)
+        samples = sum_samples((dark & footprint.inside).view(np.uint8))
+        share = samples / np.maximum(footprint.coverage, 1).astype(np.float32)
         light = light * (1 - DARK_SHARE * share)
-    painted: NDArray[np.float32] = light[..., None] * color
-    return painted
+    rendered: NDArray[np.float32] = light[..., None] * color
+    return rendered
 
 
 def _dark_samples(
-    texture: str, stamp: Stamp, period: float, draws: Draws
+    texture: str, footprint: Footprint, period: float, rng: PortableRng
 ) -> NDArray[np.bool_] | None:
-    """Say which samples a texture darkens, (3h, 3w) bool; None for a plain one."""
-    period *= draws.uniform(0.9, 1.15)
+    """Return the samples that a texture darkens, (3h, 3w) bool; None for a plain one."""
+    period *= rng.uniform(0.9, 1.15)
     x, y = (
-        axis / np.float32(period) + np.float32(draws.uniform(0, 1)) for axis in (stamp.x, stamp.y)
+        axis / np.float32(period) + np.float32(rng.uniform(0, 1))
+        for axis in (footprint.x, footprint.y)
     )
     dark: NDArray[np.bool_] | None = None
     if texture == "striped":
-        step_x, step_y = draws.choice(((1.0, 0.0), (0.0, 1.0), (0.707, 0.707), (0.707, -0.707)))
+        step_x, step_y = rng.choice(((1.0, 0.0), (0.0, 1.0), (0.707, 0.707), (0.707, -0.707)))
         along = x * np.float32(step_x) + y * np.float32(step_y)
         dark = along - np.floor(along) < np.float32(0.5)
     elif texture == "checkered":
@@ -88,43 +97,43 @@ def _dark_samples(
         from_dot_x, from_dot_y = x - np.floor(x) - 0.5, y - np.floor(y) - 0.5
         dark = from_dot_x**2 + from_dot_y**2 < np.float32(0.1)
     else:
-        assert texture == "plain", f"no paint for {texture!r}"
+        assert texture == "plain", f"no texture {texture!r}"
     return dark
 
 
-def _paint_background(kind: str, size: int, draws: Draws) -> NDArray[np.float32]:
+def _render_background(background: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
     """Return (size, size, 3) float32."""
-    base = draws.uniform(*BACKGROUND_LIGHTNESS) + BACKGROUND_TINT * draws.array(3)
-    tint = 1 + 0.35 * draws.array(3)
-    painted: NDArray[np.float32] = base + _relief(kind, size, draws)[..., None] * tint
-    return painted
+    base = rng.uniform(*BACKGROUND_LIGHTNESS) + BACKGROUND_TINT * rng.array(3)
+    tint = 1 + 0.35 * rng.array(3)
+    rendered: NDArray[np.float32] = base + _pattern(background, size, rng)[..., None] * tint
+    return rendered
 
 
-def _relief(kind: str, size: int, draws: Draws) -> NDArray[np.float32]:
-    """Return what a background adds to its base color, (size, size) float32 around 0."""
+def _pattern(background: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
+    """Return the brightness pattern of a background, (size, size) float32 around 0."""
     x, y = _pixel_centers(size)
-    relief: NDArray[np.floating] = np.zeros((size, size), dtype=np.float32)
-    if kind == "gradient":
-        step_x, step_y = draws.direction()
-        relief = draws.uniform(20, 45) * ((x - 0.5) * step_x + (y - 0.5) * step_y)
-    elif kind == "grain":
-        coarse = draws.noise(size // 2, size // 2).repeat(2, axis=0).repeat(2, axis=1)
-        relief = draws.uniform(5, 9) * coarse
-    elif kind == "blobs":
-        relief = draws.uniform(16, 24) * _smooth_field(6, size, draws)
-    elif kind == "clouds":
-        relief = 20 * _smooth_field(4, size, draws) + 12 * _smooth_field(16, size, draws)
-    elif kind == "stripes":
-        step_x, step_y = draws.direction()
-        along = (x * step_x + y * step_y) * draws.uniform(5, 11) + 4
-        relief = draws.uniform(28, 48) * (np.abs(along % 1 - 0.5) - 0.25)
-    elif kind == "tiles":
-        count = draws.integer(6, 12)
+    pattern: NDArray[np.floating] = np.zeros((size, size), dtype=np.float32)
+    if background == "gradient":
+        step_x, step_y = rng.direction()
+        pattern = rng.uniform(20, 45) * ((x - 0.5) * step_x + (y - 0.5) * step_y)
+    elif background == "grain":
+        coarse = rng.noise(size // 2, size // 2).repeat(2, axis=0).repeat(2, axis=1)
+        pattern = rng.uniform(5, 9) * coarse
+    elif background == "blobs":
+        pattern = rng.uniform(16, 24) * _smooth_field(6, size, rng)
+    elif background == "clouds":
+        pattern = 20 * _smooth_field(4, size, rng) + 12 * _smooth_field(16, size, rng)
+    elif background == "stripes":
+        step_x, step_y = rng.direction()
+        along = (x * step_x + y * step_y) * rng.uniform(5, 11) + 4
+        pattern = rng.uniform(28, 48) * (np.abs(along % 1 - 0.5) - 0.25)
+    elif background == "tiles":
+        count = rng.integer(6, 12)
         parity = (np.floor(x * count) + np.floor(y * count)) % 2
-        relief = draws.uniform(5, 9) * (2 * parity - 1)
+        pattern = rng.uniform(5, 9) * (2 * parity - 1)
     else:
-        assert kind == "flat", f"no background {kind!r}"
-    return relief.astype(np.float32)
+        assert background == "flat", f"no background {background!r}"
+    return pattern.astype(np.float32)
 
 
 @lru_cache(maxsize=8)
@@ -134,9 +143,9 @@ def _pixel_centers(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     return axis[None], axis[:, None]
 
 
-def _smooth_field(cells: int, size: int, draws: Draws) -> NDArray[np.float32]:
-    """Draw a field in [-1, 1] of so many soft blobs a side: (size, size) float32."""
-    corners = draws.array(cells + 1, cells + 1)
+def _smooth_field(cells: int, size: int, rng: PortableRng) -> NDArray[np.float32]:
+    """Draw a smooth random field in [-1, 1] of cells x cells: (size, size) float32."""
+    corners = rng.array(cells + 1, cells + 1)
     position = (np.arange(size) + 0.5) / size * cells
     lower = position.astype(np.int64)
     fraction = (position - lower).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Random draws that are the same on every machine and with every version of Python and numpy.
+"""Portable random numbers: the same on every machine and with every version of Python and numpy.
 
-Only what both promise to keep is used: ``random.Random.random`` for an integer seed, and the raw
-output of numpy's PCG64. Everything drawn from them is made with + - * / and the square root, which
-IEEE 754 fixes to the last bit; sine, logarithm and the like differ between libraries.
+Only outputs with a compatibility promise are used: ``random.Random.random`` for an integer seed,
+and the raw output of numpy's PCG64. Values are derived from them with + - * / and the square root,
+which IEEE 754 defines to the last bit; sine, logarithm and others differ between libraries.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ BYTE_SPREAD = math.sqrt(2.0)
 """Standard deviation of the number of ones in a random byte."""
 
 
-class Draws:
-    """A stream of draws named by a purpose and a seed; streams of other names are unrelated."""
+class PortableRng:
+    """Random stream of a purpose and a seed; different streams are independent."""
 
     def __init__(self, purpose: str, seed: int) -> None:
         digest = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=8).digest()
@@ -35,19 +35,19 @@ class Draws:
         return low + (high - low) * self._random.random()
 
     def chance(self, probability: float) -> bool:
-        """Say yes this often."""
+        """Return True with a probability."""
         return self._random.random() < probability
 
     def integer(self, low: int, high: int) -> int:
-        """Draw an integer in low..high, both included."""
+        """Draw an integer in low..high, inclusive."""
         return low + int(self._random.random() * (high - low + 1))
 
     def choice(self, items: Sequence[T]) -> T:
-        """Draw one of the items, each as likely."""
+        """Draw one of the items uniformly."""
         return items[self.integer(0, len(items) - 1)]
 
     def weighted(self, items: Sequence[T], weights: Sequence[float]) -> T:
-        """Draw one of the items, each as likely as its weight says; a weight of 0 never."""
+        """Draw one of the items with probabilities proportional to the weights."""
         left = self._random.random() * sum(weights)
         for item, weight in zip(items, weights, strict=True):
             left -= weight
@@ -56,7 +56,7 @@ class Draws:
         return next(item for item, weight in zip(items, weights, strict=True) if weight > 0)
 
     def direction(self) -> tuple[float, float]:
-        """Draw a unit vector (x, y), each direction as likely."""
+        """Draw a unit vector (x, y) of uniform direction."""
         while True:
             x, y = self.uniform(-1, 1), self.uniform(-1, 1)
             length = math.sqrt(x * x + y * y)
@@ -64,20 +64,20 @@ class Draws:
                 return x / length, y / length
 
     def array(self, *shape: int) -> NDArray[np.float32]:
-        """Draw numbers in [-1, 1), float32 of any (small) shape."""
+        """Draw uniform numbers in [-1, 1) as float32; slow, for small shapes."""
         values = [self.uniform(-1, 1) for _ in range(math.prod(shape))]
         return np.array(values, dtype=np.float32).reshape(shape)
 
     def noise(self, *shape: int) -> NDArray[np.float32]:
-        """Draw bell-shaped noise, float32 of any shape, with mean 0 and standard deviation 1.
+        """Draw approximately normal noise as float32, with mean 0 and standard deviation 1.
 
-        It is the number of ones in a random byte: nine levels, which no eye tells from a normal
-        distribution, at a fraction of the price.
+        It is the number of ones in a random byte: nine levels, much faster than a normal
+        distribution.
         """
         count = math.prod(shape)
-        # A fresh number for each call, so that two calls do not return the same noise.
+        # A new seed for each call, so that two calls return different noise.
         generator = np.random.PCG64(self._number ^ int(self._random.random() * 2**53))
-        words = np.asarray(generator.random_raw(-(-count // 8)), dtype="<u8")
-        ones = np.bitwise_count(words.view(np.uint8)[:count])
+        raw = np.asarray(generator.random_raw(-(-count // 8)), dtype="<u8")
+        ones = np.bitwise_count(raw.view(np.uint8)[:count])
         values: NDArray[np.float32] = (ones.astype(np.float32) - 4) / np.float32(BYTE_SPREAD)
         return values.reshape(shape)

@@ -1,4 +1,4 @@
-"""A scene: a picture, who owns each pixel, and a table of its objects."""
+"""Scenes: an image, its instance map and a table of its objects."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.data.synthetic.layout import Layout, cell_of, lay_out
+from coprs_deploy.data.synthetic.layout import Layout, cell_of, make_layout
 from coprs_deploy.data.synthetic.presets import Preset
-from coprs_deploy.data.synthetic.rendering import paint
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.rendering import render
+from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.images import RgbArray
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One row of the table.
+    """Attributes of one object of a scene.
 
     Attributes:
-        shape: word, as in "circle".
-        color: word, as in "red".
-        texture: word, as in "striped".
+        shape: name of the shape, as in "circle".
+        color: name of the color, as in "red".
+        texture: name of the texture, as in "striped".
         size: "small", "medium" or "large".
-        center: x and y in pixels of the whole shape's center of mass, hidden parts included.
-        radius: pixels; that of a circle of the whole shape's area.
-        row: 1..8, row of the grid cell that holds the center.
-        column: 1..8.
-        box: left, top, right, bottom of the visible pixels; right and bottom lie outside.
-        visible_share: visible pixels over all pixels of the shape.
+        center: x and y in pixels of the center of mass, hidden parts included.
+        radius: radius in pixels of a circle of the same area, hidden parts included.
+        row: row of the grid cell of the center, 1..8.
+        column: column of the grid cell of the center, 1..8.
+        box: left, top, right, bottom of the visible pixels; right and bottom are exclusive.
+        visible_share: visible pixels over all pixels of the object.
     """
 
     shape: str
@@ -44,80 +44,80 @@ class SceneObject:
     visible_share: float
 
     @property
-    def place(self) -> str:
-        """The grid cell in words, as in ``row3 col5``."""
+    def location(self) -> str:
+        """Grid cell of the center, as in ``row3 col5``."""
         return f"row{self.row} col{self.column}"
 
     @property
     def name(self) -> str:
-        """All attributes in words, as in ``large striped red circle``."""
+        """All attributes, as in ``large striped red circle``."""
         return f"{self.size} {self.texture} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with its truth.
+    """An image with its ground truth.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        owners: (H, W) uint8; 0 is background, n the pixel of ``objects[n - 1]`` that is seen there.
-        objects: in reading order (row, then column); no two have the same place.
+        instance_map: (H, W) uint8; 0 is background, n is the visible part of ``objects[n - 1]``.
+        objects: the objects in reading order (row, then column), each at its own location.
     """
 
     image: RgbArray
-    owners: NDArray[np.uint8]
+    instance_map: NDArray[np.uint8]
     objects: tuple[SceneObject, ...]
 
     def masks(self, targets: Sequence[int]) -> NDArray[np.bool_]:
-        """Return the visible pixels of some objects.
+        """Return the visible pixels of objects.
 
         Args:
-            targets: indices into ``objects``.
+            targets: N indices into ``objects``; N may be 0.
 
         Returns:
-            (N, H, W) bool, N may be 0.
+            (N, H, W) bool.
         """
         numbers = np.asarray(targets, dtype=np.int64).reshape(-1, 1, 1) + 1
-        masks: NDArray[np.bool_] = self.owners == numbers
+        masks: NDArray[np.bool_] = self.instance_map == numbers
         return masks
 
 
-def make_scene(tier: Preset, seed: int) -> Scene:
-    """Draw the scene of a seed: the same pixels on every machine.
+def make_scene(preset: Preset, seed: int) -> Scene:
+    """Generate the scene of a seed: the same pixels on every machine.
 
     Args:
-        tier: the world that it comes from.
+        preset: difficulty preset.
         seed: any integer.
 
     Returns:
-        The picture with its truth; it holds at least one object.
+        The scene; it has at least one object.
     """
-    layout = lay_out(tier, Draws(f"{tier.name} layout", seed))
-    image = paint(layout, tier, Draws(f"{tier.name} paint", seed))
+    layout = make_layout(preset, PortableRng(f"{preset.name} layout", seed))
+    image = render(layout, preset, PortableRng(f"{preset.name} paint", seed))
     numbered = [
-        (_describe(layout, number, tier.image_size), number)
-        for number in range(1, len(layout.sketches) + 1)
+        (_describe(layout, number, preset.image_size), number)
+        for number in range(1, len(layout.specs) + 1)
     ]
     numbered.sort(key=lambda pair: (pair[0].row, pair[0].column))
     new_numbers = np.zeros(len(numbered) + 1, dtype=np.uint8)
     for position, (_, number) in enumerate(numbered, start=1):
         new_numbers[number] = position
-    return Scene(image, new_numbers[layout.owners], tuple(item for item, _ in numbered))
+    return Scene(image, new_numbers[layout.instance_map], tuple(item for item, _ in numbered))
 
 
 def _describe(layout: Layout, number: int, image_size: int) -> SceneObject:
-    sketch, stamp = layout.sketches[number - 1], layout.stamps[number - 1]
-    visible = layout.owners[stamp.rows, stamp.columns] == number
+    spec, footprint = layout.specs[number - 1], layout.footprints[number - 1]
+    visible = layout.instance_map[footprint.rows, footprint.columns] == number
     rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
-    top, left = stamp.rows.start, stamp.columns.start
-    row, column = cell_of(sketch.center, image_size)
+    top, left = footprint.rows.start, footprint.columns.start
+    row, column = cell_of(spec.center, image_size)
     return SceneObject(
-        shape=sketch.shape,
-        color=sketch.color,
-        texture=sketch.texture,
-        size=sketch.size,
-        center=sketch.center,
-        radius=sketch.radius,
+        shape=spec.shape,
+        color=spec.color,
+        texture=spec.texture,
+        size=spec.size,
+        center=spec.center,
+        radius=spec.radius,
         row=row,
         column=column,
         box=(
@@ -126,5 +126,5 @@ def _describe(layout: Layout, number: int, image_size: int) -> SceneObject:
             int(left + columns[-1] + 1),
             int(top + rows[-1] + 1),
         ),
-        visible_share=float(np.count_nonzero(visible) / np.count_nonzero(stamp.mask)),
+        visible_share=float(np.count_nonzero(visible) / np.count_nonzero(footprint.mask)),
     )

@@ -1,8 +1,8 @@
-"""The outlines: which points of the plane a shape covers.
+"""Outlines of shapes as point-in-shape tests.
 
 Every shape is centered on its center of mass and has the area of the unit circle, so that "large"
 means the same for a star and a square. y points down. Points are given as a row of x and a column
-of y, and polygons are turned by their corners: most of the arithmetic stays one-dimensional.
+of y, and polygons are rotated by their corners: most of the arithmetic stays one-dimensional.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Corners: TypeAlias = tuple[tuple[float, float], ...]
-Turn: TypeAlias = tuple[float, float]
+Rotation: TypeAlias = tuple[float, float]
 """Cosine and sine of an angle, clockwise on the screen."""
 
-UPRIGHT: Turn = (1.0, 0.0)
+UPRIGHT: Rotation = (1.0, 0.0)
 
 _POLYGONS: dict[str, Corners] = {
     "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
     "triangle": ((0, -1), (0.866, 0.5), (-0.866, 0.5)),
     "diamond": ((0, -1), (0.68, 0), (0, 1), (-0.68, 0)),
     "hexagon": ((1, 0), (0.5, 0.866), (-0.5, 0.866), (-1, 0), (-0.5, -0.866), (0.5, -0.866)),
-    # Ten corners in turn on the unit circle and on one of radius 0.52.
+    # Ten corners, alternating between the unit circle and one of radius 0.52.
     "star": (
         (0, -1),
         (0.306, -0.421),
@@ -61,24 +61,27 @@ _CRESCENT_BITE = (0.52, -0.16, 0.8)
 _UNIT_DISC = (0.0, 0.0, 1.0)
 
 _MEASURING_STEPS = 500
-"""Steps along the unit length of the grid on which outlines are measured."""
+"""Grid steps per unit length for measuring outlines."""
 
 
 def _in_disc(
-    x: NDArray[np.float32], y: NDArray[np.float32], disc: tuple[float, float, float], turn: Turn
+    x: NDArray[np.float32],
+    y: NDArray[np.float32],
+    disc: tuple[float, float, float],
+    rotation: Rotation,
 ) -> NDArray[np.bool_]:
-    center_x, center_y = _turned((disc[:2],), turn)[0]
+    center_x, center_y = _rotated((disc[:2],), rotation)[0]
     inside: NDArray[np.bool_] = (x - center_x) ** 2 + (y - center_y) ** 2 < disc[2] ** 2
     return inside
 
 
 def _in_polygon(
-    x: NDArray[np.float32], y: NDArray[np.float32], corners: Corners, turn: Turn
+    x: NDArray[np.float32], y: NDArray[np.float32], corners: Corners, rotation: Rotation
 ) -> NDArray[np.bool_]:
-    """Count, for each point, the edges to its right; inside, their number is odd."""
+    """Count the edges to the right of each point; inside, their number is odd."""
     inside = np.zeros((y.shape[0], x.shape[1]), dtype=np.bool_)
-    turned = _turned(corners, turn)
-    for (x0, y0), (x1, y1) in zip(turned, (*turned[1:], turned[0]), strict=True):
+    rotated = _rotated(corners, rotation)
+    for (x0, y0), (x1, y1) in zip(rotated, (*rotated[1:], rotated[0]), strict=True):
         if y0 == y1:
             continue
         is_level = (y0 > y) != (y1 > y)
@@ -87,36 +90,36 @@ def _in_polygon(
     return inside
 
 
-def _turned(points: Corners, turn: Turn) -> Corners:
-    cosine, sine = turn
+def _rotated(points: Corners, rotation: Rotation) -> Corners:
+    cosine, sine = rotation
     return tuple((cosine * x - sine * y, sine * x + cosine * y) for x, y in points)
 
 
 def _covers_unscaled(
-    shape: str, x: NDArray[np.float32], y: NDArray[np.float32], turn: Turn
+    shape: str, x: NDArray[np.float32], y: NDArray[np.float32], rotation: Rotation
 ) -> NDArray[np.bool_]:
     if shape in _POLYGONS:
-        return _in_polygon(x, y, _POLYGONS[shape], turn)
+        return _in_polygon(x, y, _POLYGONS[shape], rotation)
     if shape == "heart":
-        left, right = (_in_disc(x, y, lobe, turn) for lobe in _HEART_LOBES)
-        return _in_polygon(x, y, _HEART_TIP, turn) | left | right
-    inside = _in_disc(x, y, _UNIT_DISC, turn)
+        left, right = (_in_disc(x, y, lobe, rotation) for lobe in _HEART_LOBES)
+        return _in_polygon(x, y, _HEART_TIP, rotation) | left | right
+    inside = _in_disc(x, y, _UNIT_DISC, rotation)
     if shape == "ring":
-        return inside & ~_in_disc(x, y, _RING_HOLE, turn)
+        return inside & ~_in_disc(x, y, _RING_HOLE, rotation)
     if shape == "crescent":
-        return inside & ~_in_disc(x, y, _CRESCENT_BITE, turn)
+        return inside & ~_in_disc(x, y, _CRESCENT_BITE, rotation)
     assert shape == "circle", f"no outline for {shape!r}"
     return inside
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What normalizes an outline.
+    """Normalization of an outline.
 
     Attributes:
-        scale: factor that gives it the area of the unit circle.
-        center: its center of mass before scaling.
-        reach: greatest distance from the center of mass after scaling.
+        scale: factor to the area of the unit circle.
+        center: center of mass before scaling, x and y.
+        reach: maximum distance from the center of mass after scaling.
     """
 
     scale: float
@@ -126,7 +129,7 @@ class Measures:
 
 @cache
 def measures(shape: str) -> Measures:
-    """Measure an outline by counting points of a fine grid, in integers, exact everywhere."""
+    """Measure an outline on a fine grid in integers, which is exact on every machine."""
     half = _MEASURING_STEPS * 3 // 2
     steps = np.arange(-half, half + 1)
     axis = (steps / _MEASURING_STEPS).astype(np.float32)
@@ -140,21 +143,21 @@ def measures(shape: str) -> Measures:
 
 
 def covers(
-    shape: str, x: NDArray[np.float32], y: NDArray[np.float32], turn: Turn = UPRIGHT
+    shape: str, x: NDArray[np.float32], y: NDArray[np.float32], rotation: Rotation = UPRIGHT
 ) -> NDArray[np.bool_]:
-    """Say which points a shape of radius 1 around the origin covers.
+    """Test which points a shape of radius 1 around the origin covers.
 
     Args:
         shape: one of ``vocabulary.FULL_SHAPES``.
         x: (1, W) float32.
         y: (H, 1) float32, downwards.
-        turn: cosine and sine of the angle by which the shape is turned.
+        rotation: cosine and sine of the angle by which the shape is turned.
 
     Returns:
         (H, W) bool.
     """
     measured = measures(shape)
-    center_x, center_y = _turned((measured.center,), turn)[0]
+    center_x, center_y = _rotated((measured.center,), rotation)[0]
     x_unscaled = x / measured.scale + np.float32(center_x)
     y_unscaled = y / measured.scale + np.float32(center_y)
-    return _covers_unscaled(shape, x_unscaled, y_unscaled, turn)
+    return _covers_unscaled(shape, x_unscaled, y_unscaled, rotation)

@@ -1,10 +1,9 @@
-"""A second reading of instructions and reasoning, independent of how they were written.
+"""Verifier: an independent reading of instructions and reasoning.
 
-Nothing of the generator is imported: this reader has its own list of words, its own grammar and its
-own rules, which know no margins. It sees the words and the table of objects, as a careful person
-sees the picture. Where it agrees with the generator over many scenes, the questions are clear and
-their answers right. It also finds out which statements of a reasoning, generated ones included, are
-true.
+It imports nothing of the generator: vocabulary, grammar and rules are its own, and no rule has a
+margin. It gets the text and the objects of the scene. If it agrees with the generator over many
+scenes, the questions are unambiguous and their targets right. It also finds false statements in a
+reasoning, generated ones included.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from itertools import pairwise
 
 from coprs_deploy.data.synthetic.scene import SceneObject
 
-_SAME_MEANING: dict[str, dict[str, str]] = {
+_SYNONYMS: dict[str, dict[str, str]] = {
     "size": {
         **dict.fromkeys(("small", "little", "tiny"), "small"),
         **dict.fromkeys(("medium", "medium-sized", "mid-sized"), "medium"),
@@ -67,25 +66,25 @@ _VALUES: dict[str, Callable[[SceneObject], float]] = {
     **dict.fromkeys(("largest", "biggest"), lambda item: -item.radius),
     **dict.fromkeys(("smallest", "tiniest"), lambda item: item.radius),
 }
-"""What is least for the object that a word means."""
+"""Extreme or side to a value that is smallest for its object."""
 
 
 class AmbiguousError(ValueError):
-    """Words that mean one object fit several, or words of a known number fit another number."""
+    """A singular matches several objects, or a stated number differs from the matches."""
 
 
 def read_instruction(instruction: str, objects: Sequence[SceneObject]) -> tuple[int, ...]:
-    """Find what an instruction means.
+    """Resolve an instruction to objects.
 
     Args:
         instruction: text in any wording of the generator.
-        objects: the table of the scene.
+        objects: objects of the scene.
 
     Returns:
-        Indices into ``objects``, ascending; empty where nothing matches.
+        Indices into ``objects``, ascending; empty if nothing matches.
 
     Raises:
-        AmbiguousError: several objects fit a singular, or a number that is named is wrong.
+        AmbiguousError: several objects match a singular, or a stated number is wrong.
     """
     text = re.sub(r"[.,?!]", "", instruction.lower()).strip()
     text = _CLOSING.sub("", _CARRIER.sub("", text))
@@ -97,16 +96,16 @@ def read_instruction(instruction: str, objects: Sequence[SceneObject]) -> tuple[
 
 
 def _read_phrase(text: str, objects: Sequence[SceneObject]) -> list[int]:
-    """Read "the ring left of the star ...": the words before the first relation, then the rest."""
+    """Read "the ring left of the star ...": the text before the first relation, then the rest."""
     head, *rest = _RELATION.split(text)
     if not rest:
         return _read_head(head, objects, range(len(objects)))
     if f" {rest[0]} " and " and " in text:
         pairs = list(zip(rest[::2], rest[1::2], strict=True))
-    else:  # a chain: all that follows belongs to the anchor
+    else:  # a chain: the rest belongs to the anchor
         anchor_text = text[len(head) :]
         found = _RELATION.match(anchor_text)
-        assert found, "the split came from this pattern"
+        assert found, "the text was split at this pattern"
         pairs = [(found[1], anchor_text[found.end() :])]
     pool = list(range(len(objects)))
     steps = []
@@ -118,7 +117,7 @@ def _read_phrase(text: str, objects: Sequence[SceneObject]) -> list[int]:
         steps.append((relation, objects[anchor[0]]))
     for relation, item in steps:
         if relation not in ("nearest to", "closest to"):
-            pool = [i for i in pool if _is_placed(relation, objects[i], item)]
+            pool = [i for i in pool if _is_in_direction(relation, objects[i], item)]
     for relation, item in steps:
         if relation in ("nearest to", "closest to"):
             fitting = _select(head.split(), objects, pool)
@@ -127,7 +126,7 @@ def _read_phrase(text: str, objects: Sequence[SceneObject]) -> list[int]:
 
 
 def _read_head(text: str, objects: Sequence[SceneObject], pool: Sequence[int]) -> list[int]:
-    """Read the words around one noun, and count what fits."""
+    """Read a noun with its attributes, and check the number of matches."""
     side = _FROM_SIDE.search(text)
     words = _FROM_SIDE.sub("", text).split()
     fitting = _select(words, objects, pool)
@@ -141,15 +140,15 @@ def _read_head(text: str, objects: Sequence[SceneObject], pool: Sequence[int]) -
     if "both" in words:
         number = 2
     if number and len(fitting) != number:
-        raise AmbiguousError(f"{text!r} fits {len(fitting)} objects")
+        raise AmbiguousError(f"{text!r} matches {len(fitting)} objects")
     is_plural = number or any(word in _ALL for word in words) or _has_plural_noun(words)
     if len(fitting) > 1 and not is_plural:
-        raise AmbiguousError(f"{text!r} fits {len(fitting)} objects")
+        raise AmbiguousError(f"{text!r} matches {len(fitting)} objects")
     return fitting
 
 
 def _select(words: Sequence[str], objects: Sequence[SceneObject], pool: Sequence[int]) -> list[int]:
-    """Keep the objects that have every attribute named; an unknown word fits none."""
+    """Keep the objects that have all attributes; an unknown word matches none."""
     pool = list(pool)
     for word in words:
         if word in (*_FILLERS, *_ALL, *_NUMBERS, *_RANKS, *_VALUES):
@@ -159,7 +158,7 @@ def _select(words: Sequence[str], objects: Sequence[SceneObject], pool: Sequence
             continue
         meanings = [
             (field, meanings[form])
-            for field, meanings in _SAME_MEANING.items()
+            for field, meanings in _SYNONYMS.items()
             for form in forms
             if form in meanings
         ]
@@ -175,11 +174,11 @@ def _singulars(word: str) -> tuple[str, ...]:
 
 
 def _has_plural_noun(words: Sequence[str]) -> bool:
-    nouns = (*_ANY_SHAPE, *_SAME_MEANING["shape"])
+    nouns = (*_ANY_SHAPE, *_SYNONYMS["shape"])
     return any(word not in nouns and set(_singulars(word)) & set(nouns) for word in words)
 
 
-def _is_placed(relation: str, item: SceneObject, anchor: SceneObject) -> bool:
+def _is_in_direction(relation: str, item: SceneObject, anchor: SceneObject) -> bool:
     (x, y), (anchor_x, anchor_y) = item.center, anchor.center
     return {
         "left of": x < anchor_x,
@@ -196,9 +195,9 @@ def _squared_distance(item: SceneObject, other: SceneObject) -> float:
     return x * x + y * y
 
 
-_PLACE = re.compile(r"\bat (row\d+ col\d+)(?:,? (?:the )?((?:\w+ ){3}\w+))?")
+_LOCATION = re.compile(r"\bat (row\d+ col\d+)(?:,? (?:the )?((?:\w+ ){3}\w+))?")
 _DISTANT = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}(\d+) away")
-_LOCATED = re.compile(r"^(the .+) is (?:at (row\d+ col\d+)|(nowhere))$")
+_STATED = re.compile(r"^(the .+) is (?:at (row\d+ col\d+)|(nowhere))$")
 _MATCHING = re.compile(r"\bat (row\d+ col\d+) (?:\w+ ){4}matches")
 _SIZED = re.compile(r"^the (largest|smallest) is (small|medium|large)$")
 _CONCLUDED = re.compile(r"^the targets? (?:is|are) ")
@@ -206,62 +205,70 @@ _LISTED = re.compile(r"^the (.+?) candidates(?: from the (?:left|right|top|botto
 
 
 def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str]:
-    """Find what a reasoning says about the scene that is not so.
+    """Find false statements of a reasoning.
 
-    Checked are: places (something has its center there), attributes after a place, where a noun
-    phrase is said to be, that a list of candidates names all that fit and nothing else, but for the
-    anchors of the question, that distances in it are in the order of what lies farther, of what
-    size the largest is, and that the targets are the candidates that were said to match.
+    Checked are: locations (an object has its center there), attributes after a location, the
+    location of a noun phrase, that a list of candidates has all matching objects and no others
+    except the anchors, that its distances are in the right order, the size of the largest, and that
+    the targets are the candidates marked as matching.
 
     Args:
-        reasoning: the thought, without its marks.
-        objects: the table of the scene.
+        reasoning: chain of thought, without ``<think>`` tags.
+        objects: objects of the scene.
 
     Returns:
-        One line for each false statement.
+        One line per false statement.
     """
-    at_place = {f"row{item.row} col{item.column}": i for i, item in enumerate(objects)}
+    at_location = {f"row{item.row} col{item.column}": i for i, item in enumerate(objects)}
     found: list[str] = []
     anchors: set[int] = set()
-    listed_places: list[str] = []
+    listed_locations: list[str] = []
     matching: list[str] = []
     for sentence in filter(None, (part.strip() for part in reasoning.lower().split("."))):
-        for place, attributes in _PLACE.findall(sentence):
-            if place not in at_place:
-                found.append(f"nothing is at {place}")
+        for location, attributes in _LOCATION.findall(sentence):
+            if location not in at_location:
+                found.append(f"nothing is at {location}")
                 continue
-            item = objects[at_place[place]]
+            item = objects[at_location[location]]
             name = f"{item.size} {item.texture} {item.color} {item.shape}"
             if attributes and attributes != name:
-                found.append(f"at {place} is a {name}, not a {attributes}")
-        located, listed = _LOCATED.match(sentence), _LISTED.match(sentence)
+                found.append(f"at {location} is a {name}, not a {attributes}")
+        located, listed = _STATED.match(sentence), _LISTED.match(sentence)
         sized = _SIZED.match(sentence)
         if _CONCLUDED.match(sentence):
-            concluded = [place for place, _ in _PLACE.findall(sentence)]
+            concluded = [location for location, _ in _LOCATION.findall(sentence)]
             if matching and concluded != matching:
                 found.append("the targets are not those that match")
         elif sized:
-            known = [objects[at_place[place]] for place in listed_places if place in at_place]
+            known = [
+                objects[at_location[location]]
+                for location in listed_locations
+                if location in at_location
+            ]
             meant = min(known, key=_VALUES[sized[1]], default=None)
             if meant is None or meant.size != sized[2]:
                 found.append(f"the {sized[1]} is not {sized[2]}")
         elif located:
-            anchors |= _check_located(located, objects, at_place, found)
+            anchors |= _check_stated(located, objects, at_location, found)
         elif listed:
-            listed_places = [place for place, _ in _PLACE.findall(sentence)]
+            listed_locations = [location for location, _ in _LOCATION.findall(sentence)]
             matching = _MATCHING.findall(sentence)
-            named = {at_place[place] for place in listed_places if place in at_place}
+            named = {
+                at_location[location] for location in listed_locations if location in at_location
+            }
             fitting = set(_select(listed[1].split(), objects, range(len(objects))))
             if not fitting - anchors <= named <= fitting:
                 found.append(f"the {listed[1]} candidates are others")
-            found += _check_distances(sentence, objects, at_place, anchors)
+            found += _check_distances(sentence, objects, at_location, anchors)
     return found
 
 
 def _check_distances(
-    sentence: str, objects: Sequence[SceneObject], at_place: dict[str, int], anchors: set[int]
+    sentence: str, objects: Sequence[SceneObject], at_location: dict[str, int], anchors: set[int]
 ) -> list[str]:
-    stated = [(at_place[p], int(far)) for p, far in _DISTANT.findall(sentence) if p in at_place]
+    stated = [
+        (at_location[p], int(far)) for p, far in _DISTANT.findall(sentence) if p in at_location
+    ]
     if not stated:
         return []
     if len(anchors) != 1:
@@ -275,10 +282,10 @@ def _check_distances(
     ]
 
 
-def _check_located(
+def _check_stated(
     sentence: re.Match[str],
     objects: Sequence[SceneObject],
-    at_place: dict[str, int],
+    at_location: dict[str, int],
     found: list[str],
 ) -> set[int]:
     try:
@@ -286,7 +293,7 @@ def _check_located(
     except AmbiguousError as error:
         found.append(str(error))
         return set()
-    stated = [at_place[sentence[2]]] if sentence[2] in at_place else []
+    stated = [at_location[sentence[2]]] if sentence[2] in at_location else []
     if meant != stated and (sentence[3] or stated):
         found.append(f"{sentence[1]} is not there")
     return set(meant)

@@ -1,9 +1,9 @@
-"""The words of the scenes' world, and the colors that they stand for."""
+"""Terms of synthetic scenes: shapes, textures, sizes, colors, backgrounds."""
 
 from __future__ import annotations
 
 GRID_SIZE = 8
-"""Rows and columns of the grid that names places: row1 col1 is the top left cell."""
+"""Rows and columns of the grid of locations; row1 col1 is the top left cell."""
 
 PLAIN_SHAPES = ("circle", "square", "triangle", "star", "cross")
 FULL_SHAPES = (*PLAIN_SHAPES, "diamond", "hexagon", "ring", "heart", "crescent")
@@ -24,7 +24,7 @@ COLORS = {
     "purple": (150, 66, 206),
     "white": (242, 242, 242),
 }
-"""RGB in 0..255, before each object's own small shift."""
+"""RGB in 0..255, before a small random shift per object."""
 
 PLAIN_BACKGROUNDS = ("flat", "gradient", "grain", "blobs")
 FULL_BACKGROUNDS = (*PLAIN_BACKGROUNDS, "clouds", "stripes", "tiles")
@@ -38,7 +38,7 @@ THINGS = (
     "arrow", "pentagon", "cube",
 )
 # fmt: on
-"""Nouns outside this world, for instructions that nothing matches."""
+"""Nouns of objects that no scene has, for no-match instructions."""
 
 # fmt: off
 UNSEEN_THINGS = (
@@ -47,4 +47,4 @@ UNSEEN_THINGS = (
     "tower", "cylinder", "octagon",
 )
 # fmt: on
-"""More of them, kept out of training, to measure what an unknown word does."""
+"""Further such nouns that training never uses, to measure the response to unknown nouns."""

@@ -1,8 +1,8 @@
 """Wording: expressions and instructions in English.
 
-Every idea has a list of words that mean it. The first is the canonical one, which the plain tier
-and all reasoning use; the full tier draws among them. A second reading of all these words, written
-apart, is :mod:`coprs_deploy.data.synthetic.verifier`.
+Every term has a list of synonyms. The first is canonical: the preset ``plain`` and all reasoning
+use it; the preset ``full`` samples from the list. :mod:`coprs_deploy.data.synthetic.verifier` reads
+these texts with its own grammar.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 from coprs_deploy.data.synthetic.expressions import Description, Expression
 from coprs_deploy.data.synthetic.presets import Preset
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.rng import PortableRng
 
 Pick = Callable[[Sequence[str]], str]
-"""Chooses among words of one meaning."""
+"""Chooses one of several synonyms."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "shape": ("shape", "object", "figure", "thing"),
@@ -43,7 +43,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "below": ("below", "lower down than"),
     "nearest to": ("nearest to", "closest to"),
 }
-"""A word that is not here has no other."""
+"""Canonical term to synonyms; a missing term has none."""
 
 PLURALS = {"cross": "crosses"}
 RANKS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -75,32 +75,34 @@ _TEMPLATES = (
 
 
 def first(words: Sequence[str]) -> str:
-    """Pick the canonical word."""
+    """Pick the canonical term."""
     return words[0]
 
 
-def write_instruction(expression: Expression, num_targets: int, tier: Preset, draws: Draws) -> str:
-    """Word a question: the bare noun phrase, or in one of many ways if the tier has paraphrases.
+def write_instruction(
+    expression: Expression, num_targets: int, preset: Preset, rng: PortableRng
+) -> str:
+    """Write an instruction: the noun phrase, or a paraphrase if the preset has them.
 
     Args:
-        expression: what is asked for.
-        num_targets: how many objects it means, which a plural may name.
-        tier: says whether there are paraphrases.
-        draws: where the choice of words comes from.
+        expression: the objects to segment.
+        num_targets: number of targets, which a plural may state.
+        preset: difficulty preset.
+        rng: random stream.
 
     Returns:
         The instruction.
     """
-    if not tier.has_paraphrases:
+    if not preset.has_paraphrases:
         return phrase(expression)
-    # A third of the wordings are canonical, so that the plain words stay the best known ones.
-    pick = first if draws.chance(0.33) else draws.choice
-    determiner = _plural_determiner(expression, num_targets, draws)
+    # A third of the wordings are canonical, so that canonical terms are the most frequent.
+    pick = first if rng.chance(0.33) else rng.choice
+    determiner = _plural_determiner(expression, num_targets, rng)
     words = phrase(expression, pick, determiner)
-    if _can_have_clause(expression) and draws.chance(0.25):
+    if _can_have_clause(expression) and rng.chance(0.25):
         words = _with_clause(expression, pick)
     is_singular = not expression.is_plural or determiner in ("each", "every")
-    return draws.choice(_TEMPLATES).format(phrase=words, be="is" if is_singular else "are")
+    return rng.choice(_TEMPLATES).format(phrase=words, be="is" if is_singular else "are")
 
 
 def phrase(
@@ -109,10 +111,10 @@ def phrase(
     """Write an expression as a noun phrase with its article.
 
     Args:
-        expression: what to write.
-        pick: chooses the words.
-        determiner: what stands in place of "the" or "all".
-        is_anchor: whether it stands inside another phrase.
+        expression: the expression.
+        pick: chooses synonyms.
+        determiner: replaces "the" or "all".
+        is_anchor: whether the phrase is inside another phrase.
 
     Returns:
         As in "the red circle left of the star".
@@ -144,13 +146,13 @@ def noun(description: Description, pick: Pick = first, is_plural: bool = False) 
 
 
 def _link(is_plural: bool, is_anchor: bool, pick: Pick) -> str:
-    """Join a relation to the noun before it."""
+    """Return the words that link a noun to the relation after it."""
     be = "are" if is_plural else "is"
-    # Inside another phrase it says "that is", so that it is read with the nearer of two nouns.
+    # Inside another phrase "that is" attaches the relation to the nearer noun.
     return f"that {be}" if is_anchor else pick(("", "", f"that {be}", f"which {be}"))
 
 
-def _plural_determiner(expression: Expression, num_targets: int, draws: Draws) -> str:
+def _plural_determiner(expression: Expression, num_targets: int, rng: PortableRng) -> str:
     if not expression.is_plural:
         return ""
     choices = ["all", "all", "all the", "each", "every", "the"]
@@ -158,11 +160,11 @@ def _plural_determiner(expression: Expression, num_targets: int, draws: Draws) -
         choices += ["both", "the two"]
     elif num_targets > 2:
         choices.append(f"the {NUMBERS[num_targets]}")
-    return draws.choice(choices)
+    return rng.choice(choices)
 
 
 def _can_have_clause(expression: Expression) -> bool:
-    """Only where nothing follows the noun, so that the clause belongs to it for certain."""
+    """Return whether nothing follows the noun, so that a clause can only refer to it."""
     described = expression.description
     return (
         not expression.relations

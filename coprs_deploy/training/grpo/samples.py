@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.evaluation.metrics import overlap, union
+from coprs_deploy.evaluation.metrics import count_pixels, iou, union
 from coprs_deploy.images import prepare_image, resize_logits
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int)
                 "instruction": example.instruction,
                 "response": trainer.parts.reader.read(rollout.completions[number]).text,
                 "format_score": format_score,
-                "mask_iou": overlap(mask > 0, gt).iou,
+                "mask_iou": iou(count_pixels(mask > 0, gt), empty=0.0),
             }
         )
     sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import PromptCollator
 from coprs_deploy.training.grpo.distribution import gather_policy
-from coprs_deploy.training.grpo.evaluation import figures, judge
+from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.samples import write_samples
 from coprs_deploy.training.grpo.scores import ResponseReader
@@ -140,12 +140,12 @@ class _GrpoStage:
 
     def evaluate(self, trainer: JointTrainer, step: int) -> dict[str, float]:
         """Evaluate the current weights on the held-out examples, and write samples."""
-        completions = judge(trainer, self.held_out)
-        metrics = figures(completions)
+        evaluated = evaluate_policy(trainer, self.held_out)
+        metrics = summarize(evaluated)
         if self.accelerator.is_main_process:
             directory = self.directory.path / HELD_OUT_FOLDER / self.name
             directory.mkdir(parents=True, exist_ok=True)
-            rows = [asdict(completion) for completion in completions]
+            rows = [each.to_json() for each in evaluated]
             write_json(directory / f"step-{step:06d}.json", {"examples": rows})
             self._write(step, {f"eval/{key}": value for key, value in metrics.items()})
             text = "  ".join(

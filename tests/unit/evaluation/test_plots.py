@@ -7,7 +7,7 @@ from PIL import Image
 from coprs_deploy.evaluation.plots import plot_correlation, regression_band
 
 
-def test_the_band_is_narrowest_at_the_mean():
+def test_regression_band_is_narrowest_at_the_mean():
     x = np.array([0.0, 1.0, 2.0, 3.0])
     y = 2 * x + np.array([0.1, -0.1, -0.1, 0.1])
     line, half = regression_band(x, y, x)
@@ -19,7 +19,7 @@ def test_the_band_is_narrowest_at_the_mean():
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.5, 0.7], [0.5, 0.5], [0.5]])
-def test_a_plot_is_drawn_even_where_nothing_varies(values, tmp_path):
+def test_plot_correlation_of_any_values_writes_an_image(values, tmp_path):
     plot_correlation(tmp_path / "plot.png", values, values)
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert picture.size[0] > 400
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.size[0] > 400

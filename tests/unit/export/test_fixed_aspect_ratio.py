@@ -253,11 +253,11 @@ def test_pictures_of_the_aspect_are_taken_and_a_refusal_names_what_would_be(
 
 
 def test_evaluate_says_at_once_which_examples_a_bundle_does_not_take(exact, capsys):
-    arguments = ["evaluate", str(exact.path), "--count", "3", "--absent", "0"]
+    arguments = ["evaluate", str(exact.path), "--num-examples", "3", "--num-no-match", "0"]
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "3 of 3 examples cannot be asked; the first, plain-" in message
-    assert "judged on --examples of it" in message
+    assert "does not accept 3 of 3 images; the first is plain-" in message
+    assert "on --examples of that aspect ratio" in message
 
 
 def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):

@@ -1,5 +1,8 @@
+"""Questions, reasoning and their verifier: each question of many scenes is read back."""
+
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from coprs_deploy.data.synthetic import (
     FULL,
     PLAIN,
+    PRESETS,
     QUESTION_TYPES,
-    ask,
+    ask_questions,
     make_scene,
     vocabulary,
 )
@@ -23,7 +27,7 @@ from coprs_deploy.data.synthetic import (
 )
 from coprs_deploy.data.synthetic.expressions import Description, Expression, UnclearError, resolve
 from coprs_deploy.data.synthetic.reasoning import write_reasoning
-from coprs_deploy.data.synthetic.rng import Draws
+from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.scene import SceneObject
 from coprs_deploy.data.synthetic.verifier import AmbiguousError, false_statements, read_instruction
 from coprs_deploy.data.synthetic.wording import SYNONYMS, phrase, write_instruction
@@ -34,47 +38,63 @@ QUESTIONS_PER_SCENE = 3
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """Pairs of a scene, unpainted to save time, and a question about it; a list a tier."""
+def questions():
+    """Scenes, not rendered to save time, with their questions: a list of pairs by preset."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            scene_module, "paint", lambda layout, tier, draws: np.zeros((1, 1, 3), np.uint8)
+            scene_module, "render", lambda layout, preset, rng: np.zeros((1, 1, 3), np.uint8)
         )
-        for tier in (PLAIN, FULL):
-            found[tier.name] = [
+        for preset in (PLAIN, FULL):
+            found[preset.name] = [
                 (scene, question)
-                for seed in range(NUM_SCENES[tier.name])
-                for scene in [make_scene(tier, seed)]
-                for question in ask(scene, tier, seed, QUESTIONS_PER_SCENE)
+                for seed in range(NUM_SCENES[preset.name])
+                for scene in [make_scene(preset, seed)]
+                for question in ask_questions(scene, preset, seed, QUESTIONS_PER_SCENE)
             ]
     return found
 
 
-tier_names = pytest.mark.parametrize("name", ["plain", "full"])
+GOLDEN = {"plain": "a2a8fa86dc901b95", "full": "1b7ea08bf869c0c1"}
 
 
-@tier_names
-def test_a_second_reading_finds_the_same_targets(asked, name):
-    assert len(asked[name]) > 2.5 * NUM_SCENES[name]
-    for scene, question in asked[name]:
+@pytest.mark.parametrize("preset", [PLAIN, FULL], ids=lambda preset: preset.name)
+def test_seeds_give_the_recorded_questions(preset):
+    """Questions must not change with the machine or with the version of Python or numpy."""
+    rows = [
+        [question.instruction, question.question_type, question.targets, question.reasoning]
+        for seed in range(50)
+        for question in ask_questions(make_scene(preset, seed), preset, seed)
+    ]
+    assert len(rows) == 50
+    digest = hashlib.blake2b(msgspec.json.encode(rows), digest_size=8).hexdigest()
+    assert digest == GOLDEN[preset.name]
+
+
+preset_names = pytest.mark.parametrize("name", ["plain", "full"])
+
+
+@preset_names
+def test_verifier_finds_the_targets_of_every_question(questions, name):
+    assert len(questions[name]) > 2.5 * NUM_SCENES[name]
+    for scene, question in questions[name]:
         found = read_instruction(question.instruction, scene.objects)
         assert found == question.targets, question.instruction
 
 
-@tier_names
-def test_every_statement_of_the_reasoning_is_true(asked, name):
-    for scene, question in asked[name]:
+@preset_names
+def test_verifier_finds_no_false_statement_in_the_reasoning(questions, name):
+    for scene, question in questions[name]:
         assert false_statements(question.reasoning, scene.objects) == [], question.reasoning
 
 
-@tier_names
-def test_the_reading_survives_small_shifts_of_every_object(asked, name):
-    """Where a position decides, it decides clearly: no shift by an eighth of the margin matters."""
-    tier = {"plain": PLAIN, "full": FULL}[name]
-    shift = tier.clear_distance * tier.image_size / 8
+@preset_names
+def test_questions_stay_unambiguous_after_small_shifts_of_objects(questions, name):
+    """Shifts by an eighth of the clear distance must not change the targets."""
+    preset = PRESETS[name]
+    shift = preset.clear_distance * preset.image_size / 8
     random = np.random.default_rng(1)
-    for scene, question in asked[name][::3]:
+    for scene, question in questions[name][::3]:
         moved = [
             replace(item, center=tuple(np.add(item.center, random.uniform(-shift, shift, 2))))
             for item in scene.objects
@@ -82,53 +102,55 @@ def test_the_reading_survives_small_shifts_of_every_object(asked, name):
         assert read_instruction(question.instruction, moved) == question.targets
 
 
-@tier_names
-def test_the_number_of_targets_fits_the_kind(asked, name):
-    for _, question in asked[name]:
-        accepted = {"none": (0,), "several": (2, 3, 4)}.get(question.kind, (1,))
+@preset_names
+def test_question_has_as_many_targets_as_its_type(questions, name):
+    for _, question in questions[name]:
+        accepted = {"none": (0,), "several": (2, 3, 4)}.get(question.question_type, (1,))
         assert len(question.targets) in accepted
         assert list(question.targets) == sorted(set(question.targets))
 
 
-@tier_names
-def test_responses_have_the_form_of_their_kind(asked, name):
-    for _, question in asked[name]:
-        thought, _, ending = question.response.partition("</think> ")
-        assert thought == f"<think>{question.reasoning}" and "<" not in question.reasoning
+@preset_names
+def test_response_has_reasoning_then_one_reference_per_target(questions, name):
+    for _, question in questions[name]:
+        reasoning, _, ending = question.response.partition("</think> ")
+        assert reasoning == f"<think>{question.reasoning}" and "<" not in question.reasoning
         references = [REFERENCE_TOKEN] * len(question.targets)
         assert ending == (" ".join(references) or "nothing matches")
 
 
-@tier_names
-def test_the_target_is_named_last_by_place_and_attributes(asked, name):
-    for scene, question in asked[name]:
+@preset_names
+def test_reasoning_ends_with_location_and_attributes_of_the_targets(questions, name):
+    for scene, question in questions[name]:
         targets = [scene.objects[i] for i in question.targets]
-        listed = ", ".join(f"at {item.place}, the {item.name}" for item in targets)
+        listed = ", ".join(f"at {item.location}, the {item.name}" for item in targets)
         verb = "targets are" if len(targets) > 1 else "target is"
         assert question.reasoning.endswith(f"The {verb} {listed or 'nowhere'}.")
 
 
-@tier_names
-def test_every_kind_is_asked(asked, name):
-    kinds = {"plain": PLAIN, "full": FULL}[name].kinds
-    counts = Counter(question.kind for _, question in asked[name])
-    assert set(counts) == set(kinds)
-    assert min(counts.values()) > 0.04 * len(asked[name])
+@preset_names
+def test_preset_asks_each_of_its_question_types(questions, name):
+    weights = PRESETS[name].question_type_weights
+    counts = Counter(question.question_type for _, question in questions[name])
+    assert set(counts) == set(weights)
+    assert min(counts.values()) > 0.04 * len(questions[name])
 
 
-def test_the_tiers_together_know_every_kind():
-    assert set(FULL.kinds) == set(QUESTION_TYPES) >= set(PLAIN.kinds)
+def test_presets_cover_all_question_types():
+    assert (
+        set(FULL.question_type_weights) == set(QUESTION_TYPES) >= set(PLAIN.question_type_weights)
+    )
 
 
-def test_plain_instructions_are_bare_noun_phrases_in_canonical_words(asked):
+def test_plain_instructions_are_noun_phrases_in_canonical_terms(questions):
     others = {word for words in SYNONYMS.values() for word in words[1:]}
-    for _, question in asked["plain"]:
+    for _, question in questions["plain"]:
         assert re.fullmatch(r"the [a-z ]+", question.instruction)
         assert not others & set(question.instruction.split())
 
 
-def test_full_instructions_use_every_wording(asked):
-    texts = [question.instruction for _, question in asked["full"]]
+def test_full_instructions_use_every_wording(questions):
+    texts = [question.instruction for _, question in questions["full"]]
     joined = " ".join(texts).lower()
     assert not [word for words in SYNONYMS.values() for word in words if word not in joined]
     for start in ("the ", "Segment ", "Where is ", "Where are ", "Could you ", "I need "):
@@ -147,20 +169,20 @@ def test_full_instructions_use_every_wording(asked):
     assert len(set(texts)) > 0.9 * len(texts)
 
 
-def test_reasoning_uses_canonical_words_only(asked):
+def test_reasoning_uses_canonical_terms_only(questions):
     others = {word for words in SYNONYMS.values() for word in words[1:]}
-    for _, question in asked["full"]:
+    for _, question in questions["full"]:
         assert not others & set(re.findall(r"[a-z-]+", question.reasoning.lower()))
 
 
-def test_two_step_questions_have_chains_and_conjunctions(asked):
-    texts = [q.instruction for _, q in asked["full"] if q.kind == "two_step"]
+def test_two_step_questions_have_chains_and_conjunctions(questions):
+    texts = [q.instruction for _, q in questions["full"] if q.question_type == "two_step"]
     joined = [" and " in text for text in texts]
     assert 0.2 < sum(joined) / len(joined) < 0.8
 
 
-def test_questions_that_nothing_matches_fail_in_every_way(asked):
-    reasonings = [q.reasoning for _, q in asked["full"] if q.kind == "none"]
+def test_no_match_questions_fail_in_every_way(questions):
+    reasonings = [q.reasoning for _, q in questions["full"] if q.question_type == "none"]
     ways = {
         "an unknown noun": r"There is no such shape\.",
         "no such object": r"The [a-z ]+ is nowhere\. The target",
@@ -174,29 +196,29 @@ def test_questions_that_nothing_matches_fail_in_every_way(asked):
 
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(st.integers(0, 2**40), st.integers(1, 6))
-def test_asking_is_repeatable_and_gives_different_questions(seed, count):
+def test_ask_questions_is_repeatable_and_returns_different_questions(seed, count):
     scene = make_scene(PLAIN, seed)
-    questions = ask(scene, PLAIN, seed, count)
-    assert questions == ask(scene, PLAIN, seed, count)
+    questions = ask_questions(scene, PLAIN, seed, count)
+    assert questions == ask_questions(scene, PLAIN, seed, count)
     assert 1 <= len(questions) <= count
     assert len({question.instruction for question in questions}) == len(questions)
 
 
-def test_asking_for_nothing_is_refused():
+def test_ask_questions_with_count_0_is_refused():
     with pytest.raises(ValueError, match="count is 0"):
-        ask(make_scene(PLAIN, 1), PLAIN, 1, 0)
+        ask_questions(make_scene(PLAIN, 1), PLAIN, 1, 0)
 
 
-@pytest.mark.parametrize("kind", QUESTION_TYPES)
-def test_a_tier_may_ask_one_kind_only(kind):
-    tier = msgspec.structs.replace(FULL, kinds={kind: 1.0})
-    found = [ask(make_scene(tier, seed), tier, seed)[0] for seed in range(8)]
-    # A scene on which the kind cannot be asked gives a question that nothing matches.
-    assert {question.kind for question in found} <= {kind, "none"}
-    assert kind in {question.kind for question in found}
+@pytest.mark.parametrize("question_type", QUESTION_TYPES)
+def test_preset_with_one_question_type_asks_only_that(question_type):
+    preset = msgspec.structs.replace(FULL, question_type_weights={question_type: 1.0})
+    found = [ask_questions(make_scene(preset, seed), preset, seed)[0] for seed in range(8)]
+    # A scene without such a question gives a no-match question.
+    assert {question.question_type for question in found} <= {question_type, "none"}
+    assert question_type in {question.question_type for question in found}
 
 
-def test_words_outside_the_world_match_nothing():
+def test_unknown_nouns_match_nothing():
     everything = {*vocabulary.FULL_SHAPES, *(w for words in SYNONYMS.values() for w in words)}
     assert not everything & {*vocabulary.THINGS, *vocabulary.UNSEEN_THINGS}
     assert not set(vocabulary.THINGS) & set(vocabulary.UNSEEN_THINGS)
@@ -205,9 +227,9 @@ def test_words_outside_the_world_match_nothing():
         assert read_instruction(f"Where is the {thing}?", objects) == ()
 
 
-def item(words: str, x: float, y: float) -> SceneObject:
-    """Make an object by hand: "large striped red circle" and its center in pixels of 128."""
-    size, texture, color, shape = words.split()
+def item(name: str, x: float, y: float) -> SceneObject:
+    """Make an object from a name such as "large striped red circle" and its center in pixels."""
+    size, texture, color, shape = name.split()
     radius = {"small": 10.0, "medium": 14.0, "large": 20.0}[size]
     row, column = int(y // 16) + 1, int(x // 16) + 1
     return SceneObject(shape, color, texture, size, (x, y), radius, row, column, (0, 0, 1, 1), 1.0)
@@ -228,7 +250,7 @@ CIRCLE = Description(shape="circle")
 
 
 @pytest.mark.parametrize(
-    ("expression", "words", "targets"),
+    ("expression", "text", "targets"),
     [
         (Expression(Description(shape="square")), "the square", (3,)),
         (Expression(Description(texture="striped", color="red")), "the striped red shape", (2,)),
@@ -303,8 +325,8 @@ CIRCLE = Description(shape="circle")
         (Expression(Description(shape="cat")), "the cat", ()),
     ],
 )
-def test_expressions_resolve_to_what_they_mean(expression, words, targets):
-    assert phrase(expression).replace("circles", "circle") == words
+def test_resolve_and_verifier_agree_on_an_expression(expression, text, targets):
+    assert phrase(expression).replace("circles", "circle") == text
     if targets is None:
         with pytest.raises(UnclearError):
             resolve(expression, TABLE, 14)
@@ -313,7 +335,7 @@ def test_expressions_resolve_to_what_they_mean(expression, words, targets):
         assert read_instruction(phrase(expression), TABLE) == targets
 
 
-def test_a_chain_is_read_from_its_end():
+def test_reasoning_of_a_chain_starts_at_its_end():
     square = Expression(Description(shape="square"), (("below", BLUE_STAR),))
     chain = Expression(Description("small", shape="circle"), (("left of", square),))
     assert phrase(chain) == "the small circle left of the square that is below the blue star"
@@ -325,7 +347,7 @@ def test_a_chain_is_read_from_its_end():
     )
 
 
-def test_the_reasoning_of_the_recipe():
+def test_reasoning_of_a_plural_lists_all_targets():
     expression = Expression(
         Description(color="red"), (("above", Expression(Description(shape="square"))),)
     )
@@ -349,18 +371,18 @@ def test_the_reasoning_of_the_recipe():
         ("the little object to the right of the big blue star", (2,)),
     ],
 )
-def test_the_reader_reads(instruction, targets):
+def test_read_instruction_of_a_paraphrase_returns_its_targets(instruction, targets):
     assert read_instruction(instruction, TABLE) == targets
 
 
 @pytest.mark.parametrize("instruction", ["the circle", "the three red circles", "both circles"])
-def test_the_reader_notices_ambiguity(instruction):
-    with pytest.raises(AmbiguousError, match="fits"):
+def test_read_instruction_of_an_ambiguous_text_is_refused(instruction):
+    with pytest.raises(AmbiguousError, match="matches"):
         read_instruction(instruction, TABLE)
 
 
 @pytest.mark.parametrize(
-    ("statement", "fault"),
+    ("statement", "expected"),
     [
         ("The square is at row5 col5.", None),
         ("The square is at row4 col5.", "nothing is at row4 col5"),
@@ -368,7 +390,7 @@ def test_the_reader_notices_ambiguity(instruction):
         ("The square is nowhere.", "the square is not there"),
         ("The ring is nowhere.", None),
         ("The ring is at row2 col2.", "the ring is not there"),
-        ("The circle is at row2 col2.", "fits 4 objects"),
+        ("The circle is at row2 col2.", "matches 4 objects"),
         ("The star candidates are: at row2 col5 large plain blue star.", None),
         ("The star candidates are: at row2 col5 small plain blue star.", "is a large plain"),
         ("The star candidates are: none.", "the star candidates are others"),
@@ -376,19 +398,21 @@ def test_the_reader_notices_ambiguity(instruction):
         ("The target is at row2 col5, the large plain red star.", "is a large plain blue star"),
     ],
 )
-def test_false_statements_are_found(statement, fault):
+def test_false_statements_finds_a_wrong_statement(statement, expected):
     found = false_statements(statement, TABLE)
-    assert found == [] if fault is None else fault in " ".join(found)
+    assert found == [] if expected is None else expected in " ".join(found)
 
 
-def test_paraphrases_of_one_expression_mean_the_same():
+def test_paraphrases_of_one_expression_have_the_same_targets():
     expression = Expression(Description("small", "striped", "red", "circle"))
-    texts = {write_instruction(expression, 1, FULL, Draws("test", seed)) for seed in range(200)}
+    texts = {
+        write_instruction(expression, 1, FULL, PortableRng("test", seed)) for seed in range(200)
+    }
     assert len(texts) > 60
     assert {read_instruction(text, TABLE) for text in texts} == {(2,)}
 
 
-def test_the_nearest_is_chosen_by_distances_that_are_written_down():
+def test_reasoning_of_nearest_states_the_distances():
     green = Expression(Description(color="green"))
     nearest = Expression(Description(color="red"), (("nearest to", green),))
     assert write_reasoning(nearest, TABLE, 14) == (
@@ -398,7 +422,7 @@ def test_the_nearest_is_chosen_by_distances_that_are_written_down():
     )
 
 
-def test_comparisons_are_written_down_where_a_tier_shows_them():
+def test_reasoning_states_comparisons_if_the_preset_shows_them():
     square = Expression(Description(shape="square"))
     red_above = Expression(Description(color="red"), (("above", square), ("left of", BLUE_STAR)))
     assert write_reasoning(red_above, TABLE, 14, shows_comparisons=True) == (
@@ -420,9 +444,9 @@ def test_comparisons_are_written_down_where_a_tier_shows_them():
     )
 
 
-def test_only_the_full_tier_shows_comparisons(asked):
+def test_only_the_full_preset_shows_comparisons(questions):
     def share(name, words):
-        return np.mean([words in question.reasoning for _, question in asked[name]])
+        return np.mean([words in question.reasoning for _, question in questions[name]])
 
     for words in (" matches", "The largest is"):
         assert share("plain", words) == 0
@@ -430,7 +454,7 @@ def test_only_the_full_tier_shows_comparisons(asked):
 
 
 @pytest.mark.parametrize(
-    ("conclusion", "fault"),
+    ("conclusion", "expected"),
     [
         ("The target is at row2 col2, the small plain red circle.", None),
         ("The target is nowhere.", "the targets are not those that match"),
@@ -439,41 +463,41 @@ def test_only_the_full_tier_shows_comparisons(asked):
         ("The smallest is medium. The target is at row2 col2.", "the smallest is not medium"),
     ],
 )
-def test_conclusions_that_contradict_a_comparison_are_found(conclusion, fault):
+def test_false_statements_finds_a_conclusion_that_contradicts_a_comparison(conclusion, expected):
     listed = "at row2 col2 small plain red circle matches, at row3 col7 small striped red circle"
     found = false_statements(f"The red circle candidates are: {listed}. {conclusion}", TABLE)
-    assert found == [] if fault is None else fault in " ".join(found)
+    assert found == [] if expected is None else expected in " ".join(found)
 
 
 @pytest.mark.parametrize(
-    ("distances", "fault"),
+    ("distances", "expected"),
     [((5, 7), None), ((7, 7), None), ((8, 7), "circle 8 away is not nearer than circle 7 away")],
 )
-def test_distances_in_a_wrong_order_are_found(distances, fault):
+def test_false_statements_finds_distances_in_wrong_order(distances, expected):
     listed = "at row2 col2 small plain red circle {} away, at row3 col7 small striped red circle {}"
     found = false_statements(
         "The green shape is at row7 col2. The red circle candidates are: "
         f"{listed.format(*distances)} away.",
         TABLE,
     )
-    assert found == ([] if fault is None else [fault])
+    assert found == ([] if expected is None else [expected])
 
 
-def test_distances_from_nowhere_are_found():
+def test_false_statements_finds_distances_without_an_anchor():
     listed = "at row2 col2 small plain red circle 6 away, at row3 col7 small striped red circle."
     text = f"The red circle candidates are: {listed}"
     assert false_statements(text, TABLE) == ["distances from 0 anchors"]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_smallest_distance_stands_alone(seed):
-    tier = msgspec.structs.replace(FULL, kinds={"nearest": 1.0})
-    scene = make_scene(tier, seed)
-    for question in ask(scene, tier, seed, 3):
-        if question.kind != "nearest":
+def test_nearest_target_has_the_only_smallest_distance(seed):
+    preset = msgspec.structs.replace(FULL, question_type_weights={"nearest": 1.0})
+    scene = make_scene(preset, seed)
+    for question in ask_questions(scene, preset, seed, 3):
+        if question.question_type != "nearest":
             continue
         numbers = [int(number) for number in re.findall(r"(\d+) away", question.reasoning)]
-        places = re.findall(r"at (row\d+ col\d+) [a-z ]+\d+ away", question.reasoning)
+        locations = re.findall(r"at (row\d+ col\d+) [a-z ]+\d+ away", question.reasoning)
         assert numbers.count(min(numbers)) == 1
         (target,) = question.targets
-        assert places[numbers.index(min(numbers))] == scene.objects[target].place
+        assert locations[numbers.index(min(numbers))] == scene.objects[target].location

@@ -9,12 +9,12 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.evaluation.evaluator import score_examples
+from coprs_deploy.evaluation.evaluator import evaluate, predict_with
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
-from coprs_deploy.training.grpo.evaluation import figures, judge, standard_error
+from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
 from coprs_deploy.training.grpo.scores import DecodedMasks, grid_ious, mask_scores, row_losses
 from coprs_deploy.training.losses import segmentation_losses
 from coprs_deploy.training.settings import SegmentationLossWeights
@@ -88,9 +88,9 @@ def test_joint_trainer_with_several_targets_updates_weights(family, request, mak
     assert any(n.startswith("segmentation.prior") for n in changed)
     assert len(setup.lines) == 2
     assert all(np.isfinite(line["loss"]) for line in setup.lines)
-    answers = judge(setup.trainer, examples)
-    assert [answer.id for answer in answers] == ["two", "one", "none", "other"]
-    assert [answer.num_targets for answer in answers] == [2, 1, 0, 1]
+    evaluated = evaluate_policy(setup.trainer, examples)
+    assert [each.score.id for each in evaluated] == ["two", "one", "none", "other"]
+    assert [each.score.num_targets for each in evaluated] == [2, 1, 0, 1]
 
 
 def test_gradient_checkpointing_keeps_the_gradient(make_setup):
@@ -187,24 +187,18 @@ def test_ground_truth_of_too_many_targets_is_refused(make_setup, examples):
 
 
 @pytest.mark.slow
-def test_evaluation_in_training_agrees_with_the_runtime(make_setup):
+def test_evaluate_policy_agrees_with_the_runtime(make_setup):
     examples = held_out_examples(PRESETS["plain"], 6, 2)
-    answers = judge(make_setup(max_completion_length=128).trainer, examples)
+    evaluated = evaluate_policy(make_setup(max_completion_length=128).trainer, examples)
     with CoPRS.load() as coprs:
-        scored = list(score_examples(coprs.segment, examples, 1))
-    for ours, theirs in zip(answers, scored, strict=True):
-        assert ours.response == theirs.given.response
-        assert ours.mask_iou == pytest.approx(theirs.score.mask.iou, abs=2e-3)
-        assert ours.prior_iou == pytest.approx(theirs.score.prior.iou, abs=2e-3)
-    found = figures(answers)
-    assert found["mask_iou"] > 0.9
-    assert found["is_counted"] == 1
-
-
-def test_standard_error_is_that_of_the_mean():
-    values = [0.2, 0.4, 0.9, 0.5]
-    assert standard_error(values) == pytest.approx(np.std(values, ddof=1) / 2)
-    assert np.isnan(standard_error([0.3]))
+        expected = evaluate(predict_with(coprs.segment, 1), examples)
+    for ours, theirs in zip(evaluated, expected, strict=True):
+        assert ours.response == theirs.response
+        assert ours.score.mask_iou == pytest.approx(theirs.score.mask_iou, abs=2e-3)
+        assert ours.score.prior_iou == pytest.approx(theirs.score.prior_iou, abs=2e-3)
+    metrics = summarize(evaluated)
+    assert metrics["giou"] > 0.9
+    assert metrics["count_accuracy"] == 1
 
 
 def test_ground_truth_from_features_equals_that_of_the_encoder(make_setup, examples, tmp_path):
