@@ -1,4 +1,4 @@
-"""Stages of the curriculum: every loss has an explicit coefficient, and the query head is solved."""
+"""Stages of the curriculum: loss coefficients, and the initialization of the query head."""
 
 import msgspec
 import pytest
@@ -47,7 +47,7 @@ def test_loss_coefficient_missing_is_an_assertion_error():
         loss_coefficient("mask_dice", {"language": 1.0})
 
 
-def test_reasoning_stage_drops_the_image_encoder_from_training(recipe, context):
+def test_reasoning_stage_without_train_image_encoder_freezes_it(recipe, context):
     settings = msgspec.structs.replace(recipe.stages["joint"], train_image_encoder=False)
     stage = build_stage("joint", settings, context)
     encoder = stage.objective.segmentation.image_encoder

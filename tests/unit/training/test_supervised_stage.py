@@ -19,6 +19,7 @@ from coprs_deploy.training.run import train
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
 from coprs_deploy.training.supervised_stage import ExampleCollector, ExampleSets, SupervisedStage
+from coprs_deploy.training.trainer import loss_coefficient
 
 SETTINGS = SupervisedSettings(
     max_steps=6,
@@ -86,6 +87,17 @@ def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
     assert totals[-1] < totals[0]
     metrics = stage.evaluate(Accelerator(cpu=True), 3)
     assert 0 <= metrics["giou"] <= 1
+
+
+def test_stage_has_a_coefficient_for_every_loss(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    sets = ExampleSets(examples, examples, vision, seed=0)
+    stage = SupervisedStage("supervised", SETTINGS, state, sets)
+    losses = stage.objective(stage.batch(0, 0, 1)).losses
+    coefficients = stage.loss_coefficients(1.0)
+    assert set(losses) == {"language", "prior_bce", "mask_dice"}
+    assert all(loss_coefficient(loss, coefficients) > 0 for loss in losses)
 
 
 def test_fit_mask_keeps_the_area(examples):
