@@ -48,7 +48,7 @@ def build_setup(
     """Build a trainer; further arguments are settings of the stage."""
     settings = GrpoSettings(
         **{
-            "steps": 4,
+            "max_steps": 4,
             "global_batch_size": 2,
             "num_generations": 2,
             "max_completion_length": 48,
@@ -86,7 +86,7 @@ def build_setup(
         description="a test",
         model=CheckpointModel(gradient_checkpointing=checkpointing),
         data=SyntheticData(),
-        phases={"grpo": settings},
+        stages={"grpo": settings},
         precision="fp32",
         logging_steps=1,
         save_steps=2,

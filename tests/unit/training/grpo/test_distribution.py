@@ -134,18 +134,20 @@ def test_load_trainable_weights_requires_the_same_names(make_setup, tmp_path):
 
 def test_check_sharding_settings_refuses_adapters_and_no_clipping():
     with pytest.raises(ValueError, match=r"lora\.r is 4"):
-        check_sharding_settings(GrpoSettings(steps=1, lora=Lora(r=4)))
-    unclipped = msgspec.structs.replace(PAPER_OPTIMIZER, clip=0.0)
-    with pytest.raises(ValueError, match=r"optimizer\.clip is 0"):
-        check_sharding_settings(GrpoSettings(steps=1, optimizer=unclipped))
-    assert check_sharding_settings(GrpoSettings(steps=1)) is None
+        check_sharding_settings(GrpoSettings(max_steps=1, lora=Lora(r=4)))
+    unclipped = msgspec.structs.replace(PAPER_OPTIMIZER, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"optimizer\.max_grad_norm is 0"):
+        check_sharding_settings(GrpoSettings(max_steps=1, optimizer=unclipped))
+    assert check_sharding_settings(GrpoSettings(max_steps=1)) is None
 
 
 def test_split_batch_refuses_batches_that_are_not_divisible():
-    paper = GrpoSettings(steps=1, global_batch_size=16, per_device_train_batch_size=2)
+    paper = GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=2)
     assert split_batch(paper, 8) == (2, 8)
-    assert split_batch(GrpoSettings(steps=1, global_batch_size=16), 8) == (16, 1)
+    assert split_batch(GrpoSettings(max_steps=1, global_batch_size=16), 8) == (16, 1)
     with pytest.raises(ValueError, match="divisible by 6 processes; accepted: multiples of 3"):
         split_batch(paper, 6)
     with pytest.raises(ValueError, match="accepted: divisors of 16"):
-        split_batch(GrpoSettings(steps=1, global_batch_size=16, per_device_train_batch_size=3), 8)
+        split_batch(
+            GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=3), 8
+        )

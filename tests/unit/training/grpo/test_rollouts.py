@@ -77,7 +77,7 @@ def test_joint_trainer_with_several_targets_updates_weights(family, request, mak
         checkpoint=request.getfixturevalue(family),
         examples=examples,
         max_targets=2,
-        steps=2,
+        max_steps=2,
         global_batch_size=4,
         max_completion_length=24,
     )

@@ -27,7 +27,7 @@ num_training_scenes = 12
 num_held_out_scenes = 2
 
 [stages.grpo]
-steps = {steps}
+max_steps = {steps}
 global_batch_size = 2
 num_generations = 2
 max_completion_length = 40
@@ -35,7 +35,7 @@ eval_steps = 2
 num_completions_to_print = 2
 
 [stages.grpo.optimizer]
-rate = 1e-3
+learning_rate = 1e-3
 {more}
 """
 

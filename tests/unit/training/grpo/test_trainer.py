@@ -8,7 +8,7 @@ import torch
 
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE, reference_columns
 from coprs_deploy.training.grpo.scores import row_losses
-from coprs_deploy.training.optim import relative_rate
+from coprs_deploy.training.optim import lr_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -46,7 +46,7 @@ def vary_format_scores(setup):
 
 
 def test_joint_trainer_on_the_demo_model_gives_full_format_reward(make_setup):
-    setup = make_setup(steps=1, temperature=0.2)
+    setup = make_setup(max_steps=1, temperature=0.2)
     setup.trainer.train()
     (line,) = setup.lines
     assert line["rewards/format/mean"] == 1, "<REF_POS> was lost on the way"
@@ -110,7 +110,7 @@ def test_create_optimizer_gives_each_part_its_learning_rate(make_setup):
     names = {id(p): n for n, p in trainer.model.named_parameters()}
     base = 1.6e-6
     rates = {
-        round(group["peak_rate"] / base, 6): {
+        round(group["peak_lr"] / base, 6): {
             ".".join(names[id(p)].split(".")[:2])
             if names[id(p)].startswith(ATTRIBUTE)
             else "policy"
@@ -134,8 +134,8 @@ def test_create_optimizer_gives_each_part_its_learning_rate(make_setup):
         cycle_momentum=False,
     )
     for step in range(99):
-        actual = optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["peak_rate"]
-        assert actual == pytest.approx(relative_rate(trainer.parts.settings.optimizer, step, 100))
+        actual = optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["peak_lr"]
+        assert actual == pytest.approx(lr_factor(trainer.parts.settings.optimizer, step, 100))
         assert actual == pytest.approx(cycle.get_last_lr()[0], abs=0.015)  # one step apart
         optimizer.step()
         cycle.optimizer.step()
@@ -147,7 +147,7 @@ def test_create_optimizer_gives_each_part_its_learning_rate(make_setup):
     ("mode", "is_trained"), [("joint", True), ("rl", False), ("segmentation", True)]
 )
 def test_training_step_updates_the_parts_of_the_mode(make_setup, mode, is_trained):
-    setup = make_setup(steps=1, mode=mode, segmentation_loss_weight=0.3, temperature=0.2)
+    setup = make_setup(max_steps=1, mode=mode, segmentation_loss_weight=0.3, temperature=0.2)
     vary_format_scores(setup)
     before = {n: p.detach().clone() for n, p in setup.trainer.model.named_parameters()}
     setup.trainer.train()
@@ -169,7 +169,7 @@ def test_training_step_updates_the_parts_of_the_mode(make_setup, mode, is_traine
 )
 def test_joint_trainer_passes_the_loss_settings_to_trl(make_setup, loss_type, level):
     setup = make_setup(
-        loss_type=loss_type, importance_sampling_level=level, epsilon_high=0.28, steps=1
+        loss_type=loss_type, importance_sampling_level=level, epsilon_high=0.28, max_steps=1
     )
     trainer = setup.trainer
     assert (trainer.loss_type, trainer.importance_sampling_level) == (loss_type, level)
@@ -183,7 +183,7 @@ def test_joint_trainer_passes_the_loss_settings_to_trl(make_setup, loss_type, le
 
 
 def test_num_iterations_reuse_one_rollout(make_setup):
-    setup = make_setup(steps=4, num_iterations=2, per_device_train_batch_size=2)
+    setup = make_setup(max_steps=4, num_iterations=2, per_device_train_batch_size=2)
     sampled = []
     generate = setup.trainer._generate_single_turn
     setup.trainer._generate_single_turn = lambda *a, **k: sampled.append(1) or generate(*a, **k)

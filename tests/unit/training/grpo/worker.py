@@ -36,9 +36,9 @@ class Scripted(JointTrainer):
 
 
 def train(out, processes):
-    optimizer = msgspec.structs.replace(PAPER_OPTIMIZER, rate=1e-4)
+    optimizer = msgspec.structs.replace(PAPER_OPTIMIZER, learning_rate=1e-4)
     setup = build_setup(
-        out.parent, trainer=Scripted, processes=processes, steps=3, optimizer=optimizer
+        out.parent, trainer=Scripted, processes=processes, max_steps=3, optimizer=optimizer
     )
     setup.trainer.train()
     if setup.trainer.accelerator.is_main_process:
