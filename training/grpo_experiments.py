@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from coprs_deploy import demo
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.specs import Record
-from coprs_deploy.training.grpo.evaluation import standard_error
 from coprs_deploy.training.run_directory import REPORT_FILE, RunDirectory, read_report
 from coprs_deploy.training.state import state_from_checkpoint
 

@@ -16,7 +16,7 @@ from torch import nn
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Record
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.settings import CheckpointModel, ExampleData, GrpoSettings, StageSettings
+from coprs_deploy.training.settings import ExampleData, GrpoSettings, StageSettings
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
@@ -181,13 +181,12 @@ def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str,
     """
     from coprs_deploy.training.run import build_on_meta
 
-    model = recipe.model
-    if not isinstance(model, CheckpointModel) or not model.policy:
+    if not (recipe.model.policy and recipe.model.sam):
         raise ValueError(
-            "--estimate needs a recipe with model.policy and model.sam, the names of sizes; a tiny "
-            "model trains on any machine"
+            f"model.policy is {recipe.model.policy!r} and model.sam is {recipe.model.sam!r}; "
+            "--estimate needs the names of both sizes, as in `coprs-deploy convert --random`"
         )
-    policy, segmentation = build_on_meta(model)
+    policy, segmentation = build_on_meta(recipe.model)
     sizes = policy_sizes(policy)
     estimates = {}
     for name, settings in recipe.stages.items():
@@ -320,7 +319,6 @@ class _StageEstimator:
         gpus: int,
         gpu: GpuSpec,
     ) -> None:
-        assert isinstance(recipe.model, CheckpointModel)
         self._settings = settings
         self._sizes = sizes
         self._segmentation = segmentation

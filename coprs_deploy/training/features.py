@@ -115,8 +115,8 @@ class FeatureStore:
         if entry is None:
             raise ArtifactError(
                 f"no embedding in {self.path} for the image {key} "
-                f"({image.shape[1]}x{image.shape[0]} pixels); `coprs-deploy features` with the same "
-                "--out adds missing embeddings"
+                f"({image.shape[1]}x{image.shape[0]} pixels); `coprs-deploy features` with the "
+                "same --out adds missing embeddings"
             )
         try:
             with safe_open(entry.shard, framework="pt") as stored:

@@ -10,7 +10,7 @@ import torch
 from trl import GRPOConfig
 
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.settings import CheckpointModel, GrpoSettings, Lora
+from coprs_deploy.training.settings import GrpoSettings, Lora
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -76,9 +76,6 @@ def grpo_arguments(
     per_pass, passes = split_batch(settings, accelerator.num_processes)
     prompt = state.policy.prompt
     max_completion_length = settings.max_completion_length or prompt.max_response_tokens
-    checkpointing = (
-        isinstance(recipe.model, CheckpointModel) and recipe.model.gradient_checkpointing
-    )
     return GRPOConfig(
         output_dir=str(output_dir),
         max_steps=settings.max_steps,
@@ -105,7 +102,7 @@ def grpo_arguments(
         learning_rate=settings.optimizer.learning_rate,
         max_grad_norm=settings.optimizer.max_grad_norm,
         bf16=recipe.precision == "bf16",
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=recipe.model.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
         logging_steps=recipe.logging_steps,

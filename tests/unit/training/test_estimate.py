@@ -195,6 +195,7 @@ def test_train_command_with_estimate_prints_it_and_exits_by_fit(capsys):
     text = capsys.readouterr().out
     assert "DOES NOT FIT" in text
     assert "computed, not measured" in text
-    assert main(["train", "demo", "--estimate"]) == 2
-    assert "model.policy" in capsys.readouterr().err
+    for recipe, field in (("demo", "model.kind"), ("grpo_demo", "model.policy")):
+        assert main(["train", recipe, "--estimate"]) == 2
+        assert field in capsys.readouterr().err
     assert main(["train", LLAVA_RECIPE, "--estimate", "--gpus", "0"]) == 2
