@@ -39,8 +39,8 @@ class BlockWeights(NamedTuple):
     out: Tensor
     out_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    gate_up_proj: Tensor
+    gate_up_proj_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
 
@@ -114,8 +114,8 @@ def transformer_block(
     mixed = mixed.transpose(1, 2).reshape(batch, length, hidden_size)
     hidden = hidden + linear(mixed, weights.out, weights.out_bias).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
-    gate, up = linear(x, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
-    return hidden + linear(F.silu(gate) * up, weights.down, weights.down_bias).float()
+    gate_proj, up_proj = linear(x, weights.gate_up_proj, weights.gate_up_proj_bias).chunk(2, dim=-1)
+    return hidden + linear(F.silu(gate_proj) * up_proj, weights.down, weights.down_bias).float()
 
 
 class PackedForward:

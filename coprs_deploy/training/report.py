@@ -131,13 +131,13 @@ def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> Non
     panels = GRPO_PANELS if is_grpo else SUPERVISED_PANELS
     plt = pyplot()
     rows, columns = (2, 3) if is_grpo else (1, 2)
-    figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns + 1, 3.5 * rows + 0.5))
+    mpl_figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns + 1, 3.5 * rows + 0.5))
     for axes, panel in zip(grid.flat, panels, strict=True):
         _plot_panel(axes, panel, lines)
-    figure.suptitle(name)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    mpl_figure.suptitle(name)
+    mpl_figure.tight_layout()
+    mpl_figure.savefig(path, dpi=120)
+    plt.close(mpl_figure)
 
 
 def _plot_panel(axes: Any, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
