@@ -59,7 +59,10 @@ def judge_dropped_padding(count: int) -> dict[str, float]:
             target = union(example.masks)[:height]
             agreement.append(mask_agreement(without, with_padding))
             truth.append(
-                [iou(count_pixels(mask, target), empty=0.0) for mask in (with_padding, without)]
+                (
+                    iou(count_pixels(with_padding, target), empty=0.0),
+                    iou(count_pixels(without, target), empty=0.0),
+                )
             )
     ious = np.array(truth)
     return {
