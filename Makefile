@@ -59,8 +59,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 demo-model: $(VENV)/.dev
-	$(BIN)/python -m coprs_deploy.cli.main train demo --out runs/demo
-	$(BIN)/python -m coprs_deploy.training.shipping runs/demo
+	$(BIN)/python -m coprs_deploy train demo --out runs/demo
+	$(BIN)/python training/build_demo_model.py runs/demo
 	$(BIN)/python -m coprs_deploy.export.golden tests/golden/demo.npz
 
 # Measures on this machine, which should have nothing else to do.

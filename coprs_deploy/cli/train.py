@@ -1,19 +1,20 @@
 """Train a model by a recipe.
 
-A recipe is one TOML file; --list shows those of the package. A run that was stopped goes on when
-the same command is given again. Exit code 1 when the run ended below one of its gates,
-or with --estimate when a phase does not fit.
+A recipe is one TOML file; --list shows those of the package. Re-run the same command to resume an
+interrupted run. Exit code 1 when a stage misses one of its thresholds, or, with --estimate, when a
+stage does not fit into memory.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 
 if TYPE_CHECKING:
+    from coprs_deploy.curriculum.recipe import CurriculumRecipe
     from coprs_deploy.training.recipe import Recipe
 
 SUMMARY = "train a model by a recipe"
@@ -21,100 +22,145 @@ SUMMARY = "train a model by a recipe"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a name, or a .toml file")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe name or .toml file")
     parser.add_argument("--list", action="store_true", help="list the recipes of the package")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a value, as in phases.reasoning.steps=100; may be repeated",
+        help="override a value, such as stages.reasoning.max_steps=100; may be repeated",
+    )
+    parser.add_argument("--scenes-dir", type=Path, help="folder of rendered scenes to reuse")
+    parser.add_argument(
+        "--estimate", action="store_true", help="estimate memory and time without training"
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="say what memory and time it takes, and stop"
+        "--gpus", type=int, default=8, help="number of GPUs for --estimate (default: 8)"
     )
     parser.add_argument(
-        "--gpus", type=int, default=8, help="with --estimate: GPUs that share the work (default 8)"
+        "--gpu-memory", type=float, default=80.0, help="GB per GPU for --estimate (default: 80)"
     )
-    parser.add_argument(
-        "--gpu-memory", type=float, default=80.0, help="with --estimate: GB of each (default 80)"
-    )
-    parser.add_argument("--scenes", type=Path, help="folder that keeps generated pictures")
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the recipes, or train."""
-    from coprs_deploy.training.recipe import load_recipe, recipe_names
-    from coprs_deploy.training.run_directory import read_report
-
+    """List the recipes, estimate, or train."""
     if arguments.list:
-        described = {name: load_recipe(name).description for name in recipe_names()}
-        if arguments.json:
-            print_json(described)
-        else:
-            width = max(map(len, described))
-            for name, description in described.items():
-                print(f"{name:<{width}}  {description}")
-        return 0
+        return _list(arguments.json)
     if arguments.recipe is None:
-        raise ValueError("no recipe was named; `coprs-deploy train --list` shows what there is")
-    recipe = load_recipe(arguments.recipe, arguments.set)
+        raise ValueError("RECIPE is missing; `coprs-deploy train --list` lists the recipes")
+    recipe = _load(arguments.recipe, arguments.set)
     if arguments.estimate:
         return _estimate(recipe, arguments)
-    out = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    from coprs_deploy.training.launch import is_worker, launch
+    return _train(recipe, arguments)
 
+
+def _load(source: str, settings: list[str]) -> Recipe | CurriculumRecipe:
+    """Load a recipe of the type that its ``model.kind`` selects."""
+    from coprs_deploy.curriculum.recipe import CurriculumRecipe
+    from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind
+
+    types: dict[str, type[Recipe] | type[CurriculumRecipe]] = {
+        "checkpoint": Recipe,
+        "tiny": CurriculumRecipe,
+    }
+    kind = model_kind(source)
+    if kind not in types:
+        raise ValueError(f"model.kind is {kind!r}; accepted: {', '.join(types)}")
+    return load_recipe(source, settings, types[kind])
+
+
+def _list(as_json: bool) -> int:
+    from coprs_deploy.training.recipe import recipe_names
+
+    descriptions = {name: _load(name, []).description for name in recipe_names()}
+    if as_json:
+        print_json(descriptions)
+        return 0
+    width = max(map(len, descriptions))
+    for name, description in descriptions.items():
+        print(f"{name:<{width}}  {description}")
+    return 0
+
+
+def _train(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.launch import is_worker, launch
+    from coprs_deploy.training.run_directory import read_report
+
+    out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     try:
-        if recipe.processes > 1 and not is_worker():
-            code = launch(_command_line(arguments, out), recipe.processes, recipe.threads)
+        if recipe.num_processes > 1 and not is_worker():
+            command = _command_line(arguments, out)
+            code = launch(command, recipe.num_processes, recipe.num_threads)
             if code:
                 return code
             report = read_report(out)
         else:
-            from coprs_deploy.training.run import train
-
-            report = train(recipe, out, arguments.scenes)
+            report = _run_recipe(recipe, out, arguments.scenes_dir)
     except KeyboardInterrupt:
         if not is_worker():
             log(
-                f"the same command goes on from the last state in {out}; one is saved every "
-                f"{recipe.save_steps} steps"
+                f"re-run the same command to resume from the last state in {out}; states are saved "
+                f"every {recipe.save_steps} steps"
             )
         raise
-    if is_worker():  # a process that ends with another code than 0 takes the others with it
+    if is_worker():  # another exit code than 0 would end the other processes
         return 0
     _show(report, out, arguments.json)
     return 0 if report["passed"] else 1
 
 
-def _estimate(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.estimate import Gpu, estimate, estimate_page
+def _run_recipe(
+    recipe: Recipe | CurriculumRecipe, out: Path, scenes_dir: Path | None
+) -> dict[str, Any]:
+    """Train in this process."""
+    from coprs_deploy.training.recipe import Recipe
+
+    if isinstance(recipe, Recipe):
+        from coprs_deploy.training.run import train
+
+        if scenes_dir is not None:
+            log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
+        return train(recipe, out)
+    from coprs_deploy.curriculum.run import train_curriculum
+
+    return train_curriculum(recipe, out, scenes_dir)
+
+
+def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
+    from coprs_deploy.training.recipe import Recipe
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
-    found = estimate(recipe, arguments.gpus, Gpu(memory_gb=arguments.gpu_memory))
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            "model.kind is 'tiny'; accepted with --estimate: 'checkpoint'. A tiny model trains on "
+            "any machine"
+        )
+    estimates = estimate(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
     if arguments.json:
-        print_json({name: one.to_json() for name, one in found.items()})
+        print_json({name: each.to_json() for name, each in estimates.items()})
     else:
-        print(estimate_page(found))
-    return 0 if all(one.fits for one in found.values()) else 1
+        print(estimate_page(estimates))
+    return 0 if all(each.fits for each in estimates.values()) else 1
 
 
 def _command_line(arguments: argparse.Namespace, out: Path) -> list[str]:
-    """Write the same command for the processes of the run."""
-    line = ["train", arguments.recipe, "--out", str(out)]
+    """Return the command of this run for its worker processes."""
+    command = ["train", arguments.recipe, "--out", str(out)]
     for setting in arguments.set:
-        line += ["--set", setting]
-    if arguments.scenes:
-        line += ["--scenes", str(arguments.scenes)]
-    return line
+        command += ["--set", setting]
+    if arguments.scenes_dir:
+        command += ["--scenes-dir", str(arguments.scenes_dir)]
+    return command
 
 
-def _show(report: dict[str, object], out: Path, as_json: bool) -> None:
+def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({k: v for k, v in report.items() if k not in ("answers", "recipe")})
+        print_json({k: v for k, v in report.items() if k not in ("examples", "recipe")})
         return
     from coprs_deploy.training.report import page
 

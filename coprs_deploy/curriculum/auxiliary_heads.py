@@ -1,6 +1,7 @@
-"""Heads that teach a part of the model what to look at, and are thrown away in the end.
+"""Auxiliary heads: dense supervision from the objects of a scene, used in training only.
 
-They read what a scene's truth says about single cells or single objects.
+They predict attributes of single cells or single objects from image tokens, image embeddings or
+hidden states. The finished checkpoint does not hold them.
 """
 
 from __future__ import annotations
@@ -14,41 +15,41 @@ from torch import Tensor, nn
 from coprs_deploy.curriculum.scenes import ATTRIBUTES, SceneBatch
 from coprs_deploy.training.losses import Mean
 
-OWNED_SHARE = 0.2
-"""Share of a cell's pixels that makes an object its owner; its center does so anyway."""
+MIN_OBJECT_RATIO = 0.2
+"""Share of a cell's pixels from which the cell belongs to an object; a center always does."""
 
 CENTER_WEIGHT = 4.0
-"""How much more a cell with a center counts than one without, which is more frequent."""
+"""Weight of a cell with an object's center, relative to the more frequent cells without."""
 
-NUM_LOOKS = 4
-"""The first of ``ATTRIBUTES``, which say what an object looks like; the others say where it is."""
+NUM_APPEARANCE = 4
+"""Number of leading ``ATTRIBUTES`` that describe appearance; the others describe location."""
 
 
-class CellTruth(NamedTuple):
-    """What a scene's truth says about cells, row by row.
+class CellLabels(NamedTuple):
+    """Labels of the cells of a grid, row by row.
 
     Attributes:
-        is_center: float32 (B, T), 1 where an object's center lies.
-        is_owned: bool (B, T), where an object is seen.
-        attributes: int64 (B, T, 6) of the owner.
-        offsets: float32 (B, T, 2), from the cell's middle to the owner's center, in cells.
+        is_center: float32 (B, T), 1 where the center of an object lies.
+        is_object: bool (B, T), whether the cell belongs to an object.
+        attributes: int64 (B, T, 6), attributes of that object.
+        offsets: float32 (B, T, 2), from the middle of the cell to the object's center, in cells.
     """
 
     is_center: Tensor
-    is_owned: Tensor
+    is_object: Tensor
     attributes: Tensor
     offsets: Tensor
 
 
-class HeadResult(NamedTuple):
-    """Losses, each to be added with weight 1, and shares of right answers."""
+class HeadOutput(NamedTuple):
+    """Losses and accuracies of a head, by name."""
 
     losses: dict[str, Mean]
     accuracies: dict[str, Mean]
 
 
-def cell_truth(scenes: SceneBatch, grid: int) -> CellTruth:
-    """Read off what a grid of so many cells a side shows."""
+def cell_labels(scenes: SceneBatch, grid: int) -> CellLabels:
+    """Label the cells of a grid with ``grid`` cells per side."""
     batch, size = scenes.instance_map.shape[0], scenes.instance_map.shape[1]
     cell = size // grid
     most = scenes.attributes.shape[1]
@@ -56,155 +57,175 @@ def cell_truth(scenes: SceneBatch, grid: int) -> CellTruth:
     pixels = pixels.reshape(batch, grid * grid, cell * cell).long()
     counts = torch.zeros(batch, grid * grid, most + 1, device=pixels.device)
     counts.scatter_add_(2, pixels, torch.ones_like(pixels, dtype=counts.dtype))
-    largest, owner = counts[..., 1:].max(dim=-1)
-    is_owned = largest > OWNED_SHARE * cell * cell
+    largest, objects = counts[..., 1:].max(dim=-1)
+    is_object = largest > MIN_OBJECT_RATIO * cell * cell
     column, row = (scenes.centers / cell).long().clamp(0, grid - 1).unbind(-1)
     number = torch.arange(most, device=pixels.device)
-    is_object = number < scenes.num_objects[:, None]  # (B, M)
-    image = torch.arange(batch, device=pixels.device)[:, None].expand_as(row)[is_object]
-    place = (row * grid + column)[is_object]
+    is_present = number < scenes.num_objects[:, None]  # (B, M)
+    image = torch.arange(batch, device=pixels.device)[:, None].expand_as(row)[is_present]
+    center = (row * grid + column)[is_present]
     is_center = torch.zeros(batch, grid * grid, device=pixels.device)
-    is_center[image, place] = 1.0
-    is_owned[image, place] = True
-    owner[image, place] = number.expand_as(row)[is_object]
-    attributes = scenes.attributes.gather(1, owner[..., None].expand(-1, -1, len(ATTRIBUTES)))
-    centers = scenes.centers.gather(1, owner[..., None].expand(-1, -1, 2)) / cell
+    is_center[image, center] = 1.0
+    is_object[image, center] = True
+    objects[image, center] = number.expand_as(row)[is_present]
+    attributes = scenes.attributes.gather(1, objects[..., None].expand(-1, -1, len(ATTRIBUTES)))
+    centers = scenes.centers.gather(1, objects[..., None].expand(-1, -1, 2)) / cell
     cells = torch.arange(grid * grid, device=pixels.device)
     middles = torch.stack([cells % grid, cells // grid], dim=-1) + 0.5
-    return CellTruth(is_center, is_owned, attributes, centers - middles)
+    return CellLabels(is_center, is_object, attributes, centers - middles)
 
 
-class AttributeReader(nn.Module):
-    """Reads attributes of one object from one vector."""
+class AttributeHead(nn.Module):
+    """Head that classifies attributes of one object from one vector.
 
-    def __init__(self, width: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> None:
+    Args:
+        hidden_size: size D of the vectors.
+        sizes: number of values of each attribute.
+        names: names of the attributes.
+    """
+
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> None:
         super().__init__()
         self.sizes = sizes
         self.names = names
-        self.read = nn.Linear(width, sum(sizes))
+        self.classify = nn.Linear(hidden_size, sum(sizes))
 
-    def forward(self, states: Tensor, attributes: Tensor) -> HeadResult:
-        """Compare what is read from (N, D) with int64 (N, len(sizes))."""
+    def forward(self, states: Tensor, attributes: Tensor) -> HeadOutput:
+        """Classify (N, D) vectors; labels are int64 (N, len(sizes))."""
         losses, accuracies = {}, {}
-        parts = self.read(states).float().split(self.sizes, dim=-1)
+        parts = self.classify(states).float().split(self.sizes, dim=-1)
         for name, logits, label in zip(self.names, parts, attributes.unbind(-1), strict=True):
             losses[name] = Mean.of(F.cross_entropy(logits, label, reduction="none"))
             accuracies[name] = Mean.of((logits.detach().argmax(-1) == label).float())
-        return HeadResult(losses, accuracies)
+        return HeadOutput(losses, accuracies)
 
 
-class CellReader(nn.Module):
-    """Reads from each image token what its cell shows.
+class CellHead(nn.Module):
+    """Head that predicts the content of each image token's cell.
 
     Args:
-        width: of the tokens.
-        sizes: values of each attribute; see ``ATTRIBUTES``.
+        hidden_size: size D of the tokens.
+        sizes: number of values of each of ``ATTRIBUTES``.
         grid: cells along one side.
-        has_place: whether each token must also know its own row and column.
+        has_location: whether the row and column of each token are predicted too.
     """
 
-    def __init__(self, width: int, sizes: tuple[int, ...], grid: int, has_place: bool) -> None:
+    def __init__(
+        self, hidden_size: int, sizes: tuple[int, ...], grid: int, has_location: bool
+    ) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.looks = AttributeReader(width, sizes[:NUM_LOOKS], ATTRIBUTES[:NUM_LOOKS])
-        self.center = nn.Linear(width, 1)
-        self.offset = nn.Linear(width, 2)
+        self.norm = nn.RMSNorm(hidden_size)
+        self.appearance = _appearance_head(hidden_size, sizes)
+        self.center = nn.Linear(hidden_size, 1)
+        self.offset = nn.Linear(hidden_size, 2)
         self.grid = grid
-        self.place = AttributeReader(width, (grid, grid), ("row", "column")) if has_place else None
+        self.location = (
+            AttributeHead(hidden_size, (grid, grid), ("row", "column")) if has_location else None
+        )
 
-    def forward(self, tokens: Tensor, truth: CellTruth) -> HeadResult:
-        """Read (B, T, D) image tokens, T = grid * grid in rows."""
+    def forward(self, tokens: Tensor, labels: CellLabels) -> HeadOutput:
+        """Predict from (B, T, D) image tokens, T = grid * grid, row by row."""
         tokens = self.norm(tokens.float())
-        owned = tokens[truth.is_owned]
+        at_object, at_center = labels.is_object, labels.is_center > 0
+        appearance = labels.attributes[..., :NUM_APPEARANCE]
+        object_tokens = tokens[at_object]
         center = self.center(tokens)[..., 0].float()
-        weights = 1 + (CENTER_WEIGHT - 1) * truth.is_center
+        offset = self.offset(object_tokens).float()
+        weights = 1 + (CENTER_WEIGHT - 1) * labels.is_center
+        center_loss = F.binary_cross_entropy_with_logits(center, labels.is_center, reduction="none")
+        offset_loss = F.smooth_l1_loss(offset, labels.offsets[at_object], reduction="none")
         losses = {
-            "center": Mean.of(
-                weights
-                * F.binary_cross_entropy_with_logits(center, truth.is_center, reduction="none")
-            ),
-            "offset": Mean.of(
-                F.smooth_l1_loss(
-                    self.offset(owned).float(), truth.offsets[truth.is_owned], reduction="none"
-                )
-            ),
+            "center": Mean.of(weights * center_loss),
+            "offset": Mean.of(offset_loss),
+            **self.appearance(object_tokens, appearance[at_object]).losses,
         }
-        looks = self.looks(owned, truth.attributes[truth.is_owned][:, :NUM_LOOKS])
-        # An owner is only seen in part in most of its cells: its center's cell is what counts.
-        at_center = truth.is_center > 0
+        # Most cells show a part of their object only, so accuracies count the cells of centers.
         with torch.no_grad():
-            seen = self.looks(tokens[at_center], truth.attributes[at_center][:, :NUM_LOOKS])
+            centers = self.appearance(tokens[at_center], appearance[at_center])
         accuracies = {
             "center": Mean.of(((center > 0) == at_center).float(), weights),
-            **seen.accuracies,
+            **centers.accuracies,
         }
-        losses.update(looks.losses)
-        if self.place is not None:
+        if self.location is not None:
             cells = torch.arange(self.grid**2, device=tokens.device)
-            labels = torch.stack([cells // self.grid, cells % self.grid], dim=-1)
-            labels = labels.repeat(tokens.shape[0], 1)
-            place = self.place(tokens.flatten(0, 1), labels)
-            losses.update(place.losses)
-            accuracies.update(place.accuracies)
-        return HeadResult(losses, accuracies)
+            own = torch.stack([cells // self.grid, cells % self.grid], dim=-1)
+            location = self.location(tokens.flatten(0, 1), own.repeat(tokens.shape[0], 1))
+            losses.update(location.losses)
+            accuracies.update(location.accuracies)
+        return HeadOutput(losses, accuracies)
 
 
-class PatchReader(nn.Module):
-    """Reads from each patch of SAM's embedding what it shows: who is there, and where exactly."""
+class PatchHead(nn.Module):
+    """Head that predicts foreground and appearance from SAM's image embedding.
+
+    Args:
+        channels: channels C of the embedding.
+        sizes: number of values of each of ``ATTRIBUTES``.
+    """
 
     def __init__(self, channels: int, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.foreground = nn.Conv2d(channels, 16, kernel_size=1)
-        self.looks = AttributeReader(channels, sizes[:NUM_LOOKS], ATTRIBUTES[:NUM_LOOKS])
+        self.appearance = _appearance_head(channels, sizes)
 
-    def forward(self, image_embedding: Tensor, scenes: SceneBatch) -> HeadResult:
-        """Read (B, C, G, G); foreground is asked for on the mask grid, 4 G a side."""
+    def forward(self, image_embedding: Tensor, scenes: SceneBatch) -> HeadOutput:
+        """Predict from (B, C, G, G): foreground on the mask grid (4 G), appearance per patch."""
         grid = image_embedding.shape[-1]
         cell = scenes.instance_map.shape[1] // grid
         covered = F.adaptive_avg_pool2d((scenes.instance_map > 0).float()[:, None], 4 * grid)
         logits = F.pixel_shuffle(self.foreground(image_embedding).float(), 4)
         loss = F.binary_cross_entropy_with_logits(logits, covered, reduction="none")
-        owner = scenes.instance_map[:, cell // 2 :: cell, cell // 2 :: cell].flatten(1).long()
-        is_owned = owner > 0
-        index = (owner - 1).clamp(min=0)[..., None].expand(-1, -1, len(ATTRIBUTES))
-        attributes = scenes.attributes.gather(1, index)[is_owned]
-        tokens = image_embedding.flatten(2).transpose(1, 2)[is_owned]
-        looks = self.looks(tokens, attributes[:, :NUM_LOOKS])
-        return HeadResult({"foreground": Mean.of(loss), **looks.losses}, looks.accuracies)
+        number = scenes.instance_map[:, cell // 2 :: cell, cell // 2 :: cell].flatten(1).long()
+        is_object = number > 0
+        index = (number - 1).clamp(min=0)[..., None].expand(-1, -1, len(ATTRIBUTES))
+        attributes = scenes.attributes.gather(1, index)[is_object]
+        tokens = image_embedding.flatten(2).transpose(1, 2)[is_object]
+        appearance = self.appearance(tokens, attributes[:, :NUM_APPEARANCE])
+        losses = {"foreground": Mean.of(loss), **appearance.losses}
+        return HeadOutput(losses, appearance.accuracies)
+
+
+def _appearance_head(hidden_size: int, sizes: tuple[int, ...]) -> AttributeHead:
+    return AttributeHead(hidden_size, sizes[:NUM_APPEARANCE], ATTRIBUTES[:NUM_APPEARANCE])
 
 
 class OracleQuery(nn.Module):
-    """The query that knows its target: normalized sum of learned embeddings of its attributes.
+    """Query from the target's attributes: normalized sum of their learned embeddings.
 
-    It stands in for the policy's state at ``<REF_POS>`` while the segmentation path learns alone.
+    It replaces the policy's hidden state at ``<REF_POS>`` while the segmentation path is trained
+    alone.
+
+    Args:
+        hidden_size: hidden size D of the policy.
+        sizes: number of values of each of ``ATTRIBUTES``.
     """
 
-    def __init__(self, width: int, sizes: tuple[int, ...]) -> None:
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self.width = width
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.hidden_size = hidden_size
+        self.embeddings = nn.ModuleList(nn.Embedding(size, hidden_size) for size in sizes)
 
     def forward(self, attributes: Tensor) -> Tensor:
         """Map int64 (N, 6) to (N, D)."""
         columns = attributes.unbind(-1)
-        total = sum(table(i) for table, i in zip(self.tables, columns, strict=True))
-        return F.layer_norm(total, (self.width,))
+        total = sum(table(i) for table, i in zip(self.embeddings, columns, strict=True))
+        return F.layer_norm(total, (self.hidden_size,))
 
 
-class SceneHeads(nn.Module):
-    """Every throw-away head of a run on scenes.
+class AuxiliaryHeads(nn.Module):
+    """All auxiliary heads of a run.
 
     Args:
-        width: D, the width of the policy.
-        channels: of SAM's image embedding.
-        sizes: values of each attribute; see ``ATTRIBUTES``.
+        hidden_size: hidden size D of the policy.
+        channels: channels of SAM's image embedding.
+        sizes: number of values of each of ``ATTRIBUTES``.
         grid: image tokens along one side.
     """
 
-    def __init__(self, width: int, channels: int, sizes: tuple[int, ...], grid: int) -> None:
+    def __init__(self, hidden_size: int, channels: int, sizes: tuple[int, ...], grid: int) -> None:
         super().__init__()
-        self.vision = CellReader(width, sizes, grid, has_place=False)
-        self.language = CellReader(width, sizes, grid, has_place=True)
-        self.patches = PatchReader(channels, sizes)
-        self.oracle = OracleQuery(width, sizes)
-        self.reference = AttributeReader(width, sizes, ATTRIBUTES)
+        self.vision = CellHead(hidden_size, sizes, grid, has_location=False)
+        self.language = CellHead(hidden_size, sizes, grid, has_location=True)
+        self.patches = PatchHead(channels, sizes)
+        self.oracle = OracleQuery(hidden_size, sizes)
+        self.reference = AttributeHead(hidden_size, sizes, ATTRIBUTES)

@@ -1,4 +1,4 @@
-"""What the phases on scenes share: the model, the scenes, the prompt, and the judge."""
+"""Shared parts of the stages on generated scenes: model, scenes, prompt and evaluator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coprs_deploy.curriculum.auxiliary_heads import SceneHeads
+from coprs_deploy.curriculum.auxiliary_heads import AuxiliaryHeads
 from coprs_deploy.curriculum.evaluation import SceneEvaluator
 from coprs_deploy.curriculum.packed_forward import PackedForward
 from coprs_deploy.curriculum.packing import QuestionPacker
@@ -16,33 +16,34 @@ from coprs_deploy.training.state import TrainingState
 
 @dataclass(frozen=True)
 class CurriculumContext:
-    """One run's parts.
+    """Shared parts of the stages of one run.
 
     Attributes:
-        workbench: the model.
-        training: scenes to learn from.
-        held_out: scenes to be judged on.
-        packer: the prompt.
-        judge: compares answers on held-out scenes with the truth.
+        state: the model.
+        training: training scenes.
+        held_out: held-out scenes.
+        packer: layout of questions behind an image.
+        evaluator: evaluation of the model on held-out scenes.
         image_size: side of the images in pixels.
-        dtype: of products.
+        dtype: dtype of matrix products.
     """
 
-    workbench: TrainingState
+    state: TrainingState
     training: SceneSource
     held_out: SceneSource
     packer: QuestionPacker
-    judge: SceneEvaluator
+    evaluator: SceneEvaluator
     image_size: int
     dtype: torch.dtype
 
     @property
-    def heads(self) -> SceneHeads:
-        """The throw-away heads."""
-        assert isinstance(self.workbench.heads, SceneHeads), "scenes need their heads"
-        return self.workbench.heads
+    def auxiliary_heads(self) -> AuxiliaryHeads:
+        """Auxiliary heads of the model."""
+        heads = self.state.auxiliary_heads
+        assert isinstance(heads, AuxiliaryHeads), "a curriculum needs its auxiliary heads"
+        return heads
 
-    def forward(self, compile_blocks: bool) -> PackedForward:
-        """Make the policy's forward pass for training."""
-        model = self.workbench.policy.model
-        return PackedForward(model, self.image_size, self.dtype, compile_blocks)
+    def forward(self, torch_compile: bool) -> PackedForward:
+        """Build the policy's forward pass for training."""
+        model = self.state.policy.model
+        return PackedForward(model, self.image_size, self.dtype, torch_compile)

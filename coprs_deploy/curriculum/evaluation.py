@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coprs_deploy.curriculum.packed_forward import PackedForward
-from coprs_deploy.curriculum.packing import Answered, QuestionPacker
+from coprs_deploy.curriculum.packing import InstructionResponse, QuestionPacker
 from coprs_deploy.curriculum.scenes import StoredScenes, policy_pixels
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.examples import Example
@@ -185,7 +185,9 @@ class SceneEvaluator:
         ]
         instructions = [question.instruction for question in questions]
         responses = targets if teacher_forced else self.generate(images, instructions)
-        pairs: list[list[Answered]] = [[pair] for pair in zip(instructions, responses, strict=True)]
+        pairs: list[list[InstructionResponse]] = [
+            [pair] for pair in zip(instructions, responses, strict=True)
+        ]
         rows = self._packer.pack(pairs)
         rows = type(rows)(*(tensor.to(self._device) for tensor in rows))
         pixels = policy_pixels(

@@ -1,8 +1,8 @@
-"""The forward pass of a small Qwen2.5-VL policy for packed rows, written for training.
+"""Forward pass of the tiny Qwen2.5-VL policy on packed rows, for training.
 
 It computes what transformers computes from the same weights (a test compares the two), but takes a
-batch of equal images at once, a bias that separates packed questions, and plain attention: on a CPU
-the backward pass of fused attention takes half of a step. The blocks may be compiled.
+batch of images of one size, an attention bias that separates packed questions, and plain attention:
+on a CPU the backward pass of fused attention takes half of a step. The blocks may be compiled.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ VISION_ROPE_THETA = 10_000.0
 """Base of the rotary frequencies of Qwen2.5-VL's vision tower."""
 
 VISION_EPS = 1e-6
-"""Added to the mean square in its norms."""
+"""Epsilon of the vision tower's norms."""
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the rotary angles, each broadcastable to (B, heads, L, head_width)."""
+    """Cosine and sine of the rotary angles, each broadcastable to (B, heads, L, head_size)."""
 
     cosine: Tensor
     sine: Tensor
 
 
 class BlockWeights(NamedTuple):
-    """The weights of one pre-norm transformer block of either tower; absent biases are None."""
+    """Weights of one pre-norm transformer block of either tower; absent biases are None."""
 
     attention_norm: Tensor
     qkv: Tensor
@@ -39,19 +39,19 @@ class BlockWeights(NamedTuple):
     out: Tensor
     out_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    gate_up_proj: Tensor
+    gate_up_proj_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
 
 
 class PolicyStates(NamedTuple):
-    """What a forward pass gives.
+    """Hidden states of a forward pass.
 
     Attributes:
-        hidden: (B, L, D) after the final norm, or None when the pass stopped early.
-        middle: (B, L, D) after the layer that was asked for.
-        image_features: (B, T, D) the image tokens as the language model takes them.
+        hidden: (B, L, D) after the final norm, or None after an early stop.
+        middle: (B, L, D) after the requested layer.
+        image_features: (B, T, D), image tokens at the input of the language model.
     """
 
     hidden: Tensor | None
@@ -60,16 +60,16 @@ class PolicyStates(NamedTuple):
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Divide by the root of the mean square, in float32."""
+    """RMS norm in float32."""
     hidden = hidden.float()
     return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn queries or keys (B, heads, L, head_width) by their positions."""
+    """Apply the rotary embedding to queries or keys (B, heads, L, head_size)."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * rotation.cosine + turned * rotation.sine
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * rotation.cosine + rotated * rotation.sine
 
 
 def transformer_block(
@@ -86,12 +86,12 @@ def transformer_block(
 
     Args:
         hidden: (B, L, D) float32.
-        rotation: of queries and keys.
-        bias: added to the attention logits, broadcastable to (B, heads, L, L).
-        weights: of the block, float32.
-        num_heads: attention heads.
-        eps: of the norms.
-        dtype: of the products.
+        rotation: rotary angles of queries and keys.
+        bias: attention bias, broadcastable to (B, heads, L, L).
+        weights: weights of the block, float32.
+        num_heads: number of attention heads.
+        eps: epsilon of the norms.
+        dtype: dtype of matrix products.
 
     Returns:
         (B, L, D) float32.
@@ -100,46 +100,52 @@ def transformer_block(
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    batch, length, width = hidden.shape
-    head_width = width // num_heads
+    batch, length, hidden_size = hidden.shape
+    head_size = hidden_size // num_heads
     x = rms_norm(hidden, weights.attention_norm, eps)
     qkv = linear(x, weights.qkv, weights.qkv_bias)
-    query, key, value = qkv.view(batch, length, 3, num_heads, head_width).permute(2, 0, 3, 1, 4)
-    query = (rotate(query.float(), rotation) * head_width**-0.5).to(dtype)
+    query, key, value = qkv.view(batch, length, 3, num_heads, head_size).permute(2, 0, 3, 1, 4)
+    query = (rotate(query.float(), rotation) * head_size**-0.5).to(dtype)
     key = rotate(key.float(), rotation).to(dtype)
     scores = torch.matmul(query, key.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
     mixed = torch.matmul(scores.softmax(-1).to(dtype), value)
-    mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+    mixed = mixed.transpose(1, 2).reshape(batch, length, hidden_size)
     hidden = hidden + linear(mixed, weights.out, weights.out_bias).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
-    gate, up = linear(x, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
-    return hidden + linear(F.silu(gate) * up, weights.down, weights.down_bias).float()
+    gate_proj, up_proj = linear(x, weights.gate_up_proj, weights.gate_up_proj_bias).chunk(2, dim=-1)
+    return hidden + linear(F.silu(gate_proj) * up_proj, weights.down, weights.down_bias).float()
 
 
 class PackedForward:
-    """Runs a policy on packed rows with square images of one size.
+    """Forward pass of a policy on packed rows with square images of one size.
 
     Args:
-        policy: a ``Qwen2_5_VLForConditionalGeneration`` whose heads all have keys of their own and
-            whose vision tower attends over the whole image everywhere.
+        policy: a ``Qwen2_5_VLForConditionalGeneration`` without grouped keys, with full attention
+            in all blocks of the vision tower.
         image_size: side of the images in pixels.
-        dtype: of the products.
-        compile_blocks: whether blocks are compiled for training passes.
+        dtype: dtype of matrix products.
+        torch_compile: whether the blocks are compiled for training passes.
+
+    Raises:
+        ValueError: the policy has grouped keys or windows.
     """
 
     def __init__(
-        self, policy: Any, image_size: int, dtype: torch.dtype, compile_blocks: bool = False
+        self, policy: Any, image_size: int, dtype: torch.dtype, torch_compile: bool = False
     ) -> None:
         text, vision = policy.config.text_config, policy.config.vision_config
         if text.num_key_value_heads != text.num_attention_heads:
             raise ValueError(
-                f"the policy has {text.num_key_value_heads} key heads and "
-                f"{text.num_attention_heads} query heads; packed rows need as many of both"
+                f"num_key_value_heads is {text.num_key_value_heads}, num_attention_heads is "
+                f"{text.num_attention_heads}; packed rows need equal numbers"
             )
         if len(vision.fullatt_block_indexes) != vision.depth:
-            raise ValueError("packed rows need a vision tower without windows")
+            raise ValueError(
+                f"fullatt_block_indexes is {vision.fullatt_block_indexes}; packed rows need full "
+                "attention in every block of the vision tower"
+            )
         self._visual = policy.model.visual
         self._language = policy.model.language_model
         self._text, self._vision = text, vision
@@ -148,7 +154,7 @@ class PackedForward:
         self._vision_rotation = self._patch_rotation()
         self._eager: Callable[..., Tensor] = transformer_block
         self._compiled: Callable[..., Tensor] = (
-            torch.compile(transformer_block, dynamic=False) if compile_blocks else transformer_block
+            torch.compile(transformer_block, dynamic=False) if torch_compile else transformer_block
         )
 
     def __call__(
@@ -158,10 +164,10 @@ class PackedForward:
 
         Args:
             images: (B, 3, S, S) normalized pixels.
-            rows: the packed rows.
+            rows: packed rows.
             image_start: column of the first image token.
-            middle: language layer whose output is wanted too, counted from 1.
-            stop: whether to stop there.
+            middle: language layer, from 1, whose output is returned too.
+            stop: whether to stop behind it.
         """
         features = self.image_features(images)
         embedded = F.embedding(rows.input_ids, self._language.embed_tokens.weight)
@@ -171,7 +177,7 @@ class PackedForward:
         rotation = self._token_rotation(rows.positions)
         layers = self._language.layers
         eps = self._text.rms_norm_eps
-        wanted = hidden
+        middle_states = hidden
         for number, layer in enumerate(layers[:middle] if stop else layers, start=1):
             hidden = self._block()(
                 hidden,
@@ -183,11 +189,11 @@ class PackedForward:
                 dtype=self._dtype,
             )
             if number == middle:
-                wanted = hidden
+                middle_states = hidden
         if stop:
-            return PolicyStates(None, wanted, features)
+            return PolicyStates(None, middle_states, features)
         final = rms_norm(hidden, self._language.norm.weight, eps)
-        return PolicyStates(final, wanted, features)
+        return PolicyStates(final, middle_states, features)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Run the vision tower, (B, 3, S, S) to (B, T, D)."""
@@ -213,16 +219,16 @@ class PackedForward:
         return self._compiled if torch.is_grad_enabled() else self._eager
 
     def _embed_patches(self, images: Tensor) -> Tensor:
-        """Project patches in Qwen's order, the four of an image token side by side."""
+        """Embed patches in Qwen's order: the four of an image token are adjacent."""
         batch, half, side = images.shape[0], self._patches // 2, self._vision.patch_size
         x = images.reshape(batch, 3, half, 2, side, half, 2, side)
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, 4 * half * half, -1)
-        # A still image is shown twice along time, so the two halves of the kernel add up.
+        # An image is repeated along time, so the two halves of the kernel add up.
         kernel = self._visual.patch_embed.proj.weight.sum(2).flatten(1)
         return F.linear(x.to(self._dtype), kernel.to(self._dtype)).float()
 
     def _patch_rotation(self) -> Rotation:
-        """Angles of row and column of each patch, in Qwen's order."""
+        """Rotary angles of row and column of each patch, in Qwen's order."""
         half = self._patches // 2
         rows, columns = torch.meshgrid(
             torch.arange(self._patches), torch.arange(self._patches), indexing="ij"
@@ -239,9 +245,9 @@ class PackedForward:
         return Rotation(angles.cos(), angles.sin())
 
     def _token_rotation(self, positions: Tensor) -> Rotation:
-        """Angles of tokens: each section of frequencies turns with one of time, row, column."""
+        """Rotary angles of tokens: each section of frequencies belongs to time, row or column."""
         frequencies = self._language.rotary_emb.inv_freq
-        angles = positions[..., None].float() * frequencies  # (3, B, L, head_width / 2)
+        angles = positions[..., None].float() * frequencies  # (3, B, L, head_size / 2)
         sections = angles.split(self._text.rope_parameters["mrope_section"], dim=-1)
         mixed = torch.cat([part[axis % 3] for axis, part in enumerate(sections)], dim=-1)
         doubled = torch.cat([mixed, mixed], dim=-1)[:, None]

@@ -1,8 +1,8 @@
-"""Several questions in one row of tokens, behind one image.
+"""Packing: several questions in one row of tokens, behind one image.
 
-The image and what stands before it are read once; each question with its response sees them and
-itself, but no other question. Positions start anew behind the image for each, so that every token
-has the hidden state that it would have alone.
+The prefix up to the image is computed once. Each question with its response attends to the prefix
+and to itself, but to no other question, and its positions continue from the image, so that every
+token has the hidden state of an unpacked row.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from torch import Tensor
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
 from coprs_deploy.training.losses import IGNORED_LABEL
 
-Answered: TypeAlias = tuple[str, str | Sequence[int]]
+InstructionResponse: TypeAlias = tuple[str, str | Sequence[int]]
 """An instruction, and its response as text or as token ids."""
 
 PREFIX_BLOCK = 0
+"""Block number of the tokens up to the image; questions are numbered from 1."""
+
 PADDING_BLOCK = -1
-"""Block numbers of tokens; questions are numbered from 1."""
+"""Block number of padding."""
 
 
 class PackedRows(NamedTuple):
-    """Rows of tokens, one row an image, with everything that a forward pass needs.
+    """Rows of packed tokens, one row per image.
 
     Attributes:
         input_ids: int64 (B, L).
         positions: int64 (3, B, L), time, row and column for the rotary embedding.
-        blocks: int64 (B, L), which question a token belongs to.
-        labels: int64 (B, L), the token that follows, where it is to be learned.
-        references: int64 (N, 2), row and column of each ``<REF_POS>`` that is fed.
-        sources: int64 (N, 2), row and question of each of them.
+        blocks: int64 (B, L), block number of each token.
+        labels: int64 (B, L), next token, or ``IGNORED_LABEL``.
+        references: int64 (N, 2), row and column of each ``<REF_POS>``.
+        sources: int64 (N, 2), row and question of each ``<REF_POS>``.
     """
 
     input_ids: Tensor
@@ -46,14 +48,14 @@ class PackedRows(NamedTuple):
 
 
 def attention_bias(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Say what each token sees: what came before it in the prefix and in its own question.
+    """Attention bias of packed rows: tokens attend to earlier ones of the prefix and their block.
 
     Args:
-        blocks: int64 (B, L).
-        dtype: of the result.
+        blocks: int64 (B, L), block number of each token.
+        dtype: dtype of the result.
 
     Returns:
-        (B, 1, L, L), 0 where the row's token sees the column's, far below 0 elsewhere.
+        (B, 1, L, L), 0 where the row's token attends to the column's, -1e4 elsewhere.
     """
     length = blocks.shape[1]
     shared = (blocks[:, None, :] == PREFIX_BLOCK) | (blocks[:, None, :] == blocks[:, :, None])
@@ -63,11 +65,11 @@ def attention_bias(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class QuestionPacker:
-    """Lays out questions behind an image for one tokenizer, prompt and image grid.
+    """Packs questions behind an image for one tokenizer, prompt and image grid.
 
     Args:
-        tokenizer: the policy's tokenizer.
-        template: its prompt; the instruction stands behind the image.
+        tokenizer: tokenizer of the policy.
+        template: prompt template with the instruction behind the image.
         grid_size: image tokens along one side.
     """
 
@@ -95,29 +97,26 @@ class QuestionPacker:
         return self.image_start + self._num_image_tokens
 
     def prefix_rows(self, num_rows: int) -> PackedRows:
-        """Lay out images without a question."""
+        """Return rows of the prefix alone."""
         return self.pack([[] for _ in range(num_rows)], len(self.prefix))
 
     def pack(
-        self, questions: Sequence[Sequence[Answered]], length: int | None = None
+        self, questions: Sequence[Sequence[InstructionResponse]], length: int | None = None
     ) -> PackedRows:
-        """Lay out pairs of instruction and response.
+        """Pack pairs of instruction and response.
 
         Args:
-            questions: the pairs of each image; a response, text or token ids, ends with the end
-                token when it is whole.
-            length: L; questions that no longer fit are left out. None takes what is needed.
-
-        Returns:
-            The rows.
+            questions: pairs of each image; a complete response, text or token ids, ends with the
+                end token.
+            length: length L of a row; questions that do not fit are dropped. None takes the
+                longest row.
         """
         rows = [self._row(pairs, length) for pairs in questions]
-        width = length or max(len(row.ids) for row in rows)
-        count = len(rows)
-        ids = np.full((count, width), self._tokenizer.pad_token_id)
-        labels = np.full((count, width), IGNORED_LABEL)
-        blocks = np.full((count, width), PADDING_BLOCK)
-        positions = np.zeros((3, count, width), np.int64)
+        shape = (len(rows), length or max(len(row.ids) for row in rows))
+        ids = np.full(shape, self._tokenizer.pad_token_id)
+        labels = np.full(shape, IGNORED_LABEL)
+        blocks = np.full(shape, PADDING_BLOCK)
+        positions = np.zeros((3, *shape), np.int64)
         references, sources = [], []
         for index, row in enumerate(rows):
             used = len(row.ids)
@@ -138,10 +137,10 @@ class QuestionPacker:
         )
 
     def encode_prompt(self, instruction: str) -> list[int]:
-        """Encode a whole prompt, the image's tokens included."""
+        """Encode a whole prompt, image tokens included."""
         return encode_prompt(self._template, self._tokenizer, instruction, self._num_image_tokens)
 
-    def _row(self, pairs: Sequence[Answered], length: int | None) -> _Row:
+    def _row(self, pairs: Sequence[InstructionResponse], length: int | None) -> _Row:
         row = _Row(
             list(self.prefix),
             [IGNORED_LABEL] * len(self.prefix),
@@ -152,17 +151,16 @@ class QuestionPacker:
         for question, (instruction, response) in enumerate(pairs):
             prompt = self.encode_prompt(instruction)[len(self.prefix) :]
             is_text = isinstance(response, str)
-            answer = self._tokenizer(response)["input_ids"] if is_text else response
-            tokens = [*prompt, *answer]
+            ids = self._tokenizer(response)["input_ids"] if is_text else response
+            tokens = [*prompt, *ids]
             if length is not None and len(row.ids) + len(tokens) > length:
                 continue
             row = self._append(row, question, tokens, len(prompt))
         return row
 
     def _append(self, row: _Row, question: int, tokens: list[int], num_prompt: int) -> _Row:
-        following = [*tokens[num_prompt:], IGNORED_LABEL]
-        labels = [IGNORED_LABEL] * (num_prompt - 1) + following
-        own = self._next_position + np.arange(len(tokens))
+        labels = [IGNORED_LABEL] * (num_prompt - 1) + [*tokens[num_prompt:], IGNORED_LABEL]
+        positions = self._next_position + np.arange(len(tokens))
         start = len(row.ids)
         references = [
             (question, start + i) for i, token in enumerate(tokens) if token == self.reference_id
@@ -171,13 +169,13 @@ class QuestionPacker:
             row.ids + tokens,
             row.labels + labels,
             row.blocks + [question + 1] * len(tokens),
-            np.concatenate([row.positions, np.repeat(own[None], 3, axis=0)], axis=1),
+            np.concatenate([row.positions, np.repeat(positions[None], 3, axis=0)], axis=1),
             row.references + references,
         )
 
 
 class _Row(NamedTuple):
-    """One row while it is laid out; ``references`` holds question and column."""
+    """One row in progress; ``references`` holds question and column of each ``<REF_POS>``."""
 
     ids: list[int]
     labels: list[int]

@@ -1,4 +1,7 @@
-"""Warm-up: the policy's vision tower and first language layers learn to see."""
+"""Perception stage: pre-training of the vision tower and first language layers.
+
+Auxiliary heads predict from each image token what its cell shows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from coprs_deploy.curriculum.auxiliary_heads import CellReader, CellTruth, HeadResult, cell_truth
+from coprs_deploy.curriculum.auxiliary_heads import CellHead, CellLabels, HeadOutput, cell_labels
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.packing import PackedRows
 from coprs_deploy.curriculum.recipe import PerceptionSettings
@@ -18,87 +21,106 @@ if TYPE_CHECKING:
 
 
 class PerceptionBatch(NamedTuple):
-    """Normalized pixels (B, 3, S, S), the rows of the prefix, and the truth of each cell."""
+    """Images without questions.
+
+    Attributes:
+        images: (B, 3, S, S) normalized pixels.
+        rows: rows with the image tokens alone.
+        labels: labels of each image token's cell.
+    """
 
     images: Tensor
     rows: PackedRows
-    truth: CellTruth
+    labels: CellLabels
 
 
 class PerceptionObjective(nn.Module):
-    """Heads after the vision tower and after the first language layers."""
+    """Cell heads behind the vision tower and behind the first language layers."""
 
-    def __init__(self, shared: CurriculumContext, settings: PerceptionSettings) -> None:
+    def __init__(self, context: CurriculumContext, settings: PerceptionSettings) -> None:
         super().__init__()
-        model = shared.workbench.policy.model.model
+        model = context.state.policy.model.model
         self.visual = model.visual
         self.embedding = model.language_model.embed_tokens
         self.layers = model.language_model.layers[: settings.num_language_layers]
-        self.vision_head: CellReader = shared.heads.vision
-        self.language_head: CellReader = shared.heads.language
-        self._forward = shared.forward(settings.compile)
-        self._packer = shared.packer
+        self.vision_head: CellHead = context.auxiliary_heads.vision
+        self.language_head: CellHead = context.auxiliary_heads.language
+        self._forward = context.forward(settings.torch_compile)
+        self._packer = context.packer
 
     def forward(self, batch: PerceptionBatch) -> StageOutput:
-        """Read every cell twice."""
+        """Compute the losses of both heads."""
         packer = self._packer
         states = self._forward(
             batch.images, batch.rows, packer.image_start, len(self.layers), stop=True
         )
         tokens = states.middle[:, packer.image_start : packer.image_stop]
-        return read_cells(
-            self.vision_head, self.language_head, states.image_features, tokens, batch.truth
+        return cell_head_output(
+            self.vision_head, self.language_head, states.image_features, tokens, batch.labels
         )
 
 
 class PerceptionStage(TrainingStage[PerceptionSettings]):
-    """See the module."""
+    """Pre-training of the policy through the cell heads."""
 
-    def __init__(self, name: str, settings: PerceptionSettings, shared: CurriculumContext) -> None:
+    def __init__(self, name: str, settings: PerceptionSettings, context: CurriculumContext) -> None:
         self.name = name
         self.settings = settings
-        self.objective = PerceptionObjective(shared, settings)
-        self._shared = shared
+        self.objective = PerceptionObjective(context, settings)
+        self._context = context
 
     def batch(self, step: int, rank: int, num_ranks: int) -> PerceptionBatch:
         """See :meth:`TrainingStage.batch`."""
-        indices = self._shared.training.indices(
-            step, self.settings.global_batch_size, rank, num_ranks
-        )
-        return self._collect(self._shared.training, indices)
+        source = self._context.training
+        indices = source.indices(step, self.settings.global_batch_size, rank, num_ranks)
+        return self._collect(source, indices)
 
-    def coefficients(self, relative_rate: float) -> dict[str, float]:
-        """See :meth:`TrainingStage.coefficients`."""
-        return {}
+    def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
+        """See :meth:`TrainingStage.loss_coefficients`."""
+        return {"vision_head.*": 1.0, "language_head.*": 1.0}
 
-    def evaluate(self, accelerator: Accelerator, num_scenes: int) -> dict[str, float]:
-        """Share of cells and attributes that the language head reads right."""
+    def evaluate(self, accelerator: Accelerator, num_examples: int) -> dict[str, float]:
+        """Measure the accuracies of both heads on held-out scenes."""
         return mean_metrics(
             accelerator,
             self.objective,
-            lambda indices: self._collect(self._shared.held_out, indices),
-            min(num_scenes, len(self._shared.held_out.scenes)),
+            lambda indices: self._collect(self._context.held_out, indices),
+            min(num_examples, len(self._context.held_out.scenes)),
         )
 
     def _collect(self, source: SceneSource, indices: list[int]) -> PerceptionBatch:
+        context = self._context
         scenes = source.batch(indices)
-        images = policy_pixels(scenes.images, self._shared.workbench.policy.image_processor)
-        rows = self._shared.packer.prefix_rows(len(indices))
-        return PerceptionBatch(images, rows, cell_truth(scenes, self._shared.heads.language.grid))
+        images = policy_pixels(scenes.images, context.state.policy.image_processor)
+        rows = context.packer.prefix_rows(len(indices))
+        labels = cell_labels(scenes, context.auxiliary_heads.language.grid)
+        return PerceptionBatch(images, rows, labels)
 
 
-def read_cells(
-    vision_head: CellReader,
-    language_head: CellReader,
+def cell_head_output(
+    vision_head: CellHead,
+    language_head: CellHead,
     features: Tensor,
     tokens: Tensor,
-    truth: CellTruth,
+    labels: CellLabels,
 ) -> StageOutput:
-    """Read what the cells show, from the tower's tokens and from the language model's."""
-    results: dict[str, HeadResult] = {
-        "vision": vision_head(features, truth),
-        "language": language_head(tokens, truth),
+    """Compute losses and accuracies of the cell heads.
+
+    Args:
+        vision_head: head behind the vision tower.
+        language_head: head behind a language layer.
+        features: (B, T, D) image tokens of the vision tower.
+        tokens: (B, T, D) image tokens of the language layer.
+        labels: labels of the cells.
+
+    Returns:
+        Losses ``vision_head.X`` and ``language_head.X``; accuracies ``vision_head.X`` and, for the
+        language head, ``X``.
+    """
+    outputs: dict[str, HeadOutput] = {
+        "vision_head": vision_head(features, labels),
+        "language_head": language_head(tokens, labels),
     }
-    losses = {f"{head}.{k}": v for head, r in results.items() for k, v in r.losses.items()}
-    metrics = {f"vision.{k}": v for k, v in results["vision"].accuracies.items()}
-    return StageOutput(losses, {**metrics, **results["language"].accuracies})
+    losses = {f"{head}.{k}": v for head, out in outputs.items() for k, v in out.losses.items()}
+    metrics = {f"vision_head.{k}": v for k, v in outputs["vision_head"].accuracies.items()}
+    return StageOutput(losses, {**metrics, **outputs["language_head"].accuracies})

@@ -1,8 +1,8 @@
-"""Supervised answers on scenes: reasoning by cross-entropy, and masks through ``<REF_POS>``.
+"""Reasoning stage: supervised responses on generated scenes, and masks through ``<REF_POS>``.
 
-Several questions are packed behind each image. Without segmentation losses this is the policy's
-phase; with them the whole model is trained together, after the policy's states have been joined to
-the queries that the segmentation path already understands.
+Several questions are packed behind each image. Without segmentation losses the policy alone is
+trained; with them the whole model is trained jointly, after the query head has been initialized so
+that the policy's states give the queries that the segmentation path was trained with.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from coprs_deploy.curriculum.auxiliary_heads import (
-    AttributeReader,
-    CellReader,
-    CellTruth,
-    cell_truth,
+    AttributeHead,
+    CellHead,
+    CellLabels,
+    cell_labels,
 )
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.evaluation import held_out_questions
-from coprs_deploy.curriculum.packing import Answered, PackedRows
-from coprs_deploy.curriculum.perception_stage import read_cells
+from coprs_deploy.curriculum.packing import InstructionResponse, PackedRows
+from coprs_deploy.curriculum.perception_stage import cell_head_output
+from coprs_deploy.curriculum.recipe import ReasoningSettings
 from coprs_deploy.curriculum.scenes import (
     SceneBatch,
     policy_pixels,
@@ -45,7 +46,6 @@ from coprs_deploy.training.mask_decoding import (
     mask_targets,
     whole_images,
 )
-from coprs_deploy.training.settings import SupervisedSettings
 from coprs_deploy.training.stage import StageOutput, TrainingStage
 from coprs_deploy.training.state import freeze_unused
 
@@ -53,29 +53,29 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MIDDLE_LAYER = 2
-"""Language layer whose image tokens the dense head reads."""
+"""Language layer whose image tokens the language cell head takes."""
 
 TEXT_METRICS = ("location_accuracy", "exact_match", "no_match_precision", "no_match_recall")
-"""Figures of an answer that need no mask."""
+"""Metrics that need no mask."""
 
-JOIN_SCENES = 512
-"""Training scenes whose states and queries the join is solved from."""
+INIT_SCENES = 512
+"""Number of training scenes for the initialization of the query head."""
 
-JOIN_RIDGE = 1e-3
-"""Weight of the squared solution, beside the mean square of the states."""
+RIDGE = 1e-3
+"""Ridge penalty, relative to the mean square of the states."""
 
 
-class AnswerBatch(NamedTuple):
+class ReasoningBatch(NamedTuple):
     """Scenes with their packed questions.
 
     Attributes:
         scenes: B scenes.
-        images: (B, 3, S, S) pixels as the policy takes them.
-        rows: the questions, packed.
-        targets: int64 (N,), the object that each ``<REF_POS>`` stands for.
-        segmented: int64 (K,), those of them that segmentation losses are computed on.
-        left_out: bool (Q,), of all questions, which did not fit in the row of their image.
-        truth: what each image token's cell shows.
+        images: (B, 3, S, S) normalized pixels of the policy.
+        rows: packed questions.
+        targets: int64 (N,), target object of each ``<REF_POS>``.
+        segmented: int64 (K,), indices of the targets with segmentation losses.
+        is_dropped: bool (Q,), whether each question did not fit behind its image.
+        labels: labels of each image token's cell.
     """
 
     scenes: SceneBatch
@@ -83,214 +83,224 @@ class AnswerBatch(NamedTuple):
     rows: PackedRows
     targets: Tensor
     segmented: Tensor
-    left_out: Tensor
-    truth: CellTruth
+    is_dropped: Tensor
+    labels: CellLabels
 
 
 class ReasoningObjective(nn.Module):
-    """The policy on packed rows; the segmentation path where its losses have a weight."""
+    """The policy on packed rows; heads and segmentation path where their losses have a weight."""
 
     token_weights: Tensor
-    vision_head: CellReader
-    language_head: CellReader
-    reference_head: AttributeReader
+    vision_head: CellHead
+    language_head: CellHead
+    reference_head: AttributeHead
 
-    def __init__(self, shared: CurriculumContext, settings: SupervisedSettings) -> None:
+    def __init__(self, context: CurriculumContext, settings: ReasoningSettings) -> None:
         super().__init__()
-        workbench = shared.workbench
-        self.policy = workbench.policy.model
-        self.has_cells = settings.auxiliary_loss_weight > 0
-        self.has_readout = settings.reference_head_loss_weight > 0
+        state, heads = context.state, context.auxiliary_heads
+        self.policy = state.policy.model
+        self.has_cell_heads = settings.auxiliary_loss_weight > 0
+        self.has_reference_head = settings.reference_head_loss_weight > 0
         self.has_masks = settings.segmentation_loss_weight > 0
-        if self.has_cells:
-            self.vision_head = shared.heads.vision
-            self.language_head = shared.heads.language
-        if self.has_readout:
-            self.reference_head = shared.heads.reference
+        if self.has_cell_heads:
+            self.vision_head = heads.vision
+            self.language_head = heads.language
+        if self.has_reference_head:
+            self.reference_head = heads.reference
         if self.has_masks:
-            self.segmentation = workbench.segmentation
-        weights = token_weights(workbench.policy.tokenizer, settings.location_token_weight)
+            self.segmentation = state.segmentation
+        weights = token_weights(state.policy.tokenizer, settings.location_token_weight)
         self.register_buffer("token_weights", weights, persistent=False)
-        self._settings, self._packer = settings, shared.packer
-        self.policy_states = shared.forward(settings.compile)
+        self._settings, self._packer = settings, context.packer
+        self.policy_states = context.forward(settings.torch_compile)
 
-    def forward(self, batch: AnswerBatch) -> StageOutput:
-        """Compute every loss that has a weight."""
+    def forward(self, batch: ReasoningBatch) -> StageOutput:
+        """Compute all losses with a weight."""
         packer, rows = self._packer, batch.rows
         states = self.policy_states(batch.images, rows, packer.image_start, MIDDLE_LAYER)
         assert states.hidden is not None
-        losses, metrics = self._reasoning(states.hidden, rows)
-        metrics["left_out"] = Mean.of(batch.left_out)
+        losses, metrics = self._language(states.hidden, rows)
+        metrics["frac_questions_dropped"] = Mean.of(batch.is_dropped)
         at_reference = states.hidden[rows.references[:, 0], rows.references[:, 1]]
-        if self.has_cells:
+        if self.has_cell_heads:
             tokens = states.middle[:, packer.image_start : packer.image_stop]
-            cells = read_cells(
-                self.vision_head, self.language_head, states.image_features, tokens, batch.truth
+            cells = cell_head_output(
+                self.vision_head, self.language_head, states.image_features, tokens, batch.labels
             )
-            losses.update({f"dense.{k}": v for k, v in cells.losses.items()})
+            losses.update({f"auxiliary.{k}": v for k, v in cells.losses.items()})
             metrics.update(cells.metrics)
-        if self.has_readout:
+        if self.has_reference_head:
             attributes = batch.scenes.attributes[rows.references[:, 0], batch.targets]
-            read = self.reference_head(at_reference, attributes)
-            losses.update({f"readout.{k}": v for k, v in read.losses.items()})
-            metrics.update({f"readout.{k}": v for k, v in read.accuracies.items()})
+            reference = self.reference_head(at_reference, attributes)
+            losses.update({f"reference_head.{k}": v for k, v in reference.losses.items()})
+            metrics.update({f"reference_head.{k}": v for k, v in reference.accuracies.items()})
         if self.has_masks:
             masks = self._masks(batch, at_reference)
-            losses.update({f"masks.{k}": v for k, v in masks.losses.items()})
+            losses.update(masks.losses)
             metrics.update(masks.metrics)
         return StageOutput(losses, metrics)
 
-    def _reasoning(
+    def _language(
         self, hidden: Tensor, rows: PackedRows
     ) -> tuple[dict[str, Mean], dict[str, Mean]]:
-        is_learned = rows.labels != IGNORED_LABEL
-        labels = rows.labels[is_learned]
-        logits = self.policy.lm_head(hidden[is_learned])
-        is_place = self.token_weights[labels] > 1
+        has_label = rows.labels != IGNORED_LABEL
+        labels = rows.labels[has_label]
+        logits = self.policy.lm_head(hidden[has_label])
+        is_location = (self.token_weights[labels] > 1).float()
         is_right = (logits.detach().argmax(-1) == labels).float()
         return (
-            {"reasoning": token_cross_entropy(logits, labels, self.token_weights)},
-            {"tokens": Mean.of(is_right), "places": Mean.of(is_right, is_place.float())},
+            {"language": token_cross_entropy(logits, labels, self.token_weights)},
+            {
+                "token_accuracy": Mean.of(is_right),
+                "location_accuracy": Mean.of(is_right, is_location),
+            },
         )
 
-    def _masks(self, batch: AnswerBatch, at_reference: Tensor) -> StageOutput:
+    def _masks(self, batch: ReasoningBatch, at_reference: Tensor) -> StageOutput:
         model, chosen = self.segmentation, batch.segmented
         geometry = model.config.geometry
         rows = batch.rows.references[chosen, 0]
         pixels = segmentation_pixels(batch.scenes.images, geometry)
-        learns = torch.is_grad_enabled() and self._settings.train_image_encoder
-        with torch.set_grad_enabled(learns):
+        trains_encoder = torch.is_grad_enabled() and self._settings.train_image_encoder
+        with torch.set_grad_enabled(trains_encoder):
             embedding = encode_images(model, pixels)
         inside = whole_images(len(chosen), geometry, pixels.device)
         priors, logits = decode_targets(model, embedding[rows], at_reference[chosen], inside)
-        truth = target_masks(batch.scenes, rows, batch.targets[chosen])
-        target = mask_targets(truth, geometry.mask_size)
-        losses = segmentation_losses(priors, logits, target, inside, self._settings.weights)
-        return StageOutput(losses, mask_metrics(priors, logits, truth))
+        masks = target_masks(batch.scenes, rows, batch.targets[chosen])
+        target = mask_targets(masks, geometry.mask_size)
+        losses = segmentation_losses(priors, logits, target, inside, self._settings.loss_weights)
+        return StageOutput(losses, mask_metrics(priors, logits, masks))
 
 
-class ReasoningStage(TrainingStage[SupervisedSettings]):
-    """See the module."""
+class ReasoningStage(TrainingStage[ReasoningSettings]):
+    """Supervised responses on packed questions, jointly with the masks where they have a weight."""
 
     objective: ReasoningObjective
 
-    def __init__(self, name: str, settings: SupervisedSettings, shared: CurriculumContext) -> None:
+    def __init__(self, name: str, settings: ReasoningSettings, context: CurriculumContext) -> None:
         self.name = name
         self.settings = settings
-        segmentation = shared.workbench.segmentation
+        segmentation = context.state.segmentation
         freeze_unused(segmentation)
         if not settings.train_image_encoder:
             segmentation.image_encoder.requires_grad_(False)
-        self.objective = ReasoningObjective(shared, settings)
-        self._shared = shared
+        self.objective = ReasoningObjective(context, settings)
+        self._context = context
 
-    def batch(self, step: int, rank: int, num_ranks: int) -> AnswerBatch:
+    def prepare(self, accelerator: Accelerator) -> dict[str, float]:
+        """Initialize the query head, if the recipe says so; return ``query_head_r2``."""
+        if not self.settings.init_query_head:
+            return {}
+        return {"query_head_r2": self._init_query_head(accelerator.device)}
+
+    def batch(self, step: int, rank: int, num_ranks: int) -> ReasoningBatch:
         """See :meth:`TrainingStage.batch`."""
         settings = self.settings
-        indices = self._shared.training.indices(step, settings.global_batch_size, rank, num_ranks)
-        is_opening = step < settings.initial_ratio * settings.steps
-        kinds = settings.initial_question_type_weights if is_opening else settings.kinds
-        return self._collect(indices, step, kinds)
+        indices = self._context.training.indices(step, settings.global_batch_size, rank, num_ranks)
+        is_initial = step < settings.initial_ratio * settings.max_steps
+        weights = (
+            settings.initial_question_type_weights if is_initial else settings.question_type_weights
+        )
+        return self._collect(indices, step, weights)
 
-    def coefficients(self, relative_rate: float) -> dict[str, float]:
-        """See :meth:`TrainingStage.coefficients`."""
+    def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
+        """See :meth:`TrainingStage.loss_coefficients`."""
         settings = self.settings
-        weights = settings.weights
+        weights = settings.loss_weights
         return {
-            "reasoning": settings.language_loss_weight,
-            "dense.*": settings.auxiliary_loss_weight * relative_rate,
-            "readout.*": settings.reference_head_loss_weight,
+            "language": settings.language_loss_weight,
+            "auxiliary.*": settings.auxiliary_loss_weight * lr_factor,
+            "reference_head.*": settings.reference_head_loss_weight,
             **{
-                f"masks.{name}": settings.segmentation_loss_weight * getattr(weights, name)
+                name: settings.segmentation_loss_weight * getattr(weights, name)
                 for name in weights.__struct_fields__
             },
         }
 
-    def evaluate(self, accelerator: Accelerator, num_scenes: int) -> dict[str, float]:
-        """Judge generated answers; masks only count once segmentation losses do."""
-        scenes = self._shared.held_out.scenes
+    def evaluate(self, accelerator: Accelerator, num_examples: int) -> dict[str, float]:
+        """Evaluate generated responses; their masks too once segmentation losses have a weight."""
+        held_out = self._context.held_out
         questions = held_out_questions(
-            self._shared.held_out.preset, scenes, num_scenes, num_scenes // 4
+            held_out.preset, held_out.scenes, num_examples, num_examples // 4
         )
-        evaluated = self._shared.judge.evaluate(questions, accelerator=accelerator)
-        figures = summarize([each.score for each in evaluated])
+        evaluated = self._context.evaluator.evaluate(questions, accelerator=accelerator)
+        metrics = summarize([each.score for each in evaluated])
         if self.settings.segmentation_loss_weight:
-            return figures
-        return {k: v for k, v in figures.items() if k.rpartition(".")[2] in TEXT_METRICS}
+            return metrics
+        return {k: v for k, v in metrics.items() if k.rpartition(".")[2] in TEXT_METRICS}
 
-    def prepare(self, accelerator: Accelerator) -> dict[str, float]:
-        """Join the policy to the segmentation path, where the recipe asks for it."""
-        return {"join_r2": self._join(accelerator.device)} if self.settings.join else {}
+    def _init_query_head(self, device: torch.device) -> float:
+        """Fit the query head so that states at ``<REF_POS>`` give the oracle's queries.
 
-    def _join(self, device: torch.device) -> float:
-        """Solve for the query head that turns states at ``<REF_POS>`` into the oracle's queries.
-
-        Ridge regression, folded into the head's weight; nothing but this weight changes.
+        The ridge regression is folded into the weight of the head; no other weight changes.
 
         Returns:
-            Share of the queries' variance that the states explain.
+            R2, the share of the queries' variance that the states explain.
         """
         from accelerate.utils import send_to_device
 
         states, queries = [], []
-        oracle = self._shared.heads.oracle
+        oracle = self._context.auxiliary_heads.oracle
         with torch.no_grad():
             size = self.settings.global_batch_size
-            for step in range(-(-JOIN_SCENES // size)):
-                indices = self._shared.training.indices(step, size, 0, 1)
+            for step in range(-(-INIT_SCENES // size)):
+                indices = self._context.training.indices(step, size, 0, 1)
                 batch = send_to_device(self._collect(indices, step, {}), device)
                 references = batch.rows.references
-                found = self.objective.policy_states(
-                    batch.images, batch.rows, self._shared.packer.image_start, MIDDLE_LAYER
+                hidden = self.objective.policy_states(
+                    batch.images, batch.rows, self._context.packer.image_start, MIDDLE_LAYER
                 ).hidden
-                assert found is not None
-                states.append(found[references[:, 0], references[:, 1]])
+                assert hidden is not None
+                states.append(hidden[references[:, 0], references[:, 1]])
                 queries.append(oracle(batch.scenes.attributes[references[:, 0], batch.targets]))
-            solution, explained = ridge_regression(torch.cat(states), torch.cat(queries))
-            head = self._shared.workbench.segmentation.prior.q_proj
+            solution, r2 = ridge_regression(torch.cat(states), torch.cat(queries))
+            head = self._context.state.segmentation.prior.q_proj
             head.weight.copy_(head.weight @ solution.T)
-        return explained
+        return r2
 
-    def _collect(self, indices: list[int], step: int, kinds: dict[str, float]) -> AnswerBatch:
-        source, settings = self._shared.training, self.settings
+    def _collect(
+        self, indices: list[int], step: int, question_type_weights: dict[str, float]
+    ) -> ReasoningBatch:
+        source, settings, context = self._context.training, self.settings, self._context
         scenes = source.batch(indices)
-        asked = [
-            source.questions(index, step, settings.questions_per_image, kinds) for index in indices
+        questions = [
+            source.questions(index, step, settings.questions_per_image, question_type_weights)
+            for index in indices
         ]
-        pairs: list[list[Answered]] = [
-            [(q.instruction, q.response + END_TOKEN) for q in questions] for questions in asked
+        pairs: list[list[InstructionResponse]] = [
+            [(q.instruction, q.response + END_TOKEN) for q in of_image] for of_image in questions
         ]
-        rows = self._shared.packer.pack(pairs, settings.max_packed_length or None)
-        targets, seen = [], dict[tuple[int, int], int]()
-        for row, question in rows.sources.tolist():
-            number = seen.get((row, question), 0)
-            seen[row, question] = number + 1
-            targets.append(asked[row][question].targets[number])
-        chance = {index: source.generator(step, index) for index in indices}
-        chosen = [
-            number
-            for number, (row, _) in enumerate(rows.sources.tolist())
-            if chance[indices[row]].random() < settings.segmentation_ratio
+        rows = context.packer.pack(pairs, settings.max_packed_length or None)
+        targets, counts = [], dict[tuple[int, int], int]()
+        for row, number in rows.sources.tolist():
+            count = counts.get((row, number), 0)
+            counts[row, number] = count + 1
+            targets.append(questions[row][number].targets[count])
+        generators = {index: source.generator(step, index) for index in indices}
+        segmented = [
+            target
+            for target, (row, _) in enumerate(rows.sources.tolist())
+            if generators[indices[row]].random() < settings.segmentation_ratio
         ]
-        return AnswerBatch(
+        return ReasoningBatch(
             scenes,
-            policy_pixels(scenes.images, self._shared.workbench.policy.image_processor),
+            policy_pixels(scenes.images, context.state.policy.image_processor),
             rows,
             torch.tensor(targets, dtype=torch.int64),
-            torch.tensor(chosen, dtype=torch.int64),
-            left_out_questions(rows, [len(questions) for questions in asked]),
-            cell_truth(scenes, self._shared.heads.language.grid),
+            torch.tensor(segmented, dtype=torch.int64),
+            dropped_questions(rows, [len(of_image) for of_image in questions]),
+            cell_labels(scenes, context.auxiliary_heads.language.grid),
         )
 
 
-def left_out_questions(rows: PackedRows, counts: Sequence[int]) -> Tensor:
-    """Tell of each question, image by image, whether it is missing in the packed rows.
+def dropped_questions(rows: PackedRows, counts: Sequence[int]) -> Tensor:
+    """Mark the questions, image by image, that are missing in the packed rows, bool (Q,).
 
-    Rows that are too short leave out the long questions, and so teach a world without them.
+    Rows that are too short drop the long questions, and so bias the training.
 
     Args:
-        rows: the packed rows.
-        counts: questions of each image.
+        rows: packed rows.
+        counts: number of questions of each image.
     """
     return torch.cat(
         [
@@ -301,22 +311,22 @@ def left_out_questions(rows: PackedRows, counts: Sequence[int]) -> Tensor:
 
 
 def ridge_regression(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, float]:
-    """Fit outputs (N, K) as a linear function of inputs (N, D), without an intercept.
+    """Fit outputs (N, K) as a linear function of inputs (N, D), without intercept.
 
     Returns:
-        The map, (D, K), and the share of the outputs' variance that it explains.
+        The solution (D, K), and R2, the share of the outputs' variance that it explains.
     """
     inputs, outputs = inputs.double(), outputs.double()
     gram = inputs.T @ inputs
-    ridge = JOIN_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     solution = torch.linalg.solve(gram + ridge.to(gram.device), inputs.T @ outputs)
-    missed = (inputs @ solution - outputs).pow(2).sum()
-    spread = (outputs - outputs.mean(0)).pow(2).sum()
-    return solution.float(), float(1 - missed / spread)
+    residual = (inputs @ solution - outputs).pow(2).sum()
+    variance = (outputs - outputs.mean(0)).pow(2).sum()
+    return solution.float(), float(1 - residual / variance)
 
 
 def token_weights(tokenizer: object, location_token_weight: float) -> Tensor:
-    """Weigh the tokens that name a row or a column, (V,)."""
+    """Return the weight of each token as a label, (V,): rows and columns weigh more than others."""
     weights = torch.ones(len(tokenizer))  # type: ignore[arg-type]
     for number in range(1, vocabulary.GRID_SIZE + 1):
         for word in (f" row{number}", f" col{number}"):

@@ -1,41 +1,43 @@
-"""A training run as one typed record, read from one TOML file.
+"""Recipe of the tiny model: its sizes and the stages that train it on generated scenes.
 
-A recipe is complete: two runs of one recipe on one machine give the same weights. Unknown keys are
-refused, with the nearest name. With a line ``base = "NAME"``, a file only says in what it differs
-from another recipe. The files lie beside this module in ``recipes/``.
+It shares :class:`~coprs_deploy.training.recipe.RunSettings` and the loader with the recipes that
+start from a checkpoint. It imports neither torch nor TRL.
 """
 
 from __future__ import annotations
 
 from coprs_deploy.model_config import SegmentationConfig
 from coprs_deploy.specs import Record
+from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.settings import (
     SegmentationLossWeights,
     StageSettings,
+    SyntheticData,
 )
 
 
 class TinyPolicy(Record, frozen=True):
-    """Sizes of a Qwen2.5-VL policy that is trained from nothing.
+    """Sizes of a Qwen2.5-VL policy that is trained from random weights.
 
     Attributes:
-        image_size: side in pixels of the square image that it sees.
+        image_size: side of the square input image in pixels.
         patch_size: side of a patch in pixels; 2 x 2 patches make one image token.
-        hidden_size: D, the width of the language model.
+        hidden_size: hidden size D of the language model.
         num_hidden_layers: layers of the language model.
         num_attention_heads: attention heads of the language model.
-        intermediate_size: hidden width of its MLPs.
-        vision_hidden_size: width of the vision tower.
-        vision_depth: its blocks, all with attention over the whole image.
-        vision_num_heads: its attention heads; vLLM wants heads at least 32 wide.
-        vision_intermediate_size: hidden width of its MLPs.
-        rope_theta: base of the rotary frequencies. The usual 1e6 turns an axis of a small grid by
-            next to nothing.
-        mrope_section: rotary frequencies for time, row and column; they add up to half a head.
-        initializer_range: standard deviation of the starting weights.
+        intermediate_size: hidden size of the language model's MLPs.
+        vision_hidden_size: hidden size of the vision tower.
+        vision_depth: blocks of the vision tower, all with full attention.
+        vision_num_heads: attention heads of the vision tower; vLLM needs heads of at least 32
+            channels.
+        vision_intermediate_size: hidden size of the vision tower's MLPs.
+        rope_theta: base of the rotary frequencies. The usual 1e6 hardly rotates along an axis of a
+            small grid.
+        mrope_section: rotary frequencies for time, row and column; their sum is half a head.
+        initializer_range: standard deviation of the initial weights.
         vocab_size: largest number of tokens.
-        max_response_tokens: longest response.
-        instruction: what stands around an instruction in the prompt.
+        max_response_tokens: longest response in tokens.
+        instruction_template: text around the instruction in the prompt.
     """
 
     image_size: int = 128
@@ -53,7 +55,7 @@ class TinyPolicy(Record, frozen=True):
     initializer_range: float = 0.06
     vocab_size: int = 1024
     max_response_tokens: int = 128
-    instruction: str = "{instruction}"
+    instruction_template: str = "{instruction}"
 
     def __post_init__(self) -> None:
         for name, value, divisor in (
@@ -63,10 +65,11 @@ class TinyPolicy(Record, frozen=True):
         ):
             if value % divisor:
                 raise ValueError(f"{name} is {value}; it must be a multiple of {divisor}")
-        if sum(self.mrope_section) != self.hidden_size // self.num_attention_heads // 2:
+        half_head = self.hidden_size // self.num_attention_heads // 2
+        if sum(self.mrope_section) != half_head:
             raise ValueError(
-                f"mrope_section is {self.mrope_section}; it must add up to half the width of a "
-                f"head, {self.hidden_size // self.num_attention_heads // 2}"
+                f"mrope_section is {self.mrope_section}; its sum must be half the size of a head, "
+                f"{half_head}"
             )
 
     @property
@@ -75,49 +78,106 @@ class TinyPolicy(Record, frozen=True):
         return self.image_size // (2 * self.patch_size)
 
 
-class TinyModel(Record, frozen=True, tag_field="kind", tag="small"):
-    """A whole small CoPRS that is asked many questions on each scene.
+class TinyModel(Record, frozen=True, tag_field="kind", tag="tiny"):
+    """Tiny CoPRS model.
 
     Attributes:
         segmentation: sizes of the segmentation path.
         policy: sizes of the policy.
-        start: checkpoint directory of a model of these sizes that is trained further; its
-            tokenizer is kept. Empty starts from random weights.
+        init_from: checkpoint directory of a model of these sizes to start from; its tokenizer is
+            kept. Empty starts from random weights.
     """
 
     segmentation: SegmentationConfig
     policy: TinyPolicy = TinyPolicy()
-    start: str = ""
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         if self.segmentation.policy_hidden_size != self.policy.hidden_size:
             raise ValueError(
-                f"segmentation.policy_hidden_size is {self.segmentation.policy_hidden_size}, policy.hidden_size is "
-                f"{self.policy.hidden_size}; they must be equal"
+                f"segmentation.policy_hidden_size is {self.segmentation.policy_hidden_size}, "
+                f"policy.hidden_size is {self.policy.hidden_size}; they must be equal"
             )
 
 
-class PerceptionSettings(StageSettings, frozen=True, tag_field="kind", tag="warm_up"):
-    """The policy learns to see, through heads on its image tokens that are thrown away.
+class PerceptionSettings(StageSettings, frozen=True, tag_field="kind", tag="perception"):
+    """Perception stage: pre-training of the policy through auxiliary heads on its image tokens.
 
     Attributes:
-        num_language_layers: layers of the language model that take part.
-        compile: whether the transformer blocks are compiled.
+        num_language_layers: number of language layers that are trained.
+        torch_compile: whether the transformer blocks are compiled.
     """
 
     num_language_layers: int = 2
-    compile: bool = False
+    torch_compile: bool = False
 
 
 class SegmentationSettings(StageSettings, frozen=True, tag_field="kind", tag="segmentation"):
-    """The segmentation path learns alone, asked by a query that knows the target.
+    """Segmentation stage: the segmentation path alone, with an oracle query per target.
 
     Attributes:
-        targets_per_image: objects of each image that are asked for.
-        weights: of the segmentation losses.
-        auxiliary_loss_weight: of the heads on the image embedding that are thrown away.
+        targets_per_image: number of targets per image.
+        loss_weights: weights of the single segmentation losses.
+        auxiliary_loss_weight: weight of the auxiliary heads on the image embedding.
     """
 
     targets_per_image: int = 3
-    weights: SegmentationLossWeights = SegmentationLossWeights()
+    loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     auxiliary_loss_weight: float = 0.5
+
+
+class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reasoning"):
+    """Reasoning stage: supervised responses; with segmentation losses, the whole model jointly.
+
+    Attributes:
+        questions_per_image: largest number of questions per image.
+        question_type_weights: sampling weight by question type; empty for those of the preset.
+        initial_question_type_weights: the same for the first steps, simple types first.
+        initial_ratio: share of the steps that use ``initial_question_type_weights``.
+        max_packed_length: tokens of one image with its packed questions. Questions that do not fit
+            are dropped, long ones first (``frac_questions_dropped`` in the log is their share). 0
+            sets no limit.
+        language_loss_weight: weight of the cross-entropy on the response.
+        location_token_weight: weight of a token that names a row or column, as a label.
+        reference_head_loss_weight: weight of the auxiliary head that reads the target from
+            ``<REF_POS>``.
+        auxiliary_loss_weight: weight of the perception stage's heads; decays with the learning
+            rate.
+        segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
+        segmentation_ratio: share of the targets with segmentation losses.
+        loss_weights: weights of the single segmentation losses.
+        init_query_head: whether the query head is first solved for by ridge regression, so that
+            the policy's states give the queries that the segmentation path was trained with.
+        train_image_encoder: whether SAM's image encoder is trained.
+        torch_compile: whether the transformer blocks are compiled.
+    """
+
+    questions_per_image: int = 4
+    question_type_weights: dict[str, float] = {}
+    initial_question_type_weights: dict[str, float] = {}
+    initial_ratio: float = 0.0
+    max_packed_length: int = 0
+    language_loss_weight: float = 1.0
+    location_token_weight: float = 1.0
+    reference_head_loss_weight: float = 0.0
+    auxiliary_loss_weight: float = 0.0
+    segmentation_loss_weight: float = 0.0
+    segmentation_ratio: float = 1.0
+    loss_weights: SegmentationLossWeights = SegmentationLossWeights()
+    init_query_head: bool = False
+    train_image_encoder: bool = False
+    torch_compile: bool = False
+
+
+class CurriculumRecipe(RunSettings, frozen=True, kw_only=True):
+    """Recipe of a tiny model on generated scenes.
+
+    Attributes:
+        model: sizes of the model.
+        data: generated scenes.
+        stages: name to stage, in the order in which they run.
+    """
+
+    model: TinyModel
+    data: SyntheticData
+    stages: dict[str, PerceptionSettings | SegmentationSettings | ReasoningSettings]

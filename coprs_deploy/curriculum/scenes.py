@@ -1,15 +1,15 @@
-"""Generated scenes as training batches: pictures kept on disk, questions asked on the fly.
+"""Generated scenes as training batches: images on disk, questions generated on the fly.
 
-What a step sees is a function of the seed and the number of the step alone, so a run that was
-killed goes on with the very batch that it would have had.
+The batch of a step depends on the seed and the step alone, so a resumed run sees the same batches
+as an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial as partial_function
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,29 +30,21 @@ from coprs_deploy.data.synthetic.scene import Scene, SceneObject, make_scene
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.batches import EpochOrder
 
-
-def target_masks(scenes: SceneBatch, rows: Tensor, targets: Tensor) -> Tensor:
-    """Return the visible pixels of chosen objects, (N, S, S) bool."""
-    return scenes.instance_map[rows] == (targets + 1)[:, None, None]
-
-
 ATTRIBUTES = ("shape", "color", "texture", "size", "row", "column")
-"""What the table of a batch holds of each object, in this order."""
-
+"""Attributes of an object, in the order of the columns of ``SceneBatch.attributes``."""
 
 _MARKER, _IMAGES, _INSTANCE_MAP = "scenes.json", "images.npy", "instance_map.npy"
 
-
-_DRAWN_AT_ONCE = 500
+_SCENES_PER_TASK = 500
 
 
 class SceneBatch(NamedTuple):
-    """Some scenes as tensors.
+    """Scenes as tensors.
 
     Attributes:
         images: uint8 (B, S, S, 3) RGB.
-        instance_map: uint8 (B, S, S); 0 is background, n the pixel of object n - 1.
-        attributes: int64 (B, M, 6), numbers of ``ATTRIBUTES``, from 0; 0 beyond the last object.
+        instance_map: uint8 (B, S, S); 0 is background, n a pixel of object n - 1.
+        attributes: int64 (B, M, 6), values of ``ATTRIBUTES``, from 0; 0 beyond the last object.
         centers: float32 (B, M, 2), x and y in pixels.
         num_objects: int64 (B,).
     """
@@ -66,12 +58,12 @@ class SceneBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredScenes:
-    """Scenes on disk, mapped into memory.
+    """Scenes on disk, memory-mapped.
 
     Attributes:
-        images: uint8 (N, S, S, 3).
-        instance_map: uint8 (N, S, S).
-        objects: the table of each scene.
+        images: uint8 (N, S, S, 3) RGB.
+        instance_map: uint8 (N, S, S); 0 is background, n a pixel of object n - 1.
+        objects: objects of each scene.
     """
 
     images: NDArray[np.uint8]
@@ -87,16 +79,16 @@ class StoredScenes:
 
 
 def store_scenes(
-    preset: Preset, first_seed: int, count: int, folder: Path, workers: int = 0
+    preset: Preset, first_seed: int, count: int, folder: Path, num_workers: int = 0
 ) -> StoredScenes:
-    """Draw scenes of consecutive seeds into a folder, unless they lie there already.
+    """Render scenes of consecutive seeds into a folder, unless it holds them already.
 
     Args:
-        preset: their world.
-        first_seed: seed of the first.
-        count: how many.
-        folder: where the folder of all such files is, or shall be.
-        workers: processes that draw them; 0 draws them in this one.
+        preset: difficulty preset.
+        first_seed: seed of the first scene.
+        count: number of scenes.
+        folder: parent of the folders of scenes.
+        num_workers: worker processes; 0 renders in this one.
     """
     path = folder / f"{preset.name}-{preset.image_size}-{first_seed}-{count}"
     if not (path / _MARKER).is_file():
@@ -104,16 +96,15 @@ def store_scenes(
         with new_directory(path, _MARKER) as partial:
             np.lib.format.open_memmap(partial / _IMAGES, "w+", np.uint8, (*shape, 3))
             np.lib.format.open_memmap(partial / _INSTANCE_MAP, "w+", np.uint8, shape)
-            draw = partial_function(_draw, preset, first_seed, partial)
-            parts = [
-                range(i, min(i + _DRAWN_AT_ONCE, count)) for i in range(0, count, _DRAWN_AT_ONCE)
-            ]
-            if workers:
-                with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                    tables = list(chain.from_iterable(pool.map(draw, parts)))
+            render = functools.partial(_render, preset, first_seed, partial)
+            starts = range(0, count, _SCENES_PER_TASK)
+            tasks = [range(start, min(start + _SCENES_PER_TASK, count)) for start in starts]
+            if num_workers:
+                with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+                    objects = list(chain.from_iterable(pool.map(render, tasks)))
             else:
-                tables = list(chain.from_iterable(map(draw, parts)))
-            (partial / _MARKER).write_bytes(msgspec.json.encode(tables))
+                objects = list(chain.from_iterable(map(render, tasks)))
+            (partial / _MARKER).write_bytes(msgspec.json.encode(objects))
     return StoredScenes(
         np.load(path / _IMAGES, mmap_mode="r"),
         np.load(path / _INSTANCE_MAP, mmap_mode="r"),
@@ -121,29 +112,29 @@ def store_scenes(
     )
 
 
-def _draw(
+def _render(
     preset: Preset, first_seed: int, folder: Path, indices: range
 ) -> list[tuple[SceneObject, ...]]:
-    """Draw some scenes into the files of a folder; return what is in each."""
+    """Render scenes into the files of a folder; return their objects."""
     images = np.load(folder / _IMAGES, mmap_mode="r+")
     instance_map = np.load(folder / _INSTANCE_MAP, mmap_mode="r+")
-    tables = []
+    objects = []
     for index in indices:
         scene = make_scene(preset, first_seed + index)
         images[index], instance_map[index] = scene.image, scene.instance_map
-        tables.append(scene.objects)
+        objects.append(scene.objects)
     images.flush()
     instance_map.flush()
-    return tables
+    return objects
 
 
 class SceneSource:
-    """Training batches in an order that is shuffled afresh in each epoch.
+    """Training batches of stored scenes, in an order that is shuffled in each epoch.
 
     Args:
-        preset: the world of the scenes.
-        scenes: scenes of that tier.
-        seed: of the order and the questions.
+        preset: difficulty preset of the scenes.
+        scenes: stored scenes.
+        seed: seed of the order and the questions.
     """
 
     def __init__(self, preset: Preset, scenes: StoredScenes, seed: int) -> None:
@@ -153,7 +144,7 @@ class SceneSource:
         self._order = EpochOrder(len(scenes), seed)
 
     def indices(self, step: int, global_batch_size: int, rank: int, num_ranks: int) -> list[int]:
-        """Choose the scenes of one process in one step; all processes together take the batch."""
+        """Return the scenes of one process in one step; the processes share the batch."""
         first = step * global_batch_size
         return [self._order[first + offset] for offset in range(rank, global_batch_size, num_ranks)]
 
@@ -164,29 +155,25 @@ class SceneSource:
     def questions(
         self, index: int, step: int, count: int, question_type_weights: Mapping[str, float]
     ) -> list[Question]:
-        """Ask about a scene; other questions in each step.
+        """Generate questions about a scene; other questions in each step.
 
         Args:
-            index: of the scene.
-            step: of the run.
-            count: how many at most.
-            question_type_weights: weight of each kind of question; empty takes the tier's own.
+            index: index of the scene.
+            step: step of the stage.
+            count: largest number of questions.
+            question_type_weights: sampling weight by question type; empty for the preset's own.
         """
         seed = (self._seed * 1_000_003 + step) * 1_000_003 + index
-        return ask_questions(
-            self.scenes.scene(index),
-            with_question_types(self.preset, question_type_weights),
-            seed,
-            count,
-        )
+        preset = with_question_types(self.preset, question_type_weights)
+        return ask_questions(self.scenes.scene(index), preset, seed, count)
 
     def generator(self, step: int, index: int) -> np.random.Generator:
-        """Return the random numbers of one scene in one step, in whichever process it falls."""
+        """Return the random generator of one scene in one step, the same in every process."""
         return np.random.default_rng([self._seed, step, index])
 
 
 def collect_scenes(preset: Preset, scenes: StoredScenes, indices: Sequence[int]) -> SceneBatch:
-    """Collect some scenes as tensors."""
+    """Collect scenes as tensors."""
     rows = [scenes.objects[i] for i in indices]
     attributes = np.zeros((len(rows), preset.num_objects[1], len(ATTRIBUTES)), np.int64)
     centers = np.zeros((len(rows), preset.num_objects[1], 2), np.float32)
@@ -204,7 +191,7 @@ def collect_scenes(preset: Preset, scenes: StoredScenes, indices: Sequence[int])
 
 
 def encode_object(preset: Preset, item: SceneObject) -> tuple[int, ...]:
-    """Number the attributes of an object as ``ATTRIBUTES`` lists them."""
+    """Return the values of an object's ``ATTRIBUTES`` as numbers from 0."""
     return (
         preset.shapes.index(item.shape),
         list(vocabulary.COLORS).index(item.color),
@@ -216,7 +203,7 @@ def encode_object(preset: Preset, item: SceneObject) -> tuple[int, ...]:
 
 
 def attribute_sizes(preset: Preset) -> tuple[int, ...]:
-    """Count the values of each attribute."""
+    """Return the number of values of each of ``ATTRIBUTES``."""
     grid = vocabulary.GRID_SIZE
     return (
         len(preset.shapes),
@@ -229,20 +216,25 @@ def attribute_sizes(preset: Preset) -> tuple[int, ...]:
 
 
 def corpus(preset: Preset, seed: int = 0, num_scenes: int = 2000) -> list[str]:
-    """Write instructions and responses for the tokenizer to learn its words from."""
-    words = [f" row{n} col{n}" for n in range(1, vocabulary.GRID_SIZE + 1)] * 50
-    words += [f" {thing}" for thing in preset.things] * 50
+    """Return instructions and responses to train the tokenizer on."""
+    texts = [f" row{n} col{n}" for n in range(1, vocabulary.GRID_SIZE + 1)] * 50
+    texts += [f" {thing}" for thing in preset.things] * 50
     blank = np.zeros((1, 1, 3), np.uint8)
     for index in range(num_scenes):
         scene = make_scene(preset, HELD_OUT_SEED - 1 - index)
-        lean = Scene(blank, scene.instance_map, scene.objects)
-        for question in ask_questions(lean, preset, seed + index, 4):
-            words += [question.instruction, question.response]
-    return words
+        without_image = Scene(blank, scene.instance_map, scene.objects)
+        for question in ask_questions(without_image, preset, seed + index, 4):
+            texts += [question.instruction, question.response]
+    return texts
+
+
+def target_masks(scenes: SceneBatch, rows: Tensor, targets: Tensor) -> Tensor:
+    """Return the visible pixels of the target objects, (N, S, S) bool."""
+    return scenes.instance_map[rows] == (targets + 1)[:, None, None]
 
 
 def normalize_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 (B, S, S, 3) into normalized (B, 3, S, S); mean and std in 0..255."""
+    """Normalize uint8 (B, S, S, 3) to float32 (B, 3, S, S); mean and std in 0..255."""
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Segmentation alone: the whole path from pixels to masks, asked by a query that knows."""
+"""Segmentation stage: the segmentation path alone, with an oracle query for each target."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from coprs_deploy.training.state import freeze_unused
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOOKS_WEIGHT = 0.25
-"""Weight of what a patch's owner looks like, beside where the foreground is."""
+APPEARANCE_WEIGHT = 0.25
+"""Weight of a patch's appearance, relative to the foreground."""
 
 
 class SegmentationBatch(NamedTuple):
-    """Scenes and the targets that are asked for.
+    """Scenes and their targets.
 
     Attributes:
         scenes: B scenes.
-        rows: int64 (N,), the scene of each target.
-        targets: int64 (N,), its number in the scene's table.
+        rows: int64 (N,), scene of each target.
+        targets: int64 (N,), number of the target in its scene.
     """
 
     scenes: SceneBatch
@@ -49,13 +49,13 @@ class SegmentationBatch(NamedTuple):
 
 
 class SegmentationObjective(nn.Module):
-    """The segmentation path with the oracle in the policy's place."""
+    """The segmentation path with the oracle query in place of the policy."""
 
-    def __init__(self, shared: CurriculumContext, weights: SegmentationLossWeights) -> None:
+    def __init__(self, context: CurriculumContext, weights: SegmentationLossWeights) -> None:
         super().__init__()
-        self.segmentation = shared.workbench.segmentation
-        self.oracle = shared.heads.oracle
-        self.patches = shared.heads.patches
+        self.segmentation = context.state.segmentation
+        self.oracle = context.auxiliary_heads.oracle
+        self.patches = context.auxiliary_heads.patches
         self._weights = weights
 
     def forward(self, batch: SegmentationBatch) -> StageOutput:
@@ -71,23 +71,22 @@ class SegmentationObjective(nn.Module):
         )
         target = mask_targets(masks, geometry.mask_size)
         losses = segmentation_losses(prior_logits, mask_logits, target, inside, self._weights)
-        dense = self.patches(embedding, scenes)
-        losses.update({f"dense.{name}": mean for name, mean in dense.losses.items()})
-        metrics = mask_metrics(prior_logits, mask_logits, masks)
-        return StageOutput(losses, metrics)
+        auxiliary = self.patches(embedding, scenes).losses
+        losses.update({f"auxiliary.{name}": mean for name, mean in auxiliary.items()})
+        return StageOutput(losses, mask_metrics(prior_logits, mask_logits, masks))
 
 
 class SegmentationStage(TrainingStage[SegmentationSettings]):
-    """See the module."""
+    """Training of the segmentation path with the oracle query."""
 
     def __init__(
-        self, name: str, settings: SegmentationSettings, shared: CurriculumContext
+        self, name: str, settings: SegmentationSettings, context: CurriculumContext
     ) -> None:
         self.name = name
         self.settings = settings
-        self.objective = SegmentationObjective(shared, settings.weights)
-        freeze_unused(shared.workbench.segmentation)
-        self._training, self._held_out = shared.training, shared.held_out
+        self.objective = SegmentationObjective(context, settings.loss_weights)
+        freeze_unused(context.state.segmentation)
+        self._training, self._held_out = context.training, context.held_out
 
     def batch(self, step: int, rank: int, num_ranks: int) -> SegmentationBatch:
         """See :meth:`TrainingStage.batch`."""
@@ -99,29 +98,29 @@ class SegmentationStage(TrainingStage[SegmentationSettings]):
             targets.append(order[: self.settings.targets_per_image].tolist())
         return _batch(source, indices, targets)
 
-    def coefficients(self, relative_rate: float) -> dict[str, float]:
-        """See :meth:`TrainingStage.coefficients`."""
-        weights, dense = self.settings.weights, self.settings.auxiliary_loss_weight
+    def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
+        """See :meth:`TrainingStage.loss_coefficients`."""
+        weights, auxiliary = self.settings.loss_weights, self.settings.auxiliary_loss_weight
         return {
             **{name: getattr(weights, name) for name in weights.__struct_fields__},
-            "dense.foreground": dense,
-            "dense.*": LOOKS_WEIGHT * dense,
+            "auxiliary.foreground": auxiliary,
+            "auxiliary.*": APPEARANCE_WEIGHT * auxiliary,
         }
 
-    def evaluate(self, accelerator: Accelerator, num_scenes: int) -> dict[str, float]:
-        """IoU of prior and mask with the truth over all objects of held-out scenes."""
+    def evaluate(self, accelerator: Accelerator, num_examples: int) -> dict[str, float]:
+        """Measure the IoU of prior and mask over all objects of held-out scenes."""
         source = self._held_out
 
         def collect(indices: list[int]) -> SegmentationBatch:
-            everything = [list(range(len(source.scenes.objects[i]))) for i in indices]
-            return _batch(source, indices, everything)
+            all_objects = [list(range(len(source.scenes.objects[i]))) for i in indices]
+            return _batch(source, indices, all_objects)
 
         return mean_metrics(
-            accelerator, self.objective, collect, min(num_scenes, len(source.scenes))
+            accelerator, self.objective, collect, min(num_examples, len(source.scenes))
         )
 
 
 def _batch(source: SceneSource, indices: list[int], targets: list[list[int]]) -> SegmentationBatch:
-    rows = [row for row, chosen in enumerate(targets) for _ in chosen]
-    flat = [target for chosen in targets for target in chosen]
+    rows = [row for row, numbers in enumerate(targets) for _ in numbers]
+    flat = [target for numbers in targets for target in numbers]
     return SegmentationBatch(source.batch(indices), torch.tensor(rows), torch.tensor(flat))

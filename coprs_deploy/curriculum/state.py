@@ -1,4 +1,4 @@
-"""What a run works on: policy, segmentation path, and the heads that are thrown away in the end."""
+"""Training state of a tiny model: initial weights, random or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from coprs_deploy.checkpoint import (
-    PolicyImageLimits,
-    read_checkpoint,
-)
-from coprs_deploy.curriculum.auxiliary_heads import SceneHeads
+from coprs_deploy.checkpoint import PolicyImageLimits, read_checkpoint
+from coprs_deploy.curriculum.auxiliary_heads import AuxiliaryHeads
 from coprs_deploy.curriculum.recipe import TinyModel
 from coprs_deploy.curriculum.scenes import attribute_sizes
 from coprs_deploy.curriculum.tiny_policy import build_tiny_policy, prompt_template, tiny_config
@@ -21,77 +18,10 @@ from coprs_deploy.models import SegmentationModel
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 
 POSITION_SCALE = 0.1
-"""Standard deviation of the image encoder's starting position embedding."""
-
+"""Initial standard deviation of the image encoder's position embedding."""
 
 TOKEN_SCALE = 0.5
-"""Standard deviation of the mask decoder's starting tokens."""
-
-
-def build_tiny_state(
-    settings: TinyModel, preset: Preset, corpus: Callable[[], list[str]], seed: int
-) -> TrainingState:
-    """Build a small model with random weights or those it starts from; heads are always random.
-
-    Args:
-        settings: sizes, and what to start from.
-        preset: the world of the scenes.
-        corpus: texts to learn a tokenizer from; not asked for where a checkpoint brings one.
-        seed: of the random weights.
-
-    Raises:
-        ValueError: the model's image sizes are not those of the scenes, or the checkpoint that it
-            starts from has other sizes.
-        CheckpointError: that checkpoint cannot be used.
-    """
-    geometry = settings.segmentation.geometry
-    for name, size in (
-        ("model.policy.image_size", settings.policy.image_size),
-        ("model.segmentation.sam.geometry.image_size", geometry.image_size),
-    ):
-        if size != preset.image_size:
-            raise ValueError(
-                f"{name} is {size}; the scenes of the tier {preset.name!r} have {preset.image_size}"
-            )
-    sizes, width = attribute_sizes(preset), settings.policy.hidden_size
-    policy = None if settings.start else build_tiny_policy(settings.policy, corpus(), seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if policy is None:
-            workbench = _start_from(settings)
-        else:
-            segmentation = SegmentationModel(settings.segmentation)
-            initialize_segmentation(segmentation)
-            area = settings.policy.image_size**2
-            limits = PolicyImageLimits(area, area)
-            workbench = TrainingState(policy, segmentation, nn.Module(), limits)
-        heads = SceneHeads(width, geometry.out_chans, sizes, settings.policy.grid_size)
-    return replace(workbench, heads=heads)
-
-
-def _start_from(settings: TinyModel) -> TrainingState:
-    """Load the weights that a small model starts with; its sizes must be those of the recipe."""
-    checkpoint = read_checkpoint(settings.start)
-    workbench = state_from_checkpoint(checkpoint)
-    found = workbench.policy.model.config
-    wanted = tiny_config(settings.policy, workbench.policy.tokenizer)
-    other = [
-        f"{part}.{name}"
-        for part, names in _POLICY_SIZES.items()
-        for name in names
-        if getattr(getattr(found, part), name) != getattr(getattr(wanted, part), name)
-    ]
-    if checkpoint.config.model != settings.segmentation:
-        other.append("the segmentation path")
-    if checkpoint.config.prompt != prompt_template(settings.policy):
-        other.append("the prompt")
-    if other:
-        raise ValueError(
-            f"model.start: {checkpoint.path} differs from the recipe in {', '.join(other)}; give "
-            "the sizes and the prompt that it was trained with"
-        )
-    return workbench
-
+"""Initial standard deviation of the mask decoder's tokens."""
 
 _POLICY_SIZES = {
     "text_config": (
@@ -103,11 +33,80 @@ _POLICY_SIZES = {
     ),
     "vision_config": ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size"),
 }
-"""Fields of a policy's configuration in which a checkpoint and a recipe must agree."""
+"""Fields of a policy's configuration in which checkpoint and recipe must agree."""
+
+
+def build_tiny_state(
+    settings: TinyModel, preset: Preset, corpus: Callable[[], list[str]], seed: int
+) -> TrainingState:
+    """Build a tiny model from random weights or a checkpoint; its heads are always random.
+
+    Args:
+        settings: sizes and initial checkpoint of the model.
+        preset: difficulty preset of the scenes.
+        corpus: texts to train a tokenizer on; not called with an initial checkpoint.
+        seed: seed of the random weights.
+
+    Raises:
+        ValueError: image sizes of model and scenes differ, or the initial checkpoint has other
+            sizes.
+        CheckpointError: the initial checkpoint cannot be used.
+    """
+    geometry = settings.segmentation.geometry
+    for name, size in (
+        ("model.policy.image_size", settings.policy.image_size),
+        ("model.segmentation.sam.geometry.image_size", geometry.image_size),
+    ):
+        if size != preset.image_size:
+            raise ValueError(
+                f"{name} is {size}; accepted for the preset {preset.name!r}: {preset.image_size}"
+            )
+    policy = None if settings.init_from else build_tiny_policy(settings.policy, corpus(), seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if policy is None:
+            state = _load_initial(settings)
+        else:
+            segmentation = SegmentationModel(settings.segmentation)
+            initialize_segmentation(segmentation)
+            area = settings.policy.image_size**2
+            limits = PolicyImageLimits(area, area)
+            state = TrainingState(policy, segmentation, nn.Module(), limits)
+        heads = AuxiliaryHeads(
+            settings.policy.hidden_size,
+            geometry.out_chans,
+            attribute_sizes(preset),
+            settings.policy.grid_size,
+        )
+    return replace(state, auxiliary_heads=heads)
+
+
+def _load_initial(settings: TinyModel) -> TrainingState:
+    """Load the initial checkpoint; its sizes must be those of the recipe."""
+    checkpoint = read_checkpoint(settings.init_from)
+    state = state_from_checkpoint(checkpoint)
+    found = state.policy.model.config
+    expected = tiny_config(settings.policy, state.policy.tokenizer)
+    differing = [
+        f"{part}.{name}"
+        for part, names in _POLICY_SIZES.items()
+        for name in names
+        if getattr(getattr(found, part), name) != getattr(getattr(expected, part), name)
+    ]
+    if checkpoint.config.model != settings.segmentation:
+        differing.append("the segmentation path")
+    if checkpoint.config.prompt != prompt_template(settings.policy):
+        differing.append("the prompt")
+    if differing:
+        raise ValueError(
+            f"model.init_from: {checkpoint.path} differs from the recipe in "
+            f"{', '.join(differing)}; use the sizes and the prompt of its training"
+        )
+    return state
 
 
 def initialize_segmentation(model: SegmentationModel) -> None:
-    """Draw the starting weights that SAM's own modules leave at zero or too large."""
+    """Initialize the weights that SAM's modules leave at zero or too large."""
     with torch.no_grad():
         nn.init.normal_(model.image_encoder.pos_embed, std=POSITION_SCALE)
         for name, weight in model.named_parameters():

@@ -1,7 +1,7 @@
-"""A Qwen2.5-VL policy of small size: its tokenizer, its configuration, its starting weights.
+"""Tiny Qwen2.5-VL policy: tokenizer, configuration and initial weights.
 
-The architecture is transformers' own, so that every runtime that knows Qwen2.5-VL runs it. Only the
-sizes are small, and the rotary frequencies fit a grid of few cells.
+The architecture is transformers' own, so that every runtime of Qwen2.5-VL runs it. Only the sizes
+are small, and the rotary frequencies fit a small grid.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
 from coprs_deploy.training.state import PolicyParts
 
 PAD_TOKEN = "<|endoftext|>"
-
-
 END_TOKEN = "<|im_end|>"
-
-
 IMAGE_TOKEN = "<|image_pad|>"
-
 
 SPECIAL_TOKENS = (
     PAD_TOKEN,
@@ -34,23 +29,20 @@ SPECIAL_TOKENS = (
     REFERENCE_TOKEN,
 )
 
+REASONING_TOKENS = ("<think>", "</think>")
 
-THOUGHT_MARKS = ("<think>", "</think>")
-
-
-WORDS = r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+"
-"""Where text is cut before tokens are learned: a word takes its leading blank along."""
-
+PRE_TOKENS = r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+"""Pre-tokenization: a word keeps its leading space."""
 
 BRANCH_SCALE = 0.5
-"""Factor on the layers that write to the residual stream, so that it grows slowly with depth."""
+"""Initial scale of the layers that write to the residual stream, which grows with depth."""
 
 
 def prompt_template(sizes: TinyPolicy) -> PromptTemplate:
-    """Lay out the prompt: the image first, so that many questions can follow one image."""
+    """Return the prompt template: image first, so that many questions can follow one image."""
     return PromptTemplate(
         text=(
-            f"<|im_start|>user\n<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{sizes.instruction}"
+            f"<|im_start|>user\n<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{sizes.instruction_template}"
             f"{END_TOKEN}\n<|im_start|>assistant\n"
         ),
         image_token=IMAGE_TOKEN,
@@ -63,9 +55,9 @@ def build_tiny_policy(sizes: TinyPolicy, corpus: Iterable[str], seed: int) -> Po
     """Build a policy with random weights.
 
     Args:
-        sizes: of the policy.
-        corpus: texts whose words become tokens: instructions and responses.
-        seed: of the weights.
+        sizes: sizes of the policy.
+        corpus: instructions and responses to train the tokenizer on.
+        seed: seed of the weights.
     """
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -85,7 +77,7 @@ def build_tiny_policy(sizes: TinyPolicy, corpus: Iterable[str], seed: int) -> Po
 
 
 def tiny_config(sizes: TinyPolicy, tokenizer: Any) -> Any:
-    """Describe the architecture for transformers."""
+    """Return transformers' configuration of the policy."""
     from transformers import Qwen2_5_VLConfig
 
     token = tokenizer.convert_tokens_to_ids
@@ -131,7 +123,7 @@ def tiny_config(sizes: TinyPolicy, tokenizer: Any) -> Any:
 
 
 def tiny_image_processor(sizes: TinyPolicy) -> Any:
-    """Make the image processor that gives every square image the same number of tokens."""
+    """Return an image processor with a fixed number of tokens for square images."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     area = sizes.image_size**2
@@ -144,10 +136,10 @@ def tiny_image_processor(sizes: TinyPolicy) -> Any:
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE in which every word of the corpus becomes one token.
+    """Train a byte-level BPE tokenizer with one token for every word of the corpus.
 
-    ``<REF_POS>`` is one special token; the marks of a thought are ordinary added tokens, so that
-    they survive in decoded text.
+    ``<REF_POS>`` is one special token. ``<think>`` and ``</think>`` are added tokens that are not
+    special, so that decoded text keeps them.
     """
     from tokenizers import (
         AddedToken,
@@ -160,27 +152,27 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
     )
     from transformers import PreTrainedTokenizerFast
 
-    marks = (*SPECIAL_TOKENS, *THOUGHT_MARKS)
+    added = (*SPECIAL_TOKENS, *REASONING_TOKENS)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(marks),
+        vocab_size=vocab_size - len(added),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in corpus for piece in _between(text, marks))
+    pieces = (piece for text in corpus for piece in _split(text, added))
     backend.train_from_iterator(pieces, trainer)
     backend.add_special_tokens(
-        [AddedToken(mark, special=True, normalized=False) for mark in SPECIAL_TOKENS]
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
     backend.add_tokens(
-        [AddedToken(mark, special=False, normalized=False) for mark in THOUGHT_MARKS]
+        [AddedToken(token, special=False, normalized=False) for token in REASONING_TOKENS]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -191,6 +183,6 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def _between(text: str, marks: Iterable[str]) -> list[str]:
-    """Cut a text at its special tokens, which the merges must not see."""
-    return re.split("|".join(map(re.escape, marks)), text)
+def _split(text: str, tokens: Iterable[str]) -> list[str]:
+    """Split a text at its added tokens, which must not take part in merges."""
+    return re.split("|".join(map(re.escape, tokens)), text)

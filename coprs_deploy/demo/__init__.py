@@ -1,10 +1,10 @@
-"""The model that comes with the package: small, trained by the recipe ``shipped``.
+"""Paths of the demo model: a small model trained by the recipe ``demo``.
 
-    checkpoint/      float16 weights, what ``coprs-deploy export`` and further training take
-    bundle/          the same as graphs for ONNX Runtime; its policy is the checkpoint's
-    MODEL_CARD.md    what it was trained on, what it can do and what it cannot
+    checkpoint/      float16 weights, for ``coprs-deploy export`` and further training
+    bundle/          the graphs for ONNX Runtime; its policy is that of the checkpoint
+    MODEL_CARD.md    training data, evaluation and limits
 
-``make shipped`` writes all three from a finished run.
+``make demo-model`` trains it and writes all three.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order in which training sees its examples: shuffled afresh in each epoch."""
+"""Order of the training examples, and the data loader of a stage."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from coprs_deploy.training.stage import TrainingStage
 
 
 class EpochOrder:
-    """Maps the position of an example in a run to its index; a function of the seed alone.
+    """Order of the examples, shuffled in each epoch: position in the run to index of the example.
 
     Args:
-        length: examples of one epoch.
-        seed: of the order.
+        length: number of examples.
+        seed: seed of the order; nothing else determines it.
     """
 
     def __init__(self, length: int, seed: int) -> None:
@@ -27,54 +27,54 @@ class EpochOrder:
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self._length)
+        epoch, offset = divmod(position, self._length)
         if self._order is None or self._order[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
             self._order = (epoch, generator.permutation(self._length))
-        return int(self._order[1][place])
+        return int(self._order[1][offset])
 
 
 def step_batches(
-    phase: TrainingStage[Any], first: int, rank: int, num_ranks: int, workers: int
+    stage: TrainingStage[Any], first_step: int, rank: int, num_ranks: int, num_workers: int
 ) -> Iterator[Any]:
-    """Prepare the batches of the steps that are left, in their order.
+    """Prepare the batches of the remaining steps, in order.
 
     A batch depends on its step alone, so the number of workers changes no value.
 
     Args:
-        phase: what makes them.
-        first: the first step that is left.
-        rank: the process that they are for.
-        num_ranks: processes that train together.
-        workers: processes that prepare them; 0 does it in this one, when a batch is asked for.
+        stage: stage that prepares the batches.
+        first_step: first remaining step.
+        rank: rank of this process.
+        num_ranks: number of processes that train together.
+        num_workers: worker processes that prepare batches; 0 prepares each on demand in this one.
     """
     loader = DataLoader(
-        _Batches(phase, rank, num_ranks),
+        _StepBatches(stage, rank, num_ranks),
         batch_size=None,
-        sampler=range(first, phase.settings.steps),
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        # Forked, since a phase holds the model: it is not to be copied, and no batch needs it.
-        multiprocessing_context="fork" if workers else None,
-        # Its seed would else come from the numbers that the training draws.
+        sampler=range(first_step, stage.settings.max_steps),
+        num_workers=num_workers,
+        collate_fn=_identity,
+        # A stage holds the model: forking avoids a copy of it, which no batch needs.
+        multiprocessing_context="fork" if num_workers else None,
+        # Otherwise the loader's seed would be drawn from the random stream of the training.
         generator=torch.Generator(),
     )
     return iter(loader)
 
 
-class _Batches(Dataset[Any]):
-    """A phase's part of one process, as a data loader takes it: step to batch."""
+class _StepBatches(Dataset[Any]):
+    """Batches of one process by step."""
 
-    def __init__(self, phase: TrainingStage[Any], rank: int, num_ranks: int) -> None:
-        self._phase, self._rank, self._num_ranks = phase, rank, num_ranks
+    def __init__(self, stage: TrainingStage[Any], rank: int, num_ranks: int) -> None:
+        self._stage, self._rank, self._num_ranks = stage, rank, num_ranks
 
     def __len__(self) -> int:
-        steps: int = self._phase.settings.steps
+        steps: int = self._stage.settings.max_steps
         return steps
 
     def __getitem__(self, step: int) -> Any:
-        return self._phase.batch(step, self._rank, self._num_ranks)
+        return self._stage.batch(step, self._rank, self._num_ranks)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

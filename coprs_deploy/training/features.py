@@ -1,11 +1,11 @@
-"""SAM's image embeddings on disk, so that training does not compute them again and again.
+"""Precomputed SAM image embeddings on disk, for training with a frozen image encoder.
 
-    features.json              of which encoder, and the shape of an embedding
-    shard-00000.safetensors    float16 embeddings, each under the key of its image's content
-    shard-00000.json           their checksums, written last: a shard without it does not exist
+    features.json              fingerprint of the encoder and shape of an embedding
+    shard-00000.safetensors    float16 embeddings by the content key of their image
+    shard-00000.json           their checksums, written last: a shard without it is ignored
 
-Equal images are stored once, whatever their names. An interrupted computation goes on with the
-images that are missing. Every embedding is checked against its checksum when it is read.
+Equal images are stored once. An interrupted computation resumes with the missing images. Every
+embedding is checked against its checksum when it is read.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 INDEX_FILE = "features.json"
 LOCK_FILE = ".lock"
 SCHEMA_VERSION = 1
-DEFAULT_SHARD_IMAGES = 256
+DEFAULT_IMAGES_PER_SHARD = 256
 
 Progress = Callable[[int, int, float], None]
-"""Called with images done, images in all, and seconds so far."""
+"""Callback with the images done, their total, and the seconds so far."""
 
 
 class FeatureIndex(Record, frozen=True):
-    """What a folder of embeddings holds.
+    """Index of a directory of embeddings.
 
     Attributes:
-        schema_version: of this file.
+        schema_version: schema version of the file.
         encoder: hash of the image encoder's weights and of the geometry.
-        shape: (C, G, G) of an embedding.
+        shape: shape of an embedding, (C, G, G).
     """
 
     schema_version: int
@@ -57,7 +57,7 @@ class FeatureIndex(Record, frozen=True):
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where an embedding lies, and the checksum of its bytes."""
+    """File of an embedding and checksum of its bytes."""
 
     shard: Path
     checksum: str
@@ -67,10 +67,10 @@ class FeatureStore:
     """Embeddings by image content, read one at a time.
 
     Args:
-        path: a folder that :func:`compute_features` wrote.
+        path: directory written by :func:`compute_features`.
 
     Raises:
-        ArtifactError: there is none, or it is of another version.
+        ArtifactError: no embeddings, or another schema version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -85,19 +85,19 @@ class FeatureStore:
         return key in self._entries
 
     def require_encoder(self, model: SegmentationModel) -> None:
-        """Refuse embeddings of another image encoder.
+        """Check that the embeddings were computed with the image encoder of ``model``.
 
         Raises:
-            ValueError: they were computed with other weights or sizes than the model's.
+            ValueError: they were computed with another image encoder.
         """
         if self.index.encoder != encoder_fingerprint(model):
             raise ValueError(
-                f"{self.path} holds embeddings of another image encoder than the checkpoint's; "
-                "compute them again: coprs-deploy features CHECKPOINT EXAMPLES --out ANOTHER"
+                f"embeddings in {self.path} were computed with a different image encoder; "
+                "recompute with `coprs-deploy features CHECKPOINT EXAMPLES --out DIRECTORY`"
             )
 
     def embedding(self, image: RgbArray) -> Tensor:
-        """Read the embedding of a picture.
+        """Read the embedding of an image.
 
         Args:
             image: (H, W, 3) uint8.
@@ -106,7 +106,7 @@ class FeatureStore:
             (C, G, G) float16.
 
         Raises:
-            ArtifactError: it is not here, or its bytes are not those that were written.
+            ArtifactError: the embedding is missing or damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -114,9 +114,9 @@ class FeatureStore:
         entry = self._entries.get(key)
         if entry is None:
             raise ArtifactError(
-                f"{self.path} has no embedding of a picture ({key}) of "
-                f"{image.shape[1]}x{image.shape[0]} pixels; `coprs-deploy features` with the same "
-                "--out adds what is missing"
+                f"no embedding in {self.path} for the image {key} "
+                f"({image.shape[1]}x{image.shape[0]} pixels); `coprs-deploy features` with the "
+                "same --out adds missing embeddings"
             )
         try:
             with safe_open(entry.shard, framework="pt") as stored:
@@ -124,20 +124,20 @@ class FeatureStore:
         except (SafetensorError, OSError) as error:
             raise ArtifactError(_damaged(entry.shard, str(error))) from error
         if tuple(tensor.shape) != self.index.shape or _checksum(tensor) != entry.checksum:
-            raise ArtifactError(_damaged(entry.shard, f"{key} is not what was written"))
+            raise ArtifactError(_damaged(entry.shard, f"checksum of {key} does not match"))
         return tensor
 
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What a computation did.
+    """Result of a computation.
 
     Attributes:
-        num_images: different images that the folder now holds of those asked for.
-        num_new: of them, computed this time.
-        num_examples: examples that were read.
-        bytes_written: by this computation.
-        seconds: that it took.
+        num_images: distinct images of the given examples, all stored now.
+        num_new: embeddings computed by this call.
+        num_examples: examples read.
+        bytes_written: bytes written by this call.
+        seconds: duration of the call in seconds.
     """
 
     num_images: int
@@ -147,8 +147,8 @@ class FeatureReport:
     seconds: float
 
 
-def largest_bytes(checkpoint: Checkpoint, num_images: int) -> int:
-    """Estimate the disk that so many different images need at most."""
+def max_feature_bytes(checkpoint: Checkpoint, num_images: int) -> int:
+    """Return the maximum disk space of the embeddings of ``num_images`` images, in bytes."""
     geometry = checkpoint.config.model.geometry
     return num_images * 2 * geometry.out_chans * geometry.grid_size**2
 
@@ -159,43 +159,43 @@ def compute_features(
     num_images: int,
     out: Path,
     *,
-    shard_images: int = DEFAULT_SHARD_IMAGES,
+    images_per_shard: int = DEFAULT_IMAGES_PER_SHARD,
     device: str = "cpu",
     progress: Progress = lambda done, total, seconds: None,
 ) -> FeatureReport:
-    """Encode images into a folder; those that it holds already are passed over.
+    """Encode images into a directory; images stored there already are skipped.
 
     Args:
-        checkpoint: whose image encoder.
-        images: (H, W, 3) uint8 each; decoded as they are needed.
-        num_images: how many there are, for progress and the estimate of disk.
-        out: the folder.
-        shard_images: embeddings of one shard.
-        device: where the encoder runs.
-        progress: called after each image.
+        checkpoint: checkpoint with the image encoder.
+        images: (H, W, 3) uint8 each, consumed lazily.
+        num_images: number of images, for progress and the disk check.
+        out: output directory.
+        images_per_shard: embeddings per shard file.
+        device: device of the image encoder.
+        progress: callback after each image.
 
     Raises:
-        ValueError: shard_images is below 1, or the folder holds another encoder's embeddings.
-        ArtifactError: the disk is too small, another process writes there, or an embedding does
-            not fit float16.
+        ValueError: images_per_shard is below 1, or ``out`` has embeddings of another encoder.
+        ArtifactError: the disk is too small, another process is writing there, or an embedding
+            exceeds float16.
     """
-    if shard_images < 1:
-        raise ValueError(f"shard_images is {shard_images}; it must be at least 1")
+    if images_per_shard < 1:
+        raise ValueError(f"images_per_shard is {images_per_shard}; accepted: 1 or more")
     out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out / LOCK_FILE, f"another process writes embeddings to {out}; wait for it"):
+    with exclusive(out / LOCK_FILE, f"another process is writing to {out}; wait for it"):
         return _compute(
             checkpoint,
             images,
             num_images,
             out,
-            shard_images=shard_images,
+            images_per_shard=images_per_shard,
             device=device,
             progress=progress,
         )
 
 
 def encoder_fingerprint(model: SegmentationModel) -> str:
-    """Name an image encoder by its weights and by how it sees a picture."""
+    """Return a hash of the image encoder's weights and geometry."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(model.config.geometry.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(model.image_encoder.state_dict().items()):
@@ -210,7 +210,7 @@ def _compute(
     num_images: int,
     out: Path,
     *,
-    shard_images: int,
+    images_per_shard: int,
     device: str,
     progress: Progress,
 ) -> FeatureReport:
@@ -222,27 +222,28 @@ def _compute(
     if (out / INDEX_FILE).is_file():
         if _read_index(out) != index:
             raise ValueError(
-                f"{out} holds embeddings of another image encoder; choose another folder"
+                f"embeddings in {out} were computed with a different image encoder; choose another "
+                "directory with --out"
             )
     else:
         write_json(out / INDEX_FILE, index.to_json())
     known = set(_read_entries(out))
-    _require_disk(out, largest_bytes(checkpoint, max(0, num_images - len(known))))
+    _require_disk(out, max_feature_bytes(checkpoint, max(0, num_images - len(known))))
     model.image_encoder.to(device)
     shard = _Shard(out)
-    asked, total, written = set[str](), 0, 0
+    requested, total, written = set[str](), 0, 0
     for total, image in enumerate(images, start=1):
         key = image_key(image)
-        asked.add(key)
+        requested.add(key)
         if key not in known:
             known.add(key)
             shard.add(key, _encode(model, image, device))
-            if len(shard.tensors) == shard_images:
+            if len(shard.tensors) == images_per_shard:
                 written += shard.write()
         progress(total, num_images, time.perf_counter() - started)
     written += shard.write()
     seconds = time.perf_counter() - started
-    return FeatureReport(len(asked), shard.num_written, total, written, seconds)
+    return FeatureReport(len(requested), shard.num_written, total, written, seconds)
 
 
 def _encode(model: SegmentationModel, image: RgbArray, device: str) -> Tensor:
@@ -252,14 +253,14 @@ def _encode(model: SegmentationModel, image: RgbArray, device: str) -> Tensor:
     half: Tensor = embedding.to("cpu", torch.float16)
     if not torch.isfinite(half).all():
         raise ArtifactError(
-            f"an embedding reaches {embedding.abs().max():.3g}, beyond float16: the image "
-            "encoder's weights are not those of a trained SAM"
+            f"an embedding has values up to {embedding.abs().max():.3g}, beyond the range of "
+            "float16; use the weights of a trained SAM"
         )
     return half
 
 
 class _Shard:
-    """Embeddings that wait to be written together."""
+    """Embeddings that are written as one file."""
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -270,7 +271,7 @@ class _Shard:
         self.tensors[key] = embedding.contiguous()
 
     def write(self) -> int:
-        """Write the shard and, when it is safe on the disk, its checksums; return its bytes."""
+        """Write the shard, then its checksums; return its size in bytes."""
         from safetensors.torch import save_file
 
         if not self.tensors:
@@ -290,19 +291,17 @@ def _read_index(path: Path) -> FeatureIndex:
     file = path / INDEX_FILE
     if not file.is_file():
         raise ArtifactError(
-            f"{path} holds no embeddings (no {INDEX_FILE}); `coprs-deploy features CHECKPOINT "
-            f"EXAMPLES --out {path}` computes them"
+            f"no embeddings in {path} ({INDEX_FILE} is missing); compute them with `coprs-deploy "
+            f"features CHECKPOINT EXAMPLES --out {path}`"
         )
     try:
         index = FeatureIndex.from_json(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ArtifactError(
-            f"{file} is not valid: {error}; compute the embeddings again"
-        ) from error
+        raise ArtifactError(f"cannot parse {file}: {error}; recompute the embeddings") from error
     if index.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{file} has schema version {index.schema_version}; this package reads "
-            f"{SCHEMA_VERSION}: compute the embeddings again"
+            f"schema_version of {file} is {index.schema_version}; accepted: {SCHEMA_VERSION}; "
+            "recompute the embeddings"
         )
     return index
 
@@ -313,8 +312,7 @@ def _read_entries(path: Path) -> dict[str, _Entry]:
         shard = listing.with_suffix(".safetensors")
         if not shard.is_file():
             raise ArtifactError(
-                f"{shard} is missing; remove {listing.name} and compute the embeddings again with "
-                "the same --out"
+                f"{shard} is missing; remove {listing.name} and recompute with the same --out"
             )
         try:
             checksums: dict[str, Any] = json.loads(listing.read_text(encoding="utf-8"))
@@ -331,8 +329,8 @@ def _checksum(tensor: Tensor) -> str:
 
 def _damaged(shard: Path, reason: str) -> str:
     return (
-        f"{shard} is damaged ({reason}); remove it with {shard.stem}.json, and compute the "
-        "embeddings again with the same --out"
+        f"{shard} is damaged ({reason}); remove it and {shard.stem}.json, and recompute with the "
+        "same --out"
     )
 
 
@@ -340,6 +338,6 @@ def _require_disk(out: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(out).free
     if needed_bytes > free:
         raise ArtifactError(
-            f"the embeddings need up to {needed_bytes / 1e9:,.1f} GB, and {out} has "
-            f"{free / 1e9:,.1f} GB free; choose another disk with --out"
+            f"the embeddings need up to {needed_bytes / 1e9:,.1f} GB, but only "
+            f"{free / 1e9:,.1f} GB are free at {out}; choose another disk with --out"
         )

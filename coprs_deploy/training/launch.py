@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine."""
+"""Start the processes of a run on this machine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 
 def is_worker() -> bool:
-    """Say whether this is already one of several processes of a run."""
+    """Return whether this process is one of several of a run."""
     return "LOCAL_RANK" in os.environ
 
 
-def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
+def launch(arguments: Sequence[str], num_processes: int, num_threads: int) -> int:
     """Run ``coprs-deploy`` with these arguments in several processes that train together.
 
     Args:
-        arguments: of the command line.
-        processes: how many.
-        threads: CPU threads of each.
+        arguments: arguments of the command line.
+        num_processes: number of processes.
+        num_threads: CPU threads of each process.
 
     Returns:
         The exit code.
@@ -29,10 +29,10 @@ def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={processes}",
+        f"--nproc-per-node={num_processes}",
         "-m",
-        "coprs_deploy.cli.main",
+        "coprs_deploy",
         *arguments,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     return subprocess.run(command, env=environment, check=False).returncode

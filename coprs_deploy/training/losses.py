@@ -1,7 +1,7 @@
-"""What training minimizes: segmentation losses on the mask grid, and cross-entropy on the response.
+"""Losses: segmentation losses on the mask grid, and cross-entropy on the response.
 
-Every loss is handed over as a :class:`Mean`, a sum and what to divide it by, so that a batch that
-is spread over several processes gives the same mean as the same batch in one.
+Every loss is a :class:`Mean`, a sum with its divisor, so that a batch spread over several processes
+gives the same mean as the same batch in one.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from torch import Tensor
 from coprs_deploy.training.settings import SegmentationLossWeights
 
 FOCAL_ALPHA = 0.25
-
+"""Weight of foreground cells in the focal loss (paper, eq. 8)."""
 
 FOCAL_GAMMA = 2.0
-"""Weight of foreground cells and focusing exponent (paper, eq. 8)."""
-
+"""Focusing exponent of the focal loss (paper, eq. 8)."""
 
 IGNORED_LABEL = -100
-"""Marks a position whose next token is not learned."""
-
+"""Label of a position without a loss."""
 
 DICE_SMOOTHING = 1.0
-"""Added to both parts of the dice ratio, so that an empty mask has a gradient."""
+"""Added to numerator and denominator of the dice ratio, so that an empty mask has a gradient."""
 
 
 class Mean(NamedTuple):
-    """A mean in two parts.
+    """Weighted mean as a sum and its divisor.
 
     Attributes:
-        total: () float, the sum of all weighted values.
-        weight: () float, the sum of their weights.
+        total: () float, sum of the weighted values.
+        weight: () float, sum of the weights.
     """
 
     total: Tensor
@@ -42,23 +40,23 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, weights: Tensor | None = None) -> Mean:
-        """Add up values of any shape, each with its weight (1 by default)."""
+        """Sum values of any shape, each with its weight (1 by default)."""
         if weights is None:
             return cls(values.float().sum(), values.new_tensor(values.numel(), dtype=torch.float32))
         return cls((values.float() * weights).sum(), weights.float().sum())
 
     def value(self) -> Tensor:
-        """Return the mean over this process; 0 where there is nothing."""
+        """Return the mean over this process; 0 without values."""
         return self.total / self.weight.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def inside_image(unpadded_size: Tensor, mask_size: int, mask_stride: int) -> Tensor:
-    """Mark the mask cells that belong to the image: those whose first pixel does.
+    """Mark the mask cells of the valid region: those whose first pixel lies in the image.
 
     Args:
         unpadded_size: int64 (N, 2), height and width in pixels of the padded image.
         mask_size: side of the mask grid in cells.
-        mask_stride: pixels along one cell.
+        mask_stride: side of a cell in pixels.
 
     Returns:
         (N, 1, mask_size, mask_size) float, 1 inside and 0 in the padding.
@@ -70,7 +68,7 @@ def inside_image(unpadded_size: Tensor, mask_size: int, mask_stride: int) -> Ten
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """Average the binary cross-entropy over the cells of each image.
+    """Binary cross-entropy, averaged over the cells of each image.
 
     Args:
         logits: (N, 1, M, M).
@@ -78,14 +76,14 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor) -> Tens
         inside: (N, 1, M, M), 1 for cells of the image and 0 for padding.
 
     Returns:
-        (N,) loss a target.
+        (N,) loss of each target.
     """
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
     return _mean_inside(loss, inside)
 
 
 def dice(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """One minus the soft dice of ``sigmoid(logits)``; arguments and result as above."""
+    """Dice loss of ``sigmoid(logits)``; arguments and result as in :func:`binary_cross_entropy`."""
     probability = logits.float().sigmoid() * inside
     covered = target * inside
     overlap = (probability * covered).flatten(1).sum(1)
@@ -94,12 +92,12 @@ def dice(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
 
 
 def focal(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """Average the focal loss over the cells of each image; arguments and result as above."""
+    """Focal loss over the cells; arguments and result as in :func:`binary_cross_entropy`."""
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
     probability = logits.float().sigmoid()
-    right = probability * target + (1 - probability) * (1 - target)
-    balance = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
-    return _mean_inside(balance * (1 - right) ** FOCAL_GAMMA * loss, inside)
+    p_t = probability * target + (1 - probability) * (1 - target)
+    alpha_t = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
+    return _mean_inside(alpha_t * (1 - p_t) ** FOCAL_GAMMA * loss, inside)
 
 
 def segmentation_losses(
@@ -109,17 +107,17 @@ def segmentation_losses(
     inside: Tensor,
     weights: SegmentationLossWeights,
 ) -> dict[str, Mean]:
-    """Compute the parts of the segmentation loss that have a weight.
+    """Compute the segmentation losses with a weight above 0, averaged over the targets.
 
     Args:
         prior_logits: (N, 1, M, M), before the padding is masked.
         mask_logits: (N, 1, M, M).
         target: (N, 1, M, M), share of each cell that the object covers, in [0, 1].
         inside: (N, 1, M, M), 1 for cells of the image and 0 for padding.
-        weights: which parts are wanted.
+        weights: weights of the losses.
 
     Returns:
-        Part to its mean over the targets; a part's name is its field in ``weights``.
+        Loss name, as in ``weights``, to its mean over the targets.
     """
     losses = target_losses(prior_logits, mask_logits, target, inside, weights)
     return {name: Mean.of(loss) for name, loss in losses.items()}
@@ -132,8 +130,8 @@ def target_losses(
     inside: Tensor,
     weights: SegmentationLossWeights,
 ) -> dict[str, Tensor]:
-    """Compute the same parts, (N,) each: one loss a target."""
-    parts = {
+    """Compute the same losses per target, (N,) each."""
+    losses = {
         "prior_bce": (binary_cross_entropy, prior_logits),
         "prior_dice": (dice, prior_logits),
         "mask_dice": (dice, mask_logits),
@@ -142,17 +140,17 @@ def target_losses(
     }
     return {
         name: loss(logits, target, inside)
-        for name, (loss, logits) in parts.items()
+        for name, (loss, logits) in losses.items()
         if getattr(weights, name) > 0
     }
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Mean:
-    """Average the cross-entropy of the next token, some tokens counting more than others.
+    """Cross-entropy of the next token, weighted by token.
 
     Args:
-        logits: (T, V) scores of the next token.
-        labels: int64 (T,), the token that follows.
+        logits: (T, V) logits of the next token.
+        labels: int64 (T,), the next token.
         token_weights: (V,) weight of each token of the vocabulary as a label.
     """
     loss = F.cross_entropy(logits.float(), labels, reduction="none")

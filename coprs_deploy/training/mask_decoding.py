@@ -1,4 +1,4 @@
-"""From scenes and states to masks and back: the tensors around the segmentation path."""
+"""Mask decoding during training: from image embeddings and hidden states to masks and their IoU."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from coprs_deploy.training.losses import Mean, inside_image
 
 @contextmanager
 def fast_attention(device: torch.device) -> Iterator[None]:
-    """Choose the attention whose gradient is fast: on a CPU the plain one, in the dtype given.
+    """Select the attention with the fastest backward pass: on a CPU the plain one, in its dtype.
 
-    One step of the segmentation phase, 16 images on one core in bf16: 289 ms fused, 306 ms plain
+    One step of the segmentation stage, 16 images on one core in bf16: 289 ms fused, 306 ms plain
     with products in float32, 249 ms plain in bf16.
     """
     if device.type != "cpu":
         yield
         return
-    kept: bool = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+    previous: bool = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(kept)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(previous)
 
 
 def encode_images(model: SegmentationModel, images: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def encode_images(model: SegmentationModel, images: Tensor) -> Tensor:
 
 
 class Decoding(Protocol):
-    """The part of a segmentation path that turns states into masks."""
+    """The part of the segmentation path behind the image encoder."""
 
     prior: PositionalPrior
     prompt_encoder: PromptEncoder
@@ -57,10 +57,10 @@ class Decoding(Protocol):
 def decode_targets(
     model: Decoding, image_embedding: Tensor, concentration: Tensor, inside: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decode one target an embedding, as the exported stages do, with a padding of its own each.
+    """Decode one target per embedding, as the exported graphs do, each with its own padding.
 
     Args:
-        model: the segmentation path.
+        model: prior, prompt encoder and mask decoder.
         image_embedding: (N, C, G, G).
         concentration: (N, D).
         inside: (N, 1, 4 G, 4 G), 1 for cells of the image and 0 for padding.
@@ -77,27 +77,18 @@ def decode_targets(
 
 
 def mask_targets(masks: Tensor, mask_size: int) -> Tensor:
-    """Bring (N, S, S) bool masks to the mask grid: the share of each cell that is covered."""
+    """Return how much of each mask cell (N, S, S) bool masks cover, (N, 1, M, M) in [0, 1]."""
     return F.adaptive_avg_pool2d(masks.float()[:, None], mask_size)
 
 
 def whole_images(count: int, geometry: Geometry, device: torch.device) -> Tensor:
-    """Mark every cell as inside, (N, 1, M, M): generated scenes fill the padded image."""
+    """Mark every cell as valid, (N, 1, M, M): generated scenes have no padding."""
     size = torch.full((count, 2), geometry.image_size, device=device)
     return inside_image(size, geometry.mask_size, geometry.mask_stride)
 
 
 def mask_metrics(prior_logits: Tensor, mask_logits: Tensor, masks: Tensor) -> dict[str, Mean]:
-    """Compute metrics of prior and mask logits on the ground truth's grid.
-
-    Args:
-        prior_logits: (N, 1, M, M); resized to the masks' size.
-        mask_logits: (N, 1, M, M); resized likewise.
-        masks: (N, S, S) bool ground truth.
-
-    Returns:
-        ``giou``, ``precision_at_50`` and ``prior_giou`` as means over the targets.
-    """
+    """Measure the IoU of logits (N, 1, M, M) with (N, S, S) bool masks, at the masks' size."""
     iou = intersection_over_union(mask_logits.detach(), masks)
     prior_iou = intersection_over_union(prior_logits.detach(), masks)
     return {
@@ -108,27 +99,27 @@ def mask_metrics(prior_logits: Tensor, mask_logits: Tensor, masks: Tensor) -> di
 
 
 def intersection_over_union(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return (N,) IoU of the thresholded logits (N, 1, M, M) with masks (N, S, S)."""
+    """Return the IoU (N,) of the thresholded logits with the masks; 0 where both are empty."""
     size = masks.shape[-2:]
     resized = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    found = resized[:, 0] > 0
-    intersection = (found & masks).flatten(1).sum(1).float()
-    union = (found | masks).flatten(1).sum(1).float()
+    predicted = resized[:, 0] > 0
+    intersection = (predicted & masks).flatten(1).sum(1).float()
+    union = (predicted | masks).flatten(1).sum(1).float()
     return intersection / union.clamp(min=1)
 
 
 def fit_mask(mask: NDArray[np.bool_], unpadded: tuple[int, int], geometry: Geometry) -> Tensor:
-    """Bring a mask of the picture to the mask grid: the share of each cell that it covers.
+    """Resize a mask to the mask grid: the share of each cell that it covers.
 
     Args:
-        mask: (H, W) bool.
-        unpadded: height and width of the picture in pixels of the padded image.
-        geometry: of the segmentation path.
+        mask: (H, W) bool, at the original image size.
+        unpadded: height and width of the resized image in pixels of the padded image.
+        geometry: geometry of the segmentation path.
 
     Returns:
         (1, M, M) float32 in [0, 1], 0 in the padding.
     """
-    grown = F.interpolate(
+    resized = F.interpolate(
         torch.from_numpy(mask).float()[None, None],
         size=unpadded,
         mode="bilinear",
@@ -136,5 +127,5 @@ def fit_mask(mask: NDArray[np.bool_], unpadded: tuple[int, int], geometry: Geome
         antialias=True,
     )
     size = geometry.image_size
-    padded = F.pad(grown, (0, size - unpadded[1], 0, size - unpadded[0]))
+    padded = F.pad(resized, (0, size - unpadded[1], 0, size - unpadded[0]))
     return F.avg_pool2d(padded, geometry.mask_stride)[0]

@@ -1,9 +1,9 @@
-"""Optimizers: Muon for hidden matrices, AdamW for the rest, one rate that follows the step."""
+"""Optimizers (Muon for hidden matrices, AdamW for the rest) and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,36 +12,44 @@ from torch import Tensor, nn
 from coprs_deploy.training.settings import Optimizer
 
 HIDDEN_PARTS = ("blocks.", "layers.", "merger.mlp.", "transformer.", "prior.q_proj")
-"""Where a matrix maps hidden states to hidden states, and not pixels, tokens or labels."""
+"""Parts of the names of matrices that map hidden states to hidden states."""
 
+MIN_MUON_SIDE = 8
+"""AdamW updates matrices with a side of at most this."""
 
-SMALLEST_HIDDEN_SIDE = 8
-"""A matrix with a shorter side is left to AdamW."""
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic Newton-Schulz iteration: singular values end in 0.7..1.2."""
+
+ADAMW_RMS = 0.2
+"""Typical root mean square of an AdamW step, so that both optimizers share a learning rate."""
+
+_SMALLEST_NORM = 1e-7
 
 
 def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    """Build the optimizers of everything in ``objective`` that learns.
+    """Build the optimizers of the trainable parameters of ``objective``.
 
     Args:
-        objective: the module of a phase.
-        settings: how weights move.
+        objective: module of a stage.
+        settings: optimizer and learning-rate schedule.
 
     Returns:
-        One or two optimizers; each group has its peak rate under ``"peak_rate"``.
+        One or two optimizers; each group keeps its peak learning rate under ``"peak_lr"``.
     """
-    # Where the policy is sharded, the segmentation path is not: they never share a group.
+    # A sharded policy and the segmentation path, which is never sharded, must not share a group.
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, weight in objective.named_parameters():
         if weight.requires_grad:
             is_segmentation = "segmentation" in name.split(".")
-            is_muon = settings.muon and is_hidden(name, weight)
-            key = (is_muon, _rate_factor(name, settings), is_segmentation)
+            is_muon = settings.name == "muon" and is_hidden(name, weight)
+            peak = settings.learning_rate * _lr_multiplier(name, settings)
+            key = (is_muon, peak, is_segmentation)
             groups.setdefault(key, []).append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     for is_muon in (False, True):
         chosen = [
-            {"params": weights, "lr": settings.rate * factor, "peak_rate": settings.rate * factor}
-            for (kind, factor, _), weights in groups.items()
+            {"params": weights, "lr": peak, "peak_lr": peak}
+            for (kind, peak, _), weights in groups.items()
             if kind == is_muon
         ]
         if chosen and is_muon:
@@ -54,70 +62,54 @@ def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.op
 
 
 def is_hidden(name: str, weight: nn.Parameter) -> bool:
-    """Say whether a parameter is a matrix between hidden states."""
+    """Return whether a parameter is a matrix between hidden states."""
     return (
         weight.ndim == 2
-        and min(weight.shape) > SMALLEST_HIDDEN_SIDE
+        and min(weight.shape) > MIN_MUON_SIDE
         and any(part in name for part in HIDDEN_PARTS)
         and "rel_pos" not in name
     )
 
 
-def relative_rate(settings: Optimizer, step: int, num_steps: int) -> float:
-    """Return the rate of a step as a share of its peak: a rise, a plateau and a fall.
+def lr_factor(settings: Optimizer, step: int, max_steps: int) -> float:
+    """Return the learning rate of a step as a share of its peak: warm-up, plateau and decay.
 
     Args:
-        settings: lengths and shape.
-        step: from 0.
-        num_steps: of the phase.
+        settings: the schedule.
+        step: step of the stage, from 0.
+        max_steps: number of steps of the stage.
     """
-    rise = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    left = 1 - step / num_steps
-    fall = min(1.0, left / settings.lr_decay_ratio) if settings.lr_decay_ratio else 1.0
-    if settings.decay == "cosine":
-        fall = 0.5 - 0.5 * math.cos(math.pi * fall)
-        return rise * (settings.floor + (1 - settings.floor) * fall)
-    return max(settings.floor, rise * fall)
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    left = 1 - step / max_steps
+    decay = min(1.0, left / settings.lr_decay_ratio) if settings.lr_decay_ratio else 1.0
+    if settings.lr_decay_type == "cosine":
+        decay = 0.5 - 0.5 * math.cos(math.pi * decay)
+        return warmup * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * decay)
+    return max(settings.min_lr_ratio, warmup * decay)
 
 
-def set_rate(optimizers: Iterable[Any], relative: float) -> None:
-    """Give every group this share of its peak rate."""
-    for group in _groups(optimizers):
-        group["lr"] = group["peak_rate"] * relative
-
-
-def _groups(optimizers: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def set_lr_factor(optimizers: Iterable[Any], factor: float) -> None:
+    """Set the learning rate of every group to this share of its peak."""
     for optimizer in optimizers:
-        yield from optimizer.param_groups
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
 
-def _rate_factor(name: str, settings: Optimizer) -> float:
-    named = [
-        settings.lr_multipliers[part] for part in name.split(".") if part in settings.lr_multipliers
-    ]
-    return named[-1] if named else 1.0
-
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration: singular values end between 0.7 and 1.2."""
-
-
-RMS_OF_ADAMW = 0.2
-"""Root of the mean square that an AdamW step has in practice, for shared learning rates."""
-
-
-_SMALLEST_NORM = 1e-7
+def _lr_multiplier(name: str, settings: Optimizer) -> float:
+    multipliers = settings.lr_multipliers
+    found = [multipliers[part] for part in name.split(".") if part in multipliers]
+    return found[-1] if found else 1.0
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves matrices by orthogonalized Nesterov momentum.
+    """Muon: updates matrices by orthogonalized Nesterov momentum.
 
     Args:
         groups: parameter groups; every parameter is a matrix.
-        lr: learning rate, on AdamW's scale.
+        lr: learning rate on AdamW's scale.
         momentum: decay of the momentum.
         weight_decay: decoupled weight decay.
-        num_iterations: Newton-Schulz iterations of a step.
+        num_iterations: Newton-Schulz iterations per step.
     """
 
     def __init__(
@@ -131,12 +123,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for weight in group["params"]:
-                assert weight.ndim == 2, f"Muon moves matrices, not shape {tuple(weight.shape)}"
+                assert weight.ndim == 2, f"Muon updates matrices, not shape {tuple(weight.shape)}"
         self._num_iterations = num_iterations
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -146,7 +138,7 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in by_shape.items():
                 directions = torch.stack([self._direction(w, group["momentum"]) for w in weights])
                 steps = orthogonalize(directions, self._num_iterations)
-                scale = group["lr"] * RMS_OF_ADAMW * max(shape) ** 0.5
+                scale = group["lr"] * ADAMW_RMS * max(shape) ** 0.5
                 for weight, step in zip(weights, steps, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(step, alpha=-scale)
@@ -154,7 +146,7 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, weight: Tensor, momentum: float) -> Tensor:
         state = self.state[weight]
-        assert weight.grad is not None, "only matrices with a gradient are moved"
+        assert weight.grad is not None, "only matrices with a gradient are updated"
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         buffer: Tensor = state["momentum_buffer"]
@@ -163,11 +155,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
-    """Bring all singular values near 1 by Newton-Schulz iterations.
+    """Orthogonalize matrices by Newton-Schulz iterations: all singular values end near 1.
 
     Args:
         matrices: (N, R, C) float.
-        num_iterations: of the quintic iteration.
+        num_iterations: number of quintic iterations.
 
     Returns:
         (N, R, C) float32.

@@ -1,8 +1,12 @@
-"""A training run as one typed record, read from one TOML file.
+"""Recipes: one training run as one typed record, read from one TOML file.
 
 A recipe is complete: two runs of one recipe on one machine give the same weights. Unknown keys are
-refused, with the nearest name. With a line ``base = "NAME"``, a file only says in what it differs
-from another recipe. The files lie beside this module in ``recipes/``.
+refused with the nearest name. With a line ``base = "NAME"``, a file lists only its differences from
+another recipe. The package's recipes are in ``training/recipes/`` and ``curriculum/recipes/``.
+
+This module holds what all recipes share, the loader, and :class:`Recipe` for models that start from
+a checkpoint; recipes of the tiny model are
+:class:`~coprs_deploy.curriculum.recipe.CurriculumRecipe`. It imports neither torch nor TRL.
 """
 
 from __future__ import annotations
@@ -12,11 +16,10 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from coprs_deploy.curriculum.recipe import PerceptionSettings, SegmentationSettings, TinyModel
 from coprs_deploy.specs import Record
 from coprs_deploy.training.settings import (
     CheckpointModel,
@@ -30,50 +33,63 @@ RECIPE_FOLDERS = tuple(
     Path(__file__).parents[1] / part / "recipes" for part in ("training", "curriculum")
 )
 
-
-FREE_TABLES = ("lr_multipliers", "gates", "kinds", "initial_question_type_weights")
+FREE_TABLES = (
+    "lr_multipliers",
+    "thresholds",
+    "question_type_weights",
+    "initial_question_type_weights",
+)
 """Tables whose keys are not fields of a record."""
 
-
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
+_INVALID_KIND = re.compile(r"Invalid value '[^']*' - at `\$\.(\w+)[^`]*\.kind`")
 
 
-AnyStage = PerceptionSettings | SegmentationSettings | SupervisedSettings | GrpoSettings
-
-
-class Recipe(Record, frozen=True):
-    """A whole run.
+class RunSettings(Record, frozen=True, kw_only=True):
+    """Settings of every run.
 
     Attributes:
         description: one line for ``--list``.
-        model: what is trained.
-        data: what it is trained on.
-        phases: name to phase, in the order in which they run.
-        seed: of the weights, the data and its order.
-        precision: of products: ``bf16``, ``fp32``, or ``auto`` for bf16 where the machine has
-            units for it. Without them a CPU multiplies bf16 twenty times slower than fp32.
-        store: dtype of the weights in the finished checkpoint.
-        processes: that ``coprs-deploy train`` starts on this machine.
-        threads: CPU threads of each process.
-        workers: further processes of each that prepare its batches, and of the first that draw its
-            scenes. With 0 a process prepares a batch before it computes it, which on a CPU costs
-            nothing but lets a GPU wait.
+        seed: seed of the weights, the data and its order.
+        precision: precision of matrix products: ``bf16``, ``fp32``, or ``auto`` for bf16 where the
+            machine has bf16 units. Without them a CPU multiplies bf16 twenty times slower than
+            fp32.
+        save_dtype: dtype of the weights in the finished checkpoint.
+        num_processes: processes that ``coprs-deploy train`` starts on this machine.
+        num_threads: CPU threads per process.
+        num_workers: worker processes that prepare the batches of each process; those of the first
+            also render its scenes. With 0 a process prepares its own batches, which costs nothing
+            on a CPU but leaves a GPU idle meanwhile.
         logging_steps: steps between two lines of the log.
-        save_steps: steps between two states that a killed run resumes from.
+        save_steps: steps between two states that a run can resume from.
     """
 
     description: str
-    model: TinyModel | CheckpointModel
-    data: SyntheticData | ExampleData
-    phases: dict[str, AnyStage]
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    store: Literal["float32", "float16", "bfloat16"] = "float16"
-    processes: int = 1
-    threads: int = 1
-    workers: int = 0
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    num_processes: int = 1
+    num_threads: int = 1
+    num_workers: int = 0
     logging_steps: int = 10
     save_steps: int = 200
+
+
+class Recipe(RunSettings, frozen=True, kw_only=True):
+    """Recipe of a model that starts from a checkpoint.
+
+    Attributes:
+        model: checkpoint to start from.
+        data: training and held-out data.
+        stages: name to stage, in the order in which they run.
+    """
+
+    model: CheckpointModel
+    data: SyntheticData | ExampleData
+    stages: dict[str, SupervisedSettings | GrpoSettings]
+
+
+R = TypeVar("R", bound=RunSettings)
 
 
 def recipe_names() -> list[str]:
@@ -81,51 +97,53 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for folder in RECIPE_FOLDERS for path in folder.glob("*.toml"))
 
 
-def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
+def model_kind(source: str) -> str:
+    """Read ``model.kind`` of a recipe, which decides its type.
+
+    Args:
+        source: the name of a recipe of the package, or the path of a TOML file.
+
+    Raises:
+        ValueError: the recipe is unknown, or names no kind.
+    """
+    model = _read(source).get("model")
+    kind = model.get("kind") if isinstance(model, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"the recipe {source} has no model.kind; accepted: checkpoint, tiny")
+    return kind
+
+
+def load_recipe(source: str, settings: Sequence[str] = (), recipe_type: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """Read a recipe and change some of its values.
 
     Args:
         source: the name of a recipe of the package, or the path of a TOML file.
-        settings: ``key=value`` pairs; keys are dotted (``phases.reasoning.steps``), values are
+        settings: ``key=value`` pairs; keys are dotted (``stages.reasoning.max_steps``), values are
             written as in TOML, bare words being text.
+        recipe_type: type of the recipe.
 
     Raises:
         ValueError: the recipe is unknown, or a key or value is not accepted.
     """
-    recipe = _convert(_read(source), f"the recipe {source}")
+    recipe = _convert(_read(source), f"the recipe {source}", recipe_type)
     data = recipe.to_json()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, not {setting!r}")
         _assign(data, key.strip(), _parse_value(text.strip()))
-    return _convert(data, f"--set {' '.join(settings)}") if settings else recipe
+    return _convert(data, f"--set {' '.join(settings)}", recipe_type) if settings else recipe
 
 
-def changed_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Name the keys in which two recipes differ."""
-    first, second = dict(_leaves(one.to_json())), dict(_leaves(other.to_json()))
+def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """List the dotted keys in which two recipes differ, both as ``to_json`` gives them."""
+    first, second = dict(_leaves(one)), dict(_leaves(other))
     return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
 
 
 def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = (
-        Path(source)
-        if source.endswith(".toml")
-        else next(
-            (f / f"{source}.toml" for f in RECIPE_FOLDERS if (f / f"{source}.toml").is_file()),
-            RECIPE_FOLDERS[0] / f"{source}.toml",
-        )
-    )
-    if not path.is_file():
-        names = recipe_names()
-        nearest = difflib.get_close_matches(source, names, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        reader = f" (the base of {readers[-1]})" if readers else ""
-        raise ValueError(
-            f"there is no recipe {source!r}{reader}{hint} Known: {', '.join(names)}, or a .toml "
-            "file"
-        )
+    """Read a file over its bases."""
+    path = _find(source, readers)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -134,7 +152,7 @@ def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
     if base is None:
         return data
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base is {base!r}; it names another recipe")
+        raise ValueError(f"{path}: base is {base!r}; it must be the name or path of a recipe")
     if str(path) in readers:
         raise ValueError(f"{path} is its own base, by way of {', '.join(readers)}")
     if base.endswith(".toml"):
@@ -142,8 +160,26 @@ def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
     return _derive(_read(base, (*readers, str(path))), data)
 
 
+def _find(source: str, readers: tuple[str, ...]) -> Path:
+    candidates = (
+        [Path(source)]
+        if source.endswith(".toml")
+        else [folder / f"{source}.toml" for folder in RECIPE_FOLDERS]
+    )
+    for path in candidates:
+        if path.is_file():
+            return path
+    names = recipe_names()
+    reader = f" (the base of {readers[-1]})" if readers else ""
+    hint = _suggestion(source, names, cutoff=0.6)
+    raise ValueError(
+        f"there is no recipe {source!r}{reader}; accepted: {', '.join(names)}, or a .toml file"
+        f"{hint}"
+    )
+
+
 def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Lay changes over a recipe: tables are merged, unless they become of another kind."""
+    """Apply changes to a recipe: tables are merged, unless their kind changes."""
     derived = dict(base)
     for key, value in changes.items():
         old, derived[key] = base.get(key), value
@@ -154,17 +190,28 @@ def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return derived
 
 
-def _convert(data: object, where: str) -> Recipe:
+def _convert(data: object, where: str, recipe_type: type[R]) -> R:
     try:
-        return Recipe.from_json(data)
+        return recipe_type.from_json(data)
     except msgspec.ValidationError as error:
-        unknown = _UNKNOWN_FIELD.search(str(error))
-        hint = _suggestion(unknown[1], _field_names()) if unknown else ""
+        hint = ""
+        if unknown := _UNKNOWN_FIELD.search(str(error)):
+            hint = _suggestion(unknown[1], _field_names())
+        elif invalid := _INVALID_KIND.search(str(error)):
+            hint = f"; accepted: {', '.join(_accepted_kinds(recipe_type, invalid[1]))}"
         raise ValueError(f"{where} is not valid: {error}{hint}") from error
 
 
+def _accepted_kinds(recipe_type: type[RunSettings], table: str) -> list[str]:
+    """List the accepted values of ``kind`` in a table: ``model``, ``data`` or ``stages``."""
+    annotation = get_type_hints(recipe_type)[table]
+    if table == "stages":
+        annotation = get_args(annotation)[1]
+    return [record.__struct_config__.tag for record in get_args(annotation) or (annotation,)]
+
+
 def _assign(data: dict[str, Any], key: str, value: object) -> None:
-    """Set one leaf, or a table of free keys (rate factors, gates), in place."""
+    """Set one leaf, or one key of a free table (multipliers, thresholds), in place."""
     *parents, last = key.split(".")
     table: Any = data
     for part in parents:
@@ -183,8 +230,8 @@ def _parse_value(text: str) -> object:
         return text
 
 
-def _suggestion(wrong: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+def _suggestion(wrong: str, known: Sequence[str], cutoff: float = 0.5) -> str:
+    nearest = difflib.get_close_matches(wrong, known, n=1, cutoff=cutoff)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
@@ -193,7 +240,7 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ob
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
 def _field_names() -> list[str]:

@@ -1,160 +1,182 @@
-"""The report of a run for people: a page of figures, and plots."""
+"""Report of a run for people: a Markdown page of metrics, and plots of every stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coprs_deploy.evaluation.plots import plot_correlation, pyplot
 from coprs_deploy.training.run_directory import RunDirectory
 
-HEAD_COLORS = {"dense": "#c7d2da", "readout": "#e8cfa9"}
-"""Of the losses of throw-away heads, by the first part of their names."""
+HEAD_COLORS = {"auxiliary": "#c7d2da", "reference_head": "#e8cfa9"}
+"""Color of the losses of auxiliary heads, by the first part of their names."""
 
 
-def write_report(folder: RunDirectory, report: Mapping[str, Any]) -> None:
-    """Write ``report.md`` and ``plots/`` into the folder of a run."""
-    (folder.path / "report.md").write_text(page(report), encoding="utf-8")
-    plots = folder.path / "plots"
+class Panel(NamedTuple):
+    """One panel of a stage's plot.
+
+    Attributes:
+        title: title.
+        keys: keys of the log; one that ends in a slash stands for all that start with it.
+        is_log: whether the vertical axis is logarithmic.
+        limits: limits of the vertical axis.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    is_log: bool = False
+    limits: tuple[float, float] | None = None
+
+
+SUPERVISED_PANELS = (
+    Panel("loss", ("loss", "loss/"), is_log=True),
+    Panel("evaluation", ("eval/",), limits=(0, 1.02)),
+)
+"""Panels of the stages that minimize supervised losses."""
+
+GRPO_PANELS = (
+    Panel("reward", ("reward", "rewards/mask/mean", "rewards/format/mean", "eval/reward")),
+    Panel("IoU with the ground truth", ("giou", "prior_giou", "eval/giou")),
+    Panel("loss", ("loss", "loss/policy", "loss/prior_bce", "loss/mask_dice", "loss/mask_focal")),
+    Panel("divergence and entropy", ("kl", "entropy", "clip_ratio/region_mean")),
+    Panel("gradient norm", ("grad_norm",)),
+    Panel("learning rate", ("learning_rate/",), is_log=True),
+)
+"""Panels of a GRPO stage."""
+
+
+def write_report(directory: RunDirectory, report: Mapping[str, Any]) -> None:
+    """Write ``report.md`` and ``plots/`` into a run directory."""
+    (directory.path / "report.md").write_text(page(report), encoding="utf-8")
+    plots = directory.path / "plots"
     plots.mkdir(exist_ok=True)
-    log = folder.read_log()
-    for name in report["phases"]:
-        lines = [x for x in log if x["phase"] == name]
-        plot = plot_grpo_phase if any("reward" in line for line in lines) else plot_phase
-        plot(plots / f"{name}.png", name, lines)
-    present = [a for a in report.get("answers", []) if a["num_targets"]]
-    if present:
+    log = directory.read_log()
+    for name in report["stages"]:
+        plot_stage(plots / f"{name}.png", name, [line for line in log if line["stage"] == name])
+    with_target = [example for example in report.get("examples", []) if example["num_targets"]]
+    if with_target:
         plot_correlation(
             plots / "prior_against_mask.png",
-            [a["prior_iou"] for a in present],
-            [a["mask_iou"] for a in present],
+            [example["prior_iou"] for example in with_target],
+            [example["mask_iou"] for example in with_target],
         )
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Lay the figures out as Markdown."""
+    """Format the metrics as Markdown."""
     lines = [
         f"# {report['recipe']['description']}",
         "",
         f"Seed {report['recipe']['seed']}, {report['minutes']:.1f} minutes of training.",
         "",
-        "| phase | steps | minutes | gate | wanted | found | |",
+        "| stage | steps | minutes | threshold | required | value | |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, result in report["phases"].items():
-        start = f"| {name} | {result['steps']} | {result['seconds'] / 60:.1f} |"
-        for gate, judged in result["gates"].items():
-            found = "-" if judged["found"] is None else f"{judged['found']:.4f}"
-            word = "passed" if judged["passed"] else "**missed**"
-            lines.append(f"{start} {gate} | {judged['wanted']:g} | {found} | {word} |")
-            start = "| | | |"
-        if not result["gates"]:
-            lines.append(f"{start} | | | |")
-    for name, result in report["phases"].items():
-        if "before.reward" in result.get("facts", {}):
-            lines += before_and_after(name, result)
-    if "generated" not in report:
-        return "\n".join(lines) + "\n"
-    lines += [
-        "",
-        "Held-out scenes, weights as stored:",
-        "",
-        "| | generated | teacher-forced |",
-        "|---|---|---|",
-    ]
-    fed = report["teacher_forced"]
-    for figure, value in report["generated"].items():
-        other = f"{fed[figure]:.4f}" if figure in fed else "-"
-        lines.append(f"| {figure.replace('_', ' ')} | {value:.4f} | {other} |")
+    for name, result in report["stages"].items():
+        lines += _stage_rows(name, result)
+    for name, result in report["stages"].items():
+        if "before/reward" in result.get("init_metrics", {}):
+            lines += _before_and_after(name, result)
+    if "generated" in report:
+        lines += _final_metrics(report)
     return "\n".join(lines) + "\n"
 
 
-def before_and_after(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Lay out what a GRPO phase changed on held-out examples, answered greedily."""
-    lines = ["", f"Held-out examples, greedy answers, before and after {name}:", ""]
+def _stage_rows(name: str, result: Mapping[str, Any]) -> list[str]:
+    start = f"| {name} | {result['steps']} | {result['seconds'] / 60:.1f} |"
+    if not result["thresholds"]:
+        return [f"{start} | | | |"]
+    rows = []
+    for metric, threshold in result["thresholds"].items():
+        value = "-" if threshold["value"] is None else f"{threshold['value']:.4f}"
+        verdict = "passed" if threshold["passed"] else "**failed**"
+        rows.append(f"{start} {metric} | {threshold['required']:g} | {value} | {verdict} |")
+        start = "| | | |"
+    return rows
+
+
+def _before_and_after(name: str, result: Mapping[str, Any]) -> list[str]:
+    """Format the metrics of a GRPO stage on held-out examples, before and after."""
+    lines = ["", f"Held-out examples, greedy decoding, before and after {name}:", ""]
     lines += ["| | before | after |", "|---|---|---|"]
-    for figure, after in result["metrics"].items():
-        before = result["facts"][f"before.{figure}"]
-        words = figure.replace("error.", "standard error of ").replace("_", " ")
-        lines.append(f"| {words} | {before:.4f} | {after:.4f} |")
+    for metric, after in result["metrics"].items():
+        before = result["init_metrics"][f"before/{metric}"]
+        lines.append(f"| {_label(metric)} | {before:.4f} | {after:.4f} |")
     return lines
 
 
-def plot_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the losses of a phase, and what it reached on held-out scenes."""
-    losses = [line for line in lines if "loss" in line]
-    looks = [line for line in lines if any(key.startswith("held_out.") for key in line)]
-    if not losses:
+def _final_metrics(report: Mapping[str, Any]) -> list[str]:
+    """Format the metrics of the finished model on held-out scenes."""
+    lines = ["", "Held-out scenes, weights as stored:", ""]
+    lines += ["| | generated | teacher-forced |", "|---|---|---|"]
+    teacher_forced = report["teacher_forced"]
+    for metric, value in report["generated"].items():
+        other = f"{teacher_forced[metric]:.4f}" if metric in teacher_forced else "-"
+        lines.append(f"| {_label(metric)} | {value:.4f} | {other} |")
+    return lines
+
+
+def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Plot the log of a stage.
+
+    Args:
+        path: image file to write.
+        name: name of the stage.
+        lines: its lines of the log.
+    """
+    if not any("loss" in line for line in lines):
         return
+    is_grpo = any("reward" in line for line in lines)
+    panels = GRPO_PANELS if is_grpo else SUPERVISED_PANELS
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    steps = [line["step"] for line in losses]
-    labeled = set[str]()
-    for key in [k for k in losses[0] if k == "loss" or k.startswith("loss.")]:
-        values = [line.get(key, float("nan")) for line in losses]
-        group, dot, _ = key.removeprefix("loss.").partition(".")
-        label = key.removeprefix("loss.")
-        style: dict[str, Any] = {"linewidth": 1.0}
-        if key == "loss":
-            style = {"color": "black", "linewidth": 1.8}
-        elif dot and group in HEAD_COLORS:
-            # Up to twenty heads, thrown away in the end: one color and one entry for each group.
-            style = {"color": HEAD_COLORS[group], "linewidth": 0.6, "zorder": 1}
-            label = "" if group in labeled else f"{group} heads"
-            labeled.add(group)
-        left.plot(steps, values, label=label, **style)
-    left.set(xlabel="step", ylabel="loss", yscale="log", title=name)
-    for key in sorted({k for line in looks for k in line if k.startswith("held_out.")}):
-        label = key.removeprefix("held_out.")
-        if "." in label:
+    rows, columns = (2, 3) if is_grpo else (1, 2)
+    mpl_figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns + 1, 3.5 * rows + 0.5))
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        _plot_panel(axes, panel, lines)
+    mpl_figure.suptitle(name)
+    mpl_figure.tight_layout()
+    mpl_figure.savefig(path, dpi=120)
+    plt.close(mpl_figure)
+
+
+def _plot_panel(axes: Any, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
+    labels = set[str]()
+    for key in sorted({k for line in lines for k in line if _is_shown(k, panel)}):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if not points:
             continue
-        found = [(line["step"], line[key]) for line in looks if key in line]
-        right.plot(*zip(*found, strict=True), marker="o", markersize=3, label=label)
-    right.set(xlabel="step", title=f"{name}, held out", ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        label, style = _curve(key)
+        axes.plot(*zip(*points, strict=True), label="" if label in labels else label, **style)
+        labels.add(label)
+    axes.set(xlabel="step", title=panel.title)
+    if panel.is_log:
+        axes.set_yscale("log")
+    if panel.limits:
+        axes.set_ylim(panel.limits)
+    axes.grid(alpha=0.3)
+    if labels:
+        axes.legend(fontsize=6)
 
 
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("reward", ("reward", "reward.mask", "reward.format", "held_out.reward")),
-    ("overlap with the truth", ("mask_iou", "prior_iou", "held_out.mask_iou")),
-    ("losses", ("loss", "loss.policy", "loss.prior_bce", "loss.mask_dice", "loss.mask_focal")),
-    ("divergence and entropy", ("kl", "entropy", "clip_fraction")),
-    ("gradient norm", ("grad_norm",)),
-    ("rates", ("rate.",)),
-)
-"""Title, and the figures of the log that are drawn; a name that ends in a dot stands for all."""
+def _curve(key: str) -> tuple[str, dict[str, Any]]:
+    """Return label and style of a key of the log."""
+    if key == "loss":
+        return "loss", {"color": "black", "linewidth": 1.8}
+    if key.startswith("eval/"):
+        return _label(key), {"marker": "o", "markersize": 3, "linewidth": 1.4}
+    group = key.removeprefix("loss/").partition(".")[0]
+    if key.startswith("loss/") and group in HEAD_COLORS:
+        # Up to twenty heads: one color and one legend entry per group.
+        return _label(group), {"color": HEAD_COLORS[group], "linewidth": 0.6, "zorder": 1}
+    return _label(key), {"linewidth": 1.0}
 
 
-def plot_grpo_phase(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw everything that a GRPO phase logs, six panels on one picture."""
-    plt = pyplot()
-    figure, grid = plt.subplots(2, 3, figsize=(13, 7))
-    for axes, (title, wanted) in zip(grid.flat, PANELS, strict=True):
-        for key in sorted({k for line in lines for k in line if _is_wanted(k, wanted)}):
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            is_look = key.startswith("held_out.")
-            style: dict[str, Any] = {"linewidth": 1.0}
-            if is_look:
-                style = {"marker": "o", "markersize": 4, "linewidth": 1.6}
-            axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
-        axes.set(xlabel="step", title=title)
-        axes.grid(alpha=0.3)
-        if title == "rates":
-            axes.set_yscale("log")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    figure.suptitle(name)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _is_shown(key: str, panel: Panel) -> bool:
+    if key.startswith("eval/") and "." in key:  # metrics of single question types
+        return False
+    return any(key.startswith(k) if k.endswith("/") else key == k for k in panel.keys)
 
 
-def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
-    return any(key.startswith(name) if name.endswith(".") else key == name for name in wanted)
+def _label(key: str) -> str:
+    return key.replace("_stderr", " standard error").replace("_", " ")

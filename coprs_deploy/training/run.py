@@ -1,12 +1,20 @@
-"""A whole run: phases in order, then the finished checkpoint, its figures and its report."""
+"""Training runs: open the run directory, train the stages, save the checkpoint, write the report.
+
+:func:`train` runs a :class:`~coprs_deploy.training.recipe.Recipe`. Recipes of the tiny model are
+run by :mod:`coprs_deploy.curriculum.run` with :func:`open_run`, :func:`save_checkpoint` and
+:func:`finish_run` from here.
+"""
 
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 import torch
@@ -15,7 +23,6 @@ from torch import nn
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
-from coprs_deploy.curriculum.run import _train_on_scenes
 from coprs_deploy.data.examples import ExampleFile
 from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
@@ -25,7 +32,7 @@ from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.features import FeatureStore
-from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_directory import (
     CHECKPOINT_FOLDER,
@@ -33,12 +40,7 @@ from coprs_deploy.training.run_directory import (
     RunDirectory,
     all_passed,
 )
-from coprs_deploy.training.settings import (
-    CheckpointModel,
-    ExampleData,
-    GrpoSettings,
-    SupervisedSettings,
-)
+from coprs_deploy.training.settings import CheckpointModel, ExampleData, SupervisedSettings
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import ExampleSets, SupervisedStage
 from coprs_deploy.training.trainer import Trainer
@@ -46,48 +48,74 @@ from coprs_deploy.training.trainer import Trainer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from coprs_deploy.training.state import TrainingState
+
+@dataclass(frozen=True)
+class Run(Generic[R]):
+    """An open run.
+
+    Attributes:
+        recipe: its recipe, with the precision of this machine.
+        accelerator: processes, device and precision.
+        directory: its directory.
+        started: time of the start, as ``time.perf_counter`` gives it.
+    """
+
+    recipe: R
+    accelerator: Accelerator
+    directory: RunDirectory
+    started: float
 
 
-def train(recipe: Recipe, out: Path, scenes: Path | None = None) -> dict[str, Any]:
-    """Run a recipe; a run that lies in ``out`` goes on where it stopped.
+def train(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
 
     Args:
-        recipe: the run.
-        out: its folder.
-        scenes: where pictures of generated scenes are kept; ``out/scenes`` by default.
+        recipe: the recipe.
+        out: run directory.
 
     Returns:
-        The report: phases with their gates, and figures of the finished model.
+        The report: stages with their metrics and thresholds.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds another recipe's run, or settings do not fit together.
+        ValueError: ``out`` holds a run with other settings, or settings contradict each other.
+        CheckpointError: the initial checkpoint cannot be used.
     """
-    recipe = with_precision_of_this_machine(recipe)
-    starts_from_checkpoint = isinstance(recipe.model, CheckpointModel)
-    if isinstance(recipe.data, ExampleData) and not starts_from_checkpoint:
-        raise ValueError('data.kind "examples" needs model.kind "checkpoint"')
+    with open_run(recipe, out) as run:
+        checkpoint = read_checkpoint(recipe.model.path or CHECKPOINT)
+        state = state_from_checkpoint(checkpoint)
+        results = _train_stages(run, checkpoint, state)
+        provenance = {"recipe": recipe.description, "from": checkpoint.fingerprint()}
+        save_checkpoint(run, state, provenance)
+        return finish_run(run, results)
+
+
+@contextmanager
+def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
+    """Open a run directory, locked, with an accelerator for the recipe.
+
+    Args:
+        recipe: the recipe.
+        out: run directory; a run in it is resumed.
+
+    Raises:
+        MissingDependencyError: a package of the extra ``train`` is not installed.
+        ValueError: ``out`` holds a run with other settings.
+        ArtifactError: another process trains in ``out``.
+    """
+    recipe = resolve_precision(recipe)
     accelerator = _accelerator(recipe, out)
-    folder = RunDirectory(out)
-    with folder.lock() if accelerator.is_main_process else nullcontext():
+    directory = RunDirectory(out)
+    with directory.lock() if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
-            folder.open(recipe)
+            directory.open(recipe)
         accelerator.init_trackers("tensorboard")
-        if starts_from_checkpoint:
-            pass
-
-            report = train_on_examples(recipe, accelerator, folder)
-        else:
-            report = _train_on_scenes(recipe, accelerator, folder, scenes or out / "scenes")
+        yield Run(recipe, accelerator, directory, time.perf_counter())
     accelerator.end_training()
-    return report
 
 
-def with_precision_of_this_machine(recipe: Recipe) -> Recipe:
-    """Settle ``precision = "auto"``: bf16 on a device that has units for it, else fp32."""
-    import torch
-
+def resolve_precision(recipe: R) -> R:
+    """Replace ``precision = "auto"`` by bf16 on a device with bf16 units, else by fp32."""
     if recipe.precision != "auto":
         return recipe
     if torch.cuda.is_available():
@@ -98,9 +126,44 @@ def with_precision_of_this_machine(recipe: Recipe) -> Recipe:
     return msgspec.structs.replace(recipe, precision="bf16" if has_bf16 else "fp32")
 
 
-def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
+def save_checkpoint(run: Run[Any], state: TrainingState, provenance: dict[str, Any]) -> None:
+    """Write the finished checkpoint of a run; all processes take part."""
+    if run.accelerator.is_main_process:
+        path = run.directory.path / CHECKPOINT_FOLDER
+        state.save_checkpoint(path, run.recipe.save_dtype, provenance, overwrite=True)
+    run.accelerator.wait_for_everyone()
+
+
+def finish_run(
+    run: Run[Any], results: dict[str, Any], evaluation: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write ``report.json``, ``report.md`` and plots; all processes take part.
+
+    Args:
+        run: the run.
+        results: results of its stages.
+        evaluation: further entries of the report.
+
+    Returns:
+        The report.
+    """
+    report = {
+        "recipe": run.recipe.to_json(),
+        "minutes": sum(result["seconds"] for result in results.values()) / 60,
+        "minutes_this_time": (time.perf_counter() - run.started) / 60,
+        "stages": results,
+        "passed": all_passed(results),
+        **(evaluation or {}),
+    }
+    if run.accelerator.is_main_process:
+        write_json(run.directory.path / REPORT_FILE, report)
+        write_report(run.directory, report)
+    run.accelerator.wait_for_everyone()
+    return report
+
+
+def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
     try:
-        import torch
         from accelerate import Accelerator
         from torch.utils import tensorboard  # noqa: F401
     except ImportError as error:
@@ -108,7 +171,7 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
             f"training needs {error.name}; pip install 'coprs-deploy[train]'"
         ) from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_num_threads(recipe.threads)
+    torch.set_num_threads(recipe.num_threads)
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
@@ -117,70 +180,45 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
     )
 
 
-def train_on_examples(
-    recipe: Recipe, accelerator: Accelerator, folder: RunDirectory
-) -> dict[str, Any]:
-    """Run the phases of a recipe from a checkpoint to a checkpoint.
-
-    Raises:
-        ValueError: a phase is neither supervised nor GRPO.
-        CheckpointError: the checkpoint it starts from cannot be used.
-    """
-    model = recipe.model
-    assert isinstance(model, CheckpointModel)
-    checkpoint = read_checkpoint(model.path or CHECKPOINT)
-    workbench = state_from_checkpoint(checkpoint)
-    workbench.segmentation.to(accelerator.device)
+def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState) -> dict[str, Any]:
+    """Train all stages in order; return their results by name."""
+    recipe, accelerator, directory = run.recipe, run.accelerator, run.directory
+    state.segmentation.to(accelerator.device)
     if accelerator.distributed_type != "FSDP":  # sharding moves each process's share itself
-        workbench.policy.model.to(accelerator.device)
-    examples = example_sets(recipe, checkpoint, workbench)
-    trainer = Trainer(accelerator, recipe, folder, workbench)
+        state.policy.model.to(accelerator.device)
+    examples = open_examples(recipe, checkpoint, state)
+    trainer = Trainer(accelerator, recipe, directory, state)
     results: dict[str, Any] = {}
-    for name, settings in recipe.phases.items():
-        workbench.policy.model.requires_grad_(True)
-        workbench.segmentation.requires_grad_(True)
-        freeze_by_recipe(workbench.policy.model, model)
+    for name, settings in recipe.stages.items():
+        state.policy.model.requires_grad_(True)
+        state.segmentation.requires_grad_(True)
+        if recipe.model.freeze_vision_tower:
+            freeze_vision_tower(state.policy.model)
         if isinstance(settings, SupervisedSettings):
-            phase = SupervisedStage(name, settings, workbench, examples)
-            if model.gradient_checkpointing:
-                save_memory(workbench.policy.model)
-            results[name] = trainer.run(phase)
-        elif isinstance(settings, GrpoSettings):
-            run_grpo = import_grpo()
-            context = run_grpo.RunContext(
+            stage = SupervisedStage(name, settings, state, examples)
+            if recipe.model.gradient_checkpointing:
+                enable_gradient_checkpointing(state.policy.model)
+            results[name] = trainer.run(stage)
+        else:
+            grpo = import_grpo()
+            context = grpo.GrpoContext(
                 recipe=recipe,
                 accelerator=accelerator,
-                folder=folder,
-                workbench=workbench,
+                directory=directory,
+                state=state,
                 examples=examples,
                 steps_before=sum(result["steps"] for result in results.values()),
                 policy_path=None if results else checkpoint.policy_path,
             )
-            results[name] = run_grpo.run_grpo_phase(name, settings, context)
-        else:
-            raise ValueError(
-                f"phases.{name} is neither supervised nor grpo; a checkpoint takes no other phase"
-            )
-    report = {
-        "recipe": recipe.to_json(),
-        "minutes": sum(result["seconds"] for result in results.values()) / 60,
-        "phases": results,
-        "passed": all_passed(results),
-    }
-    if accelerator.is_main_process:
-        provenance = {"recipe": recipe.description, "from": checkpoint.fingerprint()}
-        workbench.save_checkpoint(folder.path / CHECKPOINT_FOLDER, recipe.store, provenance, True)
-        write_json(folder.path / REPORT_FILE, report)
-        write_report(folder, report)
-    accelerator.wait_for_everyone()
-    return report
+            results[name] = grpo.run_grpo_stage(name, settings, context)
+    return results
 
 
 def import_grpo() -> ModuleType:
-    """Import what needs TRL.
+    """Import the GRPO stage, which needs TRL.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: TRL is not installed.
     """
     try:
         from coprs_deploy.training.grpo import stage
@@ -191,14 +229,14 @@ def import_grpo() -> ModuleType:
     return stage
 
 
-def example_sets(recipe: Recipe, checkpoint: Checkpoint, workbench: TrainingState) -> ExampleSets:
-    """Open what is learned from and judged on: files of examples, or generated scenes."""
+def open_examples(recipe: Recipe, checkpoint: Checkpoint, state: TrainingState) -> ExampleSets:
+    """Open the training and held-out examples: example files, or generated scenes."""
     data = recipe.data
-    vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
     if isinstance(data, ExampleData):
         features = FeatureStore(data.features) if data.features else None
         if features is not None:
-            features.require_encoder(workbench.segmentation)
+            features.require_encoder(state.segmentation)
         training, held_out = ExampleFile(data.training), ExampleFile(data.held_out)
         return ExampleSets(training, held_out, vision, recipe.seed, features)
     preset = PRESETS[data.preset]
@@ -210,23 +248,22 @@ def example_sets(recipe: Recipe, checkpoint: Checkpoint, workbench: TrainingStat
     )
 
 
-def freeze_by_recipe(policy: Any, settings: CheckpointModel) -> None:
-    """Freeze the parts of the policy that a recipe leaves as they are."""
-    if settings.freeze_vision_tower:
-        tower = getattr(policy.model, "visual", None) or policy.model.vision_tower
-        tower.requires_grad_(False)
+def freeze_vision_tower(policy: Any) -> None:
+    """Freeze the vision tower of a policy of either family."""
+    tower = getattr(policy.model, "visual", None) or policy.model.vision_tower
+    tower.requires_grad_(False)
 
 
-def save_memory(policy: Any) -> None:
-    """Compute activations twice instead of keeping them."""
-    # Later versions of transformers know it by another name.
+def enable_gradient_checkpointing(policy: Any) -> None:
+    """Recompute activations in the backward pass instead of storing them."""
+    # Later versions of transformers have renamed the method.
     name = "activation_checkpointing_enable"
     enable = getattr(policy, name, policy.gradient_checkpointing_enable)
     enable()
 
 
 def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:
-    """Build policy and segmentation path of the named sizes without memory.
+    """Build policy and segmentation path of the named sizes on the meta device.
 
     Raises:
         ValueError: a size has no such name.
@@ -243,6 +280,7 @@ def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationMod
     tokenizer = build_tokenizer(size.family)
     with torch.device("meta"):
         policy = AutoModelForImageTextToText.from_config(build_config(size, tokenizer))
-        width = policy.get_output_embeddings().weight.shape[1]
-        segmentation = SegmentationModel(SegmentationConfig(width, sam=SAM_SIZES[settings.sam]))
+        hidden_size = policy.get_output_embeddings().weight.shape[1]
+        config = SegmentationConfig(hidden_size, sam=SAM_SIZES[settings.sam])
+        segmentation = SegmentationModel(config)
     return policy, segmentation

@@ -1,12 +1,12 @@
-"""The folder of a run: what it was told to do, what came of it, and where to go on.
+"""Run directory: settings, log, resumable states and results of one run.
 
-recipe.json            every setting, resolved
+recipe.json            all settings, resolved
 environment.json       versions, machine, commit
-log.jsonl              one line a logged step
+log.jsonl              one line per logged step
 tensorboard/           the same as curves
-scenes/                pictures, unless they are kept elsewhere
-phases/NAME/state-N/   weights, optimizers and position after N steps
-phases/NAME/result.json, weights.pt
+scenes/                rendered scenes, unless ``--scenes-dir`` names another folder
+stages/NAME/state-N/   weights, optimizers and position after N steps
+stages/NAME/result.json, weights.pt
 checkpoint/            the finished model
 report.json, report.md, plots/
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from coprs_deploy.artifacts import atomic_write, exclusive, write_json
 from coprs_deploy.machine import environment
-from coprs_deploy.training.recipe import Recipe, changed_keys
+from coprs_deploy.training.recipe import RunSettings, changed_keys
 
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "log.jsonl"
@@ -34,39 +34,43 @@ PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
 
-FREE_KEYS = ("description", "logging_steps", "save_steps", "threads", "workers")
-"""Settings that a resumed run may change: they move no weight but by rounding."""
+FREE_KEYS = ("description", "logging_steps", "save_steps", "num_threads", "num_workers")
+"""Settings that a resumed run may change: they change weights by rounding only."""
 
 
 class RunDirectory:
-    """Paths and small files of one run."""
+    """Paths and small files of one run.
+
+    Attributes:
+        path: the directory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the folder; a process that dies lets go of it.
+        """Lock the directory against other runs; the lock ends with the process.
 
         Raises:
             ArtifactError: another process trains in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        taken = (
+        message = (
             f"another process trains in {self.path}; wait for it, stop it, or choose another "
-            "folder with --out"
+            "directory with --out"
         )
-        with exclusive(self.path / LOCK_FILE, taken):
+        with exclusive(self.path / LOCK_FILE, message):
             yield
 
-    def open(self, recipe: Recipe) -> bool:
-        """Start the folder, or find the run in it that goes on.
+    def open(self, recipe: RunSettings) -> bool:
+        """Start a run, or find the one to resume.
 
         Returns:
-            Whether there is one.
+            Whether there is a run to resume.
 
         Raises:
-            ValueError: another recipe's run lies there.
+            ValueError: the directory holds a run with other settings.
         """
         file = self.path / RECIPE_FILE
         if not file.is_file():
@@ -74,31 +78,31 @@ class RunDirectory:
             write_json(self.path / "environment.json", environment())
             write_json(file, recipe.to_json())
             return False
-        found = Recipe.from_json(json.loads(file.read_text(encoding="utf-8")))
-        changed = [key for key in changed_keys(found, recipe) if key not in FREE_KEYS]
+        existing = json.loads(file.read_text(encoding="utf-8"))
+        changed = [k for k in changed_keys(existing, recipe.to_json()) if k not in FREE_KEYS]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); "
-                "choose another folder with --out, or remove this one"
+                "choose another directory with --out, or remove this one"
             )
         return True
 
-    def phase(self, name: str) -> Path:
-        """Return the folder of a phase."""
-        return self.path / "phases" / name
+    def stage(self, name: str) -> Path:
+        """Return the folder of a stage."""
+        return self.path / "stages" / name
 
-    def phase_result(self, name: str) -> dict[str, Any] | None:
-        """Read what a finished phase came to."""
-        file = self.phase(name) / RESULT_FILE
+    def stage_result(self, name: str) -> dict[str, Any] | None:
+        """Read the result of a finished stage; None before its end."""
+        file = self.stage(name) / RESULT_FILE
         if not file.is_file():
             return None
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return result
 
     def latest_state(self, name: str) -> tuple[Path, dict[str, Any]] | None:
-        """Find the last complete state of a phase with its progress."""
+        """Find the last complete state of a stage, with its progress."""
         found = []
-        for state in self.phase(name).glob("state-*"):
+        for state in self.stage(name).glob("state-*"):
             if (state / PROGRESS_FILE).is_file():
                 progress = json.loads((state / PROGRESS_FILE).read_text(encoding="utf-8"))
                 found.append((progress["step"], state, progress))
@@ -108,24 +112,24 @@ class RunDirectory:
         return state, progress
 
     def commit_state(self, name: str, partial: Path, progress: dict[str, Any]) -> None:
-        """Make a written state the one to go on from; older ones are removed."""
+        """Make a written state the one to resume from; older states are removed."""
         write_json(partial / PROGRESS_FILE, progress)
         for path in partial.rglob("*"):
             if path.is_file():
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-        final = self.phase(name) / f"state-{progress['step']:06d}"
+        final = self.stage(name) / f"state-{progress['step']:06d}"
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for state in self.phase(name).glob("state-*"):
+        for state in self.stage(name).glob("state-*"):
             if state != final:
                 shutil.rmtree(state)
 
-    def finish_phase(self, name: str, result: dict[str, Any]) -> None:
-        """Record a phase's result, last of all its files, and drop its states."""
-        write_json(self.phase(name) / RESULT_FILE, result)
-        for state in self.phase(name).glob("*state-*"):
+    def finish_stage(self, name: str, result: dict[str, Any]) -> None:
+        """Write a stage's result, last of all its files, and remove its states."""
+        write_json(self.stage(name) / RESULT_FILE, result)
+        for state in self.stage(name).glob("*state-*"):
             shutil.rmtree(state)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -134,7 +138,7 @@ class RunDirectory:
             file.write(json.dumps(line) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Read the log; a last line that was cut short is left out."""
+        """Read the log without a truncated last line."""
         file = self.path / LOG_FILE
         if not file.is_file():
             return []
@@ -146,18 +150,18 @@ class RunDirectory:
                 continue
         return lines
 
-    def rewind_log(self, phase: str, step: int) -> None:
-        """Drop what was logged after the state that a run goes on from."""
-        kept = [x for x in self.read_log() if x["phase"] != phase or x["step"] <= step]
+    def rewind_log(self, stage: str, step: int) -> None:
+        """Remove the lines after the step that a stage resumes from."""
+        kept = [x for x in self.read_log() if x["stage"] != stage or x["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         with atomic_write(self.path / LOG_FILE) as partial:
             partial.write_text(text, encoding="utf-8")
 
 
 def all_passed(results: dict[str, Any]) -> bool:
-    """Say whether every gate of every phase was reached."""
-    gates = (gate for result in results.values() for gate in result["gates"].values())
-    return all(gate["passed"] for gate in gates)
+    """Return whether every stage reached all its thresholds."""
+    thresholds = (item for result in results.values() for item in result["thresholds"].values())
+    return all(threshold["passed"] for threshold in thresholds)
 
 
 def read_report(path: Path) -> dict[str, Any]:

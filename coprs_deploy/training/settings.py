@@ -1,4 +1,8 @@
-"""What a recipe says about its phases: steps, how weights move, and what each kind adds."""
+"""Settings of models, data, optimizers and stages in a recipe.
+
+Nothing here imports torch or TRL: ``train --list`` and the documentation read these records. The
+stages of the tiny model are in :mod:`coprs_deploy.curriculum.recipe`.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from coprs_deploy.specs import Record
 
 
 class SegmentationLossWeights(Record, frozen=True):
-    """How the parts of the segmentation loss are added up (paper, eq. 8 and appendix B.3).
+    """Weights of the single segmentation losses (paper, eq. 8 and appendix B.3).
 
     Attributes:
         prior_bce: binary cross-entropy of the prior.
-        prior_dice: dice of the prior (public code only; off in the paper).
-        mask_dice: dice of the mask, lambda_d.
+        prior_dice: dice loss of the prior (public code only; off in the paper).
+        mask_dice: dice loss of the mask, lambda_d.
         mask_focal: focal loss of the mask, lambda_f.
-        mask_bce: binary cross-entropy of the mask, an addition of this project that small models
-            trained from nothing need for sharp edges.
+        mask_bce: binary cross-entropy of the mask, an addition of this project: tiny models
+            trained from random weights need it for sharp edges.
     """
 
     prior_bce: float = 1.0
@@ -33,41 +37,44 @@ class SegmentationLossWeights(Record, frozen=True):
 
 
 class ResponseFormat(str, Enum):
-    """Which minor fault of form counts beside a long thought and text before it."""
+    """Format rules of the reward: the minor violation besides long reasoning and text before it."""
 
     PAPER = "paper"
     """Text after ``<REF_POS>``."""
 
     PUBLIC_CODE = "public_code"
-    """More than ten words between the thought and ``<REF_POS>``."""
+    """More than ten words between the reasoning and ``<REF_POS>``."""
 
 
 class RewardWeights(Record, frozen=True):
-    """How mask and form are mixed; the paper ablates the mask's share from 0 to 1.
+    """Weights of the two rewards, adding up to 1 (the paper ablates the mask's from 0 to 1).
 
     Attributes:
-        mask: weight of the mask score, in [0, 1]; the format score has the rest.
-        convention: which convention judges the form.
+        mask: weight of the mask reward, in [0, 1].
+        format: weight of the format reward, in [0, 1].
     """
 
     mask: float = 0.7
-    convention: ResponseFormat = ResponseFormat.PAPER
+    format: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask <= 1:
-            raise ValueError(f"mask is {self.mask}; the weight of the mask score is in [0, 1]")
+        if min(self.mask, self.format) < 0 or abs(self.mask + self.format - 1) > 1e-6:
+            raise ValueError(
+                f"reward_weights is {{ mask = {self.mask:g}, format = {self.format:g} }}; "
+                "accepted: two weights in [0, 1] that add up to 1; set both"
+            )
 
 
 class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
-    """A model that starts from a checkpoint directory, as ``coprs-deploy convert`` writes it.
+    """Model that starts from a checkpoint directory, as ``coprs-deploy convert`` writes it.
 
     Attributes:
-        path: the checkpoint directory; empty takes the model that comes with the package.
-        policy: name of the policy's size, as ``coprs-deploy convert --random`` knows it; empty
-            where only the checkpoint knows.
-        sam: name of SAM's size; empty likewise.
-        freeze_vision_tower: whether the policy's vision tower stays as it is.
-        gradient_checkpointing: whether activations are computed twice to save memory.
+        path: checkpoint directory; empty for the demo model of the package.
+        policy: name of the policy's size, as in ``coprs-deploy convert --random``; needed by
+            ``--estimate`` only.
+        sam: name of SAM's size; needed by ``--estimate`` only.
+        freeze_vision_tower: whether the policy's vision tower is frozen.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
     """
 
     path: str = ""
@@ -77,16 +84,17 @@ class CheckpointModel(Record, frozen=True, tag_field="kind", tag="checkpoint"):
     gradient_checkpointing: bool = True
 
 
-class SyntheticData(Record, frozen=True, tag_field="kind", tag="scenes"):
-    """Generated scenes; a small model is asked afresh each time a scene is shown.
+class SyntheticData(Record, frozen=True, tag_field="kind", tag="synthetic"):
+    """Generated scenes.
 
-    A model that starts from a checkpoint is asked one question a scene.
+    A tiny model gets new questions each time a scene is shown; a model that starts from a
+    checkpoint gets one fixed question per scene.
 
     Attributes:
-        preset: which world the scenes come from.
-        num_training_scenes: how many different scenes are trained on.
-        num_held_out_scenes: how many others the finished model is judged on, one question each.
-        num_no_match_scenes: how many more it is asked about something that is not there.
+        preset: difficulty preset of the scenes.
+        num_training_scenes: number of training scenes.
+        num_held_out_scenes: number of held-out scenes, one question each.
+        num_no_match_scenes: number of further held-out scenes with a no-match question each.
     """
 
     preset: Literal["plain", "full"] = "plain"
@@ -96,11 +104,11 @@ class SyntheticData(Record, frozen=True, tag_field="kind", tag="scenes"):
 
 
 class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
-    """Examples in files (image, instruction, masks, reasoning).
+    """Example files (image, instruction, masks, reasoning).
 
     Attributes:
-        training: file to train on.
-        held_out: file to judge the model on.
+        training: file of training examples.
+        held_out: file of held-out examples.
         features: folder of image embeddings, as ``coprs-deploy features`` writes it; empty
             computes them in every step.
     """
@@ -111,198 +119,156 @@ class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
 
 
 class Optimizer(Record, frozen=True):
-    """How weights move.
+    """Optimizer and learning-rate schedule.
 
     Attributes:
-        rate: learning rate at its peak.
-        lr_multipliers: multiples of the rate by the first part of a parameter's name (``prior``,
+        learning_rate: peak learning rate.
+        lr_multipliers: learning-rate multipliers by a part of a parameter's name (``prior``,
             ``prompt_encoder``, ``mask_decoder``, ``image_encoder``, ``policy``).
-        muon: whether hidden matrices are moved by Muon, the rest by AdamW.
+        name: ``muon`` (Muon for hidden matrices, AdamW for the rest) or ``adamw``.
         weight_decay: decoupled weight decay.
-        betas: decay of AdamW's two moments.
-        clip: largest norm of the whole gradient.
-        warmup_steps: steps over which the rate rises linearly.
-        decay: ``linear`` or ``cosine``.
-        lr_decay_ratio: share of the steps, at the end, over which the rate falls.
-        floor: the rate at the end, as a share of its peak.
+        betas: AdamW's betas.
+        max_grad_norm: largest norm of the whole gradient.
+        warmup_steps: steps of linear warm-up.
+        lr_decay_type: ``linear`` or ``cosine``.
+        lr_decay_ratio: share of the steps, at the end, over which the learning rate decays.
+        min_lr_ratio: final learning rate as a share of the peak.
     """
 
-    rate: float = 2e-3
+    learning_rate: float = 2e-3
     lr_multipliers: dict[str, float] = {}
-    muon: bool = True
+    name: Literal["muon", "adamw"] = "muon"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     warmup_steps: int = 60
-    decay: Literal["linear", "cosine"] = "linear"
+    lr_decay_type: Literal["linear", "cosine"] = "linear"
     lr_decay_ratio: float = 0.6
-    floor: float = 0.02
+    min_lr_ratio: float = 0.02
 
 
 class StageSettings(Record, frozen=True):
-    """What all phases have.
+    """Settings of every stage.
 
     Attributes:
-        steps: updates of the weights.
-        global_batch_size: images an update, over all processes together.
-        optimizer: how weights move.
-        eval_steps: steps between two looks at held-out scenes; 0 for the end only.
-        num_eval_examples: held-out scenes of one look.
-        gates: what the phase must reach at its end: metric to smallest value.
+        max_steps: number of weight updates.
+        global_batch_size: images per update, over all processes together.
+        optimizer: optimizer and learning-rate schedule.
+        eval_steps: steps between two evaluations; 0 evaluates at the end only.
+        num_eval_examples: held-out scenes or examples per evaluation.
+        thresholds: acceptance thresholds at the end of the stage, metric to smallest value.
     """
 
-    steps: int
+    max_steps: int
     global_batch_size: int = 32
     optimizer: Optimizer = Optimizer()
     eval_steps: int = 0
     num_eval_examples: int = 256
-    gates: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "num_eval_examples"):
+        for name in ("max_steps", "global_batch_size", "num_eval_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supervised"):
-    """The policy learns to reason, and with segmentation losses the whole model to answer.
+    """Supervised stage on examples: cross-entropy on the response, and segmentation losses.
 
     Attributes:
-        questions_per_image: questions asked on one image at most.
-        kinds: weight of each kind of question; empty takes the tier's own.
-        initial_question_type_weights: the same for the first steps, simple ones first.
-        initial_ratio: share of the steps that take ``initial_question_type_weights``.
-        max_packed_length: tokens of one image with its questions behind it; what does not fit is left
-            out, long questions first (``left_out`` in the log is their share). 0 gives each
-            question a row of its own and takes the policy's own forward pass.
-        language_loss_weight: of the cross-entropy on the response.
-        location_token_weight: how much a token that names a place counts, as a label.
-        reference_head_loss_weight: of a throw-away head that reads the target from ``<REF_POS>``.
-        auxiliary_loss_weight: of the warm-up's heads; falls with the learning rate.
-        segmentation_loss_weight: of the segmentation losses (lambda_SEG); 0 leaves them out.
-        segmentation_ratio: share of the answers that the segmentation losses are computed on.
-        weights: of the segmentation losses among themselves.
-        join: first solve for the query head that maps the policy's states to the queries that the
-            segmentation path was trained with.
-        train_image_encoder: whether SAM's image encoder learns too.
-        compile: whether the transformer blocks are compiled.
+        language_loss_weight: weight of the cross-entropy on the response.
+        segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
+        loss_weights: weights of the single segmentation losses.
+        train_image_encoder: whether SAM's image encoder is trained.
     """
 
-    questions_per_image: int = 4
-    kinds: dict[str, float] = {}
-    initial_question_type_weights: dict[str, float] = {}
-    initial_ratio: float = 0.0
-    max_packed_length: int = 0
     language_loss_weight: float = 1.0
-    location_token_weight: float = 1.0
-    reference_head_loss_weight: float = 0.0
-    auxiliary_loss_weight: float = 0.0
     segmentation_loss_weight: float = 0.0
-    segmentation_ratio: float = 1.0
-    weights: SegmentationLossWeights = SegmentationLossWeights()
-    join: bool = False
+    loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     train_image_encoder: bool = False
-    compile: bool = False
-
-
-Mode = Literal["joint", "rl", "segmentation"]
-
-
-Algorithm = Literal["grpo", "dapo", "gspo"]
 
 
 PAPER_OPTIMIZER = Optimizer(
-    rate=1.6e-6,
+    learning_rate=1.6e-6,
     lr_multipliers={"prior": 25.0, "prompt_encoder": 10.0, "mask_decoder": 5.0},
-    muon=False,
+    name="adamw",
     weight_decay=0.01,
     betas=(0.9, 0.999),
-    clip=1.0,
+    max_grad_norm=1.0,
     warmup_steps=0,
-    decay="cosine",
+    lr_decay_type="cosine",
     lr_decay_ratio=1.0,
-    floor=1 / 6.7,
+    min_lr_ratio=1 / 6.7,
 )
-"""AdamW under one cycle without a rise, from the peak down to 1/6.7 of it (paper, B.3)."""
+"""AdamW, cosine decay from the peak to 1/6.7 of it, without warm-up (paper, B.3)."""
 
 
 class Lora(Record, frozen=True):
-    """Low-rank adapters on the language model; they are merged into the finished checkpoint.
+    """LoRA adapters on the language model, merged into the finished checkpoint (PEFT's keys).
 
     Attributes:
-        rank: of each adapter; 0 trains the whole policy instead.
-        alpha: the adapter's output is scaled by ``alpha / rank``.
-        dropout: on the adapter's input.
+        r: rank of each adapter; 0 trains the whole policy instead.
+        lora_alpha: numerator of the output scale ``lora_alpha / r``.
+        lora_dropout: dropout probability on the adapter's input.
     """
 
-    rank: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
+    r: int = 0
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank is {self.rank}; it must be at least 0")
-
-
-class Rollout(Record, frozen=True):
-    """Who writes the sampled responses.
-
-    Attributes:
-        engine: ``transformers`` (the policy in training itself), ``vllm_colocated`` (an engine on
-            the same GPUs) or ``vllm_server`` (``vllm serve`` elsewhere).
-        tensor_parallel: GPUs that share one colocated engine.
-        memory_share: share of a GPU's memory that a colocated engine takes.
-        sleeps: whether a colocated engine gives its memory back during the update.
-        host: of the server.
-        port: of the server.
-    """
-
-    engine: Literal["transformers", "vllm_colocated", "vllm_server"] = "transformers"
-    tensor_parallel: int = 1
-    memory_share: float = 0.35
-    sleeps: bool = True
-    host: str = "127.0.0.1"
-    port: int = 8000
+        if self.r < 0:
+            raise ValueError(f"lora.r is {self.r}; accepted: 0 (off) or a rank of at least 1")
 
 
 class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
-    """Responses are sampled in groups, rewarded by form and mask, and learned from.
+    """GRPO with segmentation: sample groups of completions, reward format and mask, update.
 
-    ``global_batch_size`` counts prompts: a step learns from ``global_batch_size * num_generations`` responses.
+    ``global_batch_size`` counts prompts: a step learns from
+    ``global_batch_size * num_generations`` completions. Keys are TRL's where TRL has them.
 
     Attributes:
-        optimizer: how weights move; AdamW only.
-        mode: ``joint`` takes both losses in one backward pass, ``rl`` leaves the segmentation
-            modules as they are, ``segmentation`` leaves the policy's own loss out.
-        num_generations: responses sampled for a prompt (G).
-        algorithm: ``grpo``, or one of its variants: ``dapo`` divides by all tokens of the batch,
-            ``gspo`` takes one importance ratio a response.
-        epsilon: how far below 1 the importance ratio counts.
-        epsilon_high: how far above.
-        beta: of the divergence from the frozen reference (k3 estimator); 0 needs none.
-        entropy_coef: of the entropy that is rewarded.
-        mask_truncated_completions: whether a response without an end is left out of the loss.
-        num_iterations: steps that learn from the same responses.
-        per_device_train_batch_size: responses in one forward pass of a process; 0 takes all of its responses.
-        temperature: of the sampling.
-        top_p: of the sampling; 1 is off.
-        top_k: of the sampling; 0 is off.
-        max_response_tokens: longest sampled response; 0 takes the prompt's.
-        targets: most targets of one prompt; an example with more is refused.
-        reward: how mask and form are mixed.
-        segmentation_loss_weight: lambda_SEG.
-        weights: of the segmentation losses among themselves.
+        optimizer: AdamW settings; Muon is not accepted.
+        mode: ``joint`` for both losses in one backward pass, ``rl`` for the policy loss alone with
+            frozen segmentation modules, ``segmentation`` for the segmentation losses alone.
+        num_generations: completions per prompt (G).
+        loss_type: ``grpo``, or ``dapo`` for the mean over all tokens of the batch.
+        importance_sampling_level: one ratio per ``token``, or per ``sequence`` (GSPO).
+        epsilon: clip range of the importance ratio below 1.
+        epsilon_high: clip range above 1.
+        beta: weight of the KL divergence from the frozen reference (k3 estimator); 0 loads no
+            reference.
+        entropy_coef: weight of the entropy bonus.
+        mask_truncated_completions: whether truncated completions are excluded from the loss.
+        num_iterations: updates per rollout.
+        per_device_train_batch_size: completions per forward pass of a process; 0 for all of them.
+        temperature: sampling temperature.
+        top_p: nucleus sampling threshold; 1 is off.
+        top_k: number of most likely tokens to sample from; 0 is off.
+        max_completion_length: maximum tokens of a completion; 0 for the checkpoint's limit.
+        max_targets: maximum number of targets per prompt; an example with more is refused.
+        reward_weights: weights of the mask and the format reward.
+        response_format: format rules of the paper or of its public code.
+        segmentation_loss_weight: weight of the segmentation loss, lambda_SEG.
+        loss_weights: weights of the segmentation losses among themselves.
         late_loss_weights: the same from ``late_from_step`` on.
-        late_from_step: 0 keeps ``weights`` throughout.
+        late_from_step: first step of ``late_loss_weights``; 0 for ``loss_weights`` throughout.
         lora: adapters instead of whole weights.
-        rollout: who writes the responses.
-        samples: responses with their masks that are kept as a picture at each look.
+        use_vllm: sample with vLLM instead of transformers.
+        vllm_mode: ``colocate`` (engine on the training GPUs) or ``server`` (``vllm serve``).
+        vllm_tensor_parallel_size: GPUs per colocated engine.
+        vllm_gpu_memory_utilization: share of GPU memory for a colocated engine.
+        vllm_enable_sleep_mode: whether a colocated engine frees its memory during the update.
+        vllm_server_host: host of the vLLM server.
+        vllm_server_port: port of the vLLM server.
+        num_completions_to_print: completions written with their masks at each evaluation.
     """
 
     optimizer: Optimizer = PAPER_OPTIMIZER
-    mode: Mode = "joint"
+    mode: Literal["joint", "rl", "segmentation"] = "joint"
     num_generations: int = 8
-    algorithm: Algorithm = "grpo"
+    loss_type: Literal["grpo", "dapo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     beta: float = 0.2
@@ -313,18 +279,25 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    max_response_tokens: int = 0
-    targets: int = 1
-    reward: RewardWeights = RewardWeights()
+    max_completion_length: int = 0
+    max_targets: int = 1
+    reward_weights: RewardWeights = RewardWeights()
+    response_format: ResponseFormat = ResponseFormat.PAPER
     segmentation_loss_weight: float = 0.3
-    weights: SegmentationLossWeights = SegmentationLossWeights()
+    loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     late_loss_weights: SegmentationLossWeights = SegmentationLossWeights(
         mask_dice=3.0, mask_focal=10.0
     )
     late_from_step: int = 1500
     lora: Lora = Lora()
-    rollout: Rollout = Rollout()
-    samples: int = 8
+    use_vllm: bool = False
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    vllm_tensor_parallel_size: int = 1
+    vllm_gpu_memory_utilization: float = 0.35
+    vllm_enable_sleep_mode: bool = True
+    vllm_server_host: str = "127.0.0.1"
+    vllm_server_port: int = 8000
+    num_completions_to_print: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -332,21 +305,24 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
             ("num_generations", 2),
             ("num_iterations", 1),
             ("per_device_train_batch_size", 0),
-            ("targets", 1),
+            ("max_targets", 1),
             ("late_from_step", 0),
-            ("max_response_tokens", 0),
+            ("max_completion_length", 0),
+            ("beta", 0),
+            ("epsilon", 0),
+            ("epsilon_high", 0),
+            ("segmentation_loss_weight", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("beta", "epsilon", "epsilon_high", "segmentation_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
-        if self.optimizer.muon:
-            raise ValueError("optimizer.muon is set; GRPO moves weights by AdamW: muon = false")
+        if self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.name is {self.optimizer.name!r}; accepted for GRPO: 'adamw'"
+            )
 
-    def loss_weights(self, step: int) -> SegmentationLossWeights:
+    def loss_weights_at(self, step: int) -> SegmentationLossWeights:
         """Return the weights of the segmentation losses in a step, counted from 0."""
-        is_later = self.late_from_step and step >= self.late_from_step
-        return self.late_loss_weights if is_later else self.weights
+        is_late = self.late_from_step and step >= self.late_from_step
+        return self.late_loss_weights if is_late else self.loss_weights

@@ -1,4 +1,4 @@
-"""The interface between a phase and the trainer."""
+"""Interface between a stage and the trainer, and averaging over processes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 from torch import nn
 
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.settings import StageSettings as PhaseSettings
+from coprs_deploy.training.settings import StageSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+S = TypeVar("S", bound=StageSettings)
 
-S = TypeVar("S", bound=PhaseSettings)
+EVAL_BATCH_SIZE = 32
+"""Default number of scenes per forward pass in an evaluation."""
 
 
 class StageOutput(NamedTuple):
-    """What an objective gives for one batch.
+    """Losses and metrics of one batch.
 
     Attributes:
-        losses: name to mean; the trainer adds them up with the phase's coefficients.
+        losses: name to mean; the trainer adds them, weighted by the stage's coefficients.
         metrics: name to mean, for the log.
     """
 
@@ -32,12 +34,13 @@ class StageOutput(NamedTuple):
 
 
 class TrainingStage(ABC, Generic[S]):
-    """One phase of a run.
+    """One stage of a run.
 
     Attributes:
-        name: of the phase in the recipe.
-        settings: of the phase.
-        objective: maps a batch to an :class:`StageOutput`; it holds every weight that moves.
+        name: name of the stage in the recipe.
+        settings: settings of the stage.
+        objective: module that maps a batch to a :class:`StageOutput`; it holds every parameter
+            that is trained.
     """
 
     name: str
@@ -45,7 +48,7 @@ class TrainingStage(ABC, Generic[S]):
     objective: nn.Module
 
     def prepare(self, accelerator: Accelerator) -> dict[str, float]:
-        """Change weights before the first step, by other means than steps; say what came of it."""
+        """Initialize weights before the first step; return metrics of the initialization."""
         return {}
 
     @abstractmethod
@@ -53,54 +56,50 @@ class TrainingStage(ABC, Generic[S]):
         """Return one process's part of a step's batch: tensors in tuples, lists or dictionaries."""
 
     @abstractmethod
-    def coefficients(self, relative_rate: float) -> dict[str, float]:
-        """Weigh the losses.
+    def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
+        """Return the coefficient of every loss.
 
         Args:
-            relative_rate: the learning rate as a share of its peak, for losses that fade with it.
+            lr_factor: learning rate as a share of its peak, for losses that decay with it.
 
         Returns:
-            Loss to factor; a loss whose name is missing counts under ``"*"``, or fully.
+            Loss name to coefficient; ``"X.*"`` stands for all losses ``X.NAME`` without their own.
         """
 
     @abstractmethod
-    def evaluate(self, accelerator: Accelerator, num_scenes: int) -> dict[str, float]:
-        """Judge the weights as they are on held-out scenes; the same result in every process."""
-
-
-ROWS_AT_ONCE = 32
-"""Scenes of one forward pass, unless a phase says otherwise."""
+    def evaluate(self, accelerator: Accelerator, num_examples: int) -> dict[str, float]:
+        """Evaluate the current weights on held-out examples; same result in every process."""
 
 
 def mean_metrics(
     accelerator: Accelerator,
     objective: nn.Module,
     collect: Callable[[list[int]], Any],
-    num_scenes: int,
-    rows_at_once: int = ROWS_AT_ONCE,
+    num_examples: int,
+    batch_size: int = EVAL_BATCH_SIZE,
 ) -> dict[str, float]:
-    """Average an objective's metrics over the first scenes, without gradient.
+    """Average an objective's metrics over the first examples, without gradient.
 
     Args:
-        accelerator: spreads the scenes over the processes.
-        objective: what gives the metrics.
-        collect: indices to a batch.
-        num_scenes: how many scenes.
-        rows_at_once: scenes of one forward pass.
+        accelerator: distributes the examples over the processes.
+        objective: module that gives the metrics.
+        collect: maps indices to a batch.
+        num_examples: number of examples.
+        batch_size: examples per forward pass.
 
     Returns:
         Metric to mean, the same in every process.
     """
     from accelerate.utils import send_to_device
 
-    mine = list(range(num_scenes))[accelerator.process_index :: accelerator.num_processes]
+    mine = list(range(num_examples))[accelerator.process_index :: accelerator.num_processes]
     sums: dict[str, Mean] = {}
     objective.eval()
     with torch.no_grad(), accelerator.autocast():
-        for start in range(0, len(mine), rows_at_once):
-            batch = send_to_device(collect(mine[start : start + rows_at_once]), accelerator.device)
-            outcome: StageOutput = objective(batch)
-            for name, mean in outcome.metrics.items():
+        for start in range(0, len(mine), batch_size):
+            batch = send_to_device(collect(mine[start : start + batch_size]), accelerator.device)
+            output: StageOutput = objective(batch)
+            for name, mean in output.metrics.items():
                 known = sums.get(name)
                 sums[name] = mean if known is None else Mean(*map(torch.add, known, mean))
     objective.train()
@@ -108,7 +107,7 @@ def mean_metrics(
 
 
 def reduce_means(accelerator: Accelerator, means: dict[str, Mean]) -> dict[str, float]:
-    """Bring the parts of means together over all processes."""
+    """Combine means over all processes; NaN where a mean has no weight."""
     if not means:
         return {}
     names = sorted(means)

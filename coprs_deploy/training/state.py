@@ -1,4 +1,4 @@
-"""What a run works on: policy, segmentation path, and the heads that are thrown away in the end."""
+"""Training state: policy, segmentation path and auxiliary heads, loaded from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,99 +28,18 @@ UNUSED_PARTS = (
     "mask_decoder.iou_prediction_head",
     *(f"mask_decoder.output_hypernetworks_mlps.{i}" for i in (1, 2, 3)),
 )
-"""Parameters that SAM has and CoPRS never calls: nothing can be learned there."""
-
-
-@dataclass
-class TrainingState:
-    """The parts of a model in training.
-
-    Attributes:
-        policy: the policy with tokenizer, image processor and prompt.
-        segmentation: the segmentation path.
-        heads: throw-away heads; without any for a model that starts from a checkpoint.
-        image_limits: how large an image the policy sees.
-    """
-
-    policy: PolicyParts
-    segmentation: SegmentationModel
-    heads: nn.Module
-    image_limits: PolicyImageLimits
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return every weight, by part."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take weights back; names must match exactly."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-
-    def save_checkpoint(
-        self, path: Path, dtype: str, provenance: dict[str, Any], overwrite: bool = False
-    ) -> Checkpoint:
-        """Write the checkpoint directory that ``coprs-deploy export`` takes.
-
-        Args:
-            path: the directory.
-            dtype: of the stored weights, as torch names it.
-            provenance: where the weights come from, for people.
-            overwrite: whether a checkpoint that stands there may be replaced.
-        """
-        wanted = getattr(torch, dtype)
-        tensors = {
-            name: tensor.detach().to("cpu", wanted)
-            for name, tensor in self.segmentation.state_dict().items()
-        }
-        config = CheckpointConfig(
-            self.segmentation.config, self.policy.prompt, self.image_limits, provenance
-        )
-        return write_checkpoint(
-            path, config, tensors, lambda folder: self.policy.save(folder, dtype), overwrite
-        )
-
-    def _parts(self) -> dict[str, nn.Module]:
-        return {
-            "policy": self.policy.model,
-            "segmentation": self.segmentation,
-            "heads": self.heads,
-        }
-
-
-def state_from_checkpoint(checkpoint: Checkpoint) -> TrainingState:
-    """Load every part of a checkpoint for training, in float32; there are no throw-away heads."""
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-    path: Path = checkpoint.policy_path
-    with without_progress_bars():
-        policy = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
-    for name in ("is_local", "local_files_only"):  # how it was read, not what it is
-        tokenizer.init_kwargs.pop(name, None)
-    parts = PolicyParts(policy, tokenizer, processor, checkpoint.config.prompt)
-    segmentation = load_segmentation_model(checkpoint)
-    return TrainingState(parts, segmentation, nn.Module(), checkpoint.config.policy_image)
-
-
-def freeze_unused(model: SegmentationModel) -> None:
-    """Take the parameters out of training that no stage calls."""
-    for name, weight in model.named_parameters():
-        if name.startswith(UNUSED_PARTS):
-            weight.requires_grad_(False)
+"""Parameters that SAM has and CoPRS never uses."""
 
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """A policy in memory with everything that its directory needs.
+    """Policy in memory, with the parts of its directory.
 
     Attributes:
-        model: the transformers model.
+        model: transformers model.
         tokenizer: its tokenizer.
         image_processor: its image processor.
-        prompt: the prompt that it is trained with.
+        prompt: prompt template of the training.
     """
 
     model: Any
@@ -132,12 +51,10 @@ class PolicyParts:
         """Write the transformers directory.
 
         Args:
-            directory: an existing empty one.
-            dtype: of the stored weights, as torch names it. The configuration keeps the dtype that
-                the policy was trained in: weights stored in half are computed with in full.
+            directory: an existing empty directory.
+            dtype: dtype of the stored weights, as torch names it. The configuration keeps the
+                dtype of the training: weights stored in half precision compute in full precision.
         """
-        import torch
-
         trained_dtype = self.model.dtype
         self.model.to(getattr(torch, dtype))
         try:
@@ -152,3 +69,84 @@ class PolicyParts:
         config.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.image_processor.save_pretrained(directory)
+
+
+@dataclass
+class TrainingState:
+    """The parts of a model in training.
+
+    Attributes:
+        policy: policy with tokenizer, image processor and prompt.
+        segmentation: segmentation path.
+        auxiliary_heads: heads used in training only; empty for a model that starts from a
+            checkpoint.
+        image_limits: smallest and largest number of pixels of the policy's input image.
+    """
+
+    policy: PolicyParts
+    segmentation: SegmentationModel
+    auxiliary_heads: nn.Module
+    image_limits: PolicyImageLimits
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return all weights by part."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Load weights; names must match exactly."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def save_checkpoint(
+        self, path: Path, dtype: str, provenance: dict[str, Any], overwrite: bool = False
+    ) -> Checkpoint:
+        """Write a checkpoint directory.
+
+        Args:
+            path: the directory.
+            dtype: dtype of the stored weights, as torch names it.
+            provenance: origin of the weights, for people.
+            overwrite: whether an existing checkpoint may be replaced.
+        """
+        tensors = {
+            name: tensor.detach().to("cpu", getattr(torch, dtype))
+            for name, tensor in self.segmentation.state_dict().items()
+        }
+        config = CheckpointConfig(
+            self.segmentation.config, self.policy.prompt, self.image_limits, provenance
+        )
+        return write_checkpoint(
+            path, config, tensors, lambda folder: self.policy.save(folder, dtype), overwrite
+        )
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {
+            "policy": self.policy.model,
+            "segmentation": self.segmentation,
+            "auxiliary_heads": self.auxiliary_heads,
+        }
+
+
+def state_from_checkpoint(checkpoint: Checkpoint) -> TrainingState:
+    """Load a checkpoint for training, in float32 and without auxiliary heads."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    path: Path = checkpoint.policy_path
+    with without_progress_bars():
+        policy = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    for name in ("is_local", "local_files_only"):  # added by the reader, not part of the tokenizer
+        tokenizer.init_kwargs.pop(name, None)
+    parts = PolicyParts(policy, tokenizer, processor, checkpoint.config.prompt)
+    segmentation = load_segmentation_model(checkpoint)
+    return TrainingState(parts, segmentation, nn.Module(), checkpoint.config.policy_image)
+
+
+def freeze_unused(model: SegmentationModel) -> None:
+    """Freeze the parameters that CoPRS never uses."""
+    for name, weight in model.named_parameters():
+        if name.startswith(UNUSED_PARTS):
+            weight.requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Supervised answers on examples from files, for a policy of any size and family.
+"""Supervised stage on examples, for a policy of any size and family.
 
-The policy runs its own forward pass, one question a row; the segmentation path sees each picture
-fitted to its padded square. Targets follow the ``<REF_POS>`` of the response in order.
+The policy runs its own forward pass, one example per row; the segmentation path takes each image
+resized and padded. Targets follow the ``<REF_POS>`` tokens of the response in order.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExampleSets:
-    """What is learned from and judged on.
+    """Training and held-out examples.
 
     Attributes:
-        training: examples to learn from.
-        held_out: examples to be judged on.
-        vision: the policy's image side.
-        seed: of the order.
-        features: image embeddings that are known already.
+        training: examples to train on.
+        held_out: examples to evaluate on.
+        vision: image preprocessing of the policy.
+        seed: seed of the order.
+        features: precomputed image embeddings.
     """
 
     training: Sequence[Example]
@@ -64,11 +64,11 @@ class ExampleBatch(NamedTuple):
 
     Attributes:
         inputs: keyword arguments of the policy's forward pass.
-        labels: int64 (B, L), the token that follows, where it is to be learned.
-        references: int64 (N, 2), row and column of each ``<REF_POS>`` that is fed.
-        images: (B, 3, S, S) float32, padded and normalized for the image encoder; where
-            ``is_encoded``, (B, C, G, G) float16, what the encoder made of them.
-        masks: (N, 1, M, M), share of each mask cell that the target covers.
+        labels: int64 (B, L), next token, or ``IGNORED_LABEL``.
+        references: int64 (N, 2), row and column of each ``<REF_POS>`` in the input.
+        images: (B, 3, S, S) float32, padded and normalized for the image encoder; with
+            ``is_encoded``, their embeddings (B, C, G, G) float16.
+        masks: (N, 1, M, M), share of each mask cell that the target covers, in [0, 1].
         unpadded_sizes: int64 (B, 2), height and width in pixels of each padded image.
         is_encoded: whether ``images`` holds embeddings.
     """
@@ -83,96 +83,96 @@ class ExampleBatch(NamedTuple):
 
 
 class ExampleObjective(nn.Module):
-    """The policy's own forward pass, then the segmentation path from its states."""
+    """The policy's own forward pass, then the segmentation path from its hidden states."""
 
-    def __init__(self, workbench: TrainingState, settings: SupervisedSettings) -> None:
+    def __init__(self, state: TrainingState, settings: SupervisedSettings) -> None:
         super().__init__()
-        self.policy = workbench.policy.model
-        self.segmentation = workbench.segmentation
+        self.policy = state.policy.model
+        self.segmentation = state.segmentation
         self._settings = settings
 
     def forward(self, batch: ExampleBatch) -> StageOutput:
         """Compute cross-entropy and segmentation losses."""
         hidden = self.policy.model(**batch.inputs, use_cache=False).last_hidden_state
-        is_learned = batch.labels != IGNORED_LABEL
-        logits = self.policy.get_output_embeddings()(hidden[is_learned])
-        even = torch.ones(logits.shape[-1], device=logits.device)
-        losses = {"reasoning": token_cross_entropy(logits, batch.labels[is_learned], even)}
+        has_label = batch.labels != IGNORED_LABEL
+        logits = self.policy.get_output_embeddings()(hidden[has_label])
+        token_weights = torch.ones(logits.shape[-1], device=logits.device)
+        losses = {"language": token_cross_entropy(logits, batch.labels[has_label], token_weights)}
         if not self._settings.segmentation_loss_weight:
             return StageOutput(losses, {})
         model, rows = self.segmentation, batch.references[:, 0]
         geometry = model.config.geometry
-        learns = torch.is_grad_enabled() and self._settings.train_image_encoder
-        with torch.set_grad_enabled(learns):
+        trains_encoder = torch.is_grad_enabled() and self._settings.train_image_encoder
+        with torch.set_grad_enabled(trains_encoder):
             embedding = self._embed(batch)
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
-        parts = segmentation_losses(priors, masks, batch.masks, inside, self._settings.weights)
-        losses.update({f"masks.{name}": mean for name, mean in parts.items()})
-        truth = (batch.masks[:, 0] > 0.5) & (inside[:, 0] > 0)
-        far_outside = -torch.finfo(torch.float32).max
-        shown = [torch.where(inside > 0, x.float(), far_outside) for x in (priors, masks)]
-        return StageOutput(losses, mask_metrics(shown[0], shown[1], truth))
+        loss_weights = self._settings.loss_weights
+        losses.update(segmentation_losses(priors, masks, batch.masks, inside, loss_weights))
+        ground_truth = (batch.masks[:, 0] > 0.5) & (inside[:, 0] > 0)
+        background = -torch.finfo(torch.float32).max
+        valid = [torch.where(inside > 0, x.float(), background) for x in (priors, masks)]
+        return StageOutput(losses, mask_metrics(valid[0], valid[1], ground_truth))
 
     def _embed(self, batch: ExampleBatch) -> Tensor:
-        """Run the image encoder, unless the batch holds embeddings already."""
+        """Run the image encoder, unless the batch holds embeddings."""
         if batch.is_encoded:
             return batch.images.float()
         return encode_images(self.segmentation, batch.images)
 
 
 class ExampleCollector:
-    """Turns examples into batches for one policy and one segmentation path.
+    """Collects examples into batches for one policy and one segmentation path.
 
     Args:
-        workbench: the model.
-        vision: the policy's image side.
-        features: image embeddings that are known already.
+        state: the model.
+        vision: image preprocessing of the policy.
+        features: precomputed image embeddings.
     """
 
     def __init__(
         self,
-        workbench: TrainingState,
+        state: TrainingState,
         vision: VisionProcessor,
         features: FeatureStore | None = None,
     ) -> None:
         self._features = features
-        self._tokenizer = workbench.policy.tokenizer
-        self._prompt = workbench.policy.prompt
-        self._limits = workbench.image_limits
-        self._geometry = workbench.segmentation.config.geometry
+        self._tokenizer = state.policy.tokenizer
+        self._prompt = state.policy.prompt
+        self._limits = state.image_limits
+        self._geometry = state.segmentation.config.geometry
         self._vision = vision
         self._reference_id = self._tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
         self._image_id = self._tokenizer.convert_tokens_to_ids(self._prompt.image_token)
 
     def __call__(self, examples: Sequence[Example]) -> ExampleBatch:
-        """Collect some examples; each keeps its whole response."""
+        """Collect examples; each keeps its whole response."""
         limits = (self._limits.min_pixels, self._limits.max_pixels)
-        seen = [self._vision(fit_pixel_count(example.image, *limits)) for example in examples]
+        inputs_of = [self._vision(fit_pixel_count(example.image, *limits)) for example in examples]
         encoded = [
             self._encode(example, vision.num_tokens)
-            for example, vision in zip(examples, seen, strict=True)
+            for example, vision in zip(examples, inputs_of, strict=True)
         ]
         width = max(len(ids) for ids, _ in encoded)
         shape = (len(examples), width)
         ids = torch.full(shape, int(self._tokenizer.pad_token_id))
         labels = torch.full(shape, IGNORED_LABEL)
-        attended = torch.zeros(shape, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
         references = []
         for row, (tokens, num_prompt) in enumerate(encoded):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             labels[row, num_prompt - 1 : len(tokens) - 1] = torch.tensor(tokens[num_prompt:])
-            attended[row, : len(tokens)] = 1
+            attention_mask[row, : len(tokens)] = 1
             references += [
                 (row, column)
                 for column, token in enumerate(tokens)
                 if token == self._reference_id and column >= num_prompt
             ]
-        inputs = {"input_ids": ids, "attention_mask": attended}
-        for name in seen[0].tensors:
-            inputs[name] = torch.cat([vision.tensors[name] for vision in seen])
-        if seen[0].marks_image_tokens:
+        inputs = {"input_ids": ids, "attention_mask": attention_mask}
+        for name in inputs_of[0].tensors:
+            inputs[name] = torch.cat([vision.tensors[name] for vision in inputs_of])
+        if inputs_of[0].marks_image_tokens:
             inputs["mm_token_type_ids"] = (ids == self._image_id).int()
         prepared = [prepare_image(example.image, self._geometry) for example in examples]
         sizes = torch.from_numpy(np.stack([p.unpadded_size for p in prepared]))
@@ -198,7 +198,7 @@ class ExampleCollector:
         return torch.stack([self._features.embedding(example.image) for example in examples])
 
     def _encode(self, example: Example, num_image_tokens: int) -> tuple[list[int], int]:
-        """Encode prompt and response; the latter's tokens start at the number returned."""
+        """Encode prompt and response; return the tokens and the length of the prompt."""
         prompt = encode_prompt(self._prompt, self._tokenizer, example.instruction, num_image_tokens)
         response = example.response or " ".join([REFERENCE_TOKEN] * len(example.masks))
         ids = self._tokenizer(response, add_special_tokens=False)["input_ids"]
@@ -206,29 +206,39 @@ class ExampleCollector:
 
 
 class SupervisedStage(TrainingStage[SupervisedSettings]):
-    """See the module."""
+    """Cross-entropy on the response, and segmentation losses where they have a weight.
+
+    Args:
+        name: name of the stage in the recipe.
+        settings: settings of the stage.
+        state: the model.
+        examples: training and held-out examples.
+
+    Raises:
+        ValueError: the image encoder is trained on precomputed embeddings.
+    """
 
     def __init__(
         self,
         name: str,
         settings: SupervisedSettings,
-        workbench: TrainingState,
+        state: TrainingState,
         examples: ExampleSets,
     ) -> None:
         self.name = name
         self.settings = settings
-        freeze_unused(workbench.segmentation)
+        freeze_unused(state.segmentation)
         if not settings.train_image_encoder:
-            workbench.segmentation.image_encoder.requires_grad_(False)
+            state.segmentation.image_encoder.requires_grad_(False)
         if not settings.segmentation_loss_weight:
-            workbench.segmentation.requires_grad_(False)
+            state.segmentation.requires_grad_(False)
         if settings.train_image_encoder and examples.features is not None:
             raise ValueError(
-                f"phases.{name}.train_image_encoder is set, and data.features holds what the "
-                "encoder gave before it: leave one of them out"
+                f"stages.{name}.train_image_encoder is set, and data.features holds embeddings of "
+                "the encoder before training: leave one of them out"
             )
-        self.objective = ExampleObjective(workbench, settings)
-        self._collect = ExampleCollector(workbench, examples.vision, examples.features)
+        self.objective = ExampleObjective(state, settings)
+        self._collect = ExampleCollector(state, examples.vision, examples.features)
         self._training, self._held_out = examples.training, examples.held_out
         self._order = EpochOrder(len(examples.training), examples.seed)
 
@@ -238,20 +248,20 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
         positions = range(step * size + rank, (step + 1) * size, num_ranks)
         return self._collect([self._training[self._order[position]] for position in positions])
 
-    def coefficients(self, relative_rate: float) -> dict[str, float]:
-        """See :meth:`TrainingStage.coefficients`."""
-        weights, factor = self.settings.weights, self.settings.segmentation_loss_weight
+    def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
+        """See :meth:`TrainingStage.loss_coefficients`."""
+        weights, factor = self.settings.loss_weights, self.settings.segmentation_loss_weight
         return {
-            "reasoning": self.settings.language_loss_weight,
-            **{f"masks.{n}": factor * getattr(weights, n) for n in weights.__struct_fields__},
+            "language": self.settings.language_loss_weight,
+            **{name: factor * getattr(weights, name) for name in weights.__struct_fields__},
         }
 
-    def evaluate(self, accelerator: Accelerator, num_scenes: int) -> dict[str, Any]:
-        """IoU of prior and mask on held-out examples, their responses given."""
+    def evaluate(self, accelerator: Accelerator, num_examples: int) -> dict[str, Any]:
+        """Measure the IoU of prior and mask on held-out examples, teacher-forced."""
         return mean_metrics(
             accelerator,
             self.objective,
             lambda indices: self._collect([self._held_out[i] for i in indices]),
-            min(num_scenes, len(self._held_out)),
-            rows_at_once=self.settings.global_batch_size,
+            min(num_examples, len(self._held_out)),
+            batch_size=self.settings.global_batch_size,
         )

@@ -23,7 +23,6 @@ from coprs_deploy.data.synthetic.scene import make_scene
 from coprs_deploy.evaluation.evaluator import evaluate, predict_with
 from coprs_deploy.evaluation.metrics import count_pixels, iou, summarize, union
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
-from coprs_deploy.training.shipping import LARGEST_BYTES
 from tests import ROOT
 
 EXAMPLE_TIER = msgspec.structs.replace(PLAIN, image_size=640)
@@ -43,8 +42,6 @@ def coprs():
 
 
 def test_it_is_small_and_its_files_are_whole():
-    files = [path for path in demo.ROOT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < LARGEST_BYTES
     bundle, checkpoint = open_bundle(demo.BUNDLE), read_checkpoint(demo.CHECKPOINT)
     assert bundle.manifest.checkpoint_fingerprint == checkpoint.fingerprint()
     assert bundle.policy_path.resolve() == checkpoint.policy_path.resolve()
@@ -55,22 +52,13 @@ ABSOLUTE_PATH = re.compile(r'"/[\w.-]+/')
 
 
 def test_no_path_of_a_machine_is_in_its_files():
-    reports = ROOT.glob("docs/reports/shipped-model*/report.json")
+    reports = ROOT.glob("training/reports/demo-model*/report.json")
     files = [*demo.ROOT.rglob("*.json"), *reports]
     assert ABSOLUTE_PATH.search('{"_name_or_path": "/home/someone/policy"}')
     for path in files:
         assert not ABSOLUTE_PATH.search(path.read_text(encoding="utf-8")), path
     for path in demo.ROOT.rglob("*.onnx"):
         assert b".py" not in path.read_bytes(), path
-
-
-def test_its_card_tells_the_figures_of_its_report():
-    report = json.loads((ROOT / "docs/reports/shipped-model/report.json").read_text())
-    card = demo.MODEL_CARD.read_text(encoding="utf-8")
-    assert f"| all | {report['generated']['mask_iou']:.3f} |" in card
-    for phase in report["phases"].values():
-        for gate in phase["gates"].values():
-            assert gate["passed"] == (gate["found"] >= gate["wanted"])
 
 
 @pytest.mark.slow
@@ -84,13 +72,6 @@ def test_without_padding_its_masks_are_as_good():
     assert figures["truth_iou_with_padding"] > 0.9
     assert figures["truth_iou_without"] > figures["truth_iou_with_padding"] - 0.03
     assert 0.9 < figures["iou"] < 1
-
-
-@pytest.mark.parametrize("report", ["shipped-model", "shipped-model-seed-1"])
-def test_both_seeds_of_its_recipe_reach_the_goals(report):
-    figures = json.loads((ROOT / "docs/reports" / report / "report.json").read_text())["generated"]
-    assert figures["mask_iou"] >= 0.93
-    assert figures["precision_at_50"] >= 0.99
 
 
 @pytest.mark.slow

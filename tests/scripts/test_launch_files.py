@@ -1,4 +1,4 @@
-"""The launch files: read by accelerate itself, their layers exist, their shell is valid."""
+"""The launch files: accelerate reads them, their layers exist, their shell syntax is valid."""
 
 import re
 import subprocess
@@ -9,13 +9,15 @@ from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
+from coprs_deploy.training.recipe import load_recipe
 from tests import ROOT
 
-LAUNCH = ROOT / "examples" / "launch"
+LAUNCH = ROOT / "training" / "launch"
+SHELL_FILES = ["one_node.sh", "rollout_server.sh", "slurm.sbatch"]
 
 
 @pytest.mark.parametrize(("name", "machines", "processes"), [("1x8", 1, 8), ("2x8", 2, 16)])
-def test_accelerate_reads_its_files(name, machines, processes):
+def test_accelerate_config_is_fsdp2_with_existing_layers(name, machines, processes):
     file = LAUNCH / f"fsdp2_{name}.yaml"
     config = load_config_from_file(str(file))
     assert (config.num_machines, config.num_processes) == (machines, processes)
@@ -32,6 +34,17 @@ def test_accelerate_reads_its_files(name, machines, processes):
     assert hasattr(modeling_clip, encoder)
 
 
-@pytest.mark.parametrize("name", ["one_node.sh", "rollout_server.sh", "slurm.sbatch"])
-def test_the_shell_is_valid(name):
-    subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
+@pytest.mark.parametrize("name", SHELL_FILES)
+def test_shell_file_has_valid_syntax(name):
+    checked = subprocess.run(["bash", "-n", str(LAUNCH / name)], check=False)
+    assert checked.returncode == 0
+
+
+@pytest.mark.parametrize("name", SHELL_FILES)
+def test_shell_file_names_recipes_and_settings_that_exist(name):
+    text = (LAUNCH / name).read_text()
+    settings = re.findall(r"--set (stages[\w.]+=[\w./]+)", text)
+    recipes = re.findall(r"\b(grpo_\w+) ", text)
+    for recipe in recipes:
+        assert load_recipe(recipe, settings).stages
+    assert recipes or not settings

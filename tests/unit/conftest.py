@@ -1,10 +1,22 @@
-"""A runtime of fakes."""
+"""A runtime of fakes, and a fresh accelerate state for every test."""
+
+import sys
 
 import pytest
 
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.runtime import CoPRS
 from tests.unit.runtime_fakes import GEOMETRY, SPECS, FakePolicy, FakeRunner
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Reset accelerate's process-wide state: it keeps the precision of an earlier test."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

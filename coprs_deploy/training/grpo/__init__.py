@@ -1,6 +1,6 @@
-"""GRPO with segmentation in one backward pass: the paper's training, carried by TRL.
+"""GRPO with segmentation in one backward pass: the paper's training, built on TRL.
 
-TRL samples, scores groups, computes the policy's loss and synchronizes rollout engines. What is
-CoPRS's own lies here: the segmentation modules that hang on the policy, the masks that are decoded
-for each sampled response and earn its reward, and the joint loss.
+TRL samples completions, normalizes rewards within groups, computes the policy loss and
+synchronizes rollout engines. This package adds what is specific to CoPRS: the segmentation modules
+attached to the policy, the masks decoded for each completion, their reward, and the joint loss.
 """

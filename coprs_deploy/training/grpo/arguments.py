@@ -1,7 +1,8 @@
-"""From a recipe's words to the settings of TRL and PEFT, none of their defaults left to chance."""
+"""TRL and PEFT settings of a GRPO stage, with every relevant default set explicitly."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from trl import GRPOConfig
 
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.settings import CheckpointModel, GrpoSettings, Lora
+from coprs_deploy.training.settings import GrpoSettings, Lora
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -18,82 +19,90 @@ if TYPE_CHECKING:
 LORA_TARGETS = (
     r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 )
-"""Matrices of the language model that adapters sit on, in both families of policy."""
-
-VLLM_MODES = {"vllm_colocated": "colocate", "vllm_server": "server"}
+"""Language-model matrices that get adapters, in both policy families."""
 
 
-def rows_of_a_pass(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
-    """Divide a step's responses: rows of one forward pass, and passes of a process.
+def split_batch(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
+    """Split the completions of a step into forward passes.
+
+    Returns:
+        Completions per forward pass, and gradient accumulation steps of each process.
 
     Raises:
-        ValueError: they cannot be divided evenly.
+        ValueError: the completions cannot be split evenly.
     """
-    rows = settings.global_batch_size * settings.num_generations
-    if rows % num_processes:
+    prompts, group = settings.global_batch_size, settings.num_generations
+    total = prompts * group
+    if total % num_processes:
+        least = num_processes // math.gcd(num_processes, group)
         raise ValueError(
-            f"a step has {settings.global_batch_size} prompts x {settings.num_generations} responses = "
-            f"{rows}, which {num_processes} processes cannot share evenly; change global_batch_size"
+            f"global_batch_size is {prompts}; {prompts} prompts x {group} completions are not "
+            f"divisible by {num_processes} processes; accepted: multiples of {least}"
         )
-    mine = rows // num_processes
-    a_pass = settings.per_device_train_batch_size or mine
-    if mine % a_pass:
+    per_process = total // num_processes
+    per_pass = settings.per_device_train_batch_size or per_process
+    if per_process % per_pass:
         raise ValueError(
-            f"per_device_train_batch_size is {a_pass}; it must divide the {mine} responses of a process"
+            f"per_device_train_batch_size is {per_pass}; accepted: divisors of {per_process}, the "
+            "completions of a process"
         )
-    return a_pass, mine // a_pass
+    return per_pass, per_process // per_pass
 
 
 def grpo_arguments(
     settings: GrpoSettings,
     recipe: Recipe,
     accelerator: Accelerator,
-    folder: Path,
-    workbench: TrainingState,
+    output_dir: Path,
+    state: TrainingState,
 ) -> GRPOConfig:
-    """Write down everything that TRL is to do.
+    """Build TRL's configuration of a stage.
+
+    Args:
+        settings: settings of the stage.
+        recipe: recipe of the run.
+        accelerator: accelerator of the run.
+        output_dir: directory of the training states.
+        state: model and prompt of the run.
 
     Raises:
-        ValueError: steps, states and rollouts do not fit together.
+        ValueError: the batch cannot be split evenly, or a resume would split a rollout.
     """
     if recipe.save_steps % settings.num_iterations:
         raise ValueError(
-            f"save_steps is {recipe.save_steps}; it must be a multiple of num_iterations "
-            f"({settings.num_iterations}), so that no rollout is cut in two by a resume"
+            f"save_steps is {recipe.save_steps}; accepted: multiples of num_iterations "
+            f"({settings.num_iterations}), so that a resume does not split a rollout"
         )
-    rows, passes = rows_of_a_pass(settings, accelerator.num_processes)
-    prompt = workbench.policy.prompt
-    response = settings.max_response_tokens or prompt.max_response_tokens
-    checkpointing = (
-        isinstance(recipe.model, CheckpointModel) and recipe.model.gradient_checkpointing
-    )
+    per_pass, passes = split_batch(settings, accelerator.num_processes)
+    prompt = state.policy.prompt
+    max_completion_length = settings.max_completion_length or prompt.max_response_tokens
     return GRPOConfig(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=rows,
+        output_dir=str(output_dir),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=per_pass,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
         num_generations=settings.num_generations,
         num_iterations=settings.num_iterations,
-        shuffle_dataset=False,  # the table of prompts is in the order of the run
-        max_completion_length=response,
+        shuffle_dataset=False,  # the prompts are shuffled already
+        max_completion_length=max_completion_length,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
-        loss_type="dapo" if settings.algorithm == "dapo" else "grpo",
-        importance_sampling_level="sequence" if settings.algorithm == "gspo" else "token",
+        loss_type=settings.loss_type,
+        importance_sampling_level=settings.importance_sampling_level,
         epsilon=settings.epsilon,
         epsilon_high=settings.epsilon_high,
         beta=settings.beta,
-        use_bias_correction_kl=False,  # the k3 estimator of the paper
+        use_bias_correction_kl=False,  # the paper's k3 estimator
         entropy_coef=settings.entropy_coef,
         scale_rewards="group",
-        reward_weights=[settings.reward.mask, 1 - settings.reward.mask],
+        reward_weights=[settings.reward_weights.mask, settings.reward_weights.format],
         mask_truncated_completions=settings.mask_truncated_completions,
-        learning_rate=settings.optimizer.rate,
-        max_grad_norm=settings.optimizer.clip,
+        learning_rate=settings.optimizer.learning_rate,
+        max_grad_norm=settings.optimizer.max_grad_norm,
         bf16=recipe.precision == "bf16",
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=recipe.model.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
         logging_steps=recipe.logging_steps,
@@ -102,35 +111,34 @@ def grpo_arguments(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **_rollout_arguments(settings, prompt.max_prompt_tokens + response),
+        **_vllm_arguments(settings, prompt.max_prompt_tokens + max_completion_length),
     )
 
 
 def lora_config(settings: Lora) -> Any:
-    """Describe the adapters for PEFT; None where whole weights are trained."""
-    if not settings.rank:
+    """Build PEFT's configuration of the adapters; None if whole weights are trained."""
+    if not settings.r:
         return None
     from peft import LoraConfig
 
     return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=LORA_TARGETS,
     )
 
 
-def _rollout_arguments(settings: GrpoSettings, longest: int) -> dict[str, Any]:
-    rollout = settings.rollout
-    if rollout.engine == "transformers":
+def _vllm_arguments(settings: GrpoSettings, max_model_length: int) -> dict[str, Any]:
+    if not settings.use_vllm:
         return {"use_vllm": False}
     return {
         "use_vllm": True,
-        "vllm_mode": VLLM_MODES[rollout.engine],
-        "vllm_tensor_parallel_size": rollout.tensor_parallel,
-        "vllm_gpu_memory_utilization": rollout.memory_share,
-        "vllm_enable_sleep_mode": rollout.sleeps,
-        "vllm_max_model_length": longest,
-        "vllm_server_host": rollout.host,
-        "vllm_server_port": rollout.port,
+        "vllm_mode": settings.vllm_mode,
+        "vllm_tensor_parallel_size": settings.vllm_tensor_parallel_size,
+        "vllm_gpu_memory_utilization": settings.vllm_gpu_memory_utilization,
+        "vllm_enable_sleep_mode": settings.vllm_enable_sleep_mode,
+        "vllm_max_model_length": max_model_length,
+        "vllm_server_host": settings.vllm_server_host,
+        "vllm_server_port": settings.vllm_server_port,
     }

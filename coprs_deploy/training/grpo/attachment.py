@@ -1,10 +1,9 @@
-"""The segmentation modules on the policy: one forward pass serves words and masks.
+"""Segmentation modules attached to the policy: one forward pass computes logits of text and masks.
 
 The policy stays an instance of its own transformers class (a subclass defined elsewhere would load
-its weights under other names), and gains a submodule ``segmentation`` and three hooks. A call with
-``segmentation=SegmentationRequest(...)`` returns prior and mask logits beside the usual output.
-They are fields of the output itself: wrappers of distributed training look for what needs a
-gradient there.
+its weights under other names) and gains a submodule ``segmentation`` and three hooks. A call with
+``segmentation=SegmentationRequest(...)`` adds prior and mask logits to the usual output, as fields
+of the output itself: wrappers of distributed training search it for tensors that need a gradient.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from coprs_deploy.training.mask_decoding import decode_targets
 from coprs_deploy.training.state import freeze_unused
 
 ATTRIBUTE = "segmentation"
-"""Name of the submodule; the weights of a rollout engine are all others."""
+"""Name of the submodule; a rollout engine gets all other weights."""
 
 
 class SegmentationRequest(NamedTuple):
-    """What a forward pass needs to decode masks.
+    """Inputs of the mask decoding in a forward pass over B rows.
 
     Attributes:
-        image_embedding: (B, C, G, G), of each row's image.
+        image_embedding: (B, C, G, G) embedding of each row's image.
         inside: (B, 1, M, M), 1 for mask cells of the image and 0 for padding.
-        first_column: where responses begin; ``<REF_POS>`` before it belongs to the prompt.
-        num_targets: K, masks a row.
+        first_column: column of the first completion token; ``<REF_POS>`` before it is ignored.
+        num_targets: masks per row, K.
     """
 
     image_embedding: Tensor
@@ -40,7 +39,7 @@ class SegmentationRequest(NamedTuple):
 
 
 class SegmentationHead(nn.Module):
-    """Prior, prompt encoder and mask decoder: what is trained; the image encoder stays outside."""
+    """Trainable segmentation modules: prior, prompt encoder, mask decoder; no image encoder."""
 
     def __init__(self, model: SegmentationModel) -> None:
         super().__init__()
@@ -50,11 +49,11 @@ class SegmentationHead(nn.Module):
         self.mask_decoder = model.mask_decoder
 
     def forward(self, request: SegmentationRequest, concentration: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode K targets a row.
+        """Decode K targets per row.
 
         Args:
-            request: embeddings and paddings of B rows.
-            concentration: (B, K, D) states of ``<REF_POS>``, zero where there is none.
+            request: image embeddings and padding of B rows.
+            concentration: (B, K, D) hidden states of ``<REF_POS>``, zero where it is missing.
 
         Returns:
             Prior logits and mask logits, (B, K, M, M) each.
@@ -66,23 +65,23 @@ class SegmentationHead(nn.Module):
         states = concentration.flatten(0, 1).to(dtype)
         priors, masks = decode_targets(self, embedding, states, inside)
         shape = (rows, targets, *masks.shape[-2:])
-        # Clones: sharded training hangs hooks on outputs, which a view could lose.
+        # Clones: sharded training registers hooks on outputs, which a view could lose.
         return priors.view(shape).clone(), masks.view(shape).clone()
 
 
 class Attachment:
-    """Hangs a segmentation head on a policy; :meth:`detach` takes it off again.
+    """Attach a segmentation head to a policy; :meth:`detach` removes it.
 
     Args:
-        policy: a transformers model, not a subclass of ours and not wrapped.
-        head: what is attached.
-        reference_id: id of ``<REF_POS>``.
+        policy: a plain transformers model, without a wrapper.
+        head: the segmentation head.
+        reference_id: token id of ``<REF_POS>``.
     """
 
     def __init__(self, policy: Any, head: SegmentationHead, reference_id: int) -> None:
         self._policy = policy
         self._reference_id = reference_id
-        self._asked: tuple[SegmentationRequest, Tensor] | None = None
+        self._pending: tuple[SegmentationRequest, Tensor] | None = None
         self._hidden: Tensor | None = None
         policy.add_module(ATTRIBUTE, head)
         self._hooks = [
@@ -92,7 +91,7 @@ class Attachment:
         ]
 
     def detach(self) -> None:
-        """Give the policy back as it was, with the weights that it has now."""
+        """Remove head and hooks; the policy keeps its current weights."""
         for hook in self._hooks:
             hook.remove()
         delattr(self._policy, ATTRIBUTE)
@@ -101,20 +100,20 @@ class Attachment:
         self, policy: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         request = named.pop("segmentation", None)
-        self._asked = None if request is None else (request, named["input_ids"])
+        self._pending = None if request is None else (request, named["input_ids"])
         return arguments, named
 
     def _keep_states(self, backbone: nn.Module, arguments: Any, output: Any) -> None:
-        if self._asked is not None:
+        if self._pending is not None:
             self._hidden = output.last_hidden_state
 
     def _add_masks(self, policy: nn.Module, arguments: Any, output: Any) -> Any:
-        asked, hidden = self._asked, self._hidden
-        self._asked = self._hidden = None
-        if asked is None:
+        pending, hidden = self._pending, self._hidden
+        self._pending = self._hidden = None
+        if pending is None:
             return None
         assert hidden is not None, "the policy did not run its backbone"
-        request, ids = asked
+        request, ids = pending
         columns, is_found = reference_columns(
             ids, self._reference_id, request.first_column, request.num_targets
         )
@@ -129,16 +128,16 @@ class Attachment:
 def reference_columns(
     ids: Tensor, reference_id: int, first_column: int, num_targets: int
 ) -> tuple[Tensor, Tensor]:
-    """Find the ``<REF_POS>`` of each response, in order; of too many, the last ones count.
+    """Find the ``<REF_POS>`` of each completion, in order; of more than K, the last K count.
 
     Args:
-        ids: int64 (B, L) prompts and responses.
-        reference_id: id of ``<REF_POS>``.
-        first_column: where responses begin.
-        num_targets: K.
+        ids: int64 (B, L) tokens of prompts and completions.
+        reference_id: token id of ``<REF_POS>``.
+        first_column: column of the first completion token.
+        num_targets: masks per row, K.
 
     Returns:
-        int64 (B, K) columns, 0 where there is none, and bool (B, K), whether there is one.
+        Columns, int64 (B, K), 0 where missing; and whether each exists, bool (B, K).
     """
     is_reference = ids == reference_id
     is_reference[:, :first_column] = False
@@ -156,10 +155,10 @@ _EXTENDED: dict[Any, Any] = {}
 
 
 def _output_with_masks(kind: Any) -> Any:
-    """Extend a transformers output class by our fields.
+    """Extend a transformers output class by the fields of the masks.
 
-    Sharded training takes the output apart and builds it again, so keys that the class does not
-    know would be lost.
+    Sharded training rebuilds the output from its fields, so keys unknown to the class would be
+    lost.
     """
     if kind not in _EXTENDED:
         added: list[tuple[str, Any, Any]] = [

@@ -1,4 +1,4 @@
-"""What a batch of prompts is: pictures for both towers, and the masks that are wanted."""
+"""Batches of prompts: images for both encoders, and ground-truth masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.images import fit_pixel_count, prepare_image
 from coprs_deploy.training.features import FeatureStore
 from coprs_deploy.training.grpo.attachment import SegmentationRequest
-from coprs_deploy.training.grpo.processor import PICTURE_KEY
+from coprs_deploy.training.grpo.processor import IMAGE_KEY
 from coprs_deploy.training.losses import inside_image
 from coprs_deploy.training.mask_decoding import encode_images, fit_mask
 from coprs_deploy.training.state import TrainingState
@@ -24,27 +24,27 @@ class PromptItem(NamedTuple):
     """One prompt.
 
     Attributes:
-        example: with its truth.
-        picture: as the policy sees it.
+        example: example with its ground truth.
+        image: image at the policy's size.
     """
 
     example: Example
-    picture: Image.Image
+    image: Image.Image
 
     @property
     def row(self) -> dict[str, Any]:
-        """The prompt in the shape that TRL asks for."""
+        """The prompt as a row of a TRL data set."""
         message = {"role": "user", "content": self.example.instruction}
-        return {"prompt": [message], "image": self.picture}
+        return {"prompt": [message], "image": self.image}
 
 
 class GroundTruth(NamedTuple):
-    """What the segmentation path sees and what it should give, for B rows.
+    """Inputs of the segmentation path and ground-truth masks of B rows.
 
     Attributes:
-        image_embedding: (B, C, G, G).
+        image_embedding: (B, C, G, G) image embeddings.
         inside: (B, 1, M, M), 1 for mask cells of the image and 0 for padding.
-        masks: (B, K, M, M), share of each cell that a target covers; zeros beyond the last target.
+        masks: (B, K, M, M), share of each cell covered by a target; zeros beyond the last target.
         num_targets: int64 (B,), at most K.
     """
 
@@ -54,86 +54,84 @@ class GroundTruth(NamedTuple):
     num_targets: Tensor
 
     def request(self, first_column: int) -> SegmentationRequest:
-        """Ask for the masks of responses that begin in a column."""
+        """Build the request for the masks of completions that start in ``first_column``."""
         return SegmentationRequest(
             self.image_embedding, self.inside, first_column, self.masks.shape[1]
         )
 
-    def part(self, start: int, stop: int) -> GroundTruth:
-        """Take some of the rows."""
+    def rows(self, start: int, stop: int) -> GroundTruth:
+        """Return the rows from ``start`` to ``stop``."""
         return GroundTruth(*(tensor[start:stop] for tensor in self))
 
     @property
     def is_target(self) -> Tensor:
-        """Bool (B, K): which of the K masks are wanted."""
+        """Which of the K masks are targets, bool (B, K)."""
         slots = torch.arange(self.masks.shape[1], device=self.masks.device)
         return slots < self.num_targets[:, None]
 
 
-class QuestionCollector:
-    """Turns examples into prompts and truth.
+class PromptCollator:
+    """Convert examples to prompts and ground truth.
 
     Args:
-        workbench: the model; its image encoder stays as it is.
-        features: image embeddings that are known already.
-        num_targets: K, the most targets of one prompt.
+        state: the model; its image encoder stays frozen.
+        features: precomputed image embeddings; None computes them.
+        max_targets: maximum number of targets per prompt, K.
     """
 
     def __init__(
-        self, workbench: TrainingState, features: FeatureStore | None, num_targets: int
+        self, state: TrainingState, features: FeatureStore | None, max_targets: int
     ) -> None:
-        self._limits = workbench.image_limits
-        self._segmentation = workbench.segmentation
-        self.geometry = workbench.segmentation.config.geometry
+        self._limits = state.image_limits
+        self._segmentation = state.segmentation
+        self.geometry = state.segmentation.config.geometry
         self._features = features
-        self._num_targets = num_targets
+        self._max_targets = max_targets
 
-    def question(self, example: Example, key: Any) -> PromptItem:
-        """Show an example to the policy.
+    def item(self, example: Example, key: Any) -> PromptItem:
+        """Resize the image of an example for the policy.
 
         Args:
             example: the example.
-            key: names its picture among those of the batch.
+            key: identifier of the image within the batch.
         """
         limits = (self._limits.min_pixels, self._limits.max_pixels)
-        picture = fit_pixel_count(example.image, *limits)
-        picture.info[PICTURE_KEY] = key
-        return PromptItem(example, picture)
+        image = fit_pixel_count(example.image, *limits)
+        image.info[IMAGE_KEY] = key
+        return PromptItem(example, image)
 
-    def truth(self, questions: Sequence[PromptItem], device: torch.device) -> GroundTruth:
-        """Collect the truth of some rows; a question that is repeated is looked at once.
+    def ground_truth(self, items: Sequence[PromptItem], device: torch.device) -> GroundTruth:
+        """Build the ground truth of some rows; repeated items are encoded once.
 
         Raises:
-            ValueError: an example has more targets than the recipe says.
+            ValueError: an example has more targets than ``max_targets``.
         """
-        places = {id(question): 0 for question in questions}
-        distinct = list({id(question): question for question in questions}.values())
-        for place, question in enumerate(distinct):
-            places[id(question)] = place
-        order = torch.tensor([places[id(question)] for question in questions], device=device)
-        prepared = [prepare_image(q.example.image, self.geometry) for q in distinct]
+        distinct = list({id(item): item for item in items}.values())
+        index = {id(item): number for number, item in enumerate(distinct)}
+        order = torch.tensor([index[id(item)] for item in items], device=device)
+        prepared = [prepare_image(item.example.image, self.geometry) for item in distinct]
         sizes = torch.from_numpy(np.stack([p.unpadded_size for p in prepared]))
         masks = torch.stack(
-            [self._masks(q.example, size) for q, size in zip(distinct, sizes, strict=True)]
+            [self._masks(item.example, size) for item, size in zip(distinct, sizes, strict=True)]
         )
         if self._features is None:
             pixels = torch.from_numpy(np.concatenate([p.image for p in prepared])).to(device)
             with torch.no_grad():
                 embedding = encode_images(self._segmentation, pixels)
         else:
-            stored = [self._features.embedding(q.example.image) for q in distinct]
+            stored = [self._features.embedding(item.example.image) for item in distinct]
             embedding = torch.stack(stored).to(device)
         inside = inside_image(sizes, self.geometry.mask_size, self.geometry.mask_stride)
-        counts = torch.tensor([len(q.example.masks) for q in distinct])
+        counts = torch.tensor([len(item.example.masks) for item in distinct])
         parts = (embedding, inside.to(device), masks.to(device), counts.to(device))
         return GroundTruth(*(part[order] for part in parts))
 
     def _masks(self, example: Example, size: Tensor) -> Tensor:
-        count, most = len(example.masks), self._num_targets
+        count, most = len(example.masks), self._max_targets
         if count > most:
             raise ValueError(
-                f"the example {example.id} has {count} targets, and targets is {most}: raise it "
-                "in the recipe, or leave the example out"
+                f"max_targets is {most}; example {example.id} has {count} targets; raise "
+                "max_targets in the recipe, or remove the example"
             )
         grid = self.geometry.mask_size
         masks = torch.zeros(most, grid, grid)

@@ -1,4 +1,4 @@
-"""Weights on their way: into states and back, between processes, and to a rollout engine."""
+"""Weights and gradients across files and processes: states, sharding, rollout engines."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from coprs_deploy.training.grpo.attachment import ATTRIBUTE
 from coprs_deploy.training.settings import GrpoSettings
 
 WEIGHTS_FILE = "trained.safetensors"
-"""The weights that move, in the folder of a state."""
+"""Trainable weights in the directory of a training state."""
 
 
-def moving_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name the parameters that are trained; two names of one parameter count once."""
+def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Map names to trainable parameters; a shared parameter is listed once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_moving_weights(state: Path, model: nn.Module) -> None:
-    """Write the weights that move into the folder of a state, under their names in memory."""
+def save_trainable_weights(state: Path, model: nn.Module) -> None:
+    """Write the trainable weights to a state directory, under their names in memory."""
     from safetensors.torch import save_file
 
     state.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().contiguous() for name, p in moving_weights(model).items()}
+    weights = {name: p.detach().contiguous() for name, p in trainable_weights(model).items()}
     save_file(weights, state / WEIGHTS_FILE)
 
 
-def load_moving_weights(state: Path, model: nn.Module) -> None:
-    """Put the weights of a state back; every name must be there, and no other.
+def load_trainable_weights(state: Path, model: nn.Module) -> None:
+    """Load the trainable weights of a state; names must match exactly.
 
     Raises:
         ArtifactError: the state belongs to another model or recipe.
@@ -40,24 +40,24 @@ def load_moving_weights(state: Path, model: nn.Module) -> None:
     from safetensors.torch import load_file
 
     stored = load_file(state / WEIGHTS_FILE)
-    moving = moving_weights(model)
-    differing = stored.keys() ^ moving.keys()
+    trainable = trainable_weights(model)
+    differing = stored.keys() ^ trainable.keys()
     if differing:
         raise ArtifactError(
-            f"{state} does not hold the weights that this recipe trains: {sorted(differing)[:5]} "
-            "are on one side only; remove it, or start in another folder with --out"
+            f"the weights in {state} do not match this recipe: {sorted(differing)[:5]} exist on "
+            "one side only; remove it, or choose another directory with --out"
         )
     with torch.no_grad():
-        for name, weight in moving.items():
+        for name, weight in trainable.items():
             weight.copy_(stored[name])
 
 
-def keep_segmentation_out(engine: Any) -> None:
-    """Let a rollout engine have the policy's weights only, under the policy's names."""
-    everything = engine._iter_named_params
+def exclude_segmentation(engine: Any) -> None:
+    """Restrict weight synchronization of a rollout engine to the policy's own weights."""
+    iter_all = engine._iter_named_params
 
     def policy_only() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in everything():
+        for name, weight in iter_all():
             if not name.startswith(f"{ATTRIBUTE}."):
                 yield name, weight
 
@@ -65,41 +65,42 @@ def keep_segmentation_out(engine: Any) -> None:
 
 
 def average_gradients(replicated: nn.Module) -> None:
-    """Average the gradients of a module that every process holds whole, over the processes."""
+    """Average over the processes the gradients of a module that is replicated, not sharded."""
     from torch import distributed
 
     count = distributed.get_world_size()
     for weight in replicated.parameters():
         if not weight.requires_grad:
             continue
-        if weight.grad is None:  # this process had no row with a target
+        if weight.grad is None:  # no row with a target in this process
             weight.grad = torch.zeros_like(weight)
         distributed.all_reduce(weight.grad)
         weight.grad.div_(count)
 
 
-def require_sharding_settings(settings: GrpoSettings) -> None:
-    """Refuse what sharded training cannot do.
+def check_sharding_settings(settings: GrpoSettings) -> None:
+    """Check that settings are supported by sharded training (FSDP).
 
     Raises:
-        ValueError: adapters, or no gradient clip.
+        ValueError: adapters, or no gradient clipping.
     """
-    if settings.lora.rank:
+    if settings.lora.r:
         raise ValueError(
-            "lora.rank is set and the policy is sharded (FSDP); adapters are merged from whole "
-            "weights: start without an FSDP configuration"
+            f"lora.r is {settings.lora.r}; accepted with a sharded policy (FSDP): 0; adapters are "
+            "merged from whole weights, so start without an FSDP configuration"
         )
-    if settings.optimizer.clip <= 0:
+    if settings.optimizer.max_grad_norm <= 0:
         raise ValueError(
-            f"optimizer.clip is {settings.optimizer.clip}; sharded training needs one above 0"
+            f"optimizer.max_grad_norm is {settings.optimizer.max_grad_norm}; accepted with a "
+            "sharded policy (FSDP): a value above 0"
         )
 
 
-def whole_policy(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
-    """Gather a sharded policy's weights, without the segmentation head; all processes take part.
+def gather_policy(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
+    """Gather the weights of a sharded policy without its segmentation head (collective call).
 
     Returns:
-        Name to whole tensor in the main process, nothing in the others.
+        Name to whole tensor in the main process; empty in the others.
     """
     gathered: dict[str, Tensor] = accelerator.get_state_dict(model)
     return {n: t for n, t in gathered.items() if not n.startswith(f"{ATTRIBUTE}.")}

@@ -77,15 +77,17 @@ def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
 
 def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Prediction]:
     parts = trainer.parts
-    questions = [parts.collector.question(example, i) for i, example in enumerate(examples)]
-    parts.processor.forget()
+    questions = [parts.collator.item(example, i) for i, example in enumerate(examples)]
+    parts.processor.clear_cache()
     responses = generate_greedily(trainer, questions)
-    ground_truth = parts.collector.truth(questions, trainer.accelerator.device)
+    ground_truth = parts.collator.ground_truth(questions, trainer.accelerator.device)
     decoded = trainer.decode(questions, ground_truth, responses)
     format_scores = parts.reader.format_scores(responses, ground_truth.num_targets.tolist())
     scores = mask_scores(decoded, ground_truth).float().cpu()
-    rewards = total_reward(scores, torch.tensor(format_scores), parts.settings.reward).tolist()
-    parts.processor.forget()
+    rewards = total_reward(
+        scores, torch.tensor(format_scores), parts.settings.reward_weights
+    ).tolist()
+    parts.processor.clear_cache()
     predictions = []
     for row, example in enumerate(examples):
         is_found = decoded.is_found[row]
@@ -111,8 +113,8 @@ def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[l
     from trl.models import unwrap_model_for_generation
 
     processor = trainer.parts.processor
-    images = [question.picture for question in questions]
-    prompts = [processor.encode(q.example.instruction, q.picture) for q in questions]
+    images = [question.image for question in questions]
+    prompts = [processor.encode(q.example.instruction, q.image) for q in questions]
     fields = processor.tensors(prompts, images)
     device = trainer.accelerator.device
     ends = set(trainer.eos_token_ids)
@@ -139,7 +141,7 @@ def _at_image_size(
     trainer: JointTrainer, example: Example, logits: torch.Tensor
 ) -> NDArray[np.bool_]:
     """Resize (N, M, M) logits to the image's size and threshold them: (N, H, W)."""
-    geometry = trainer.parts.collector.geometry
+    geometry = trainer.parts.collator.geometry
     if not len(logits):
         return np.zeros((0, *example.image.shape[:2]), np.bool_)
     prepared = prepare_image(example.image, geometry)

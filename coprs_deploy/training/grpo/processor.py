@@ -1,8 +1,8 @@
-"""The policy's prompt in the shape that TRL asks for: the very tokens that the runtime writes.
+"""Multimodal processor for TRL: exactly the prompt tokens of the runtime.
 
-TRL speaks to a multimodal processor: it renders a conversation, and reads pictures. Here both are
-the checkpoint's own prompt template and image processor; no chat template of a tokenizer, which
-could differ from it, is ever used.
+TRL renders conversations and preprocesses images through a processor. This one uses the prompt
+template and image processor of the checkpoint, never the chat template of a tokenizer, which could
+differ.
 """
 
 from __future__ import annotations
@@ -19,56 +19,55 @@ from transformers import ProcessorMixin
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
-PICTURE_KEY = "coprs_example"
-"""Key in a picture's ``info`` that names its example, so that equal ones are processed once."""
+IMAGE_KEY = "coprs_example"
+"""Key in an image's ``info`` that identifies its example, so that it is preprocessed once."""
 
 
 class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
-    """Prompt and pictures of one policy.
+    """Prompts and images of one policy.
 
     Args:
-        tokenizer: the policy's tokenizer.
-        vision: the policy's image side.
-        prompt: the checkpoint's prompt.
+        tokenizer: tokenizer of the policy.
+        vision: image preprocessing of the policy.
+        prompt: prompt template of the checkpoint.
     """
 
     def __init__(self, tokenizer: Any, vision: VisionProcessor, prompt: PromptTemplate) -> None:
-        # ProcessorMixin's own constructor wants parts that it can save and load again.
+        # The constructor of ProcessorMixin accepts only parts that it can save and load.
         self.tokenizer = tokenizer
         self.chat_template = None
         self.image_token_id = tokenizer.convert_tokens_to_ids(prompt.image_token)
         self._vision = vision
         self._prompt = prompt
-        self._seen: dict[Any, VisionInputs] = {}
+        self._cache: dict[Any, VisionInputs] = {}
 
-    def forget(self) -> None:
-        """Drop the pictures that were processed so far."""
-        self._seen.clear()
+    def clear_cache(self) -> None:
+        """Drop the preprocessed images."""
+        self._cache.clear()
 
-    def look(self, picture: Image.Image) -> VisionInputs:
-        """Process a picture that already has the policy's area."""
-        key = picture.info.get(PICTURE_KEY)
+    def vision_inputs(self, image: Image.Image) -> VisionInputs:
+        """Preprocess an image that already has the policy's size."""
+        key = image.info.get(IMAGE_KEY)
         if key is None:
-            return self._vision(picture)
-        if key not in self._seen:
-            self._seen[key] = self._vision(picture)
-        return self._seen[key]
+            return self._vision(image)
+        if key not in self._cache:
+            self._cache[key] = self._vision(image)
+        return self._cache[key]
 
-    def encode(self, instruction: str, picture: Image.Image) -> list[int]:
-        """Write the prompt, a token id for each vision token of the picture included."""
-        return encode_prompt(
-            self._prompt, self.tokenizer, instruction, self.look(picture).num_tokens
-        )
+    def encode(self, instruction: str, image: Image.Image) -> list[int]:
+        """Return the token ids of the prompt, with one image token per vision token."""
+        num_tokens = self.vision_inputs(image).num_tokens
+        return encode_prompt(self._prompt, self.tokenizer, instruction, num_tokens)
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **options: Any) -> Any:
-        """Render one conversation to its instruction, or tokenize several with their pictures."""
+        """Render one conversation to its instruction, or tokenize several with their images."""
         if not tokenize:
             return _parts(conversation)[0]
         pairs = [_parts(one) for one in conversation]
-        pictures = [picture for _, picture in pairs]
+        images = [image for _, image in pairs]
         prompts = [self.encode(*pair) for pair in pairs]
-        fields = self._vision_fields(pictures)
-        if self.look(pictures[0]).marks_image_tokens:
+        fields = self._vision_fields(images)
+        if self.vision_inputs(images[0]).marks_image_tokens:
             fields["mm_token_type_ids"] = [
                 [int(token == self.image_token_id) for token in ids] for ids in prompts
             ]
@@ -77,37 +76,37 @@ class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
     def __call__(
         self, images: Sequence[Sequence[Image.Image]], text: Sequence[str], **options: Any
     ) -> dict[str, Tensor]:
-        """Return prompts as tensors, padded on the left, with the pictures' own tensors."""
-        pictures = [picture for (picture,) in images]
-        prompts = [self.encode(*pair) for pair in zip(text, pictures, strict=True)]
-        return self.tensors(prompts, pictures)
+        """Return left-padded prompts and the tensors of their images."""
+        flat = [image for (image,) in images]
+        prompts = [self.encode(*pair) for pair in zip(text, flat, strict=True)]
+        return self.tensors(prompts, flat)
 
     def tensors(
-        self, prompts: Sequence[Sequence[int]], pictures: Sequence[Image.Image]
+        self, prompts: Sequence[Sequence[int]], images: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
-        """Pad prompts on the left, and collect the tensors of their pictures."""
+        """Pad prompts on the left and collect the tensors of their images."""
         width = max(map(len, prompts))
         pad = int(self.tokenizer.pad_token_id)
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
         attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(pictures)}
-        if self.look(pictures[0]).marks_image_tokens:
+        fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(images)}
+        if self.vision_inputs(images[0]).marks_image_tokens:
             fields["mm_token_type_ids"] = (ids == self.image_token_id).int()
         return fields
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> list[str]:
-        """Save nothing: the run's checkpoint holds tokenizer, processor and prompt."""
+        """Save nothing: the checkpoint of the run has tokenizer, processor and prompt."""
         return []
 
-    def _vision_fields(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        seen = [self.look(picture) for picture in pictures]
-        return {name: torch.cat([one.tensors[name] for one in seen]) for name in seen[0].tensors}
+    def _vision_fields(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        inputs = [self.vision_inputs(image) for image in images]
+        return {name: torch.cat([i.tensors[name] for i in inputs]) for name in inputs[0].tensors}
 
 
 def _parts(conversation: Sequence[dict[str, Any]]) -> tuple[str, Any]:
-    """Take the instruction and the picture out of a conversation of one message."""
+    """Return instruction and image of a conversation of one message."""
     (message,) = conversation
     content = message["content"]
     texts = [part["text"] for part in content if part["type"] == "text"]
-    pictures = [part["image"] for part in content if part["type"] == "image"]
-    return "".join(texts), pictures[0] if pictures else None
+    images = [part["image"] for part in content if part["type"] == "image"]
+    return "".join(texts), images[0] if images else None

@@ -1,4 +1,4 @@
-"""Samples of a rollout for people: each response with its picture, prior and mask."""
+"""Sampled completions of a rollout with image, prior and mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from coprs_deploy.training.grpo.trainer import JointTrainer, ScoredRollout
 
 TILE_PX = 160
-"""Side of one picture on a sheet."""
+"""Side of one image on a sheet, in pixels."""
 
 DIMMED = 0.35
 """Brightness of what a mask leaves out."""
@@ -26,64 +26,64 @@ DIMMED = 0.35
 PRIOR_COLOR = np.array([255.0, 80.0, 0.0])
 
 
-def write_samples(trainer: JointTrainer, folder: Path, step: int, count: int) -> None:
-    """Write the first responses of the last rollout: one sheet, and one line of JSON each.
+def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
+    """Write the first completions of the last rollout: one sheet, and one JSON line each.
 
-    A row of the sheet is one response: picture with the truth, prior, mask.
+    A row of the sheet is one completion: image with the ground truth, prior, mask.
 
     Args:
-        trainer: holds the rollout.
-        folder: where ``step-N.png`` and ``responses.jsonl`` go.
-        step: of the run.
-        count: responses.
+        trainer: trainer with the rollout.
+        directory: directory of ``step-N.png`` and ``completions.jsonl``.
+        step: step of the stage.
+        count: number of completions.
     """
     rollout = trainer.rollout
     if rollout is None or rollout.decoded is None or not count:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    forms = trainer.parts.reader.format_scores(
-        rollout.responses[:count], rollout.truth.num_targets[:count].tolist()
+    directory.mkdir(parents=True, exist_ok=True)
+    format_scores = trainer.parts.reader.format_scores(
+        rollout.completions[:count], rollout.ground_truth.num_targets[:count].tolist()
     )
     rows, lines = [], []
-    for number, form in enumerate(forms):
-        example = rollout.questions[number].example
+    for number, format_score in enumerate(format_scores):
+        example = rollout.items[number].example
         prior, mask = _logits(trainer, rollout, number)
-        truth = union(example.masks)
-        rows.append([_cut(example.image, truth), _heat(example.image, prior)])
+        gt = union(example.masks)
+        rows.append([_cut(example.image, gt), _heat(example.image, prior)])
         rows[-1].append(_cut(example.image, mask > 0))
         lines.append(
             {
                 "step": step,
                 "id": example.id,
                 "instruction": example.instruction,
-                "response": trainer.parts.reader.read(rollout.responses[number]).text,
-                "format": form,
-                "mask_iou": iou(count_pixels(mask > 0, truth), empty=0.0),
+                "response": trainer.parts.reader.read(rollout.completions[number]).text,
+                "format_score": format_score,
+                "mask_iou": iou(count_pixels(mask > 0, gt), empty=0.0),
             }
         )
     sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    Image.fromarray(sheet).save(folder / f"step-{step:06d}.png")
-    with (folder / "responses.jsonl").open("a", encoding="utf-8") as file:
+    Image.fromarray(sheet).save(directory / f"step-{step:06d}.png")
+    with (directory / "completions.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _logits(
     trainer: JointTrainer, rollout: ScoredRollout, number: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Bring prior and mask of one response to the picture's size; the largest of its targets."""
+    """Return prior and mask logits of one completion at the image size, maxima over its targets."""
     assert rollout.decoded is not None
-    example = rollout.questions[number].example
-    geometry = trainer.parts.collector.geometry
+    example = rollout.items[number].example
+    geometry = trainer.parts.collator.geometry
     source = prepare_image(example.image, geometry)
-    found = rollout.decoded.is_found[number]
-    grown = []
+    is_found = rollout.decoded.is_found[number]
+    resized = []
     for logits in (rollout.decoded.prior_logits, rollout.decoded.mask_logits):
-        chosen = logits[number][found].float().cpu()
+        chosen = logits[number][is_found].float().cpu()
         if not len(chosen):
             chosen = torch.full((1, *logits.shape[-2:]), -1.0)
         largest = chosen.amax(0)[None, None].numpy()
-        grown.append(resize_logits(largest, source, geometry)[0])
-    return grown[0], grown[1]
+        resized.append(resize_logits(largest, source, geometry)[0])
+    return resized[0], resized[1]
 
 
 def _cut(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

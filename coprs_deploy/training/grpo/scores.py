@@ -1,4 +1,4 @@
-"""From sampled responses and their masks to scores, and to segmentation losses."""
+"""Scores and segmentation losses of completions and their decoded masks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from coprs_deploy.training.settings import ResponseFormat, SegmentationLossWeigh
 
 
 class DecodedMasks(NamedTuple):
-    """What the segmentation path gave for B responses.
+    """Decoded priors and masks of B completions.
 
     Attributes:
-        prior_logits: (B, K, M, M).
-        mask_logits: (B, K, M, M).
-        is_found: bool (B, K), whether the response holds the ``<REF_POS>``.
+        prior_logits: (B, K, M, M) prior logits.
+        mask_logits: (B, K, M, M) mask logits.
+        is_found: bool (B, K), whether the completion has this ``<REF_POS>``.
     """
 
     prior_logits: Tensor
@@ -31,86 +31,87 @@ class DecodedMasks(NamedTuple):
 
 
 class ResponseReader:
-    """Reads responses by token ids: decoded text would have lost ``<REF_POS>``.
+    """Parse completions from token ids: decoded text would have lost ``<REF_POS>``.
 
     Args:
-        reference_id: id of ``<REF_POS>``.
-        decode: token ids to text, special tokens left out.
-        convention: which convention judges the form.
+        reference_id: token id of ``<REF_POS>``.
+        decode: token ids to text without special tokens.
+        response_format: format rules of the format score.
     """
 
     def __init__(
         self,
         reference_id: int,
         decode: Callable[[Sequence[int]], str],
-        convention: ResponseFormat,
+        response_format: ResponseFormat,
     ) -> None:
         self._reference_id = reference_id
         self._decode = decode
-        self._convention = convention
+        self._response_format = response_format
 
     def read(self, ids: Sequence[int]) -> Response:
-        """Read one response."""
+        """Parse one completion."""
         return read_response(ids, self._reference_id, self._decode)
 
     def format_scores(
-        self, responses: Sequence[Sequence[int]], num_targets: Sequence[int]
+        self, completions: Sequence[Sequence[int]], num_targets: Sequence[int]
     ) -> list[float]:
-        """Score the form of each response, given how many targets there are."""
+        """Return the format score of each completion, given its number of targets."""
         return [
-            format_score(self.read(ids), self._convention, count)
-            for ids, count in zip(responses, num_targets, strict=True)
+            format_score(self.read(ids), self._response_format, count)
+            for ids, count in zip(completions, num_targets, strict=True)
         ]
 
 
-def mask_scores(decoded: DecodedMasks, truth: GroundTruth) -> Tensor:
-    """Score the masks of responses, (B,) in [0, 1].
+def mask_scores(decoded: DecodedMasks, gt: GroundTruth) -> Tensor:
+    """Return the mask score of each completion, (B,) in [0, 1].
 
-    The mean over a prompt's targets, 0 for one that was not named. Where nothing matches, a
-    response that names nothing has 1, any other 0.
+    The mean over the targets of the prompt; a target without ``<REF_POS>`` scores 0. For a no-match
+    prompt, a completion without ``<REF_POS>`` scores 1, any other 0.
     """
     rows, targets = decoded.is_found.shape
-    probabilities = decoded.mask_logits.float().sigmoid() * truth.inside
-    scores = mask_score(probabilities.flatten(0, 1), truth.masks.flatten(0, 1))
-    counted = scores.view(rows, targets) * decoded.is_found * truth.is_target
-    mean = counted.sum(1) / truth.num_targets.clamp(min=1)
-    refused = (~decoded.is_found.any(1)).float()
-    return torch.where(truth.num_targets > 0, mean, refused)
+    probabilities = decoded.mask_logits.float().sigmoid() * gt.inside
+    scores = mask_score(probabilities.flatten(0, 1), gt.masks.flatten(0, 1))
+    counted = scores.view(rows, targets) * decoded.is_found * gt.is_target
+    mean = counted.sum(1) / gt.num_targets.clamp(min=1)
+    has_no_reference = (~decoded.is_found.any(1)).float()
+    return torch.where(gt.num_targets > 0, mean, has_no_reference)
 
 
-def overlaps(decoded: DecodedMasks, truth: GroundTruth) -> dict[str, Mean]:
-    """Compare priors and masks with the truth on the mask grid, where there is something."""
-    wanted = truth.is_target
-    if not wanted.any():
+def grid_ious(decoded: DecodedMasks, gt: GroundTruth) -> dict[str, Mean]:
+    """Compute the IoU of masks (``giou``) and priors (``prior_giou``) on the mask grid.
+
+    Means over the targets of all rows; a target without ``<REF_POS>`` counts as 0.
+    """
+    is_target = gt.is_target
+    if not is_target.any():
         nothing = decoded.mask_logits.new_zeros(())
-        return {name: Mean(nothing, nothing) for name in ("mask_iou", "prior_iou")}
-    hidden = -torch.finfo(torch.float32).max
-    inside = (truth.inside > 0).expand_as(decoded.mask_logits)
-    figures = {}
-    for name, logits in (
-        ("mask_iou", decoded.mask_logits),
-        ("prior_iou", decoded.prior_logits),
-    ):
-        shown = torch.where(inside, logits.detach().float(), hidden)[wanted]
-        iou = intersection_over_union(shown[:, None], truth.masks[wanted] > 0.5)
-        figures[name] = Mean.of(iou * decoded.is_found[wanted])
-    return figures
+        return {name: Mean(nothing, nothing) for name in ("giou", "prior_giou")}
+    outside = -torch.finfo(torch.float32).max
+    inside = (gt.inside > 0).expand_as(decoded.mask_logits)
+    metrics = {}
+    for name, logits in (("giou", decoded.mask_logits), ("prior_giou", decoded.prior_logits)):
+        visible = torch.where(inside, logits.detach().float(), outside)[is_target]
+        iou = intersection_over_union(visible[:, None], gt.masks[is_target] > 0.5)
+        metrics[name] = Mean.of(iou * decoded.is_found[is_target])
+    return metrics
 
 
 def row_losses(
-    decoded: DecodedMasks, truth: GroundTruth, weights: SegmentationLossWeights
+    decoded: DecodedMasks, gt: GroundTruth, weights: SegmentationLossWeights
 ) -> dict[str, Tensor]:
-    """Compute the segmentation losses of the rows, () each: the sum over rows with a target.
+    """Compute the segmentation losses, () each: the sum over rows with a target.
 
     The targets of a row are averaged first (paper, eq. 8: per image, then over the batch). A target
-    that was not named was decoded from a zero state and counts (public code).
+    without ``<REF_POS>`` is decoded from a zero state and counts (public code).
     """
-    wanted = truth.is_target
-    row = torch.nonzero(wanted)[:, 0]
-    share = 1 / truth.num_targets[row].float()
-    inside = truth.inside[row]
-    prior, mask = decoded.prior_logits[wanted][:, None], decoded.mask_logits[wanted][:, None]
-    target = truth.masks[wanted][:, None]
+    is_target = gt.is_target
+    row = torch.nonzero(is_target)[:, 0]
+    share = 1 / gt.num_targets[row].float()
+    inside = gt.inside[row]
+    prior = decoded.prior_logits[is_target][:, None]
+    mask = decoded.mask_logits[is_target][:, None]
+    target = gt.masks[is_target][:, None]
     return {
         name: (loss * share).sum()
         for name, loss in target_losses(prior, mask, target, inside, weights).items()

@@ -1,14 +1,14 @@
-"""TRL's GRPO trainer with a second loss: masks, decoded in the same forward and backward pass.
+"""TRL's GRPO trainer with a segmentation loss in the same forward and backward pass.
 
-What TRL does stays TRL's: sampling (by the policy itself or by vLLM), groups and advantages, the
-policy's loss and its variants, the frozen reference, accumulation and distribution. Added here:
+TRL keeps sampling (by the policy itself or by vLLM), groups and advantages, the policy loss and its
+variants, the frozen reference, accumulation and distribution. Added here:
 
-- the reward of a response comes from the mask that it leads to;
-- the forward pass of the policy's loss also decodes masks, and their loss is added to it;
-- one rate for each part, one cycle (:mod:`coprs_deploy.training.optim`);
-- states hold the weights that move, under the names that they have in memory, and are read back
-  strictly. (transformers' own states take the names of published checkpoints and are read back
-  without a complaint when none fits, which restarts the language model.)
+- the mask reward, computed from the masks decoded for each completion;
+- mask decoding in the forward pass of the policy loss, and the segmentation loss added to it;
+- one learning rate per part, one cycle (:mod:`coprs_deploy.training.optim`);
+- states with the trainable weights under their names in memory, loaded strictly. (transformers'
+  own states use the names of published checkpoints and load without an error when none matches,
+  which resets the language model.)
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from trl import GRPOConfig, GRPOTrainer
 
 from coprs_deploy.data.examples import Example
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE, SegmentationRequest
-from coprs_deploy.training.grpo.batch import GroundTruth, PromptItem, QuestionCollector
+from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator, PromptItem
 from coprs_deploy.training.grpo.distribution import (
     average_gradients,
-    keep_segmentation_out,
-    load_moving_weights,
-    require_sharding_settings,
-    save_moving_weights,
+    check_sharding_settings,
+    exclude_segmentation,
+    load_trainable_weights,
+    save_trainable_weights,
 )
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.scores import (
     DecodedMasks,
     ResponseReader,
+    grid_ious,
     mask_scores,
-    overlaps,
     row_losses,
 )
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optim import build_optimizers, relative_rate
+from coprs_deploy.training.optim import build_optimizers, lr_factor
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.stage import reduce_means
 
-TRUTH = ("image_embedding", "inside", "masks", "num_targets")
-"""Keys under which a batch carries its :class:`GroundTruth`, one row a response."""
+GROUND_TRUTH_KEYS = GroundTruth._fields
+"""Keys of a batch that hold its :class:`GroundTruth`, one row per completion."""
 
 
 @dataclass(frozen=True)
 class GrpoParts:
-    """What a trainer works with.
+    """Parts of a GRPO training.
 
     Attributes:
-        policy: the policy with its segmentation head attached.
-        processor: prompts and pictures.
-        collector: truth.
-        reader: judges form.
-        examples: what is asked, in the order of the run: row n is prompt n.
-        settings: of the phase.
+        policy: policy with its segmentation head attached.
+        processor: prompt and image preprocessing.
+        collator: conversion of examples to prompts and ground truth.
+        reader: parser of completions, and their format scores.
+        examples: training examples.
+        settings: settings of the stage.
     """
 
     policy: Any
     processor: PolicyProcessor
-    collector: QuestionCollector
+    collator: PromptCollator
     reader: ResponseReader
     examples: Sequence[Example]
     settings: GrpoSettings
@@ -72,31 +72,31 @@ class GrpoParts:
 
 @dataclass
 class ScoredRollout:
-    """One batch of sampled responses, scored.
+    """One batch of sampled completions with their masks.
 
     Attributes:
-        questions: one a response.
-        truth: the same, as tensors.
-        responses: token ids.
-        decoded: the masks that they lead to.
+        items: prompt of each completion.
+        ground_truth: ground truth of each completion.
+        completions: token ids of each completion.
+        decoded: decoded masks; None before scoring.
     """
 
-    questions: list[PromptItem]
-    truth: GroundTruth
-    responses: list[list[int]]
+    items: list[PromptItem]
+    ground_truth: GroundTruth
+    completions: list[list[int]]
     decoded: DecodedMasks | None = None
 
 
 class JointTrainer(GRPOTrainer):  # type: ignore[misc]
-    """See the module.
+    """GRPO trainer with the joint loss; see the module.
 
     Args:
-        parts: what is trained, on what.
-        arguments: TRL's settings.
-        order: the run's prompts: indices of ``parts.examples``, as a ``datasets.Dataset``.
-        peft_config: adapters, as PEFT describes them; None trains whole weights.
-        on_log: called with each line of the log, in the main process.
-        callbacks: of transformers' trainer.
+        parts: parts of the training.
+        arguments: TRL's configuration.
+        order: prompts of the run, a ``datasets.Dataset`` of indices into ``parts.examples``.
+        peft_config: PEFT's configuration of the adapters; None trains whole weights.
+        on_log: callback for each line of the log, called in the main process.
+        callbacks: callbacks of transformers' trainer.
     """
 
     def __init__(
@@ -116,111 +116,115 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         self.optimizer: Any
         self.lr_scheduler: Any
         head = getattr(parts.policy, ATTRIBUTE)
-        learned = [p for p in head.parameters() if p.requires_grad]
+        trainable = [p for p in head.parameters() if p.requires_grad]
         super().__init__(
             model=parts.policy,
-            reward_funcs=[_Reward("mask", self._mask_rewards), _Reward("format", self._forms)],
+            reward_funcs=[
+                _Reward("mask", self._mask_rewards),
+                _Reward("format", self._format_rewards),
+            ],
             args=arguments,
             train_dataset=order,
             processing_class=parts.processor,
             peft_config=peft_config,
             callbacks=callbacks,
         )
-        if peft_config is not None:  # it froze everything that is no adapter
-            for weight in learned:
+        if peft_config is not None:  # PEFT froze everything but the adapters
+            for weight in trainable:
                 weight.requires_grad_(True)
-        if parts.settings.rollout.engine != "transformers":
-            keep_segmentation_out(self.vllm_generation)
+        if parts.settings.use_vllm:
+            exclude_segmentation(self.vllm_generation)
         if self.is_fsdp_enabled:
-            require_sharding_settings(parts.settings)
+            check_sharding_settings(parts.settings)
             self.accelerator.state.fsdp_plugin.ignored_modules = [head]
 
     # Sampling and scoring.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        processor, collector = self.parts.processor, self.parts.collector
-        processor.forget()
-        asked: dict[int, PromptItem] = {}
+        processor, collator = self.parts.processor, self.parts.collator
+        processor.clear_cache()
+        by_index: dict[int, PromptItem] = {}
         for row in inputs:
             index = row["index"]
-            if index not in asked:
-                asked[index] = collector.question(self.parts.examples[index], index)
-        questions = [asked[row["index"]] for row in inputs]
-        truth = collector.truth(questions, self.accelerator.device)
-        self.rollout = ScoredRollout(questions, truth, [])
+            if index not in by_index:
+                by_index[index] = collator.item(self.parts.examples[index], index)
+        items = [by_index[row["index"]] for row in inputs]
+        gt = collator.ground_truth(items, self.accelerator.device)
+        self.rollout = ScoredRollout(items, gt, [])
         batch: dict[str, Any] = super()._generate_and_score_completions(
-            [question.row for question in questions]
+            [item.row for item in items]
         )
-        batch.update(zip(TRUTH, truth, strict=True))
-        count = (truth.num_targets > 0).sum()
+        batch.update(gt._asdict())
+        count = (gt.num_targets > 0).sum()
         batch["rows_with_targets"] = self.accelerator.gather(count).sum()
         return batch
 
     def _mask_rewards(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """Decode the masks of the responses, without a gradient, and score them."""
+        """Decode the masks of the completions without gradient and score them."""
         assert self.rollout is not None
         rollout = self.rollout
-        rollout.responses = [list(ids) for ids in completion_ids]
-        rollout.decoded = self.decode(rollout.questions, rollout.truth, rollout.responses)
-        for name, mean in overlaps(rollout.decoded, rollout.truth).items():
+        rollout.completions = [list(ids) for ids in completion_ids]
+        decoded = self.decode(rollout.items, rollout.ground_truth, rollout.completions)
+        rollout.decoded = decoded
+        for name, mean in grid_ious(decoded, rollout.ground_truth).items():
             self._add(name, mean)
-        self._add("found", Mean.of(rollout.decoded.is_found.any(1).float()))
-        scores: list[float] = mask_scores(rollout.decoded, rollout.truth).tolist()
+        self._add("frac_with_reference", Mean.of(decoded.is_found.any(1).float()))
+        scores: list[float] = mask_scores(decoded, rollout.ground_truth).tolist()
         return scores
 
-    def _forms(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def _format_rewards(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         assert self.rollout is not None
-        counts = self.rollout.truth.num_targets.tolist()
+        counts = self.rollout.ground_truth.num_targets.tolist()
         return self.parts.reader.format_scores(completion_ids, counts)
 
     @torch.no_grad()
     def decode(
         self,
-        questions: Sequence[PromptItem],
-        truth: GroundTruth,
-        responses: Sequence[Sequence[int]],
+        items: Sequence[PromptItem],
+        gt: GroundTruth,
+        completions: Sequence[Sequence[int]],
     ) -> DecodedMasks:
-        """Read given responses and decode their masks; all processes take part."""
+        """Decode the masks of given completions (collective call)."""
         rows = self.args.per_device_train_batch_size
         parts = [
             self._decode_rows(
-                questions[start : start + rows],
-                truth.part(start, start + rows),
-                responses[start : start + rows],
+                items[start : start + rows],
+                gt.rows(start, start + rows),
+                completions[start : start + rows],
             )
-            for start in range(0, len(questions), rows)
+            for start in range(0, len(items), rows)
         ]
         return DecodedMasks(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def _decode_rows(
         self,
-        questions: Sequence[PromptItem],
-        truth: GroundTruth,
-        responses: Sequence[Sequence[int]],
+        items: Sequence[PromptItem],
+        gt: GroundTruth,
+        completions: Sequence[Sequence[int]],
     ) -> DecodedMasks:
         processor = self.parts.processor
-        pictures = [question.picture for question in questions]
-        prompts = [processor.encode(q.example.instruction, q.picture) for q in questions]
-        fields = processor.tensors(prompts, pictures)
-        width = max(map(len, responses))
+        images = [item.image for item in items]
+        prompts = [processor.encode(item.example.instruction, item.image) for item in items]
+        fields = processor.tensors(prompts, images)
+        width = max(map(len, completions))
         pad = int(processor.tokenizer.pad_token_id)
-        added = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in responses])
-        present = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in responses])
+        ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in completions])
+        attended = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in completions])
         first_column = fields["input_ids"].shape[1]
-        fields["input_ids"] = torch.cat([fields["input_ids"], added], 1)
-        fields["attention_mask"] = torch.cat([fields["attention_mask"], present], 1)
+        fields["input_ids"] = torch.cat([fields["input_ids"], ids], 1)
+        fields["attention_mask"] = torch.cat([fields["attention_mask"], attended], 1)
         if "mm_token_type_ids" in fields:
-            blank = torch.zeros_like(added, dtype=torch.int32)
-            fields["mm_token_type_ids"] = torch.cat([fields["mm_token_type_ids"], blank], 1)
-        placed = {name: tensor.to(self.accelerator.device) for name, tensor in fields.items()}
+            no_image = torch.zeros_like(ids, dtype=torch.int32)
+            fields["mm_token_type_ids"] = torch.cat([fields["mm_token_type_ids"], no_image], 1)
+        device = self.accelerator.device
         with self.accelerator.autocast():
             output = self.model(
-                **placed,
-                segmentation=truth.request(first_column),
+                **{name: tensor.to(device) for name, tensor in fields.items()},
+                segmentation=gt.request(first_column),
                 logits_to_keep=1,
                 use_cache=False,
             )
-        return DecodedMasks(output.prior_logits, output.mask_logits, output.is_found)
+        return _decoded_masks(output)
 
     # Losses.
 
@@ -231,36 +235,35 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Add both losses; one forward pass has served them."""
+        """Return the policy loss plus the segmentation loss of the same forward pass."""
         settings = self.parts.settings
-        if settings.mode == "rl":
-            policy_loss: Tensor = super().compute_loss(model, inputs)
-            self._add("loss.policy", Mean.of(policy_loss.detach() * self._accumulated))
+        gt = GroundTruth(*(inputs[key] for key in GROUND_TRUTH_KEYS))
+        decoding = _DecodingModel(model, gt.request(inputs["prompt_ids"].shape[1]))
+        has_masks = settings.mode != "rl"
+        policy_loss: Tensor = super().compute_loss(decoding if has_masks else model, inputs)
+        self._add("loss/policy", Mean.of(policy_loss.detach() * self._accumulated))
+        if not has_masks:
             return policy_loss
-        truth = GroundTruth(*(inputs[key] for key in TRUTH))
-        asking = _Asking(model, truth.request(inputs["prompt_ids"].shape[1]))
-        policy_loss = super().compute_loss(asking, inputs)
-        self._add("loss.policy", Mean.of(policy_loss.detach() * self._accumulated))
-        segmentation_loss = self._segmentation_loss(asking.decoded(), truth, inputs)
+        segmentation_loss = self._segmentation_loss(decoding.decoded(), gt, inputs)
         if settings.mode == "segmentation":
             return segmentation_loss
         return policy_loss + segmentation_loss
 
     def _segmentation_loss(
-        self, decoded: DecodedMasks, truth: GroundTruth, inputs: dict[str, Any]
+        self, decoded: DecodedMasks, gt: GroundTruth, inputs: dict[str, Any]
     ) -> Tensor:
-        """Add up the weighted parts, as a mean over the rows of all processes and passes.
+        """Return the weighted sum of the losses, a mean over the rows of all processes and passes.
 
         Gradients are averaged over the processes, hence ``num_processes``.
         """
         settings = self.parts.settings
-        weights = settings.loss_weights(self.state.global_step)
+        weights = settings.loss_weights_at(self.state.global_step)
         rows = inputs["rows_with_targets"].clamp(min=1) / self.accelerator.num_processes
         total = 0 * decoded.mask_logits.sum() + 0 * decoded.prior_logits.sum()
-        here = (truth.num_targets > 0).sum().float()
-        for name, loss in row_losses(decoded, truth, weights).items():
+        local_rows = (gt.num_targets > 0).sum().float()
+        for name, loss in row_losses(decoded, gt, weights).items():
             total = total + getattr(weights, name) * loss / rows
-            self._add(f"loss.{name}", Mean(loss.detach(), here))
+            self._add(f"loss/{name}", Mean(loss.detach(), local_rows))
         return settings.segmentation_loss_weight * total
 
     @property
@@ -270,40 +273,40 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     # Weights.
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Give each part its own rate."""
+        """Create the optimizer with one learning rate per part."""
         if self.optimizer is None:
             settings = self.parts.settings.optimizer
             (self.optimizer,) = build_optimizers(model or self.model, settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Let the rates follow one cycle."""
+        """Create the scheduler of one cycle for all learning rates."""
         if self.lr_scheduler is None:
             settings = self.parts.settings.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: relative_rate(settings, step, num_training_steps),
+                lambda step: lr_factor(settings, step, num_training_steps),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.is_fsdp_enabled:  # the head is outside of what is sharded and reduced
+        if self.is_fsdp_enabled:  # the head is neither sharded nor reduced
             average_gradients(getattr(self.parts.policy, ATTRIBUTE))
         return super()._clip_grad_norm(model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_moving_weights(Path(output_dir or self.args.output_dir), self.model)
+            save_trainable_weights(Path(output_dir or self.args.output_dir), self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_moving_weights(Path(resume_from_checkpoint), model or self.model)
+        load_trainable_weights(Path(resume_from_checkpoint), model or self.model)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write nothing: the run's folder has a report."""
+        """Write nothing: the run directory has a report."""
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -311,28 +314,29 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     # The log.
 
     def _add(self, name: str, mean: Mean) -> None:
-        known = self._means.get(name)
-        self._means[name] = mean if known is None else Mean(*map(torch.add, known, mean))
+        before = self._means.get(name)
+        self._means[name] = mean if before is None else Mean(*map(torch.add, before, mean))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Bring our figures and TRL's together; one line in the run's log."""
+        """Log TRL's metrics together with those of this class."""
         means = reduce_means(self.accelerator, self._means)
         self._means = {}
         line = {**logs, **means}
         super().log(line, start_time)
         if "loss" in logs and self.accelerator.is_main_process:
-            self._on_log({**line, **self._rates()})
+            self._on_log({**line, **self._learning_rates()})
 
-    def _rates(self) -> dict[str, float]:
-        """Name the rate of each part."""
+    def _learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of each part."""
         settings, group = self.parts.settings.optimizer, self.optimizer.param_groups[0]
-        now = settings.rate * group["lr"] / group["peak_rate"]
-        parts = {f"rate.{name}": factor * now for name, factor in settings.lr_multipliers.items()}
-        return {"rate.policy": now, **parts}
+        current = settings.learning_rate * group["lr"] / group["peak_lr"]
+        rates = {"policy": current}
+        rates |= {name: factor * current for name, factor in settings.lr_multipliers.items()}
+        return {f"learning_rate/{name}": rate for name, rate in rates.items()}
 
 
-class _Asking:
-    """Calls a model with a request for masks, and keeps the output."""
+class _DecodingModel:
+    """Call a model with a request for masks and keep its output."""
 
     def __init__(self, model: nn.Module, request: SegmentationRequest) -> None:
         self._model = model
@@ -344,12 +348,15 @@ class _Asking:
         return self._output
 
     def decoded(self) -> DecodedMasks:
-        output = self._output
-        return DecodedMasks(output.prior_logits, output.mask_logits, output.is_found)
+        return _decoded_masks(self._output)
+
+
+def _decoded_masks(output: Any) -> DecodedMasks:
+    return DecodedMasks(output.prior_logits, output.mask_logits, output.is_found)
 
 
 class _Reward:
-    """A reward function under the name that it has in the log."""
+    """A reward function with the name that TRL logs it under."""
 
     def __init__(self, name: str, score: Callable[..., list[float]]) -> None:
         self.__name__ = name

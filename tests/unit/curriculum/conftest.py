@@ -1,29 +1,28 @@
-"""A recipe that trains in seconds, and what its phases share."""
+"""A recipe that trains in seconds, and the folder of its rendered scenes."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-SMALL_RECIPE = """
+TINY_RECIPE = """
 description = "a test"
 seed = 3
 precision = "fp32"
-store = "float16"
-processes = {processes}
-threads = 1
+save_dtype = "float16"
+num_processes = {num_processes}
+num_threads = 1
 logging_steps = 1
 save_steps = 2
 
 [data]
-kind = "scenes"
-tier = "plain"
+kind = "synthetic"
+preset = "plain"
 num_training_scenes = 12
 num_held_out_scenes = 3
 num_no_match_scenes = 1
 
 [model]
-kind = "small"
+kind = "tiny"
 
 [model.policy]
 hidden_size = 64
@@ -57,24 +56,24 @@ image_size = 128
 patch_size = 8
 out_chans = 32
 
-[phases.warm_up]
-kind = "warm_up"
-steps = 2
+[stages.perception]
+kind = "perception"
+max_steps = 2
 global_batch_size = 4
 num_eval_examples = 4
-optimizer = {{ muon = {muon} }}
+optimizer = {{ name = "{optimizer}" }}
 
-[phases.segmentation]
+[stages.segmentation]
 kind = "segmentation"
-steps = {steps}
+max_steps = {max_steps}
 global_batch_size = 4
 num_eval_examples = 4
-weights = {{ prior_bce = 4.0, mask_dice = 1.0, mask_bce = 4.0 }}
-optimizer = {{ muon = {muon} }}
+loss_weights = {{ prior_bce = 4.0, mask_dice = 1.0, mask_bce = 4.0 }}
+optimizer = {{ name = "{optimizer}" }}
 
-[phases.together]
-kind = "supervised"
-steps = {steps}
+[stages.joint]
+kind = "reasoning"
+max_steps = {max_steps}
 global_batch_size = 4
 questions_per_image = 2
 max_packed_length = 192
@@ -83,31 +82,23 @@ reference_head_loss_weight = 0.1
 auxiliary_loss_weight = 0.3
 segmentation_loss_weight = 1.0
 segmentation_ratio = 0.7
-join = true
+init_query_head = true
 train_image_encoder = true
 num_eval_examples = 2
-optimizer = {{ muon = {muon} }}
+optimizer = {{ name = "{optimizer}" }}
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Forget the precision of an earlier test: accelerate keeps it for the whole process."""
-    yield
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
 def write_recipe(tmp_path_factory):
-    """Write the small recipe with other numbers; gives its path."""
+    """Return a function that writes the tiny recipe and returns its path."""
 
-    def write(processes: int = 1, steps: int = 3, muon: bool = True) -> Path:
-        path = tmp_path_factory.mktemp("recipe") / "small.toml"
+    def write(num_processes: int = 1, max_steps: int = 3, optimizer: str = "muon") -> Path:
+        path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
         path.write_text(
-            SMALL_RECIPE.format(processes=processes, steps=steps, muon=str(muon).lower())
+            TINY_RECIPE.format(
+                num_processes=num_processes, max_steps=max_steps, optimizer=optimizer
+            )
         )
         return path
 
@@ -115,6 +106,6 @@ def write_recipe(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def scenes_folder(tmp_path_factory):
-    """Folder in which the runs of all tests keep the same pictures."""
+def scenes_dir(tmp_path_factory):
+    """Return the folder of rendered scenes that all runs share."""
     return tmp_path_factory.mktemp("scenes")

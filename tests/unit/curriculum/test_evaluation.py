@@ -14,7 +14,8 @@ from coprs_deploy.curriculum.evaluation import (
 )
 from coprs_deploy.curriculum.packed_forward import PackedForward
 from coprs_deploy.curriculum.packing import QuestionPacker
-from coprs_deploy.curriculum.scenes import SceneSource, attribute_sizes, store_scenes
+from coprs_deploy.curriculum.recipe import CurriculumRecipe
+from coprs_deploy.curriculum.scenes import store_scenes
 from coprs_deploy.curriculum.state import initialize_segmentation
 from coprs_deploy.curriculum.tiny_policy import build_tiny_policy
 from coprs_deploy.data.synthetic import HELD_OUT_SEED, PLAIN
@@ -27,7 +28,6 @@ from coprs_deploy.policy.policy import PolicyResult, StopReason
 from coprs_deploy.prompts import Response
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.recipe import load_recipe
-from coprs_deploy.training.report import page
 from coprs_deploy.training.state import TrainingState
 
 
@@ -56,13 +56,13 @@ class FixedPolicy(Policy):
 
 
 @pytest.fixture(scope="module")
-def scenes(scenes_folder):
-    return store_scenes(PLAIN, HELD_OUT_SEED, 6, scenes_folder)
+def scenes(scenes_dir):
+    return store_scenes(PLAIN, HELD_OUT_SEED, 6, scenes_dir)
 
 
 @pytest.fixture(scope="module")
 def state():
-    recipe = load_recipe("demo")
+    recipe = load_recipe("demo", recipe_type=CurriculumRecipe)
     torch.manual_seed(0)
     segmentation = SegmentationModel(recipe.model.segmentation)
     initialize_segmentation(segmentation)
@@ -132,31 +132,3 @@ def test_named_locations_reads_the_conclusion_only():
     text = "The red shape candidates are: at row1 col1 x. The target is at row3 col4, the x."
     assert named_locations(text) == {"row3 col4"}
     assert named_locations("The target is nowhere.") == set()
-
-
-def test_report_page_shows_a_failed_threshold():
-    gates = {"mask_iou": {"wanted": 0.9, "found": 0.5, "passed": False}}
-    phases = {"one": {"steps": 3, "seconds": 60.0, "gates": gates}}
-    shown = page({"recipe": {"description": "x", "seed": 0}, "minutes": 1.0, "phases": phases})
-    assert "| one | 3 | 1.0 | mask_iou | 0.9 | 0.5000 | **missed** |" in shown
-
-
-def test_scene_source_shares_batches_and_shuffles_each_epoch(scenes):
-    source = SceneSource(PLAIN, scenes, seed=1)
-    whole = source.indices(3, 4, 0, 1)
-    halves = [source.indices(3, 4, rank, 2) for rank in range(2)]
-    assert sorted(whole) == sorted(halves[0] + halves[1])
-    epochs = [
-        [i for step in range(3) for i in source.indices(3 * e + step, 2, 0, 1)] for e in (0, 1)
-    ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
-    assert epochs[0] != epochs[1]
-    assert source.questions(0, 5, 3, {}) == source.questions(0, 5, 3, {})
-
-
-def test_scene_source_numbers_attributes_within_their_sizes(scenes):
-    source = SceneSource(PLAIN, scenes, seed=0)
-    batch = source.batch(range(6))
-    for column, size in enumerate(attribute_sizes(PLAIN)):
-        assert batch.attributes[..., column].min() >= 0
-        assert batch.attributes[..., column].max() < size

@@ -1,4 +1,4 @@
-"""The training forward pass against transformers' own, and the small policy in the runtime."""
+"""Packed forward pass against transformers' own, and the tiny policy in the runtime."""
 
 import numpy as np
 import pytest
@@ -7,15 +7,15 @@ import torch
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.curriculum.packed_forward import PackedForward
 from coprs_deploy.curriculum.packing import QuestionPacker, attention_bias
-from coprs_deploy.curriculum.reasoning_stage import left_out_questions
-from coprs_deploy.curriculum.recipe import TinyPolicy
+from coprs_deploy.curriculum.reasoning_stage import dropped_questions
+from coprs_deploy.curriculum.recipe import CurriculumRecipe, TinyPolicy
 from coprs_deploy.curriculum.scenes import policy_pixels, segmentation_pixels
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN, build_tiny_policy
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN
 
-SIZES = TinyPolicy(depth=3, vision_depth=2)
+SIZES = TinyPolicy(num_hidden_layers=3, vision_depth=2)
 CORPUS = ["the red circle <think>The target is at row2 col5.</think> <REF_POS>"] * 5
 QUESTIONS = [
     [
@@ -38,7 +38,7 @@ def images():
     return np.random.default_rng(0).integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
 
 
-def test_packed_states_are_those_of_transformers(parts, images):
+def test_packed_forward_gives_the_states_of_transformers(parts, images):
     """Float32 on one machine: largest difference 3e-6 over states of size 1."""
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     rows = packer.pack(QUESTIONS, length=192)
@@ -65,7 +65,7 @@ def test_packed_states_are_those_of_transformers(parts, images):
                 assert torch.allclose(packed[image][:start], own[:start], atol=3e-5)
 
 
-def test_an_early_stop_gives_the_state_on_the_way(parts, images):
+def test_packed_forward_with_early_stop_gives_the_middle_states(parts, images):
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     forward = PackedForward(parts.model, SIZES.image_size, torch.float32)
     pixels = policy_pixels(torch.from_numpy(images), parts.image_processor)
@@ -76,7 +76,7 @@ def test_an_early_stop_gives_the_state_on_the_way(parts, images):
     assert torch.equal(stopped.middle, whole.middle)
 
 
-def test_labels_are_the_response_and_its_end(parts):
+def test_pack_labels_the_response_and_its_end(parts):
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     rows = packer.pack(QUESTIONS)
     learned = rows.labels[0][rows.labels[0] >= 0]
@@ -87,19 +87,19 @@ def test_labels_are_the_response_and_its_end(parts):
     assert rows.sources.tolist() == [[0, 0], [0, 1]]
 
 
-def test_a_question_that_does_not_fit_is_left_out(parts):
+def test_pack_drops_a_question_that_does_not_fit(parts):
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     rows = packer.pack(QUESTIONS, length=len(packer.prefix) + 24)
     assert rows.sources.tolist() == [[0, 0]]
     assert rows.input_ids.shape == (2, len(packer.prefix) + 24)
     counts = [len(pairs) for pairs in QUESTIONS]
-    assert left_out_questions(rows, counts).sum() == 1
-    assert left_out_questions(rows, counts).tolist()[:2] == [False, True]
-    assert not left_out_questions(packer.pack(QUESTIONS), counts).any()
-    assert left_out_questions(packer.prefix_rows(2), [0, 3]).tolist() == [True] * 3
+    assert dropped_questions(rows, counts).sum() == 1
+    assert dropped_questions(rows, counts).tolist()[:2] == [False, True]
+    assert not dropped_questions(packer.pack(QUESTIONS), counts).any()
+    assert dropped_questions(packer.prefix_rows(2), [0, 3]).tolist() == [True] * 3
 
 
-def test_questions_do_not_see_each_other():
+def test_attention_bias_separates_questions():
     bias = attention_bias(torch.tensor([[0, 1, 1, 2, -1]]), torch.float32)[0, 0]
     assert (bias == 0).int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -110,7 +110,7 @@ def test_questions_do_not_see_each_other():
     ]
 
 
-def test_the_tokenizer_has_one_reference_token_and_whole_words(parts):
+def test_tokenizer_has_one_reference_token_and_whole_words(parts):
     tokenizer = parts.tokenizer
     assert REFERENCE_TOKEN in tokenizer.all_special_tokens
     assert "<think>" not in tokenizer.all_special_tokens
@@ -120,16 +120,16 @@ def test_the_tokenizer_has_one_reference_token_and_whole_words(parts):
     assert tokens == ["<think>", *spelled, "</think>", "Ġ", REFERENCE_TOKEN]
 
 
-def test_a_square_image_takes_as_many_tokens_as_the_grid(parts, images):
+def test_image_processor_gives_a_square_image_the_tokens_of_the_grid(parts, images):
     grid = parts.image_processor(images=[images[0]], return_tensors="pt")["image_grid_thw"]
     assert grid.prod().item() // 4 == SIZES.grid_size**2 == 64
 
 
-def test_the_runtime_policy_writes_the_same_text(parts, images, small_checkpoint):
-    checkpoint, judge = small_checkpoint
+def test_transformers_policy_generates_the_same_tokens(parts, images, tiny_checkpoint):
+    checkpoint, evaluator = tiny_checkpoint
     limits = checkpoint.config.policy_image
     instruction = "the red circle"
-    written = judge.generate(list(images), [instruction, instruction])
+    written = evaluator.generate(list(images), [instruction, instruction])
     policy = TransformersPolicy(
         checkpoint.policy_path, checkpoint.config.prompt, limits.min_pixels, limits.max_pixels
     )
@@ -139,18 +139,18 @@ def test_the_runtime_policy_writes_the_same_text(parts, images, small_checkpoint
             assert list(result.token_ids) == ids
 
 
-def test_pixels_are_those_of_the_runtime(images, small_checkpoint):
+def test_segmentation_pixels_are_those_of_the_runtime(images, tiny_checkpoint):
     from coprs_deploy.images import prepare_image
 
-    geometry = small_checkpoint[0].config.model.geometry
+    geometry = tiny_checkpoint[0].config.model.geometry
     ours = segmentation_pixels(torch.from_numpy(images), geometry)
     theirs = np.concatenate([prepare_image(image, geometry).image for image in images])
     assert np.allclose(ours.numpy(), theirs, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def small_checkpoint(parts, tmp_path_factory, write_recipe):
-    """A checkpoint of random weights in float32, and a judge that holds the same weights."""
+def tiny_checkpoint(parts, tmp_path_factory, write_recipe):
+    """Return a checkpoint of random weights in float32, and an evaluator with the same weights."""
     from torch import nn
 
     from coprs_deploy.checkpoint import PolicyImageLimits
@@ -159,16 +159,16 @@ def small_checkpoint(parts, tmp_path_factory, write_recipe):
     from coprs_deploy.training.recipe import load_recipe
     from coprs_deploy.training.state import TrainingState
 
-    recipe = load_recipe("shipped")
+    recipe = load_recipe("demo", recipe_type=CurriculumRecipe)
     area = SIZES.image_size**2
-    workbench = TrainingState(
+    state = TrainingState(
         parts,
         SegmentationModel(recipe.model.segmentation),
         nn.Module(),
         PolicyImageLimits(area, area),
     )
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint"
-    workbench.save_checkpoint(path, "float32", {})
+    state.save_checkpoint(path, "float32", {})
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     forward = PackedForward(parts.model, SIZES.image_size, torch.float32)
-    return read_checkpoint(path), SceneEvaluator(workbench, None, forward, packer)
+    return read_checkpoint(path), SceneEvaluator(state, None, forward, packer)

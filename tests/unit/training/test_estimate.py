@@ -1,4 +1,4 @@
-"""Estimates of memory against measured peaks of small models, and estimates of the real ones."""
+"""Memory estimates against measured peaks of tiny models, and estimates of real sizes."""
 
 import json
 
@@ -13,13 +13,13 @@ from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.estimate import (
-    FULL,
-    Gpu,
+    FLOAT32_BYTES,
+    GpuSpec,
     Workload,
+    activation_bytes,
     estimate,
     policy_sizes,
-    standing_bytes,
-    training_bytes,
+    resident_bytes,
 )
 from coprs_deploy.training.grpo.attachment import (
     Attachment,
@@ -28,19 +28,24 @@ from coprs_deploy.training.grpo.attachment import (
 )
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.settings import SupervisedSettings
+from tests import ROOT
+
+RECIPES = ROOT / "training" / "recipes"
+VLLM_RECIPE = str(RECIPES / "grpo_7b_vllm.toml")
+LLAVA_RECIPE = str(RECIPES / "grpo_llava_7b.toml")
 
 PEAK_TOLERANCE = 0.15
-"""Relative difference of an estimated peak: what a layer keeps is counted, not simulated."""
+"""Relative difference of an estimated peak: tensors are counted, not simulated."""
 
 
 def build(width, depth):
     sizes = TinyPolicy(
         image_size=128,
         patch_size=8,
-        width=width,
-        depth=depth,
-        heads=4,
-        mlp_width=3 * width,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        intermediate_size=3 * width,
         vision_hidden_size=64,
         vision_depth=2,
         vision_num_heads=2,
@@ -64,13 +69,13 @@ def build(width, depth):
 
 
 def measure(parts, segmentation, rows, length, checkpointing):
-    """Run one update and return the largest number of bytes that were held at once."""
+    """Run one update and return the peak number of bytes held at once."""
     policy, tokenizer = parts.model, parts.tokenizer
     reference = tokenizer.convert_tokens_to_ids("<REF_POS>")
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     head = SegmentationHead(segmentation)
     Attachment(policy, head, reference)
-    policy.requires_grad_(True)  # the tracker takes no frozen weight
+    policy.requires_grad_(True)  # the tracker supports no frozen weights
     if checkpointing:
         policy.gradient_checkpointing_enable()
     policy.train()
@@ -78,8 +83,8 @@ def measure(parts, segmentation, rows, length, checkpointing):
     end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
     row = [start, *[image] * 64, end, *[5] * (length - 68), reference, 6]
     ids = torch.tensor([row] * rows)
-    moved = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(moved, foreach=False)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, foreach=False)
     tracker = MemTracker()
     tracker.track_external(policy, optimizer)
     inputs = {
@@ -91,7 +96,7 @@ def measure(parts, segmentation, rows, length, checkpointing):
     }
     request = SegmentationRequest(torch.randn(rows, 32, 16, 16), torch.ones(rows, 1, 64, 64), 66, 1)
     with tracker:
-        for step in range(2):  # moments and gradients of the first are there in the second
+        for step in range(2):  # the second step starts with moments and gradients
             tracker.reset_mod_stats()
             output = policy(**inputs, segmentation=request, use_cache=False, logits_to_keep=1)
             loss = output.logits.float().pow(2).mean() + output.mask_logits.pow(2).mean()
@@ -102,7 +107,7 @@ def measure(parts, segmentation, rows, length, checkpointing):
     return sum(total["Total"] for total in peak.values())
 
 
-@pytest.mark.slow  # the tracker looks at every operator and module: a minute a case
+@pytest.mark.slow  # the tracker intercepts every operator and module: a minute per case
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("width", "depth", "rows", "length", "checkpointing"),
@@ -112,28 +117,25 @@ def measure(parts, segmentation, rows, length, checkpointing):
         (256, 6, 8, 200, True),
     ],
 )
-def test_the_peak_is_the_measured_one(width, depth, rows, length, checkpointing):
+def test_estimated_peak_equals_the_measured_one(width, depth, rows, length, checkpointing):
     parts, segmentation = build(width, depth)
     sizes = policy_sizes(parts.model)
     measured = measure(parts, segmentation, rows, length, checkpointing)
     work = Workload(
         rows=rows,
-        rows_a_pass=rows,
-        rows_a_prompt=1,
+        rows_per_pass=rows,
+        rows_per_prompt=1,
         prompt_tokens=66,
         image_tokens=64,
         response_tokens=length - 66,
-        targets=1,
-        engine="",
-        has_reference=False,
-        adapter_parameters=0,
+        max_targets=1,
     )
-    standing = standing_bytes(sizes, segmentation, work, gpus=1, has_features=True)
-    found = sum(standing.values()) + training_bytes(sizes, segmentation, work, checkpointing, FULL)
-    assert found == pytest.approx(measured, rel=PEAK_TOLERANCE)
+    resident = resident_bytes(sizes, segmentation, work, gpus=1, has_features=True)
+    activations = activation_bytes(sizes, segmentation, work, checkpointing, FLOAT32_BYTES)
+    assert sum(resident.values()) + activations == pytest.approx(measured, rel=PEAK_TOLERANCE)
 
 
-def test_the_cache_is_the_measured_one():
+def test_cache_bytes_equal_the_measured_ones():
     parts, _ = build(128, 4)
     cache = parts.model.model.language_model(
         inputs_embeds=torch.zeros(3, 50, 128), use_cache=True
@@ -142,7 +144,7 @@ def test_the_cache_is_the_measured_one():
     assert policy_sizes(parts.model).language.cache_bytes(150) == 2 * measured
 
 
-def test_sharding_divides_what_is_sharded_and_nothing_else():
+def test_estimate_divides_only_sharded_memory_by_the_gpus():
     one, eight = (estimate(load_recipe("grpo_7b"), n)["grpo"].memory for n in (1, 8))
     for part in ("policy", "reference"):
         assert one[part] == pytest.approx(8 * eight[part])
@@ -151,16 +153,16 @@ def test_sharding_divides_what_is_sharded_and_nothing_else():
     assert one["policy"] == pytest.approx(4 * 8.29e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["grpo_7b", "grpo_7b_vllm", "grpo_llava_7b"])
-def test_the_paper_fits_its_eight_gpus_and_not_one(name):
+@pytest.mark.parametrize("name", ["grpo_7b", VLLM_RECIPE, LLAVA_RECIPE])
+def test_estimate_of_the_paper_fits_eight_gpus_and_not_one(name):
     recipe = load_recipe(name)
     assert estimate(recipe, 8)["grpo"].fits
     assert not estimate(recipe, 1)["grpo"].fits
 
 
-def test_an_engine_saves_the_gathering():
+def test_estimate_with_vllm_has_no_gathering():
     slow = estimate(load_recipe("grpo_7b"), 8)["grpo"]
-    fast = estimate(load_recipe("grpo_7b_vllm"), 8)["grpo"]
+    fast = estimate(load_recipe(VLLM_RECIPE), 8)["grpo"]
     assert "gathering in the rollout" in slow.seconds
     assert "gathering in the rollout" not in fast.seconds
     assert slow.notes
@@ -168,29 +170,32 @@ def test_an_engine_saves_the_gathering():
     assert fast.seconds["step"] < slow.seconds["step"]
 
 
-def test_features_take_the_image_encoder_off_the_gpu():
-    plain = load_recipe("grpo_7b")
-    known = load_recipe("grpo_7b", ["data.features=features"])
-    before, after = (estimate(recipe, 8)["grpo"] for recipe in (plain, known))
+def test_estimate_with_features_has_no_image_encoder():
+    without = load_recipe("grpo_7b")
+    with_features = load_recipe("grpo_7b", ["data.features=features"])
+    before, after = (estimate(recipe, 8)["grpo"] for recipe in (without, with_features))
     assert before.memory["segmentation"] - after.memory["segmentation"] > 2.4e9
     assert "image encoder" not in after.seconds
 
 
-def test_a_supervised_phase_has_an_estimate():
-    recipe = load_recipe("qwen2_5_vl_3b")
-    assert isinstance(recipe.phases["supervised"], SupervisedSettings)
-    found = estimate(recipe, 8)["supervised"]
-    assert "rollout" not in found.seconds
-    assert found.memory["reference"] == 0
+def test_estimate_of_a_supervised_stage_has_no_rollout():
+    recipe = load_recipe(str(RECIPES / "supervised_3b.toml"))
+    assert isinstance(recipe.stages["supervised"], SupervisedSettings)
+    actual = estimate(recipe, 8)["supervised"]
+    assert "rollout" not in actual.seconds
+    assert actual.memory["reference"] == 0
 
 
-def test_the_command_line_shows_an_estimate(capsys):
-    assert main(["train", "grpo_qwen2_5_vl_3b", "--estimate", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["grpo"]
-    assert found["fits"]
-    assert found["gpu"] == Gpu().to_json()
+def test_train_command_with_estimate_prints_it_and_exits_by_fit(capsys):
+    assert main(["train", str(RECIPES / "grpo_3b.toml"), "--estimate", "--json"]) == 0
+    actual = json.loads(capsys.readouterr().out)["grpo"]
+    assert actual["fits"]
+    assert actual["gpu"] == GpuSpec().to_json()
     assert main(["train", "grpo_7b", "--estimate", "--gpus", "1"]) == 1
-    assert "DOES NOT FIT" in capsys.readouterr().out
-    assert main(["train", "demo", "--estimate"]) == 2
-    assert "model.policy" in capsys.readouterr().err
-    assert main(["train", "grpo_llava_7b", "--estimate", "--gpus", "0"]) == 2
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text
+    assert "computed, not measured" in text
+    for recipe, field in (("demo", "model.kind"), ("grpo_demo", "model.policy")):
+        assert main(["train", recipe, "--estimate"]) == 2
+        assert field in capsys.readouterr().err
+    assert main(["train", LLAVA_RECIPE, "--estimate", "--gpus", "0"]) == 2

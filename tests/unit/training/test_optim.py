@@ -1,23 +1,26 @@
-"""Muon: its steps are PyTorch's own but for rounding, and it goes on from a saved state."""
+"""Muon against PyTorch's own, and the learning-rate schedule."""
 
 import copy
+import math
+from itertools import pairwise
 
 import pytest
 import torch
 
-from coprs_deploy.training.optim import Muon, orthogonalize
+from coprs_deploy.training.optim import Muon, lr_factor, orthogonalize
+from coprs_deploy.training.settings import PAPER_OPTIMIZER, Optimizer
 
 SHAPES = [(24, 16), (16, 24), (24, 16), (12, 12)]
 BF16_ROUNDING = 1e-3
-"""Of PyTorch's own, beside movements of about 2e-2 in five steps."""
+"""Rounding of PyTorch's own, beside updates of about 2e-2 in five steps."""
 
 
-def weights_of(seed):
+def build_weights(seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
-def move(optimizer, weights, steps, seed=1):
+def update(optimizer, weights, steps, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for weight in weights:
@@ -25,7 +28,7 @@ def move(optimizer, weights, steps, seed=1):
         optimizer.step()
 
 
-def test_singular_values_end_near_one():
+def test_orthogonalize_brings_singular_values_near_one():
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     for shaped in (matrices, matrices.mT):
         values = torch.linalg.svdvals(orthogonalize(shaped, 5))
@@ -33,35 +36,53 @@ def test_singular_values_end_near_one():
         assert values.max() < 1.3
 
 
-def test_a_zero_gradient_moves_nothing():
+def test_orthogonalize_of_zero_is_zero():
     assert not orthogonalize(torch.zeros(1, 4, 6), 4).any()
 
 
-def test_its_steps_are_those_of_pytorch():
-    ours, theirs = weights_of(0), weights_of(0)
-    move(Muon([{"params": ours}], lr=0.01, weight_decay=0.01), ours, 5)
+def test_muon_steps_are_those_of_pytorch():
+    ours, theirs = build_weights(0), build_weights(0)
+    update(Muon([{"params": ours}], lr=0.01, weight_decay=0.01), ours, 5)
     reference = torch.optim.Muon(
         theirs, lr=0.01, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw"
     )
-    move(reference, theirs, 5)
-    for one, other, start in zip(ours, theirs, weights_of(0), strict=True):
+    update(reference, theirs, 5)
+    for one, other, start in zip(ours, theirs, build_weights(0), strict=True):
         assert (one - other).abs().max() < BF16_ROUNDING
         assert (one - start).abs().max() > 10 * BF16_ROUNDING
 
 
-def test_a_saved_state_goes_on_to_the_last_digit():
-    whole, halves = weights_of(0), weights_of(0)
+def test_muon_from_a_saved_state_gives_identical_weights():
+    whole, halves = build_weights(0), build_weights(0)
     undisturbed = Muon([{"params": whole}])
     first = Muon([{"params": halves}])
     for optimizer, weights in ((undisturbed, whole), (first, halves)):
-        move(optimizer, weights, 2)
+        update(optimizer, weights, 2)
     second = Muon([{"params": halves}])
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for optimizer, weights in ((undisturbed, whole), (second, halves)):
-        move(optimizer, weights, 2, seed=2)
+        update(optimizer, weights, 2, seed=2)
     assert all(torch.equal(one, other) for one, other in zip(whole, halves, strict=True))
 
 
-def test_what_is_no_matrix_is_not_taken():
-    with pytest.raises(AssertionError, match="moves matrices"):
+def test_muon_of_a_vector_is_refused():
+    with pytest.raises(AssertionError, match="updates matrices"):
         Muon([{"params": [torch.nn.Parameter(torch.zeros(3))]}])
+
+
+def test_lr_factor_linear_has_warmup_plateau_and_decay():
+    settings = Optimizer(warmup_steps=10, lr_decay_ratio=0.5, min_lr_ratio=0.02)
+    factors = [lr_factor(settings, step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:50] == [1.0] * 41
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.02)
+    assert all(a >= b for a, b in pairwise(factors[50:]))
+
+
+def test_lr_factor_of_the_paper_is_a_cosine_without_warmup():
+    assert lr_factor(PAPER_OPTIMIZER, 0, 1000) == pytest.approx(1.0)
+    middle = PAPER_OPTIMIZER.min_lr_ratio + (1 - PAPER_OPTIMIZER.min_lr_ratio) / 2
+    assert lr_factor(PAPER_OPTIMIZER, 500, 1000) == pytest.approx(middle)
+    assert lr_factor(PAPER_OPTIMIZER, 1000, 1000) == pytest.approx(1 / 6.7, abs=1e-4)
+    assert math.isfinite(lr_factor(PAPER_OPTIMIZER, 999, 1000))

@@ -1,4 +1,4 @@
-"""Rewards: worked values of the paper, bounds and symmetries, and every case of form."""
+"""Rewards: worked values of the paper, bounds, symmetry, and every format rule."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def square(left, top=0, side=128, grid=256):
 
 
 def respond(text):
-    """Read a response from one token a letter, ``<REF_POS>`` being one token."""
+    """Parse a response with one token per letter, ``<REF_POS>`` being one token."""
     pieces = text.split("<REF_POS>")
     ids = [ord(letter) for letter in pieces[0]]
     for piece in pieces[1:]:
@@ -28,34 +28,34 @@ def respond(text):
 
 
 class TestMaskScore:
-    def test_identical_masks_earn_everything(self):
+    def test_mask_score_of_identical_masks_is_one(self):
         assert mask_score(square(0), square(0)).item() == pytest.approx(1)
 
-    def test_a_square_shifted_by_half_its_side(self):
+    def test_mask_score_of_a_square_shifted_by_half_its_side(self):
         # Soft and hard IoU are 1/3, dice is 1/2.
         expected = 0.5 / 3 + 0.2 * 0.5 + 0.3 / 3
         assert mask_score(square(0), square(64)).item() == pytest.approx(expected)
         assert expected == pytest.approx(0.3667, abs=1e-4)
 
-    def test_disjoint_masks_earn_nothing(self):
+    def test_mask_score_of_disjoint_masks_is_zero(self):
         assert mask_score(square(0), square(128)).item() == 0
 
-    def test_two_empty_masks_are_identical(self):
+    def test_mask_score_of_two_empty_masks_is_one(self):
         nothing = torch.zeros(1, 8, 8)
         assert mask_score(nothing, nothing).item() == pytest.approx(1)
         assert mask_score(nothing, square(0, side=4, grid=8)).item() == 0
 
-    def test_each_mask_is_scored_alone(self):
+    def test_mask_score_of_a_batch_scores_each_mask(self):
         both = mask_score(torch.cat([square(0), square(0)]), torch.cat([square(0), square(64)]))
         assert both.tolist() == pytest.approx([1, 0.36667], abs=1e-4)
 
-    def test_other_shapes_are_refused(self):
-        with pytest.raises(ValueError, match="one shape"):
+    def test_mask_score_of_different_shapes_is_refused(self):
+        with pytest.raises(ValueError, match="accepted: the shape of probabilities"):
             mask_score(torch.zeros(1, 4, 4), torch.zeros(2, 4, 4))
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, 2**32 - 1))
-    def test_it_is_bounded_and_symmetric(self, seed):
+    def test_mask_score_is_bounded_and_symmetric(self, seed):
         generator = torch.Generator().manual_seed(seed)
         one, other = torch.rand(2, 3, 6, 6, generator=generator)
         score = mask_score(one, other)
@@ -64,12 +64,12 @@ class TestMaskScore:
 
     @settings(max_examples=40, deadline=None)
     @given(st.integers(0, 2**32 - 1))
-    def test_more_of_the_truth_is_never_worse(self, seed):
+    def test_mask_score_never_falls_with_more_of_the_ground_truth(self, seed):
         generator = torch.Generator().manual_seed(seed)
-        truth = (torch.rand(1, 6, 6, generator=generator) > 0.5).float()
-        found = truth * (torch.rand(1, 6, 6, generator=generator) > 0.5)
-        more = torch.maximum(found, truth * (torch.rand(1, 6, 6, generator=generator) > 0.5))
-        assert mask_score(more, truth) >= mask_score(found, truth)
+        gt = (torch.rand(1, 6, 6, generator=generator) > 0.5).float()
+        part = gt * (torch.rand(1, 6, 6, generator=generator) > 0.5)
+        more = torch.maximum(part, gt * (torch.rand(1, 6, 6, generator=generator) > 0.5))
+        assert mask_score(more, gt) >= mask_score(part, gt)
 
 
 class TestFormatScore:
@@ -93,13 +93,13 @@ class TestFormatScore:
             (f"<think>here</think>{' word' * 11}<REF_POS>", 1, 0.9),
         ],
     )
-    def test_every_case_of_both_conventions(self, text, paper, public_code):
+    def test_format_score_of_every_case_in_both_formats(self, text, paper, public_code):
         response = respond(text)
         assert format_score(response) == paper
         assert format_score(response, ResponseFormat.PUBLIC_CODE) == public_code
 
     @pytest.mark.parametrize(("count", "score"), [(1, 0), (2, 1), (3, 0)])
-    def test_several_targets_want_as_many_references(self, count, score):
+    def test_format_score_requires_as_many_references_as_targets(self, count, score):
         response = respond(f"<think>here</think>{'<REF_POS>' * count}")
         assert format_score(response, num_targets=2) == score
 
@@ -112,17 +112,22 @@ class TestFormatScore:
             ("nothing is red", 0),
         ],
     )
-    def test_where_nothing_matches_nothing_may_be_named(self, text, score):
+    def test_format_score_of_no_match_requires_no_reference(self, text, score):
         assert format_score(respond(text), num_targets=0) == score
 
-    def test_a_negative_number_of_targets_is_refused(self):
+    def test_format_score_of_negative_targets_is_refused(self):
         with pytest.raises(ValueError, match="num_targets is -1"):
             format_score(respond("<think>x</think><REF_POS>"), num_targets=-1)
 
 
-def test_mask_and_form_are_mixed():
-    masks, forms = torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.0])
-    assert total_reward(masks, forms).tolist() == pytest.approx([0.97, 0.35])
-    assert total_reward(masks, forms, RewardWeights(mask=0)).tolist() == pytest.approx([0.9, 0])
-    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-        RewardWeights(mask=1.2)
+def test_total_reward_is_the_weighted_sum():
+    masks, formats = torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.0])
+    assert total_reward(masks, formats).tolist() == pytest.approx([0.97, 0.35])
+    weights = RewardWeights(mask=0, format=1)
+    assert total_reward(masks, formats, weights).tolist() == pytest.approx([0.9, 0])
+
+
+@pytest.mark.parametrize(("mask", "format_weight"), [(1.2, -0.2), (0.5, 0.3), (0.7, 0.7)])
+def test_reward_weights_that_do_not_add_up_to_one_are_refused(mask, format_weight):
+    with pytest.raises(ValueError, match=r"add up to 1"):
+        RewardWeights(mask=mask, format=format_weight)

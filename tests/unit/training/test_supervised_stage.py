@@ -1,4 +1,4 @@
-"""Supervised training on example files with tiny policies of both families."""
+"""Supervised stage on example files, with tiny policies of both families."""
 
 import msgspec
 import numpy as np
@@ -19,13 +19,14 @@ from coprs_deploy.training.run import train
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
 from coprs_deploy.training.supervised_stage import ExampleCollector, ExampleSets, SupervisedStage
+from coprs_deploy.training.trainer import loss_coefficient
 
 SETTINGS = SupervisedSettings(
-    steps=6,
+    max_steps=6,
     global_batch_size=2,
     segmentation_loss_weight=1.0,
     num_eval_examples=2,
-    optimizer=Optimizer(rate=1e-3, muon=False, warmup_steps=0),
+    optimizer=Optimizer(learning_rate=1e-3, name="adamw", warmup_steps=0),
 )
 
 
@@ -48,47 +49,58 @@ def examples():
     return [two, none, *SceneExamples(PLAIN, 4)]
 
 
-def test_a_batch_holds_prompt_response_and_targets(checkpoint, examples):
-    workbench = state_from_checkpoint(checkpoint)
-    vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
-    batch = ExampleCollector(workbench, vision)(examples[:2])
-    tokenizer = workbench.policy.tokenizer
+def test_example_collector_holds_prompt_response_and_targets(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    batch = ExampleCollector(state, vision)(examples[:2])
+    tokenizer = state.policy.tokenizer
     reference = tokenizer.convert_tokens_to_ids("<REF_POS>")
     assert batch.references[:, 0].tolist() == [0, 0]
     at = batch.references
     assert (batch.inputs["input_ids"][at[:, 0], at[:, 1]] == reference).all()
-    learned = batch.labels[0][batch.labels[0] != IGNORED_LABEL]
-    assert learned[-1] == tokenizer.eos_token_id
-    assert int((learned == reference).sum()) == 2
+    labels = batch.labels[0][batch.labels[0] != IGNORED_LABEL]
+    assert labels[-1] == tokenizer.eos_token_id
+    assert int((labels == reference).sum()) == 2
     assert batch.masks.shape == (2, 1, 64, 64)
     assert batch.unpadded_sizes.tolist() == [[77, 128], [77, 128]]
 
 
-def test_losses_fall_on_a_batch_seen_again(checkpoint, examples):
-    workbench = state_from_checkpoint(checkpoint)
-    workbench.policy.model.requires_grad_(True)
-    workbench.segmentation.requires_grad_(True)
-    vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
+def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    state.policy.model.requires_grad_(True)
+    state.segmentation.requires_grad_(True)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
     sets = ExampleSets(examples, examples, vision, seed=0)
-    phase = SupervisedStage("supervised", SETTINGS, workbench, sets)
-    assert not any(p.requires_grad for p in workbench.segmentation.image_encoder.parameters())
-    batch = phase.batch(0, 0, 1)
-    moved = [p for p in phase.objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(moved, lr=1e-3)
+    stage = SupervisedStage("supervised", SETTINGS, state, sets)
+    assert not any(p.requires_grad for p in state.segmentation.image_encoder.parameters())
+    batch = stage.batch(0, 0, 1)
+    trained = [p for p in stage.objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     totals = []
     for _ in range(5):
-        outcome = phase.objective(batch)
-        loss = sum(mean.value() for mean in outcome.losses.values())
+        output = stage.objective(batch)
+        loss = sum(mean.value() for mean in output.losses.values())
         totals.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert totals[-1] < totals[0]
-    metrics = phase.evaluate(Accelerator(cpu=True), 3)
-    assert 0 <= metrics["mask_iou"] <= 1
+    metrics = stage.evaluate(Accelerator(cpu=True), 3)
+    assert 0 <= metrics["giou"] <= 1
 
 
-def test_a_mask_keeps_its_area_on_the_grid(examples):
+def test_stage_has_a_coefficient_for_every_loss(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    sets = ExampleSets(examples, examples, vision, seed=0)
+    stage = SupervisedStage("supervised", SETTINGS, state, sets)
+    losses = stage.objective(stage.batch(0, 0, 1)).losses
+    coefficients = stage.loss_coefficients(1.0)
+    assert set(losses) == {"language", "prior_bce", "mask_dice"}
+    assert all(loss_coefficient(loss, coefficients) > 0 for loss in losses)
+
+
+def test_fit_mask_keeps_the_area(examples):
     from coprs_deploy.model_config import SAM_SIZES
 
     geometry = SAM_SIZES["tiny"].geometry
@@ -98,29 +110,33 @@ def test_a_mask_keeps_its_area_on_the_grid(examples):
     assert fitted[0, 39:].sum() == 0
 
 
-def test_known_embeddings_give_the_losses_of_the_encoder(checkpoint, examples, tmp_path):
-    workbench = state_from_checkpoint(checkpoint)
-    vision = VisionProcessor(checkpoint.policy_path, workbench.policy.model.config)
+def test_stage_with_precomputed_embeddings_gives_the_losses_of_the_encoder(
+    checkpoint, examples, tmp_path
+):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
     compute_features(checkpoint, [e.image for e in examples], len(examples), tmp_path)
     store = FeatureStore(tmp_path)
-    store.require_encoder(workbench.segmentation)
+    store.require_encoder(state.segmentation)
     losses = []
     for features in (None, store):
         sets = ExampleSets(examples, examples, vision, seed=0, features=features)
-        phase = SupervisedStage("supervised", SETTINGS, workbench, sets)
-        batch = phase.batch(0, 0, 1)
+        stage = SupervisedStage("supervised", SETTINGS, state, sets)
+        batch = stage.batch(0, 0, 1)
         assert (batch.images.shape[1:] == store.index.shape) == (features is not None)
-        losses.append({k: v.value().item() for k, v in phase.objective(batch).losses.items()})
+        losses.append({k: v.value().item() for k, v in stage.objective(batch).losses.items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    learning = msgspec.structs.replace(SETTINGS, train_image_encoder=True)
+    settings = msgspec.structs.replace(SETTINGS, train_image_encoder=True)
     with pytest.raises(ValueError, match="leave one of them out"):
-        SupervisedStage("supervised", learning, workbench, sets)
+        SupervisedStage("supervised", settings, state, sets)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("has_features", [False, True])
-def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_path, has_features):
+def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
+    checkpoint, examples, tmp_path, has_features
+):
     for name in ("training", "held_out"):
         write_examples(tmp_path / f"{name}.jsonl", examples)
     settings = [
@@ -128,23 +144,23 @@ def test_a_recipe_runs_from_checkpoint_to_checkpoint(checkpoint, examples, tmp_p
         f"data.training={tmp_path / 'training.jsonl'}",
         f"data.held_out={tmp_path / 'held_out.jsonl'}",
         "precision=fp32",
-        "store=float32",
-        "threads=1",
-        f"workers={2 * has_features}",
+        "save_dtype=float32",
+        "num_threads=1",
+        f"num_workers={2 * has_features}",
     ]
     if has_features:
         features = tmp_path / "features"
         compute_features(checkpoint, [e.image for e in examples], len(examples), features)
         settings.append(f"data.features={features}")
-    recipe = load_recipe("qwen2_5_vl_3b", settings)
-    recipe = msgspec.structs.replace(recipe, phases={"supervised": SETTINGS})
+    recipe = load_recipe("supervised_7b", settings)
+    recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
     report = train(recipe, tmp_path / "run")
-    assert report["phases"]["supervised"]["metrics"].keys() >= {"mask_iou", "prior_iou"}
+    assert report["stages"]["supervised"]["metrics"].keys() >= {"giou", "prior_giou"}
     finished = read_checkpoint(tmp_path / "run" / "checkpoint")
     trained = state_from_checkpoint(finished).state_dict()
     before = state_from_checkpoint(checkpoint).state_dict()
-    moved = trained["segmentation"]["prior.q_proj.weight"]
-    assert not torch.equal(moved, before["segmentation"]["prior.q_proj.weight"])
+    query_head = trained["segmentation"]["prior.q_proj.weight"]
+    assert not torch.equal(query_head, before["segmentation"]["prior.q_proj.weight"])
     name = "image_encoder.pos_embed"
     assert torch.equal(trained["segmentation"][name], before["segmentation"][name])
     changed = [k for k, v in trained["policy"].items() if not torch.equal(v, before["policy"][k])]

@@ -1,4 +1,4 @@
-"""What a CPU can prove about many processes: the same losses, the same gradients, whose weights."""
+"""Several processes on a CPU: equal losses and gradients, weights of states and rollout engines."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from coprs_deploy.errors import ArtifactError
-from coprs_deploy.training.grpo.arguments import rows_of_a_pass
+from coprs_deploy.training.grpo.arguments import split_batch
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE
 from coprs_deploy.training.grpo.distribution import (
-    keep_segmentation_out,
-    load_moving_weights,
-    moving_weights,
-    require_sharding_settings,
-    save_moving_weights,
+    check_sharding_settings,
+    exclude_segmentation,
+    load_trainable_weights,
+    save_trainable_weights,
+    trainable_weights,
 )
 from coprs_deploy.training.settings import PAPER_OPTIMIZER, GrpoSettings, Lora
 
@@ -28,16 +28,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 WORKER = Path(__file__).parent / "worker.py"
 
 SAME_BATCH_TOLERANCE = 1e-4
-"""Relative difference of figures when one batch is summed in another order, over three steps."""
+"""Relative difference of metrics if a batch is summed in another order, over three steps."""
 
 CANCELLED = 1e-5
-"""Absolute difference where advantages of about 1 cancel: the policy's loss at the first step."""
+"""Absolute difference if advantages of about 1 cancel: the policy loss of the first step."""
 
 SHARDED_TOLERANCE = 1e-4
 """Relative difference of whole gradients, float32."""
 
 
-def work(task, out, processes):
+def run_task(task, out, processes):
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
@@ -50,23 +50,23 @@ def work(task, out, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_figures_of_one(tmp_path):
-    one, two = (work(str(n), tmp_path / f"{n}.json", n) for n in (1, 2))
+def test_joint_trainer_in_two_processes_logs_the_metrics_of_one(tmp_path):
+    one, two = (run_task(str(n), tmp_path / f"{n}.json", n) for n in (1, 2))
     assert len(one["lines"]) == len(two["lines"]) == 3
     for ours, theirs in zip(one["lines"], two["lines"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            wanted = pytest.approx(value, rel=SAME_BATCH_TOLERANCE, abs=CANCELLED)
-            assert theirs[name] == wanted, name
-    assert one["lines"][-1]["kl"] > 1e-3, "nothing was learned, so nothing is compared"
+            expected = pytest.approx(value, rel=SAME_BATCH_TOLERANCE, abs=CANCELLED)
+            assert theirs[name] == expected, name
+    assert one["lines"][-1]["kl"] > 1e-3, "the weights did not change, so nothing is compared"
     for name, value in one["sums"].items():
         assert two["sums"][name] == pytest.approx(value, abs=1e-2), name
 
 
 @pytest.mark.slow
-def test_the_sharded_gradient_is_the_whole_one(tmp_path):
-    """Accelerate's own FSDP2 wrapping on two ranks; the segmentation head is whole on both."""
-    found = work("shard", tmp_path / "shard.json", 2)
+def test_sharded_gradient_equals_the_whole_gradient(tmp_path):
+    """FSDP2 wrapping by accelerate on two ranks; the segmentation head is replicated."""
+    found = run_task("shard", tmp_path / "shard.json", 2)
     assert found["distance"] < SHARDED_TOLERANCE
     assert all(name.startswith(f"{ATTRIBUTE}.") for name in found["plain"])
     assert found["plain"]
@@ -75,16 +75,16 @@ def test_the_sharded_gradient_is_the_whole_one(tmp_path):
 
 
 def engine_of(model):
-    """TRL's own way of handing weights over, with an engine that only writes names down."""
+    """Weight synchronization by TRL, with an engine that only records the weights."""
     from accelerate import Accelerator
     from trl.distributed import DistributedBackend
     from trl.generation.vllm_generation import VLLMGeneration
 
     engine = VLLMGeneration.__new__(VLLMGeneration)
     accelerator = Accelerator(cpu=True)
-    taken = {}
+    received = {}
     loading = types.SimpleNamespace(
-        load_weights=lambda pairs: taken.update({n: t.clone() for n, t in pairs})
+        load_weights=lambda pairs: received.update({n: t.clone() for n, t in pairs})
     )
     runner = types.SimpleNamespace(model=loading)
     worker = types.SimpleNamespace(model_runner=runner)
@@ -95,59 +95,59 @@ def engine_of(model):
     )
     engine.model, engine.accelerator, engine.mode = model, accelerator, "colocate"
     engine._dist, engine.enable_sleep_mode = DistributedBackend(accelerator), False
-    return engine, taken
+    return engine, received
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_rollout_engine_gets_the_policy_and_nothing_else(make_bench, rank):
-    bench = make_bench(lora=Lora(rank=rank))
-    engine, taken = engine_of(bench.trainer.model)
+def test_exclude_segmentation_syncs_the_policy_weights_only(make_setup, rank):
+    setup = make_setup(lora=Lora(r=rank))
+    engine, received = engine_of(setup.trainer.model)
     engine.sync_weights()
-    assert any(name.startswith(f"{ATTRIBUTE}.") for name in taken), "the filter has nothing to do"
-    taken.clear()
-    keep_segmentation_out(engine)
+    assert any(name.startswith(f"{ATTRIBUTE}.") for name in received), "nothing to exclude"
+    received.clear()
+    exclude_segmentation(engine)
     engine.sync_weights()
-    assert not any(ATTRIBUTE in name or "lora" in name for name in taken)
+    assert not any(ATTRIBUTE in name or "lora" in name for name in received)
     plain = AutoModelForImageTextToText.from_pretrained(
-        bench.workbench.policy.model.config.name_or_path, dtype=torch.float32
+        setup.state.policy.model.config.name_or_path, dtype=torch.float32
     )
-    wanted = dict(plain.named_parameters())
-    assert taken.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        assert torch.equal(taken[name], weight), name
+    expected = dict(plain.named_parameters())
+    assert received.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(received[name], weight), name
 
 
-def test_states_are_read_back_strictly(make_bench, tmp_path):
-    model = make_bench().trainer.model
+def test_load_trainable_weights_requires_the_same_names(make_setup, tmp_path):
+    model = make_setup().trainer.model
     state = tmp_path / "state"
-    save_moving_weights(state, model)
-    name, weight = next(iter(moving_weights(model).items()))
+    save_trainable_weights(state, model)
+    name, weight = next(iter(trainable_weights(model).items()))
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.add_(1.0)
-    load_moving_weights(state, model)
+    load_trainable_weights(state, model)
     assert torch.equal(weight, kept)
     weight.requires_grad_(False)
     with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
-        load_moving_weights(state, model)
+        load_trainable_weights(state, model)
 
 
-def test_what_sharding_cannot_do_is_refused():
-    with pytest.raises(ValueError, match=r"lora\.rank is set"):
-        require_sharding_settings(GrpoSettings(steps=1, lora=Lora(rank=4)))
-    unclipped = msgspec.structs.replace(PAPER_OPTIMIZER, clip=0.0)
-    with pytest.raises(ValueError, match=r"optimizer\.clip is 0"):
-        require_sharding_settings(GrpoSettings(steps=1, optimizer=unclipped))
-    require_sharding_settings(GrpoSettings(steps=1))
+def test_check_sharding_settings_refuses_adapters_and_no_clipping():
+    with pytest.raises(ValueError, match=r"lora\.r is 4"):
+        check_sharding_settings(GrpoSettings(max_steps=1, lora=Lora(r=4)))
+    unclipped = msgspec.structs.replace(PAPER_OPTIMIZER, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"optimizer\.max_grad_norm is 0"):
+        check_sharding_settings(GrpoSettings(max_steps=1, optimizer=unclipped))
+    assert check_sharding_settings(GrpoSettings(max_steps=1)) is None
 
 
-def test_a_step_is_divided_evenly_or_refused():
-    paper = GrpoSettings(steps=1, global_batch_size=16, per_device_train_batch_size=2)
-    assert rows_of_a_pass(paper, 8) == (2, 8)
-    assert rows_of_a_pass(GrpoSettings(steps=1, global_batch_size=16), 8) == (16, 1)
-    with pytest.raises(ValueError, match="6 processes cannot share"):
-        rows_of_a_pass(paper, 6)
-    with pytest.raises(ValueError, match="must divide the 16 responses"):
-        rows_of_a_pass(
-            GrpoSettings(steps=1, global_batch_size=16, per_device_train_batch_size=3), 8
+def test_split_batch_refuses_batches_that_are_not_divisible():
+    paper = GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=2)
+    assert split_batch(paper, 8) == (2, 8)
+    assert split_batch(GrpoSettings(max_steps=1, global_batch_size=16), 8) == (16, 1)
+    with pytest.raises(ValueError, match="divisible by 6 processes; accepted: multiples of 3"):
+        split_batch(paper, 6)
+    with pytest.raises(ValueError, match="accepted: divisors of 16"):
+        split_batch(
+            GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=3), 8
         )

@@ -1,4 +1,4 @@
-"""Whole GRPO runs through the command line: killed and resumed, merged, and what they leave."""
+"""GRPO runs through the command line: resume after a kill, merged adapters, files of a run."""
 
 import json
 import os
@@ -26,16 +26,16 @@ save_steps = 1
 num_training_scenes = 12
 num_held_out_scenes = 2
 
-[phases.grpo]
-steps = {steps}
+[stages.grpo]
+max_steps = {steps}
 global_batch_size = 2
 num_generations = 2
-max_response_tokens = 40
+max_completion_length = 40
 eval_steps = 2
-samples = 2
+num_completions_to_print = 2
 
-[phases.grpo.optimizer]
-rate = 1e-3
+[stages.grpo.optimizer]
+learning_rate = 1e-3
 {more}
 """
 
@@ -51,7 +51,7 @@ def write_grpo_recipe(tmp_path_factory):
 
 
 def start(recipe, out):
-    command = [sys.executable, "-m", "coprs_deploy.cli.main", "train", str(recipe)]
+    command = [sys.executable, "-m", "coprs_deploy", "train", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (out.parent / f"{out.name}.log").open("a") as log:
         return subprocess.Popen(
@@ -59,17 +59,17 @@ def start(recipe, out):
         )
 
 
-def figures(out):
-    """Every figure of the log but times, by step."""
+def metrics_of(out):
+    """Return the lines of the log without times."""
     return [
-        {k: v for k, v in line.items() if "seconds" not in k}
+        {k: v for k, v in line.items() if k not in ("seconds", "step_time")}
         for line in RunDirectory(out).read_log()
     ]
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, write_grpo_recipe):
-    """A run that nobody disturbed."""
+    """A run without interruption."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     process = start(write_grpo_recipe(), out)
     assert process.wait() == 0, (out.parent / "whole.log").read_text()[-3000:]
@@ -77,24 +77,24 @@ def whole_run(tmp_path_factory, write_grpo_recipe):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, whole_run, write_grpo_recipe):
+def test_killed_run_resumes_to_the_same_bits(tmp_path, whole_run, write_grpo_recipe):
     out = tmp_path / "killed"
     recipe = write_grpo_recipe()
     process = start(recipe, out)
     deadline = time.monotonic() + 300
-    while not list((out / "phases" / "grpo").glob("state-00000[23]/progress.json")):
+    while not list((out / "stages" / "grpo").glob("state-00000[23]/progress.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "no state was written"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (out / "phases" / "grpo" / "result.json").exists()
+    assert not (out / "stages" / "grpo" / "result.json").exists()
     assert start(recipe, out).wait() == 0
-    assert figures(out) == figures(whole_run)
-    after_resume = [line["kl"] for line in figures(out) if line.get("kl") is not None][-1]
-    assert after_resume > 1e-6, "the policy fell back to its reference"
+    assert metrics_of(out) == metrics_of(whole_run)
+    after_resume = [line["kl"] for line in metrics_of(out) if line.get("kl") is not None][-1]
+    assert after_resume > 1e-6, "the policy was reset to its reference"
     ours, theirs = (
-        torch.load(run / "phases" / "grpo" / "weights.pt", weights_only=True)
+        torch.load(run / "stages" / "grpo" / "weights.pt", weights_only=True)
         for run in (out, whole_run)
     )
     for part, tensors in ours.items():
@@ -103,60 +103,61 @@ def test_a_killed_run_goes_on_to_the_last_digit(tmp_path, whole_run, write_grpo_
 
 
 @pytest.mark.slow
-def test_a_run_leaves_figures_samples_and_plots(whole_run):
+def test_run_writes_log_samples_held_out_and_plots(whole_run):
     log = RunDirectory(whole_run).read_log()
     steps = [line for line in log if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     for name in (
-        *("loss", "loss.policy", "loss.prior_bce", "loss.mask_dice", "reward.mask"),
-        *("reward.format", "kl", "clip_fraction", "entropy", "grad_norm", "mask_iou"),
-        *("prior_iou", "response_tokens", "truncated"),
+        *("loss", "loss/policy", "loss/prior_bce", "loss/mask_dice", "rewards/mask/mean"),
+        *("rewards/format/mean", "reward_std", "frac_reward_zero_std", "kl", "entropy"),
+        *("clip_ratio/region_mean", "grad_norm", "giou", "prior_giou", "frac_with_reference"),
+        *("completions/mean_length", "completions/clipped_ratio"),
     ):
         assert all(isinstance(line[name], float) for line in steps), name
-    assert sum(name.startswith("rate.") for name in steps[0]) == 4
+    assert sum(name.startswith("learning_rate/") for name in steps[0]) == 4
     assert steps[0]["kl"] < 1e-6 < steps[-1]["kl"]
-    looks = [line for line in log if "held_out.mask_iou" in line]
-    assert [line["step"] for line in looks] == [0, 2, 4]
+    evaluations = [line for line in log if "eval/giou" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
     samples = whole_run / "samples" / "grpo"
     assert {p.name for p in samples.glob("*.png")} == {"step-000002.png", "step-000004.png"}
-    written = [json.loads(x) for x in (samples / "responses.jsonl").read_text().splitlines()]
-    assert len(written) == 4
-    assert any("<REF_POS>" in line["response"] for line in written)
+    completions = [json.loads(x) for x in (samples / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 4
+    assert any("<REF_POS>" in line["response"] for line in completions)
     held_out = json.loads((whole_run / "held_out" / "grpo" / "step-000004.json").read_text())
-    assert len(held_out["answers"]) == 2
+    assert len(held_out["examples"]) == 2
     report = json.loads((whole_run / "report.json").read_text())
-    facts = report["phases"]["grpo"]["facts"]
-    assert facts["before.mask_iou"] == looks[0]["held_out.mask_iou"]
+    init_metrics = report["stages"]["grpo"]["init_metrics"]
+    assert init_metrics["before/giou"] == evaluations[0]["eval/giou"]
     assert (whole_run / "plots" / "grpo.png").stat().st_size > 10_000
     assert list((whole_run / "tensorboard").rglob("events.*"))
-    assert not list(whole_run.glob("phases/*/*state-*"))
-    assert not list(whole_run.glob("phases/*/checkpoint-*"))
+    assert not list(whole_run.glob("stages/*/*state-*"))
+    assert not list(whole_run.glob("stages/*/checkpoint-*"))
 
 
 @pytest.mark.slow
-def test_the_checkpoint_of_a_run_is_one_that_export_takes(whole_run, tmp_path):
+def test_checkpoint_of_a_run_can_be_exported(whole_run, tmp_path):
     checkpoint = read_checkpoint(whole_run / "checkpoint")
     assert "segmentation" not in " ".join(load_file(checkpoint.policy_path / "model.safetensors"))
     config = (checkpoint.policy_path / "config.json").read_text()
     assert str(CHECKPOINT.parent) not in config, "the path of this machine is in the checkpoint"
     start_weights = load_file(CHECKPOINT / "segmentation.safetensors")
     weights = load_file(checkpoint.path / "segmentation.safetensors")
-    moved = {n for n, t in weights.items() if not torch.equal(t, start_weights[n])}
-    assert {n.split(".")[0] for n in moved} == {"prior", "prompt_encoder", "mask_decoder"}
+    changed = {n for n, t in weights.items() if not torch.equal(t, start_weights[n])}
+    assert {n.split(".")[0] for n in changed} == {"prior", "prompt_encoder", "mask_decoder"}
     assert export_checkpoint(checkpoint.path, tmp_path / "bundle").bundle.path.is_dir()
 
 
 @pytest.mark.slow
 def test_adapters_are_merged_into_the_checkpoint(tmp_path, write_grpo_recipe):
     out = tmp_path / "lora"
-    recipe = write_grpo_recipe(steps=2, more="\n[phases.grpo.lora]\nrank = 4\nalpha = 8.0\n")
+    recipe = write_grpo_recipe(steps=2, more="\n[stages.grpo.lora]\nr = 4\nlora_alpha = 8.0\n")
     assert start(recipe, out).wait() == 0, (tmp_path / "lora.log").read_text()[-3000:]
     before = load_file(CHECKPOINT / "policy" / "model.safetensors")
     after = load_file(out / "checkpoint" / "policy" / "model.safetensors")
     assert after.keys() == before.keys()
-    moved = {name for name in after if not torch.equal(after[name], before[name])}
-    assert moved
-    assert all("_proj.weight" in name and "visual" not in name for name in moved)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    assert all("_proj.weight" in name and "visual" not in name for name in changed)
     weights = load_file(out / "checkpoint" / "segmentation.safetensors")
     start_weights = load_file(CHECKPOINT / "segmentation.safetensors")
     assert any(not torch.equal(t, start_weights[n]) for n, t in weights.items())

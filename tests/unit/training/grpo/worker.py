@@ -1,4 +1,4 @@
-"""What two processes do, started by torchrun: the task, and the file for its figures."""
+"""Tasks of test_distribution, run by one or two processes that torchrun starts."""
 
 import json
 import sys
@@ -13,49 +13,49 @@ from coprs_deploy.training.grpo.attachment import ATTRIBUTE
 from coprs_deploy.training.grpo.batch import GroundTruth
 from coprs_deploy.training.grpo.distribution import average_gradients
 from coprs_deploy.training.grpo.scores import DecodedMasks, row_losses
-from coprs_deploy.training.grpo.trainer import TRUTH, JointTrainer
+from coprs_deploy.training.grpo.trainer import GROUND_TRUTH_KEYS, JointTrainer
 from coprs_deploy.training.settings import PAPER_OPTIMIZER
-from tests.unit.training.grpo.conftest import build_bench
+from tests.unit.training.grpo.conftest import build_setup
 
 
 class Scripted(JointTrainer):
-    """Rollouts that do not depend on which process a prompt falls to."""
+    """Trainer with fixed completions, independent of the process that a prompt falls to."""
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **_):
         tokenizer, group = self.parts.processor.tokenizer, self.num_generations
         responses = []
-        for row, question in enumerate(self.rollout.questions):
-            written = question.example.response
+        for row, item in enumerate(self.rollout.items):
+            text = item.example.response
             if row % group:
-                # The other response names another place, and speaks before it thinks: rewards that
-                # nearly agree would turn the rounding of a mask into a share of the advantage.
-                written = "is " + written.replace("row", "col", 1).replace("is at", "at", 1)
-            ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+                # Another location, and text before the reasoning: with nearly equal rewards, the
+                # rounding of a mask would become a share of the advantage.
+                text = "is " + text.replace("row", "col", 1).replace("is at", "at", 1)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             responses.append([*ids, tokenizer.eos_token_id])
         return responses, None
 
 
 def train(out, processes):
-    optimizer = msgspec.structs.replace(PAPER_OPTIMIZER, rate=1e-4)
-    bench = build_bench(
-        out.parent, trainer=Scripted, processes=processes, steps=3, optimizer=optimizer
+    optimizer = msgspec.structs.replace(PAPER_OPTIMIZER, learning_rate=1e-4)
+    setup = build_setup(
+        out.parent, trainer=Scripted, processes=processes, max_steps=3, optimizer=optimizer
     )
-    bench.trainer.train()
-    if bench.trainer.accelerator.is_main_process:
+    setup.trainer.train()
+    if setup.trainer.accelerator.is_main_process:
         lines = [
             {k: v for k, v in line.items() if isinstance(v, float) and "time" not in k}
-            for line in bench.lines
+            for line in setup.lines
         ]
         sums = {
             n: float(p.detach().double().sum())
-            for n, p in bench.workbench.policy.model.named_parameters()
+            for n, p in setup.state.policy.model.named_parameters()
         }
         out.write_text(json.dumps({"lines": lines, "sums": sums}))
 
 
-def joint_loss(model, bench, inputs, row):
-    """The joint loss of one row, written out: log-probabilities and masks of one forward pass."""
-    truth = GroundTruth(*(inputs[key][row : row + 1] for key in TRUTH))
+def joint_loss(model, setup, inputs, row):
+    """Compute the joint loss of one row from log-probabilities and masks of one forward pass."""
+    gt = GroundTruth(*(inputs[key][row : row + 1] for key in GROUND_TRUTH_KEYS))
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[row : row + 1]
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[row : row + 1]
     width = inputs["prompt_ids"].shape[1]
@@ -70,36 +70,36 @@ def joint_loss(model, bench, inputs, row):
         mm_token_type_ids=inputs["mm_token_type_ids"][row : row + 1],
         labels=labels,
         fused_lm_head=True,
-        segmentation=truth.request(width),
+        segmentation=gt.request(width),
     )
     decoded = DecodedMasks(output.prior_logits, output.mask_logits, output.is_found)
-    weights = bench.trainer.parts.settings.loss_weights(0)
-    parts = row_losses(decoded, truth, weights)
+    weights = setup.trainer.parts.settings.loss_weights_at(0)
+    parts = row_losses(decoded, gt, weights)
     masks = sum(getattr(weights, name) * loss for name, loss in parts.items())
     return -output.log_probs.sum() / (labels >= 0).sum() + 0.3 * masks
 
 
 def shard(out):
-    """Compare the gradient of accelerate's FSDP2 wrapping with that of the whole model."""
+    """Compare the gradient under accelerate's FSDP2 wrapping with that of the whole model."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.tensor import DTensor
 
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    benches = [build_bench(out.parent, trainer=Scripted, processes=1) for _ in range(2)]
-    whole = benches[0]
+    setups = [build_setup(out.parent, trainer=Scripted, processes=1) for _ in range(2)]
+    whole = setups[0]
     trainer = whole.trainer
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     same = [trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))]
-    distributed.broadcast_object_list(same, 0)  # each process has drawn other prompts
+    distributed.broadcast_object_list(same, 0)  # each process has other prompts
     inputs = same[0]
     losses = [joint_loss(trainer.model, whole, inputs, row) for row in (0, 2)]
     (sum(losses) / 2).backward()
-    wanted = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
-    model = benches[1].trainer.model.train()
+    model = setups[1].trainer.model.train()
     head = getattr(model, ATTRIBUTE)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -119,14 +119,14 @@ def shard(out):
     model = fsdp2_prepare_model(accelerator, model)
     sharded = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
     plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
-    joint_loss(model, benches[1], inputs, 2 * rank).backward()
+    joint_loss(model, setups[1], inputs, 2 * rank).backward()
     average_gradients(head)
     squares = total = 0.0
     for name, weight in model.named_parameters():
         if weight.grad is None:
             continue
         grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
-        reference = wanted.get(name, torch.zeros_like(grad))
+        reference = expected.get(name, torch.zeros_like(grad))
         squares += float((grad - reference).pow(2).sum())
         total += float(reference.pow(2).sum())
     found = {

@@ -1,0 +1,63 @@
+"""Stages of the curriculum: loss coefficients, and the initialization of the query head."""
+
+import msgspec
+import pytest
+import torch
+from accelerate import Accelerator
+
+from coprs_deploy.curriculum.reasoning_stage import ridge_regression
+from coprs_deploy.curriculum.recipe import CurriculumRecipe
+from coprs_deploy.curriculum.run import build_context, build_stage
+from coprs_deploy.training.recipe import load_recipe
+from coprs_deploy.training.run import Run
+from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.trainer import loss_coefficient
+
+
+@pytest.fixture(scope="module")
+def recipe(write_recipe):
+    return load_recipe(str(write_recipe()), recipe_type=CurriculumRecipe)
+
+
+@pytest.fixture(scope="module")
+def context(recipe, scenes_dir, tmp_path_factory):
+    directory = RunDirectory(tmp_path_factory.mktemp("run"))
+    return build_context(Run(recipe, Accelerator(cpu=True), directory, 0.0), scenes_dir)
+
+
+@pytest.mark.parametrize("name", ["perception", "segmentation", "joint"])
+def test_stage_has_a_coefficient_for_every_loss(name, recipe, context):
+    stage = build_stage(name, recipe.stages[name], context)
+    losses = stage.objective(stage.batch(0, 0, 1)).losses
+    coefficients = stage.loss_coefficients(0.5)
+    assert losses
+    assert all(loss_coefficient(loss, coefficients) > 0 for loss in losses)
+    assert not any("/" in loss for loss in losses)
+
+
+def test_loss_coefficient_of_a_group_yields_to_that_of_the_loss():
+    coefficients = {"auxiliary.foreground": 0.5, "auxiliary.*": 0.125, "language": 1.0}
+    assert loss_coefficient("auxiliary.foreground", coefficients) == 0.5
+    assert loss_coefficient("auxiliary.color", coefficients) == 0.125
+    assert loss_coefficient("language", coefficients) == 1.0
+
+
+def test_loss_coefficient_missing_is_an_assertion_error():
+    with pytest.raises(AssertionError, match="mask_dice has no coefficient"):
+        loss_coefficient("mask_dice", {"language": 1.0})
+
+
+def test_reasoning_stage_without_train_image_encoder_freezes_it(recipe, context):
+    settings = msgspec.structs.replace(recipe.stages["joint"], train_image_encoder=False)
+    stage = build_stage("joint", settings, context)
+    encoder = stage.objective.segmentation.image_encoder
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_ridge_regression_recovers_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 8, generator=generator)
+    expected = torch.randn(8, 3, generator=generator)
+    solution, r2 = ridge_regression(inputs, inputs @ expected)
+    assert torch.allclose(solution, expected, atol=1e-2)
+    assert r2 == pytest.approx(1.0, abs=1e-4)
