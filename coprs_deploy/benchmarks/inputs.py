@@ -30,12 +30,8 @@ from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_ch
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.evaluation.metrics import overlap
-from coprs_deploy.export.equivalence import (
-    RunnerOpener,
-    mask_iou,
-    reference_opener,
-    sample_inputs,
-)
+from coprs_deploy.export.equivalence import mask_iou, reference_opener
+from coprs_deploy.export.samples import RunnerOpener, sample_inputs
 from coprs_deploy.images import (
     PreparedImage,
     mask_cells,
@@ -281,9 +277,9 @@ def open_torch_stages(
     config = source.config.model
     specs = graph_specs(config.geometry, config.policy_width, valid_region=valid_region)
     model = load_segmentation_model(source)
-    model.image_encoder.set_picture_extent(valid_region)
+    model.image_encoder.set_valid_region(valid_region)
     return SegmentationGraphs(
-        {n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.stages().items()}
+        {n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.graph_modules().items()}
     )
 
 

@@ -51,7 +51,7 @@ def ship(run: Path, root: Path = demo.ROOT, reports: Path = REPORT_FOLDER) -> in
         raise ValueError(f"{source.path} has {size:,} bytes; at most {LARGEST_BYTES:,} are shipped")
     with new_directory(root / "checkpoint", CONFIG_FILE, overwrite=True) as partial:
         shutil.copytree(source.path, partial, dirs_exist_ok=True)
-    options = ExportOptions(copy_policy=False, overwrite=True)
+    options = ExportOptions(external_policy=True, overwrite=True)
     export_checkpoint(root / "checkpoint", root / "bundle", options)
     total = _size(root / "checkpoint") + _size(root / "bundle")
     if total > LARGEST_BYTES:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coprs_deploy.conversion.converters import random_tensors
-from coprs_deploy.conversion.random_policy import generate_policy
+from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.specs import Geometry
 
@@ -65,7 +65,7 @@ def untuned_policy(tmp_path_factory) -> Path:
     """An ordinary policy directory: its tokenizer has no ``<REF_POS>``, its table spare rows."""
     directory = tmp_path_factory.mktemp("untuned")
     script = SCRIPT_WITHOUT_REFERENCE
-    generate_policy("tiny", script=script, has_reference_token=False).save(directory)
+    build_random_policy("tiny", script=script, has_reference_token=False).save(directory)
     return directory
 
 
@@ -73,5 +73,5 @@ def untuned_policy(tmp_path_factory) -> Path:
 def tuned_policy(tmp_path_factory) -> Path:
     """A policy directory whose tokenizer has ``<REF_POS>``."""
     directory = tmp_path_factory.mktemp("tuned")
-    generate_policy("tiny", seed=3).save(directory)
+    build_random_policy("tiny", seed=3).save(directory)
     return directory

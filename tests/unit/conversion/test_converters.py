@@ -18,7 +18,7 @@ from coprs_deploy.conversion import (
 )
 from coprs_deploy.conversion.converters import random_tensors
 from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_random_policy
 from coprs_deploy.errors import ArtifactError, CheckpointError, ConversionError
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.policy import PolicyRequest
@@ -265,7 +265,7 @@ class TestPublicTraining:
     def test_a_policy_in_shards_is_put_together(
         self, public_directory, sam_file, tmp_path, size, names
     ):
-        policy = generate_policy(size, seed=11)
+        policy = build_random_policy(size, seed=11)
         ends = [policy.model.generation_config.eos_token_id, policy.tokenizer.pad_token_id]
         policy.model.generation_config.eos_token_id = ends
         shutil.rmtree(public_directory / "huggingface")
@@ -290,7 +290,7 @@ class TestPublicTraining:
     ):
         tied = dataclasses.replace(POLICY_SIZES["tiny"], tie_word_embeddings=True)
         monkeypatch.setitem(POLICY_SIZES, "tied", tied)
-        policy = generate_policy("tied", seed=11)
+        policy = build_random_policy("tied", seed=11)
         shutil.rmtree(public_directory / "huggingface")
         policy.save(public_directory / "huggingface")
         weights = policy.model.state_dict()
@@ -432,7 +432,7 @@ class TestRandomCheckpoint:
         torch.manual_seed(0)
         state = torch.get_rng_state()
         random_tensors(SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES["tiny"]), seed=5)
-        generate_policy("tiny", seed=5)
+        build_random_policy("tiny", seed=5)
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_an_unknown_size_is_answered_with_those_that_exist(self, tmp_path):

@@ -16,7 +16,7 @@ from coprs_deploy.conversion.policy_files import (
     register_reference_token,
     save_policy,
 )
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_random_policy
 from coprs_deploy.errors import ConversionError
 from coprs_deploy.prompts import REFERENCE_TOKEN
 
@@ -26,13 +26,13 @@ SCRIPT = ("<think>", " untuned", "</think>")
 def untuned(family_size, monkeypatch, has_spare_rows, is_tied=False):
     """Generate a policy whose tokenizer lacks <REF_POS>, with or without a spare row for it."""
     size = POLICY_SIZES[family_size]
-    probe = generate_policy(family_size, script=SCRIPT, has_reference_token=False)
+    probe = build_random_policy(family_size, script=SCRIPT, has_reference_token=False)
     vocabulary = 512 if has_spare_rows else len(probe.tokenizer)
     changed = dataclasses.replace(
         size, text={**size.text, "vocab_size": vocabulary}, tie_word_embeddings=is_tied
     )
     monkeypatch.setitem(POLICY_SIZES, "changed", changed)
-    policy = generate_policy("changed", script=SCRIPT, has_reference_token=False)
+    policy = build_random_policy("changed", script=SCRIPT, has_reference_token=False)
     return policy.model, policy.tokenizer, policy
 
 

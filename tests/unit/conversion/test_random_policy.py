@@ -9,7 +9,7 @@ from coprs_deploy.conversion.random_policy import (
     SCRIPT,
     build_config,
     build_tokenizer,
-    generate_policy,
+    build_random_policy,
 )
 
 
@@ -30,17 +30,17 @@ def test_any_text_survives_the_tokenizer(family):
 
 def test_a_script_that_contradicts_itself_is_refused():
     with pytest.raises(ValueError, match=r"two followers"):
-        generate_policy("tiny", script=("<think>", " a", " b", " a", " c", "</think>"))
+        build_random_policy("tiny", script=("<think>", " a", " b", " a", " c", "</think>"))
 
 
 def test_a_policy_without_the_reference_token_does_not_know_it():
     script = ("<think>", " nothing", "</think>")
-    policy = generate_policy("tiny", script=script, has_reference_token=False)
+    policy = build_random_policy("tiny", script=script, has_reference_token=False)
     assert "<REF_POS>" not in policy.tokenizer.get_vocab()
 
 
 def test_seeds_give_other_weights():
-    first, again, other = (generate_policy("tiny", seed=s).model.lm_head.weight for s in (0, 0, 1))
+    first, again, other = (build_random_policy("tiny", seed=s).model.lm_head.weight for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

@@ -15,7 +15,7 @@ from coprs_deploy.export.calibration import (
     ProductRange,
     cached_ranges,
     calibrate,
-    find_pictures,
+    find_calibration_images,
 )
 from coprs_deploy.specs import Geometry
 
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 class TestPictures:
     def test_each_is_taken_once_and_a_quarter_is_held_out(self, folder):
-        found = find_pictures(folder)
+        found = find_calibration_images(folder)
         assert (len(found.used), len(found.held_out)) == (6, 2)
         contents = {path.read_bytes() for path in (*found.used, *found.held_out)}
         assert len(contents) == 8
@@ -46,24 +46,24 @@ class TestPictures:
         assert (record.pictures, record.held_out, record.sha256) == (6, 2, found.sha256)
 
     def test_contents_decide_and_names_do_not(self, folder, tmp_path):
-        found = find_pictures(folder)
+        found = find_calibration_images(folder)
         renamed = tmp_path / "renamed"
         renamed.mkdir()
         for number, path in enumerate(reversed((*found.used, *found.held_out))):
             shutil.copy(path, renamed / f"{number}.png")
-        again = find_pictures(renamed)
+        again = find_calibration_images(renamed)
         assert again.sha256 == found.sha256
         assert [p.read_bytes() for p in again.held_out] == [p.read_bytes() for p in found.held_out]
 
     def test_another_picture_is_another_set(self, folder):
-        before = find_pictures(folder).sha256
+        before = find_calibration_images(folder).sha256
         Image.new("RGB", (5, 5)).save(folder / "more.png")
-        assert find_pictures(folder).sha256 != before
+        assert find_calibration_images(folder).sha256 != before
 
     def test_few_are_held_out_of_many(self, folder):
         for number in range(40):
             Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"plain-{number}.png")
-        found = find_pictures(folder)
+        found = find_calibration_images(folder)
         assert (len(found.used), len(found.held_out)) == (44, 4)
 
     def test_too_few_are_refused(self, folder):
@@ -72,9 +72,9 @@ class TestPictures:
         (folder / "0.BMP").unlink()
         (folder / "again.png").unlink()
         with pytest.raises(ValueError, match=r"3 different pictures .* at least 4, better 32"):
-            find_pictures(folder)
+            find_calibration_images(folder)
         with pytest.raises(ValueError, match="is no folder"):
-            find_pictures(folder / "2.png")
+            find_calibration_images(folder / "2.png")
 
 
 class Fixed(nn.Module):
@@ -151,7 +151,7 @@ class TestCache:
 
     def test_ranges_are_measured_once_a_graph_and_set_of_pictures(self, folder, tmp_path):
         cache, calls = BuildCache(tmp_path / "cache"), []
-        pictures = find_pictures(folder)
+        pictures = find_calibration_images(folder)
 
         def ask(graph, value):
             return cached_ranges(cache, graph, pictures, lambda: self.measured(value, calls))
@@ -160,13 +160,13 @@ class TestCache:
         assert ask("a" * 64, 2.0) == first
         assert ask("b" * 64, 3.0)["first"].largest == 3.0
         Image.new("RGB", (5, 5)).save(folder / "more.png")
-        pictures = find_pictures(folder)
+        pictures = find_calibration_images(folder)
         assert ask("a" * 64, 4.0)["first"].largest == 4.0
         assert calls == [1.0, 3.0, 4.0]
 
     def test_other_code_and_damaged_files_are_not_trusted(self, folder, tmp_path, monkeypatch):
         cache, calls = BuildCache(tmp_path / "cache"), []
-        pictures = find_pictures(folder)
+        pictures = find_calibration_images(folder)
 
         def ask(value):
             return cached_ranges(cache, "a" * 64, pictures, lambda: self.measured(value, calls))

@@ -11,8 +11,8 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.export import ExportOptions, comparison, export_checkpoint
 from coprs_deploy.export.comparison import FLOAT32_GRAPH, MODULE, TRACED, compare_backends
-from coprs_deploy.export.comparison_page import write_chain_page
-from coprs_deploy.export.equivalence import sample_inputs
+from coprs_deploy.export.comparison_page import write_comparison_page
+from coprs_deploy.export.samples import sample_inputs
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER
 
 PLACES = [MODULE, TRACED, "fp32 graph on onnxruntime", "fp32 graph on openvino"]
@@ -97,14 +97,14 @@ def test_a_runtime_that_is_wrong_breaks_its_own_links(
     assert [link.passed for link in links] == [True, True, False, False]
     heatmap = links[2].differences[2].heatmap
     assert np.unravel_index(heatmap.argmax(), heatmap.shape) == (10, 20)
-    write_chain_page(tmp_path / "page.html", bundle, links, len(samples))
+    write_comparison_page(tmp_path / "page.html", bundle, links, len(samples))
     page = (tmp_path / "page.html").read_text()
     assert "a link is broken" in page
     assert page.count(">failed<") == 4  # the stage and the end, in both links
 
 
 def test_the_page_stands_alone_and_is_well_formed(links, bundle, samples, tmp_path):
-    write_chain_page(tmp_path / "deep" / "page.html", bundle, links, len(samples))
+    write_comparison_page(tmp_path / "deep" / "page.html", bundle, links, len(samples))
     page = (tmp_path / "deep" / "page.html").read_text()
     assert "every link holds" in page
     assert page.count("data:image/png;base64,") == 16

@@ -40,7 +40,7 @@ def written_graphs(tiny_bundle, monkeypatch):
 
 def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_graphs, capsys):
     options = ExportOptions(
-        runtime="tensorrt-rtx", precision="fp16", gpus=GPUS, cache=tmp_path / "cache"
+        runtime="tensorrt-rtx", precision="fp16", compute_capabilities=GPUS, cache_dir=tmp_path / "cache"
     )
     path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
     assert {p.name for p in tmp_path.iterdir()} == {"bundle", "cache"}
@@ -76,7 +76,7 @@ def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_g
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
     options = ExportOptions(
-        runtime="tensorrt-rtx", precision=precision, gpus=GPUS, cache=tmp_path / "cache"
+        runtime="tensorrt-rtx", precision=precision, compute_capabilities=GPUS, cache_dir=tmp_path / "cache"
     )
     bundle = export_checkpoint(demo.CHECKPOINT, tmp_path / "bundle", options).bundle
     for name, graph in bundle.manifest.graphs.items():
@@ -96,11 +96,11 @@ def test_an_encoder_of_one_aspect_compiles(drop_padding, tiny_checkpoint, tmp_pa
     options = ExportOptions(
         runtime="tensorrt-rtx",
         precision="fp16",
-        gpus=("sm_89",),
+        compute_capabilities=("sm_89",),
         aspect_ratio=(16, 9),
         drop_padding=drop_padding,
         images=OptimizationProfile(1, 2, 4),
-        cache=tmp_path / "cache",
+        cache_dir=tmp_path / "cache",
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     graph = bundle.manifest.graphs["image_encoder"]
@@ -118,7 +118,7 @@ def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
     monkeypatch.setattr(exporter, "build_engine", build)
     written_graphs["mask_decoder"] = 1e6
     options = ExportOptions(
-        runtime="tensorrt-rtx", precision="fp16", gpus=("sm_89",), cache=tmp_path / "cache"
+        runtime="tensorrt-rtx", precision="fp16", compute_capabilities=("sm_89",), cache_dir=tmp_path / "cache"
     )
     with pytest.raises(EquivalenceError, match="mask_decoder: relative"):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
@@ -129,9 +129,9 @@ def test_older_engines_leave_a_cache_that_has_a_limit(tiny_checkpoint, tmp_path,
     def export(gpu, limit=None):
         options = ExportOptions(
             runtime="tensorrt-rtx",
-            gpus=(gpu,),
-            cache=tmp_path / "cache",
-            cache_limit_bytes=limit,
+            compute_capabilities=(gpu,),
+            cache_dir=tmp_path / "cache",
+            max_cache_bytes=limit,
             overwrite=True,
         )
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
@@ -144,7 +144,7 @@ def test_older_engines_leave_a_cache_that_has_a_limit(tiny_checkpoint, tmp_path,
 
 
 def test_gpus_are_refused_before_the_checkpoint_is_read(tmp_path):
-    options = ExportOptions(runtime="tensorrt-rtx", gpus=("sm_90",))
+    options = ExportOptions(runtime="tensorrt-rtx", compute_capabilities=("sm_90",))
     with pytest.raises(ValueError, match="gpu names 'sm_90'"):
         export_checkpoint(tmp_path / "nothing", tmp_path / "bundle", options)
 

@@ -9,14 +9,9 @@ from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines import ONNX_RUNTIMES
 from coprs_deploy.engines.runner import Runner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.equivalence import (
-    TOLERANCES,
-    Tolerance,
-    compare_stages,
-    mask_iou,
-    require_equivalence,
-    sample_inputs,
-)
+from coprs_deploy.export.equivalence import compare_graphs, mask_iou, require_equivalence
+from coprs_deploy.export.samples import sample_inputs
+from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.export.samples import draw_masked_samples
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, graph_specs
 
@@ -77,7 +72,7 @@ def opener(**errors):
 
 def compare(**errors):
     samples = sample_inputs(GEOMETRY, 6)
-    records = compare_stages(opener(), opener(**errors), samples, LIMITS)
+    records = compare_graphs(opener(), opener(**errors), samples, LIMITS)
     return {record.graph: record for record in records}
 
 
@@ -117,7 +112,7 @@ def test_a_reference_that_is_not_finite_fails():
     samples = sample_inputs(GEOMETRY, 6)
     spoiled = opener(prior=lambda values: values * np.float32(np.nan))
     with np.errstate(invalid="ignore"):
-        records = compare_stages(spoiled, opener(), samples, LIMITS)
+        records = compare_graphs(spoiled, opener(), samples, LIMITS)
     assert not records[1].passed
 
 
@@ -157,7 +152,7 @@ def test_masks_that_overlap_too_little_fail_whatever_the_logits():
     def flip_some(values):
         return np.where(np.arange(values.size).reshape(values.shape) % 10 == 0, -values, values)
 
-    records = compare_stages(opener(), opener(mask_decoder=flip_some), samples, tolerances)
+    records = compare_graphs(opener(), opener(mask_decoder=flip_some), samples, tolerances)
     assert records[2].mask_iou == pytest.approx(0.818, abs=0.01)  # one cell in ten is flipped
     assert not records[2].passed
 
@@ -166,7 +161,7 @@ def test_a_turned_output_fails_by_its_cosine():
     tolerances = {**LIMITS, "prior": Tolerance(10, 10, 0.9, None, "only the direction counts")}
     samples = sample_inputs(GEOMETRY, 6)
     turned = opener(prior=lambda values: -values)
-    records = compare_stages(opener(), turned, samples, tolerances)
+    records = compare_graphs(opener(), turned, samples, tolerances)
     assert records[1].cosine == pytest.approx(-1)
     assert not records[1].passed
 
@@ -176,8 +171,8 @@ def test_outputs_that_are_zero_everywhere_agree():
         return np.zeros_like(values)
 
     samples = sample_inputs(GEOMETRY, 6)
-    both = compare_stages(opener(prior=silent), opener(prior=silent), samples, LIMITS)
-    one = compare_stages(opener(), opener(prior=silent), samples, LIMITS)
+    both = compare_graphs(opener(prior=silent), opener(prior=silent), samples, LIMITS)
+    one = compare_graphs(opener(), opener(prior=silent), samples, LIMITS)
     assert both[1].passed
     assert not one[1].passed
 
@@ -229,14 +224,14 @@ def test_the_chain_is_compared_as_an_answer_runs_it(monkeypatch, factor):
 
 def test_each_step_is_announced():
     steps = []
-    compare_stages(opener(), opener(), sample_inputs(GEOMETRY, 6), LIMITS, steps.append)
+    compare_graphs(opener(), opener(), sample_inputs(GEOMETRY, 6), LIMITS, steps.append)
     assert steps == [f"{who} {name}" for name in GRAPH_NAMES for who in ("reference", "candidate")]
 
 
 def test_the_error_names_each_failing_graph_with_numbers_and_limits():
     samples = sample_inputs(GEOMETRY, 6)
     candidate = opener(mask_decoder=lambda values: values * np.float32(1.1))
-    records = compare_stages(opener(), candidate, samples, LIMITS)
+    records = compare_graphs(opener(), candidate, samples, LIMITS)
     with pytest.raises(EquivalenceError) as caught:
         require_equivalence(records, LIMITS)
     message = str(caught.value)
@@ -300,14 +295,14 @@ def test_every_tolerance_has_a_reason_and_can_fail(key):
 
 def test_a_reference_that_is_known_is_not_run_again():
     samples, known = sample_inputs(GEOMETRY, 6), {}
-    first = compare_stages(opener(), opener(), samples, LIMITS, known=known)
+    first = compare_graphs(opener(), opener(), samples, LIMITS, known=known)
     assert set(known) == set(GRAPH_NAMES)
 
     def never(name):
         raise AssertionError(f"the reference of {name} was opened")
 
-    assert compare_stages(never, opener(), samples, LIMITS, known=known) == first
-    wrong = compare_stages(never, opener(prior=lambda v: v * 1.1), samples, LIMITS, known=known)
+    assert compare_graphs(never, opener(), samples, LIMITS, known=known) == first
+    wrong = compare_graphs(never, opener(prior=lambda v: v * 1.1), samples, LIMITS, known=known)
     assert not wrong[1].passed
 
 
@@ -329,7 +324,7 @@ def test_pooled_masks_are_judged_together():
         calls.clear()
         limits = {**LIMITS, "mask_decoder": replace(chain, pools_masks=pools)}
         decoder = opener(mask_decoder=lambda v: lose_the_first(few(v)))
-        records = compare_stages(opener(mask_decoder=few), decoder, samples, limits)
+        records = compare_graphs(opener(mask_decoder=few), decoder, samples, limits)
         assert records[2].mask_iou == pytest.approx(expected)
 
 
@@ -360,7 +355,7 @@ class TestMaskedSamples:
     def test_what_is_known_is_what_the_reference_gives(self):
         samples, known = self.draw(exact)
         fresh = {}
-        compare_stages(opener(), opener(), samples, LIMITS, known=fresh)
+        compare_graphs(opener(), opener(), samples, LIMITS, known=fresh)
         for name in GRAPH_NAMES:
             assert all(map(np.array_equal, known[name], fresh[name])), name
 

@@ -16,7 +16,7 @@ from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import ArtifactError, CheckpointError, EquivalenceError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer
-from coprs_deploy.export.equivalence import TOLERANCES, Tolerance
+from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.images import prepare_image
 from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile, graph_specs
 
@@ -48,7 +48,7 @@ def reference(checkpoint_path, scene, concentrations):
     model = load_segmentation_model(checkpoint)
     specs = read_specs(checkpoint)
     with SegmentationGraphs(
-        {n: TorchRunner(m, specs[n]) for n, m in model.stages().items()}
+        {n: TorchRunner(m, specs[n]) for n, m in model.graph_modules().items()}
     ) as stages:
         return run(stages, scene, checkpoint.config.model.geometry, concentrations)
 
@@ -163,7 +163,7 @@ class TestBundle:
 
 class TestReferredPolicy:
     def test_a_policy_may_stay_where_it_is(self, tiny_checkpoint, tmp_path, written_graphs):
-        options = ExportOptions(copy_policy=False)
+        options = ExportOptions(external_policy=True)
         path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
         policy = open_bundle(path).manifest.policy
         assert policy.is_external
@@ -177,7 +177,7 @@ class TestReferredPolicy:
     ):
         home = tmp_path / "home"
         shutil.copytree(tiny_checkpoint, home / "checkpoint")
-        options = ExportOptions(copy_policy=False)
+        options = ExportOptions(external_policy=True)
         export_checkpoint(home / "checkpoint", home / "bundle", options)
         assert open_bundle(home / "bundle").manifest.policy.path == "../checkpoint/policy"
         bundle = open_bundle(home.rename(tmp_path / "elsewhere") / "bundle")

@@ -17,9 +17,10 @@ from coprs_deploy.cli.main import main
 from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError, ImageSizeError
 from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_check
-from coprs_deploy.export.comparison import MODULE, OF_ONE_ASPECT, TRACED, compare_backends
-from coprs_deploy.export.comparison_page import chain_page
-from coprs_deploy.export.equivalence import TOLERANCES, sample_inputs
+from coprs_deploy.export.comparison import MODULE, FIXED_ASPECT_MODULE, TRACED, compare_backends
+from coprs_deploy.export.comparison_page import comparison_page_html
+from coprs_deploy.export.samples import sample_inputs
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.export.graph_check import WITHOUT_PADDING
 from coprs_deploy.export.verifier import verify_bundle
 from coprs_deploy.images import ResizeTransform, prepare_image, require_inside, unpadded_size
@@ -168,7 +169,7 @@ def test_typed_graphs_of_an_aspect_pass_their_checks(tiny_checkpoint, tmp_path, 
             pixels = generator.integers(0, 256, (45, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(calibration / f"{number}.png")
     options = ExportOptions(
-        precision=precision, calibration=calibration, aspect_ratio=(16, 9), cache=tmp_path / "cache"
+        precision=precision, calibration_images=calibration, aspect_ratio=(16, 9), cache_dir=tmp_path / "cache"
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert all(record.passed for record in bundle.manifest.equivalence)
@@ -180,7 +181,7 @@ def test_calibration_pictures_that_reach_too_far_are_named(tiny_checkpoint, tmp_
     for number in range(4):
         Image.new("RGB", (50, 50), (number, 0, 0)).save(pictures / f"{number}.png")
     options = ExportOptions(
-        precision="int8", calibration=pictures, aspect_ratio=(16, 9), cache=tmp_path / "cache"
+        precision="int8", calibration_images=pictures, aspect_ratio=(16, 9), cache_dir=tmp_path / "cache"
     )
     monkeypatch.setattr(exporter, "write_int8_graph", None)  # nothing is traced before
     message = r"4 of the calibration's pictures.*\d.png: the picture is 50 x 50 and this image"
@@ -199,12 +200,12 @@ def test_the_chain_begins_with_the_whole_module(exact, dropping, tiny_checkpoint
     )
     links = compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
     assert [(link.first, link.second) for link in links[:2]] == [
-        (MODULE, OF_ONE_ASPECT),
-        (OF_ONE_ASPECT, TRACED),
+        (MODULE, FIXED_ASPECT_MODULE),
+        (FIXED_ASPECT_MODULE, TRACED),
     ]
     assert all(link.passed for link in links)
     assert (links[0].differences[0].record.relative_error > ROUNDING) == drops_padding
-    page = chain_page(bundle, links, len(samples))
+    page = comparison_page_html(bundle, links, len(samples))
     first_section = page.split("<h2>")[1]
     assert ("not judged" in first_section) == drops_padding
     assert ("holds" in first_section) == (not drops_padding)
@@ -223,7 +224,7 @@ def test_samples_of_an_extent_fill_it_and_stay_inside(aspect_ratio, height, widt
         for s in sample_inputs(geometry, 4, valid_region=valid_region)
     ]
     assert [height, width] in sizes
-    assert all(valid_region.holds(size) for size in sizes)
+    assert all(valid_region.contains(size) for size in sizes)
 
 
 ASPECTS = [(16, 9), (9, 16), (9, 20), (37, 20), (1, 17), (1, 40), (256, 135), (21, 9), (4, 3)]
@@ -238,7 +239,7 @@ def placed(height, width):
 def test_pictures_of_the_aspect_are_taken_and_a_refusal_names_what_would_be(
     aspect_ratio, drops_padding
 ):
-    valid_region = SAM_SIZES["vit_b"].picture_extent(aspect_ratio, drops_padding=drops_padding)
+    valid_region = SAM_SIZES["vit_b"].valid_region(aspect_ratio, drops_padding=drops_padding)
     assert str(valid_region).endswith(f" as {aspect_ratio[0]}:{aspect_ratio[1]}")
     for factor in (1, 3, 7, 50, 120):
         require_inside(placed(aspect_ratio[1] * factor, aspect_ratio[0] * factor), valid_region)
@@ -249,7 +250,7 @@ def test_pictures_of_the_aspect_are_taken_and_a_refusal_names_what_would_be(
         kept, limit, is_wide = int(words[1]), int(words[3]), words[2] == "wide"
         for tried, fits in ((limit, True), (limit + 1, False)):
             sides = (tried, kept) if is_wide else (kept, tried)
-            assert valid_region.holds(unpadded_size(*sides, 1024)) == fits
+            assert valid_region.contains(unpadded_size(*sides, 1024)) == fits
 
 
 def test_evaluate_says_at_once_which_examples_a_bundle_does_not_take(exact, capsys):
@@ -266,7 +267,7 @@ def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):
     assert main([*arguments, "--drop-padding", "--json"]) == 0
     names = [record["graph"] for record in json.loads(capsys.readouterr().out)["equivalence"]]
     assert names[-1] == WITHOUT_PADDING
-    assert open_bundle(out).manifest.graphs[IMAGE_ENCODER].spec.valid_region.holds((128, 72))
+    assert open_bundle(out).manifest.graphs[IMAGE_ENCODER].spec.valid_region.contains((128, 72))
     assert main(["inspect", str(out)]) == 0
     assert "for pictures at least as high as 9:16 alone: padding is dropped" in (
         capsys.readouterr().out
@@ -307,7 +308,7 @@ def test_an_int8_encoder_of_an_aspect_that_is_refused_lists_its_blocks(
     strict = {**refused, IMAGE_ENCODER: type(encoder)(0.0, 0.0, 1.0, None, "nothing passes")}
     monkeypatch.setattr(graph_check, "TOLERANCES", {("onnxruntime", "int8"): strict})
     options = ExportOptions(
-        precision="int8", calibration=pictures, aspect_ratio=(16, 9), cache=tmp_path / "cache"
+        precision="int8", calibration_images=pictures, aspect_ratio=(16, 9), cache_dir=tmp_path / "cache"
     )
     with pytest.raises(EquivalenceError, match=r"block 0: .*\n  block 1: .*\n  block 2: "):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)

@@ -8,7 +8,8 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.equivalence import TOLERANCES, compare_stages, reference_opener
+from coprs_deploy.export.equivalence import compare_graphs, reference_opener
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.export.golden import main, read_golden
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER
 from tests import ROOT
@@ -31,7 +32,7 @@ def compare(golden, candidate):
     def never(name):
         raise AssertionError(f"the outputs of {name} are recorded")
 
-    return compare_stages(
+    return compare_graphs(
         reference=never,
         candidate=candidate,
         samples=golden.samples,

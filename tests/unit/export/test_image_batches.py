@@ -11,7 +11,8 @@ from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.export.comparison import compare_backends
-from coprs_deploy.export.equivalence import END_TO_END, TOLERANCES, sample_inputs
+from coprs_deploy.export.samples import sample_inputs
+from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES
 from coprs_deploy.images import prepare_image
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
@@ -35,7 +36,7 @@ def stages(request, bundle, tiny_checkpoint):
     """The graphs of the bundle in each runtime, and PyTorch's modules."""
     graphs = bundle.manifest.graphs
     if request.param == "torch":
-        modules = load_segmentation_model(read_checkpoint(tiny_checkpoint)).stages()
+        modules = load_segmentation_model(read_checkpoint(tiny_checkpoint)).graph_modules()
         runners = {name: TorchRunner(modules[name], graph.spec) for name, graph in graphs.items()}
     else:
         runners = {

@@ -15,7 +15,7 @@ from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph, openvino_runner
 from coprs_deploy.errors import EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer, precision
-from coprs_deploy.export.calibration import ProductRange, calibrate, find_pictures
+from coprs_deploy.export.calibration import ProductRange, calibrate, find_calibration_images
 from coprs_deploy.export.precision import type_graph
 from coprs_deploy.export.quantization import product_names, quantize_graph
 from coprs_deploy.machine import Processor, describe_processor
@@ -43,7 +43,7 @@ def ranges(tiny_bundle, tiny_checkpoint, pictures):
     checkpoint = read_checkpoint(tiny_checkpoint)
     encoder = load_segmentation_model(checkpoint).image_encoder
     names = product_names(tiny_bundle / ENCODER)
-    used = find_pictures(pictures).used
+    used = find_calibration_images(pictures).used
     return calibrate(encoder, names, used, checkpoint.config.model.geometry)
 
 
@@ -213,7 +213,7 @@ class TestExport:
     def test_a_bundle_says_what_it_was_calibrated_on(
         self, tiny_checkpoint, tmp_path, pictures, written_graphs
     ):
-        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        options = ExportOptions(precision="int8", calibration_images=pictures, cache_dir=tmp_path / "cache")
         path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
         bundle = open_bundle(path)
         graphs = bundle.manifest.graphs
@@ -222,7 +222,7 @@ class TestExport:
             PRIOR: "fp32",
             MASK_DECODER: "fp32",
         }
-        assert graphs[IMAGE_ENCODER].calibration == find_pictures(pictures).record()
+        assert graphs[IMAGE_ENCODER].calibration == find_calibration_images(pictures).record()
         assert graphs[PRIOR].calibration is None
         records = {record.graph: record for record in bundle.manifest.equivalence}
         assert all(record.passed and record.inputs == 2 for record in records.values())
@@ -236,7 +236,7 @@ class TestExport:
     def test_the_second_export_does_not_calibrate_again(
         self, tiny_checkpoint, tmp_path, pictures, written_graphs, monkeypatch
     ):
-        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        options = ExportOptions(precision="int8", calibration_images=pictures, cache_dir=tmp_path / "cache")
         first = export_checkpoint(tiny_checkpoint, tmp_path / "one", options).bundle
         monkeypatch.setattr(graph_writer, "calibrate", None)
         again = export_checkpoint(tiny_checkpoint, tmp_path / "two", options).bundle
@@ -250,7 +250,7 @@ class TestExport:
     ):
         bundles = {}
         for runtime in ("onnxruntime", "openvino"):
-            options = ExportOptions(runtime, "int8", calibration=pictures, cache=tmp_path / "cache")
+            options = ExportOptions(runtime, "int8", calibration_images=pictures, cache_dir=tmp_path / "cache")
             bundles[runtime] = export_checkpoint(
                 tiny_checkpoint, tmp_path / runtime, options
             ).bundle
@@ -269,7 +269,7 @@ class TestExport:
     def test_openvino_is_refused_where_its_int8_would_not_be_exact(
         self, tiny_checkpoint, tmp_path, pictures, written_graphs, monkeypatch
     ):
-        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        options = ExportOptions(precision="int8", calibration_images=pictures, cache_dir=tmp_path / "cache")
         bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
         old = Processor("a processor", ("avx2", "fma"), 2)
         monkeypatch.setattr(openvino_runner, "describe_processor", lambda: old)
@@ -298,9 +298,9 @@ class TestExport:
         options = ExportOptions(
             runtime=runtime,
             precision="int8",
-            calibration=pictures,
-            cache=tmp_path / "cache",
-            gpus=("sm_89",) if runtime == "tensorrt-rtx" else (),
+            calibration_images=pictures,
+            cache_dir=tmp_path / "cache",
+            compute_capabilities=("sm_89",) if runtime == "tensorrt-rtx" else (),
         )
         with pytest.raises(EquivalenceError, match="image_encoder: relative") as caught:
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
@@ -315,7 +315,7 @@ class TestExport:
         assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
     def test_pictures_are_looked_for_before_anything_is_written(self, tiny_checkpoint, tmp_path):
-        options = ExportOptions(precision="int8", calibration=tmp_path / "none")
+        options = ExportOptions(precision="int8", calibration_images=tmp_path / "none")
         steps = []
         with pytest.raises(ValueError, match="which is no folder"):
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options, steps.append)

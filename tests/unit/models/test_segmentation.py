@@ -66,7 +66,7 @@ def test_sam_keeps_the_cells_that_the_public_code_keeps():
 def test_the_stages_in_a_row_are_the_whole_model(model):
     image, concentration, unpadded_size = model_inputs(targets=2)
     prior_logits, mask_logits = model(image, concentration, unpadded_size)
-    stages = model.stages()
+    stages = model.graph_modules()
     embedding = stages["image_encoder"](image)
     prior = stages["prior"](embedding, concentration)
     assert torch.equal(prior, prior_logits)
@@ -75,7 +75,7 @@ def test_the_stages_in_a_row_are_the_whole_model(model):
 
 def test_the_stages_take_and_give_what_the_specifications_say(model):
     specs = graph_specs(TINY.geometry, TINY.policy_hidden_size)
-    stages = model.stages()
+    stages = model.graph_modules()
     assert list(stages) == list(specs)
     for name, spec in specs.items():
         inputs = [torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs]
@@ -86,7 +86,7 @@ def test_the_stages_take_and_give_what_the_specifications_say(model):
 
 def test_the_stages_share_the_parameters_of_the_model(model):
     whole = {id(parameter) for parameter in model.parameters()}
-    parts = {id(p) for stage in model.stages().values() for p in stage.parameters()}
+    parts = {id(p) for stage in model.graph_modules().values() for p in stage.parameters()}
     assert parts == whole
 
 
@@ -119,7 +119,7 @@ def test_the_concentration_and_the_padding_show_in_the_mask(size):
 
 
 def test_prior_values_in_the_padding_do_not_reach_the_mask(model):
-    decode = model.stages()["mask_decoder"]
+    decode = model.graph_modules()["mask_decoder"]
     embedding = torch.randn(1, 64, 16, 16, generator=torch.Generator().manual_seed(3))
     prior = torch.zeros(1, 1, 64, 64)
     before = decode(embedding, prior, torch.tensor([82, 128]))

@@ -43,7 +43,7 @@ def encoder(config=DEEP, valid_region=None):
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     if valid_region is not None:
-        model.set_picture_extent(valid_region)
+        model.set_valid_region(valid_region)
     return model.requires_grad_(False).eval()
 
 
@@ -78,7 +78,7 @@ def count_cells(monkeypatch):
 
 @pytest.mark.parametrize("aspect_ratio", [(16, 9), (9, 16), (4, 3), (7, 1), (1, 3)])
 def test_windows_of_padding_before_the_first_global_block_are_known_beforehand(aspect_ratio):
-    valid_region = DEEP.picture_extent(aspect_ratio)
+    valid_region = DEEP.valid_region(aspect_ratio)
     whole, partial = encoder(), encoder(valid_region=valid_region)
     image = picture(valid_region)
     assert relative_error(partial(image), whole(image)) <= ROUNDING
@@ -87,11 +87,11 @@ def test_windows_of_padding_before_the_first_global_block_are_known_beforehand(a
 
 
 def test_whole_windows_are_left_out_and_only_up_to_the_first_global_block(count_cells):
-    partial = encoder(valid_region=DEEP.picture_extent((16, 9)))  # 36 of 64 pixels: 9 of 16 cells
+    partial = encoder(valid_region=DEEP.valid_region((16, 9)))  # 36 of 64 pixels: 9 of 16 cells
     cells = count_cells(partial)
     partial(torch.zeros(1, 3, 64, 64))
     assert cells == [(9, 16), (9, 16), (16, 16), (16, 16), (16, 16)]
-    valid_region = DEEP.picture_extent((64, 37))  # one row of pixels in a tenth row of cells
+    valid_region = DEEP.valid_region((64, 37))  # one row of pixels in a tenth row of cells
     assert (valid_region.height, valid_region.width) == (48, 64)
     between = encoder(valid_region=valid_region)
     cells.clear()
@@ -101,7 +101,7 @@ def test_whole_windows_are_left_out_and_only_up_to_the_first_global_block(count_
 
 
 def test_what_lies_beyond_the_extent_is_never_read():
-    valid_region = DEEP.picture_extent((64, 24))
+    valid_region = DEEP.valid_region((64, 24))
     partial, image = encoder(valid_region=valid_region), picture(valid_region)
     dirty = image.clone()
     assert valid_region.height == 24
@@ -111,7 +111,7 @@ def test_what_lies_beyond_the_extent_is_never_read():
 
 @pytest.mark.parametrize("aspect_ratio", [(16, 9), (9, 16), (7, 1)])
 def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect_ratio):
-    valid_region = DEEP.picture_extent(aspect_ratio, drops_padding=True)
+    valid_region = DEEP.valid_region(aspect_ratio, drops_padding=True)
     partial, image = encoder(valid_region=valid_region), picture(valid_region)
     rows, columns = valid_region.height // 4, valid_region.width // 4
     assert partial.padding_from == len(partial.blocks)
@@ -131,7 +131,7 @@ def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect
 
 
 def test_dropped_padding_is_another_function_and_computes_no_padding(count_cells):
-    valid_region = DEEP.picture_extent((16, 9), drops_padding=True)
+    valid_region = DEEP.valid_region((16, 9), drops_padding=True)
     whole, partial, image = encoder(), encoder(valid_region=valid_region), picture(valid_region)
     assert relative_error(partial(image), whole(image)) > 0.01
     cells = count_cells(partial)
@@ -140,20 +140,20 @@ def test_dropped_padding_is_another_function_and_computes_no_padding(count_cells
 
 
 def test_the_weights_of_an_encoder_keep_their_names():
-    partial = encoder(valid_region=DEEP.picture_extent((16, 9)))
+    partial = encoder(valid_region=DEEP.valid_region((16, 9)))
     assert list(partial.state_dict()) == list(encoder().state_dict())
 
 
 def test_an_extent_can_be_taken_back():
     partial, whole = (
-        encoder(valid_region=DEEP.picture_extent((16, 9), drops_padding=True)),
+        encoder(valid_region=DEEP.valid_region((16, 9), drops_padding=True)),
         encoder(),
     )
-    partial.set_picture_extent(DEEP.picture_extent((9, 16), drops_padding=True))
-    image = picture(DEEP.picture_extent((9, 16)))
-    again = encoder(valid_region=DEEP.picture_extent((9, 16), drops_padding=True))
+    partial.set_valid_region(DEEP.valid_region((9, 16), drops_padding=True))
+    image = picture(DEEP.valid_region((9, 16)))
+    again = encoder(valid_region=DEEP.valid_region((9, 16), drops_padding=True))
     assert torch.equal(partial(image), again(image))
-    partial.set_picture_extent(None)
+    partial.set_valid_region(None)
     assert torch.equal(partial(image), whole(image))
 
 
@@ -168,10 +168,10 @@ def test_an_extent_can_be_taken_back():
 )
 def test_an_aspect_that_saves_nothing_is_refused(config, aspect_ratio, drops_padding, message):
     with pytest.raises(ValueError, match=message):
-        config.picture_extent(aspect_ratio, drops_padding=drops_padding)
+        config.valid_region(aspect_ratio, drops_padding=drops_padding)
 
 
 def test_windows_as_large_as_the_grid_see_everything():
-    assert msgspec.structs.replace(DEEP, window_size=16).exact_blocks == 0
-    assert msgspec.structs.replace(DEEP, encoder_global_attn_indexes=()).exact_blocks == 5
-    assert DEEP.exact_blocks == 2
+    assert msgspec.structs.replace(DEEP, window_size=16).num_local_blocks == 0
+    assert msgspec.structs.replace(DEEP, encoder_global_attn_indexes=()).num_local_blocks == 5
+    assert DEEP.num_local_blocks == 2
