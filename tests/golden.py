@@ -56,9 +56,7 @@ def read_golden(path: Path, geometry: Geometry, fingerprint: str) -> Golden:
             )
         count = sum(name.startswith("image.") for name in arrays.files)
         samples = [
-            SampleInput(
-                prepare_image(arrays[f"image.{i}"], geometry), arrays[f"concentration.{i}"]
-            )
+            SampleInput(prepare_image(arrays[f"image.{i}"], geometry), arrays[f"concentration.{i}"])
             for i in range(count)
         ]
         outputs = {name: [arrays[f"{name}.{i}"] for i in range(count)] for name in GRAPH_NAMES}
