@@ -6,7 +6,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.export import ExportOptions
 from coprs_deploy.specs import OptimizationProfile
-from tests.scripts.loading import load_script
+from tests.scripts import load_script
 
 SCRIPT = load_script("export/compile_engines.py")
 PROFILES = SCRIPT.read_profiles(SCRIPT.PROFILES)

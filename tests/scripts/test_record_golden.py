@@ -7,7 +7,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import GRAPH_NAMES
 from tests.golden import GOLDEN_FILE, read_golden
-from tests.scripts.loading import load_script
+from tests.scripts import load_script
 
 SCRIPT = load_script("export/record_golden.py")
 
