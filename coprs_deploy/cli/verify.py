@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             allow_engine_host_code=arguments.allow_engine_host_code,
         )
         comparisons = _compare_backends(arguments, progress) if arguments.report else ()
-    passed = all(result.passed for result in (*records, *comparisons))
+    passed = all(record.passed for record in records) and all(c.passed for c in comparisons)
     if arguments.json:
         rows = [record.to_json() for record in records]
         print_json({"passed": passed, "equivalence": rows})
