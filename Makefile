@@ -61,7 +61,7 @@ format: $(VENV)/.dev
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m coprs_deploy train demo --out runs/demo
 	$(BIN)/python training/build_demo_model.py runs/demo
-	$(BIN)/python -m coprs_deploy.export.golden tests/golden/demo.npz
+	$(BIN)/python export/record_golden.py tests/golden/demo.npz
 
 # Measures on this machine, which should have nothing else to do.
 REPORTS ?= docs/reports/benchmarks

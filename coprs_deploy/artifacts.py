@@ -1,4 +1,4 @@
-"""Directories that are written whole or not at all, and the hashes of the files in them."""
+"""Files on disk: atomic writes, locks between processes, and content hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coprs_deploy.specs import Record
 
 
 class FileRecord(Record, frozen=True):
-    """One file: its path below the directory (with forward slashes), its size and SHA-256."""
+    """File with its path below the directory (forward slashes), size in bytes and SHA-256."""
 
     path: str
     size_bytes: int
@@ -29,19 +29,19 @@ class FileRecord(Record, frozen=True):
 
 @contextmanager
 def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
-    """Give a hidden directory beside ``path`` that takes its place when the block ends well.
+    """Yield a hidden directory that replaces ``path`` when the block succeeds.
 
-    When the block raises, nothing is left behind and what stood at ``path`` is untouched.
+    If the block raises, nothing is left behind and ``path`` is unchanged.
 
     Args:
-        path: where the directory shall stand.
-        marker: the file that marks a directory of this kind; only such a one is overwritten.
-        overwrite: whether an existing directory may be replaced.
+        path: directory to create or replace.
+        marker: file that identifies a directory of this kind; no other is ever replaced.
+        overwrite: whether an existing directory is replaced.
 
     Raises:
-        ArtifactError: ``path`` exists and may not, or must not, be replaced.
+        ArtifactError: ``path`` exists, and ``overwrite`` is false or it has no marker.
     """
-    path = path.absolute()  # "." has no name of its own
+    path = path.absolute()  # "." has no name
     check_replaceable(path, marker, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -67,11 +67,11 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a hidden path beside ``path``; what is written there takes its place at the end.
+    """Yield a hidden path that replaces ``path`` when the block succeeds.
 
-    A reader sees the old or the new file, whole. If the block raises, nothing is left behind and
-    what was at ``path`` is untouched; what a killed process left is overwritten by the next one.
-    Two processes must not write one path at a time.
+    Readers see the complete old or new file. If the block raises, nothing is left behind and
+    ``path`` is unchanged; leftovers of a killed process are overwritten. Two processes must not
+    write the same path at the same time.
 
     Args:
         path: a file, which may exist, or a directory, which must not.
@@ -87,22 +87,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def file_lock(path: Path) -> FileLock:
-    """Return the lock between processes that a file stands for; the folder must exist.
+    """Return the lock between processes for a lock file, whose directory must exist.
 
-    The system releases it when its process ends, however it ends; the file stays behind, empty.
-    ``preserve_lock_file`` also keeps the library from falling back to a marker file, which a killed
-    process would leave behind, where the file system has no locks. Threads share the lock object.
+    The system releases it when the process ends, even if killed; the empty file remains.
+    ``preserve_lock_file`` also prevents the library's fallback to a marker file, which a killed
+    process would leave behind, on file systems without locks. Threads share the lock object.
     """
     return FileLock(path, thread_local=False, preserve_lock_file=True)
 
 
 @contextmanager
 def exclusive(lock: Path, taken: str) -> Iterator[None]:
-    """Hold a lock file for the length of a block; a process that dies lets go of it.
+    """Hold a lock file during a block; it is released if the process dies.
 
     Args:
-        lock: the file; it stays behind, empty.
-        taken: what the error says where another process holds it.
+        lock: lock file; it remains, empty.
+        taken: error message if another process holds the lock.
 
     Raises:
         ArtifactError: another process holds it.
@@ -116,17 +116,17 @@ def exclusive(lock: Path, taken: str) -> Iterator[None]:
 
 
 def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
-    """Refuse early what :func:`new_directory` would refuse.
+    """Check early whether :func:`new_directory` would accept a path.
 
     Raises:
-        ArtifactError: ``path`` exists and ``overwrite`` is false, or it is something else than a
-            directory with the marker file.
+        ArtifactError: ``path`` exists, and ``overwrite`` is false or it is not a directory with
+            the marker file.
     """
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
         raise ArtifactError(
-            f"{path} exists and holds no {marker}: it is not replaced; choose another name"
+            f"{path} exists and has no {marker}: it is not replaced; choose another name"
         )
     if any(path.iterdir()) and not overwrite:
         raise ArtifactError(
@@ -141,7 +141,7 @@ def hash_file(path: Path) -> str:
 
 
 def record_files(root: Path, below: str = "") -> tuple[FileRecord, ...]:
-    """Hash every file under ``root / below``, sorted by path; several at a time."""
+    """Hash every file under ``root / below`` in parallel; sorted by path."""
     paths = sorted(p for p in (root / below).rglob("*") if p.is_file())
 
     def record(path: Path) -> FileRecord:
@@ -153,19 +153,19 @@ def record_files(root: Path, below: str = "") -> tuple[FileRecord, ...]:
 
 
 def fingerprint(files: tuple[FileRecord, ...]) -> str:
-    """Name a set of files by their paths and contents."""
+    """Hash the paths and contents of a set of files, independent of their order."""
     lines = (f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda f: f.path))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write indented JSON that ends with a newline, see :func:`atomic_write`."""
+    """Write indented JSON with a final newline, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sync(written: Path) -> None:
-    """Push a file, or all in a directory, to the disk, so that it survives a loss of power."""
+    """Flush a file, or all files of a directory, to disk, so that they survive a power loss."""
     for path in (written, *written.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""The bundle: what export writes and the runtime reads, a directory with a manifest.
+"""Bundle directory: what export writes and the runtime reads.
 
-    manifest.json     graphs, hashes of the files, prompt, policy, versions, measured equality
-    *.onnx (*.data)   the three graphs, or *.engine: plans, which stay pure files
-    policy/           the policy, unless the manifest refers to it elsewhere
+    manifest.json     graphs, file hashes, prompt, policy, versions, measured equivalence
+    *.onnx (*.data)   the three graphs; or *.engine: TensorRT engines without any header
+    policy/           the policy, unless the manifest refers to an external one
 
-Opening a bundle checks every file against the manifest before anything else opens it.
+Opening a bundle checks every file against the manifest before anything else reads it.
 """
 
 from __future__ import annotations
@@ -25,32 +25,30 @@ SCHEMA_VERSION = 1
 
 POLICY_DIRECTORY = "policy"
 ENGINE_SUFFIX = ".engine"
-"""Ending of an engine's plan file."""
-
 
 TRT_VARIANT_NAMES = ("tensorrt", "tensorrt-rtx")
 
 
 class EngineRecord(Record, frozen=True):
-    """What is known about an engine; its plan file holds nothing but the plan.
+    """Metadata of a TensorRT engine; the engine file itself has no header.
 
     Attributes:
         variant: ``tensorrt`` or ``tensorrt-rtx``.
-        version: of the library that built it; no other version loads it, but for plans that are
+        version: version of the library that built it; only this version loads it, unless it is
             ``version_compatible``.
-        compute_capabilities: of the GPUs that it runs on, as in ``sm_89``.
-        gpu: the GPU that it was built on; None where it was built without one.
-        hardware_compatible: whether it runs on every GPU from sm_80 on.
-        version_compatible: whether later versions load it; such a plan carries code.
-        workspace_bytes: the limit of scratch memory that was set; None left it to the library.
-        graph_sha256: hash of the ONNX graph that it was built from, external weights included.
-        sha256: hash of the plan.
-        size_bytes: size of the plan.
+        compute_capabilities: GPUs that can run it, such as ``sm_89``.
+        gpu: name of the GPU that built it; None if built without a GPU.
+        hardware_compatible: whether every GPU from sm_80 on can run it.
+        version_compatible: whether later versions load it; such an engine carries host code.
+        workspace_bytes: scratch memory limit in bytes; None for the library's default.
+        graph_sha256: SHA-256 of the ONNX graph, external weights included.
+        sha256: SHA-256 of the engine file.
+        size_bytes: size of the engine file.
         build_seconds: wall time of the build.
         network_layers: layers of the parsed network, before fusion.
-        layers: what the engine runs, one line a layer; None where no GPU could read it back.
-        device_memory_bytes: scratch memory of one context; None likewise.
-        verified_on: the GPU on which it was compared with PyTorch; None means that it never ran.
+        layers: fused layers, one line each; None if no GPU has read them back.
+        device_memory_bytes: scratch memory of one execution context; None likewise.
+        verified_on: name of the GPU on which it was compared with PyTorch; None if it never ran.
     """
 
     variant: str
@@ -72,21 +70,21 @@ class EngineRecord(Record, frozen=True):
     def __post_init__(self) -> None:
         if self.variant not in TRT_VARIANT_NAMES:
             raise ValueError(
-                f"flavor is {self.variant!r}; accepted: {', '.join(TRT_VARIANT_NAMES)}"
+                f"variant is {self.variant!r}; accepted: {', '.join(TRT_VARIANT_NAMES)}"
             )
 
 
 class CalibrationRecord(Record, frozen=True):
-    """What the ranges of an int8 graph were measured on.
+    """Images that an int8 graph was calibrated and checked on.
 
     Attributes:
-        pictures: how many.
-        held_out: how many more the graph was checked on.
-        sha256: names the pictures by their contents.
+        num_images: number of calibration images.
+        num_held_out: number of other images that the graph was checked on.
+        sha256: hash over the contents of the calibration images.
     """
 
-    pictures: int
-    held_out: int
+    num_images: int
+    num_held_out: int
     sha256: str
 
 
@@ -94,13 +92,13 @@ class GraphRecord(Record, frozen=True):
     """One exported graph.
 
     Attributes:
-        spec: its inputs and outputs.
-        runtime: the runtime that runs it, as in ``--runtime``.
-        precision: of its weights and products: ``fp32``, ``bf16``, ``fp16``, or ``int8`` for its
-            large products.
-        file: path of the graph below the bundle; its external data stand beside it.
-        engine: what is known about the engine; None for a graph that is no plan.
-        calibration: what an int8 graph was calibrated on; None for any other.
+        spec: inputs and outputs.
+        runtime: runtime that it was exported for, as in ``--runtime``.
+        precision: precision of weights and matrix products: ``fp32``, ``bf16``, ``fp16`` or
+            ``int8`` (the large matrix products only).
+        file: path below the bundle; external weights have the same name with ``.data``.
+        engine: metadata of an engine; None for an ONNX graph.
+        calibration: calibration images of an int8 graph; None for any other.
     """
 
     spec: GraphSpec
@@ -112,47 +110,47 @@ class GraphRecord(Record, frozen=True):
 
 
 class PolicyRecord(Record, frozen=True):
-    """The policy of a bundle.
+    """Policy of a bundle.
 
     Attributes:
-        path: ``policy`` inside the bundle, or where it stands outside: a path that starts with
-            ``..``, from the bundle, or an absolute one.
-        prompt: the prompt template.
-        width: D, the width of the hidden state.
-        min_pixels: smallest image area that the policy sees.
-        max_pixels: largest image area.
-        files: the policy's files with paths below ``path``.
+        path: ``policy`` inside the bundle; for an external policy an absolute path, or one that
+            is relative to the bundle and starts with ``..``.
+        prompt: prompt template.
+        hidden_size: D, the policy's hidden size.
+        min_pixels: smallest image area in pixels that the policy processes.
+        max_pixels: largest image area in pixels.
+        files: files of the policy with paths below ``path``.
     """
 
     path: str
     prompt: PromptTemplate
-    width: int
+    hidden_size: int
     min_pixels: int
     max_pixels: int
     files: tuple[FileRecord, ...]
 
     @property
     def is_external(self) -> bool:
-        """Whether the policy stands outside the bundle."""
+        """Whether the policy lies outside the bundle."""
         path = PurePosixPath(self.path)
         return path.is_absolute() or path.parts[:1] == ("..",)
 
 
 class EquivalenceRecord(Record, frozen=True):
-    """How far one graph is from PyTorch in float32, the worst over all inputs.
+    """Difference between one graph and PyTorch in float32, worst case over all inputs.
 
     Attributes:
-        graph: its name, ``end_to_end`` for the chain of all three, or ``without_padding`` for what
-            an encoder that drops the padding changes.
+        graph: graph name; ``end_to_end`` for all three in a row; ``without_padding`` for the
+            effect of an encoder that drops the padding.
         max_abs_error: largest absolute difference.
         relative_error: ``max_abs_error`` over the largest absolute value of the reference.
-        mean_error: mean difference over that scale; a one-sided shift shows here.
-        cosine: cosine between the two outputs.
-        mask_iou: IoU of the two masks where the output is a mask, else None.
-        inputs: how many inputs were compared.
-        passed: whether all are inside the tolerance.
-        has_tolerance: whether there is a tolerance; where there is none, ``passed`` says no more than that
-            all values are finite.
+        mean_error: mean signed difference over the same scale; shows a one-sided shift.
+        cosine: cosine similarity of the two outputs.
+        mask_iou: IoU of the two masks; None if the output is not a mask.
+        inputs: number of inputs compared.
+        passed: whether every value is within the tolerance.
+        has_tolerance: whether there is a tolerance; without one, ``passed`` only means that all
+            values are finite.
     """
 
     graph: str
@@ -167,7 +165,21 @@ class EquivalenceRecord(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """What a bundle holds and how it came about."""
+    """Contents and provenance of a bundle.
+
+    Attributes:
+        schema_version: version of this format.
+        package_version: version of this package that wrote it.
+        checkpoint_fingerprint: hash over the contents of the exported checkpoint.
+        checkpoint_note: remark from the checkpoint's provenance, or an empty string.
+        geometry: sizes and pixel normalization.
+        graphs: the three graphs by name.
+        policy: the policy.
+        files: graph files with size and hash.
+        toolchain: package versions at export.
+        gpu: name of the GPU that built the engines; None without engines or GPU.
+        equivalence: measured difference from PyTorch.
+    """
 
     schema_version: int
     package_version: str
@@ -184,19 +196,19 @@ class Manifest(Record, frozen=True):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files have been checked."""
+    """Opened bundle whose files have been checked."""
 
     path: Path
     manifest: Manifest
 
     def graph_path(self, name: str) -> Path:
-        """Path of a graph's file."""
+        """Return the path of a graph's file."""
         return self.path / self.manifest.graphs[name].file
 
     @property
     def policy_path(self) -> Path:
         """Path of the policy's transformers directory."""
-        return self.path / self.manifest.policy.path  # an absolute path stands for itself
+        return self.path / self.manifest.policy.path  # an absolute path replaces the rest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -208,7 +220,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read the manifest of a bundle without touching its other files.
 
     Raises:
-        BundleError: there is none, it is not valid, or it is of another schema version.
+        BundleError: the manifest is missing, not valid, or has another schema version.
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
@@ -251,7 +263,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
     Raises:
         BundleError: there is no valid manifest.
-        BundleIntegrityError: a file is missing, cut short, changed, a link, or not of the bundle.
+        BundleIntegrityError: a file is missing, truncated, changed, a link, or not listed.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -268,13 +280,13 @@ def _check_files(
     others: Collection[str] = (),
     may_link: bool = False,
 ) -> None:
-    """Check a directory against its list.
+    """Check a directory against its list of files.
 
     Args:
         root: the directory.
-        files: what it holds.
-        others: entries that the list does not cover.
-        may_link: whether links are followed, as a model cache outside the bundle has them.
+        files: expected files.
+        others: top-level entries that the list does not cover.
+        may_link: whether links are allowed, as in a model cache outside the bundle.
     """
     listed = {file.path for file in files}
     unsafe = [p for p in listed if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts]
@@ -285,7 +297,7 @@ def _check_files(
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_symlink() and not may_link:
-            raise BundleIntegrityError(f"{path} is a link; a bundle holds plain files only")
+            raise BundleIntegrityError(f"{path} is a link; a bundle contains plain files only")
         if path.is_file() and name not in listed and name.split("/")[0] not in others:
             raise BundleIntegrityError(f"{path} is not a file of this bundle: remove it")
 
@@ -295,7 +307,7 @@ def _check_files(
             return f"{path} is missing"
         size = path.stat().st_size
         if size != file.size_bytes:
-            return f"{path} has {size} bytes, not {file.size_bytes}: it was cut short or changed"
+            return f"{path} has {size} bytes, not {file.size_bytes}: it was truncated or changed"
         return None if hash_file(path) == file.sha256 else f"{path} was changed (SHA-256 differs)"
 
     with ThreadPoolExecutor() as pool:

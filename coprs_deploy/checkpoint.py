@@ -1,11 +1,11 @@
-"""The checkpoint directory: what training and conversion write, and what export reads.
+"""Checkpoint directory: what training and conversion write, and what export reads.
 
-    config.json                  architecture, prompt template, policy image limits, provenance
+    config.json                  sizes, prompt template, policy image limits, provenance
     segmentation.safetensors     image encoder, prior, prompt encoder, mask decoder
     policy/                      a transformers directory: config, weights, tokenizer, processor
 
-It is written atomically, holds safetensors only, and is read back strictly. Turning public weight
-files into one is left to :mod:`coprs_deploy.conversion`.
+It is written atomically, contains safetensors only, and is read strictly. Converting public weight
+files is left to :mod:`coprs_deploy.conversion`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SEGMENTATION_FILE = "segmentation.safetensors"
 POLICY_DIRECTORY = "policy"
 
 NAMES_SHOWN = 5
-"""Tensor names listed in an error before the rest is only counted."""
+"""Number of tensor names listed in an error; the others are counted."""
 
 
 class PolicyImageLimits(Record, frozen=True):
-    """Smallest and largest image area in pixels that the policy sees (defaults: paper, 3.3)."""
+    """Smallest and largest image area in pixels for the policy (defaults: paper, 3.3)."""
 
     min_pixels: int = 3_136
     max_pixels: int = 705_600
@@ -50,13 +50,13 @@ class PolicyImageLimits(Record, frozen=True):
 
 
 class CheckpointConfig(Record, frozen=True):
-    """Everything about a checkpoint that is not a weight.
+    """Configuration of a checkpoint: everything but the weights.
 
     Attributes:
         model: sizes of the segmentation path.
-        prompt: the prompt that the policy's weights are tuned to.
-        policy_image: how large an image the policy sees.
-        provenance: where the weights come from, for people.
+        prompt: prompt template that the policy was trained with.
+        policy_image: limits of the image area that the policy processes.
+        provenance: origin of the weights, for information only.
     """
 
     model: SegmentationConfig
@@ -67,23 +67,23 @@ class CheckpointConfig(Record, frozen=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory whose configuration has been read."""
+    """Opened checkpoint directory whose configuration has been read."""
 
     path: Path
     config: CheckpointConfig
 
     @property
     def policy_path(self) -> Path:
-        """The transformers directory."""
+        """Path of the policy's transformers directory."""
         return self.path / POLICY_DIRECTORY
 
     def fingerprint(self) -> str:
-        """Name the checkpoint by the contents of all its files."""
+        """Hash the contents of all files."""
         return fingerprint(record_files(self.path))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint directory and read its configuration; no weight is loaded.
+    """Open a checkpoint directory and read its configuration without loading weights.
 
     Raises:
         CheckpointError: a part is missing, or the configuration is not valid.
@@ -91,13 +91,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(
-            f"there is no checkpoint directory {root}; `coprs-deploy convert --help` says how to "
+            f"there is no checkpoint directory {root}; `coprs-deploy convert --help` shows how to "
             "make one"
         )
     for part in (CONFIG_FILE, SEGMENTATION_FILE, POLICY_DIRECTORY):
         if not (root / part).exists():
             raise CheckpointError(
-                f"{root} holds no {part}; a checkpoint holds {CONFIG_FILE}, {SEGMENTATION_FILE} "
+                f"{root} has no {part}; a checkpoint contains {CONFIG_FILE}, {SEGMENTATION_FILE} "
                 f"and {POLICY_DIRECTORY}/"
             )
     try:
@@ -115,18 +115,18 @@ def write_checkpoint(
     save_policy: Callable[[Path], object],
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Write a checkpoint directory; it appears complete or not at all.
+    """Write a checkpoint directory atomically.
 
     Args:
-        path: the directory.
-        config: everything but the weights.
-        tensors: the segmentation weights under the names of ``SegmentationModel``.
-        save_policy: called with an existing empty directory to fill with the policy.
-        overwrite: whether a checkpoint that stands there may be replaced.
+        path: directory to write.
+        config: configuration.
+        tensors: segmentation weights under the names of ``SegmentationModel``.
+        save_policy: called with an existing empty directory, which it fills with the policy.
+        overwrite: whether an existing checkpoint is replaced.
 
     Raises:
-        CheckpointError: the tensors do not fit ``config.model``.
-        ArtifactError: the path is taken.
+        CheckpointError: the tensors do not match ``config.model``.
+        ArtifactError: the path exists.
     """
     from safetensors.torch import save_file
 
@@ -145,12 +145,12 @@ def write_checkpoint(
 
 
 def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
-    """Build the segmentation path and fill it with the checkpoint's weights, in float32.
+    """Build the segmentation model with the checkpoint's weights in float32.
 
-    Weights already in float32 are mapped from the file, not copied.
+    Weights stored in float32 are mapped from the file, not copied.
 
     Raises:
-        CheckpointError: a tensor is missing, extra or of another shape (it is named).
+        CheckpointError: a tensor is missing, unexpected or has another shape (it is named).
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -174,7 +174,7 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
 
 
 def expected_shapes(config: SegmentationConfig) -> dict[str, tuple[int, ...]]:
-    """Name every tensor of a segmentation path with its shape; no memory is taken."""
+    """Return the shape of every tensor of a segmentation model, without allocating memory."""
     import torch
 
     from coprs_deploy.models import SegmentationModel
@@ -187,10 +187,10 @@ def expected_shapes(config: SegmentationConfig) -> dict[str, tuple[int, ...]]:
 def check_tensors(
     found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], where: str
 ) -> None:
-    """Refuse tensors that are missing, extra or of another shape, by name.
+    """Compare tensor names and shapes with the expected ones.
 
     Raises:
-        CheckpointError: anything does not fit; every kind of misfit is listed.
+        CheckpointError: tensors are missing, unexpected or have another shape; all are listed.
     """
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
@@ -202,8 +202,8 @@ def check_tensors(
     problems = [
         f"{label}: {', '.join(names[:NAMES_SHOWN])}"
         + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-        for label, names in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+        for label, names in (("missing", missing), ("unexpected", extra), ("misshaped", misshaped))
         if names
     ]
     if problems:
-        raise CheckpointError(f"{where} do not fit the architecture: " + "; ".join(problems))
+        raise CheckpointError(f"{where} do not match the configuration: " + "; ".join(problems))

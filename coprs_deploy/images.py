@@ -255,7 +255,7 @@ def require_inside(placed: HasResize, valid_region: ValidRegion | None) -> None:
         ImageSizeError: it does; the message says how much of it would fit.
     """
     inside = placed.unpadded_size.tolist()
-    if valid_region is None or valid_region.holds(inside):
+    if valid_region is None or valid_region.contains(inside):
         return
     height, width = placed.original_size
     if inside[0] > valid_region.height:

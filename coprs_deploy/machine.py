@@ -26,23 +26,23 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-"""What weights, graphs and pixels depend on."""
+"""Packages that affect weights, graphs and image decoding."""
 
 TOOLCHAIN = ("torch", "transformers", "accelerate", "trl", "peft", "numpy", "tokenizers")
-"""What a training depends on."""
+"""Packages that affect a training run."""
 
 INT8_UNITS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
-"""Instruction sets that add up int8 products in 32 bits. Without one of them some libraries add two
-products in 16 bits first, where the sum may not fit."""
+"""Instruction sets that accumulate int8 products in 32 bits. Without one, some libraries add two
+products in 16 bits first, which may overflow."""
 
 
 class Processor(Record, frozen=True):
-    """What the system says of its processor.
+    """Processor of this machine.
 
     Attributes:
-        name: as it is sold; the architecture where the system does not tell.
-        units: its instruction sets, as Linux names them; empty where the system does not tell.
-        cores: that this process may use.
+        name: model name; the architecture if the system does not report one.
+        units: instruction sets in Linux's names; empty if the system does not report them.
+        cores: number of cores that this process may use.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Processor(Record, frozen=True):
 
     @property
     def has_int8_units(self) -> bool:
-        """Whether int8 products are exact in every runtime."""
+        """Whether int8 matrix products are exact in every runtime."""
         return not INT8_UNITS.isdisjoint(self.units)
 
 
 def describe_processor() -> Processor:
-    """Read ``/proc/cpuinfo``, or what else the system tells."""
+    """Read the processor's description from ``/proc/cpuinfo`` or the ``platform`` module."""
     described: dict[str, str] = {}
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -73,10 +73,10 @@ def describe_processor() -> Processor:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far, in bytes.
+    """Return the peak resident memory of this process in bytes.
 
-    ``VmHWM`` of Linux counts this process alone; ``ru_maxrss``, taken elsewhere, may count the
-    process that started it.
+    Linux's ``VmHWM`` counts this process alone; ``ru_maxrss``, the fallback, may include the
+    parent process.
     """
     peak = _kilobytes("/proc/self/status", "VmHWM")
     if peak is not None:
@@ -88,10 +88,10 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory that can be used without swapping, in bytes.
+    """Return the memory available without swapping, in bytes.
 
-    Caches that the kernel can drop count as available. Where the system does not report it, half
-    of the physical memory.
+    Caches that the kernel can drop count as available. If the system does not report it, half of
+    the physical memory.
     """
     available = _kilobytes("/proc/meminfo", "MemAvailable")
     if available is not None:
@@ -110,7 +110,7 @@ def _kilobytes(file: str, field: str) -> int | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Name the versions of Python and of these packages, as far as they are installed."""
+    """Return the versions of Python and of the installed ones among ``PACKAGES``."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -121,7 +121,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Describe versions and machine."""
+    """Return package versions, machine and commit, for the record of a run."""
     versions = {}
     for package in TOOLCHAIN:
         try:

@@ -1,6 +1,6 @@
-"""The sizes of a segmentation model as plain data: what a checkpoint's ``config.json`` records.
+"""Sizes of a segmentation model, as recorded in a checkpoint's ``config.json``.
 
-The modules that these numbers build are in :mod:`coprs_deploy.models`.
+Names follow segment-anything. The modules are in :mod:`coprs_deploy.models`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from coprs_deploy.specs import Geometry, Record, ValidRegion
 
 
 class SamConfig(Record, frozen=True):
-    """Sizes of SAM's three parts; the defaults are those of the public ViT-B.
+    """Sizes of SAM's image encoder, prompt encoder and mask decoder; defaults: public ViT-B.
 
     Attributes:
-        encoder_embed_dim: channels inside the image encoder.
+        encoder_embed_dim: token width of the image encoder.
         encoder_depth: number of transformer blocks.
-        encoder_num_heads: attention heads of each block.
-        encoder_global_attn_indexes: blocks that attend over the whole grid; the others use windows.
+        encoder_num_heads: attention heads per block.
+        encoder_global_attn_indexes: indexes of the blocks with global attention; the others use
+            windows.
         window_size: side of an attention window in cells.
-        mlp_ratio: hidden width of a block's MLP, in multiples of ``encoder_embed_dim``.
+        mlp_ratio: hidden width of the MLP over ``encoder_embed_dim``.
         use_rel_pos: whether attention adds SAM's decomposed relative positions.
         mask_in_chans: channels of the mask prompt before its last convolution.
-        decoder_depth: two-way blocks of the mask decoder.
+        decoder_depth: number of two-way blocks in the mask decoder.
         decoder_num_heads: attention heads of the mask decoder.
         decoder_mlp_dim: hidden width of the mask decoder's MLP.
-        num_mask_tokens: masks that the decoder has tokens for; only the first is used.
-        iou_head_hidden_dim: hidden width of the IoU head (kept so that SAM's weights load strictly).
+        num_mask_tokens: mask tokens of the decoder; only the first mask is used.
+        iou_head_hidden_dim: hidden width of the IoU head (unused; SAM's weights load strictly).
         geometry: image sizes and pixel normalization.
     """
 
@@ -74,27 +75,27 @@ class SamConfig(Record, frozen=True):
         if outside:
             raise ValueError(
                 f"encoder_global_attn_indexes names block {outside[0]}; "
-                f"the encoder has blocks 0 to {self.encoder_depth - 1}"
+                f"accepted: 0 to {self.encoder_depth - 1}"
             )
 
-    def picture_extent(
+    def valid_region(
         self, aspect_ratio: tuple[int, int], *, drops_padding: bool = False
     ) -> ValidRegion:
-        """Say what an image encoder computes for pictures at least as long as an aspect.
+        """Compute the region that an image encoder processes for a fixed aspect ratio.
 
         Args:
-            aspect_ratio: width and height, as in (16, 9).
-            drops_padding: whether padding is left out altogether, cell by cell; else window by
-                window up to the first block that attends globally, which changes nothing.
+            aspect_ratio: width and height of the least elongated accepted shape, such as (16, 9).
+            drops_padding: whether every block skips the padding, cell by cell; else the padding
+                is skipped window by window before the first global block, which is exact.
 
         Raises:
             ValueError: nothing would be saved.
         """
-        if not drops_padding and not self.exact_blocks:
+        if not drops_padding and not self.num_local_blocks:
             raise ValueError(
-                "this encoder attends globally from its first block on, so that no padding can be "
-                "left out without changing its function; accepted: no aspect, or one with "
-                "drop_padding"
+                f"aspect_ratio is {aspect_ratio}, but the first block of this encoder attends "
+                "globally, so that skipping any padding changes the result; accepted: no "
+                "aspect ratio, or one with drop_padding"
             )
         grid, patch = self.geometry.grid_size, self.geometry.patch_size
         unit = patch if drops_padding else patch * self.window_size
@@ -102,17 +103,17 @@ class SamConfig(Record, frozen=True):
         inside = unpadded_size(height, width, self.geometry.image_size)
         rows, columns = (min(grid * patch, -(-side // unit) * unit) for side in inside)
         if rows == columns:
-            remedy = "none" if drops_padding else "none, or drop_padding, which goes by cells"
+            other = "none" if drops_padding else "none, or drop_padding, which skips single cells"
             raise ValueError(
-                f"nothing is saved for {width}:{height}: such pictures reach into every "
+                f"aspect ratio {width}:{height} saves nothing: such images reach into every "
                 f"{'cell' if drops_padding else 'attention window'} of the square; accepted: a "
-                f"longer aspect, or {remedy}"
+                f"more elongated aspect ratio, or {other}"
             )
         return ValidRegion(aspect_ratio, rows, columns, drops_padding)
 
     @property
-    def exact_blocks(self) -> int:
-        """How many blocks come before the first in which a cell sees beyond its window."""
+    def num_local_blocks(self) -> int:
+        """Number of windowed blocks before the first global one."""
         if self.window_size >= self.geometry.grid_size:
             return 0
         return min(self.encoder_global_attn_indexes, default=self.encoder_depth)
@@ -145,16 +146,16 @@ SAM_SIZES: Mapping[str, SamConfig] = {
         geometry=Geometry(image_size=128, patch_size=8, out_chans=64),
     ),
 }
-"""Named sizes: the three public ones, and a tiny one for tests and demonstrations."""
+"""Sizes by name: the three public ones, and a tiny one for tests and demonstrations."""
 
 
 class SegmentationConfig(Record, frozen=True):
-    """A whole segmentation path: SAM's parts and the prior that queries them.
+    """Sizes of a segmentation model: SAM and the positional prior.
 
     Attributes:
-        policy_hidden_size: D, the width of the policy's hidden state.
+        policy_hidden_size: D, the policy's hidden size.
         prior_num_heads: heads of the positional prior; divides the embedding channels.
-        sam: sizes of the image encoder, the prompt encoder and the mask decoder.
+        sam: sizes of image encoder, prompt encoder and mask decoder.
     """
 
     policy_hidden_size: int

@@ -1,7 +1,7 @@
-"""The tensors between the stages: their names, dtypes and shapes, and the geometry behind them.
+"""Names, dtypes and shapes of the tensors between the graphs, and the geometry behind them.
 
-This is the contract that models, exporters, engines and the runtime share. A tensor has one name
-everywhere, from the torch argument to the ONNX graph, the engine binding and the JSON key.
+Models, exporters, engines and the runtime share this contract. A tensor has one name everywhere:
+torch argument, ONNX graph, engine binding and JSON key.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ MASK_DECODER = "mask_decoder"
 GRAPH_NAMES = (IMAGE_ENCODER, PRIOR, MASK_DECODER)
 
 TARGETS_DIMENSION = "targets"
-"""Name of the symbolic dimension N: how many concentrations are decoded on one image."""
+"""Name of the symbolic dimension N: number of concentrations decoded on one image."""
 
 IMAGES_DIMENSION = "images"
-"""Name of the symbolic dimension B: how many images are encoded together."""
+"""Name of the symbolic dimension B: number of images encoded together."""
 
 OUTSIDE_IMAGE_LOGIT = -50.0
 """Prior logit written over the padding before the mask decoder (public CoPRS code)."""
-
 
 R = TypeVar("R", bound="Record")
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A frozen record that JSON files hold; reading one back checks names, types and ranges."""
+    """Frozen record stored as JSON; reading one back checks names, types and ranges."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries, sequences, strings and numbers, as JSON takes them."""
+        """Return plain dictionaries, sequences, strings and numbers for JSON."""
         data: dict[str, Any] = msgspec.to_builtins(self)
         return data
 
     @classmethod
     def from_json(cls: type[R], data: object) -> R:
-        """Read what :meth:`to_json` gave.
+        """Read the result of :meth:`to_json`.
 
         Raises:
             ValueError: a field is unknown, missing, of another type or out of range; the message
-                holds its place in the data.
+                contains its path in the data.
         """
         return msgspec.convert(data, cls)
 
@@ -95,10 +94,9 @@ class Geometry(Record, frozen=True):
 
 
 class OptimizationProfile(Record, frozen=True):
-    """How many targets or images a graph takes in one call: fixed, or a range around a number.
+    """Number of targets or images per call: the smallest, most frequent and largest.
 
-    A fixed profile (``min == max``) gives a static shape; any other gives a symbolic
-    dimension.
+    A fixed profile (``min == max``) gives a static shape; any other a symbolic dimension.
     """
 
     min: int = 1
@@ -113,17 +111,19 @@ class OptimizationProfile(Record, frozen=True):
 
     @property
     def is_static(self) -> bool:
-        """Whether the graph has a fixed number of them."""
+        """Whether the number is fixed."""
         return self.min == self.max
 
     def size_for(self, waiting: int) -> int:
-        """How many of those that wait one call takes: few different numbers, each set up once.
+        """Choose the batch size for a number of waiting items: ``min``, ``opt`` or ``max``.
+
+        Few different sizes keep the number of captured CUDA graphs and compiled shapes small.
 
         Args:
             waiting: at least ``min``.
 
         Returns:
-            The largest of ``min``, ``opt`` and ``max`` that are there.
+            The largest of the three that does not exceed ``waiting``.
         """
         return max(n for n in (self.min, self.opt, self.max) if n <= waiting)
 
@@ -132,15 +132,15 @@ class OptimizationProfile(Record, frozen=True):
         """Read ``"N"`` (static) or ``"min,opt,max"``.
 
         Args:
-            text: what a user wrote.
-            name: of the option, for the error.
+            text: the value of the option.
+            name: name of the option, for the error.
 
         Raises:
-            ValueError: another form, or numbers out of order.
+            ValueError: the text has another form, or the numbers are out of order.
         """
         parts = text.split(",")
         if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
-            raise ValueError(f"{name} is {text!r}; accepted: N, or min,opt,max (as in 1,4,16)")
+            raise ValueError(f"{name} is {text!r}; accepted: N, or min,opt,max (such as 1,4,16)")
         numbers = [int(part) for part in parts]
         try:
             return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
@@ -149,18 +149,18 @@ class OptimizationProfile(Record, frozen=True):
 
 
 class ValidRegion(Record, frozen=True):
-    """How far pictures reach into the padded square, where that is known when a bundle is made.
+    """Part of the padded square that images can reach, where it is known at export.
 
-    What lies beyond is padding in every picture. The encoder computes nothing there as long as that
-    changes nothing, or, if it ``drops_padding``, nothing at all, which is another function: cells
-    of the picture attend to cells inside the extent alone (where a picture is longer than the
-    aspect, to its padding inside too).
+    The rest is padding in every image. The encoder skips it as long as this changes nothing, or,
+    with ``drops_padding``, in every block, which is a different function: image cells attend only
+    to cells inside the region (which may include padding if an image is longer than the aspect
+    ratio).
 
     Attributes:
-        aspect_ratio: width and height of the ratio that the pictures are at least as long as.
-        height: rows of pixels that are computed, from the top.
-        width: columns of pixels, from the left; the longer side is that of the square.
-        drops_padding: whether what lies beyond is left out altogether.
+        aspect_ratio: width and height of the least elongated accepted shape, such as (16, 9).
+        height: computed rows in pixels, from the top.
+        width: computed columns in pixels, from the left; the longer side is the square's.
+        drops_padding: whether every block skips the padding.
     """
 
     aspect_ratio: tuple[int, int]
@@ -171,40 +171,40 @@ class ValidRegion(Record, frozen=True):
     def __post_init__(self) -> None:
         if min(*self.aspect_ratio, self.height, self.width) < 1:
             raise ValueError(
-                f"the extent is {self.height} x {self.width} for {self.aspect_ratio}; every number must "
-                "be at least 1"
+                f"the valid region is {self.height} x {self.width} for {self.aspect_ratio}; every "
+                "number must be at least 1"
             )
 
-    def holds(self, unpadded_size: Sequence[int]) -> bool:
-        """Whether a picture of this height and width in the padded square stays inside."""
+    def contains(self, unpadded_size: Sequence[int]) -> bool:
+        """Whether an image of this height and width in the padded square stays inside."""
         return unpadded_size[0] <= self.height and unpadded_size[1] <= self.width
 
     def __str__(self) -> str:
         width, height = self.aspect_ratio
-        return f"pictures at least as {'wide' if width > height else 'high'} as {width}:{height}"
+        return f"images at least as {'wide' if width > height else 'tall'} as {width}:{height}"
 
 
 def parse_aspect_ratio(text: str) -> tuple[int, int]:
-    """Read the width and height of ``"W:H"``.
+    """Read width and height from ``"W:H"``.
 
     Raises:
-        ValueError: another form.
+        ValueError: the text has another form.
     """
     width, _, height = text.partition(":")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"aspect is {text!r}; accepted: W:H, as in 16:9 or 3:4")
+        raise ValueError(f"aspect ratio is {text!r}; accepted: W:H, such as 16:9 or 3:4")
     return int(width), int(height)
 
 
 class TensorSpec(Record, frozen=True):
-    """One input or output of a graph; a dimension is a number, ``"targets"`` or ``"images"``."""
+    """Input or output of a graph; a dimension is a number, ``"targets"`` or ``"images"``."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
 
     def accepts(self, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Say whether a tensor of this dtype and shape fits."""
+        """Return whether a tensor of this dtype and shape fits."""
         return (
             dtype == self.dtype
             and len(shape) == len(self.shape)
@@ -215,7 +215,7 @@ class TensorSpec(Record, frozen=True):
         )
 
     def shape_for(self, count: int) -> tuple[int, ...]:
-        """Its dimensions with this number of targets, or of images."""
+        """Return the shape for a number of targets or images."""
         return tuple(count if isinstance(size, str) else size for size in self.shape)
 
     def __str__(self) -> str:
@@ -223,15 +223,15 @@ class TensorSpec(Record, frozen=True):
 
 
 class GraphSpec(Record, frozen=True):
-    """The inputs and outputs of one stage, in order, and what one call takes.
+    """Inputs and outputs of one graph, and the numbers of targets or images per call.
 
     Attributes:
-        name: of the stage.
-        inputs: in order.
-        outputs: in order.
-        targets: how many concentrations.
-        images: how many images, of the image encoder.
-        valid_region: how far the pictures reach, of the image encoder; None stands for the whole square.
+        name: graph name.
+        inputs: input tensors in order.
+        outputs: output tensors in order.
+        targets: number of concentrations per call.
+        images: number of images per call (image encoder).
+        valid_region: part of the square that images can reach (image encoder); None for all of it.
     """
 
     name: str
@@ -243,19 +243,19 @@ class GraphSpec(Record, frozen=True):
 
     @property
     def drops_padding(self) -> bool:
-        """Whether this is an image encoder that leaves padding out altogether."""
+        """Whether this is an image encoder that skips the padding in every block."""
         return self.valid_region is not None and self.valid_region.drops_padding
 
     @property
     def profile(self) -> OptimizationProfile:
-        """The numbers that its symbolic dimension takes; a graph has one at most."""
+        """Optimization profile of the symbolic dimension; a graph has at most one."""
         return self.targets if self.images.is_static else self.images
 
     def count_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Read the number of targets, or of images, off inputs; None where the graph is static.
+        """Return the number of targets or images in a call; None for a static graph.
 
         Args:
-            shapes: of the inputs, by name.
+            shapes: input shapes by tensor name.
         """
         for tensor in self.inputs:
             for size, found in zip(tensor.shape, shapes[tensor.name], strict=True):
@@ -271,27 +271,27 @@ def graph_specs(
     images: OptimizationProfile | None = None,
     valid_region: ValidRegion | None = None,
 ) -> dict[str, GraphSpec]:
-    """Describe the three graphs of a model.
+    """Specify the three graphs of a model.
 
     Args:
         geometry: sizes of the segmentation path.
-        policy_hidden_size: D, the width of the policy's hidden state.
-        targets: how many concentrations one call takes; one by default.
-        images: how many images the encoder takes in one call; one by default.
-        valid_region: how far the pictures reach; None stands for the whole square.
+        policy_hidden_size: D, the policy's hidden size.
+        targets: number of concentrations per call; default 1.
+        images: number of images per encoder call; default 1.
+        valid_region: part of the square that images can reach; None for all of it.
 
     Returns:
-        Graph name to specification, in the order in which the graphs run.
+        Graph name to specification, in execution order.
     """
     profile, batch = targets or OptimizationProfile(), images or OptimizationProfile()
-    assert batch.min == 1, "a picture that comes alone must not wait for others"
+    assert batch.min == 1, "a single image must never wait for a batch"
     count: int | str = profile.min if profile.is_static else TARGETS_DIMENSION
-    together: int | str = 1 if batch.is_static else IMAGES_DIMENSION
+    num_images: int | str = 1 if batch.is_static else IMAGES_DIMENSION
     mask, side, grid = geometry.mask_size, geometry.image_size, geometry.grid_size
-    image = TensorSpec("image", "float32", (together, 3, side, side))
+    image = TensorSpec("image", "float32", (num_images, 3, side, side))
     encoded = (geometry.out_chans, grid, grid)
     embedding = TensorSpec("image_embedding", "float32", (1, *encoded))
-    embeddings = TensorSpec("image_embedding", "float32", (together, *encoded))
+    embeddings = TensorSpec("image_embedding", "float32", (num_images, *encoded))
     concentration = TensorSpec("concentration", "float32", (count, policy_hidden_size))
     prior_logits = TensorSpec("prior_logits", "float32", (count, 1, mask, mask))
     unpadded_size = TensorSpec("unpadded_size", "int64", (2,))

@@ -39,7 +39,7 @@ def judge_dropped_padding(count: int) -> dict[str, float]:
     """
     source = read_checkpoint(demo.CHECKPOINT)
     geometry = source.config.model.geometry
-    valid_region = source.config.model.sam.picture_extent(ASPECT, drops_padding=True)
+    valid_region = source.config.model.sam.valid_region(ASPECT, drops_padding=True)
     height, place = valid_region.height, str(demo.CHECKPOINT)
     upper = (e for e in scenes(DRAWN * count) if not e.masks[:, height:].any())
     agreement: list[float] = []

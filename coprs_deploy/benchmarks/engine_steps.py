@@ -18,12 +18,12 @@ from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_ch
 from coprs_deploy.engines import RunnerOptions, open_graph
 from coprs_deploy.engines.cache import BuildCache
 from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes
-from coprs_deploy.engines.trt.cache import BuildCallbacks, graph_bytes
+from coprs_deploy.engines.trt.cache import graph_bytes
 from coprs_deploy.engines.trt.checks import read_plan_text
-from coprs_deploy.export.calibration import MIN_IMAGES, find_pictures
-from coprs_deploy.export.equivalence import sample_inputs
+from coprs_deploy.export.calibration import MIN_IMAGES, find_calibration_images
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.precision import FP32, INT8, rest_precision, write_rounded_graph
+from coprs_deploy.export.samples import sample_inputs
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec, graph_specs
 
 RUNTIME = "tensorrt-rtx"
@@ -73,11 +73,11 @@ def export_encoder(checkpoint: str, graph: str, precision: str) -> dict[str, Any
             {},
             rest=rest_precision(RUNTIME, precision),
             scratch=scratch,
-            pictures=find_pictures(Path(checkpoint).with_name(PICTURES)),
+            images=find_calibration_images(Path(checkpoint).with_name(PICTURES)),
             geometry=source.config.model.geometry,
             cache=BuildCache(scratch / "cache"),
-            progress=lambda step: None,
-            watch=BuildCallbacks(),
+            on_step=lambda step: None,
+            on_progress=lambda text: None,
         )
     else:
         write_graph(encoder, spec, path, {}, precision=precision, scratch=scratch)

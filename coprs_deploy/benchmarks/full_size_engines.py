@@ -20,7 +20,7 @@ from typing import Any
 
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.benchmarks.machine import describe_machine
-from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.machine import installed_versions
 from coprs_deploy.specs import IMAGE_ENCODER
 

@@ -30,7 +30,7 @@ def export_bundle(
     Returns:
         ``figures``: seconds and bytes; ``equality``: what was measured against PyTorch, by graph.
     """
-    extra: dict[str, Any] = {} if calibration is None else {"calibration": Path(calibration)}
+    extra: dict[str, Any] = {} if calibration is None else {"calibration_images": Path(calibration)}
     options = ExportOptions(
         runtime=runtime,
         precision=precision,
@@ -38,9 +38,9 @@ def export_bundle(
         images=OptimizationProfile.parse(images, "images"),
         aspect_ratio=parse_aspect_ratio(aspect_ratio) if aspect_ratio else None,
         drop_padding=drop_padding,
-        copy_policy=False,
+        external_policy=True,
         overwrite=True,
-        gpus=tuple(gpus),
+        compute_capabilities=tuple(gpus),
         **extra,
     )
     report = export_checkpoint(checkpoint, out, options)
@@ -107,7 +107,7 @@ def write_rounded_graphs(checkpoint: str, folder: str, precision: str) -> dict[s
 
     source = read_checkpoint(checkpoint)
     config = source.config.model
-    stages = load_segmentation_model(source).stages()
+    stages = load_segmentation_model(source).graph_modules()
     specs = graph_specs(config.geometry, config.policy_width)
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)

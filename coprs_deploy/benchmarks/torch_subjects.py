@@ -66,7 +66,7 @@ def open_module(
 ) -> Subject:
     """Open one stage of a checkpoint, or all three, as this package's PyTorch modules."""
     source = read_checkpoint(checkpoint)
-    stages = load_segmentation_model(source).stages()
+    stages = load_segmentation_model(source).graph_modules()
     modules = stages if graph == CHAIN else {graph: stages[graph]}
     return _torch_subject(
         modules, source, inputs, precision=precision, device=device, compiled=compiled

@@ -1,8 +1,8 @@
-"""Make a checkpoint from the files that people have.
+"""Convert public weights to a checkpoint.
 
---policy DIR --sam FILE                a transformers policy and SAM: the start of training
+--policy DIR --sam FILE                a transformers policy and SAM: initial weights for training
 --training-checkpoint DIR --sam FILE   a checkpoint of the public CoPRS training code
---random [--policy-size S] [--sam S]   a real size without weights, for speed, memory and shape
+--random [--policy-size S] [--sam S]   random weights at a real size, for speed, memory and shapes
 """
 
 from __future__ import annotations
@@ -13,48 +13,51 @@ from pathlib import Path
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.console import StepPrinter
 
-SUMMARY = "make a checkpoint from SAM, policy or public training files"
+SUMMARY = "convert SAM, policy or public training weights to a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--policy", type=Path, metavar="DIR", help="a transformers directory")
+    source.add_argument(
+        "--policy",
+        type=Path,
+        metavar="DIR",
+        help="transformers directory of a Qwen2.5-VL or LLaVA-1.5 model",
+    )
     source.add_argument(
         "--training-checkpoint",
         type=Path,
         metavar="DIR",
-        help="holds refseg_modules.pt, huggingface/ and, perhaps, FSDP shards",
+        help="directory with refseg_modules.pt, huggingface/ and optionally FSDP shards",
     )
-    source.add_argument("--random", action="store_true", help="random weights of a real size")
+    source.add_argument("--random", action="store_true", help="random weights at a real size")
     parser.add_argument(
         "--sam",
         metavar="FILE | SIZE",
-        help="sam_vit_*.pth; with --random vit_b, vit_l, vit_h, tiny",
+        help="sam_vit_*.pth file; with --random: vit_b, vit_l, vit_h or tiny",
     )
     parser.add_argument(
-        "--policy-size", help="with --random: tiny, tiny-llava, 3b, 7b, llava-7b, llava-13b"
+        "--policy-size", help="with --random: tiny, tiny-llava, 3b, 7b, llava-7b or llava-13b"
     )
     parser.add_argument(
         "--prompt-template",
         type=Path,
         metavar="FILE",
-        help="text of the prompt that the policy was trained with; holds {instruction}",
+        help="prompt template that the policy was trained with; contains {instruction}",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that starts random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random weights")
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint that is there"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert by the way that was asked for."""
+    """Convert from the given source."""
     if arguments.policy_size and not arguments.random:
-        raise ValueError("--policy-size goes with --random only")
+        raise ValueError("--policy-size requires --random")
     if arguments.prompt_template and arguments.random:
-        raise ValueError("--prompt-template does not go with --random")
+        raise ValueError("--prompt-template cannot be combined with --random")
     if not arguments.random and not arguments.sam:
         raise ValueError("--sam is missing: name the sam_vit_*.pth file")
 

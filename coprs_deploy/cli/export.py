@@ -1,7 +1,7 @@
-"""Export a checkpoint to a bundle that the runtime answers with.
+"""Export a checkpoint to a bundle.
 
-Three graphs are written and compared with PyTorch; outside the tolerance nothing is written and the
-exit code is 1.
+Writes the three graphs and compares them with PyTorch. If one is outside its tolerance, nothing is
+written and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.console import StepPrinter, equivalence_table
 
-SUMMARY = "turn a checkpoint into a bundle of graphs"
+if TYPE_CHECKING:
+    from coprs_deploy.export import ExportOptions, ExportReport
+
+SUMMARY = "export a checkpoint to a bundle of graphs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,111 +27,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime",
         default="onnxruntime",
-        help="onnxruntime (default), openvino, tensorrt or tensorrt-rtx",
+        help="runtime of the graphs: onnxruntime (default), openvino, tensorrt or tensorrt-rtx",
     )
-    parser.add_argument("--precision", default="fp32", help="fp32 (default), bf16, fp16 or int8")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        help="precision of weights and matrix products: fp32 (default), bf16, fp16 or int8",
+    )
     parser.add_argument(
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="pictures of the kind that the model will see, 32 to 128 of them, for int8",
+        help="directory of images to calibrate int8 on, 32 to 128 typical ones",
     )
     parser.add_argument(
         "--targets",
         default="1",
-        metavar="N | MIN,PREFERRED,MAX",
-        help="targets in one call: a fixed number, or a range (default 1)",
+        metavar="N | MIN,OPT,MAX",
+        help="number of targets per call, fixed or an optimization profile (default: 1)",
     )
     parser.add_argument(
         "--images",
         default="1",
-        metavar="1 | 1,PREFERRED,MAX",
-        help="pictures that the image encoder takes in one call, for services with many users "
-        "(default 1)",
+        metavar="1 | 1,OPT,MAX",
+        help="number of images per image encoder call, for many concurrent users (default: 1)",
     )
     parser.add_argument(
-        "--aspect",
+        "--aspect-ratio",
         metavar="W:H",
-        help="all pictures are at least as wide (or high) as this: what is padding in all of them "
-        "is not computed where that changes nothing (5 to 7%% of the operations for 16:9)",
+        help="fixed aspect ratio of all images: skip padding that they share, without changing the "
+        "result (5 to 7%% of the operations for 16:9); images may be more elongated than this",
     )
     parser.add_argument(
         "--drop-padding",
         action="store_true",
-        help="with --aspect: compute nothing beyond it at all; about half the work for 16:9, and "
-        "another function, whose masks have to be judged",
+        help="with --aspect-ratio: skip that padding in every block; about half the work for 16:9, "
+        "but a different function whose masks have to be evaluated",
     )
     parser.add_argument(
-        "--refer-to-policy",
+        "--external-policy",
         action="store_true",
-        help="keep the policy where it is instead of copying it into the bundle",
+        help="refer to the policy by a relative path instead of copying it",
     )
     engines = parser.add_argument_group("engines (tensorrt, tensorrt-rtx)")
     engines.add_argument(
-        "--gpu",
+        "--compute-capabilities",
         metavar="SM,SM",
-        help="compute capabilities that tensorrt-rtx builds for, as sm_80,sm_89,sm_120 "
+        help="compute capabilities to build for with tensorrt-rtx, such as sm_80,sm_89,sm_120 "
         "(default: the GPU of this machine)",
     )
     engines.add_argument(
-        "--workspace", type=float, metavar="GIB", help="limit of an engine's scratch memory"
+        "--workspace", type=float, metavar="GIB", help="scratch memory limit of an engine"
     )
     engines.add_argument(
         "--version-compatible",
         action="store_true",
-        help="later versions of tensorrt load the engines, which then carry code",
+        help="build engines that later versions of tensorrt load; they carry host code",
     )
     engines.add_argument(
         "--hardware-compatible",
         action="store_true",
-        help="every GPU from sm_80 on runs the engines of tensorrt, somewhat slower",
+        help="build engines of tensorrt that every GPU from sm_80 on can run, somewhat slower",
     )
     engines.add_argument(
-        "--cache",
+        "--cache-dir",
         type=Path,
         metavar="DIR",
-        help="folder of engines and calibrations that were made before (default: "
-        "COPRS_DEPLOY_CACHE, or the user's cache folder)",
+        help="directory of the engine and calibration cache (default: COPRS_DEPLOY_CACHE, or the "
+        "user's cache)",
     )
     engines.add_argument(
-        "--cache-limit",
+        "--max-cache-size",
         type=float,
         metavar="GIB",
-        help="remove engines from this folder that were not used for longest, down to this size",
+        help="remove the least recently used engines from the cache down to this size",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, then show what was measured."""
+    """Export, and print the equivalence records."""
     from coprs_deploy.engines.trt.cache import BuildCallbacks
-    from coprs_deploy.engines.trt.variants import parse_gpus
-    from coprs_deploy.export import ExportOptions, export_checkpoint
-    from coprs_deploy.specs import IMAGE_ENCODER, OptimizationProfile, parse_aspect_ratio
+    from coprs_deploy.export import export_checkpoint
 
-    options = ExportOptions(
-        runtime=arguments.runtime,
-        precision=arguments.precision,
-        targets=OptimizationProfile.parse(arguments.targets),
-        images=OptimizationProfile.parse(arguments.images, "images"),
-        aspect_ratio=None
-        if arguments.aspect_ratio is None
-        else parse_aspect_ratio(arguments.aspect_ratio),
-        drop_padding=arguments.drop_padding,
-        copy_policy=not arguments.refer_to_policy,
-        overwrite=arguments.overwrite,
-        gpus=parse_gpus(arguments.gpu),
-        workspace_bytes=_bytes_from_gib(arguments.workspace),
-        version_compatible=arguments.version_compatible,
-        hardware_compatible=arguments.hardware_compatible,
-        cache_limit_bytes=_bytes_from_gib(arguments.cache_limit),
-        cache=arguments.cache,
-        calibration=arguments.calibration,
-    )
+    options = _options(arguments)
     with StepPrinter() as progress:
-        watch = BuildCallbacks(note=progress.note, phase=progress.phase)
-        report = export_checkpoint(arguments.checkpoint, arguments.out, options, progress, watch)
+        callbacks = BuildCallbacks(note=progress.note, phase=progress.phase)
+        report = export_checkpoint(
+            arguments.checkpoint, arguments.out, options, progress, callbacks
+        )
     records = report.bundle.manifest.equivalence
     if arguments.json:
         print_json(
@@ -139,24 +128,58 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         print(equivalence_table(records))
-        log(
-            f"{arguments.out}: weights {report.weights_bytes / 1e6:,.1f} MB; peak memory "
-            f"{report.peak_bytes_export / 1e6:,.0f} MB exporting, "
-            f"{report.peak_bytes_total / 1e6:,.0f} MB with the check"
-        )
-        if report.bundle.manifest.graphs[IMAGE_ENCODER].spec.drops_padding:
-            log(
-                "Without padding the encoder is another function, which no tolerance judges: "
-                f"`coprs-deploy evaluate {arguments.out} --examples FILE` does, on your pictures"
-            )
-        engines = [g.engine for g in report.bundle.manifest.graphs.values() if g.engine]
-        if any(engine.verified_on is None for engine in engines):
-            log(
-                "The engines never ran: the figures above are of the graphs that they were built "
-                "from. On the machine that will run them: `coprs-deploy verify "
-                f"{arguments.out} --against {arguments.checkpoint} --device cuda`"
-            )
+        _log_advice(report, arguments.checkpoint)
     return 0
+
+
+def _options(arguments: argparse.Namespace) -> ExportOptions:
+    from coprs_deploy.engines.trt.variants import parse_gpus
+    from coprs_deploy.export import ExportOptions
+    from coprs_deploy.specs import OptimizationProfile, parse_aspect_ratio
+
+    aspect_ratio = arguments.aspect_ratio
+    return ExportOptions(
+        runtime=arguments.runtime,
+        precision=arguments.precision,
+        targets=OptimizationProfile.parse(arguments.targets),
+        images=OptimizationProfile.parse(arguments.images, "images"),
+        aspect_ratio=None if aspect_ratio is None else parse_aspect_ratio(aspect_ratio),
+        drop_padding=arguments.drop_padding,
+        external_policy=arguments.external_policy,
+        overwrite=arguments.overwrite,
+        compute_capabilities=parse_gpus(arguments.compute_capabilities),
+        workspace_bytes=_bytes_from_gib(arguments.workspace),
+        version_compatible=arguments.version_compatible,
+        hardware_compatible=arguments.hardware_compatible,
+        cache_dir=arguments.cache_dir,
+        max_cache_bytes=_bytes_from_gib(arguments.max_cache_size),
+        calibration_images=arguments.calibration,
+    )
+
+
+def _log_advice(report: ExportReport, checkpoint: Path) -> None:
+    """Log size and memory, and the commands that evaluate or verify the bundle where needed."""
+    from coprs_deploy.specs import IMAGE_ENCODER
+
+    bundle = report.bundle
+    log(
+        f"{bundle.path}: weights {report.weights_bytes / 1e6:,.1f} MB; peak memory "
+        f"{report.peak_bytes_export / 1e6:,.0f} MB exporting, "
+        f"{report.peak_bytes_total / 1e6:,.0f} MB with the equivalence check"
+    )
+    graphs = bundle.manifest.graphs
+    if graphs[IMAGE_ENCODER].spec.drops_padding:
+        log(
+            "An encoder without padding is a different function, for which there is no tolerance: "
+            f"evaluate it on your images with `coprs-deploy evaluate {bundle.path} "
+            "--examples FILE`"
+        )
+    if any(graph.engine and graph.engine.verified_on is None for graph in graphs.values()):
+        log(
+            "The engines have never run: the table above is of the graphs that they were built "
+            "from. On the machine that will run them: `coprs-deploy verify "
+            f"{bundle.path} --against {checkpoint} --device cuda`"
+        )
 
 
 def _bytes_from_gib(size: float | None) -> int | None:

@@ -1,7 +1,7 @@
 """Compare an existing bundle with the checkpoint that it was exported from.
 
-The same check that export runs, on other inputs. Exit code 1 when a graph is outside its tolerance,
-a file was changed, or the checkpoint is another one.
+Runs the equivalence check of export on other samples. The exit code is 1 if a graph is outside its
+tolerance, a file was changed, or the checkpoint is another one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from coprs_deploy.console import StepPrinter, equivalence_table
 if TYPE_CHECKING:
     from coprs_deploy.export.comparison import BackendComparison
 
-SUMMARY = "check a bundle against its checkpoint again"
+SUMMARY = "compare a bundle with its checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,27 +25,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, required=True, metavar="CHECKPOINT")
     parser.add_argument(
         "--runtime",
-        help="of the graphs: onnxruntime or openvino (default: the one that the bundle was "
+        help="runtime of the graphs: onnxruntime or openvino (default: the one that the bundle was "
         "exported for)",
     )
-    parser.add_argument("--device", default="cpu", help="of the graphs: cpu, cuda, cuda:N")
+    parser.add_argument("--device", default="cpu", help="device of the graphs: cpu, cuda, cuda:N")
     add_plan_code_flag(parser)
     parser.add_argument(
         "--report",
         type=Path,
-        metavar="PAGE",
-        help="write the whole chain, from the PyTorch module to the masks of every runtime that is "
-        "here, as one HTML page",
+        metavar="FILE",
+        help="write a comparison of all backends, from the PyTorch module to every installed "
+        "runtime, as one HTML page",
     )
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify, and fail when any graph does."""
+    """Verify; exit code 1 if a graph or backend is outside its tolerance."""
     from coprs_deploy.export import verify_bundle
 
     if arguments.report:
-        _check_chain(arguments.bundle)
+        _check_report(arguments.bundle)
     with StepPrinter() as progress:
         records = verify_bundle(
             arguments.bundle,
@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
             runtime=arguments.runtime,
             allow_engine_host_code=arguments.allow_engine_host_code,
         )
-        links = _measure_chain(arguments, progress) if arguments.report else ()
-    passed = all(record.passed for record in records) and all(link.passed for link in links)
+        comparisons = _compare_backends(arguments, progress) if arguments.report else ()
+    passed = all(record.passed for record in records) and all(c.passed for c in comparisons)
     if arguments.json:
         rows = [record.to_json() for record in records]
         print_json({"passed": passed, "equivalence": rows})
@@ -65,23 +65,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _check_chain(bundle: Path) -> None:
-    """Refuse before the long check what could not be reported after it."""
+def _check_report(bundle: Path) -> None:
+    """Refuse ``--report`` for a bundle of engines before the long check."""
     from coprs_deploy.bundle import open_bundle
     from coprs_deploy.export.comparison import require_onnx_graphs
 
     require_onnx_graphs(open_bundle(bundle))
 
 
-def _measure_chain(
+def _compare_backends(
     arguments: argparse.Namespace, progress: StepPrinter
 ) -> tuple[BackendComparison, ...]:
     from coprs_deploy.bundle import open_bundle
     from coprs_deploy.checkpoint import read_checkpoint
     from coprs_deploy.export.comparison import compare_backends
-    from coprs_deploy.export.comparison_page import write_chain_page
-    from coprs_deploy.export.equivalence import END_TO_END, TOLERANCES, reference_opener
+    from coprs_deploy.export.comparison_page import write_comparison_page
+    from coprs_deploy.export.equivalence import reference_opener
     from coprs_deploy.export.samples import draw_bundle_samples
+    from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES
     from coprs_deploy.specs import IMAGE_ENCODER
 
     bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
@@ -90,6 +91,6 @@ def _measure_chain(
     reference = reference_opener(checkpoint, {name: graph.spec for name, graph in graphs.items()})
     pools_masks = TOLERANCES[encoder.runtime, encoder.precision][END_TO_END].pools_masks
     samples, _ = draw_bundle_samples(bundle.manifest, reference, pools_masks, seed=1)
-    links = compare_backends(bundle, checkpoint, samples, progress)
-    write_chain_page(arguments.report, bundle, links, len(samples))
-    return links
+    comparisons = compare_backends(bundle, checkpoint, samples, progress)
+    write_comparison_page(arguments.report, bundle, comparisons, len(samples))
+    return comparisons

@@ -1,4 +1,4 @@
-"""Checkpoints from the files that people have: SAM, policies, public training checkpoints."""
+"""Conversion of public weights to checkpoints: SAM, policies, public training checkpoints."""
 
 from coprs_deploy.conversion.converters import (
     ConversionOptions,

@@ -1,9 +1,9 @@
-"""The three ways to a checkpoint; each is named after what it makes and what it takes."""
+"""The three conversions to a checkpoint, named ``checkpoint_from_<source>``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from coprs_deploy.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
     CheckpointConfig,
+    PolicyImageLimits,
     write_checkpoint,
 )
 from coprs_deploy.conversion.policy_files import (
@@ -29,7 +30,7 @@ from coprs_deploy.conversion.weight_files import (
     read_state_dict,
 )
 from coprs_deploy.errors import ConversionError
-from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
+from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.prompts import PromptTemplate
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What all conversions have in common.
+    """Options of all conversions.
 
     Attributes:
-        prompt: text of the prompt template that the policy was trained with (``{instruction}`` and
-            the image placeholder in it); None takes this project's own wording.
-        overwrite: whether a checkpoint that stands there may be replaced.
-        seed: of everything that starts random.
+        prompt: prompt template that the policy was trained with (contains ``{instruction}`` and
+            the image placeholder); None for this project's own.
+        overwrite: whether an existing checkpoint is replaced.
+        seed: seed of all random weights.
     """
 
     prompt: str | None = None
@@ -58,7 +59,7 @@ class ConversionOptions:
     seed: int = 0
 
     def template(self, model_type: str) -> PromptTemplate:
-        """Choose the prompt template for a type of policy."""
+        """Return the prompt template for a type of policy."""
         default = DEFAULT_PROMPTS[model_type]
         if self.prompt is None:
             return default
@@ -72,20 +73,20 @@ def checkpoint_from_policy_and_sam(
     options: ConversionOptions | None = None,
     progress: Progress = lambda step: None,
 ) -> Checkpoint:
-    """Join an ordinary policy and SAM's weights: the starting point of training.
+    """Combine a policy and SAM's weights with an untrained prior: initial weights for training.
 
-    ``<REF_POS>`` is registered, the embeddings are enlarged for it, and the prior starts fresh.
+    ``<REF_POS>`` is added to the tokenizer and the embedding tables.
 
     Args:
-        policy: a transformers directory of a Qwen2.5-VL or LLaVA-1.5 model.
-        sam: a ``sam_vit_*.pth`` file.
-        out: the checkpoint directory to write.
+        policy: transformers directory of a Qwen2.5-VL or LLaVA-1.5 model.
+        sam: ``sam_vit_*.pth`` file.
+        out: checkpoint directory to write.
         options: prompt template, overwriting, seed.
         progress: called with the name of each step as it starts.
 
     Raises:
         ConversionError: a source cannot be used.
-        ArtifactError: ``out`` is taken.
+        ArtifactError: ``out`` exists.
     """
     options = options or ConversionOptions()
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
@@ -95,25 +96,20 @@ def checkpoint_from_policy_and_sam(
     progress("load policy")
     model, tokenizer = load_policy(source)
     register_reference_token(model, tokenizer)
-    config = SegmentationConfig(policy_hidden_size=_width(model), sam=sam_config)
-    tensors |= _fresh_prior(config, options.seed)
-    progress("write checkpoint")
-    return write_checkpoint(
-        out,
-        CheckpointConfig(
-            model=config,
-            prompt=options.template(model.config.model_type),
-            provenance={
-                "converter": "checkpoint_from_policy_and_sam",
-                "policy": source.name,
-                "sam": Path(sam).name,
-                "note": "the prior is untrained: train it before you trust a mask",
-            },
-        ),
-        tensors,
+    config = SegmentationConfig(policy_hidden_size=_hidden_size(model), sam=sam_config)
+    parts = _Parts(
+        config,
+        tensors | _untrained_prior(config, options.seed),
+        options.template(model.config.model_type),
         lambda directory: save_policy(model, tokenizer, source, directory),
-        options.overwrite,
     )
+    provenance = {
+        "converter": "checkpoint_from_policy_and_sam",
+        "policy": source.name,
+        "sam": Path(sam).name,
+        "note": "the prior is untrained: masks are meaningless until it is trained",
+    }
+    return _write(out, parts, provenance, options, progress)
 
 
 def checkpoint_from_public_training(
@@ -123,14 +119,14 @@ def checkpoint_from_public_training(
     options: ConversionOptions | None = None,
     progress: Progress = lambda step: None,
 ) -> Checkpoint:
-    """Convert what the public CoPRS training code writes.
+    """Convert a checkpoint of the public CoPRS training code.
 
     Args:
-        directory: holds ``refseg_modules.pt`` and ``huggingface/``; when the latter has no weights,
+        directory: has ``refseg_modules.pt`` and ``huggingface/``; if the latter has no weights,
             the FSDP shards ``model_world_size_N_rank_R.pt`` beside it are merged.
         sam: the ``sam_vit_*.pth`` file whose image encoder it was trained with.
-        out: the checkpoint directory to write.
-        options: prompt template (give the one that it was trained with), overwriting.
+        out: checkpoint directory to write.
+        options: prompt template (pass the one it was trained with), overwriting.
         progress: called with the name of each step as it starts.
 
     Raises:
@@ -140,50 +136,26 @@ def checkpoint_from_public_training(
     options = options or ConversionOptions()
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
     root = Path(directory)
-    source = root / PUBLIC_POLICY_DIRECTORY
     progress("read SAM and the trained modules")
     sam_config, tensors = read_sam(Path(sam))
-    trained = {
-        "prior." + name.removeprefix(PUBLIC_PRIOR_PREFIX)
-        if name.startswith(PUBLIC_PRIOR_PREFIX)
-        else name: tensor
-        for name, tensor in read_state_dict(root / PUBLIC_MODULES_FILE).items()
-    }
-    for name in ("prior.q_proj.weight", "prior.fuser.0.weight"):
-        if name not in trained:
-            raise ConversionError(
-                f"{root / PUBLIC_MODULES_FILE} holds no "
-                f"{name.replace('prior.', PUBLIC_PRIOR_PREFIX)}; accepted: the file that the "
-                "public CoPRS training code writes"
-            )
-    config = SegmentationConfig(
-        policy_hidden_size=trained["prior.q_proj.weight"].shape[1],
-        prior_num_heads=trained["prior.fuser.0.weight"].shape[0],
-        sam=sam_config,
-    )
+    config, trained = _read_trained_modules(root / PUBLIC_MODULES_FILE, sam_config)
     image_encoder = {n: t for n, t in tensors.items() if n.startswith("image_encoder.")}
-    merged, policy_hidden_size, model_type, save = _public_policy(root, source, progress)
-    if policy_hidden_size != config.policy_hidden_size:
+    policy = _read_public_policy(root, progress)
+    if policy.hidden_size != config.policy_hidden_size:
         raise ConversionError(
-            f"the policy in {source} is {policy_hidden_size} wide and the query head in "
-            f"{root / PUBLIC_MODULES_FILE} takes {config.policy_hidden_size}: they do not belong together"
+            f"policy hidden size {policy.hidden_size} in {root / PUBLIC_POLICY_DIRECTORY} does not "
+            f"match prior input size {config.policy_hidden_size} in "
+            f"{root / PUBLIC_MODULES_FILE}; use files of one training run"
         )
-    progress("write checkpoint")
-    return write_checkpoint(
-        out,
-        CheckpointConfig(
-            model=config,
-            prompt=options.template(model_type),
-            provenance={
-                "converter": "checkpoint_from_public_training",
-                "policy": "merged from FSDP shards" if merged else "as it was saved",
-                "sam": Path(sam).name,
-            },
-        ),
-        image_encoder | trained,
-        save,
-        options.overwrite,
+    parts = _Parts(
+        config, image_encoder | trained, options.template(policy.model_type), policy.save
     )
+    provenance = {
+        "converter": "checkpoint_from_public_training",
+        "policy": "merged from FSDP shards" if policy.is_merged else "as it was saved",
+        "sam": Path(sam).name,
+    }
+    return _write(out, parts, provenance, options, progress)
 
 
 def random_checkpoint(
@@ -193,22 +165,22 @@ def random_checkpoint(
     options: ConversionOptions | None = None,
     progress: Progress = lambda step: None,
 ) -> Checkpoint:
-    """Make a checkpoint of a real size without weights: for speed, memory and shape only.
+    """Make a checkpoint with random weights at a real size, for speed, memory and shapes.
 
-    The tiny policies follow a script, so that they emit ``<REF_POS>`` like a trained one; masks
-    are noise at any size.
+    The tiny policies follow a script, so that they generate ``<REF_POS>`` like a trained one; the
+    masks are noise at any size.
 
     Args:
-        out: the checkpoint directory to write.
+        out: checkpoint directory to write.
         policy_size: a name in ``POLICY_SIZES``.
         sam_size: a name in ``SAM_SIZES``.
         options: overwriting, seed.
         progress: called with the name of each step as it starts.
 
     Raises:
-        ValueError: a size has no such name.
+        ValueError: the name of a size is unknown.
     """
-    from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+    from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_random_policy
 
     options = options or ConversionOptions()
     if sam_size not in SAM_SIZES:
@@ -217,33 +189,30 @@ def random_checkpoint(
         raise ValueError(f"policy-size is {policy_size!r}; accepted: {', '.join(POLICY_SIZES)}")
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
     progress(f"generate the {policy_size} policy")
-    policy = generate_policy(policy_size, options.seed)
-    progress(f"generate the {sam_size} segmentation path")
-    config = SegmentationConfig(policy_hidden_size=_width(policy.model), sam=SAM_SIZES[sam_size])
-    tensors = random_tensors(config, options.seed)
-    progress("write checkpoint")
-    return write_checkpoint(
-        out,
-        CheckpointConfig(
-            model=config,
-            prompt=policy.prompt,
-            policy_image=policy.image_limits,
-            provenance={
-                "converter": "random_checkpoint",
-                "policy": policy_size,
-                "sam": sam_size,
-                "seed": options.seed,
-                "note": "random weights: the masks mean nothing",
-            },
-        ),
-        tensors,
-        policy.save,
-        options.overwrite,
+    policy = build_random_policy(policy_size, options.seed)
+    progress(f"generate the {sam_size} segmentation model")
+    config = SegmentationConfig(
+        policy_hidden_size=_hidden_size(policy.model), sam=SAM_SIZES[sam_size]
     )
+    parts = _Parts(
+        config,
+        random_tensors(config, options.seed),
+        policy.prompt,
+        policy.save,
+        policy.image_limits,
+    )
+    provenance = {
+        "converter": "random_checkpoint",
+        "policy": policy_size,
+        "sam": sam_size,
+        "seed": options.seed,
+        "note": "random weights: the masks mean nothing",
+    }
+    return _write(out, parts, provenance, options, progress)
 
 
 def random_tensors(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
-    """Draw weights for a segmentation path, none of them zero, so that every part shows."""
+    """Draw weights of a segmentation model, none of them all zero, so that every part matters."""
     import torch
 
     from coprs_deploy.models import SegmentationModel
@@ -257,7 +226,38 @@ def random_tensors(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _fresh_prior(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of a converted checkpoint.
+
+    Attributes:
+        model: sizes of the segmentation model.
+        tensors: weights of the segmentation model.
+        prompt: prompt template.
+        save_policy: fills an empty directory with the policy.
+        policy_image: limits of the image area that the policy processes.
+    """
+
+    model: SegmentationConfig
+    tensors: Mapping[str, Tensor]
+    prompt: PromptTemplate
+    save_policy: Callable[[Path], object]
+    policy_image: PolicyImageLimits = field(default_factory=PolicyImageLimits)
+
+
+def _write(
+    out: str | Path,
+    parts: _Parts,
+    provenance: dict[str, Any],
+    options: ConversionOptions,
+    progress: Progress,
+) -> Checkpoint:
+    progress("write checkpoint")
+    config = CheckpointConfig(parts.model, parts.prompt, parts.policy_image, provenance)
+    return write_checkpoint(out, config, parts.tensors, parts.save_policy, options.overwrite)
+
+
+def _untrained_prior(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
     import torch
 
     from coprs_deploy.models.prior import PositionalPrior
@@ -268,37 +268,76 @@ def _fresh_prior(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
     return {f"prior.{name}": tensor for name, tensor in prior.state_dict().items()}
 
 
-def _public_policy(
-    root: Path, source: Path, progress: Progress
-) -> tuple[bool, int, str, Callable[[Path], object]]:
-    """Find the policy: whether it was merged, its width, its type, and how to save it."""
+def _read_trained_modules(
+    path: Path, sam: SamConfig
+) -> tuple[SegmentationConfig, dict[str, Tensor]]:
+    """Read prior, prompt encoder and mask decoder under the names of ``SegmentationModel``."""
+    trained = {
+        "prior." + name.removeprefix(PUBLIC_PRIOR_PREFIX)
+        if name.startswith(PUBLIC_PRIOR_PREFIX)
+        else name: tensor
+        for name, tensor in read_state_dict(path).items()
+    }
+    for name in ("prior.q_proj.weight", "prior.fuser.0.weight"):
+        if name not in trained:
+            raise ConversionError(
+                f"{path} has no {name.replace('prior.', PUBLIC_PRIOR_PREFIX)}; accepted: the file "
+                "written by the public CoPRS training code"
+            )
+    config = SegmentationConfig(
+        policy_hidden_size=trained["prior.q_proj.weight"].shape[1],
+        prior_num_heads=trained["prior.fuser.0.weight"].shape[0],
+        sam=sam,
+    )
+    return config, trained
+
+
+@dataclass(frozen=True)
+class _PublicPolicy:
+    """Policy of a public training checkpoint.
+
+    Attributes:
+        hidden_size: D.
+        model_type: type in transformers.
+        is_merged: whether it was merged from FSDP shards.
+        save: fills an empty directory with the policy.
+    """
+
+    hidden_size: int
+    model_type: str
+    is_merged: bool
+    save: Callable[[Path], object]
+
+
+def _read_public_policy(root: Path, progress: Progress) -> _PublicPolicy:
+    source = root / PUBLIC_POLICY_DIRECTORY
     if not source.is_dir():
         raise ConversionError(
-            f"{root} holds no {PUBLIC_POLICY_DIRECTORY}/; accepted: a checkpoint of the public "
+            f"{root} has no {PUBLIC_POLICY_DIRECTORY}/; accepted: a checkpoint of the public "
             "CoPRS training code"
         )
     shards = [] if has_weights(source) else find_shards(root)
     if not shards and not has_weights(source):
         raise ConversionError(
-            f"neither {source} holds weights (*.safetensors) nor {root} FSDP shards "
+            f"neither {source} has weights (*.safetensors) nor {root} FSDP shards "
             "(model_world_size_N_rank_R.pt)"
         )
-    if shards:
-        progress(f"merge {len(shards)} FSDP shards")
-    else:
-        progress("load policy")
+    progress(f"merge {len(shards)} FSDP shards" if shards else "load policy")
     model, tokenizer = load_policy(source, merge_shards(shards) if shards else None)
-    changed = register_reference_token(model, tokenizer)
-    if changed:
+    if register_reference_token(model, tokenizer):
         raise ConversionError(
             f"the tokenizer in {source} has no <REF_POS>, so this policy was never trained to "
-            "write it; accepted: a checkpoint of CoPRS training"
+            "generate it; accepted: a checkpoint of CoPRS training"
         )
-    width, model_type = _width(model), model.config.model_type
-    if shards:
-        return True, width, model_type, lambda d: save_policy(model, tokenizer, source, d)
-    return False, width, model_type, lambda d: copy_policy_files(source, d, with_weights=True)
+    hidden_size, model_type = _hidden_size(model), model.config.model_type
+    if not shards:  # nothing keeps the loaded weights
+        return _PublicPolicy(
+            hidden_size, model_type, False, lambda d: copy_policy_files(source, d, True)
+        )
+    return _PublicPolicy(
+        hidden_size, model_type, True, lambda d: save_policy(model, tokenizer, source, d)
+    )
 
 
-def _width(model: Any) -> int:
+def _hidden_size(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[1])

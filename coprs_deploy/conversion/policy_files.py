@@ -1,4 +1,4 @@
-"""Making an ordinary transformers policy into one that can emit ``<REF_POS>``."""
+"""Policy directories: load, add the ``<REF_POS>`` token, save."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ DEFAULT_PROMPTS: Mapping[str, PromptTemplate] = {
         text="USER: <image>\n" + _REQUEST + " ASSISTANT:", image_token="<image>"
     ),
 }
-"""This project's own wording, for a policy that no template is known for."""
+"""Default prompt template by model type, for policies trained without another one."""
 
 _SKIPPED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
-    """Load a policy and its tokenizer in the dtype in which it is stored.
+    """Load a policy and its tokenizer in the stored dtype.
 
     Args:
-        path: a transformers directory.
-        weights: its weights, where they lie in another place.
+        path: transformers directory.
+        weights: weights from elsewhere; None for those of the directory.
 
     Raises:
-        ConversionError: the directory is no supported policy, or weights are missing.
+        ConversionError: the directory has no supported policy, or weights are missing.
     """
     from safetensors import SafetensorError
     from transformers import (
@@ -56,31 +56,31 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
     )
 
     if not (path / "config.json").is_file():
-        raise ConversionError(f"{path} is not a transformers directory: it holds no config.json")
+        raise ConversionError(f"{path} is not a transformers directory: it has no config.json")
     try:
         with without_progress_bars():
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             if config.model_type not in DEFAULT_PROMPTS:
                 raise ConversionError(
                     f"the policy in {path} is of type {config.model_type!r}; "
-                    f"supported: {', '.join(DEFAULT_PROMPTS)}"
+                    f"accepted: {', '.join(DEFAULT_PROMPTS)}"
                 )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             image_token = DEFAULT_PROMPTS[config.model_type].image_token
             if image_token not in tokenizer.get_vocab():
                 raise ConversionError(
-                    f"{path} holds no tokenizer of such a policy: it does not know {image_token}"
+                    f"the tokenizer in {path} does not fit the policy: it has no {image_token}"
                 )
             options = {
                 "dtype": "auto",
                 "local_files_only": True,
                 "output_loading_info": True,
-                "ignore_mismatched_sizes": True,  # they are named below
+                "ignore_mismatched_sizes": True,  # listed in the error below
             }
             if weights is None:
                 model, info = AutoModelForImageTextToText.from_pretrained(path, **options)
             else:
-                # The automatic class takes no state dict, the class that it chooses does.
+                # The auto class accepts no state dict; the class that it selects does.
                 chosen = AutoModelForImageTextToText._model_mapping[type(config)]
                 model, info = chosen.from_pretrained(
                     None, config=config, state_dict=weights, **options
@@ -101,12 +101,12 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
 
 
 def register_reference_token(model: Any, tokenizer: Any) -> bool:
-    """Give a policy the special token ``<REF_POS>``, with a row in both embedding tables.
+    """Add the special token ``<REF_POS>`` to a policy, with a row in both embedding tables.
 
-    A new row starts as the mean of the rows in use, which says nothing yet and disturbs nothing.
+    The new row is the mean of the rows in use.
 
     Returns:
-        Whether anything was changed; a policy that has the token is left as it is.
+        Whether the policy was changed; one that has the token is not.
     """
     import torch
     from transformers import AddedToken
@@ -125,13 +125,13 @@ def register_reference_token(model: Any, tokenizer: Any) -> bool:
         for t in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     with torch.no_grad():
-        for weight in tables.values():  # one table where the two are tied
+        for weight in tables.values():  # one table if they are tied
             weight[token] = weight[: min(token, rows)].float().mean(dim=0).to(weight.dtype)
     return True
 
 
 def save_policy(model: Any, tokenizer: Any, source: Path | None, out: Path) -> None:
-    """Write a policy directory: weights and tokenizer as they are now, the rest as it was."""
+    """Write a policy directory: weights and tokenizer from memory, the rest from ``source``."""
     if source is not None:
         copy_policy_files(source, out)
     with without_progress_bars():
@@ -140,12 +140,12 @@ def save_policy(model: Any, tokenizer: Any, source: Path | None, out: Path) -> N
 
 
 def copy_policy_files(source: Path, out: Path, with_weights: bool = False) -> None:
-    """Copy the files of a policy directory (not its folders), with or without its weights."""
+    """Copy the files of a policy directory (not its subdirectories), optionally with weights."""
     for path in sorted(source.iterdir()):
         if path.is_file() and (with_weights or not path.name.endswith(_SKIPPED_SUFFIXES)):
             shutil.copyfile(path, out / path.name)
 
 
 def has_weights(directory: Path) -> bool:
-    """Say whether a transformers directory holds weights in safetensors."""
+    """Return whether a transformers directory has weights in safetensors."""
     return any(directory.glob("*.safetensors"))

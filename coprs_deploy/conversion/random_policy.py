@@ -1,8 +1,8 @@
-"""Policies without trained weights: real architectures in real sizes, and tiny ones with a script.
+"""Policies with random weights: real architectures in real sizes, and tiny scripted ones.
 
-A tiny policy answers with a fixed text that ends in ``<REF_POS>``: its output head maps each
-token's embedding to the token that follows it in the script, and its layers stay weak enough not
-to interfere, yet the hidden states depend on the image and the instruction as in any policy.
+A tiny policy always generates a fixed text that ends in ``<REF_POS>``: its output head maps each
+token's embedding to the next token of the script, and its layers are too weak to interfere. Its
+hidden states still depend on the image and the instruction as in any policy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCRIPT = (
     " and",
     REFERENCE_TOKEN,
 )
-"""The default answer; after the first target it goes on with another one, for as long as asked."""
+"""Default text; after the first target it continues with another one, until generation stops."""
 
 SPECIAL_TOKENS: Mapping[Family, Sequence[str]] = {
     "qwen2_5_vl": (
@@ -52,7 +52,7 @@ END_TOKENS: Mapping[Family, str] = {"qwen2_5_vl": "<|im_end|>", "llava": "</s>"}
 
 @dataclass(frozen=True)
 class PolicySize:
-    """The architecture of a policy by name; numbers from the public model configurations."""
+    """Architecture of a policy, with the numbers of the public model configurations."""
 
     family: Family
     text: Mapping[str, Any]
@@ -172,8 +172,8 @@ POLICY_SIZES: Mapping[str, PolicySize] = {
 
 
 @dataclass(frozen=True)
-class GeneratedPolicy:
-    """A policy in memory with everything that its directory needs."""
+class RandomPolicy:
+    """Policy in memory with everything that its directory needs."""
 
     model: Any
     tokenizer: Any
@@ -189,20 +189,20 @@ class GeneratedPolicy:
         self.image_processor.save_pretrained(directory)
 
 
-def generate_policy(
+def build_random_policy(
     size: str, seed: int = 0, script: Sequence[str] = SCRIPT, has_reference_token: bool = True
-) -> GeneratedPolicy:
+) -> RandomPolicy:
     """Build a policy with random weights.
 
     Args:
         size: a name in ``POLICY_SIZES``.
-        seed: of the weights.
-        script: what a tiny policy answers, one token an entry; a token may stand in it several
-            times when the same token follows it each time. Without an end token it goes on.
-        has_reference_token: whether its tokenizer knows ``<REF_POS>``.
+        seed: seed of the weights.
+        script: text of a tiny policy, one token per entry; a repeated token must have the same
+            successor each time. Without an end token generation does not stop by itself.
+        has_reference_token: whether its tokenizer has ``<REF_POS>``.
 
     Raises:
-        ValueError: the script gives one token two followers.
+        ValueError: a token of the script has two successors.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -223,14 +223,14 @@ def generate_policy(
     if described.is_scripted:
         last = encode_prompt(prompt, tokenizer, "anything", 1)[-1]
         script_ids = [tokenizer.convert_tokens_to_ids(token) for token in _byte_level(script)]
-        _teach(model, [last, *script_ids], seed)
-    return GeneratedPolicy(
+        _write_script(model, [last, *script_ids], seed)
+    return RandomPolicy(
         model, tokenizer, _image_processor(described), prompt, described.image_limits
     )
 
 
 def build_config(size: PolicySize, tokenizer: Any) -> Any:
-    """Describe the architecture for transformers, with the tokenizer's special ids."""
+    """Build the transformers configuration with the tokenizer's special ids."""
     from transformers import LlavaConfig, Qwen2_5_VLConfig
 
     token = tokenizer.convert_tokens_to_ids
@@ -294,25 +294,25 @@ def build_tokenizer(
 
 
 def _byte_level(script: Sequence[str]) -> list[str]:
-    """Write words as a byte-level vocabulary spells them: a leading space is one letter."""
+    """Spell words as in a byte-level vocabulary, where a leading space is one letter."""
     return ["Ġ" + word[1:] if word.startswith(" ") else word for word in script]
 
 
-def _teach(model: Any, chain: Sequence[int], seed: int) -> None:
-    """Make greedy decoding follow ``chain``: each token's embedding points to its follower."""
+def _write_script(model: Any, tokens: Sequence[int], seed: int) -> None:
+    """Make greedy decoding follow ``tokens``: each token's embedding maps to its successor."""
     import torch
 
-    followers: dict[int, int] = {}
-    for token, follower in pairwise(chain):
-        if followers.setdefault(token, follower) != follower:
-            raise ValueError(f"the script gives token {token} two followers")
+    successors: dict[int, int] = {}
+    for token, successor in pairwise(tokens):
+        if successors.setdefault(token, successor) != successor:
+            raise ValueError(f"token {token} has two successors in the script; accepted: one")
     generator = torch.Generator().manual_seed(seed)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     with torch.no_grad():
         table.copy_(torch.randn(table.shape, generator=generator))
         head.copy_(0.01 * torch.randn(head.shape, generator=generator))
-        for token, follower in followers.items():
-            head[follower] += table[token] / table.shape[1] ** 0.5
+        for token, successor in successors.items():
+            head[successor] += table[token] / table.shape[1] ** 0.5
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")) and "language_model" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator))

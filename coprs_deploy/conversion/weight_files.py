@@ -1,7 +1,7 @@
-"""Reading ``.pth`` and ``.pt`` files of other projects, never running what they hold.
+"""Read ``.pth`` and ``.pt`` weight files of other projects without running code from them.
 
-Files are read with ``weights_only=True`` and mapped into memory, so that converting a large one
-does not hold it twice. Sharded training states are put together here too.
+Files are read with ``weights_only=True`` and memory-mapped, so that a large one is not copied.
+Sharded FSDP training states are merged here too.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PUBLIC_DECODER_HEADS = 8
-"""Heads of SAM's mask decoder; the one size that no tensor shows."""
+"""Heads of SAM's mask decoder; the only size that no tensor shape shows."""
 
 _SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a flat file of named tensors.
+    """Read a flat state dict.
 
     Raises:
-        ConversionError: the file is absent, is no such file, or would have to run code to be read.
+        ConversionError: the file is missing, has another content, or would run code when read.
     """
     data = _load(path)
     import torch
 
     if not isinstance(data, Mapping) or not data:
-        raise ConversionError(f"{path} holds a {type(data).__name__}, not a dictionary of tensors")
-    strangers = [key for key, value in data.items() if not isinstance(value, torch.Tensor)]
-    if strangers:
         raise ConversionError(
-            f"{path} holds {strangers[0]!r}, which is no tensor; accepted: a flat state dict as "
-            "torch.save(model.state_dict(), path) writes it"
+            f"{path} contains a {type(data).__name__}, not a dictionary of tensors"
+        )
+    others = [key for key, value in data.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ConversionError(
+            f"{path} contains {others[0]!r}, which is not a tensor; accepted: a flat state dict as "
+            "written by torch.save(model.state_dict(), path)"
         )
     return dict(data)
 
@@ -63,27 +65,27 @@ def _load(path: Path) -> Any:
         lines = [line.strip() for line in str(error).splitlines()]
         named = next((n for n in lines if "GLOBAL" in n or n.startswith("Unsupported")), "pickle")
         raise ConversionError(
-            f"{path} is refused: it holds more than weights, and reading it could run code "
-            f"({named}). Load it where you trust it and save its state dict alone"
+            f"{path} contains more than weights, and reading it could run code ({named}); load it "
+            "where you trust it, and save its state dict alone"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         if not _may_be_pytorch(path):
-            raise ConversionError(f"{path} is not a PyTorch file, or was cut short") from error
-        raise ConversionError(f"{path} is not a PyTorch file, or was cut short: {error}") from error
+            raise ConversionError(f"{path} is not a PyTorch file, or was truncated") from error
+        raise ConversionError(f"{path} is not a PyTorch file, or was truncated: {error}") from error
 
 
 def _may_be_pytorch(path: Path) -> bool:
-    """Say whether a file begins like a zip archive or a pickle, as PyTorch's two formats do."""
+    """Return whether a file starts like a zip archive or a pickle, PyTorch's two formats."""
     with path.open("rb") as file:
         start = file.read(2)
     return start == b"PK" or start[:1] == b"\x80"
 
 
 def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
-    """Read a ``sam_vit_*.pth`` file and the sizes that its shapes tell.
+    """Read a ``sam_vit_*.pth`` file, and infer the sizes from its shapes.
 
     Raises:
-        ConversionError: the file is none of SAM.
+        ConversionError: the file is not a SAM checkpoint.
     """
     tensors = read_state_dict(path)
     try:
@@ -91,16 +93,16 @@ def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
     except (KeyError, ValueError, IndexError) as error:
         shown = ", ".join(sorted(tensors)[:3])
         raise ConversionError(
-            f"{path} is not a SAM checkpoint ({error}); it holds {shown}, ...; "
-            "accepted: sam_vit_b, sam_vit_l or sam_vit_h as segment-anything publishes them"
+            f"{path} is not a SAM checkpoint ({error}); it contains {shown}, ...; "
+            "accepted: sam_vit_b, sam_vit_l or sam_vit_h as published by segment-anything"
         ) from error
 
 
 def sam_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> SamConfig:
-    """Infer the sizes of a SAM model from its tensors' shapes.
+    """Infer the sizes of a SAM model from the shapes of its tensors.
 
     Raises:
-        KeyError: a tensor that tells a size is missing.
+        KeyError: a required tensor is missing.
     """
     encoder, decoder = "image_encoder", "mask_decoder"
     _, grid, _, width = shapes[f"{encoder}.pos_embed"]
@@ -140,10 +142,10 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def find_shards(directory: Path) -> list[Path]:
-    """List the rank files of a sharded training state in the order of their ranks.
+    """List the rank files of a sharded training state in rank order.
 
     Raises:
-        ConversionError: ranks are missing, or files of several world sizes lie together.
+        ConversionError: ranks are missing, or the directory has files of several world sizes.
     """
     found = {
         (int(match[1]), int(match[2])): path
@@ -155,7 +157,7 @@ def find_shards(directory: Path) -> list[Path]:
     sizes = {size for size, _ in found}
     if len(sizes) > 1:
         raise ConversionError(
-            f"{directory} holds shards of the world sizes {sorted(sizes)}: keep one set of them"
+            f"{directory} has shards of the world sizes {sorted(sizes)}: keep one set"
         )
     size = sizes.pop()
     missing = [rank for rank in range(size) if (size, rank) not in found]
@@ -168,22 +170,22 @@ def find_shards(directory: Path) -> list[Path]:
 
 
 def merge_shards(paths: list[Path]) -> dict[str, Tensor]:
-    """Put the tensors of an FSDP training state together.
+    """Merge the shards of an FSDP training state.
 
     Args:
-        paths: one file a rank, in order; each maps names to sharded or plain tensors.
+        paths: one file per rank, in order; each maps names to sharded or plain tensors.
 
     Raises:
-        ConversionError: a file cannot be read safely, or a tensor is split in a way other than one
-            dimension of one group of ranks (as tensor parallelism does).
+        ConversionError: a file cannot be read safely, or a tensor is not sharded along one
+            dimension of one group of ranks (such as with tensor parallelism).
     """
-    import torch.distributed.tensor  # noqa: F401  lets weights_only read sharded tensors
+    import torch.distributed.tensor  # noqa: F401  allows weights_only to read sharded tensors
 
     ranks: list[dict[str, Any]] = [_load(path) for path in paths]
     names = list(ranks[0])
     for path, rank in zip(paths, ranks, strict=True):
         if list(rank) != names:
-            raise ConversionError(f"{path} holds other tensors than {paths[0]}")
+            raise ConversionError(f"{path} has other tensors than {paths[0]}")
     return {name: _merge(name, [rank.pop(name) for rank in ranks]) for name in names}
 
 
@@ -201,13 +203,13 @@ def _merge(name: str, parts: list[Any]) -> Tensor:
         return first.to_local()
     if len(sharded) > 1 or not first.placements[-1].is_shard():
         raise ConversionError(
-            f"{name} is split as {first.placements}; supported: sharded over the last mesh "
+            f"{name} is sharded as {first.placements}; supported: sharded over the last mesh "
             "dimension only (FSDP or HSDP)"
         )
     group = first.device_mesh.size(first.device_mesh.ndim - 1)
     merged = torch.cat([part.to_local() for part in parts[:group]], dim=sharded[0].dim)
     if merged.shape != first.shape:
         raise ConversionError(
-            f"{name} has shape {tuple(merged.shape)} when merged, not {tuple(first.shape)}"
+            f"{name} has shape {tuple(merged.shape)} after merging, not {tuple(first.shape)}"
         )
     return merged

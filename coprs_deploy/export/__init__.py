@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle: trace the stages, write graphs, prove that they are equal."""
+"""Export: checkpoint to bundle, with every graph proven equivalent to PyTorch."""
 
 from coprs_deploy.export.exporter import ExportReport, export_checkpoint
 from coprs_deploy.export.options import ExportOptions

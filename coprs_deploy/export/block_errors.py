@@ -1,4 +1,4 @@
-"""Where a quantized encoder leaves the float32 one: the error of what each block gives."""
+"""Error of each transformer block of an int8 image encoder against float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from coprs_deploy.engines.runner import Array, Runner
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far a block's output is from float32, all blocks before it included.
+    """Error of one block's output, including the errors of all blocks before it.
 
     Attributes:
-        block: its number.
+        block: block number.
         relative_error: norm of the difference over the norm of the float32 output.
-        product: the product in the block whose input int8 rounds worst.
-        input_error: relative error of that input.
+        product: matrix product of the block whose input has the largest rounding error.
+        input_error: relative rounding error of that input.
     """
 
     block: int
@@ -51,21 +50,21 @@ def block_errors(
     images: Sequence[NDArray[np.float32]],
     ranges: Ranges,
 ) -> list[BlockError]:
-    """Compare the output of each block but the last with float32, as the next block is given it.
+    """Compare the output of each block with float32.
 
-    The last block's output is only seen behind the neck: as the error of the embedding. Where
-    padding joins the other cells in between, it counts as well.
+    The last block is measured after the neck, as the error of the embedding. Padding that joins
+    between two blocks is included.
 
     Args:
-        encoder: the float32 reference.
-        candidate: a graph file with float32 tensors between its blocks.
-        open_candidate: opens a changed copy of it.
-        spec: of the graph.
-        images: (1, 3, S, S), what both are fed.
-        ranges: of the candidate's products.
+        encoder: float32 reference.
+        candidate: graph file with float32 tensors between its blocks.
+        open_candidate: opens a copy of it with additional outputs.
+        spec: inputs and outputs of the graph.
+        images: (1, 3, S, S) inputs.
+        ranges: calibration ranges of the candidate's matrix products.
 
     Returns:
-        One record a block, the worst over the images; the last is that of the embedding.
+        One error per block, worst case over the images; the last is that of the embedding.
     """
     path = candidate.with_name(f"{candidate.stem}.blocks.onnx")
     outputs = _tap_blocks(
@@ -90,20 +89,21 @@ def block_errors(
 
 
 def describe(errors: Sequence[BlockError]) -> str:
-    """Put the errors into words, one line a block."""
+    """Format the errors, one line per block."""
     lines = [
         f"  block {error.block}: {error.relative_error:.2%}"
-        f"{', behind the neck' if error is errors[-1] else ''}; its input of {error.product} is "
-        f"rounded by {error.input_error:.2%}"
+        f"{', after the neck' if error is errors[-1] else ''}; rounding error of the input of "
+        f"{error.product}: {error.input_error:.2%}"
         for error in errors
     ]
-    return "Error of each block's output against float32, all before it included:\n" + "\n".join(
-        lines
-    )
+    header = "Relative error of each block's output against float32, blocks before it included:"
+    return "\n".join([header, *lines])
 
 
 def _tap_blocks(source: Path, target: Path, shapes: Sequence[tuple[int, ...]]) -> list[TensorSpec]:
-    """Make what the next block normalizes an output of the graph; weights stay where they are."""
+    """Add the input of each next block's first norm as an output; weights stay in place."""
+    import onnx
+
     model = onnx.load(source, load_external_data=False)
     norms = {}
     for node in model.graph.node:
@@ -122,15 +122,15 @@ def _tap_blocks(source: Path, target: Path, shapes: Sequence[tuple[int, ...]]) -
 
 
 def _run_reference(encoder: SamImageEncoder, image: NDArray[np.float32]) -> list[Array]:
-    """Return what each block but the first is given, and the embedding."""
+    """Return the input of each block but the first, and the embedding."""
     import torch
 
     seen: list[Array] = []
 
-    def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].numpy())
 
-    hooks = [block.register_forward_pre_hook(keep) for block in encoder.blocks[1:]]
+    hooks = [block.register_forward_pre_hook(record) for block in encoder.blocks[1:]]
     try:
         with torch.inference_mode():
             embedding = encoder(torch.from_numpy(image)).numpy()

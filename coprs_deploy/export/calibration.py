@@ -1,9 +1,9 @@
-"""What enters the encoder's large products, measured on a folder of pictures.
+"""int8 calibration: ranges of the inputs of the encoder's matrix products on a set of images.
 
-The range of each input decides which value the 127 of an int8 stands for. Small ranges round
-finely and clip more; the one with the least mean squared error is taken. PyTorch's float32 encoder
-runs on the pictures, and each input is counted as it passes, so that memory does not grow with the
-number of pictures or of products.
+The range of an input decides which value the 127 of an int8 stands for. Small ranges round finely
+and clip more; the range with the least mean squared error is chosen. PyTorch's float32 encoder runs
+on the images, and each input is added to a histogram as it passes, so that memory grows neither
+with the number of images nor of products.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CALIBRATION_FOLDER = "calibration"
-"""Below the cache of engines."""
+"""Directory below the engine cache."""
 
 CALIBRATION_REVISION = 1
-"""Raised when this module finds other ranges on the same pictures."""
+"""Incremented when this module computes other ranges from the same images."""
 
 MIN_IMAGES = 4
 MAX_HELD_OUT = 4
 
 INT8_LIMIT = 127
-"""Largest step: int8 without -128, so that zero lies in the middle."""
+"""Largest int8 value; -128 is not used, so that the range is symmetric."""
 
 _NUM_BINS = 4096
 _LIMITS_TRIED = np.linspace(0.05, 1.0, 96)
-"""As shares of the largest value."""
+"""Candidate ranges, as fractions of the largest value."""
 
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """The pictures of a folder, each once, in an order that their contents give.
+    """Images of a directory without duplicates, in an order given by their contents.
 
     Attributes:
-        used: what the ranges are measured on.
-        held_out: one in four, at most four: what the quantized graph is checked on.
-        sha256: names those that are used.
+        used: files that the ranges are measured on.
+        held_out: one in four files, at most four, that the quantized graph is checked on.
+        sha256: hash over the contents of ``used``.
     """
 
     used: tuple[Path, ...]
@@ -64,17 +64,17 @@ class CalibrationImages:
     sha256: str
 
     def record(self) -> CalibrationRecord:
-        """Say what a manifest keeps of it."""
+        """Return the record for the manifest."""
         return CalibrationRecord(len(self.used), len(self.held_out), self.sha256)
 
 
 class ProductRange(Record, frozen=True):
-    """What was seen at the input of one product.
+    """Range of the input of one matrix product.
 
     Attributes:
         largest: largest absolute value.
-        limit: the value that 127 stands for; what is beyond it is clipped.
-        error: root mean square of what int8 changes, over that of the values.
+        limit: value that 127 stands for; larger ones are clipped.
+        error: root mean square of the int8 rounding error over that of the values.
     """
 
     largest: float
@@ -83,7 +83,7 @@ class ProductRange(Record, frozen=True):
 
 
 Ranges = Mapping[str, ProductRange]
-"""By name of the product: that of its module, as ``blocks.0.attn.qkv``."""
+"""Range by the name of the product's module, such as ``blocks.0.attn.qkv``."""
 
 
 class _StoredRanges(Record, frozen=True):
@@ -91,32 +91,34 @@ class _StoredRanges(Record, frozen=True):
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """How an encoder was calibrated.
+class CalibrationResult:
+    """Calibration of an encoder.
 
     Attributes:
-        pictures: what it was measured on, and what it shall be checked on.
-        ranges: what was found.
+        images: calibration images, and those to check on.
+        ranges: measured ranges.
     """
 
-    pictures: CalibrationImages
+    images: CalibrationImages
     ranges: Ranges
 
 
-def find_pictures(folder: Path) -> CalibrationImages:
-    """Collect the pictures in and below a folder.
+def find_calibration_images(directory: Path) -> CalibrationImages:
+    """Collect the images in and below a directory.
 
     Raises:
-        ValueError: there is no such folder, or too few different pictures.
+        ValueError: there is no such directory, or it has too few different images.
     """
-    if not folder.is_dir():
-        raise ValueError(f"calibration is {folder}, which is no folder; accepted: one of pictures")
+    if not directory.is_dir():
+        raise ValueError(f"calibration is {directory}; accepted: a directory of images")
     suffixes = Image.registered_extensions()
-    files = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes and p.is_file())
+    files = (
+        p for p in sorted(directory.rglob("*")) if p.suffix.lower() in suffixes and p.is_file()
+    )
     by_content = {hash_file(path): path for path in files}
     if len(by_content) < MIN_IMAGES:
         raise ValueError(
-            f"calibration is {folder}, with {len(by_content)} different pictures in it; it takes "
+            f"calibration is {directory}, which has {len(by_content)} different images; accepted: "
             f"at least {MIN_IMAGES}, better 32 to 128 of the kind that the model will see"
         )
     hashes = sorted(by_content)
@@ -129,50 +131,50 @@ def find_pictures(folder: Path) -> CalibrationImages:
     )
 
 
-def require_pictures_inside(
-    pictures: CalibrationImages, geometry: Geometry, valid_region: ValidRegion | None
+def check_calibration_images(
+    images: CalibrationImages, geometry: Geometry, valid_region: ValidRegion | None
 ) -> None:
-    """Refuse pictures that reach beyond what an encoder is exported for, before it is.
+    """Check that all images lie inside the valid region of an encoder.
 
     Raises:
-        ImageError: one cannot be read, or reaches too far.
+        ImageError: an image cannot be read, or lies outside.
     """
     if valid_region is None:
         return
     outside = []
-    for path in (*pictures.used, *pictures.held_out):
+    for path in (*images.used, *images.held_out):
         try:
             require_inside(ResizeTransform.of(load_image(path), geometry), valid_region)
         except ImageSizeError as error:
             outside.append(f"{path}: {error}")
     if outside:
         raise ImageSizeError(
-            f"{len(outside)} of the calibration's pictures reach too far; the first: {outside[0]}"
+            f"{len(outside)} calibration images do not fit the aspect ratio; first: {outside[0]}"
         )
 
 
 def calibrate(
     encoder: torch.nn.Module,
     products: Collection[str],
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     geometry: Geometry,
     report: Callable[[str], None] = lambda step: None,
 ) -> dict[str, ProductRange]:
-    """Measure the inputs of some linear modules.
+    """Measure the ranges of the inputs of linear modules.
 
     Args:
-        encoder: the float32 image encoder on the CPU.
-        products: names of linear modules of it.
-        pictures: files.
-        geometry: of the model.
-        report: called with the number of each picture as it starts.
+        encoder: float32 image encoder on the CPU.
+        products: names of linear modules of the encoder.
+        images: image files.
+        geometry: sizes of the model.
+        report: called with the number of each image as it starts.
 
     Returns:
-        A range for each product.
+        Range of each product.
 
     Raises:
-        ImageError: a picture cannot be read.
-        ValueError: the encoder gives values that are not finite.
+        ImageError: an image cannot be read.
+        ValueError: an activation of the encoder is not finite.
     """
     import torch
 
@@ -186,8 +188,8 @@ def calibrate(
         for name in products
     ]
     try:
-        for number, path in enumerate(pictures, start=1):
-            report(f"picture {number}/{len(pictures)}")
+        for number, path in enumerate(images, start=1):
+            report(f"image {number}/{len(images)}")
             prepared = prepare_image(load_image(path), geometry)
             with torch.inference_mode():
                 encoder(torch.from_numpy(prepared.image))
@@ -197,8 +199,8 @@ def calibrate(
     unusable = [name for name, seen in counts.items() if not math.isfinite(seen.largest)]
     if unusable:
         raise ValueError(
-            f"the encoder gives values that are not finite at {unusable[0]}: its weights cannot be "
-            "calibrated; check the checkpoint"
+            f"activations of the encoder are not finite at {unusable[0]}: it cannot be calibrated; "
+            "check the checkpoint"
         )
     return {name: seen.summarize() for name, seen in counts.items()}
 
@@ -206,25 +208,25 @@ def calibrate(
 def cached_ranges(
     cache: BuildCache,
     graph_sha256: str,
-    pictures: CalibrationImages,
+    images: CalibrationImages,
     measure: Callable[[], dict[str, ProductRange]],
 ) -> dict[str, ProductRange]:
-    """Give the ranges of a graph on some pictures; they are measured once.
+    """Return the ranges of a graph on a set of images, from the cache if they are in it.
 
     Args:
-        cache: where they are kept.
-        graph_sha256: of the float32 graph.
-        pictures: what they are measured on.
-        measure: measures them.
+        cache: cache of engines and ranges.
+        graph_sha256: hash of the float32 graph.
+        images: calibration images.
+        measure: measures the ranges.
     """
-    key = f"{CALIBRATION_REVISION} {graph_sha256} {pictures.sha256}"
+    key = f"{CALIBRATION_REVISION} {graph_sha256} {images.sha256}"
     name = f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    kept = cache.load_blob(CALIBRATION_FOLDER, name)
-    if kept is not None:
+    stored = cache.load_blob(CALIBRATION_FOLDER, name)
+    if stored is not None:
         try:
-            return _StoredRanges.from_json(json.loads(kept)).ranges
+            return _StoredRanges.from_json(json.loads(stored)).ranges
         except ValueError:
-            pass  # cut short by something else than this code: measured anew, and replaced
+            pass  # damaged from outside: measure again, and replace it
     ranges = measure()
     text = json.dumps(_StoredRanges(ranges).to_json())
     cache.keep_blob(CALIBRATION_FOLDER, name, text.encode())
@@ -232,7 +234,7 @@ def cached_ranges(
 
 
 class _Magnitudes:
-    """Counts absolute values in equal bins; their range doubles when a value is beyond it."""
+    """Histogram of absolute values; its range doubles when a value lies beyond it."""
 
     def __init__(self) -> None:
         self.largest = 0.0

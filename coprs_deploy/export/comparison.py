@@ -1,12 +1,13 @@
-"""Equality as a chain of links, from the PyTorch module to the masks of each runtime.
+"""Backend comparison: PyTorch module, traced program, float32 graph, and the graph on each runtime.
 
-    module -> traced program -> float32 graph -> typed graph on each runtime -> one with another
+    module -> traced program -> float32 graph -> typed graph on each runtime -> runtime to runtime
 
-The float32 graph is the bundle's own, or is written for the comparison where the bundle's is typed.
-Where a bundle was exported for one aspect, the module of that aspect follows the module.
+The float32 graph is the bundle's own, or is written for the comparison if the bundle's is of lower
+precision. For a fixed aspect ratio, the module restricted to it follows the module.
 
-Every place gets the same inputs: each stage alone is fed with the module's own outputs of the stage
-before, and the chain of all three ends in the masks. A link compares two neighboring places.
+All backends get the same inputs: each graph alone is fed with the module's outputs of the graph
+before it, and end to end each backend runs on its own outputs. Neighbors in the order above are
+compared.
 """
 
 from __future__ import annotations
@@ -33,43 +34,38 @@ from coprs_deploy.engines import (
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import RuntimeUnavailableError
-from coprs_deploy.export.equivalence import (
-    END_TO_END,
-    TOLERANCES,
-    RunnerOpener,
-    SampleInput,
-    Tolerance,
-    summarize,
-)
-from coprs_deploy.export.graph_check import NOT_JUDGED
+from coprs_deploy.export.equivalence import run_graph, summarize
+from coprs_deploy.export.graph_check import NO_TOLERANCE
 from coprs_deploy.export.graph_writer import write_graph
 from coprs_deploy.export.precision import FP32
+from coprs_deploy.export.samples import RunnerOpener, SampleInput
+from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES, Tolerance
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
     import torch
 
-MODULE = "PyTorch module"
-OF_ONE_ASPECT = "module of one aspect"
-FLOAT32_GRAPH = "fp32 graph on onnxruntime"
-TRACED = "traced program"
+    from coprs_deploy.models import SegmentationModel
 
-_SAME_OPERATORS = "tracing writes down the operators that the module runs; no sum changes its order"
-_OTHER_LAYOUT = (
-    "the whole model hands its embedding on transposed, which is summed in another order"
-)
+MODULE = "PyTorch module"
+FIXED_ASPECT_MODULE = "module with fixed aspect ratio"
+TRACED = "traced program"
+FLOAT32_GRAPH = "fp32 graph on onnxruntime"
+
+_SAME_OPERATORS = "tracing records the operators that the module runs; no sum changes its order"
+_OTHER_LAYOUT = "the whole model passes its embedding transposed, which is summed in another order"
 TRACING: Mapping[str, Tolerance] = {
     IMAGE_ENCODER: Tolerance(0.0, 0.0, 0.999999, None, _SAME_OPERATORS),
     PRIOR: Tolerance(0.0, 0.0, 0.999999, None, _SAME_OPERATORS),
     MASK_DECODER: Tolerance(0.0, 0.0, 0.999999, 1.0, _SAME_OPERATORS),
     END_TO_END: Tolerance(1e-5, 1e-6, 0.999999, 0.999, _OTHER_LAYOUT),
 }
-"""Between module and traced program: of the stages, not one bit may differ."""
+"""Tolerances of the traced program: each graph must equal the module bit for bit."""
 
-_NOT_JUDGED: Mapping[str, Tolerance] = dict.fromkeys(
-    (*GRAPH_NAMES, END_TO_END), replace(NOT_JUDGED, mask_iou=None, pools_masks=False)
+_NO_TOLERANCES: Mapping[str, Tolerance] = dict.fromkeys(
+    (*GRAPH_NAMES, END_TO_END), replace(NO_TOLERANCE, mask_iou=None, pools_masks=False)
 )
-"""What dropping the padding does to masks is told by a record of the manifest."""
+"""For dropped padding; its effect on masks is a record of the manifest."""
 
 OUTPUTS = {
     IMAGE_ENCODER: "image_embedding",
@@ -77,17 +73,21 @@ OUTPUTS = {
     MASK_DECODER: "mask_logits",
     END_TO_END: "mask_logits",
 }
+"""Name of the compared tensor of each graph."""
+
+Outputs = Mapping[str, list[Array]]
+"""Outputs of one backend: one array per sample, by graph name and ``end_to_end``."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two places differ in one output.
+    """Difference between two backends in one output.
 
     Attributes:
-        record: the worst over all samples; ``record.graph`` names the stage.
-        output: name of the tensor.
-        allowed: the tolerance that decided.
-        heatmap: (G, G) or (4 G, 4 G) absolute difference of the worst sample, the mean over its
+        record: worst case over all samples; ``record.graph`` names the graph.
+        output: tensor name.
+        allowed: tolerance.
+        heatmap: (G, G) or (4 G, 4 G) absolute difference of the worst sample, averaged over the
             other dimensions.
     """
 
@@ -99,34 +99,40 @@ class Difference:
 
 @dataclass(frozen=True)
 class BackendComparison:
-    """Two neighboring places and their differences, a stage each and end to end."""
+    """Comparison of two backends, for each graph and end to end.
 
-    first: str
-    second: str
+    Attributes:
+        reference: name of the reference backend.
+        candidate: name of the candidate backend.
+        differences: one per graph, then end to end.
+    """
+
+    reference: str
+    candidate: str
     differences: tuple[Difference, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether every output is inside its tolerance."""
+        """Whether every output is within its tolerance."""
         return all(difference.record.passed for difference in self.differences)
 
     @property
     def has_tolerance(self) -> bool:
-        """Whether there are tolerances."""
+        """Whether every output has a tolerance."""
         return all(difference.record.has_tolerance for difference in self.differences)
 
 
 def require_onnx_graphs(bundle: Bundle) -> None:
-    """Refuse a bundle of engines: they run nowhere but on their own GPU.
+    """Refuse a bundle of engines, which only their own GPU can run.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the bundle contains engines.
     """
     runtime = bundle.manifest.graphs[PRIOR].runtime
     if runtime not in ONNX_RUNTIMES:
         raise ValueError(
-            f"the bundle holds engines of {runtime}; the chain is measured on bundles of "
-            f"{', '.join(ONNX_RUNTIMES)}: leave --report out, or export such a bundle as well"
+            f"the bundle contains engines of {runtime}; backends are compared on bundles of "
+            f"{', '.join(ONNX_RUNTIMES)}: omit --report, or export such a bundle as well"
         )
 
 
@@ -136,101 +142,59 @@ def compare_backends(
     samples: Sequence[SampleInput],
     report: Callable[[str], None] = lambda step: None,
 ) -> tuple[BackendComparison, ...]:
-    """Measure every link that can be measured here.
+    """Compare all backends that are available here.
 
     Args:
         bundle: ONNX graphs of ``checkpoint``.
-        checkpoint: what they were exported from.
+        checkpoint: checkpoint that the bundle was exported from.
         samples: inputs.
-        report: called with the name of each step as it starts.
+        report: called with the name of each backend as it starts.
 
     Returns:
-        The links in order: module and that of one aspect (not judged where it drops padding), this
-        and traced program, traced program and float32 graph, that and a typed graph on each
-        runtime that is installed, and the runtimes with each other.
+        Comparisons in order: module with the one of a fixed aspect ratio (without tolerance if it
+        drops padding), this with the traced program, traced program with the float32 graph, that
+        with the typed graph on each installed runtime, and the runtimes with each other.
 
     Raises:
-        ValueError: the bundle holds engines, which only their own GPU runs.
+        ValueError: the bundle contains engines, which only their own GPU can run.
     """
     require_onnx_graphs(bundle)
     graphs = bundle.manifest.graphs
-    runtime, precision = graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision
     specs = {name: graph.spec for name, graph in graphs.items()}
     model = load_segmentation_model(checkpoint)
-    stages = model.stages()
-
-    def run_module() -> dict[str, list[Array]]:
-        outputs = _outputs(lambda name: TorchRunner(stages[name], specs[name]), samples)
-        return {**outputs, END_TO_END: [_whole_model(model, sample) for sample in samples]}
-
     report(MODULE)
-    start, module, links = MODULE, run_module(), list[BackendComparison]()
+    name, module = MODULE, _run_model(model, specs, samples)
+    comparisons = []
     valid_region = specs[IMAGE_ENCODER].valid_region
     if valid_region is not None:
-        report(OF_ONE_ASPECT)
-        model.image_encoder.set_picture_extent(valid_region)
-        of_one_aspect = run_module()
-        allowed = _NOT_JUDGED if valid_region.drops_padding else TOLERANCES["onnxruntime", FP32]
-        links.append(_link(MODULE, OF_ONE_ASPECT, module, of_one_aspect, allowed))
-        start, module = OF_ONE_ASPECT, of_one_aspect
+        report(FIXED_ASPECT_MODULE)
+        model.image_encoder.set_valid_region(valid_region)
+        restricted = _run_model(model, specs, samples)
+        allowed = _NO_TOLERANCES if valid_region.drops_padding else TOLERANCES["onnxruntime", FP32]
+        comparisons.append(_compare(MODULE, FIXED_ASPECT_MODULE, module, restricted, allowed))
+        name, module = FIXED_ASPECT_MODULE, restricted
     report(TRACED)
-    places = {
-        TRACED: _outputs(
-            lambda name: TorchRunner(trace(stages[name], specs[name]), specs[name]), samples, module
-        )
-    }
-    links.append(_link(start, TRACED, module, places[TRACED], TRACING))
-    source, exact = TRACED, places[TRACED]
-    if precision != FP32:
+    modules = model.graph_modules()
+    exact = _run(lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module)
+    comparisons.append(_compare(name, TRACED, module, exact, TRACING))
+    name = TRACED
+    if graphs[IMAGE_ENCODER].precision != FP32:
         report(FLOAT32_GRAPH)
-        written = _float32_outputs(stages, specs, samples, module)
-        links.append(_link(TRACED, FLOAT32_GRAPH, exact, written, TOLERANCES["onnxruntime", FP32]))
-        source, exact = FLOAT32_GRAPH, written
-    installed = [r for r in ONNX_RUNTIMES if runtime_module(r).availability()[0].is_available]
-    for name in installed:
-        place = f"{precision} graph on {name}"
-        if (name, precision) not in TOLERANCES:
-            continue
-        report(place)
-        try:
-            places[place] = _outputs(_graph_opener(bundle, name), samples, module)
-        except RuntimeUnavailableError as error:
-            report(f"{place} is left out: {error}")
-    tolerances = TOLERANCES[runtime, precision]
-    runtimes = [place for place in places if place != TRACED]
-    for place in runtimes:
-        links.append(_link(source, place, exact, places[place], tolerances))
-    for first, second in pairwise(runtimes):
-        links.append(_link(first, second, places[first], places[second], tolerances))
-    return tuple(links)
+        written = _run_float32_graphs(modules, specs, samples, module)
+        allowed = TOLERANCES["onnxruntime", FP32]
+        comparisons.append(_compare(TRACED, FLOAT32_GRAPH, exact, written, allowed))
+        name, exact = FLOAT32_GRAPH, written
+    backends = _run_runtimes(bundle, samples, module, report)
+    tolerances = TOLERANCES[graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision]
+    for runtime, outputs in backends.items():
+        comparisons.append(_compare(name, runtime, exact, outputs, tolerances))
+    for first, second in pairwise(backends):
+        comparisons.append(_compare(first, second, backends[first], backends[second], tolerances))
+    return tuple(comparisons)
 
 
-def _float32_outputs(
-    stages: Mapping[str, torch.nn.Module],
-    specs: Mapping[str, GraphSpec],
-    samples: Sequence[SampleInput],
-    module: Mapping[str, list[Array]],
-) -> dict[str, list[Array]]:
-    """Write the stages as float32 graphs, and run them."""
-    with tempfile.TemporaryDirectory(prefix="coprs-chain-") as name:
-        folder = Path(name)
-        for stage, torch_module in stages.items():
-            path = folder / f"{stage}.onnx"
-            write_graph(torch_module, specs[stage], path, {}, precision=FP32, scratch=folder)
-
-        def opener(stage: str) -> Runner:
-            path = folder / f"{stage}.onnx"
-            return open_graph("onnxruntime", path, specs[stage], RunnerOptions())
-
-        return _outputs(opener, samples, module)
-
-
-def _graph_opener(bundle: Bundle, runtime: str) -> RunnerOpener:
-    return lambda name: open_bundle_graph(bundle, name, RunnerOptions(), runtime)
-
-
-def trace(stage: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
-    """Trace a stage as export does, and give the program back as a module that can be called."""
+def trace(module: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
+    """Trace a module as export does, and return the program as a callable module."""
     import torch
 
     count = spec.targets.opt  # the encoder runs one image at a time here
@@ -239,7 +203,7 @@ def trace(stage: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
         for tensor in spec.inputs
     )
     with torch.no_grad():
-        program = torch.export.export(stage, examples).module()
+        program = torch.export.export(module, examples).module()
 
     class Traced(torch.nn.Module):
         def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -249,66 +213,99 @@ def trace(stage: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
     return Traced()
 
 
-def _outputs(
-    opener: RunnerOpener,
-    samples: Sequence[SampleInput],
-    module: Mapping[str, list[Array]] | None = None,
+def _run(
+    opener: RunnerOpener, samples: Sequence[SampleInput], module: Outputs | None = None
 ) -> dict[str, list[Array]]:
-    """Run every stage on every sample.
+    """Run every graph of a backend on every sample.
 
     Args:
-        opener: opens the stages of a place.
+        opener: opens the graphs of the backend.
         samples: inputs.
-        module: outputs that the stages are fed with; None feeds each with the place's own.
-
-    Returns:
-        The output of each stage by its name and, under ``end_to_end``, the masks of the place's
-        own chain.
+        module: outputs of the module, which feed the next graph; None for the backend's own.
     """
-    fed = [_first(sample) for sample in samples]
-    own = [_first(sample) for sample in samples]
+    fed = [sample.first_inputs() for sample in samples]
+    own = [sample.first_inputs() for sample in samples]
     outputs: dict[str, list[Array]] = {}
     for name in GRAPH_NAMES:
         with opener(name) as runner:
-            outputs[name] = [_run(runner, values) for values in fed]
+            outputs[name] = [run_graph(runner, values) for values in fed]
             for values in own:
-                values[OUTPUTS[name]] = _run(runner, values)
-        truth = outputs[name] if module is None else module[name]
-        for values, output in zip(fed, truth, strict=True):
+                values[OUTPUTS[name]] = run_graph(runner, values)
+        reference = outputs[name] if module is None else module[name]
+        for values, output in zip(fed, reference, strict=True):
             values[OUTPUTS[name]] = output
     outputs[END_TO_END] = [values["mask_logits"] for values in own]
     return outputs
 
 
-def _run(runner: Runner, values: Mapping[str, Array]) -> Array:
-    outputs = runner(**{tensor.name: values[tensor.name] for tensor in runner.spec.inputs})
-    return outputs[runner.spec.outputs[0].name].numpy()
-
-
-def _first(sample: SampleInput) -> dict[str, Array]:
-    return {
-        "image": sample.prepared.image,
-        "concentration": sample.concentration,
-        "unpadded_size": sample.prepared.unpadded_size,
-    }
-
-
-def _whole_model(model: torch.nn.Module, sample: SampleInput) -> Array:
-    """Run the model's own ``forward``, which is no stage."""
+def _run_model(
+    model: SegmentationModel, specs: Mapping[str, GraphSpec], samples: Sequence[SampleInput]
+) -> dict[str, list[Array]]:
+    """Run the modules one by one, and the model's own ``forward`` end to end."""
     import torch
 
-    inputs = (sample.prepared.image, sample.concentration, sample.prepared.unpadded_size)
-    with torch.inference_mode():
-        _, masks = model(*(torch.from_numpy(array) for array in inputs))
-    array: Array = masks.numpy()
-    return array
+    modules = model.graph_modules()
+    outputs = _run(lambda name: TorchRunner(modules[name], specs[name]), samples)
+    masks = []
+    for sample in samples:
+        inputs = (sample.prepared.image, sample.concentration, sample.prepared.unpadded_size)
+        with torch.inference_mode():
+            _, mask_logits = model(*(torch.from_numpy(array) for array in inputs))
+        masks.append(mask_logits.numpy())
+    return {**outputs, END_TO_END: masks}
 
 
-def _link(
-    first: str,
-    second: str,
-    expected: Mapping[str, list[Array]],
-    found: Mapping[str, list[Array]],
+def _run_float32_graphs(
+    modules: Mapping[str, torch.nn.Module],
+    specs: Mapping[str, GraphSpec],
+    samples: Sequence[SampleInput],
+    module: Outputs,
+) -> dict[str, list[Array]]:
+    """Write the modules as float32 graphs, and run them in ONNX Runtime."""
+    with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
+        directory = Path(temporary)
+        for name, torch_module in modules.items():
+            path = directory / f"{name}.onnx"
+            write_graph(torch_module, specs[name], path, {}, precision=FP32, scratch=directory)
+
+        def opener(name: str) -> Runner:
+            path = directory / f"{name}.onnx"
+            return open_graph("onnxruntime", path, specs[name], RunnerOptions())
+
+        return _run(opener, samples, module)
+
+
+def _run_runtimes(
+    bundle: Bundle,
+    samples: Sequence[SampleInput],
+    module: Outputs,
+    report: Callable[[str], None],
+) -> dict[str, dict[str, list[Array]]]:
+    """Run the bundle's graphs on each installed runtime, by name of the backend."""
+    precision = bundle.manifest.graphs[IMAGE_ENCODER].precision
+    backends = {}
+    for runtime in ONNX_RUNTIMES:
+        is_available = runtime_module(runtime).availability()[0].is_available
+        if not is_available or (runtime, precision) not in TOLERANCES:
+            continue
+        backend = f"{precision} graph on {runtime}"
+        report(backend)
+        try:
+            backends[backend] = _run(_graph_opener(bundle, runtime), samples, module)
+        except RuntimeUnavailableError as error:
+            report(f"{backend} is skipped: {error}")
+    return backends
+
+
+def _graph_opener(bundle: Bundle, runtime: str) -> RunnerOpener:
+    return lambda name: open_bundle_graph(bundle, name, RunnerOptions(), runtime)
+
+
+def _compare(
+    reference: str,
+    candidate: str,
+    expected: Outputs,
+    found: Outputs,
     tolerances: Mapping[str, Tolerance],
 ) -> BackendComparison:
     differences = []
@@ -324,4 +321,4 @@ def _link(
                 heatmap=heatmap.astype(np.float32),
             )
         )
-    return BackendComparison(first, second, tuple(differences))
+    return BackendComparison(reference, candidate, tuple(differences))

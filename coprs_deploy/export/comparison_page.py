@@ -1,4 +1,4 @@
-"""The chain of equality as one HTML page: a table of links, and where two places differ."""
+"""Backend comparison as one HTML page: tables of errors, and heat maps of the differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coprs_deploy.specs import IMAGE_ENCODER
 COLORS = np.array(
     [(13, 8, 60), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32
 )
-"""From no difference to the largest of the picture, in equal steps."""
+"""Color map from no difference to the largest of the heat map, in equal steps."""
 
 HEATMAP_PX = 176
 
@@ -42,64 +42,63 @@ img { image-rendering: pixelated; width: 176px; height: 176px; border-radius: 4p
 """
 
 
-def write_chain_page(
-    path: Path, bundle: Bundle, links: Sequence[BackendComparison], num_samples: int
+def write_comparison_page(
+    path: Path, bundle: Bundle, comparisons: Sequence[BackendComparison], num_samples: int
 ) -> None:
-    """Write the chain as one HTML page that stands alone."""
+    """Write the comparison as one self-contained HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(chain_page(bundle, links, num_samples), encoding="utf-8")
+    path.write_text(comparison_page_html(bundle, comparisons, num_samples), encoding="utf-8")
 
 
-def chain_page(bundle: Bundle, links: Sequence[BackendComparison], num_samples: int) -> str:
-    """Write the page.
+def comparison_page_html(
+    bundle: Bundle, comparisons: Sequence[BackendComparison], num_samples: int
+) -> str:
+    """Render the comparison as HTML without references to other files.
 
     Args:
-        bundle: whose graphs were compared.
-        links: what was measured.
-        num_samples: pictures that every place was given.
-
-    Returns:
-        HTML without a reference to any other file.
+        bundle: compared bundle.
+        comparisons: result of :func:`coprs_deploy.export.comparison.compare_backends`.
+        num_samples: number of images that every backend was given.
     """
     manifest = bundle.manifest
-    passed, has_tolerance = (
-        all(link.passed for link in links),
-        all(link.has_tolerance for link in links),
-    )
     versions = ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
-    verdict = (
-        f'<span class="good">every {"" if has_tolerance else "has_tolerance "}link holds</span>'
-        if passed
-        else '<span class="bad">a link is broken</span>'
-    )
+    if not all(comparison.passed for comparison in comparisons):
+        verdict = '<span class="bad">outside tolerance</span>'
+    elif all(comparison.has_tolerance for comparison in comparisons):
+        verdict = '<span class="good">all within tolerance</span>'
+    else:
+        verdict = '<span class="good">all that have a tolerance are within it</span>'
     valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
     shapes = "landscape, portrait, square" if valid_region is None else str(valid_region)
-    sections = "".join(_section(link) for link in links)
+    sections = "".join(_section(comparison) for comparison in comparisons)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Equality of {escape(bundle.path.name)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>Equality as a chain: {verdict}</h1>"
+        f"<title>Backend comparison of {escape(bundle.path.name)}</title><style>{STYLE}</style>"
+        f"</head><body><h1>Backend comparison: {verdict}</h1>"
         f"<p>Bundle {escape(bundle.path.name)}, checkpoint "
         f"{escape(manifest.checkpoint_fingerprint[:12])}, image {manifest.geometry.image_size} px; "
-        f"{num_samples} pictures: {shapes}. A stage alone is fed with the "
-        "module's outputs of the stage before; end to end, each place runs on its own. Relative "
-        "is the largest difference over the largest value of the reference; the mean keeps its "
-        f"sign, so that a shift shows.</p><p>Exported with {escape(versions)}.</p>"
-        f"{sections}</body></html>\n"
+        f"{num_samples} images: {shapes}. Each graph alone is fed with the module's outputs of the "
+        "graph before it; end to end, each backend runs on its own outputs. The relative error is "
+        "the largest absolute difference over the largest absolute value of the reference; the "
+        "mean error is signed and shows a one-sided shift.</p>"
+        f"<p>Exported with {escape(versions)}.</p>{sections}</body></html>\n"
     )
 
 
-def _section(link: BackendComparison) -> str:
-    mark = '<span class="good">holds</span>' if link.passed else '<span class="bad">broken</span>'
-    if link.passed and not link.has_tolerance:
-        mark = "another function on purpose, not judged"
-    rows = "".join(_row(difference) for difference in link.differences)
-    maps = "".join(_figure(difference) for difference in link.differences)
+def _section(comparison: BackendComparison) -> str:
+    mark = '<span class="bad">failed</span>'
+    if comparison.passed:
+        mark = '<span class="good">passed</span>'
+        if not comparison.has_tolerance:
+            mark = "deliberately a different function, no tolerance"
+    rows = "".join(_row(difference) for difference in comparison.differences)
+    maps = "".join(_figure(difference) for difference in comparison.differences)
+    names = f"{escape(comparison.reference)} &rarr; {escape(comparison.candidate)}"
     return (
-        f"<h2>{escape(link.first)} &rarr; {escape(link.second)}: {mark}</h2>"
-        '<div class="wide"><table><tr><th>stage</th><th>largest</th><th>relative</th>'
-        "<th>allowed</th><th>mean</th><th>cosine</th><th>mask IoU</th><th></th></tr>"
+        f'<h2>{names}: {mark}</h2><div class="wide"><table><tr><th>graph</th>'
+        "<th>max abs error</th><th>relative error</th><th>allowed</th><th>mean error</th>"
+        "<th>cosine</th><th>mask IoU</th><th></th></tr>"
         f'{rows}</table></div><div class="maps">{maps}</div>'
     )
 
@@ -108,9 +107,9 @@ def _row(difference: Difference) -> str:
     record, allowed = difference.record, difference.allowed
     iou = "" if record.mask_iou is None else f"{record.mask_iou:.5f}"
     verdict = '<td class="good">ok</td>' if record.passed else '<td class="bad">failed</td>'
-    limit = f"{allowed.relative_error:.0e}" if allowed.relative_error else "bitwise"
+    limit = f"{allowed.relative_error:.0e}" if allowed.relative_error else "bit-exact"
     if not record.has_tolerance:
-        limit, verdict = "", "<td>not judged</td>"
+        limit, verdict = "", "<td>no tolerance</td>"
     return (
         f"<tr><td>{escape(record.graph)}</td><td>{record.max_abs_error:.2e}</td>"
         f"<td>{record.relative_error:.2e}</td><td>{limit}</td><td>{record.mean_error:+.1e}</td>"
@@ -120,7 +119,7 @@ def _row(difference: Difference) -> str:
 
 def _figure(difference: Difference) -> str:
     largest = float(difference.heatmap.max())
-    scale = f"bright is {largest:.1e}" if largest else "no difference at all"
+    scale = f"maximum {largest:.1e}" if largest else "no difference"
     name = f"{difference.record.graph}: {difference.output}"
     return (
         f'<figure><img alt="{escape(name)}" src="data:image/png;base64,'
@@ -129,13 +128,13 @@ def _figure(difference: Difference) -> str:
 
 
 def _png(heatmap: NDArray[np.float32]) -> str:
-    """Color a heatmap from 0 to its own largest value."""
+    """Render a heat map as base64 PNG, colored from 0 to its own maximum."""
     largest = float(heatmap.max()) or 1.0
     steps = np.linspace(0, 1, len(COLORS))
     color = np.stack([np.interp(heatmap / largest, steps, COLORS[:, i]) for i in range(3)], axis=-1)
-    picture = Image.fromarray(color.astype(np.uint8))
-    if picture.width < HEATMAP_PX:
-        picture = picture.resize((HEATMAP_PX, HEATMAP_PX), Image.Resampling.NEAREST)
+    image = Image.fromarray(color.astype(np.uint8))
+    if image.width < HEATMAP_PX:
+        image = image.resize((HEATMAP_PX, HEATMAP_PX), Image.Resampling.NEAREST)
     data = io.BytesIO()
-    picture.save(data, "PNG", optimize=True)
+    image.save(data, "PNG", optimize=True)
     return base64.b64encode(data.getvalue()).decode("ascii")

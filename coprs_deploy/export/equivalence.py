@@ -1,217 +1,43 @@
-"""Does an exported graph compute what PyTorch computes in float32? Measured, not assumed.
+"""Equivalence check: measure how far exported graphs are from PyTorch in float32.
 
-Each graph is compared alone, fed with the reference's own inputs, and then the chain of all three
-end to end, where the masks count. Every graph is open only while it is compared, so that the peak
-of memory is one graph's.
+Each graph is compared alone, on the reference's own inputs, and then all three in a row (end to
+end), where the masks count. One graph is open at a time, so that the peak memory is one graph's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
-from coprs_deploy.specs import (
-    GRAPH_NAMES,
-    IMAGE_ENCODER,
-    MASK_DECODER,
-    PRIOR,
-    Geometry,
-    GraphSpec,
-    ValidRegion,
-)
-
-END_TO_END = "end_to_end"
-
-RunnerOpener = Callable[[str], Runner]
-"""Opens the runner of a graph by name; it is closed after use."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What an output may differ by.
-
-    Attributes:
-        relative_error: largest absolute difference over the largest absolute value of the reference.
-        mean_error: largest absolute mean difference on that scale; noise averages out, a shift
-            does not.
-        cosine: smallest cosine.
-        mask_iou: smallest IoU of the thresholded masks; None where the output is no mask.
-        reason: why these numbers.
-        pools_masks: whether ``mask_iou`` is of all samples together, intersections over unions
-            (cIoU), rather than of the worst one.
-    """
-
-    relative_error: float
-    mean_error: float
-    cosine: float
-    mask_iou: float | None
-    reason: str
-    pools_masks: bool = False
-
-    @property
-    def judges(self) -> bool:
-        """Whether anything finite can be outside of it."""
-        return math.isfinite(self.relative_error)
-
-
-_FLOAT32_ENCODER = "up to 32 blocks of float32 sums in another order; ViT-H measures below 2e-5"
-_FLOAT32_PRIOR = "one product and two small convolutions in another order"
-_FLOAT32_DECODER = "two attention blocks; logits cancel near zero, so the scale is the maximum"
-_FLOAT32_CHAIN = "only cells whose logit is within the decoder's error of zero may flip"
-
-_HALF_ENCODER = "every tensor between two nodes is rounded, over up to 32 blocks"
-_HALF_PRIOR = "only the keys and the query are rounded; scores and fusion are float32"
-_HALF_DECODER = "two attention blocks in half precision; the last product is float32"
-_HALF_CHAIN = "random weights put many logits near zero, where a rounding flips the mask"
-_BFLOAT16_PRIOR = "eight bits of keys and query; the shipped model's sharp prior measures 2.3e-2"
-_BFLOAT16_MASK = "a mask of some dozen cells may lose two: the shipped model measures .943 at worst"
-
-_INT8_ENCODER = "inputs of 127 steps in each block: ViT-B 2.8e-2, the shipped model 5.2e-2 at worst"
-_INT8_CHAIN = "all masks together, cIoU: the shipped model measures .984, random ViT-B .993"
-
-_FLOAT32 = {
-    IMAGE_ENCODER: Tolerance(1e-4, 1e-6, 0.999999, None, _FLOAT32_ENCODER),
-    PRIOR: Tolerance(1e-5, 1e-6, 0.999999, None, _FLOAT32_PRIOR),
-    MASK_DECODER: Tolerance(1e-4, 1e-5, 0.999999, 0.999, _FLOAT32_DECODER),
-    END_TO_END: Tolerance(1e-3, 1e-4, 0.99999, 0.999, _FLOAT32_CHAIN),
-}
-_FLOAT16 = {
-    IMAGE_ENCODER: Tolerance(1e-2, 1e-4, 0.9999, None, _HALF_ENCODER),
-    PRIOR: Tolerance(2e-3, 2e-4, 0.9999, None, _HALF_PRIOR),
-    MASK_DECODER: Tolerance(1e-2, 1e-3, 0.9999, 0.98, _HALF_DECODER),
-    END_TO_END: Tolerance(2e-2, 2e-3, 0.9999, 0.98, _HALF_CHAIN),
-}
-_BFLOAT16 = {
-    IMAGE_ENCODER: Tolerance(5e-2, 5e-4, 0.999, None, _HALF_ENCODER),
-    PRIOR: Tolerance(5e-2, 5e-3, 0.999, None, _BFLOAT16_PRIOR),
-    MASK_DECODER: Tolerance(5e-2, 5e-3, 0.999, 0.92, _BFLOAT16_MASK),
-    END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.92, _BFLOAT16_MASK),
-}
-
-_INT8 = {
-    IMAGE_ENCODER: Tolerance(0.1, 5e-3, 0.998, None, _INT8_ENCODER),
-    PRIOR: Tolerance(2e-3, 2e-4, 0.9999, None, _HALF_PRIOR),
-    MASK_DECODER: Tolerance(1e-2, 1e-3, 0.9999, 0.98, _HALF_DECODER),
-    END_TO_END: Tolerance(0.2, 2e-2, 0.995, 0.95, _INT8_CHAIN, pools_masks=True),
-}
-
-TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
-    ("onnxruntime", "fp32"): _FLOAT32,
-    ("onnxruntime", "fp16"): _FLOAT16,
-    ("onnxruntime", "int8"): _INT8,
-    ("openvino", "fp32"): _FLOAT32,
-    ("openvino", "bf16"): _BFLOAT16,
-    ("openvino", "fp16"): _FLOAT16,
-    ("openvino", "int8"): _INT8,
-    ("tensorrt", "fp32"): _FLOAT32,
-    ("tensorrt", "bf16"): _BFLOAT16,
-    ("tensorrt", "fp16"): _FLOAT16,
-    ("tensorrt", "int8"): _INT8,
-    ("tensorrt-rtx", "fp32"): _FLOAT32,
-    ("tensorrt-rtx", "bf16"): _BFLOAT16,
-    ("tensorrt-rtx", "fp16"): _FLOAT16,
-    ("tensorrt-rtx", "int8"): _INT8,
-}
-"""The one table of tolerances, by runtime and precision."""
-
-
-@dataclass(frozen=True)
-class SampleInput:
-    """One image and the concentrations that are asked of it."""
-
-    prepared: PreparedImage
-    concentration: NDArray[np.float32]
-
-
-_ANY_SHAPES = ((270, 480), (400, 256), (333, 333))
-"""Height and width: landscape, portrait and square."""
-
-
-def sample_inputs(
-    geometry: Geometry,
-    policy_hidden_size: int,
-    num_targets: int = 1,
-    seed: int = 0,
-    *,
-    valid_region: ValidRegion | None = None,
-) -> list[SampleInput]:
-    """Draw inputs that differ in content and, without an extent, in their shape.
-
-    Args:
-        geometry: sizes of the model.
-        policy_hidden_size: D.
-        num_targets: N, concentrations an image.
-        seed: equal seeds give equal inputs.
-        valid_region: how far the pictures may reach.
-
-    Returns:
-        Three samples: shapes on a gradient, noise, and shapes again; landscape, portrait and
-        square, or as the extent has them. The concentrations are standard normal, the scale of a
-        normalized hidden state.
-    """
-    generator = np.random.default_rng(seed)
-    samples = []
-    shapes = _ANY_SHAPES if valid_region is None else _shapes_within(valid_region)
-    for (height, width), is_noise in zip(shapes, (False, True, False), strict=True):
-        if is_noise:
-            picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        else:
-            picture = _draw_scene(generator, height, width)
-        concentration = generator.standard_normal(
-            (num_targets, policy_hidden_size), dtype=np.float32
-        )
-        samples.append(SampleInput(prepare_image(picture, geometry), concentration))
-    return samples
-
-
-def _shapes_within(valid_region: ValidRegion) -> tuple[tuple[int, int], ...]:
-    """Heights and widths of a picture of the aspect, one that fills the extent, and a long one."""
-    height, width = valid_region.height, valid_region.width
-    size, (across, down) = max(height, width), valid_region.aspect_ratio
-    asked = unpadded_size(down, across, size)
-    longer = (height // 2, width) if width > height else (height, width // 2)
-    return asked, (height, width), (max(1, longer[0]), max(1, longer[1]))
-
-
-def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    ramp = generator.uniform(0, 255, (3, 3))
-    picture = ramp[0] * x[..., None] + ramp[1] * y[..., None] + ramp[2] * 0.5
-    for _ in range(8):
-        center, radius = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.2)
-        inside = (y - center[0]) ** 2 + (x - center[1]) ** 2 < radius**2
-        picture[inside] = generator.uniform(0, 255, 3)
-    drawn: NDArray[np.uint8] = np.clip(picture, 0, 255).astype(np.uint8)
-    return drawn
+from coprs_deploy.export.samples import RunnerOpener, SampleInput
+from coprs_deploy.export.tolerances import END_TO_END, Tolerance
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 
 def reference_opener(checkpoint: Checkpoint, specs: Mapping[str, GraphSpec]) -> RunnerOpener:
-    """Open PyTorch's stages of a checkpoint, on the CPU in float32.
+    """Return a function that opens PyTorch's modules of a checkpoint, on the CPU in float32.
 
-    The weights are mapped anew for each stage, so that they are gone when its runner is closed. The
-    image encoder computes the whole square, unless its graph drops the padding.
+    The weights are mapped again for each graph, so that they are freed with its runner. The image
+    encoder computes the whole square, unless its graph drops the padding.
     """
 
-    def open_stage(name: str) -> Runner:
+    def open_module(name: str) -> Runner:
         model = load_segmentation_model(checkpoint)
         if specs[name].drops_padding:
-            model.image_encoder.set_picture_extent(specs[name].valid_region)
-        return TorchRunner(model.stages()[name], specs[name])
+            model.image_encoder.set_valid_region(specs[name].valid_region)
+        return TorchRunner(model.graph_modules()[name], specs[name])
 
-    return open_stage
+    return open_module
 
 
-def compare_stages(
+def compare_graphs(
     reference: RunnerOpener,
     candidate: RunnerOpener,
     samples: Sequence[SampleInput],
@@ -220,70 +46,71 @@ def compare_stages(
     *,
     known: dict[str, list[Array]] | None = None,
 ) -> tuple[EquivalenceRecord, ...]:
-    """Compare three stages with the reference, each alone and then as a chain.
+    """Compare the three graphs with the reference, each alone and then end to end.
 
     Args:
-        reference: opens PyTorch's stages.
-        candidate: opens the stages in question.
-        samples: what both are fed.
+        reference: opens PyTorch's modules.
+        candidate: opens the graphs under test.
+        samples: inputs.
         tolerances: by graph name and ``end_to_end``.
         report: called with the name of each step as it starts.
-        known: the reference's outputs by graph; what is missing is computed and put in, so that
-            the next comparison on the same samples finds it.
+        known: the reference's outputs by graph; missing ones are computed and added, so that the
+            next comparison on the same samples reuses them.
 
     Returns:
-        A record for each graph and one for the chain.
+        One record per graph, and one for ``end_to_end``.
     """
     known = {} if known is None else known
     records = []
-    # What each stage is fed with: the reference's outputs of the stage before, or (in the chain)
+    # The inputs of each graph: the reference's outputs of the graph before it, or (end to end)
     # the candidate's own.
-    truth: list[dict[str, Array]] = [_first_inputs(sample) for sample in samples]
-    chain: list[dict[str, Array]] = [_first_inputs(sample) for sample in samples]
+    exact = [sample.first_inputs() for sample in samples]
+    own = [sample.first_inputs() for sample in samples]
     for name in GRAPH_NAMES:
         if name not in known:
             report(f"reference {name}")
             with reference(name) as runner:
-                known[name] = [_run(runner, values) for values in truth]
+                known[name] = [run_graph(runner, values) for values in exact]
         expected = known[name]
         report(f"candidate {name}")
         with candidate(name) as runner:
-            found = [_run(runner, values) for values in truth]
-            follows = found if name == IMAGE_ENCODER else [_run(runner, v) for v in chain]
+            found = [run_graph(runner, values) for values in exact]
+            follows = found if name == IMAGE_ENCODER else [run_graph(runner, v) for v in own]
             output = runner.spec.outputs[0].name
-            company = _in_company(runner, truth, expected)
-        compared = ([*found, *company[0]], [*expected, *company[1]])
+            batched, batched_expected = _encode_batches(runner, exact, expected)
+        compared = ([*found, *batched], [*expected, *batched_expected])
         records.append(summarize(name, *compared, tolerances[name]))
-        for values, chained, ours, next_value in zip(truth, chain, expected, follows, strict=True):
-            values[output] = ours
-            chained[output] = next_value
-    last = [values["mask_logits"] for values in truth]
-    final = _joined_masks(candidate, chain) or [values["mask_logits"] for values in chain]
+        for exact_values, own_values, reference_output, own_output in zip(
+            exact, own, expected, follows, strict=True
+        ):
+            exact_values[output] = reference_output
+            own_values[output] = own_output
+    last = [values["mask_logits"] for values in exact]
+    final = _fused_masks(candidate, own) or [values["mask_logits"] for values in own]
     records.append(summarize(END_TO_END, final, last, tolerances[END_TO_END]))
     return tuple(records)
 
 
-def _joined_masks(
-    candidate: RunnerOpener, chain: Sequence[Mapping[str, Array]]
+def _fused_masks(
+    candidate: RunnerOpener, inputs: Sequence[Mapping[str, Array]]
 ) -> list[Array] | None:
-    """Decode as an answer does where the runtime joins prior and mask decoder; else None."""
+    """Decode with the fused launch of prior and mask decoder; None if the runtime has none."""
     with candidate(PRIOR) as prior, candidate(MASK_DECODER) as decoder:
-        joined = prior.fused_with(decoder)
-        if joined is None:
+        fused = prior.fused_with(decoder)
+        if fused is None:
             return None
-        with joined:
-            names = [tensor.name for tensor in joined.spec.inputs]
-            outputs = (joined(**{name: values[name] for name in names}) for values in chain)
+        with fused:
+            outputs = (fused(**_inputs_of(fused, values)) for values in inputs)
             return [np.asarray(output["mask_logits"].numpy()) for output in outputs]
 
 
 def require_equivalence(
     records: Sequence[EquivalenceRecord], tolerances: Mapping[str, Tolerance]
 ) -> None:
-    """Raise when any record is outside its tolerance.
+    """Raise if any record is outside its tolerance.
 
     Raises:
-        EquivalenceError: names each failing graph, what was measured and what is allowed.
+        EquivalenceError: lists each failing graph with measured values and limits.
     """
     lines = []
     for record in records:
@@ -292,9 +119,10 @@ def require_equivalence(
             iou = "" if record.mask_iou is None else f", mask IoU {record.mask_iou:.5f}"
             least = "" if allowed.mask_iou is None else f", mask IoU {allowed.mask_iou}"
             lines.append(
-                f"{record.graph}: relative {record.relative_error:.2e}, mean {record.mean_error:+.2e}, "
-                f"cosine {record.cosine:.7f}{iou} (allowed: {allowed.relative_error:.0e}, "
-                f"{allowed.mean_error:.0e}, {allowed.cosine}{least})"
+                f"{record.graph}: relative error {record.relative_error:.2e}, "
+                f"mean error {record.mean_error:+.2e}, cosine {record.cosine:.7f}{iou} "
+                f"(allowed: {allowed.relative_error:.0e}, {allowed.mean_error:.0e}, "
+                f"{allowed.cosine}{least})"
             )
     if lines:
         raise EquivalenceError(
@@ -303,7 +131,7 @@ def require_equivalence(
 
 
 def cosine_similarity(found: Array, expected: Array) -> float:
-    """Return the cosine between two arrays, in float64; of a zero array, whether both are equal."""
+    """Return the cosine of two arrays in float64; with a zero array, whether both are equal."""
     a, b = found.astype(np.float64), expected.astype(np.float64)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b))
@@ -313,9 +141,9 @@ def relative_error(found: Array, expected: Array, order: float = math.inf) -> fl
     """Return the norm of the difference over the norm of the reference, in float64.
 
     Args:
-        found: what is compared.
-        expected: the reference; a zero one leaves the norm of the difference.
-        order: of the norm: infinity takes the largest absolute values, 2 the Euclidean norms.
+        found: array to compare.
+        expected: reference; if it is zero, the norm of the difference is returned.
+        order: infinity for the largest absolute values, 2 for the Euclidean norm.
     """
     wanted = expected.astype(np.float64).ravel()
     difference = found.astype(np.float64).ravel() - wanted
@@ -324,53 +152,59 @@ def relative_error(found: Array, expected: Array, order: float = math.inf) -> fl
 
 
 def mask_iou(first: Array, second: Array) -> float:
-    """IoU of two stacks of mask logits thresholded at 0; two empty masks agree (1.0)."""
+    """Return the IoU of two arrays of mask logits thresholded at 0; 1.0 if both are empty."""
     a, b = first > 0, second > 0
     union = np.count_nonzero(a | b)
     return float(np.count_nonzero(a & b) / union) if union else 1.0
 
 
-def _first_inputs(sample: SampleInput) -> dict[str, Array]:
-    return {
-        "image": sample.prepared.image,
-        "concentration": sample.concentration,
-        "unpadded_size": sample.prepared.unpadded_size,
-    }
-
-
-def _in_company(
-    runner: Runner, truth: Sequence[Mapping[str, Array]], expected: Sequence[Array]
+def _encode_batches(
+    runner: Runner, inputs: Sequence[Mapping[str, Array]], expected: Sequence[Array]
 ) -> tuple[list[Array], list[Array]]:
-    """Encode samples in batches of the other sizes that the encoder is called with.
+    """Encode samples in the batch sizes above 1 that the runtime uses.
 
     Returns:
-        What it gives and what the reference gave, image by image; nothing for a static graph.
+        The encoder's and the reference's embeddings, image by image; empty for a static graph.
     """
     images, found, wanted = runner.spec.images, list[Array](), list[Array]()
     for size in {images.opt, images.max} - {1}:
-        chosen = [number % len(truth) for number in range(size)]
-        batch = np.concatenate([truth[number]["image"] for number in chosen])
+        chosen = [number % len(inputs) for number in range(size)]
+        batch = np.concatenate([inputs[number]["image"] for number in chosen])
         encoded = runner(image=batch)[runner.spec.outputs[0].name]
         found += [np.asarray(row.numpy()) for row in encoded.rows()]
         wanted += [expected[number] for number in chosen]
     return found, wanted
 
 
-def _run(runner: Runner, values: Mapping[str, Array]) -> Array:
-    outputs = runner(**{tensor.name: values[tensor.name] for tensor in runner.spec.inputs})
+def run_graph(runner: Runner, values: Mapping[str, Array]) -> Array:
+    """Run a graph on the tensors among ``values`` that it needs, and return its first output."""
+    outputs = runner(**_inputs_of(runner, values))
     return outputs[runner.spec.outputs[0].name].numpy()
+
+
+def _inputs_of(runner: Runner, values: Mapping[str, Array]) -> dict[str, Array]:
+    return {tensor.name: values[tensor.name] for tensor in runner.spec.inputs}
 
 
 def summarize(
     name: str, found: Sequence[Array], expected: Sequence[Array], allowed: Tolerance
 ) -> EquivalenceRecord:
-    """Summarize by the worst sample; a value that is not finite fails every comparison."""
+    """Summarize the differences of one graph by the worst sample.
+
+    A value that is not finite, on either side, fails.
+
+    Args:
+        name: name of the record.
+        found: candidate's output for each sample.
+        expected: reference's output for each sample.
+        allowed: tolerance.
+    """
     max_abs_error = largest = mean_error = 0.0
     cosine = iou = 1.0
     finite = True
-    for output, truth in zip(found, expected, strict=True):
-        finite = finite and bool(np.isfinite(output).all() and np.isfinite(truth).all())
-        a, b = output.astype(np.float64), truth.astype(np.float64)
+    for output, reference in zip(found, expected, strict=True):
+        finite = finite and bool(np.isfinite(output).all() and np.isfinite(reference).all())
+        a, b = output.astype(np.float64), reference.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
         max_abs_error = max(max_abs_error, float(np.abs(difference).max()))
         largest = max(largest, relative_error(a, b))
@@ -396,5 +230,5 @@ def summarize(
         mask_iou=None if allowed.mask_iou is None else iou,
         inputs=len(found),
         passed=passed,
-        has_tolerance=allowed.judges,
+        has_tolerance=allowed.is_finite,
     )

@@ -1,7 +1,7 @@
-"""What an export compares with PyTorch before it writes a bundle: graphs, then engines.
+"""Equivalence checks of one export: graphs, engines, and the effect of dropping the padding.
 
-A graph of a lower precision is first checked with its roundings written out, which shows on any CPU
-what a GPU would compute; engines are checked where a GPU can run them.
+A graph of lower precision is checked with its roundings written out as float32 operations, which
+shows on any CPU what a GPU computes. Engines are checked if a GPU here can run them.
 """
 
 from __future__ import annotations
@@ -23,62 +23,77 @@ from coprs_deploy.engines.trt.cache import BuildTarget
 from coprs_deploy.engines.trt.runner import TrtRunner, UnverifiedEngineWarning
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.export.block_errors import block_errors, describe
-from coprs_deploy.export.calibration import Calibrated
+from coprs_deploy.export.calibration import CalibrationResult
 from coprs_deploy.export.equivalence import (
-    TOLERANCES,
-    RunnerOpener,
-    SampleInput,
-    Tolerance,
-    compare_stages,
+    compare_graphs,
     reference_opener,
     require_equivalence,
-    sample_inputs,
     summarize,
 )
 from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.precision import FP32, rest_precision, write_rounded_graph
-from coprs_deploy.export.samples import draw_masked_samples
+from coprs_deploy.export.samples import (
+    RunnerOpener,
+    SampleInput,
+    draw_masked_samples,
+    sample_inputs,
+)
+from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.images import load_image, mask_cells, prepare_image
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 CPU_RUNTIME = "onnxruntime"
-"""The runtime that checks graphs of runtimes that are not of the CPU."""
-
+"""Runtime that checks the graphs of runtimes that need a GPU."""
 
 INT8_ADVICE = (
-    "What to try: more pictures in --calibration, of the kind that the model will see, or "
+    "What to try: more images in --calibration, of the kind that the model will see, or "
     "--precision fp16"
+)
+
+WITHOUT_PADDING = "without_padding"
+"""Name of the record of dropping the padding, beside the names of the graphs."""
+
+NO_TOLERANCE = Tolerance(
+    math.inf,
+    math.inf,
+    -1.0,
+    0.0,
+    "deliberately a different function; its masks have to be evaluated on images of its use",
+    pools_masks=True,
 )
 
 
 class GraphCheck:
-    """Compares what an export wrote with PyTorch, in the tolerances of its runtime and precision.
+    """Compare everything that an export writes with PyTorch.
+
+    The tolerances are those of the export's runtime and precision. All comparisons use the same
+    samples, so that the reference runs once.
 
     Args:
-        source: the checkpoint.
-        specs: inputs and outputs of the graphs.
-        options: of the export.
+        checkpoint: exported checkpoint.
+        specs: graph name to inputs and outputs.
+        options: export options.
         report: called with the name of each step as it starts.
-        scratch: a folder for graphs that do not stay.
-        calibrated: how an int8 encoder was calibrated; None for other precisions.
+        scratch: directory for intermediate graphs.
+        calibration: calibration of an int8 encoder; None for other precisions.
     """
 
     def __init__(
         self,
-        source: Checkpoint,
+        checkpoint: Checkpoint,
         specs: Mapping[str, GraphSpec],
         options: ExportOptions,
         report: Callable[[str], None],
         scratch: Path,
         *,
-        calibrated: Calibrated | None = None,
+        calibration: CalibrationResult | None = None,
     ) -> None:
-        self._source = source
+        self._checkpoint = checkpoint
         self._specs = specs
         self._options = options
         self._report = report
         self._scratch = scratch
-        self._calibrated = calibrated
+        self._calibration = calibration
         self._samples: list[SampleInput] = []
         self._known: dict[str, list[Array]] = {}
         self._tolerances = TOLERANCES[options.runtime, options.precision]
@@ -87,8 +102,8 @@ class GraphCheck:
         """Compare the ONNX graphs.
 
         Raises:
-            EquivalenceError: one is outside its tolerance; of an int8 encoder the error of each
-                block is listed.
+            EquivalenceError: a graph is outside its tolerance; for an int8 encoder the error of
+                each block is listed.
         """
         records: tuple[EquivalenceRecord, ...] = ()
         runtime = self._options.runtime if self._options.runtime in ONNX_RUNTIMES else CPU_RUNTIME
@@ -102,99 +117,96 @@ class GraphCheck:
             if not is_rounded or self._options.runtime in ONNX_RUNTIMES:
                 records = self._compare(lambda name: self._open_cpu(name, graphs[name], runtime))
         except EquivalenceError as error:
-            if self._calibrated is None:
+            if self._calibration is None:
                 raise
-            lines = self._block_errors(graphs[IMAGE_ENCODER], self._calibrated, is_rounded)
+            lines = self._block_errors(graphs[IMAGE_ENCODER], self._calibration, is_rounded)
             raise EquivalenceError(f"{error}\n{lines}\n{INT8_ADVICE}") from error
         return records
 
-    def dropped_padding(self) -> tuple[EquivalenceRecord, ...]:
-        """Measure what an encoder that drops the padding changes; nothing where none does."""
-        if not self._specs[IMAGE_ENCODER].drops_padding:
-            return ()
-        self._report("dropped padding")
-        embeddings = self._known[IMAGE_ENCODER]
-        return (measure_dropped_padding(self._source, self._specs, self._samples, embeddings),)
-
     def engines(
-        self, folder: Path, engines: Mapping[str, EngineRecord]
+        self, directory: Path, engines: Mapping[str, EngineRecord]
     ) -> tuple[tuple[EquivalenceRecord, ...], dict[str, EngineRecord]]:
         """Compare the engines on this machine's GPU.
 
         Returns:
-            The measured equality, and the engines' records with what the GPU read back.
+            The equivalence records, and the engine records with layers, memory and GPU.
 
         Raises:
-            EquivalenceError: one is outside its tolerance.
+            EquivalenceError: an engine is outside its tolerance.
         """
         verified = dict(engines)
+        # The host code of version-compatible engines is trusted: they were built just now.
+        options = RunnerOptions(device="cuda", allow_engine_host_code=True)
 
         def open_engine(name: str) -> Runner:
-            runner = open_unverified(
-                self._options.runtime,
-                folder / f"{name}{ENGINE_SUFFIX}",
-                self._specs[name],
-                engines[name],
-                RunnerOptions(
-                    device="cuda", allow_engine_host_code=True
-                ),  # it was built right here
+            path = directory / f"{name}{ENGINE_SUFFIX}"
+            runner, verified[name] = open_unverified(
+                self._options.runtime, path, self._specs[name], engines[name], options
             )
-            if isinstance(runner, TrtRunner):
-                verified[name] = verified_record(engines[name], runner)
             return runner
 
         return self._compare(open_engine, "engine "), verified
 
-    def _compare(self, candidate: RunnerOpener, what: str = "") -> tuple[EquivalenceRecord, ...]:
-        reference = reference_opener(self._source, self._specs)
+    def dropped_padding(self) -> tuple[EquivalenceRecord, ...]:
+        """Measure the effect of dropping the padding; empty if the encoder computes it."""
+        if not self._specs[IMAGE_ENCODER].drops_padding:
+            return ()
+        self._report("dropped padding")
+        embeddings = self._known[IMAGE_ENCODER]
+        return (measure_dropped_padding(self._checkpoint, self._specs, self._samples, embeddings),)
+
+    def _compare(
+        self, candidate: RunnerOpener, step_prefix: str = ""
+    ) -> tuple[EquivalenceRecord, ...]:
+        reference = reference_opener(self._checkpoint, self._specs)
         if not self._samples:
             self._draw_samples(reference)
-        records = compare_stages(
+        records = compare_graphs(
             reference=reference,
             candidate=candidate,
             samples=self._samples,
             tolerances=self._tolerances,
-            report=lambda step: self._report(f"{what}{step}"),
+            report=lambda step: self._report(f"{step_prefix}{step}"),
             known=self._known,
         )
         require_equivalence(records, self._tolerances)
         return records
 
     def _draw_samples(self, reference: RunnerOpener) -> None:
-        geometry = self._source.config.model.geometry
-        width = self._specs[PRIOR].inputs[1].shape[1]
-        assert isinstance(width, int)
+        """Draw random samples, or use the held-out calibration images."""
+        config = self._checkpoint.config.model
+        geometry, hidden_size = config.geometry, config.policy_hidden_size
         count = self._options.targets.opt
-        if self._calibrated is None:
+        if self._calibration is None:
             self._samples = sample_inputs(
-                geometry, width, count, valid_region=self._specs[IMAGE_ENCODER].valid_region
+                geometry, hidden_size, count, valid_region=self._specs[IMAGE_ENCODER].valid_region
             )
             return
         self._report("reference")
-        pictures = [
-            prepare_image(load_image(path), geometry) for path in self._calibrated.pictures.held_out
+        images = [
+            prepare_image(load_image(path), geometry) for path in self._calibration.images.held_out
         ]
-        self._samples, self._known = draw_masked_samples(pictures, reference, width, count)
+        self._samples, self._known = draw_masked_samples(images, reference, hidden_size, count)
 
-    def _block_errors(self, graph: Path, calibrated: Calibrated, is_rounded: bool) -> str:
-        """Say how far each block of a refused encoder is from float32, on one picture."""
+    def _block_errors(self, graph: Path, calibration: CalibrationResult, is_rounded: bool) -> str:
+        """Describe the error of each block of a refused encoder, on one image."""
         self._report("error of each block")
         path = graph
         if is_rounded:
             path = self._scratch / f"{IMAGE_ENCODER}.rounded.onnx"
             write_rounded_graph(graph, path)
         encoder, spec = (
-            load_segmentation_model(self._source).image_encoder,
+            load_segmentation_model(self._checkpoint).image_encoder,
             self._specs[IMAGE_ENCODER],
         )
-        encoder.set_picture_extent(spec.valid_region)
+        encoder.set_valid_region(spec.valid_region)
         errors = block_errors(
             encoder,
             path,
             lambda path, spec: open_graph(CPU_RUNTIME, path, spec, RunnerOptions()),
             spec,
             images=[self._samples[0].prepared.image],
-            ranges=calibrated.ranges,
+            ranges=calibration.ranges,
         )
         return describe(errors)
 
@@ -211,42 +223,30 @@ class GraphCheck:
 
 
 def can_run_here(target: BuildTarget) -> bool:
-    """Whether this machine's GPU is one that the engines were built for."""
+    """Return whether this machine's GPU is one that the engines were built for."""
     gpu = current_gpu()
     return gpu is not None and gpu.compute_capability in target.capabilities
 
 
 def open_unverified(
     runtime: str, path: Path, spec: GraphSpec, engine: EngineRecord, options: RunnerOptions
-) -> Runner:
-    """Open an engine in order to verify it: that it never ran is no news here."""
+) -> tuple[Runner, EngineRecord]:
+    """Open an engine to verify it, without the warning that it never ran.
+
+    Returns:
+        The runner, and the engine's record with layers, memory and GPU as read back.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedEngineWarning)
-        return open_graph(runtime, path, spec, options, engine)
-
-
-def verified_record(engine: EngineRecord, runner: TrtRunner) -> EngineRecord:
-    """Say what a GPU read back of an engine that it ran."""
-    return msgspec.structs.replace(
-        engine,
-        layers=runner.layers,
-        device_memory_bytes=runner.device_memory_bytes,
-        verified_on=runner.gpu_name,
-    )
-
-
-WITHOUT_PADDING = "without_padding"
-"""Name of the record, beside those of graphs."""
-
-
-NOT_JUDGED = Tolerance(
-    math.inf,
-    math.inf,
-    -1.0,
-    0.0,
-    "another function on purpose; whether its masks are good is for pictures of its use to say",
-    pools_masks=True,
-)
+        runner = open_graph(runtime, path, spec, options, engine)
+    if isinstance(runner, TrtRunner):
+        engine = msgspec.structs.replace(
+            engine,
+            layers=runner.layers,
+            device_memory_bytes=runner.device_memory_bytes,
+            verified_on=runner.gpu_name,
+        )
+    return runner, engine
 
 
 def measure_dropped_padding(
@@ -255,35 +255,38 @@ def measure_dropped_padding(
     samples: Sequence[SampleInput],
     embeddings: Sequence[Array],
 ) -> EquivalenceRecord:
-    """Compare masks with those of the encoder that sees the padding; both in PyTorch, in float32.
+    """Compare masks with and without padding in the encoder, in PyTorch and float32.
 
     Args:
-        checkpoint: the weights.
-        specs: of the graphs, whose encoder drops the padding.
-        samples: pictures; concentrations with telling masks are drawn for them.
-        embeddings: what PyTorch's encoder without padding gave for each.
+        checkpoint: weights.
+        specs: graph name to inputs and outputs; the encoder drops the padding.
+        samples: images; concentrations with usable masks are drawn for them.
+        embeddings: embedding of each image from PyTorch's encoder without padding.
 
     Returns:
-        The record of the masks' logits inside the pictures; its mask IoU is of all together.
+        The record of the mask logits inside the images; its mask IoU is the cIoU.
     """
     whole = msgspec.structs.replace(specs[IMAGE_ENCODER], valid_region=None)
     opener = reference_opener(checkpoint, {**specs, IMAGE_ENCODER: whole})
-    _, width = specs[PRIOR].inputs[1].shape
-    assert isinstance(width, int)
-    asked, known = draw_masked_samples(
-        [sample.prepared for sample in samples], opener, width, specs[PRIOR].targets.opt
+    config = checkpoint.config.model
+    masked_samples, known = draw_masked_samples(
+        [sample.prepared for sample in samples],
+        opener,
+        config.policy_hidden_size,
+        specs[PRIOR].targets.opt,
     )
-    geometry = checkpoint.config.model.geometry
-    found, wanted = list[Array](), list[Array]()
+    found, expected = list[Array](), list[Array]()
     with opener(PRIOR) as prior, opener(MASK_DECODER) as decoder:
-        for sample, embedding, expected in zip(asked, embeddings, known[MASK_DECODER], strict=True):
+        for sample, embedding, whole_masks in zip(
+            masked_samples, embeddings, known[MASK_DECODER], strict=True
+        ):
             priors = prior(image_embedding=embedding, concentration=sample.concentration)
             masks = decoder(
                 image_embedding=embedding,
                 prior_logits=priors["prior_logits"],
                 unpadded_size=sample.prepared.unpadded_size,
             )
-            height, width = mask_cells(sample.prepared.unpadded_size, geometry)
+            height, width = mask_cells(sample.prepared.unpadded_size, config.geometry)
             found.append(np.ravel(masks["mask_logits"].numpy()[..., :height, :width]))
-            wanted.append(np.ravel(expected[..., :height, :width]))
-    return summarize(WITHOUT_PADDING, found, wanted, NOT_JUDGED)
+            expected.append(np.ravel(whole_masks[..., :height, :width]))
+    return summarize(WITHOUT_PADDING, found, expected, NO_TOLERANCE)

@@ -1,4 +1,4 @@
-"""A stage of the model to an ONNX file of some precision; what lies in between is removed again."""
+"""Write one module as an ONNX file in some precision; intermediate graphs are removed again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.engines.cache import BuildCache
-from coprs_deploy.engines.trt.cache import BuildCallbacks, hash_graph
+from coprs_deploy.engines.trt.cache import hash_graph
 from coprs_deploy.export.calibration import (
-    Calibrated,
     CalibrationImages,
+    CalibrationResult,
     cached_ranges,
     calibrate,
 )
@@ -33,45 +33,68 @@ def write_graph(
     precision: str,
     scratch: Path,
 ) -> None:
-    """Write a stage as ONNX in a precision; the float32 graph in between is removed again."""
+    """Write a module as ONNX in fp32, bf16 or fp16.
+
+    Args:
+        module: float32 module on the CPU with the tensors of ``spec``.
+        spec: inputs and outputs.
+        path: file to write; large weights go to ``<path>.data``.
+        metadata: stored in the file under ``coprs_deploy.*``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        scratch: directory for the intermediate float32 graph.
+    """
     if precision == FP32:
         export_onnx_graph(module, spec, path, metadata, OPSETS[precision])
         return
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        float32 = Path(folder) / path.name
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        float32 = Path(directory) / path.name
         export_onnx_graph(module, spec, float32, metadata, OPSETS[precision])
         type_graph(float32, path, spec, precision)
 
 
 def write_int8_graph(
-    module: torch.nn.Module,
+    encoder: torch.nn.Module,
     spec: GraphSpec,
     path: Path,
     metadata: Mapping[str, str],
     *,
     rest: str,
     scratch: Path,
-    pictures: CalibrationImages,
+    images: CalibrationImages,
     geometry: Geometry,
     cache: BuildCache,
-    progress: Callable[[str], None],
-    watch: BuildCallbacks,
-) -> Calibrated:
-    """Write the image encoder with int8 products; its calibration is kept for the next time."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        float32, quantized = (Path(folder) / f"{name}.onnx" for name in ("float32", "quantized"))
-        export_onnx_graph(module, spec, float32, metadata, OPSETS[INT8])
-        progress(f"calibrate {spec.name}")
+    on_step: Callable[[str], None],
+    on_progress: Callable[[str], None],
+) -> CalibrationResult:
+    """Write the image encoder as ONNX with int8 matrix products.
+
+    Args:
+        encoder: float32 image encoder on the CPU.
+        spec: inputs and outputs.
+        path: file to write; large weights go to ``<path>.data``.
+        metadata: stored in the file under ``coprs_deploy.*``.
+        rest: precision of everything but the int8 products.
+        scratch: directory for intermediate graphs.
+        images: calibration images.
+        geometry: sizes of the model.
+        cache: keeps calibration ranges for the next export.
+        on_step: called with the name of each step as it starts.
+        on_progress: called with each calibration image.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        float32, quantized = (Path(directory) / f"{name}.onnx" for name in ("float32", "quantized"))
+        export_onnx_graph(encoder, spec, float32, metadata, OPSETS[INT8])
+        on_step(f"calibrate {spec.name}")
         ranges = cached_ranges(
             cache,
             hash_graph(float32),
-            pictures,
-            lambda: calibrate(module, product_names(float32), pictures.used, geometry, watch.phase),
+            images,
+            lambda: calibrate(encoder, product_names(float32), images.used, geometry, on_progress),
         )
-        progress(f"quantize {spec.name}")
+        on_step(f"quantize {spec.name}")
         if rest == FP32:
             quantize_graph(float32, path, spec, ranges, rest)
         else:
             quantize_graph(float32, quantized, spec, ranges, rest)
             type_graph(quantized, path, spec, rest)
-    return Calibrated(pictures, ranges)
+    return CalibrationResult(images, ranges)

@@ -1,7 +1,7 @@
-"""One stage of a model to one ONNX file.
+"""Export one module to one ONNX file, and check the file.
 
-The graph is static but for the number of targets or of images, if that was asked for. Checking that
-it computes the same thing is left to :mod:`coprs_deploy.export.equivalence`.
+The graph is static except for the number of targets or images, if that has a profile. The
+equivalence check is in :mod:`coprs_deploy.export.equivalence`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ OPSET = 20
 """The newest opset that TensorRT 10.3 (JetPack 6) parses; it has LayerNormalization and Gelu."""
 
 METADATA_PREFIX = "coprs_deploy."
-"""What this package writes into a file's metadata begins with this."""
+"""Prefix of this package's metadata keys in an ONNX file."""
 
 EXTERNAL_DATA_BYTES = 2_000_000_000
-"""Weights above this go into a ``.data`` file; a protobuf holds at most 2 GiB."""
+"""Weights above this size go into a ``.data`` file; protobuf allows at most 2 GiB."""
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where PyTorch's exporter writes the modules that a node comes from."""
+"""Metadata key under which PyTorch's exporter records the modules of a node."""
 
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
-"""Where it writes the lines of source that made a node: machine paths. They are left out, so
+"""Metadata key of a node's source lines. They contain paths of the machine and are removed, so
 that one checkpoint gives the same bytes everywhere."""
 
 INSTALL = 'pip install "coprs-deploy[cpu]"'
@@ -46,14 +46,14 @@ def export_onnx_graph(
     metadata: Mapping[str, str],
     opset: int = OPSET,
 ) -> None:
-    """Write a stage as ONNX and check the file.
+    """Write a module as ONNX and check the file.
 
     Args:
-        module: takes and returns the tensors of ``spec`` in order, in float32 on the CPU.
+        module: float32 module on the CPU; takes and returns the tensors of ``spec`` in order.
         spec: names, dtypes and shapes of inputs and outputs.
-        path: the file to write; large weights go to ``<path>.data`` beside it.
-        metadata: stored inside the file under ``coprs_deploy.*``.
-        opset: of the graph.
+        path: file to write; large weights go to ``<path>.data`` beside it.
+        metadata: stored in the file under ``coprs_deploy.*``.
+        opset: opset version.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
@@ -94,13 +94,13 @@ def export_onnx_graph(
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(path, external_data=weights > EXTERNAL_DATA_BYTES)
     for initializer in program.model.graph.initializers.values():
-        initializer.const_value = None  # the graph is kept alive; its weights must not be
+        initializer.const_value = None  # PyTorch keeps the graph alive; free its weights
     del program
     check_onnx_graph(path, spec)
 
 
 def check_onnx_graph(path: Path, spec: GraphSpec) -> None:
-    """Run the ONNX checker on a file, by path, and compare its inputs and outputs with ``spec``.
+    """Run the ONNX checker on a file, and compare its inputs and outputs with ``spec``.
 
     Raises:
         EquivalenceError: the file is not valid ONNX, or its signature differs.
@@ -125,10 +125,10 @@ def check_onnx_graph(path: Path, spec: GraphSpec) -> None:
 
 
 def module_of(scopes: str | None) -> str:
-    """Name the module that a node comes from, as ``blocks.0.attn.qkv``.
+    """Return the name of a node's module, such as ``blocks.0.attn.qkv``.
 
     Args:
-        scopes: the node's entry under :data:`SCOPES`: the names of the modules around it, then its
+        scopes: the node's metadata under :data:`SCOPES`: names of the modules around it, then its
             own.
     """
     names = ast.literal_eval(scopes or "[]")
@@ -147,13 +147,13 @@ def _tensor_spec(value: Any) -> TensorSpec:
 def _example(tensor: TensorSpec) -> torch.Tensor:
     import torch
 
-    # A symbolic dimension must not be traced with 0 or 1, which torch.export takes for constants.
+    # torch.export would treat 0 or 1 as constants instead of a symbolic dimension.
     return torch.zeros(tensor.shape_for(2), dtype=getattr(torch, tensor.dtype))
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes, about packages and folding that no graph here needs, quiet."""
+    """Silence the exporter's notes about packages and constant folding."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

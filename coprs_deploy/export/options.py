@@ -1,4 +1,4 @@
-"""How a checkpoint is exported, and what does not fit together."""
+"""Options of an export, and the combinations that are accepted."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from pathlib import Path
 
 from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines.trt.build import BuildSettings
-from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.export.precision import INT8, check_precision
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import OptimizationProfile
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a checkpoint is exported.
+    """Options of an export.
 
     Attributes:
-        runtime: which runtime shall run the graphs.
-        precision: of weights and products.
-        targets: how many concentrations one call takes.
-        images: how many images the encoder takes in one call, from 1.
-        aspect_ratio: width and height of the ratio that all pictures are at least as long as, as in
-            (16, 9): what is padding in all of them is not computed where that changes nothing.
-        drop_padding: whether it is not computed at all, which is faster and another function.
-        copy_policy: whether the policy is copied into the bundle; else it is referred to, from
-            the bundle, so that both may move together.
-        overwrite: whether a bundle that stands there may be replaced.
-        gpus: compute capabilities that engines are built for; empty takes the GPU of this machine.
-        workspace_bytes: limit of an engine's scratch memory; None leaves it to TensorRT.
-        version_compatible: whether later versions of TensorRT shall load the engines.
-        hardware_compatible: whether every GPU from sm_80 on shall run the engines.
-        cache_limit_bytes: most bytes that this folder shall hold afterwards; None keeps all.
-        cache: folder of engines and calibrations that were made before; None takes the user's.
-        calibration: folder of pictures that int8 is calibrated on.
+        runtime: runtime of the graphs: onnxruntime, openvino, tensorrt or tensorrt-rtx.
+        precision: precision of weights and matrix products: fp32, bf16, fp16 or int8.
+        targets: number of targets per call, fixed or an optimization profile.
+        images: number of images per image encoder call, fixed or an optimization profile from 1.
+        aspect_ratio: fixed aspect ratio (W, H) of all images: skip padding that they share, without
+            changing the result; images may be more elongated than this.
+        drop_padding: with aspect_ratio: skip that padding in every block; about half the work for
+            16:9, but a different function whose masks have to be evaluated.
+        external_policy: refer to the policy by a relative path instead of copying it.
+        overwrite: replace an existing bundle.
+        compute_capabilities: compute capabilities to build engines for, such as sm_89; empty for
+            the GPU of this machine.
+        workspace_bytes: scratch memory limit of an engine in bytes; None for TensorRT's default.
+        version_compatible: build engines that later TensorRT versions load; they carry host code.
+        hardware_compatible: build engines that every GPU from sm_80 on can run, somewhat slower.
+        cache_dir: directory of the engine and calibration cache; None for the user's cache.
+        max_cache_bytes: remove the least recently used engines from the cache down to this size;
+            None keeps all.
+        calibration_images: directory of images to calibrate int8 on, 32 to 128 typical ones.
     """
 
     runtime: str = "onnxruntime"
@@ -42,69 +44,76 @@ class ExportOptions:
     images: OptimizationProfile = field(default_factory=OptimizationProfile)
     aspect_ratio: tuple[int, int] | None = None
     drop_padding: bool = False
-    copy_policy: bool = True
+    external_policy: bool = False
     overwrite: bool = False
-    gpus: tuple[str, ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
     workspace_bytes: int | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
-    cache_limit_bytes: int | None = None
-    cache: Path | None = None
-    calibration: Path | None = None
+    cache_dir: Path | None = None
+    max_cache_bytes: int | None = None
+    calibration_images: Path | None = None
 
     def __post_init__(self) -> None:
+        self._check_precision()
+        self._check_padding()
+        if self.images.min != 1:
+            raise ValueError(
+                f"images starts at {self.images.min}; accepted: 1, or 1,opt,max, because a single "
+                "image must never wait for a batch"
+            )
+        build_only = (
+            self.workspace_bytes,
+            self.version_compatible,
+            self.hardware_compatible,
+            self.compute_capabilities,
+            self.max_cache_bytes,
+        )
+        if self.runtime in TRT_VARIANT_NAMES:
+            self.build_settings()  # checks the combination
+        elif any(build_only):
+            raise ValueError(
+                "--compute-capabilities, --workspace, --version-compatible, --hardware-compatible "
+                f"and --max-cache-size apply to engines, and the runtime is {self.runtime}; "
+                f"accepted: {', '.join(TRT_VARIANT_NAMES)}"
+            )
+
+    def _check_precision(self) -> None:
         check_precision(self.precision)
         if (self.runtime, self.precision) == ("onnxruntime", "bf16"):
             raise ValueError(
-                "precision is 'bf16', whose operators ONNX Runtime's CPU provider does not have; "
-                "accepted for onnxruntime: fp32, fp16, int8; bf16 is for openvino, tensorrt and "
-                "tensorrt-rtx"
+                "precision is 'bf16', which ONNX Runtime's CPU provider does not implement; "
+                "accepted for onnxruntime: fp32, fp16, int8; bf16 works with openvino, tensorrt "
+                "and tensorrt-rtx"
             )
         if (self.runtime, self.precision) not in TOLERANCES:
             known = ", ".join(f"{runtime} {precision}" for runtime, precision in TOLERANCES)
             raise ValueError(
                 f"runtime and precision are {self.runtime} {self.precision}; accepted: {known}"
             )
-        if self.images.min != 1:
+        if (self.precision == INT8) != (self.calibration_images is not None):
             raise ValueError(
-                f"images starts at {self.images.min}; accepted: 1, or 1,opt,max, for a "
-                "picture that comes alone must not wait for others"
+                "int8 is calibrated on images of the kind that the model will see: pass "
+                "--calibration DIR with --precision int8, and with no other precision"
             )
+
+    def _check_padding(self) -> None:
         if self.drop_padding and self.aspect_ratio is None:
             raise ValueError(
-                "drop_padding leaves out what is padding in every picture, and no aspect says what "
-                "that is; accepted: --aspect W:H --drop-padding"
+                "drop_padding skips the padding that all images share, and aspect_ratio is not "
+                "set; accepted: --aspect-ratio W:H --drop-padding"
             )
         if self.aspect_ratio is not None and min(self.aspect_ratio) < 1:
             raise ValueError(
-                f"aspect is {self.aspect_ratio}; accepted: two numbers from 1, as (16, 9)"
-            )
-        if (self.precision == INT8) != (self.calibration is not None):
-            raise ValueError(
-                "int8 is calibrated on pictures of the kind that the model will see: pass "
-                "--calibration DIR with --precision int8, and with no other"
-            )
-        build = (
-            self.workspace_bytes,
-            self.version_compatible,
-            self.hardware_compatible,
-            self.gpus,
-            self.cache_limit_bytes,
-        )
-        if self.runtime in TRT_VARIANT_NAMES:
-            self.build_settings()  # refuses what does not fit together
-        elif any(build):
-            raise ValueError(
-                "--gpu, --workspace, --version-compatible, --hardware-compatible and "
-                f"--cache-limit are for engines, and the runtime is {self.runtime}; accepted: "
-                f"{', '.join(TRT_VARIANT_NAMES)}"
+                f"aspect_ratio is {self.aspect_ratio}; accepted: two positive integers, such as "
+                "(16, 9)"
             )
 
     def build_settings(self) -> BuildSettings:
-        """Say how the engines are built."""
+        """Return the settings of the engine builder."""
         return BuildSettings(
             variant=self.runtime,
-            gpus=self.gpus,
+            gpus=self.compute_capabilities,
             workspace_bytes=self.workspace_bytes,
             version_compatible=self.version_compatible,
             hardware_compatible=self.hardware_compatible,

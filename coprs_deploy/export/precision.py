@@ -1,11 +1,13 @@
-"""The precision of a graph, written into the graph: every tensor of an exported file has its type.
+"""Precision of a graph: convert a float32 graph to bf16 or fp16, and emulate its roundings.
 
-Weights and products become bfloat16 or float16; what keeps float32 is :data:`FLOAT32_PARTS`. Inputs
-and outputs keep their names and stay float32, so that the stages fit together in any precision.
+Graphs are strongly typed: every tensor of a file has its type. Weights and matrix products become
+bfloat16 or float16, except for :data:`FLOAT32_PARTS`. Inputs and outputs keep their names and stay
+float32, so that graphs of any precision can be combined. :func:`write_rounded_graph` writes a
+float32 graph with the same roundings, which any CPU can run.
 
-Why a pass of our own: ONNX Runtime's converter knows float16 only, and NVIDIA ModelOpt asks for
-older releases of onnx and onnxruntime than this package is tested with. The pass reads and writes
-paths and converts one weight at a time, so it holds above 2 GB.
+Why an own pass: ONNX Runtime's converter only supports float16, and NVIDIA ModelOpt requires older
+releases of onnx and onnxruntime than this package is tested with. The pass works on paths and
+converts one weight at a time, so that it supports graphs above 2 GB.
 """
 
 from __future__ import annotations
@@ -33,20 +35,11 @@ if TYPE_CHECKING:
 
 
 FP32 = "fp32"
-
-
 BF16 = "bf16"
-
-
 FP16 = "fp16"
-
-
 INT8 = "int8"
-
-
 PRECISIONS = (FP32, BF16, FP16, INT8)
-"""As users type them; int8 is of the image encoder's large products."""
-
+"""Accepted values of ``precision``; int8 applies to the image encoder's large products."""
 
 INT8_RESTS: Mapping[str, str] = {
     "onnxruntime": FP32,
@@ -54,29 +47,27 @@ INT8_RESTS: Mapping[str, str] = {
     "tensorrt": FP16,
     "tensorrt-rtx": FP16,
 }
-"""What the rest of an int8 export is by runtime. float16 rounds eight times finer than bfloat16;
-an overflow stops the export. ONNX Runtime's CPU provider computes float16 in float32 anyway."""
-
+"""Precision of the rest of an int8 export by runtime. float16 rounds eight times finer than
+bfloat16; an overflow stops the export. ONNX Runtime's CPU provider computes float16 in float32."""
 
 INT8_PRODUCTS = f"{METADATA_PREFIX}int8_products"
-"""Where a file says which of its products are int8."""
-
+"""Metadata key of the list of int8 products."""
 
 OPSETS: Mapping[str, int] = {FP32: OPSET, BF16: 22, FP16: OPSET, INT8: OPSET}
-"""Opset of each precision: convolutions take bfloat16 from opset 22 on."""
+"""Opset of each precision; convolutions accept bfloat16 from opset 22 on."""
 
 
 @dataclass(frozen=True)
 class Float32Part:
-    """Nodes that compute in float32 whatever the precision of the graph is.
+    """Nodes that compute in float32 whatever the precision of the graph.
 
     Attributes:
-        graph: the graph that the rule is for; None for all.
-        operator: the operator that it names.
-        onwards: False takes every node of that operator; True takes the last one in the graph and
-            all that follows it.
-        reason: why.
-        precisions: the precisions of the graph that need it.
+        graph: graph name; None for all graphs.
+        operator: operator of the nodes.
+        onwards: False for every node of that operator; True for the last one and all nodes after
+            it.
+        reason: justification.
+        precisions: precisions of the graph that need it.
     """
 
     graph: str | None
@@ -97,14 +88,14 @@ FLOAT32_PARTS = (
         PRIOR,
         "MatMul",
         True,
-        "scores, fusion and enlargement are a thousandth of the work, and the heatmap is read "
+        "scores, fusion and resizing are a thousandth of the work, and the heat map is read "
         "as logits",
     ),
     Float32Part(
         MASK_DECODER,
         "Where",
         False,
-        "prior logits come in float32 and meet the -50 of the padding before they are rounded",
+        "prior logits arrive in float32 and are combined with the padding's -50 before rounding",
     ),
     Float32Part(
         MASK_DECODER,
@@ -117,38 +108,38 @@ FLOAT32_PARTS = (
         MASK_DECODER,
         "MatMul",
         True,
-        "the last product sums few terms of either sign, and the mask is the sign of the sum",
+        "the last product sums few terms of both signs, and the mask is the sign of the sum",
     ),
 )
-"""The one table of what keeps float32.
+"""Nodes that keep float32.
 
-A softmax is not in it: its tensors are half, and runtimes sum in float32 inside the node, while
-casts around it would keep them from fusing the attention.
+Softmax is not included: runtimes sum in float32 inside the node, and casts around it would prevent
+the fusion of the attention.
 """
 
 
 def check_precision(precision: str) -> None:
-    """Refuse a precision that no graph can have.
+    """Check the name of a precision.
 
     Raises:
-        ValueError: names what is accepted.
+        ValueError: the name is unknown; the accepted ones are listed.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
 
 
 def rest_precision(runtime: str, precision: str) -> str:
-    """Say what a graph has outside its int8 products; other precisions are of the whole graph."""
+    """Return the precision outside the int8 products; others apply to the whole graph."""
     return INT8_RESTS[runtime] if precision == INT8 else precision
 
 
 def graph_precision(name: str, runtime: str, precision: str) -> str:
-    """Say which precision one graph of an export has: only the image encoder becomes int8."""
+    """Return the precision of one graph of an export: only the image encoder becomes int8."""
     return precision if name == IMAGE_ENCODER else rest_precision(runtime, precision)
 
 
 def low_type(precision: str) -> ir.DataType:
-    """Give the element type of a precision's weights."""
+    """Return the element type of a precision's weights."""
     import onnx_ir as ir
 
     types = {FP32: ir.DataType.FLOAT, BF16: ir.DataType.BFLOAT16, FP16: ir.DataType.FLOAT16}
@@ -159,9 +150,9 @@ def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> N
     """Write a float32 graph in a lower precision, and check the file.
 
     Args:
-        source: a float32 graph, of the opset in :data:`OPSETS`; its products may be int8.
+        source: float32 graph of the opset in :data:`OPSETS`; its products may be int8.
         target: another path; large weights go to ``<target>.data`` beside it.
-        spec: inputs and outputs, the same before and after.
+        spec: inputs and outputs, which do not change.
         precision: ``bf16`` or ``fp16``.
 
     Raises:
@@ -185,7 +176,7 @@ def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> N
 
 
 def float32_nodes(graph: ir.Graph, name: str, precision: str) -> set[ir.Node]:
-    """Collect the nodes of a graph that :data:`FLOAT32_PARTS` names."""
+    """Return the nodes of a graph that :data:`FLOAT32_PARTS` selects."""
     nodes = list(graph)
     kept: set[ir.Node] = set()
     for part in FLOAT32_PARTS:
@@ -194,39 +185,39 @@ def float32_nodes(graph: ir.Graph, name: str, precision: str) -> set[ir.Node]:
         named = [i for i, node in enumerate(nodes) if node.op_type == part.operator]
         if not named and part.graph is None:
             continue
-        assert named, f"{name} has no {part.operator}; the table of float32 parts is out of date"
+        assert named, f"{name} has no {part.operator}; FLOAT32_PARTS is out of date"
         chosen = nodes[named[-1] :] if part.onwards else [nodes[i] for i in named]
         kept.update(chosen)
     return kept
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Save a graph; weights above the size that a protobuf holds go beside it."""
+    """Save a graph; weights too large for protobuf go to a file beside it."""
     import onnx_ir as ir
 
     values = model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
     is_large = size > EXTERNAL_DATA_BYTES
-    if not is_large:  # what still lies beside the source would only be pointed at
+    if not is_large:  # else the file would refer to the external data of the source
         ir.external_data.load_to_model(model)
     ir.save(model, path, external_data=f"{path.name}.data" if is_large else None)
 
 
 def convert_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
-    """Convert a weight when it is asked for, so that only one is in memory at a time."""
+    """Convert a weight lazily, so that only one is in memory at a time."""
     import onnx_ir as ir
 
     shape = ir.Shape(tensor.numpy().shape)
 
     def convert() -> ir.TensorProtocol:
-        with np.errstate(over="ignore"):  # an infinite weight fails the check that follows
+        with np.errstate(over="ignore"):  # the equivalence check refuses infinite weights
             return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=tensor.name)
 
     return ir.LazyTensor(convert, dtype, shape, name=tensor.name)
 
 
 class _Typing:
-    """Gives each node its type, with a cast where two types meet."""
+    """Sets the type of every node, with casts between different types."""
 
     def __init__(self, graph: ir.Graph, low: ir.DataType) -> None:
         import onnx_ir as ir
@@ -255,7 +246,7 @@ class _Typing:
         self._keep_output_types(original)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return a value in a type: itself, a converted weight, or a cast of it."""
+        """Return a value in a type: the value itself, a converted weight, or a cast."""
         if value.dtype == dtype:
             return value
         known = self._casts.get((value, dtype))
@@ -309,33 +300,21 @@ class _Typing:
 
 
 MOVES = frozenset(
-    (
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Pad",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    )
+    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Pad"}
+    | {"Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
-"""Operators that move values: rounded values stay rounded."""
+"""Operators that only move values: rounded values stay rounded."""
 
 
 def write_rounded_graph(source: Path, target: Path) -> int:
     """Write the float32 graph that rounds wherever a typed graph does.
 
     Args:
-        source: a graph that :func:`coprs_deploy.export.precision.type_graph` wrote.
+        source: graph written by :func:`type_graph`.
         target: another path; large weights go to ``<target>.data`` beside it.
 
     Returns:
-        How many tensors are rounded, weights not counted.
+        Number of rounded tensors, without weights.
     """
     import onnx_ir as ir
 

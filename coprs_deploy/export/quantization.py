@@ -1,13 +1,14 @@
-"""int8 in the graph: the encoder's large products between pairs of QuantizeLinear and Dequantize.
+"""int8 quantization of a graph: Q/DQ nodes around the encoder's large matrix products.
 
-Only products with a learned matrix become int8 (queries, keys and values, projection and the two of
-the MLP: nearly all of the work). Attention, patches, neck, prior and mask decoder keep the type of
-the rest. What TensorRT asks of such pairs holds: zero points are 0, activations have one scale a
-tensor, weights one a column, and scales have the type of the tensors around them.
+Only products with a learned matrix become int8 (attention's qkv and projection, and both layers of
+the MLP: nearly all of the work). Attention itself, patch embedding, neck, prior and mask decoder
+keep the precision of the rest. The pairs meet TensorRT's requirements: zero points are 0,
+activations have one scale per tensor, weights one per column, and scales have the type of the
+surrounding tensors.
 
-Why a pass of our own: ONNX Runtime's static quantization keeps the tensors of a picture in memory
-(ViT-B passed 20 GB and was stopped by the system), and NVIDIA ModelOpt does not install beside the
-releases of onnx and onnxruntime that this package is tested with.
+Why an own pass: ONNX Runtime's static quantization keeps the activations of an image in memory
+(more than 20 GB for ViT-B), and NVIDIA ModelOpt requires older releases of onnx and onnxruntime
+than this package is tested with.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 
 
 SMALLEST_SCALES: Mapping[str, float] = {FP32: 2.0**-126, BF16: 2.0**-126, FP16: 2.0**-14}
-"""Smallest normal number of each type: below it a scale would lose its digits."""
+"""Smallest normal number of each type; a smaller scale would lose precision."""
 
 
 def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
-    """Find the products with a learned matrix.
+    """Find the matrix products with a learned matrix.
 
     Returns:
-        The ``MatMul`` nodes by the name of their linear module, as ``blocks.0.attn.qkv``.
+        ``MatMul`` nodes by the name of their linear module, such as ``blocks.0.attn.qkv``.
     """
     products: dict[str, ir.Node] = {}
     for node in graph:
@@ -48,13 +49,13 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
         if weight is None or len(weight.shape) != 2:
             continue
         name = module_of(node.metadata_props.get(SCOPES))
-        assert name and name not in products, f"{node.name} comes from no module of its own"
+        assert name and name not in products, f"{node.name} has no module of its own"
         products[name] = node
     return products
 
 
 def product_names(path: Path) -> list[str]:
-    """Name the products of a graph file that :func:`quantize_graph` makes int8."""
+    """Return the names of the products that :func:`quantize_graph` makes int8."""
     return list(find_products(_load(path).graph))
 
 
@@ -62,11 +63,11 @@ def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, 
     """Write a float32 graph with int8 products, and check the file.
 
     Args:
-        source: the exported float32 graph.
+        source: exported float32 graph.
         target: another path; large weights go to ``<target>.data`` beside it.
-        spec: inputs and outputs, the same before and after.
-        ranges: of every product.
-        rest: the precision that the rest is given afterwards; scales are numbers that it holds.
+        spec: inputs and outputs, which do not change.
+        ranges: calibration range of every product.
+        rest: precision that the rest of the graph gets afterwards; scales are rounded to it.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
@@ -75,7 +76,7 @@ def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, 
     assert source != target
     model = _load(source)
     products = find_products(model.graph)
-    assert products.keys() == ranges.keys(), "the ranges are of another graph"
+    assert products.keys() == ranges.keys(), "the ranges belong to another graph"
     for name, node in products.items():
         _quantize_product(model.graph, node, name, ranges[name].limit, rest)
     model.metadata_props[INT8_PRODUCTS] = json.dumps(list(products))
@@ -111,7 +112,7 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
         graph.register_initializer(value)
         return value
 
-    def between(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType) -> ir.Value:
+    def insert(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType) -> ir.Value:
         full = f"{name}.{suffix}"
         new = ir.node(operator, inputs, {} if suffix != "weight" else {"axis": 1}, name=full)
         (output,) = new.outputs
@@ -121,8 +122,8 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
     zero = np.zeros((), np.int8)
     pair = [constant("input.scale", scale), constant("input.zero_point", zero)]
-    int8 = between("QuantizeLinear", [activation, *pair], "input.int8", ir.DataType.INT8)
-    dequantized = between("DequantizeLinear", [int8, *pair], "input", ir.DataType.FLOAT)
+    int8 = insert("QuantizeLinear", [activation, *pair], "input.int8", ir.DataType.INT8)
+    dequantized = insert("DequantizeLinear", [int8, *pair], "input", ir.DataType.FLOAT)
     node.replace_input_with(0, dequantized)
 
     def convert() -> ir.TensorProtocol:
@@ -134,7 +135,7 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
         name=f"{name}.weight.int8",
         shape=shape,
         type=ir.TensorType(ir.DataType.INT8),
-        # Converted when it is written, so that only one weight is in memory at a time.
+        # Converted on writing, so that only one weight is in memory at a time.
         const_value=ir.LazyTensor(convert, ir.DataType.INT8, shape, name=f"{name}.weight.int8"),
     )
     graph.register_initializer(stored)
@@ -143,7 +144,7 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
         constant("weight.zero_point", np.zeros(columns.shape, np.int8)),
     ]
     node.replace_input_with(
-        1, between("DequantizeLinear", [stored, *scales], "weight", ir.DataType.FLOAT)
+        1, insert("DequantizeLinear", [stored, *scales], "weight", ir.DataType.FLOAT)
     )
     if not weight.uses():
         assert weight.name is not None
@@ -151,7 +152,7 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
 
 def _scales(limits: NDArray[Any], rest: str) -> NDArray[np.float32]:
-    """Divide limits into 127 steps, as normal numbers of the type that the rest will have."""
+    """Return the scale of each limit as a normal number of the type of the rest."""
     smallest = SMALLEST_SCALES[rest]
     rounded = np.maximum(limits / INT8_LIMIT, smallest).astype(low_type(rest).numpy())
     scales: NDArray[np.float32] = rounded.astype(np.float32)

@@ -1,89 +1,155 @@
-"""Concentrations whose masks can be compared: a random one often gives an empty or a full mask."""
+"""Sample inputs for comparing graphs with PyTorch: images, and concentrations with usable masks.
+
+The masks of random concentrations are often empty or full, and two such masks agree trivially.
+Where masks are compared all together, concentrations are chosen by their masks in PyTorch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.bundle import Manifest
 from coprs_deploy.engines.runner import Array, Runner
-from coprs_deploy.export.equivalence import RunnerOpener, SampleInput, sample_inputs
-from coprs_deploy.images import PreparedImage
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
+from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, ValidRegion
+
+RunnerOpener = Callable[[str], Runner]
+"""Opens the runner of a graph by name; the caller closes it."""
 
 NUM_DRAWS = 16
-"""Concentrations that are tried for each target of a picture."""
+"""Concentrations drawn for each target of an image, of which one is chosen."""
 
-WANTED_SHARE = 0.25
-"""Share of the cells that the mask of the best concentration comes nearest to."""
+PREFERRED_MASK_RATIO = 0.25
+"""Share of mask cells inside the mask that the chosen concentration comes closest to."""
+
+_ANY_SHAPES = ((270, 480), (400, 256), (333, 333))
+"""Height and width in pixels: landscape, portrait and square."""
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """One image and its concentrations.
+
+    Attributes:
+        prepared: image at SAM's size.
+        concentration: (N, D) float32.
+    """
+
+    prepared: PreparedImage
+    concentration: NDArray[np.float32]
+
+    def first_inputs(self) -> dict[str, Array]:
+        """Return the inputs of the three graphs that no other graph computes."""
+        return {
+            "image": self.prepared.image,
+            "concentration": self.concentration,
+            "unpadded_size": self.prepared.unpadded_size,
+        }
+
+
+def sample_inputs(
+    geometry: Geometry,
+    policy_hidden_size: int,
+    num_targets: int = 1,
+    seed: int = 0,
+    *,
+    valid_region: ValidRegion | None = None,
+) -> list[SampleInput]:
+    """Draw three samples: a generated scene, noise, and another scene.
+
+    Args:
+        geometry: sizes of the model.
+        policy_hidden_size: D.
+        num_targets: N, concentrations per image.
+        seed: equal seeds give equal inputs.
+        valid_region: region that the images may reach; None for landscape, portrait and square.
+
+    Returns:
+        Samples with standard normal concentrations, the scale of a normalized hidden state.
+    """
+    generator = np.random.default_rng(seed)
+    samples = []
+    shapes = _ANY_SHAPES if valid_region is None else _shapes_within(valid_region)
+    for (height, width), is_noise in zip(shapes, (False, True, False), strict=True):
+        if is_noise:
+            image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        else:
+            image = _draw_scene(generator, height, width)
+        concentration = generator.standard_normal(
+            (num_targets, policy_hidden_size), dtype=np.float32
+        )
+        samples.append(SampleInput(prepare_image(image, geometry), concentration))
+    return samples
 
 
 def draw_bundle_samples(
     manifest: Manifest, reference: RunnerOpener, pools_masks: bool, seed: int
-) -> tuple[list[SampleInput], dict[str, list[Array]] | None]:
-    """Draw what a bundle is compared on: pictures that its encoder takes, its own targets.
+) -> tuple[list[SampleInput], dict[str, list[Array]]]:
+    """Draw samples that a bundle accepts: images in its valid region, its number of targets.
 
     Args:
-        manifest: of the bundle.
-        reference: opens PyTorch's stages.
-        pools_masks: whether masks are compared all together, and must then not be empty.
+        manifest: manifest of the bundle.
+        reference: opens PyTorch's modules.
+        pools_masks: whether masks are compared all together, so that they must not be empty.
         seed: equal seeds give equal inputs.
 
     Returns:
-        The samples, and the reference's outputs where they are known already.
+        The samples, and the reference's outputs by graph as far as they were computed.
     """
-    width, count = manifest.policy.hidden_size, manifest.graphs[PRIOR].spec.targets.opt
+    hidden_size, count = manifest.policy.hidden_size, manifest.graphs[PRIOR].spec.targets.opt
     valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
-    samples = sample_inputs(manifest.geometry, width, count, seed, valid_region=valid_region)
+    samples = sample_inputs(manifest.geometry, hidden_size, count, seed, valid_region=valid_region)
     if not pools_masks:
-        return samples, None
-    pictures = [sample.prepared for sample in samples]
-    return draw_masked_samples(pictures, reference, width, count, seed)
+        return samples, {}
+    images = [sample.prepared for sample in samples]
+    return draw_masked_samples(images, reference, hidden_size, count, seed)
 
 
 def draw_masked_samples(
-    pictures: Sequence[PreparedImage],
+    images: Sequence[PreparedImage],
     reference: RunnerOpener,
     policy_hidden_size: int,
     num_targets: int = 1,
     seed: int = 0,
 ) -> tuple[list[SampleInput], dict[str, list[Array]]]:
-    """Draw concentrations, and keep for each target the one with the most telling float32 mask.
+    """Draw concentrations, and keep for each target the one with the best-sized float32 mask.
 
     Args:
-        pictures: what is asked about.
-        reference: opens PyTorch's stages; the encoder runs once a picture.
+        images: prepared images.
+        reference: opens PyTorch's modules; the encoder runs once per image.
         policy_hidden_size: D.
-        num_targets: N, concentrations a picture.
+        num_targets: N, concentrations per image.
         seed: equal seeds give equal inputs.
 
     Returns:
-        One sample a picture, and the reference's outputs on the samples by graph, as
-        :func:`coprs_deploy.export.equivalence.compare_stages` takes them.
+        One sample per image, and the reference's outputs on the samples by graph, as
+        :func:`coprs_deploy.export.equivalence.compare_graphs` accepts them.
     """
     generator = np.random.default_rng(seed)
     known: dict[str, list[Array]] = {IMAGE_ENCODER: [], PRIOR: [], MASK_DECODER: []}
     with reference(IMAGE_ENCODER) as encoder:
-        for picture in pictures:
-            embedding = encoder(image=picture.image)["image_embedding"].numpy()
+        for image in images:
+            embedding = encoder(image=image.image)["image_embedding"].numpy()
             known[IMAGE_ENCODER].append(embedding)
     samples = []
     with reference(PRIOR) as prior, reference(MASK_DECODER) as decoder:
-        for picture, embedding in zip(pictures, known[IMAGE_ENCODER], strict=True):
+        for image, embedding in zip(images, known[IMAGE_ENCODER], strict=True):
             best: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * num_targets
             nearest = np.full(num_targets, np.inf)
             for _ in range(NUM_DRAWS):
                 drawn = generator.standard_normal(
                     (num_targets, policy_hidden_size), dtype=np.float32
                 )
-                _, masks = _decode(prior, decoder, picture, embedding, drawn)
-                distances = np.abs((masks > 0).mean(axis=(1, 2, 3)) - WANTED_SHARE)
+                _, masks = _decode(prior, decoder, image, embedding, drawn)
+                distances = np.abs((masks > 0).mean(axis=(1, 2, 3)) - PREFERRED_MASK_RATIO)
                 for target in np.flatnonzero(distances < nearest):
                     best[target], nearest[target] = drawn[target], distances[target]
-            sample = SampleInput(picture, np.stack(best))
-            priors, masks = _decode(prior, decoder, picture, embedding, sample.concentration)
+            sample = SampleInput(image, np.stack(best))
+            priors, masks = _decode(prior, decoder, image, embedding, sample.concentration)
             known[PRIOR].append(priors)
             known[MASK_DECODER].append(masks)
             samples.append(sample)
@@ -93,12 +159,34 @@ def draw_masked_samples(
 def _decode(
     prior: Runner,
     decoder: Runner,
-    picture: PreparedImage,
+    image: PreparedImage,
     embedding: Array,
     concentration: NDArray[np.float32],
 ) -> tuple[Array, Array]:
     priors = prior(image_embedding=embedding, concentration=concentration)["prior_logits"].numpy()
     masks = decoder(
-        image_embedding=embedding, prior_logits=priors, unpadded_size=picture.unpadded_size
+        image_embedding=embedding, prior_logits=priors, unpadded_size=image.unpadded_size
     )["mask_logits"].numpy()
     return priors, masks
+
+
+def _shapes_within(valid_region: ValidRegion) -> tuple[tuple[int, int], ...]:
+    """Return three (height, width): the aspect ratio, the full region, and half its short side."""
+    height, width = valid_region.height, valid_region.width
+    size, (across, down) = max(height, width), valid_region.aspect_ratio
+    exact = unpadded_size(down, across, size)
+    longer = (height // 2, width) if width > height else (height, width // 2)
+    return exact, (height, width), (max(1, longer[0]), max(1, longer[1]))
+
+
+def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Draw eight discs on a color gradient."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    ramp = generator.uniform(0, 255, (3, 3))
+    image = ramp[0] * x[..., None] + ramp[1] * y[..., None] + ramp[2] * 0.5
+    for _ in range(8):
+        center, radius = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.2)
+        inside = (y - center[0]) ** 2 + (x - center[1]) ** 2 < radius**2
+        image[inside] = generator.uniform(0, 255, 3)
+    drawn: NDArray[np.uint8] = np.clip(image, 0, 255).astype(np.uint8)
+    return drawn

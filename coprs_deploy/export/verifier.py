@@ -1,35 +1,30 @@
-"""The equivalence check of an existing bundle against the checkpoint that it came from."""
+"""Equivalence check of an existing bundle against the checkpoint that it was exported from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from coprs_deploy.bundle import (
+    Bundle,
     EngineRecord,
     EquivalenceRecord,
     open_bundle,
     write_manifest,
 )
-from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
-from coprs_deploy.engines.trt.runner import TrtRunner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.equivalence import (
-    END_TO_END,
-    TOLERANCES,
-    compare_stages,
-    reference_opener,
-)
-from coprs_deploy.export.graph_check import (
-    measure_dropped_padding,
-    open_unverified,
-    verified_record,
-)
-from coprs_deploy.export.samples import draw_bundle_samples
+from coprs_deploy.export.equivalence import compare_graphs, reference_opener
+from coprs_deploy.export.graph_check import measure_dropped_padding, open_unverified
+from coprs_deploy.export.samples import RunnerOpener, draw_bundle_samples
+from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES
 from coprs_deploy.specs import IMAGE_ENCODER
+
+SEED = 1
+"""Seed of the samples; export uses 0."""
 
 
 def verify_bundle(
@@ -41,66 +36,78 @@ def verify_bundle(
     runtime: str | None = None,
     allow_engine_host_code: bool = False,
 ) -> tuple[EquivalenceRecord, ...]:
-    """Compare a bundle's graphs with PyTorch again, on inputs of another seed than export's.
+    """Compare a bundle's graphs with PyTorch again, on other samples than export's.
 
-    Engines that pass on a GPU are marked as verified on it in the manifest; where one fails, no
-    mark stays.
+    Engines that pass on a GPU are marked as verified on it in the manifest; if one fails, the
+    marks are removed.
 
     Args:
-        bundle_path: a bundle.
-        checkpoint_path: the checkpoint that it was exported from.
-        device: where the graphs run; PyTorch runs on the CPU in float32.
+        bundle_path: bundle directory.
+        checkpoint_path: checkpoint that the bundle was exported from.
+        device: device of the graphs; PyTorch runs on the CPU in float32.
         progress: called with the name of each step as it starts.
-        runtime: which runtime runs the graphs; None takes the one that they were exported for.
-        allow_engine_host_code: whether version-compatible engines, which carry code, may be loaded.
+        runtime: runtime of the graphs; None for the one that they were exported for.
+        allow_engine_host_code: allow version-compatible engines, which carry host code.
 
     Returns:
-        A record for each graph and one for the chain, passed or not; of an encoder that drops
-        the padding also one of what that changes, not judged.
+        One record per graph and one for ``end_to_end``, passed or not; for an encoder that drops
+        the padding also one for the effect of this, without a tolerance.
 
     Raises:
         BundleIntegrityError: a file of the bundle was changed.
         EquivalenceError: the bundle was exported from another checkpoint.
         ValueError: the runtime cannot run these graphs.
-        EngineMismatchError: an engine is not for this library and GPU, or carries code.
+        EngineMismatchError: an engine does not fit the library or GPU, or carries host code.
     """
-    bundle = open_bundle(bundle_path)
-    checkpoint = read_checkpoint(checkpoint_path)
-    manifest = bundle.manifest
-    if manifest.checkpoint_fingerprint != checkpoint.fingerprint():
-        raise EquivalenceError(
-            f"{bundle_path} was exported from another checkpoint "
-            f"({manifest.checkpoint_fingerprint[:12]}) than {checkpoint_path} "
-            f"({checkpoint.fingerprint()[:12]}): export it again, or name the right checkpoint"
-        )
-    graphs = manifest.graphs
+    bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
+    _check_fingerprint(bundle, checkpoint)
     if runtime is not None:
-        check_runtime(graphs[IMAGE_ENCODER], runtime)
-    read_back: dict[str, EngineRecord] = {}
+        check_runtime(bundle.manifest.graphs[IMAGE_ENCODER], runtime)
+    options = RunnerOptions(device=device, allow_engine_host_code=allow_engine_host_code)
+    engines: dict[str, EngineRecord] = {}
 
     def candidate(name: str) -> Runner:
-        graph = graphs[name]
+        graph = bundle.manifest.graphs[name]
         if graph.engine is None:
             return open_bundle_graph(bundle, name, RunnerOptions(device=device), runtime)
-        options = RunnerOptions(device=device, allow_engine_host_code=allow_engine_host_code)
-        runner = open_unverified(
+        runner, engines[name] = open_unverified(
             graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, options
         )
-        if isinstance(runner, TrtRunner):
-            read_back[name] = verified_record(graph.engine, runner)
         return runner
 
+    records = _compare(bundle, checkpoint, candidate, runtime, progress)
+    if engines:
+        _record_verification(bundle, engines, records)
+    return records
+
+
+def _check_fingerprint(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    exported, found = bundle.manifest.checkpoint_fingerprint, checkpoint.fingerprint()
+    if exported != found:
+        raise EquivalenceError(
+            f"{bundle.path} was exported from another checkpoint ({exported[:12]}) than "
+            f"{checkpoint.path} ({found[:12]}): export it again, or name the right checkpoint"
+        )
+
+
+def _compare(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    candidate: RunnerOpener,
+    runtime: str | None,
+    progress: Callable[[str], None],
+) -> tuple[EquivalenceRecord, ...]:
+    """Compare the graphs, and measure the effect of dropped padding if there is any."""
+    graphs = bundle.manifest.graphs
     specs = {name: graph.spec for name, graph in graphs.items()}
     reference = reference_opener(checkpoint, specs)
-    tolerances = TOLERANCES[
-        runtime or graphs[IMAGE_ENCODER].runtime, graphs[IMAGE_ENCODER].precision
-    ]
+    encoder = graphs[IMAGE_ENCODER]
+    tolerances = TOLERANCES[runtime or encoder.runtime, encoder.precision]
     pools_masks = tolerances[END_TO_END].pools_masks
     if pools_masks:
         progress("reference")
-    samples, known = draw_bundle_samples(manifest, reference, pools_masks, seed=1)
-    known = known or {}
-    records = compare_stages(
+    samples, known = draw_bundle_samples(bundle.manifest, reference, pools_masks, SEED)
+    records = compare_graphs(
         reference=reference,
         candidate=candidate,
         samples=samples,
@@ -108,25 +115,25 @@ def verify_bundle(
         report=progress,
         known=known,
     )
-    if specs[IMAGE_ENCODER].drops_padding:
+    if encoder.spec.drops_padding:
         progress("dropped padding")
         records += (measure_dropped_padding(checkpoint, specs, samples, known[IMAGE_ENCODER]),)
-    if read_back:
-        passed = all(record.passed for record in records)
-        marked = {
-            name: engine if passed else msgspec.structs.replace(engine, verified_on=None)
-            for name, engine in read_back.items()
-        }
-        verified = {
-            name: msgspec.structs.replace(graph, engine=marked.get(name, graph.engine))
-            for name, graph in graphs.items()
-        }
-        write_manifest(
-            bundle.path,
-            msgspec.structs.replace(
-                manifest,
-                graphs=verified,
-                equivalence=records if passed else manifest.equivalence,
-            ),
-        )
     return records
+
+
+def _record_verification(
+    bundle: Bundle, engines: Mapping[str, EngineRecord], records: tuple[EquivalenceRecord, ...]
+) -> None:
+    """Write the engines' records to the manifest; marked as verified only if all passed."""
+    manifest = bundle.manifest
+    passed = all(record.passed for record in records)
+    graphs = dict(manifest.graphs)
+    for name, engine in engines.items():
+        verified_on = engine.verified_on if passed else None
+        graphs[name] = msgspec.structs.replace(
+            graphs[name], engine=msgspec.structs.replace(engine, verified_on=verified_on)
+        )
+    equivalence = records if passed else manifest.equivalence
+    write_manifest(
+        bundle.path, msgspec.structs.replace(manifest, graphs=graphs, equivalence=equivalence)
+    )

@@ -1,8 +1,8 @@
-"""The segmentation path as PyTorch modules: no files, no devices chosen, no numpy.
+"""Segmentation model as PyTorch modules, without files, devices or numpy.
 
-``sam_encoder`` turns the padded image into keys, ``prior`` scores them with the policy's
-concentration, ``mask_decoder`` turns the prior into a mask, and ``segmentation`` holds the three
-together under the parameter names of a checkpoint.
+``sam_encoder`` embeds the padded image, ``prior`` scores the embedding with the policy's
+concentration, ``mask_decoder`` decodes the prior to a mask, and ``segmentation`` combines the three
+under the parameter names of a checkpoint.
 """
 
 from coprs_deploy.models.segmentation import SegmentationModel

@@ -1,4 +1,4 @@
-"""The two small layers that all parts of SAM share, under segment-anything's parameter names."""
+"""Layers shared by all parts of SAM, under segment-anything's parameter names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class LayerNorm2d(nn.Module):
     """Normalize over the channels of a (B, C, H, W) tensor.
 
-    Written as a real layer normalization in channels-last order, so that it is exported as one
-    ``LayerNormalization`` node: runtimes keep that node in float32 when they lower precision.
+    Computed as a layer normalization in channels-last order, so that it is exported as one
+    ``LayerNormalization`` node, which stays float32 in lower precisions.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -28,7 +28,7 @@ class LayerNorm2d(nn.Module):
 
 
 class TwoLayerMlp(nn.Module):
-    """Linear, activation, linear; the width returns to what it was."""
+    """Linear, activation, linear; input and output have the same width."""
 
     def __init__(self, width: int, hidden: int, activation: type[nn.Module]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""SAM's prompt encoder (its mask path) and two-way mask decoder, for one mask a target.
+"""SAM's prompt encoder (mask prompts only) and two-way mask decoder, one mask per target.
 
-Same parameter names as segment-anything, so that its weights load strictly; the point and box
-prompts and the IoU head have their parameters here but no code, because CoPRS never calls them.
+Parameter names follow segment-anything, so that its weights load strictly. Point prompts, box
+prompts and the IoU head have parameters here but no code, because CoPRS never calls them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RandomPositionEncoding(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """SAM's prompt encoder, used with a mask prompt only: here the prior."""
+    """SAM's prompt encoder for mask prompts; the prompt is the prior."""
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PromptEncoder(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Attention whose inner width may be smaller than its outer width."""
+    """Multi-head attention whose inner width may be smaller than its outer width."""
 
     def __init__(self, width: int, heads: int, downsample: int = 1) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class DecoderAttention(nn.Module):
         self.out_proj = nn.Linear(inner, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend from (N, Q, C) to (N, K, C); returns (N, Q, C)."""
+        """Attend from (N, Q, C) queries to (N, K, C) keys; returns (N, Q, C)."""
         out = F.scaled_dot_product_attention(
             self._split(self.q_proj(query)),
             self._split(self.k_proj(key)),
@@ -117,26 +117,26 @@ class TwoWayBlock(nn.Module):
         self, tokens: Tensor, image: Tensor, token_positions: Tensor, image_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return updated tokens (N, T, C) and image cells (N, G * G, C)."""
-        if self.is_first:  # the tokens are their own positions here, so nothing is added
+        if self.is_first:  # the tokens are their own position encoding
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
-            placed = tokens + token_positions
-            tokens = tokens + self.self_attn(placed, placed, tokens)
+            positioned = tokens + token_positions
+            tokens = tokens + self.self_attn(positioned, positioned, tokens)
         tokens = self.norm1(tokens)
-        placed_image = image + image_positions
+        positioned_image = image + image_positions
         tokens = tokens + self.cross_attn_token_to_image(
-            tokens + token_positions, placed_image, image
+            tokens + token_positions, positioned_image, image
         )
         tokens = self.norm2(tokens)
         tokens = self.norm3(tokens + self.mlp(tokens))
         image = image + self.cross_attn_image_to_token(
-            placed_image, tokens + token_positions, tokens
+            positioned_image, tokens + token_positions, tokens
         )
         return tokens, self.norm4(image)
 
 
 class TwoWayTransformer(nn.Module):
-    """The blocks, and one last look of the tokens at the image."""
+    """Two-way blocks, and a final attention of the tokens to the image."""
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class ReluMlp(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """SAM's mask decoder, giving the first of its masks for each prompt."""
+    """SAM's mask decoder; returns the first of its masks for each prompt."""
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class MaskDecoder(nn.Module):
         Returns:
             (N, 1, 4 G, 4 G) mask logits.
         """
-        image = image_embedding + dense  # (N, C, G, G): one image meets N prompts
+        image = image_embedding + dense  # (N, C, G, G): one image, N prompts
         grid, channels = image.shape[-1], image.shape[1]
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])[None]
         tokens = tokens.expand(image.shape[0], -1, -1)

@@ -1,7 +1,7 @@
-"""The positional prior: one query from the policy, scored against every cell of the image.
+"""Positional prior: a query from the policy, scored against every cell of the image embedding.
 
-Paper, section 3.1, equation 2 and algorithm 1; the fusion and its starting bias follow the public
-code. The result stays a logit: ``sigmoid`` of it is the heatmap.
+Paper, section 3.1, equation 2 and algorithm 1; the fusion and its initial bias follow the public
+code. The output stays a logit: its ``sigmoid`` is the heat map.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coprs_deploy.model_config import SegmentationConfig
 
 INITIAL_LOGIT = -1.8
-"""Starting bias of the last convolution, so that a fresh prior says "mostly background"."""
+"""Initial bias of the last convolution: an untrained prior predicts mostly background."""
 
 
 class PositionalPrior(nn.Module):
@@ -35,11 +35,11 @@ class PositionalPrior(nn.Module):
         )
 
     def forward(self, image_embedding: Tensor, concentration: Tensor) -> Tensor:
-        """Score how strongly each cell of the image answers the concentration (paper, eq. 2).
+        """Score how strongly each cell of the image matches the concentration (paper, eq. 2).
 
         Args:
-            image_embedding: (B, C, G, G); B is 1 (one image, N questions) or N.
-            concentration: (N, D) hidden state of <REF_POS>; D is the policy width.
+            image_embedding: (B, C, G, G); B is 1 (one image, N targets) or N.
+            concentration: (N, D) hidden state of <REF_POS>; D is the policy's hidden size.
 
         Returns:
             (N, 1, 4 G, 4 G) logits; 0 is undecided, the padding is not yet masked.

@@ -1,8 +1,8 @@
 """SAM's image encoder: a ViT with windowed attention and decomposed relative positions.
 
-Same function and parameter names as ``ImageEncoderViT`` of segment-anything, written for static
-export: no shape is read from data, and each attention is one matrix product, one softmax and one
-matrix product. Loading weights is left to :mod:`coprs_deploy.checkpoint`.
+Equivalent to segment-anything's ``ImageEncoderViT``, with the same parameter names, but written for
+static export: no shape depends on data, and each attention is one matrix product, one softmax and
+one matrix product. Loading weights is left to :mod:`coprs_deploy.checkpoint`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class RelativeAttention(nn.Module):
     """Multi-head self-attention over a grid of cells, with optional relative positions.
 
     Args:
-        width: C, of a token.
-        heads: of attention; they share the width.
-        grid: most rows and columns of a grid.
-        use_rel_pos: whether logits depend on the rows and columns between two cells.
+        width: token width C.
+        heads: number of attention heads.
+        grid: largest number of rows and columns G.
+        use_rel_pos: whether to add SAM's decomposed relative positions to the logits.
     """
 
     def __init__(self, width: int, heads: int, grid: int, use_rel_pos: bool) -> None:
@@ -44,7 +44,7 @@ class RelativeAttention(nn.Module):
         """Attend within each grid.
 
         Args:
-            x: (B, R, K, C), a grid of R rows and K columns each, at most G of both.
+            x: (B, R, K, C), R rows and K columns, at most G each.
 
         Returns:
             (B, R, K, C).
@@ -55,10 +55,10 @@ class RelativeAttention(nn.Module):
         """Attend within each grid, between the two projections.
 
         Args:
-            qkv: (B, R, K, 3 C), what ``self.qkv`` gives.
+            qkv: (B, R, K, 3 C), output of ``self.qkv``.
 
         Returns:
-            (B, R, K, C), what ``self.proj`` takes.
+            (B, R, K, C), input of ``self.proj``.
         """
         batch, rows, columns = qkv.shape[:3]
         tokens = rows * columns
@@ -74,7 +74,7 @@ class RelativeAttention(nn.Module):
         return out.transpose(1, 2).reshape(batch, rows, columns, self.heads * self.head_width)
 
     def _position_scores(self, query: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Score each query against rows and columns: (B, heads, tokens, R) and (..., K)."""
+        """Return the position logits by row, (B, heads, tokens, R), and by column, (..., K)."""
         batch, tokens = query.shape[0], rows * columns
         cells = query.reshape(batch * self.heads, rows, columns, self.head_width)
         by_row = cells @ self._distance_table(self.rel_pos_h, rows)
@@ -85,14 +85,14 @@ class RelativeAttention(nn.Module):
         )
 
     def _distance_table(self, relative: Tensor, size: int) -> Tensor:
-        """Lay the (2G - 1, head_width) table out by query and key: (size, head_width, size)."""
+        """Index the (2 G - 1, head_width) table by query and key: (size, head_width, size)."""
         index = torch.arange(size, device=relative.device)
         distance = index[:, None] - index[None, :] + (self.grid - 1)
         return relative[distance].transpose(1, 2)
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm transformer block; attention over windows, or over the whole grid."""
+    """Pre-norm transformer block with windowed or global attention."""
 
     def __init__(self, config: SamConfig, is_global: bool) -> None:
         super().__init__()
@@ -107,16 +107,16 @@ class EncoderBlock(nn.Module):
         self.mlp = TwoLayerMlp(width, int(width * config.mlp_ratio), nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, R, K, C) to (B, R, K, C): the whole grid, or its upper left part."""
+        """Map (B, R, K, C) to (B, R, K, C): the whole grid or its upper left part."""
         attended = self._attend(self.norm1(x))
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor) -> Tensor:
-        """Attend over the grid, or over windows; what pads the last windows is not projected.
+        """Attend over the whole grid, or within windows.
 
-        SAM pads the normalized tokens with zeros, of which ``qkv`` leaves nothing but its bias: the
-        queries, keys and values of the padding are written directly.
+        SAM pads the last windows with zero tokens after the norm, for which ``qkv`` returns its
+        bias. Here the bias is written directly, and the padding is never projected.
         """
         if self.window == self.grid:
             return self.attn(x)
@@ -132,7 +132,7 @@ class EncoderBlock(nn.Module):
         return self.attn.proj(x[:, :rows, :columns])
 
     def _pad(self, qkv: Tensor, below: int, right: int) -> Tensor:
-        """Append columns and rows of the bias to a (B, R, K, 3 C) grid."""
+        """Append rows and columns of the qkv bias to a (B, R, K, 3 C) grid."""
         batch, rows, columns, channels = qkv.shape
         bias = self.attn.qkv.bias
         if right:
@@ -143,7 +143,7 @@ class EncoderBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cut the image into patches and project each to the encoder's width."""
+    """Split the image into patches and project each to the encoder's width."""
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__()
@@ -156,14 +156,14 @@ class PatchEmbedding(nn.Module):
 
 
 class SamImageEncoder(nn.Module):
-    """The vision keys of CoPRS: one embedding of the padded image, shared by every question.
+    """Image encoder of CoPRS: one embedding of the padded image, shared by all targets.
 
     Args:
         config: sizes.
 
     Attributes:
-        padding_from: the block before which the cells of the padding join the others; None where
-            all are computed from the first on. See :meth:`set_picture_extent`.
+        padding_from: index of the block before which the padding cells join the others; None if
+            all cells are computed from the first block on. See :meth:`set_valid_region`.
     """
 
     padding_from: int | None
@@ -188,21 +188,21 @@ class SamImageEncoder(nn.Module):
         )
         self.padding_from = None
 
-    def set_picture_extent(self, valid_region: ValidRegion | None) -> None:
-        """Leave out, from now on, what is padding in every picture of this extent.
+    def set_valid_region(self, valid_region: ValidRegion | None) -> None:
+        """Skip the padding that all images of a valid region share.
 
-        Up to the first block that attends globally, windows that hold only padding see no picture:
-        what they come to is computed here, once, on a blank one. With ``drops_padding`` the
-        padding joins the other cells only behind the last block, and the picture never sees it.
+        Before the first global block, windows of pure padding do not depend on the image: their
+        values are computed here, once, on a blank image. With ``drops_padding`` the padding joins
+        the other cells only after the last block, and image cells never attend to it.
 
         Args:
-            valid_region: what :meth:`coprs_deploy.model_config.SamConfig.picture_extent` gave; None
-                stands for the whole square.
+            valid_region: result of :meth:`coprs_deploy.model_config.SamConfig.valid_region`; None
+                for the whole square.
         """
         self.padding_from = None
         if valid_region is None:
             return
-        joins = len(self.blocks) if valid_region.drops_padding else self.config.exact_blocks
+        joins = len(self.blocks) if valid_region.drops_padding else self.config.num_local_blocks
         size, patch = self.config.geometry.image_size, self.config.geometry.patch_size
         rows, columns = valid_region.height // patch, valid_region.width // patch
         with torch.no_grad():
@@ -232,7 +232,7 @@ class SamImageEncoder(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
     def _cells(self, image: Tensor) -> Tensor:
-        """Embed the patches of the cells that are computed, (B, R, K, C)."""
+        """Embed the patches of the computed cells, (B, R, K, C)."""
         if self.padding_from is None:
             return self.patch_embed(image) + self.pos_embed
         patch, grid = self.config.geometry.patch_size, self.config.geometry.grid_size
@@ -241,7 +241,7 @@ class SamImageEncoder(nn.Module):
         return self.patch_embed(inside) + self.pos_embed[:, :rows, :columns]
 
     def _with_padding(self, x: Tensor) -> Tensor:
-        """Complete (B, R, K, C) cells to (B, G, G, C)."""
+        """Append the precomputed padding: (B, R, K, C) to (B, G, G, C)."""
         for padding, dimension in ((self.padding_right, 2), (self.padding_below, 1)):
             if padding.shape[dimension]:
                 x = torch.cat([x, padding.expand(x.shape[0], -1, -1, -1)], dim=dimension)

@@ -1,4 +1,4 @@
-"""The whole segmentation path, and its cut into the three stages that are exported."""
+"""Segmentation model: image encoder, prior and mask decoder, and its three exported graphs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, OUTSIDE_IMAGE_LOGIT,
 
 
 def mask_padding(prior_logits: Tensor, unpadded_size: Tensor, geometry: Geometry) -> Tensor:
-    """Overwrite the padding with a logit that no convolution mistakes for evidence.
+    """Set the prior logits of the padding to a strongly negative value.
 
-    A cell belongs to the image when its first pixel does, which keeps
+    A cell belongs to the image if its first pixel does, which keeps
     ``ceil(size / mask_stride)`` cells (public code).
 
     Args:
@@ -33,8 +33,8 @@ def mask_padding(prior_logits: Tensor, unpadded_size: Tensor, geometry: Geometry
     return torch.where(inside, prior_logits, OUTSIDE_IMAGE_LOGIT)
 
 
-class MaskDecoderStage(nn.Module):
-    """Prompt encoder and mask decoder as one stage: prior logits in, mask logits out."""
+class MaskDecoderGraph(nn.Module):
+    """Prompt encoder and mask decoder as one graph: prior logits in, mask logits out."""
 
     def __init__(
         self, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder, geometry: Geometry
@@ -47,7 +47,7 @@ class MaskDecoderStage(nn.Module):
     def forward(
         self, image_embedding: Tensor, prior_logits: Tensor, unpadded_size: Tensor
     ) -> Tensor:
-        """Turn prior logits into mask logits.
+        """Decode prior logits to mask logits.
 
         Args:
             image_embedding: (1, C, G, G) or (N, C, G, G).
@@ -63,7 +63,7 @@ class MaskDecoderStage(nn.Module):
 
 
 class SegmentationModel(nn.Module):
-    """Image encoder, prior, prompt encoder and mask decoder under a checkpoint's names."""
+    """Image encoder, prior, prompt encoder and mask decoder under the checkpoint's names."""
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__()
@@ -73,19 +73,19 @@ class SegmentationModel(nn.Module):
         self.prompt_encoder = PromptEncoder(config.sam)
         self.mask_decoder = MaskDecoder(config.sam)
 
-    def stages(self) -> dict[str, nn.Module]:
-        """Cut the model into the three stages, in the order in which they run.
+    def graph_modules(self) -> dict[str, nn.Module]:
+        """Return the modules of the three graphs by name, in execution order.
 
-        The stages share this model's parameters; each takes and returns the tensors that
-        :func:`coprs_deploy.specs.graph_specs` names.
+        They share this model's parameters. Each takes and returns the tensors of
+        :func:`coprs_deploy.specs.graph_specs`.
         """
-        decoder = MaskDecoderStage(self.prompt_encoder, self.mask_decoder, self.config.geometry)
+        decoder = MaskDecoderGraph(self.prompt_encoder, self.mask_decoder, self.config.geometry)
         return {IMAGE_ENCODER: self.image_encoder, PRIOR: self.prior, MASK_DECODER: decoder}
 
     def forward(
         self, image: Tensor, concentration: Tensor, unpadded_size: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Answer N concentrations on one image.
+        """Decode N concentrations on one image.
 
         Args:
             image: (1, 3, S, S) float, normalized RGB, zero where padded.
@@ -95,7 +95,7 @@ class SegmentationModel(nn.Module):
         Returns:
             Prior logits and mask logits, each (N, 1, 4 G, 4 G).
         """
-        stages = self.stages()
-        embedding = stages[IMAGE_ENCODER](image)
-        prior_logits = stages[PRIOR](embedding, concentration)
-        return prior_logits, stages[MASK_DECODER](embedding, prior_logits, unpadded_size)
+        graphs = self.graph_modules()
+        embedding = graphs[IMAGE_ENCODER](image)
+        prior_logits = graphs[PRIOR](embedding, concentration)
+        return prior_logits, graphs[MASK_DECODER](embedding, prior_logits, unpadded_size)

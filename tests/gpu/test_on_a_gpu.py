@@ -43,8 +43,8 @@ def engines(request, tiny_checkpoint, tmp_path_factory):
         runtime=request.param,
         targets=OptimizationProfile(1, 2, 4),
         images=OptimizationProfile(1, 2, 4),
-        gpus=(gpu,) if request.param == "tensorrt-rtx" else (),
-        cache=tmp_path_factory.mktemp("cache"),
+        compute_capabilities=(gpu,) if request.param == "tensorrt-rtx" else (),
+        cache_dir=tmp_path_factory.mktemp("cache"),
     )
     out = tmp_path_factory.mktemp("engines") / "bundle"
     return export_checkpoint(tiny_checkpoint, out, options).bundle
@@ -146,8 +146,8 @@ def test_engines_for_one_aspect_are_verified_like_others(
         runtime=runtime,
         aspect_ratio=(16, 9),
         drop_padding=drop_padding,
-        gpus=(gpu.compute_capability,) if runtime == "tensorrt-rtx" else (),
-        cache=tmp_path / "cache",
+        compute_capabilities=(gpu.compute_capability,) if runtime == "tensorrt-rtx" else (),
+        cache_dir=tmp_path / "cache",
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert all(g.engine.verified_on == gpu.name for g in bundle.manifest.graphs.values())

@@ -86,7 +86,7 @@ class TestTheMainRoad:
         checkpoint = read_checkpoint(road / "checkpoint")
         config = checkpoint.config
         specs = graph_specs(config.model.geometry, config.model.policy_hidden_size)
-        stages = load_segmentation_model(checkpoint).stages()
+        stages = load_segmentation_model(checkpoint).graph_modules()
         policy = TransformersPolicy(
             checkpoint.policy_path,
             config.prompt,

@@ -132,7 +132,10 @@ def test_its_answers_survive_int8(coprs, tmp_path):
     for seed in range(32):
         Image.fromarray(make_scene(PLAIN, seed).image).save(pictures / f"{seed}.png")
     options = ExportOptions(
-        precision="int8", calibration=pictures, cache=tmp_path / "cache", copy_policy=False
+        precision="int8",
+        calibration_images=pictures,
+        cache_dir=tmp_path / "cache",
+        external_policy=True,
     )
     bundle = export_checkpoint(demo.CHECKPOINT, tmp_path / "bundle", options).bundle
     assert bundle.manifest.graphs["image_encoder"].precision == "int8"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coprs_deploy.benchmarks import engine_steps, full_size_engines
-from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER
 

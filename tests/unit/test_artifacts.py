@@ -1,3 +1,5 @@
+"""Atomic directories and files, locks between processes, content hashes."""
+
 import errno
 import fcntl
 import hashlib
@@ -48,10 +50,10 @@ def names_in(path):
 OLD = {MARKER: "old", "weights": "of the old"}
 
 
-# Writing all or nothing
+# Atomic directories
 
 
-def test_a_directory_appears_when_its_block_ends(tmp_path):
+def test_new_directory_appears_when_block_ends(tmp_path):
     target = tmp_path / "deep" / "er" / "model"
     with new_directory(target, MARKER) as partial:
         assert partial.parent == target.parent
@@ -64,14 +66,14 @@ def test_a_directory_appears_when_its_block_ends(tmp_path):
     assert names_in(target.parent) == ["model"]
 
 
-def test_a_new_directory_can_be_read_by_others(tmp_path):
+def test_new_directory_is_readable_by_others(tmp_path):
     with new_directory(tmp_path / "model", MARKER):
         pass
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_block_that_raises_leaves_nothing_behind(tmp_path, error):
+def test_new_directory_failing_block_leaves_nothing(tmp_path, error):
     with (
         pytest.raises(error, match="the reason"),
         new_directory(tmp_path / "model", MARKER) as partial,
@@ -81,7 +83,7 @@ def test_a_block_that_raises_leaves_nothing_behind(tmp_path, error):
     assert names_in(tmp_path) == []
 
 
-def test_a_block_that_raises_keeps_the_old_directory(tmp_path):
+def test_new_directory_failing_block_keeps_old_directory(tmp_path):
     target = write_kind(tmp_path / "model")
     with (
         pytest.raises(ValueError, match="the reason"),
@@ -93,7 +95,7 @@ def test_a_block_that_raises_keeps_the_old_directory(tmp_path):
     assert names_in(tmp_path) == ["model"]
 
 
-def test_overwriting_replaces_everything(tmp_path):
+def test_new_directory_overwrite_replaces_all_files(tmp_path):
     target = write_kind(tmp_path / "model")
     with new_directory(target, MARKER, overwrite=True) as partial:
         (partial / MARKER).write_text("new")
@@ -114,7 +116,7 @@ with new_directory(Path(sys.argv[1]), "config.json", overwrite=True) as partial:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_killed_process_leaves_the_target_untouched(tmp_path, exists):
+def test_new_directory_killed_process_leaves_target_unchanged(tmp_path, exists):
     target = tmp_path / "model"
     if exists:
         write_kind(target)
@@ -126,7 +128,7 @@ def test_a_killed_process_leaves_the_target_untouched(tmp_path, exists):
     assert contents(target) == {MARKER: "newer"}
 
 
-def test_a_failed_swap_brings_the_old_directory_back(tmp_path, monkeypatch):
+def test_new_directory_failed_rename_restores_old_directory(tmp_path, monkeypatch):
     target = write_kind(tmp_path / "model")
     rename = Path.rename
 
@@ -145,7 +147,7 @@ def test_a_failed_swap_brings_the_old_directory_back(tmp_path, monkeypatch):
     assert contents(target) == OLD
 
 
-def test_the_working_directory_can_be_the_target(tmp_path, monkeypatch):
+def test_new_directory_accepts_working_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with new_directory(Path(), MARKER) as partial:
@@ -153,16 +155,16 @@ def test_the_working_directory_can_be_the_target(tmp_path, monkeypatch):
     assert contents(tmp_path / "here") == {MARKER: "new"}
 
 
-# What may be replaced
+# Refusals
 
 
 def identity(path):
-    """What tells that a path was not touched; reading a directory may change its access time."""
+    """Return what changes if a path is modified; the access time may change on reading."""
     found = path.lstat()
     return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def refused(path, message, overwrite):
+def assert_refused(path, message, overwrite):
     before = identity(path)
     with pytest.raises(ArtifactError, match=message):
         check_replaceable(path, MARKER, overwrite)
@@ -175,37 +177,37 @@ def refused(path, message, overwrite):
     assert [name for name in names_in(path.parent) if name.startswith(".")] == []
 
 
-def test_a_directory_of_the_kind_is_kept_without_overwrite(tmp_path):
+def test_new_directory_without_overwrite_keeps_existing(tmp_path):
     target = write_kind(tmp_path / "model")
-    refused(target, r"model exists; pass --overwrite", overwrite=False)
+    assert_refused(target, r"model exists; pass --overwrite", overwrite=False)
     assert contents(target) == OLD
     check_replaceable(target, MARKER, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_foreign_directory_is_never_replaced(tmp_path, overwrite):
+def test_new_directory_foreign_directory_is_refused(tmp_path, overwrite):
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "holiday.jpg").write_text("dear")
-    refused(foreign, r"photos exists and holds no config\.json: it is not replaced", overwrite)
+    assert_refused(foreign, r"photos exists and has no config\.json: it is not replaced", overwrite)
     assert contents(foreign) == {"holiday.jpg": "dear"}
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_directory_whose_marker_is_a_folder_is_foreign(tmp_path, overwrite):
+def test_new_directory_marker_directory_is_refused(tmp_path, overwrite):
     (tmp_path / "photos" / MARKER).mkdir(parents=True)
-    refused(tmp_path / "photos", "it is not replaced", overwrite)
+    assert_refused(tmp_path / "photos", "it is not replaced", overwrite)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_is_never_replaced(tmp_path, overwrite):
+def test_new_directory_file_is_refused(tmp_path, overwrite):
     (tmp_path / "model").write_text("a file")
-    refused(tmp_path / "model", "it is not replaced", overwrite)
+    assert_refused(tmp_path / "model", "it is not replaced", overwrite)
     assert (tmp_path / "model").read_text() == "a file"
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_an_empty_directory_is_filled(tmp_path, overwrite):
+def test_new_directory_empty_directory_is_filled(tmp_path, overwrite):
     (tmp_path / "model").mkdir()
     with new_directory(tmp_path / "model", MARKER, overwrite) as partial:
         (partial / MARKER).write_text("new")
@@ -213,7 +215,7 @@ def test_an_empty_directory_is_filled(tmp_path, overwrite):
     assert names_in(tmp_path) == ["model"]
 
 
-def test_replacing_a_link_leaves_what_it_points_to(tmp_path):
+def test_new_directory_replaces_link_and_keeps_its_target(tmp_path):
     behind = write_kind(tmp_path / "behind")
     (tmp_path / "model").symlink_to(behind, target_is_directory=True)
     with new_directory(tmp_path / "model", MARKER, overwrite=True) as partial:
@@ -223,15 +225,15 @@ def test_replacing_a_link_leaves_what_it_points_to(tmp_path):
     assert contents(behind) == OLD
 
 
-def test_a_link_to_nothing_is_refused_before_anything_is_written(tmp_path):
+def test_new_directory_dangling_link_is_refused(tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path / "model", "it is not replaced", overwrite=True)
+    assert_refused(tmp_path / "model", "it is not replaced", overwrite=True)
 
 
-# Records
+# Hashes and files
 
 
-def test_a_file_is_hashed_with_sha_256(tmp_path):
+def test_hash_file_equals_sha256(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"abc")
     assert hash_file(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -239,7 +241,7 @@ def test_a_file_is_hashed_with_sha_256(tmp_path):
     assert hash_file(file) == hashlib.sha256(bytes(3_000_000)).hexdigest()
 
 
-def test_files_are_recorded_with_sorted_forward_slash_paths(tmp_path):
+def test_record_files_returns_sorted_posix_paths(tmp_path):
     for name in ("b", "a/z", "a/y/x", ".hidden"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -250,14 +252,14 @@ def test_files_are_recorded_with_sorted_forward_slash_paths(tmp_path):
     assert records[3].sha256 == hashlib.sha256(b"b").hexdigest()
 
 
-def test_files_below_a_folder_keep_their_paths_from_the_root(tmp_path):
+def test_record_files_below_directory_keeps_paths_from_root(tmp_path):
     for name in ("graph", "policy/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert [record.path for record in record_files(tmp_path, "policy")] == ["policy/config.json"]
 
 
-def test_a_fingerprint_depends_on_paths_and_contents_and_not_on_their_order():
+def test_fingerprint_depends_on_paths_and_contents_not_order():
     first, second = FileRecord("a", 1, "0" * 64), FileRecord("b", 1, "1" * 64)
     names = {
         fingerprint((first, second)),
@@ -271,7 +273,7 @@ def test_a_fingerprint_depends_on_paths_and_contents_and_not_on_their_order():
     assert fingerprint((first, second)) == fingerprint((second, first))
 
 
-def test_json_is_written_for_people(tmp_path):
+def test_write_json_is_indented_unicode(tmp_path):
     write_json(tmp_path / "file.json", {"name": "Größe 日本", "numbers": [1, 2.5, None]})
     text = (tmp_path / "file.json").read_text(encoding="utf-8")
     assert text.startswith('{\n  "name": "Größe 日本",\n')
@@ -279,7 +281,7 @@ def test_json_is_written_for_people(tmp_path):
     assert json.loads(text) == {"name": "Größe 日本", "numbers": [1, 2.5, None]}
 
 
-def test_an_atomic_write_replaces_the_file_when_its_block_ends(tmp_path):
+def test_atomic_write_replaces_file_when_block_ends(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     with atomic_write(path) as partial:
@@ -291,7 +293,7 @@ def test_an_atomic_write_replaces_the_file_when_its_block_ends(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_atomic_write_that_raises_keeps_the_old_file(tmp_path, error):
+def test_atomic_write_failing_block_keeps_old_file(tmp_path, error):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     with pytest.raises(error), atomic_write(path) as partial:
@@ -301,7 +303,7 @@ def test_an_atomic_write_that_raises_keeps_the_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_atomic_write_makes_a_directory_and_drops_what_a_killed_process_left(tmp_path):
+def test_atomic_write_directory_replaces_leftovers(tmp_path):
     path = tmp_path / "weights"
     left = tmp_path / ".weights.partial"
     write_kind(left)
@@ -323,7 +325,7 @@ with exclusive(Path(sys.argv[1]), "taken"):
 """
 
 
-def test_a_lock_is_refused_while_another_process_holds_it_and_free_when_that_is_killed(tmp_path):
+def test_exclusive_held_lock_is_refused_until_holder_is_killed(tmp_path):
     lock = tmp_path / ".lock"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(lock)],
@@ -347,7 +349,7 @@ def test_a_lock_is_refused_while_another_process_holds_it_and_free_when_that_is_
     assert lock.read_bytes() == b""
 
 
-def test_a_file_system_without_locks_is_an_error_and_leaves_no_marker(tmp_path, monkeypatch):
+def test_exclusive_without_lock_support_raises_and_leaves_no_marker(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOSYS, "no locks here")
 

@@ -1,3 +1,5 @@
+"""Bundles: opening, refusing damaged files, and refusing invalid manifests."""
+
 import json
 import os
 import re
@@ -42,7 +44,7 @@ def manifest_of(root, policy_path="policy"):
         policy=PolicyRecord(
             path=policy_path,
             prompt=PromptTemplate("<image> {instruction}", "<image>"),
-            width=64,
+            hidden_size=64,
             min_pixels=784,
             max_pixels=12_544,
             files=policy_files,
@@ -80,10 +82,10 @@ def change_manifest(root, change):
     file.write_text(json.dumps(data))
 
 
-# A good bundle
+# Valid bundles
 
 
-def test_a_bundle_opens_with_what_was_written(root):
+def test_open_bundle_returns_written_manifest(root):
     bundle = open_bundle(root)
     assert bundle.manifest == manifest_of(root)
     assert bundle.graph_path(PRIOR) == root / "prior.onnx"
@@ -92,12 +94,12 @@ def test_a_bundle_opens_with_what_was_written(root):
     assert open_bundle(str(root)) == bundle
 
 
-def test_a_bundle_can_be_moved(root):
+def test_open_bundle_moved_directory_opens(root):
     moved = root.rename(root.parent / "elsewhere")
     assert open_bundle(moved).policy_path == moved / "policy"
 
 
-def test_a_bundle_may_refer_to_a_policy_elsewhere(root, tmp_path):
+def test_open_bundle_absolute_external_policy_is_checked(root, tmp_path):
     outside = shutil.move(root / "policy", tmp_path / "shared policy")
     (root / MANIFEST_FILE).unlink()
     write_manifest(root, manifest_of(root, str(outside)))
@@ -112,7 +114,7 @@ def test_a_bundle_may_refer_to_a_policy_elsewhere(root, tmp_path):
         open_bundle(root)
 
 
-def test_a_bundle_may_refer_to_a_policy_beside_it(root):
+def test_open_bundle_relative_external_policy_moves_along(root):
     shutil.move(root / "policy", root.parent / "beside")
     (root / MANIFEST_FILE).unlink()
     write_manifest(root, manifest_of(root, "../beside"))
@@ -125,14 +127,14 @@ def test_a_bundle_may_refer_to_a_policy_beside_it(root):
         open_bundle(moved)
 
 
-def test_reading_the_manifest_touches_no_other_file(root):
+def test_read_manifest_needs_no_other_file(root):
     for name in GRAPH_FILES:
         (root / name).unlink()
     shutil.rmtree(root / "policy")
     assert read_manifest(root).checkpoint_note == "made by hand"
 
 
-# Files that are not the ones that were written
+# Damaged files
 
 
 @pytest.fixture(params=[*GRAPH_FILES, *(f"policy/{name}" for name in POLICY_FILES)])
@@ -140,7 +142,7 @@ def damaged(request, root):
     return root / request.param
 
 
-def test_a_changed_byte_is_found(root, damaged):
+def test_open_bundle_changed_byte_is_refused(root, damaged):
     content = bytearray(damaged.read_bytes())
     content[5] ^= 1
     damaged.write_bytes(content)
@@ -148,84 +150,84 @@ def test_a_changed_byte_is_found(root, damaged):
         open_bundle(root)
 
 
-def test_a_truncated_file_is_found(root, damaged):
+def test_open_bundle_truncated_file_is_refused(root, damaged):
     size = damaged.stat().st_size
     os.truncate(damaged, size - 1)
     with pytest.raises(
-        BundleIntegrityError, match=f"{damaged} has {size - 1} bytes, not {size}: it was cut short"
+        BundleIntegrityError, match=f"{damaged} has {size - 1} bytes, not {size}: it was truncated"
     ):
         open_bundle(root)
 
 
-def test_an_emptied_file_is_found(root, damaged):
+def test_open_bundle_emptied_file_is_refused(root, damaged):
     os.truncate(damaged, 0)
     with pytest.raises(BundleIntegrityError, match=f"{damaged} has 0 bytes"):
         open_bundle(root)
 
 
-def test_a_missing_file_is_found(root, damaged):
+def test_open_bundle_missing_file_is_refused(root, damaged):
     damaged.unlink()
     with pytest.raises(BundleIntegrityError, match=f"{damaged} is missing.*Export the checkpoint"):
         open_bundle(root)
 
 
-def test_a_folder_in_place_of_a_file_is_found(root, damaged):
+def test_open_bundle_directory_instead_of_file_is_refused(root, damaged):
     damaged.unlink()
     damaged.mkdir()
     with pytest.raises(BundleIntegrityError, match=f"{damaged} is missing"):
         open_bundle(root)
 
 
-def test_a_link_to_the_same_content_is_refused(root, damaged, tmp_path):
+def test_open_bundle_link_to_same_content_is_refused(root, damaged, tmp_path):
     damaged.rename(tmp_path / "outside")
     damaged.symlink_to(tmp_path / "outside")
     with pytest.raises(BundleIntegrityError, match=f"{damaged} is a link"):
         open_bundle(root)
 
 
-def test_every_damaged_file_is_named_at_once(root):
+def test_open_bundle_several_damaged_files_are_all_named(root):
     (root / "prior.onnx").unlink()
     (root / "mask_decoder.onnx").write_text("other")
-    with pytest.raises(BundleIntegrityError, match=r"mask_decoder\.onnx") as refusal:
+    with pytest.raises(BundleIntegrityError, match=r"mask_decoder\.onnx") as caught:
         open_bundle(root)
-    assert "prior.onnx is missing" in str(refusal.value)
+    assert "prior.onnx is missing" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "name",
     ["extra.onnx", "graphs/extra.onnx", ".hidden", "policy/extra.py", "policy/tokenizer/extra.bin"],
 )
-def test_an_extra_file_is_refused_by_name(root, name):
+def test_open_bundle_extra_file_is_refused(root, name):
     write_files(root, [name])
     with pytest.raises(BundleIntegrityError, match=f"{root / name} is not a file of this bundle"):
         open_bundle(root)
 
 
 @pytest.mark.parametrize("name", ["extra", "policy/extra"])
-def test_a_link_to_a_directory_is_refused(root, tmp_path, name):
+def test_open_bundle_link_to_directory_is_refused(root, tmp_path, name):
     (root / name).symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(BundleIntegrityError, match=f"{root / name} is a link"):
         open_bundle(root)
 
 
-def test_a_link_to_nothing_is_refused(root):
+def test_open_bundle_dangling_link_is_refused(root):
     (root / "extra").symlink_to(root / "nowhere")
     with pytest.raises(BundleIntegrityError, match=f"{root / 'extra'} is a link"):
         open_bundle(root)
 
 
-def test_a_missing_policy_is_named(root):
+def test_open_bundle_missing_policy_is_named(root):
     shutil.rmtree(root / "policy")
     with pytest.raises(BundleIntegrityError, match="policy is missing"):
         open_bundle(root)
 
 
-# Manifests that lead elsewhere
+# Manifests with paths outside
 
 
 @pytest.mark.parametrize("place", ["files", "policy"])
 @pytest.mark.parametrize("path", ["../outside", "a/../../outside", "/etc/hostname", ".."])
-def test_a_listed_path_that_leaves_the_bundle_is_refused(root, place, path):
+def test_open_bundle_listed_path_outside_is_refused(root, place, path):
     write_files(root.parent, ["outside"])
     record = {"path": path, "size_bytes": 1, "sha256": "0" * 64}
 
@@ -240,7 +242,7 @@ def test_a_listed_path_that_leaves_the_bundle_is_refused(root, place, path):
 @pytest.mark.parametrize(
     "path", ["../outside.onnx", "/elsewhere/outside.onnx", "missing.onnx", "", "."]
 )
-def test_a_graph_whose_file_is_not_listed_is_refused(root, path):
+def test_open_bundle_unlisted_graph_file_is_refused(root, path):
     write_files(root.parent, ["outside.onnx"])
 
     def change(data):
@@ -252,7 +254,7 @@ def test_a_graph_whose_file_is_not_listed_is_refused(root, path):
 
 
 @pytest.mark.parametrize("path", ["policy/../../outside", "elsewhere", "", "."])
-def test_a_policy_path_of_another_form_is_refused(root, path):
+def test_open_bundle_other_policy_path_is_refused(root, path):
     shutil.copytree(root / "policy", root.parent / "outside")
 
     def change(data):
@@ -263,11 +265,11 @@ def test_a_policy_path_of_another_form_is_refused(root, path):
         open_bundle(root)
 
 
-# Manifests that cannot be read
+# Invalid manifests
 
 
 @pytest.mark.parametrize("reader", [read_manifest, open_bundle])
-def test_a_place_without_a_bundle_is_refused_with_the_command_that_makes_one(tmp_path, reader):
+def test_read_manifest_without_bundle_names_export_command(tmp_path, reader):
     for place in (tmp_path, tmp_path / "nowhere"):
         message = rf"no bundle at {place} \(no manifest\.json\); `coprs-deploy export .* {place}`"
         with pytest.raises(BundleError, match=message):
@@ -275,8 +277,8 @@ def test_a_place_without_a_bundle_is_refused_with_the_command_that_makes_one(tmp
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "1", None])
-def test_another_schema_version_is_refused_before_anything_else(root, version):
-    (root / MANIFEST_FILE).write_text(json.dumps({"schema_version": version, "news": 1}))
+def test_open_bundle_other_schema_version_is_refused_first(root, version):
+    (root / MANIFEST_FILE).write_text(json.dumps({"schema_version": version, "extra": 1}))
     message = (
         rf"schema_version is {version!r} in .*manifest\.json; accepted: {SCHEMA_VERSION}; "
         r"export the checkpoint again: `coprs-deploy export CHECKPOINT --out .* --overwrite`"
@@ -288,14 +290,14 @@ def test_another_schema_version_is_refused_before_anything_else(root, version):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b'{"schema_version": 1,}', b"\xff\xfe\x00", b"PK\3"]
 )
-def test_a_manifest_that_is_no_json_is_refused_by_name(root, content):
+def test_open_bundle_manifest_without_json_is_refused(root, content):
     (root / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json is not valid: .*; export"):
         open_bundle(root)
 
 
 @pytest.mark.parametrize("data", [[], "bundle", 1, None])
-def test_a_manifest_of_another_form_is_refused(root, data):
+def test_open_bundle_manifest_with_other_json_is_refused(root, data):
     (root / MANIFEST_FILE).write_text(json.dumps(data))
     with pytest.raises(BundleError, match="schema_version is None"):
         open_bundle(root)
@@ -305,27 +307,27 @@ def test_a_manifest_of_another_form_is_refused(root, data):
     ("change", "message"),
     [
         (lambda data: data.pop("files"), "missing required field `files`"),
-        (lambda data: data.update(news=1), "unknown field `news`"),
+        (lambda data: data.update(extra=1), "unknown field `extra`"),
         (lambda data: data["files"][0].update(size_bytes="1"), r"size_bytes"),
         (lambda data: data["geometry"].update(image_size=100), "image_size is 100"),
         (lambda data: data["policy"]["prompt"].update(text="none"), "exactly once"),
         (lambda data: data.update(schema_version=True), "schema_version"),
     ],
 )
-def test_a_field_that_does_not_fit_is_named(root, change, message):
+def test_open_bundle_wrong_manifest_field_is_named(root, change, message):
     change_manifest(root, change)
     with pytest.raises(BundleError, match=rf"manifest\.json is not valid: .*{message}"):
         open_bundle(root)
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_a_missing_graph_is_named(root, name):
+def test_read_manifest_missing_graph_is_named(root, name):
     change_manifest(root, lambda data: data["graphs"].pop(name))
     with pytest.raises(BundleError, match=f"lists no graph '{name}'; export"):
         read_manifest(root)
 
 
-def test_a_graph_listed_under_the_name_of_another_one_is_refused(root):
+def test_open_bundle_swapped_graphs_are_refused(root):
     def change(data):
         graphs = data["graphs"]
         graphs[PRIOR], graphs[MASK_DECODER] = graphs[MASK_DECODER], graphs[PRIOR]
@@ -335,11 +337,11 @@ def test_a_graph_listed_under_the_name_of_another_one_is_refused(root):
         open_bundle(root)
 
 
-def test_integrity_is_a_failed_check_and_a_missing_bundle_wrong_use(root, tmp_path):
+def test_open_bundle_errors_have_exit_code_1_for_integrity_and_2_for_missing(root, tmp_path):
     (root / "prior.onnx").unlink()
-    with pytest.raises(BundleError) as refusal:
+    with pytest.raises(BundleError) as caught:
         open_bundle(root)
-    assert refusal.value.exit_code == 1
-    with pytest.raises(BundleError) as refusal:
+    assert caught.value.exit_code == 1
+    with pytest.raises(BundleError) as caught:
         open_bundle(tmp_path / "nowhere")
-    assert refusal.value.exit_code == 2
+    assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Processor, memory, versions: on systems that report them and on those that do not."""
+"""Processor, memory and versions, with and without ``/proc``."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ flags\t\t: fpu
 
 
 @pytest.mark.parametrize("unit", ["avx512_vnni", "avx_vnni", "amx_int8"])
-def test_int8_units_are_found(unit, monkeypatch):
+def test_processor_int8_instructions_are_found(unit, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: CPUINFO.format(unit))
     found = describe_processor()
     assert found.name == "A Processor"
@@ -37,7 +37,7 @@ def test_int8_units_are_found(unit, monkeypatch):
     assert found.has_int8_units
 
 
-def test_a_processor_without_them_has_none(monkeypatch):
+def test_processor_without_int8_instructions_has_none(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: CPUINFO.format("fma"))
     assert not describe_processor().has_int8_units
 
@@ -51,17 +51,17 @@ def unreadable_proc(monkeypatch):
 
 
 @pytest.mark.usefixtures("unreadable_proc")
-def test_a_system_that_tells_nothing_still_has_a_name():
+def test_processor_without_proc_has_name_and_cores():
     found = describe_processor()
     assert found.name and found.units == () and found.cores > 0
 
 
-def test_it_is_a_record():
+def test_processor_survives_json():
     found = describe_processor()
     assert Processor.from_json(found.to_json()) == found
 
 
-def test_peak_memory_covers_an_array_that_was_written():
+def test_peak_memory_covers_written_array():
     before = peak_memory_bytes()
     array = np.ones(200_000_000, np.uint8)
     assert peak_memory_bytes() >= array.nbytes
@@ -74,7 +74,7 @@ def test_peak_memory_is_read_in_kibibytes(monkeypatch):
 
 
 @pytest.mark.usefixtures("unreadable_proc")
-def test_peak_memory_without_proc_falls_back_to_resource_usage():
+def test_peak_memory_without_proc_uses_resource_usage():
     assert peak_memory_bytes() > 2**20
 
 
@@ -85,19 +85,19 @@ def test_available_memory_is_read_in_kibibytes(monkeypatch):
 
 
 @pytest.mark.usefixtures("unreadable_proc")
-def test_available_memory_without_proc_is_half_of_the_physical():
+def test_available_memory_without_proc_is_half_of_physical():
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_memory_bytes() == pages // 2
 
 
-def test_installed_versions_name_python_and_the_packages_that_are_there():
+def test_installed_versions_contain_python_and_installed_packages():
     found = installed_versions()
     assert found["python"] == platform.python_version()
     assert found["numpy"] == np.__version__
     assert set(found) <= {"python", *PACKAGES}
 
 
-def test_the_environment_names_versions_machine_and_commit():
+def test_environment_contains_versions_machine_and_commit():
     found = environment()
     assert set(found) == {"versions", "python", "machine", "commit"}
     assert set(found["versions"]) == set(TOOLCHAIN)

@@ -1,3 +1,5 @@
+"""Sizes of the model: the public ones, and refusing impossible ones."""
+
 import pytest
 
 from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
@@ -12,7 +14,7 @@ from coprs_deploy.specs import Geometry
         ("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
     ],
 )
-def test_the_public_sizes_are_those_of_sam(name, width, depth, heads, global_blocks):
+def test_sam_sizes_public_equal_sam(name, width, depth, heads, global_blocks):
     config = SAM_SIZES[name]
     assert (config.encoder_embed_dim, config.encoder_depth, config.encoder_num_heads) == (
         width,
@@ -25,12 +27,12 @@ def test_the_public_sizes_are_those_of_sam(name, width, depth, heads, global_blo
     assert (config.decoder_depth, config.decoder_num_heads, config.decoder_mlp_dim) == (2, 8, 2048)
 
 
-def test_the_named_sizes_are_listed():
+def test_sam_sizes_names_are_complete():
     assert list(SAM_SIZES) == ["vit_b", "vit_l", "vit_h", "tiny"]
 
 
 @pytest.mark.parametrize("name", SAM_SIZES)
-def test_every_named_size_survives_json(name):
+def test_sam_sizes_survive_json(name):
     config = SegmentationConfig(policy_hidden_size=64, sam=SAM_SIZES[name])
     assert SegmentationConfig.from_json(config.to_json()) == config
 
@@ -47,33 +49,33 @@ def test_every_named_size_survives_json(name):
         ({"mask_in_chans": 6}, "mask_in_chans is 6; it must be a multiple of 4"),
         (
             {"encoder_global_attn_indexes": (2, 12)},
-            "names block 12; the encoder has blocks 0 to 11",
+            "names block 12; accepted: 0 to 11",
         ),
-        ({"encoder_global_attn_indexes": (-1,)}, "names block -1; the encoder has blocks 0 to 11"),
+        ({"encoder_global_attn_indexes": (-1,)}, "names block -1; accepted: 0 to 11"),
     ],
 )
-def test_an_impossible_sam_is_refused(values, message):
+def test_sam_config_impossible_sizes_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         SamConfig(**values)
 
 
-def test_an_encoder_without_global_attention_is_accepted():
+def test_sam_config_without_global_blocks_is_accepted():
     assert SamConfig(encoder_global_attn_indexes=()).encoder_global_attn_indexes == ()
 
 
 @pytest.mark.parametrize("width", [0, -64])
-def test_a_policy_without_width_is_refused(width):
+def test_segmentation_config_hidden_size_below_one_is_refused(width):
     with pytest.raises(ValueError, match=f"policy_hidden_size is {width}; it must be at least 1"):
         SegmentationConfig(policy_hidden_size=width)
 
 
-def test_prior_heads_divide_the_embedding_channels():
+def test_segmentation_config_prior_heads_must_divide_channels():
     assert SegmentationConfig(policy_hidden_size=8, prior_num_heads=16).prior_num_heads == 16
     with pytest.raises(ValueError, match="prior_num_heads is 3; it must divide the 256 embedding"):
         SegmentationConfig(policy_hidden_size=8, prior_num_heads=3)
 
 
-def test_a_fault_inside_nested_data_is_a_value_error_with_its_place():
+def test_segmentation_config_nested_error_has_its_path():
     data = SegmentationConfig(policy_hidden_size=8).to_json()
     data["sam"]["geometry"]["patch_size"] = 15
     with pytest.raises(ValueError, match=r"patch_size is 15.*\$\.sam\.geometry"):
@@ -81,7 +83,7 @@ def test_a_fault_inside_nested_data_is_a_value_error_with_its_place():
 
 
 @pytest.mark.parametrize("name", ["encoder_num_heads", "decoder_num_heads", "prior_num_heads"])
-def test_no_heads_are_refused_by_name(name):
+def test_segmentation_config_zero_heads_are_refused(name):
     data = SegmentationConfig(policy_hidden_size=8).to_json()
     place = data if name in data else data["sam"]
     place[name] = 0
@@ -101,12 +103,12 @@ def test_no_heads_are_refused_by_name(name):
         ("iou_head_hidden_dim", 0),
     ],
 )
-def test_a_size_below_one_is_refused_by_name(name, value):
+def test_sam_config_size_below_one_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
         SamConfig(**{name: value})
 
 
 @pytest.mark.parametrize("channels", [0, -256])
-def test_a_geometry_without_channels_is_refused(channels):
+def test_geometry_channels_below_one_are_refused(channels):
     with pytest.raises(ValueError, match="out_chans"):
         Geometry(out_chans=channels)

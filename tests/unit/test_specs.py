@@ -1,3 +1,5 @@
+"""Records, geometry, optimization profiles and the specifications of the graphs."""
+
 import json
 
 import pytest
@@ -20,7 +22,7 @@ from coprs_deploy.specs import (
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 
 
-def test_the_default_geometry_is_that_of_sam():
+def test_geometry_default_equals_sam():
     geometry = Geometry()
     assert (geometry.image_size, geometry.grid_size, geometry.mask_size) == (1024, 64, 256)
     assert geometry.mask_stride == 4
@@ -32,7 +34,7 @@ def test_the_default_geometry_is_that_of_sam():
 
 @PROPERTY
 @given(quarters=st.integers(1, 8), patches=st.integers(1, 64))
-def test_grid_mask_and_stride_tile_the_image(quarters, patches):
+def test_geometry_grid_mask_and_stride_tile_the_image(quarters, patches):
     geometry = Geometry(image_size=4 * quarters * patches, patch_size=4 * quarters)
     assert geometry.grid_size == patches
     assert geometry.mask_size == 4 * patches
@@ -53,25 +55,25 @@ def test_grid_mask_and_stride_tile_the_image(quarters, patches):
         ({"pixel_std": (1.0, 1.0, -2.0)}, "above 0"),
     ],
 )
-def test_an_impossible_geometry_is_refused(values, message):
+def test_geometry_impossible_sizes_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Geometry(**values)
 
 
-def test_records_are_frozen_and_compare_by_value():
+def test_record_is_frozen_and_compares_by_value():
     assert Geometry() == Geometry()
     with pytest.raises(AttributeError):
         Geometry().image_size = 512
 
 
-def test_a_record_survives_a_json_file():
+def test_record_from_json_returns_equal_record():
     spec = graph_specs(Geometry(image_size=128, patch_size=8), 64, OptimizationProfile(1, 4, 16))[
         PRIOR
     ]
     assert GraphSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def test_a_record_is_written_field_by_field():
+def test_record_to_json_contains_each_field():
     data = TensorSpec("image", "float32", (1, "targets")).to_json()
     assert json.loads(json.dumps(data)) == {
         "name": "image",
@@ -91,12 +93,12 @@ def test_a_record_is_written_field_by_field():
         ({"image_size": 1000}, "image_size is 1000"),
     ],
 )
-def test_reading_a_record_names_what_is_wrong(change, message):
+def test_record_from_json_wrong_field_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         Geometry.from_json({**Geometry().to_json(), **change})
 
 
-def test_reading_a_record_names_the_place_of_a_nested_fault():
+def test_record_from_json_nested_error_has_its_path():
     data = graph_specs(Geometry(), 64)[PRIOR].to_json()
     data["inputs"][1]["dtype"] = 7
     with pytest.raises(ValueError, match=r"\$\.inputs\[1\]\.dtype|\$\.inputs\[\.\.\.\]\.dtype"):
@@ -107,7 +109,7 @@ def test_reading_a_record_names_the_place_of_a_nested_fault():
 
 
 @pytest.mark.parametrize("data", [None, [], "geometry", 7])
-def test_reading_a_record_from_something_else_is_refused(data):
+def test_record_from_json_other_data_is_refused(data):
     with pytest.raises(ValueError, match="Expected `object`"):
         Geometry.from_json(data)
 
@@ -124,22 +126,22 @@ def test_reading_a_record_from_something_else_is_refused(data):
         (" 2 , 2 , 3 ", (2, 2, 3)),
     ],
 )
-def test_a_profile_is_read_from_text(text, expected):
+def test_profile_parse_valid_text_returns_numbers(text, expected):
     profile = OptimizationProfile.parse(text)
     assert (profile.min, profile.opt, profile.max) == expected
     assert profile.is_static == (expected[0] == expected[2])
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,2", "1,2,3,4", "a", "-1", "1.5", "1;2;3", "1,,3"])
-def test_a_profile_of_another_form_is_refused(text):
+def test_profile_parse_other_text_is_refused(text):
     with pytest.raises(ValueError, match=r"accepted: N, or min,opt,max") as refusal:
         OptimizationProfile.parse(text)
     assert repr(text) in str(refusal.value)
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 0), (0, 1, 2), (2, 1, 3), (1, 4, 3), (3, 2, 1)])
-def test_a_profile_out_of_order_is_refused(numbers):
-    message = r"accepted: 1 <= min <= preferred <= max"
+def test_profile_out_of_order_is_refused(numbers):
+    message = r"accepted: 1 <= min <= opt <= max"
     with pytest.raises(ValueError, match=message):
         OptimizationProfile(*numbers)
     with pytest.raises(ValueError, match=message):
@@ -161,12 +163,12 @@ def test_a_profile_out_of_order_is_refused(numbers):
         ("float32", (), False),
     ],
 )
-def test_a_tensor_fits_by_dtype_and_by_every_numbered_dimension(dtype, shape, is_accepted):
+def test_tensor_spec_accepts_compares_dtype_and_fixed_dimensions(dtype, shape, is_accepted):
     spec = TensorSpec("concentration", "float32", ("targets", 64))
     assert spec.accepts(dtype, shape) is is_accepted
 
 
-def test_a_tensor_reads_well_in_a_message():
+def test_tensor_spec_str_shows_name_dtype_and_shape():
     spec = TensorSpec("concentration", "float32", ("targets", 64))
     assert str(spec) == "concentration: float32 (targets, 64)"
 
@@ -175,7 +177,7 @@ def signature(tensors):
     return [str(tensor) for tensor in tensors]
 
 
-def test_the_graphs_of_sam_have_the_shapes_of_the_contract():
+def test_graph_specs_sam_have_contract_shapes():
     specs = graph_specs(Geometry(), 3584)
     assert tuple(specs) == GRAPH_NAMES == (IMAGE_ENCODER, PRIOR, MASK_DECODER)
     assert all(spec.name == name for name, spec in specs.items())
@@ -195,7 +197,7 @@ def test_the_graphs_of_sam_have_the_shapes_of_the_contract():
     }
 
 
-def test_a_range_of_targets_gives_a_named_dimension_and_leaves_the_image_encoder_alone():
+def test_graph_specs_targets_profile_gives_symbolic_dimension_except_encoder():
     profile = OptimizationProfile(1, 4, 16)
     specs = graph_specs(Geometry(), 64, profile)
     assert specs[PRIOR].inputs[1].shape == ("targets", 64)
@@ -206,13 +208,13 @@ def test_a_range_of_targets_gives_a_named_dimension_and_leaves_the_image_encoder
     assert specs[IMAGE_ENCODER] == graph_specs(Geometry(), 64)[IMAGE_ENCODER]
 
 
-def test_a_fixed_number_of_targets_gives_a_static_shape():
+def test_graph_specs_fixed_targets_give_static_shape():
     specs = graph_specs(Geometry(), 64, OptimizationProfile(3, 3, 3))
     assert specs[PRIOR].inputs[1].shape == (3, 64)
     assert specs[MASK_DECODER].outputs[0].shape == (3, 1, 256, 256)
 
 
-def test_the_encoder_counts_images_and_the_others_targets():
+def test_graph_specs_images_profile_applies_to_encoder_only():
     geometry = Geometry(image_size=128, patch_size=8)
     targets, images = OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8)
     specs = graph_specs(geometry, 64, targets, images)
@@ -224,7 +226,7 @@ def test_the_encoder_counts_images_and_the_others_targets():
         assert specs[name].inputs[0].shape == (1, 256, 16, 16)
 
 
-def test_the_number_of_a_call_is_read_off_its_inputs():
+def test_graph_spec_count_of_returns_number_from_input_shapes():
     specs = graph_specs(Geometry(), 64, OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8))
     assert specs[IMAGE_ENCODER].count_of({"image": (5, 3, 1024, 1024)}) == 5
     shapes = {"image_embedding": (1, 256, 64, 64), "concentration": (7, 64)}
@@ -233,6 +235,6 @@ def test_the_number_of_a_call_is_read_off_its_inputs():
 
 
 @pytest.mark.parametrize("text", ["x", "1,2", "3,2,1", "0"])
-def test_an_error_of_a_profile_names_its_option(text):
+def test_profile_parse_error_names_option(text):
     with pytest.raises(ValueError, match=f"images is '{text}'"):
         OptimizationProfile.parse(text, "images")

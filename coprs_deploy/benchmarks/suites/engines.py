@@ -13,8 +13,8 @@ from coprs_deploy.benchmarks.report import LeftOut, Work
 from coprs_deploy.benchmarks.workshop import PREPARE_SECONDS, Model, Workshop, version_of
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.engines import openvino_runner
-from coprs_deploy.export.equivalence import TOLERANCES
 from coprs_deploy.export.precision import FP32, INT8
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER
 
 NAME = "engines"

@@ -13,7 +13,7 @@ from coprs_deploy.benchmarks.workshop import PREPARE_SECONDS, Workshop, version_
 from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import MissingDependencyError
-from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.export.tolerances import TOLERANCES
 
 NAME = "export"
 SUMMARY = "exports and engine builds: time, peak memory, size"

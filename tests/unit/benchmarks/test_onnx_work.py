@@ -75,7 +75,7 @@ def test_products_of_every_kind(tmp_path, operator, weight, shape_in, shape_out,
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_products_of_the_shipped_graphs_are_those_that_pytorch_counts(name):
     source = read_checkpoint(demo.CHECKPOINT)
-    stage = load_segmentation_model(source).stages()[name]
+    stage = load_segmentation_model(source).graph_modules()[name]
     spec = graph_specs(source.config.model.geometry, source.config.model.policy_width)[name]
     inputs = [torch.ones(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs]
     # PyTorch counts attention only where it is written out as products.

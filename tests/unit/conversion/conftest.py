@@ -1,4 +1,4 @@
-"""Small files of the kinds that people have: SAM weights and public training checkpoints."""
+"""Small files in public formats: SAM weights and training checkpoints."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coprs_deploy.conversion.converters import random_tensors
-from coprs_deploy.conversion.random_policy import generate_policy
+from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.specs import Geometry
 
@@ -18,7 +18,7 @@ SCRIPT_WITHOUT_REFERENCE = ("<think>", " this", " policy", " is", " untuned", "<
 
 @pytest.fixture(scope="session")
 def sam_config() -> SamConfig:
-    """Sizes that can be read off the weights: the decoder has the eight heads of the public SAM."""
+    """Sizes that weights can show: the decoder has the eight heads of the public SAM."""
     return SamConfig(
         encoder_embed_dim=48,
         encoder_depth=2,
@@ -35,7 +35,7 @@ def sam_config() -> SamConfig:
 
 @pytest.fixture(scope="session")
 def trained_tensors(sam_config) -> dict[str, torch.Tensor]:
-    """Weights of a whole segmentation path, as if trained."""
+    """Weights of a segmentation model, as if trained."""
     config = SegmentationConfig(policy_hidden_size=WIDTH, sam=sam_config)
     tensors = random_tensors(config, seed=7)
     generator = torch.Generator().manual_seed(8)
@@ -47,7 +47,7 @@ def trained_tensors(sam_config) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def sam_tensors(sam_config) -> dict[str, torch.Tensor]:
-    """Weights of SAM's three parts, other ones than ``trained_tensors``."""
+    """Weights of SAM, different from ``trained_tensors``."""
     tensors = random_tensors(SegmentationConfig(policy_hidden_size=WIDTH, sam=sam_config), seed=1)
     return {name: t for name, t in tensors.items() if not name.startswith("prior.")}
 
@@ -62,16 +62,16 @@ def sam_file(sam_tensors, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def untuned_policy(tmp_path_factory) -> Path:
-    """An ordinary policy directory: its tokenizer has no ``<REF_POS>``, its table spare rows."""
+    """Policy directory without ``<REF_POS>`` in its tokenizer, with spare embedding rows."""
     directory = tmp_path_factory.mktemp("untuned")
     script = SCRIPT_WITHOUT_REFERENCE
-    generate_policy("tiny", script=script, has_reference_token=False).save(directory)
+    build_random_policy("tiny", script=script, has_reference_token=False).save(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def tuned_policy(tmp_path_factory) -> Path:
-    """A policy directory whose tokenizer has ``<REF_POS>``."""
+    """Policy directory whose tokenizer has ``<REF_POS>``."""
     directory = tmp_path_factory.mktemp("tuned")
-    generate_policy("tiny", seed=3).save(directory)
+    build_random_policy("tiny", seed=3).save(directory)
     return directory

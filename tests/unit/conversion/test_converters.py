@@ -1,4 +1,4 @@
-"""The three ways to a checkpoint, each from small files of the real kinds."""
+"""The three conversions, from small files in the public formats."""
 
 import dataclasses
 import shutil
@@ -18,7 +18,7 @@ from coprs_deploy.conversion import (
 )
 from coprs_deploy.conversion.converters import random_tensors
 from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_random_policy
 from coprs_deploy.errors import ArtifactError, CheckpointError, ConversionError
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.policy import PolicyRequest
@@ -41,32 +41,32 @@ def assert_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-def answer_of(checkpoint, picture=None):
-    """Ask a checkpoint's policy one thing."""
+def generate(checkpoint):
+    """Run a checkpoint's policy on one request."""
     config = checkpoint.config
     limits = config.policy_image
-    rgb = np.zeros((56, 56, 3), dtype=np.uint8) if picture is None else picture
+    image = np.zeros((56, 56, 3), dtype=np.uint8)
     with TransformersPolicy(
         checkpoint.policy_path,
         config.prompt,
         min_pixels=limits.min_pixels,
         max_pixels=min(limits.max_pixels, 12_544),
     ) as policy:
-        return list(policy.stream(PolicyRequest(rgb, "the cup", max_new_tokens=12)))[-1]
+        return list(policy.stream(PolicyRequest(image, "the cup", max_new_tokens=12)))[-1]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(untuned_policy, sam_file, tmp_path_factory):
-    """An ordinary policy joined with SAM."""
-    out = tmp_path_factory.mktemp("joined") / "checkpoint"
+    """An untuned policy combined with SAM."""
+    out = tmp_path_factory.mktemp("combined") / "checkpoint"
     return checkpoint_from_policy_and_sam(untuned_policy, sam_file, out)
 
 
 class TestPolicyAndSam:
-    def test_what_was_written_is_what_is_read_back(self, checkpoint):
+    def test_policy_and_sam_checkpoint_is_read_back(self, checkpoint):
         assert read_checkpoint(checkpoint.path) == checkpoint
 
-    def test_the_segmentation_weights_are_sams_and_a_fresh_prior(
+    def test_policy_and_sam_weights_equal_sam_and_untrained_prior(
         self, checkpoint, sam_tensors, sam_config
     ):
         assert checkpoint.config.model == SegmentationConfig(policy_hidden_size=64, sam=sam_config)
@@ -77,7 +77,7 @@ class TestPolicyAndSam:
         assert all(float(tensor.abs().max()) > 0 for tensor in prior.values())
         assert prior["prior.fuser.2.bias"].tolist() == pytest.approx([-1.8])
 
-    def test_the_fresh_prior_follows_the_seed(self, untuned_policy, sam_file, tmp_path):
+    def test_policy_and_sam_prior_follows_seed(self, untuned_policy, sam_file, tmp_path):
         heads = [
             stored_tensors(
                 checkpoint_from_policy_and_sam(
@@ -89,7 +89,7 @@ class TestPolicyAndSam:
         assert torch.equal(heads[0], heads[1])
         assert not torch.equal(heads[0], heads[2])
 
-    def test_the_policy_gains_the_token_and_keeps_the_rest(self, checkpoint, untuned_policy):
+    def test_policy_and_sam_policy_gains_token_only(self, checkpoint, untuned_policy):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.policy_path)
         token = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
         assert tokenizer.added_tokens_decoder[token].special
@@ -105,7 +105,7 @@ class TestPolicyAndSam:
                 assert changed.tolist() == [token]
                 torch.testing.assert_close(after[name][token], tensor[:token].mean(dim=0))
 
-    def test_this_projects_prompt_is_stored_unless_another_is_given(
+    def test_policy_and_sam_prompt_is_default_or_given(
         self, checkpoint, untuned_policy, sam_file, tmp_path
     ):
         assert checkpoint.config.prompt == DEFAULT_PROMPTS["qwen2_5_vl"]
@@ -114,7 +114,7 @@ class TestPolicyAndSam:
         assert read_checkpoint(other.path).config.prompt.text == PROMPT
         assert other.config.prompt.image_token == "<|image_pad|>"
 
-    def test_a_prompt_without_a_place_for_the_instruction_is_refused(
+    def test_policy_and_sam_prompt_without_instruction_is_refused(
         self, untuned_policy, sam_file, tmp_path
     ):
         options = ConversionOptions(prompt="<|image_pad|> find it")
@@ -122,28 +122,28 @@ class TestPolicyAndSam:
             checkpoint_from_policy_and_sam(untuned_policy, sam_file, tmp_path / "c", options)
         assert list(tmp_path.iterdir()) == []
 
-    def test_people_are_told_where_it_comes_from_and_that_it_is_untrained(self, checkpoint):
+    def test_policy_and_sam_provenance_notes_untrained_prior(self, checkpoint):
         provenance = checkpoint.config.provenance
         assert provenance["converter"] == "checkpoint_from_policy_and_sam"
         assert provenance["sam"] == "sam_vit_small.pth"
         assert "untrained" in provenance["note"]
 
-    def test_the_policy_can_be_asked(self, checkpoint):
-        assert answer_of(checkpoint).response.text.startswith("<think> this policy is untuned")
+    def test_policy_and_sam_policy_generates(self, checkpoint):
+        assert generate(checkpoint).response.text.startswith("<think> this policy is untuned")
 
-    def test_it_loads_as_a_model(self, checkpoint, sam_tensors):
+    def test_policy_and_sam_checkpoint_loads_as_model(self, checkpoint, sam_tensors):
         model = load_segmentation_model(checkpoint)
         name = "image_encoder.blocks.1.attn.rel_pos_h"
         assert torch.equal(model.state_dict()[name], sam_tensors[name])
 
-    def test_the_steps_are_announced(self, untuned_policy, sam_file, tmp_path):
+    def test_conversion_steps_are_announced(self, untuned_policy, sam_file, tmp_path):
         steps = []
         checkpoint_from_policy_and_sam(
             untuned_policy, sam_file, tmp_path / "c", progress=steps.append
         )
         assert steps == ["read SAM", "load policy", "write checkpoint"]
 
-    def test_a_source_that_cannot_be_used_leaves_nothing_behind(
+    def test_policy_and_sam_unusable_source_leaves_nothing(
         self, untuned_policy, sam_file, tmp_path
     ):
         broken = tmp_path / "sources" / "sam.pth"
@@ -155,12 +155,10 @@ class TestPolicyAndSam:
                 checkpoint_from_policy_and_sam(policy, sam, out)
         assert not out.parent.exists() or list(out.parent.iterdir()) == []
 
-    def test_sam_weights_with_a_tensor_too_many_are_named(
-        self, untuned_policy, sam_tensors, tmp_path
-    ):
+    def test_policy_and_sam_extra_tensor_is_named(self, untuned_policy, sam_tensors, tmp_path):
         path = tmp_path / "sam.pth"
         torch.save({**sam_tensors, "image_encoder.extra": torch.zeros(1)}, path)
-        with pytest.raises(CheckpointError, match=r"extra: image_encoder\.extra"):
+        with pytest.raises(CheckpointError, match=r"unexpected: image_encoder\.extra"):
             checkpoint_from_policy_and_sam(untuned_policy, path, tmp_path / "c")
         assert not (tmp_path / "c").exists()
 
@@ -170,7 +168,9 @@ class TestOverwriting:
         options = ConversionOptions(overwrite=overwrite)
         return checkpoint_from_policy_and_sam(untuned_policy, sam_file, out, options)
 
-    def test_a_checkpoint_is_replaced_only_when_asked(self, untuned_policy, sam_file, tmp_path):
+    def test_convert_existing_checkpoint_is_replaced_only_with_overwrite(
+        self, untuned_policy, sam_file, tmp_path
+    ):
         out = random_checkpoint(tmp_path / "checkpoint").path
         before = (out / "config.json").read_bytes()
         with pytest.raises(ArtifactError, match="--overwrite"):
@@ -181,16 +181,14 @@ class TestOverwriting:
         assert provenance["converter"] == "checkpoint_from_policy_and_sam"
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
-    def test_a_directory_of_something_else_is_never_replaced(
-        self, untuned_policy, sam_file, tmp_path
-    ):
+    def test_convert_foreign_directory_is_refused(self, untuned_policy, sam_file, tmp_path):
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-        with pytest.raises(ArtifactError, match=r"holds no config\.json: it is not replaced"):
+        with pytest.raises(ArtifactError, match=r"has no config\.json: it is not replaced"):
             self.convert(untuned_policy, sam_file, tmp_path / "photos", overwrite=True)
         assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
-    def test_the_place_is_checked_before_anything_is_read(self, tmp_path):
+    def test_convert_target_is_checked_before_sources(self, tmp_path):
         (tmp_path / "taken").mkdir()
         (tmp_path / "taken" / "file").touch()
         steps = []
@@ -203,7 +201,7 @@ class TestOverwriting:
                 convert(tmp_path / "taken")
         assert steps == []
 
-    def test_a_failed_replacement_keeps_the_old_checkpoint(
+    def test_convert_failed_replacement_keeps_old_checkpoint(
         self, untuned_policy, sam_file, sam_tensors, tmp_path
     ):
         out = random_checkpoint(tmp_path / "checkpoint").path
@@ -216,7 +214,7 @@ class TestOverwriting:
 
 
 def public_names(tensors):
-    """Name trained tensors as the public training code does; the image encoder is not saved."""
+    """Rename trained tensors to the public training code's names, without the image encoder."""
     return {
         name.replace("prior.", "heatmap_head.", 1): tensor
         for name, tensor in tensors.items()
@@ -226,7 +224,7 @@ def public_names(tensors):
 
 @pytest.fixture
 def public_directory(tmp_path, trained_tensors, tuned_policy):
-    """What the public training code leaves: modules, and a policy with its weights."""
+    """Checkpoint of the public training code: modules, and a policy with weights."""
     root = tmp_path / "global_step_100"
     root.mkdir()
     torch.save(public_names(trained_tensors), root / "refseg_modules.pt")
@@ -241,7 +239,7 @@ def replace_weights_by_shards(root, tensors, world_size=2):
 
 
 class TestPublicTraining:
-    def test_trained_modules_and_the_image_encoder_of_sam_are_joined(
+    def test_public_training_combines_modules_and_sam_encoder(
         self, public_directory, sam_file, sam_tensors, trained_tensors, tmp_path
     ):
         checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
@@ -253,7 +251,7 @@ class TestPublicTraining:
         assert read_checkpoint(checkpoint.path) == checkpoint
         assert checkpoint.config.provenance["policy"] == "as it was saved"
 
-    def test_a_policy_with_weights_is_copied_file_by_file(
+    def test_public_training_policy_with_weights_is_copied(
         self, public_directory, sam_file, tuned_policy, tmp_path
     ):
         checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
@@ -262,10 +260,10 @@ class TestPublicTraining:
 
     @pytest.mark.parametrize("names", ["in memory", "on the hub"])
     @pytest.mark.parametrize("size", ["tiny", "tiny-llava"])
-    def test_a_policy_in_shards_is_put_together(
+    def test_public_training_sharded_policy_is_merged(
         self, public_directory, sam_file, tmp_path, size, names
     ):
-        policy = generate_policy(size, seed=11)
+        policy = build_random_policy(size, seed=11)
         ends = [policy.model.generation_config.eos_token_id, policy.tokenizer.pad_token_id]
         policy.model.generation_config.eos_token_id = ends
         shutil.rmtree(public_directory / "huggingface")
@@ -282,15 +280,15 @@ class TestPublicTraining:
         assert loaded.generation_config.eos_token_id == ends
         assert checkpoint.config.provenance["policy"] == "merged from FSDP shards"
         expected = "<think> this generated policy follows a script</think><REF_POS>"
-        assert answer_of(checkpoint).response.text == expected
+        assert generate(checkpoint).response.text == expected
 
     @pytest.mark.parametrize("with_head", [True, False])
-    def test_a_policy_with_tied_embeddings_in_shards_stays_tied(
+    def test_public_training_sharded_tied_embeddings_stay_tied(
         self, public_directory, sam_file, tmp_path, monkeypatch, with_head
     ):
         tied = dataclasses.replace(POLICY_SIZES["tiny"], tie_word_embeddings=True)
         monkeypatch.setitem(POLICY_SIZES, "tied", tied)
-        policy = generate_policy("tied", seed=11)
+        policy = build_random_policy("tied", seed=11)
         shutil.rmtree(public_directory / "huggingface")
         policy.save(public_directory / "huggingface")
         weights = policy.model.state_dict()
@@ -305,16 +303,16 @@ class TestPublicTraining:
         assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
         assert_same(loaded.state_dict(), policy.model.state_dict())
 
-    def test_the_prompt_that_it_was_trained_with_is_stored(
-        self, public_directory, sam_file, tmp_path
-    ):
+    def test_public_training_given_prompt_is_stored(self, public_directory, sam_file, tmp_path):
         options = ConversionOptions(prompt=PROMPT)
         checkpoint = checkpoint_from_public_training(
             public_directory, sam_file, tmp_path / "c", options
         )
         assert checkpoint.config.prompt.text == PROMPT
 
-    def test_the_steps_are_announced(self, public_directory, sam_file, tuned_policy, tmp_path):
+    def test_conversion_steps_are_announced(
+        self, public_directory, sam_file, tuned_policy, tmp_path
+    ):
         steps = []
         checkpoint_from_public_training(
             public_directory, sam_file, tmp_path / "a", progress=steps.append
@@ -330,7 +328,9 @@ class TestPublicTraining:
             *(first, "merge 2 FSDP shards", "write checkpoint"),
         ]
 
-    def test_a_missing_rank_is_named(self, public_directory, sam_file, tuned_policy, tmp_path):
+    def test_public_training_missing_rank_is_named(
+        self, public_directory, sam_file, tuned_policy, tmp_path
+    ):
         weights = AutoModelForImageTextToText.from_pretrained(tuned_policy).state_dict()
         replace_weights_by_shards(public_directory, weights)
         (public_directory / "model_world_size_2_rank_1.pt").unlink()
@@ -338,31 +338,31 @@ class TestPublicTraining:
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
         assert not (tmp_path / "c").exists()
 
-    def test_a_policy_without_weights_or_shards_is_refused(
+    def test_public_training_policy_without_weights_is_refused(
         self, public_directory, sam_file, tmp_path
     ):
         replace_weights_by_shards(public_directory, {}, world_size=0)
-        with pytest.raises(ConversionError, match=r"neither .*huggingface holds weights"):
+        with pytest.raises(ConversionError, match=r"neither .*huggingface has weights"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 
-    def test_a_directory_without_its_parts_is_refused(self, public_directory, sam_file, tmp_path):
+    def test_public_training_missing_parts_are_refused(self, public_directory, sam_file, tmp_path):
         shutil.rmtree(public_directory / "huggingface")
-        with pytest.raises(ConversionError, match=r"holds no huggingface/"):
+        with pytest.raises(ConversionError, match=r"has no huggingface/"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
         (public_directory / "refseg_modules.pt").unlink()
         with pytest.raises(ConversionError, match=r"no file .*refseg_modules\.pt"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 
     @pytest.mark.parametrize("name", ["heatmap_head.q_proj.weight", "heatmap_head.fuser.0.weight"])
-    def test_modules_without_a_head_are_refused_under_their_public_names(
+    def test_public_training_missing_head_is_named(
         self, public_directory, sam_file, trained_tensors, tmp_path, name
     ):
         lacking = {n: t for n, t in public_names(trained_tensors).items() if n != name}
         torch.save(lacking, public_directory / "refseg_modules.pt")
-        with pytest.raises(ConversionError, match=f"holds no {name}"):
+        with pytest.raises(ConversionError, match=f"has no {name}"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 
-    def test_modules_of_another_size_than_sam_are_named(
+    def test_public_training_other_sam_size_is_named(
         self, public_directory, sam_file, trained_tensors, tmp_path
     ):
         tensors = public_names(trained_tensors)
@@ -372,7 +372,7 @@ class TestPublicTraining:
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
         assert not (tmp_path / "c").exists()
 
-    def test_a_policy_that_never_knew_the_token_is_refused(
+    def test_public_training_policy_without_token_is_refused(
         self, public_directory, sam_file, untuned_policy, tmp_path
     ):
         shutil.rmtree(public_directory / "huggingface")
@@ -380,16 +380,16 @@ class TestPublicTraining:
         with pytest.raises(ConversionError, match="has no <REF_POS>"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 
-    def test_a_policy_of_another_width_than_the_query_head_is_refused(
+    def test_public_training_hidden_size_mismatch_is_refused(
         self, public_directory, sam_file, trained_tensors, tmp_path
     ):
         tensors = public_names(trained_tensors)
         tensors["heatmap_head.q_proj.weight"] = torch.zeros(64, 32)
         torch.save(tensors, public_directory / "refseg_modules.pt")
-        with pytest.raises(ConversionError, match="32"):
+        with pytest.raises(ConversionError, match=r"policy hidden size 64 .* prior input size 32"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 
-    def test_a_policy_whose_weights_do_not_fit_is_refused(
+    def test_public_training_wrong_policy_weights_are_refused(
         self, public_directory, sam_file, tmp_path
     ):
         file = public_directory / "huggingface" / "model.safetensors"
@@ -401,7 +401,7 @@ class TestPublicTraining:
 
 
 class TestRandomCheckpoint:
-    def test_equal_seeds_give_equal_checkpoints(self, tiny_checkpoint, tmp_path):
+    def test_random_checkpoint_equal_seeds_are_equal(self, tiny_checkpoint, tmp_path):
         again = random_checkpoint(tmp_path / "again")
         other = random_checkpoint(tmp_path / "other", options=ConversionOptions(seed=1))
         fingerprint = read_checkpoint(tiny_checkpoint).fingerprint()
@@ -409,18 +409,18 @@ class TestRandomCheckpoint:
         assert other.fingerprint() != fingerprint
 
     @pytest.mark.parametrize("size", ["tiny", "tiny-llava"])
-    def test_a_tiny_checkpoint_is_whole_and_answers(self, size, request):
+    def test_random_checkpoint_tiny_is_complete_and_generates(self, size, request):
         name = "tiny_checkpoint" if size == "tiny" else "tiny_llava_checkpoint"
         checkpoint = read_checkpoint(request.getfixturevalue(name))
         assert checkpoint.config.model.sam == SAM_SIZES["tiny"]
         assert checkpoint.config.policy_image == POLICY_SIZES[size].image_limits
         assert "mean nothing" in checkpoint.config.provenance["note"]
         load_segmentation_model(checkpoint)
-        result = answer_of(checkpoint)
+        result = generate(checkpoint)
         assert result.response.text.endswith("</think><REF_POS>")
         assert result.concentrations.shape == (1, checkpoint.config.model.policy_hidden_size)
 
-    def test_every_weight_shows(self):
+    def test_random_checkpoint_every_weight_is_nonzero(self):
         config = SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES["tiny"])
         tensors = random_tensors(config, seed=0)
         assert {n: tuple(t.shape) for n, t in tensors.items()} == expected_shapes(config)
@@ -428,25 +428,25 @@ class TestRandomCheckpoint:
         # Biases of normalizations start at zero in every implementation.
         assert [name for name in silent if not name.endswith("bias")] == []
 
-    def test_drawing_leaves_the_random_state_of_the_caller_alone(self):
+    def test_random_checkpoint_keeps_global_random_state(self):
         torch.manual_seed(0)
         state = torch.get_rng_state()
         random_tensors(SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES["tiny"]), seed=5)
-        generate_policy("tiny", seed=5)
+        build_random_policy("tiny", seed=5)
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_an_unknown_size_is_answered_with_those_that_exist(self, tmp_path):
+    def test_random_checkpoint_unknown_size_names_accepted(self, tmp_path):
         with pytest.raises(ValueError, match=r"sam is 'vit_x'; .*vit_b, vit_l, vit_h, tiny"):
             random_checkpoint(tmp_path / "c", sam_size="vit_x")
         with pytest.raises(ValueError, match=r"policy-size is '8b'; .*3b, 7b, llava-7b, llava-13b"):
             random_checkpoint(tmp_path / "c", policy_size="8b")
         assert list(tmp_path.iterdir()) == []
 
-    def test_the_steps_are_announced(self, tmp_path):
+    def test_conversion_steps_are_announced(self, tmp_path):
         steps = []
         random_checkpoint(tmp_path / "c", progress=steps.append)
         assert steps == [
             "generate the tiny policy",
-            "generate the tiny segmentation path",
+            "generate the tiny segmentation model",
             "write checkpoint",
         ]

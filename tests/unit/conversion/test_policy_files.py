@@ -1,4 +1,4 @@
-"""Giving an ordinary policy the token <REF_POS>, and nothing else."""
+"""Policy directories: loading, adding the token <REF_POS>, saving."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from coprs_deploy.conversion.policy_files import (
     register_reference_token,
     save_policy,
 )
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_random_policy
 from coprs_deploy.errors import ConversionError
 from coprs_deploy.prompts import REFERENCE_TOKEN
 
@@ -24,15 +24,15 @@ SCRIPT = ("<think>", " untuned", "</think>")
 
 
 def untuned(family_size, monkeypatch, has_spare_rows, is_tied=False):
-    """Generate a policy whose tokenizer lacks <REF_POS>, with or without a spare row for it."""
+    """Build a policy without <REF_POS>, with or without a spare embedding row."""
     size = POLICY_SIZES[family_size]
-    probe = generate_policy(family_size, script=SCRIPT, has_reference_token=False)
+    probe = build_random_policy(family_size, script=SCRIPT, has_reference_token=False)
     vocabulary = 512 if has_spare_rows else len(probe.tokenizer)
     changed = dataclasses.replace(
         size, text={**size.text, "vocab_size": vocabulary}, tie_word_embeddings=is_tied
     )
     monkeypatch.setitem(POLICY_SIZES, "changed", changed)
-    policy = generate_policy("changed", script=SCRIPT, has_reference_token=False)
+    policy = build_random_policy("changed", script=SCRIPT, has_reference_token=False)
     return policy.model, policy.tokenizer, policy
 
 
@@ -43,7 +43,7 @@ def tables(model):
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("has_spare_rows", [True, False], ids=["spare", "full"])
 @pytest.mark.parametrize("family_size", ["tiny", "tiny-llava"])
-def test_the_token_gets_one_row_with_the_mean_of_the_others(
+def test_register_token_adds_row_with_mean_of_others(
     monkeypatch, family_size, has_spare_rows, is_tied
 ):
     model, tokenizer, _ = untuned(family_size, monkeypatch, has_spare_rows, is_tied)
@@ -63,7 +63,7 @@ def test_the_token_gets_one_row_with_the_mean_of_the_others(
     assert model.config.get_text_config().vocab_size == len(tables(model)[0])
 
 
-def test_the_token_is_one_special_token(monkeypatch):
+def test_register_token_is_one_special_token(monkeypatch):
     model, tokenizer, _ = untuned("tiny", monkeypatch, has_spare_rows=True)
     text = f"a {REFERENCE_TOKEN}b"
     assert len(tokenizer(REFERENCE_TOKEN, add_special_tokens=False)["input_ids"]) > 1
@@ -76,7 +76,7 @@ def test_the_token_is_one_special_token(monkeypatch):
     assert REFERENCE_TOKEN not in tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_registering_twice_changes_nothing(monkeypatch):
+def test_register_token_twice_changes_nothing(monkeypatch):
     model, tokenizer, _ = untuned("tiny", monkeypatch, has_spare_rows=False)
     register_reference_token(model, tokenizer)
     before = [table.clone() for table in tables(model)]
@@ -86,7 +86,7 @@ def test_registering_twice_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family_size", ["tiny", "tiny-llava"])
-def test_a_saved_policy_comes_back_as_it_was(monkeypatch, tmp_path, family_size, is_tied):
+def test_save_policy_loads_back_equal(monkeypatch, tmp_path, family_size, is_tied):
     model, tokenizer, policy = untuned(family_size, monkeypatch, False, is_tied)
     source, out = tmp_path / "source", tmp_path / "out"
     policy.save(source)
@@ -105,7 +105,7 @@ def test_a_saved_policy_comes_back_as_it_was(monkeypatch, tmp_path, family_size,
     assert (out / "preprocessor_config.json").is_file()
 
 
-def test_a_policy_is_loaded_in_the_dtype_in_which_it_is_stored(untuned_policy, tmp_path):
+def test_load_policy_keeps_stored_dtype(untuned_policy, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(untuned_policy, dtype="bfloat16")
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(untuned_policy).save_pretrained(tmp_path)
@@ -113,19 +113,19 @@ def test_a_policy_is_loaded_in_the_dtype_in_which_it_is_stored(untuned_policy, t
     assert load_policy(untuned_policy)[0].dtype == torch.float32
 
 
-def test_a_directory_without_a_configuration_is_no_policy(tmp_path):
-    with pytest.raises(ConversionError, match=r"not a transformers directory: it holds no config"):
+def test_load_policy_without_config_is_refused(tmp_path):
+    with pytest.raises(ConversionError, match=r"not a transformers directory: it has no config"):
         load_policy(tmp_path)
 
 
-def test_a_policy_of_another_type_is_refused_with_the_supported_ones(tmp_path):
+def test_load_policy_other_type_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ConversionError, match=r"type 'llama'; supported: qwen2_5_vl, llava"):
+    with pytest.raises(ConversionError, match=r"type 'llama'; accepted: qwen2_5_vl, llava"):
         load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nonsense"}', "{}"])
-def test_a_configuration_that_is_none_is_refused(tmp_path, content):
+def test_load_policy_invalid_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConversionError):
         load_policy(tmp_path)
@@ -147,9 +147,7 @@ MISFITS = {
         *((misfit, False) for misfit in MISFITS),
     ],
 )
-def test_weights_that_do_not_fit_the_configuration_are_named(
-    untuned_policy, tmp_path, misfit, is_in_directory
-):
+def test_load_policy_wrong_weights_are_named(untuned_policy, tmp_path, misfit, is_in_directory):
     change, message = MISFITS[misfit]
     weights = {**load_file(untuned_policy / "model.safetensors"), **change}
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
@@ -161,14 +159,14 @@ def test_weights_that_do_not_fit_the_configuration_are_named(
         load_policy(directory, None if is_in_directory else weights)
 
 
-def test_a_policy_without_weights_is_refused(untuned_policy, tmp_path):
+def test_load_policy_without_weights_is_refused(untuned_policy, tmp_path):
     copy_policy_files(untuned_policy, tmp_path)
     assert not has_weights(tmp_path)
     with pytest.raises(ConversionError, match="cannot be loaded"):
         load_policy(tmp_path)
 
 
-def test_weights_that_were_cut_short_are_refused(untuned_policy, tmp_path):
+def test_load_policy_truncated_weights_are_refused(untuned_policy, tmp_path):
     directory = tmp_path / "policy"
     shutil.copytree(untuned_policy, directory)
     file = directory / "model.safetensors"
@@ -177,7 +175,7 @@ def test_weights_that_were_cut_short_are_refused(untuned_policy, tmp_path):
         load_policy(directory)
 
 
-def test_a_policy_without_a_tokenizer_is_refused(untuned_policy, tmp_path):
+def test_load_policy_without_tokenizer_is_refused(untuned_policy, tmp_path):
     shutil.copytree(untuned_policy, tmp_path / "policy")
     for file in (tmp_path / "policy").glob("tokenizer*"):
         file.unlink()
@@ -185,7 +183,7 @@ def test_a_policy_without_a_tokenizer_is_refused(untuned_policy, tmp_path):
         load_policy(tmp_path / "policy")
 
 
-def test_files_are_copied_without_folders_and_weights_only_when_asked(tmp_path):
+def test_copy_policy_files_skips_directories_and_optionally_weights(tmp_path):
     source = tmp_path / "source"
     (source / "cache").mkdir(parents=True)
     weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "x.pt")

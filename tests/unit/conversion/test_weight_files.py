@@ -1,4 +1,4 @@
-"""Reading files of other projects: what is accepted, and what is refused without being run."""
+"""Weight files of other projects: reading, and refusing without running code."""
 
 import contextlib
 import os
@@ -63,23 +63,23 @@ def sam_configs(draw):
 
 @settings(max_examples=25, deadline=None)
 @given(sam_configs())
-def test_the_sizes_of_a_sam_are_read_off_its_shapes(config):
+def test_sam_config_from_shapes_returns_sizes(config):
     assert sam_config_from_shapes(sam_shapes(config)) == config
 
 
 @pytest.mark.parametrize("size", ["vit_b", "vit_l", "vit_h"])
-def test_the_public_sizes_are_read_off_their_shapes(size):
+def test_sam_config_from_shapes_returns_public_sizes(size):
     assert sam_config_from_shapes(sam_shapes(SAM_SIZES[size])) == SAM_SIZES[size]
 
 
-def test_a_sam_file_gives_its_sizes_and_its_weights(sam_file, sam_config, sam_tensors):
+def test_read_sam_returns_config_and_weights(sam_file, sam_config, sam_tensors):
     config, tensors = read_sam(sam_file)
     assert config == sam_config
     assert tensors.keys() == sam_tensors.keys()
     assert all(torch.equal(tensors[name], sam_tensors[name]) for name in tensors)
 
 
-def test_the_old_file_format_is_read_too(tmp_path):
+def test_read_state_dict_reads_old_format(tmp_path):
     path = tmp_path / "old.pth"
     weight = torch.arange(6.0)
     torch.save({"weight": weight}, path, _use_new_zipfile_serialization=False)
@@ -110,7 +110,7 @@ def write_a_plain_pickle(data, path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's note on a plain pickle
 @pytest.mark.parametrize("write", [write_with_torch, write_in_the_old_format, write_a_plain_pickle])
-def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, write):
+def test_read_state_dict_malicious_file_is_refused_and_not_run(tmp_path, write):
     path, victim = tmp_path / "sam.pth", tmp_path / "victim"
     write({"weight": torch.zeros(2), "more": Malicious(victim)}, path)
     with pytest.raises(ConversionError) as caught:
@@ -121,11 +121,11 @@ def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, write):
     assert "save its state dict alone" in message
     with contextlib.suppress(Exception):
         torch.load(path, weights_only=False)
-    assert victim.exists() or write is write_a_plain_pickle  # the file was really armed
+    assert victim.exists() or write is write_a_plain_pickle  # the file does run code when unpickled
 
 
 @pytest.mark.parametrize("kept", [0, 1, 10, 0.5, 0.9, -1])
-def test_a_file_that_was_cut_short_is_named(tmp_path, sam_file, kept):
+def test_read_state_dict_truncated_file_is_named(tmp_path, sam_file, kept):
     whole = sam_file.read_bytes()
     end = int(kept * len(whole)) if isinstance(kept, float) else kept
     path = tmp_path / "cut.pth"
@@ -136,14 +136,14 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, sam_file, kept):
 
 OTHER_KINDS = {
     "web page": b"<html>404</html>",
-    "picture": b"\x89PNG\r\n\x1a\n" + bytes(64),
+    "image": b"\x89PNG\r\n\x1a\n" + bytes(64),
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     "zeros": bytes(4096),
 }
 
 
 @pytest.mark.parametrize("content", OTHER_KINDS.values(), ids=OTHER_KINDS)
-def test_a_file_of_another_kind_is_named(tmp_path, content):
+def test_read_state_dict_other_file_is_named(tmp_path, content):
     path = tmp_path / "sam.pth"
     path.write_bytes(content)
     with pytest.raises(ConversionError, match=r"sam\.pth"):
@@ -151,7 +151,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", OTHER_KINDS.values(), ids=OTHER_KINDS)
-def test_a_file_of_another_kind_is_said_to_be_none_of_pytorch(tmp_path, content):
+def test_read_state_dict_other_file_is_not_pytorch(tmp_path, content):
     path = tmp_path / "sam.pth"
     path.write_bytes(content)
     with pytest.raises(ConversionError, match="is not a PyTorch file") as caught:
@@ -159,7 +159,7 @@ def test_a_file_of_another_kind_is_said_to_be_none_of_pytorch(tmp_path, content)
     assert "weights_only" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_directory_are_named(tmp_path):
+def test_read_state_dict_missing_file_or_directory_is_named(tmp_path):
     for path in (tmp_path / "absent.pth", tmp_path):
         with pytest.raises(ConversionError, match=f"there is no file {path}"):
             read_state_dict(path)
@@ -168,21 +168,24 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([torch.zeros(1)], "holds a list, not a dictionary of tensors"),
-        ({}, "holds a dict, not a dictionary of tensors"),
-        (torch.zeros(1), "holds a Tensor, not a dictionary of tensors"),
-        ({"model": {"w": torch.zeros(1)}}, "holds 'model', which is no tensor; accepted: a flat"),
-        ({"w": torch.zeros(1), "epoch": 3}, "holds 'epoch', which is no tensor"),
+        ([torch.zeros(1)], "contains a list, not a dictionary of tensors"),
+        ({}, "contains a dict, not a dictionary of tensors"),
+        (torch.zeros(1), "contains a Tensor, not a dictionary of tensors"),
+        (
+            {"model": {"w": torch.zeros(1)}},
+            "contains 'model', which is not a tensor; accepted: a flat",
+        ),
+        ({"w": torch.zeros(1), "epoch": 3}, "contains 'epoch', which is not a tensor"),
     ],
 )
-def test_a_file_without_a_flat_state_dict_is_refused(tmp_path, data, message):
+def test_read_state_dict_other_content_is_refused(tmp_path, data, message):
     path = tmp_path / "weights.pth"
     torch.save(data, path)
     with pytest.raises(ConversionError, match=message):
         read_state_dict(path)
 
 
-def test_weights_of_another_model_are_no_sam(tmp_path):
+def test_read_sam_other_model_is_refused(tmp_path):
     path = tmp_path / "resnet.pth"
     torch.save({"layer1.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}, path)
     with pytest.raises(ConversionError, match=r"not a SAM checkpoint .* fc.bias, layer1.weight"):
@@ -199,7 +202,7 @@ def test_weights_of_another_model_are_no_sam(tmp_path):
         "mask_decoder.mask_tokens.weight",
     ],
 )
-def test_a_sam_without_a_part_is_refused(tmp_path, sam_tensors, name):
+def test_read_sam_missing_part_is_refused(tmp_path, sam_tensors, name):
     path = tmp_path / "sam.pth"
     torch.save({n: t for n, t in sam_tensors.items() if n != name}, path)
     with pytest.raises(ConversionError, match="not a SAM checkpoint"):
@@ -217,7 +220,7 @@ def rank_of(world_size, rank):
 
 
 def write_shards(directory, tensors, world_size, mesh_shape=None, placements=None):
-    """Write what FSDP saves on each rank: DTensors of the rank's part, split as Shard splits."""
+    """Write FSDP's file of each rank: DTensors with the rank's shard."""
     mesh_shape = mesh_shape or (world_size,)
     placements = placements or (*[Replicate()] * (len(mesh_shape) - 1), Shard(0))
     for rank in range(world_size):
@@ -263,7 +266,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_merged_shards_are_the_whole_weights(tmp_path, weights, world_size):
+def test_merge_shards_returns_whole_weights(tmp_path, weights, world_size):
     write_shards(tmp_path, weights, world_size)
     paths = find_shards(tmp_path)
     assert [path.name for path in paths] == [
@@ -272,18 +275,18 @@ def test_merged_shards_are_the_whole_weights(tmp_path, weights, world_size):
     assert_same(merge_shards(paths), weights)
 
 
-def test_shards_of_the_second_dimension_are_merged_along_it(tmp_path, weights):
+def test_merge_shards_second_dimension_is_merged(tmp_path, weights):
     matrices = {name: t for name, t in weights.items() if t.ndim == 2}
     write_shards(tmp_path, matrices, 2, placements=(Shard(1),))
     assert_same(merge_shards(find_shards(tmp_path)), matrices)
 
 
-def test_replicated_shards_are_merged_once(tmp_path, weights):
+def test_merge_shards_replicas_are_merged_once(tmp_path, weights):
     write_shards(tmp_path, weights, 4, mesh_shape=(2, 2))  # HSDP: two replicas of two shards
     assert_same(merge_shards(find_shards(tmp_path)), weights)
 
 
-def test_unsharded_tensors_are_taken_from_the_first_rank(tmp_path, weights):
+def test_merge_shards_plain_tensors_come_from_first_rank(tmp_path, weights):
     for rank in range(2):
         torch.save(weights, tmp_path / f"model_world_size_2_rank_{rank}.pt")
     assert_same(merge_shards(find_shards(tmp_path)), weights)
@@ -293,20 +296,22 @@ def test_unsharded_tensors_are_taken_from_the_first_rank(tmp_path, weights):
     assert_same(merge_shards(find_shards(replicated)), weights)
 
 
-def test_ranks_are_ordered_by_number_not_by_name(tmp_path):
+def test_find_shards_orders_ranks_by_number(tmp_path):
     whole = {"weight": torch.arange(24.0).reshape(12, 2)}
     write_shards(tmp_path, whole, 12)  # rank_10 sorts before rank_2 as text
     assert_same(merge_shards(find_shards(tmp_path)), whole)
 
 
-def test_tensor_parallel_shards_are_refused(tmp_path, weights):
+def test_merge_shards_tensor_parallel_is_refused(tmp_path, weights):
     matrices = {"even": weights["even"]}
     write_shards(tmp_path, matrices, 4, mesh_shape=(2, 2), placements=(Shard(0), Shard(1)))
-    with pytest.raises(ConversionError, match=r"even is split as .*; supported: sharded over the"):
+    with pytest.raises(
+        ConversionError, match=r"even is sharded as .*; supported: sharded over the"
+    ):
         merge_shards(find_shards(tmp_path))
 
 
-def test_the_first_missing_rank_is_named(tmp_path, weights):
+def test_find_shards_missing_rank_is_named(tmp_path, weights):
     write_shards(tmp_path, weights, 4)
     (tmp_path / "model_world_size_4_rank_1.pt").unlink()
     (tmp_path / "model_world_size_4_rank_3.pt").unlink()
@@ -314,49 +319,51 @@ def test_the_first_missing_rank_is_named(tmp_path, weights):
         find_shards(tmp_path)
 
 
-def test_shards_of_two_runs_are_not_mixed(tmp_path, weights):
+def test_find_shards_two_world_sizes_are_refused(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
     write_shards(tmp_path, weights, 3)
     with pytest.raises(ConversionError, match=r"world sizes \[2, 3\]: keep one set"):
         find_shards(tmp_path)
 
 
-def test_a_directory_without_shards_has_none(tmp_path):
+def test_find_shards_without_files_returns_none(tmp_path):
     (tmp_path / "optim_world_size_2_rank_0.pt").touch()
     (tmp_path / "model_world_size_2_rank_0.pt.tmp").touch()
     assert find_shards(tmp_path) == []
 
 
-def test_a_rank_with_other_tensors_is_named(tmp_path, weights):
+def test_merge_shards_rank_with_other_tensors_is_named(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
     torch.save({"even": torch.zeros(4, 3)}, tmp_path / "model_world_size_2_rank_1.pt")
-    with pytest.raises(ConversionError, match=r"rank_1\.pt holds other tensors than .*rank_0\.pt"):
+    with pytest.raises(ConversionError, match=r"rank_1\.pt has other tensors than .*rank_0\.pt"):
         merge_shards(find_shards(tmp_path))
 
 
-def test_a_part_that_is_too_short_is_refused(tmp_path, weights):
+def test_merge_shards_short_part_is_refused(tmp_path, weights):
     write_shards(tmp_path, {"even": weights["even"]}, 2)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     write_shards(elsewhere, {"even": weights["even"][:4]}, 2)
     (elsewhere / "model_world_size_2_rank_1.pt").replace(tmp_path / "model_world_size_2_rank_1.pt")
-    with pytest.raises(ConversionError, match=r"even has shape \(6, 3\) when merged, not \(8, 3\)"):
+    with pytest.raises(
+        ConversionError, match=r"even has shape \(6, 3\) after merging, not \(8, 3\)"
+    ):
         merge_shards(find_shards(tmp_path))
 
 
 @pytest.mark.parametrize("values", [([1], [1]), (3, 3)])
-def test_a_shard_that_holds_no_tensor_is_refused(tmp_path, values):
+def test_merge_shards_without_tensor_is_refused(tmp_path, values):
     for rank, value in enumerate(values):
         torch.save({"weight": value}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
     with pytest.raises(ConversionError, match=r"weight is a (list|int), which cannot be merged"):
         merge_shards(find_shards(tmp_path))
 
 
-def test_a_shard_that_would_run_code_is_refused_and_not_run(tmp_path):
+def test_merge_shards_malicious_file_is_refused_and_not_run(tmp_path):
     victim = tmp_path / "victim"
     for rank in range(2):
         torch.save({"w": Malicious(victim)}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
-    with pytest.raises(ConversionError, match=r"rank_0\.pt is refused"):
+    with pytest.raises(ConversionError, match=r"rank_0\.pt contains more than weights"):
         merge_shards(find_shards(tmp_path))
     assert not victim.exists()
 
@@ -383,7 +390,7 @@ FSDP_SCRIPT = """
 
 
 @pytest.mark.slow
-def test_shards_that_fsdp_wrote_in_two_processes_are_merged(tmp_path):
+def test_merge_shards_of_two_fsdp_processes_returns_weights(tmp_path):
     script = textwrap.dedent(FSDP_SCRIPT)
     ranks = [
         subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)])

@@ -52,7 +52,7 @@ def inputs_of(spec, seed=0):
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_a_graph_computes_what_the_module_computes(name, open_stage, tiny_checkpoint):
-    module = load_segmentation_model(read_checkpoint(tiny_checkpoint)).stages()[name]
+    module = load_segmentation_model(read_checkpoint(tiny_checkpoint)).graph_modules()[name]
     with open_stage(name) as runner:
         inputs = inputs_of(runner.spec)
         found = runner(**dict(reversed(inputs.items())))

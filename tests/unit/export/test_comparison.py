@@ -1,4 +1,4 @@
-"""The chain of equality: every link measured, a broken one seen, and the page that shows it."""
+"""Backend comparison: every backend, failures, and the HTML page."""
 
 import re
 from html.parser import HTMLParser
@@ -11,11 +11,11 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.export import ExportOptions, comparison, export_checkpoint
 from coprs_deploy.export.comparison import FLOAT32_GRAPH, MODULE, TRACED, compare_backends
-from coprs_deploy.export.comparison_page import write_chain_page
-from coprs_deploy.export.equivalence import sample_inputs
+from coprs_deploy.export.comparison_page import write_comparison_page
+from coprs_deploy.export.samples import sample_inputs
 from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER
 
-PLACES = [MODULE, TRACED, "fp32 graph on onnxruntime", "fp32 graph on openvino"]
+BACKENDS = [MODULE, TRACED, "fp32 graph on onnxruntime", "fp32 graph on openvino"]
 
 
 @pytest.fixture(scope="module")
@@ -29,52 +29,54 @@ def samples(bundle):
 
 
 @pytest.fixture(scope="module")
-def links(bundle, samples, tiny_checkpoint):
+def comparisons(bundle, samples, tiny_checkpoint):
     return compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
 
 
-def test_the_links_lead_from_the_module_to_every_runtime(links):
-    module, traced, ort, openvino = PLACES
-    found = [(link.first, link.second) for link in links]
+def test_compare_backends_covers_module_to_every_runtime(comparisons):
+    module, traced, ort, openvino = BACKENDS
+    found = [(result.reference, result.candidate) for result in comparisons]
     assert found == [(module, traced), (traced, ort), (traced, openvino), (ort, openvino)]
-    for link in links:
-        assert link.passed
-        names = [difference.record.graph for difference in link.differences]
+    for result in comparisons:
+        assert result.passed
+        names = [difference.record.graph for difference in result.differences]
         assert names == [*GRAPH_NAMES, "end_to_end"]
 
 
-def test_a_typed_bundle_is_compared_with_a_float32_graph_first(tiny_checkpoint, samples, tmp_path):
+def test_compare_backends_fp16_bundle_compares_float32_graph_first(
+    tiny_checkpoint, samples, tmp_path
+):
     options = ExportOptions(precision="fp16")
     typed = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     found = compare_backends(typed, read_checkpoint(tiny_checkpoint), samples)
     float32, ort, openvino = FLOAT32_GRAPH, "fp16 graph on onnxruntime", "fp16 graph on openvino"
-    assert [(link.first, link.second) for link in found] == [
+    assert [(result.reference, result.candidate) for result in found] == [
         (MODULE, TRACED),
         (TRACED, float32),
         (float32, ort),
         (float32, openvino),
         (ort, openvino),
     ]
-    assert all(link.passed for link in found)
-    relative_error = [link.differences[0].record.relative_error for link in found]
+    assert all(result.passed for result in found)
+    relative_error = [result.differences[0].record.relative_error for result in found]
     assert relative_error[1] < 1e-4 < relative_error[2]
 
 
-def test_tracing_changes_no_bit_of_any_stage(links):
-    for difference in links[0].differences[:3]:
+def test_compare_backends_traced_graphs_are_bit_exact(comparisons):
+    for difference in comparisons[0].differences[:3]:
         assert difference.record.max_abs_error == 0
         assert not difference.heatmap.any()
 
 
-def test_a_heatmap_shows_the_worst_sample_where_it_differs(links):
-    sizes = [difference.heatmap.shape for difference in links[1].differences]
+def test_difference_heatmap_shows_worst_sample(comparisons):
+    sizes = [difference.heatmap.shape for difference in comparisons[1].differences]
     assert sizes == [(16, 16), (64, 64), (64, 64), (64, 64)]
-    for difference in links[1].differences[1:]:  # one channel: the mean over it is the value
+    for difference in comparisons[1].differences[1:]:  # one channel: the mean over it is the value
         assert difference.heatmap.max() == pytest.approx(difference.record.max_abs_error)
         assert difference.heatmap.max() > 0
 
 
-def test_a_runtime_that_is_wrong_breaks_its_own_links(
+def test_compare_backends_wrong_runtime_fails_its_comparisons(
     bundle, samples, tiny_checkpoint, monkeypatch, tmp_path
 ):
     opened = comparison.open_bundle_graph
@@ -93,24 +95,26 @@ def test_a_runtime_that_is_wrong_breaks_its_own_links(
         return runner
 
     monkeypatch.setattr(comparison, "open_bundle_graph", wrong)
-    links = compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
-    assert [link.passed for link in links] == [True, True, False, False]
-    heatmap = links[2].differences[2].heatmap
+    comparisons = compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
+    assert [result.passed for result in comparisons] == [True, True, False, False]
+    heatmap = comparisons[2].differences[2].heatmap
     assert np.unravel_index(heatmap.argmax(), heatmap.shape) == (10, 20)
-    write_chain_page(tmp_path / "page.html", bundle, links, len(samples))
+    write_comparison_page(tmp_path / "page.html", bundle, comparisons, len(samples))
     page = (tmp_path / "page.html").read_text()
-    assert "a link is broken" in page
-    assert page.count(">failed<") == 4  # the stage and the end, in both links
+    assert "outside tolerance" in page
+    assert (
+        page.count('<td class="bad">failed<') == 4
+    )  # the graph and end to end, in both comparisons
 
 
-def test_the_page_stands_alone_and_is_well_formed(links, bundle, samples, tmp_path):
-    write_chain_page(tmp_path / "deep" / "page.html", bundle, links, len(samples))
+def test_comparison_page_is_self_contained_and_well_formed(comparisons, bundle, samples, tmp_path):
+    write_comparison_page(tmp_path / "deep" / "page.html", bundle, comparisons, len(samples))
     page = (tmp_path / "deep" / "page.html").read_text()
-    assert "every link holds" in page
+    assert "all within tolerance" in page
     assert page.count("data:image/png;base64,") == 16
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
-    for place in PLACES:
-        assert place in page
+    for backend in BACKENDS:
+        assert backend in page
     open_tags = []
 
     class Check(HTMLParser):
@@ -125,11 +129,11 @@ def test_the_page_stands_alone_and_is_well_formed(links, bundle, samples, tmp_pa
     assert open_tags == []
 
 
-def test_engines_are_refused(bundle, samples, tiny_checkpoint):
+def test_compare_backends_engines_are_refused(bundle, samples, tiny_checkpoint):
     graphs = {
         name: msgspec.structs.replace(graph, runtime="tensorrt")
         for name, graph in bundle.manifest.graphs.items()
     }
     engines = type(bundle)(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=graphs))
-    with pytest.raises(ValueError, match="the bundle holds engines of tensorrt"):
+    with pytest.raises(ValueError, match="the bundle contains engines of tensorrt"):
         compare_backends(engines, read_checkpoint(tiny_checkpoint), samples)

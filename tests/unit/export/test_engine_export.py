@@ -1,4 +1,4 @@
-"""A checkpoint to a bundle of engines, with real builds and without a GPU."""
+"""Export of engines: real builds without a GPU."""
 
 import msgspec
 import onnx
@@ -21,7 +21,7 @@ GPUS = ("sm_80", "sm_89", "sm_120")
 
 @pytest.fixture
 def written_graphs(tiny_bundle, monkeypatch):
-    """Take the graphs of the tiny bundle instead of tracing them again."""
+    """Copy the graphs of the tiny bundle instead of tracing them again."""
     factors = {}
 
     def copy_graph(module, spec, path, metadata, opset):
@@ -38,9 +38,14 @@ def written_graphs(tiny_bundle, monkeypatch):
     return factors
 
 
-def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_graphs, capsys):
+def test_export_engines_are_described_in_manifest(
+    tiny_checkpoint, tmp_path, written_graphs, capsys
+):
     options = ExportOptions(
-        runtime="tensorrt-rtx", precision="fp16", gpus=GPUS, cache=tmp_path / "cache"
+        runtime="tensorrt-rtx",
+        precision="fp16",
+        compute_capabilities=GPUS,
+        cache_dir=tmp_path / "cache",
     )
     path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
     assert {p.name for p in tmp_path.iterdir()} == {"bundle", "cache"}
@@ -62,21 +67,24 @@ def test_a_bundle_of_engines_describes_them(tiny_checkpoint, tmp_path, written_g
     assert f"engine cache: {tmp_path / 'cache'}, 3 engines" in shown
     page = ["--report", str(tmp_path / "page.html")]
     assert main(["verify", str(path), "--against", str(tiny_checkpoint), *page]) == 2
-    assert "the chain is measured on bundles of onnxruntime" in capsys.readouterr().err
+    assert "backends are compared on bundles of onnxruntime" in capsys.readouterr().err
     with pytest.raises(RuntimeUnavailableError, match="pass --device cuda"):
         open_bundle_graph(bundle, "prior", RunnerOptions())
     plan = path / "prior.engine"
     plan.write_bytes(plan.read_bytes()[:-100])
-    with pytest.raises(BundleIntegrityError, match="was cut short or changed"):
+    with pytest.raises(BundleIntegrityError, match="was truncated or changed"):
         open_bundle(path)
     assert msgspec.json.decode(msgspec.json.encode(read_manifest(path).to_json()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
+def test_export_demo_model_compiles_for_every_capability(precision, tmp_path):
     options = ExportOptions(
-        runtime="tensorrt-rtx", precision=precision, gpus=GPUS, cache=tmp_path / "cache"
+        runtime="tensorrt-rtx",
+        precision=precision,
+        compute_capabilities=GPUS,
+        cache_dir=tmp_path / "cache",
     )
     bundle = export_checkpoint(demo.CHECKPOINT, tmp_path / "bundle", options).bundle
     for name, graph in bundle.manifest.graphs.items():
@@ -92,15 +100,15 @@ def test_the_shipped_model_compiles_for_every_kind_of_card(precision, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drop_padding", [False, True])
-def test_an_encoder_of_one_aspect_compiles(drop_padding, tiny_checkpoint, tmp_path):
+def test_export_fixed_aspect_encoder_compiles(drop_padding, tiny_checkpoint, tmp_path):
     options = ExportOptions(
         runtime="tensorrt-rtx",
         precision="fp16",
-        gpus=("sm_89",),
+        compute_capabilities=("sm_89",),
         aspect_ratio=(16, 9),
         drop_padding=drop_padding,
         images=OptimizationProfile(1, 2, 4),
-        cache=tmp_path / "cache",
+        cache_dir=tmp_path / "cache",
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     graph = bundle.manifest.graphs["image_encoder"]
@@ -109,7 +117,7 @@ def test_an_encoder_of_one_aspect_compiles(drop_padding, tiny_checkpoint, tmp_pa
     assert graph.spec.drops_padding == drop_padding
 
 
-def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
+def test_export_overflowing_graph_stops_before_build(
     tiny_checkpoint, tmp_path, written_graphs, monkeypatch
 ):
     def build(*args, **kwargs):
@@ -118,20 +126,23 @@ def test_a_typed_graph_that_overflows_is_stopped_before_any_build(
     monkeypatch.setattr(exporter, "build_engine", build)
     written_graphs["mask_decoder"] = 1e6
     options = ExportOptions(
-        runtime="tensorrt-rtx", precision="fp16", gpus=("sm_89",), cache=tmp_path / "cache"
+        runtime="tensorrt-rtx",
+        precision="fp16",
+        compute_capabilities=("sm_89",),
+        cache_dir=tmp_path / "cache",
     )
-    with pytest.raises(EquivalenceError, match="mask_decoder: relative"):
+    with pytest.raises(EquivalenceError, match="mask_decoder: relative error"):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_older_engines_leave_a_cache_that_has_a_limit(tiny_checkpoint, tmp_path, written_graphs):
+def test_export_max_cache_size_removes_older_engines(tiny_checkpoint, tmp_path, written_graphs):
     def export(gpu, limit=None):
         options = ExportOptions(
             runtime="tensorrt-rtx",
-            gpus=(gpu,),
-            cache=tmp_path / "cache",
-            cache_limit_bytes=limit,
+            compute_capabilities=(gpu,),
+            cache_dir=tmp_path / "cache",
+            max_cache_bytes=limit,
             overwrite=True,
         )
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
@@ -143,13 +154,13 @@ def test_older_engines_leave_a_cache_that_has_a_limit(tiny_checkpoint, tmp_path,
     assert export("sm_120", limit=int(1.3 * size)) == {("sm_120",)}
 
 
-def test_gpus_are_refused_before_the_checkpoint_is_read(tmp_path):
-    options = ExportOptions(runtime="tensorrt-rtx", gpus=("sm_90",))
+def test_export_unknown_capability_is_refused_before_reading(tmp_path):
+    options = ExportOptions(runtime="tensorrt-rtx", compute_capabilities=("sm_90",))
     with pytest.raises(ValueError, match="gpu names 'sm_90'"):
         export_checkpoint(tmp_path / "nothing", tmp_path / "bundle", options)
 
 
-def test_onnx_runtime_runs_a_float16_bundle(tiny_checkpoint, tmp_path, written_graphs):
+def test_onnxruntime_runs_fp16_bundle(tiny_checkpoint, tmp_path, written_graphs):
     steps = []
     options = ExportOptions(precision="fp16")
     report = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options, steps.append)

@@ -1,23 +1,17 @@
-"""The equivalence check itself: what it lets pass, and what it must not."""
+"""Equivalence check: what passes, and what must fail."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines import ONNX_RUNTIMES
-from coprs_deploy.engines.runner import Runner
+from coprs_deploy.engines.runner import HostTensor, Runner
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.equivalence import (
-    TOLERANCES,
-    Tolerance,
-    compare_stages,
-    mask_iou,
-    require_equivalence,
-    sample_inputs,
-)
-from coprs_deploy.export.samples import draw_masked_samples
+from coprs_deploy.export.equivalence import compare_graphs, mask_iou, require_equivalence
+from coprs_deploy.export.samples import draw_masked_samples, sample_inputs
+from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, graph_specs
 
 GEOMETRY = Geometry(image_size=32, patch_size=8, out_chans=8)
@@ -28,26 +22,8 @@ LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class HostTensor:
-    """An array as a tensor of a runner."""
-
-    values: np.ndarray
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return str(self.values.dtype)
-
-    def numpy(self):
-        return self.values
-
-
 class FunctionRunner(Runner):
-    """A stage that is a function of the sums of its inputs, with an error added on top."""
+    """Graph whose output depends on the mean of its inputs, with an injected error."""
 
     opened = 0
 
@@ -77,11 +53,11 @@ def opener(**errors):
 
 def compare(**errors):
     samples = sample_inputs(GEOMETRY, 6)
-    records = compare_stages(opener(), opener(**errors), samples, LIMITS)
+    records = compare_graphs(opener(), opener(**errors), samples, LIMITS)
     return {record.graph: record for record in records}
 
 
-def test_equal_stages_pass_with_nothing_between_them():
+def test_compare_graphs_equal_graphs_have_zero_error():
     records = compare()
     assert list(records) == ["image_encoder", "prior", "mask_decoder", "end_to_end"]
     for record in records.values():
@@ -93,7 +69,7 @@ def test_equal_stages_pass_with_nothing_between_them():
 
 
 @pytest.mark.parametrize("graph", GRAPH_NAMES)
-def test_an_error_is_seen_in_its_own_graph_and_in_the_chain(graph):
+def test_compare_graphs_error_shows_in_its_graph_and_end_to_end(graph):
     records = compare(**{graph: lambda values: values * np.float32(1.1)})
     assert {name for name, record in records.items() if not record.passed} >= {graph}
     assert all(records[name].passed for name in GRAPH_NAMES if name != graph)
@@ -103,7 +79,7 @@ def test_an_error_is_seen_in_its_own_graph_and_in_the_chain(graph):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("graph", GRAPH_NAMES)
-def test_a_single_value_that_is_not_finite_fails(graph, value):
+def test_compare_graphs_single_nonfinite_value_fails(graph, value):
     def spoil(values):
         spoiled = values.copy()
         spoiled.flat[3] = value
@@ -113,15 +89,15 @@ def test_a_single_value_that_is_not_finite_fails(graph, value):
         assert not compare(**{graph: spoil})[graph].passed
 
 
-def test_a_reference_that_is_not_finite_fails():
+def test_compare_graphs_nonfinite_reference_fails():
     samples = sample_inputs(GEOMETRY, 6)
     spoiled = opener(prior=lambda values: values * np.float32(np.nan))
     with np.errstate(invalid="ignore"):
-        records = compare_stages(spoiled, opener(), samples, LIMITS)
+        records = compare_graphs(spoiled, opener(), samples, LIMITS)
     assert not records[1].passed
 
 
-def test_a_shift_in_one_direction_fails_inside_the_largest_difference():
+def test_compare_graphs_one_sided_shift_fails_within_relative_error():
     def shift(values):
         return values + np.float32(1e-4)
 
@@ -140,7 +116,7 @@ def test_a_shift_in_one_direction_fails_inside_the_largest_difference():
     assert compare(prior=lambda values: values - np.float32(1e-4))["prior"].mean_error < 0
 
 
-def test_the_worst_sample_counts():
+def test_compare_graphs_reports_worst_sample():
     calls = []
 
     def worse_every_time(values):
@@ -150,39 +126,39 @@ def test_the_worst_sample_counts():
     assert compare(prior=worse_every_time)["prior"].relative_error == pytest.approx(3e-4, rel=0.01)
 
 
-def test_masks_that_overlap_too_little_fail_whatever_the_logits():
+def test_compare_graphs_low_mask_iou_fails():
     tolerances = {**LIMITS, "mask_decoder": Tolerance(10, 10, -1, 0.99, "only the masks count")}
     samples = sample_inputs(GEOMETRY, 6)
 
     def flip_some(values):
         return np.where(np.arange(values.size).reshape(values.shape) % 10 == 0, -values, values)
 
-    records = compare_stages(opener(), opener(mask_decoder=flip_some), samples, tolerances)
+    records = compare_graphs(opener(), opener(mask_decoder=flip_some), samples, tolerances)
     assert records[2].mask_iou == pytest.approx(0.818, abs=0.01)  # one cell in ten is flipped
     assert not records[2].passed
 
 
-def test_a_turned_output_fails_by_its_cosine():
+def test_compare_graphs_negated_output_fails_cosine():
     tolerances = {**LIMITS, "prior": Tolerance(10, 10, 0.9, None, "only the direction counts")}
     samples = sample_inputs(GEOMETRY, 6)
     turned = opener(prior=lambda values: -values)
-    records = compare_stages(opener(), turned, samples, tolerances)
+    records = compare_graphs(opener(), turned, samples, tolerances)
     assert records[1].cosine == pytest.approx(-1)
     assert not records[1].passed
 
 
-def test_outputs_that_are_zero_everywhere_agree():
+def test_compare_graphs_zero_outputs_agree():
     def silent(values):
         return np.zeros_like(values)
 
     samples = sample_inputs(GEOMETRY, 6)
-    both = compare_stages(opener(prior=silent), opener(prior=silent), samples, LIMITS)
-    one = compare_stages(opener(), opener(prior=silent), samples, LIMITS)
+    both = compare_graphs(opener(prior=silent), opener(prior=silent), samples, LIMITS)
+    one = compare_graphs(opener(), opener(prior=silent), samples, LIMITS)
     assert both[1].passed
     assert not one[1].passed
 
 
-def test_one_graph_is_open_at_a_time_and_none_after():
+def test_compare_graphs_opens_one_graph_at_a_time():
     most = []
 
     def watch(values):
@@ -196,10 +172,10 @@ def test_one_graph_is_open_at_a_time_and_none_after():
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1])
-def test_the_chain_is_compared_as_an_answer_runs_it(monkeypatch, factor):
-    """Where prior and mask decoder are one call, that call decides, and leaves nothing open."""
+def test_compare_graphs_end_to_end_uses_fused_launch(monkeypatch, factor):
+    """If the runtime fuses prior and mask decoder, the fused launch counts, and is closed."""
 
-    class Joined(FunctionRunner):
+    class Fused(FunctionRunner):
         def __init__(self, prior, decoder):
             super().__init__("mask_decoder", exact)
             self.both = (prior, decoder)
@@ -217,38 +193,40 @@ def test_the_chain_is_compared_as_an_answer_runs_it(monkeypatch, factor):
             return given | {"mask_logits": HostTensor(values)}
 
     def fused_with(prior, decoder):
-        return Joined(prior, decoder)
+        return Fused(prior, decoder)
 
     monkeypatch.setattr(FunctionRunner, "fused_with", fused_with)
-    Joined.opened = FunctionRunner.opened = 0
+    Fused.opened = FunctionRunner.opened = 0
     records = compare()
     assert all(records[name].passed for name in GRAPH_NAMES)
     assert records["end_to_end"].passed == (factor == 1)
-    assert Joined.opened == FunctionRunner.opened == 0
+    assert Fused.opened == FunctionRunner.opened == 0
 
 
-def test_each_step_is_announced():
+def test_compare_graphs_steps_are_announced():
     steps = []
-    compare_stages(opener(), opener(), sample_inputs(GEOMETRY, 6), LIMITS, steps.append)
-    assert steps == [f"{who} {name}" for name in GRAPH_NAMES for who in ("reference", "candidate")]
+    compare_graphs(opener(), opener(), sample_inputs(GEOMETRY, 6), LIMITS, steps.append)
+    assert steps == [
+        f"{side} {name}" for name in GRAPH_NAMES for side in ("reference", "candidate")
+    ]
 
 
-def test_the_error_names_each_failing_graph_with_numbers_and_limits():
+def test_require_equivalence_error_lists_failing_graphs():
     samples = sample_inputs(GEOMETRY, 6)
     candidate = opener(mask_decoder=lambda values: values * np.float32(1.1))
-    records = compare_stages(opener(), candidate, samples, LIMITS)
+    records = compare_graphs(opener(), candidate, samples, LIMITS)
     with pytest.raises(EquivalenceError) as caught:
         require_equivalence(records, LIMITS)
     message = str(caught.value)
     assert caught.value.exit_code == 1
-    assert "mask_decoder: relative 1.00e-01, mean " in message
+    assert "mask_decoder: relative error 1.00e-01, mean error " in message
     assert "mask IoU 1.00000 (allowed: 1e-03, 1e-05, 0.999, mask IoU 0.99)" in message
-    assert "end_to_end: relative" in message
+    assert "end_to_end: relative error" in message
     assert "image_encoder" not in message
     assert "prior:" not in message
 
 
-def test_records_that_pass_raise_nothing():
+def test_require_equivalence_passing_records_return_none():
     require_equivalence(tuple(compare().values()), LIMITS)
 
 
@@ -264,12 +242,12 @@ def test_records_that_pass_raise_nothing():
         ([0, 1, 0, 0], [1, 1, 0, 0], 0.5),
     ],
 )
-def test_mask_iou_thresholds_above_zero_and_takes_empty_masks_for_equal(first, second, iou):
+def test_mask_iou_thresholds_at_zero_and_empty_masks_agree(first, second, iou):
     arrays = (np.array(x, dtype=np.float32).reshape(1, 1, 2, 2) for x in (first, second))
     assert mask_iou(*arrays) == pytest.approx(iou)
 
 
-def test_samples_differ_in_padding_content_and_concentration():
+def test_sample_inputs_differ_in_padding_content_and_concentration():
     samples = sample_inputs(GEOMETRY, 6, num_targets=3)
     sizes = [tuple(sample.prepared.unpadded_size) for sample in samples]
     assert sizes == [(18, 32), (32, 20), (32, 32)]
@@ -278,7 +256,7 @@ def test_samples_differ_in_padding_content_and_concentration():
     assert len({sample.prepared.image.tobytes() for sample in samples}) == 3
 
 
-def test_equal_seeds_give_equal_samples():
+def test_sample_inputs_equal_seeds_are_equal():
     first, again, other = (sample_inputs(GEOMETRY, 6, seed=seed) for seed in (0, 0, 1))
     for a, b, c in zip(first, again, other, strict=True):
         assert np.array_equal(a.prepared.image, b.prepared.image)
@@ -287,7 +265,7 @@ def test_equal_seeds_give_equal_samples():
 
 
 @pytest.mark.parametrize("key", TOLERANCES, ids=" ".join)
-def test_every_tolerance_has_a_reason_and_can_fail(key):
+def test_tolerances_have_reason_and_can_fail(key):
     table = TOLERANCES[key]
     assert set(table) == {*GRAPH_NAMES, "end_to_end"}
     assert key[0] in (*ONNX_RUNTIMES, *TRT_VARIANT_NAMES)
@@ -298,21 +276,21 @@ def test_every_tolerance_has_a_reason_and_can_fail(key):
         assert (tolerance.mask_iou is not None) == (name in ("mask_decoder", "end_to_end"))
 
 
-def test_a_reference_that_is_known_is_not_run_again():
+def test_compare_graphs_known_reference_is_not_run_again():
     samples, known = sample_inputs(GEOMETRY, 6), {}
-    first = compare_stages(opener(), opener(), samples, LIMITS, known=known)
+    first = compare_graphs(opener(), opener(), samples, LIMITS, known=known)
     assert set(known) == set(GRAPH_NAMES)
 
     def never(name):
         raise AssertionError(f"the reference of {name} was opened")
 
-    assert compare_stages(never, opener(), samples, LIMITS, known=known) == first
-    wrong = compare_stages(never, opener(prior=lambda v: v * 1.1), samples, LIMITS, known=known)
+    assert compare_graphs(never, opener(), samples, LIMITS, known=known) == first
+    wrong = compare_graphs(never, opener(prior=lambda v: v * 1.1), samples, LIMITS, known=known)
     assert not wrong[1].passed
 
 
-def test_pooled_masks_are_judged_together():
-    """One small mask that is lost weighs by its cells, not as a whole sample."""
+def test_compare_graphs_pooled_masks_use_ciou():
+    """A lost small mask counts by its cells, not as a whole sample."""
     samples = sample_inputs(GEOMETRY, 6)
     calls = []
 
@@ -323,48 +301,48 @@ def test_pooled_masks_are_judged_together():
     def few(values):
         return np.where(values > values.max() * 0.99, values, -np.abs(values) - 1)
 
-    chain = LIMITS["end_to_end"]
-    assert not chain.pools_masks
+    limit = LIMITS["end_to_end"]
+    assert not limit.pools_masks
     for pools, expected in ((False, 0.0), (True, 2 / 3)):
         calls.clear()
-        limits = {**LIMITS, "mask_decoder": replace(chain, pools_masks=pools)}
+        limits = {**LIMITS, "mask_decoder": replace(limit, pools_masks=pools)}
         decoder = opener(mask_decoder=lambda v: lose_the_first(few(v)))
-        records = compare_stages(opener(mask_decoder=few), decoder, samples, limits)
+        records = compare_graphs(opener(mask_decoder=few), decoder, samples, limits)
         assert records[2].mask_iou == pytest.approx(expected)
 
 
 class TestMaskedSamples:
-    def share(self, masks):
+    def ratio(self, masks):
         return [float((mask > 0).mean()) for mask in masks]
 
     def draw(self, decoder, seed=0):
-        pictures = [sample.prepared for sample in sample_inputs(GEOMETRY, 6)]
-        return draw_masked_samples(pictures, opener(mask_decoder=decoder), 6, seed=seed)
+        images = [sample.prepared for sample in sample_inputs(GEOMETRY, 6)]
+        return draw_masked_samples(images, opener(mask_decoder=decoder), 6, seed=seed)
 
-    def test_the_mask_nearest_to_a_quarter_is_taken(self):
-        shares = iter([0.0, 1.0, 0.9, 0.2, 0.6] + [0.0] * 11 + [0.2])
+    def test_masked_samples_choose_mask_nearest_to_a_quarter(self):
+        ratios = iter([0.0, 1.0, 0.9, 0.2, 0.6] + [0.0] * 11 + [0.2])
 
         def decoder(values):
-            share = next(shares, 0.0)
+            ratio = next(ratios, 0.0)
             wanted = np.full(values.size, -1, np.float32)
-            wanted[: round(share * values.size)] = 1
+            wanted[: round(ratio * values.size)] = 1
             return wanted.reshape(values.shape)
 
-        pictures = [sample_inputs(GEOMETRY, 6)[0].prepared]
-        samples, known = draw_masked_samples(pictures, opener(mask_decoder=decoder), 6)
+        images = [sample_inputs(GEOMETRY, 6)[0].prepared]
+        samples, known = draw_masked_samples(images, opener(mask_decoder=decoder), 6)
         generator = np.random.default_rng(0)
         drawn = [generator.standard_normal((1, 6), dtype=np.float32) for _ in range(4)]
         assert np.array_equal(samples[0].concentration, drawn[3])
-        assert self.share(known["mask_decoder"]) == [pytest.approx(0.2, abs=0.01)]
+        assert self.ratio(known["mask_decoder"]) == [pytest.approx(0.2, abs=0.01)]
 
-    def test_what_is_known_is_what_the_reference_gives(self):
+    def test_masked_samples_known_outputs_equal_reference(self):
         samples, known = self.draw(exact)
         fresh = {}
-        compare_stages(opener(), opener(), samples, LIMITS, known=fresh)
+        compare_graphs(opener(), opener(), samples, LIMITS, known=fresh)
         for name in GRAPH_NAMES:
             assert all(map(np.array_equal, known[name], fresh[name])), name
 
-    def test_equal_seeds_give_equal_samples(self):
+    def test_sample_inputs_equal_seeds_are_equal(self):
         first, again, other = (self.draw(exact, seed)[0] for seed in (0, 0, 1))
         assert np.array_equal(first[0].concentration, again[0].concentration)
         assert not np.array_equal(first[0].concentration, other[0].concentration)

@@ -1,4 +1,4 @@
-"""From checkpoint to bundle: what is written, what is proven, and what is left when proof fails."""
+"""Export: bundle contents, equivalence check, and what remains after a failure."""
 
 import importlib.metadata
 import json
@@ -16,14 +16,14 @@ from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import ArtifactError, CheckpointError, EquivalenceError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer
-from coprs_deploy.export.equivalence import TOLERANCES, Tolerance
+from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.images import prepare_image
 from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile, graph_specs
 
 FP32 = ("onnxruntime", "fp32")
 
 
-def stages_of(bundle_path):
+def open_graphs_of(bundle_path):
     """Open the three graphs of a bundle."""
     bundle = open_bundle(bundle_path)
     return SegmentationGraphs(
@@ -34,23 +34,23 @@ def stages_of(bundle_path):
     )
 
 
-def run(stages, scene, geometry, concentrations):
+def run(graphs, scene, geometry, concentrations):
     prepared = prepare_image(scene, geometry)
-    embedding = stages.encode(prepared)
-    priors = stages.priors(embedding, concentrations)
-    masks = stages.masks(embedding, priors, prepared.unpadded_size)
+    embedding = graphs.encode(prepared)
+    priors = graphs.priors(embedding, concentrations)
+    masks = graphs.masks(embedding, priors, prepared.unpadded_size)
     return [np.concatenate([chunk.numpy() for chunk in chunks]) for chunks in (priors, masks)]
 
 
 def reference(checkpoint_path, scene, concentrations):
-    """Run PyTorch's own stages, one target at a time."""
+    """Run PyTorch's modules, one target at a time."""
     checkpoint = read_checkpoint(checkpoint_path)
     model = load_segmentation_model(checkpoint)
     specs = read_specs(checkpoint)
     with SegmentationGraphs(
-        {n: TorchRunner(m, specs[n]) for n, m in model.stages().items()}
-    ) as stages:
-        return run(stages, scene, checkpoint.config.model.geometry, concentrations)
+        {n: TorchRunner(m, specs[n]) for n, m in model.graph_modules().items()}
+    ) as graphs:
+        return run(graphs, scene, checkpoint.config.model.geometry, concentrations)
 
 
 def read_specs(checkpoint):
@@ -64,9 +64,9 @@ def concentrations_of(count):
 
 @pytest.fixture
 def written_graphs(tiny_bundle, monkeypatch):
-    """Take the graphs of the tiny bundle instead of tracing them again, which takes seconds.
+    """Copy the graphs of the tiny bundle instead of tracing them again.
 
-    The dictionary that it gives maps a graph's name to a factor for its weights.
+    The returned dictionary maps a graph's name to a factor of its weights.
     """
     factors = {}
 
@@ -84,7 +84,7 @@ def written_graphs(tiny_bundle, monkeypatch):
 
 
 class TestBundle:
-    def test_it_opens_and_holds_what_the_checkpoint_says(self, tiny_bundle, tiny_checkpoint):
+    def test_export_manifest_equals_checkpoint(self, tiny_bundle, tiny_checkpoint):
         manifest = open_bundle(tiny_bundle).manifest
         checkpoint = read_checkpoint(tiny_checkpoint)
         config = checkpoint.config
@@ -97,7 +97,7 @@ class TestBundle:
         assert manifest.policy.max_pixels == config.policy_image.max_pixels
         assert manifest.gpu is None
 
-    def test_each_graph_is_described(self, tiny_bundle, tiny_checkpoint):
+    def test_export_manifest_describes_each_graph(self, tiny_bundle, tiny_checkpoint):
         manifest = read_manifest(tiny_bundle)
         assert list(manifest.graphs) == list(GRAPH_NAMES)
         specs = read_specs(read_checkpoint(tiny_checkpoint))
@@ -105,7 +105,7 @@ class TestBundle:
             assert (graph.runtime, graph.precision, graph.file) == (*FP32, f"{name}.onnx")
             assert graph.spec == specs[name]
 
-    def test_every_file_is_listed_and_the_policy_is_a_copy(self, tiny_bundle, tiny_checkpoint):
+    def test_export_lists_every_file_and_copies_policy(self, tiny_bundle, tiny_checkpoint):
         manifest = read_manifest(tiny_bundle)
         assert manifest.policy.path == "policy"
         assert manifest.policy.files == record_files(tiny_checkpoint / "policy")
@@ -114,7 +114,7 @@ class TestBundle:
         on_disk = {p.relative_to(tiny_bundle).parts[0] for p in tiny_bundle.iterdir()}
         assert on_disk == {*listed, "manifest.json", "policy"}
 
-    def test_the_toolchain_is_recorded(self, tiny_bundle):
+    def test_export_manifest_records_toolchain(self, tiny_bundle):
         toolchain = read_manifest(tiny_bundle).toolchain
         for package in ("torch", "onnx", "onnxscript", "onnxruntime", "transformers"):
             assert toolchain[package] == importlib.metadata.version(package)
@@ -122,7 +122,7 @@ class TestBundle:
         assert "onnxruntime-gpu" not in toolchain
 
     @pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_llava_bundle"])
-    def test_the_measured_equivalence_is_recorded_and_inside_the_tolerances(self, bundle, request):
+    def test_export_manifest_records_equivalence_within_tolerance(self, bundle, request):
         records = read_manifest(request.getfixturevalue(bundle)).equivalence
         assert [record.graph for record in records] == [*GRAPH_NAMES, "end_to_end"]
         for record in records:
@@ -137,11 +137,11 @@ class TestBundle:
             assert record.inputs == 3
         assert [record.mask_iou for record in records[:2]] == [None, None]
 
-    def test_the_graphs_compute_what_pytorch_computes(self, tiny_bundle, tiny_checkpoint, scene):
+    def test_export_graphs_equal_pytorch(self, tiny_bundle, tiny_checkpoint, scene):
         concentrations = concentrations_of(2)
-        with stages_of(tiny_bundle) as stages:
+        with open_graphs_of(tiny_bundle) as graphs:
             geometry = read_manifest(tiny_bundle).geometry
-            found = run(stages, scene, geometry, concentrations)
+            found = run(graphs, scene, geometry, concentrations)
         expected = reference(tiny_checkpoint, scene, concentrations)
         for ours, theirs in zip(found, expected, strict=True):
             limit = TOLERANCES[FP32]["end_to_end"].relative_error
@@ -149,7 +149,7 @@ class TestBundle:
         priors = expected[0]
         assert np.abs(priors[0] - priors[1]).max() > 0.01 * np.abs(priors).max()
 
-    def test_the_manifest_is_plain_json_for_people(self, tiny_bundle):
+    def test_export_manifest_is_indented_json(self, tiny_bundle):
         text = (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
         data = json.loads(text)
         assert text.endswith("}\n")
@@ -161,9 +161,9 @@ class TestBundle:
         }
 
 
-class TestReferredPolicy:
-    def test_a_policy_may_stay_where_it_is(self, tiny_checkpoint, tmp_path, written_graphs):
-        options = ExportOptions(copy_policy=False)
+class TestExternalPolicy:
+    def test_export_external_policy_is_not_copied(self, tiny_checkpoint, tmp_path, written_graphs):
+        options = ExportOptions(external_policy=True)
         path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
         policy = open_bundle(path).manifest.policy
         assert policy.is_external
@@ -172,12 +172,12 @@ class TestReferredPolicy:
         assert policy.files == record_files(tiny_checkpoint / "policy")
         assert not (path / "policy").exists()
 
-    def test_bundle_and_checkpoint_may_move_together(
+    def test_export_external_policy_moves_with_bundle(
         self, tiny_checkpoint, tmp_path, written_graphs
     ):
         home = tmp_path / "home"
         shutil.copytree(tiny_checkpoint, home / "checkpoint")
-        options = ExportOptions(copy_policy=False)
+        options = ExportOptions(external_policy=True)
         export_checkpoint(home / "checkpoint", home / "bundle", options)
         assert open_bundle(home / "bundle").manifest.policy.path == "../checkpoint/policy"
         bundle = open_bundle(home.rename(tmp_path / "elsewhere") / "bundle")
@@ -185,7 +185,7 @@ class TestReferredPolicy:
 
 
 class TestReport:
-    def test_steps_are_announced_and_timed_and_memory_is_measured(
+    def test_export_report_has_steps_times_and_memory(
         self, tiny_checkpoint, tmp_path, written_graphs
     ):
         steps = []
@@ -194,7 +194,7 @@ class TestReport:
             "load checkpoint",
             "fingerprint checkpoint",
             *(f"export {name}" for name in GRAPH_NAMES),
-            *(f"check {who} {n}" for n in GRAPH_NAMES for who in ("reference", "candidate")),
+            *(f"check {side} {n}" for n in GRAPH_NAMES for side in ("reference", "candidate")),
             "write bundle",
         ]
         assert list(report.seconds) == steps
@@ -224,20 +224,20 @@ class TestTargets:
     @pytest.mark.slow
     @pytest.mark.parametrize("profile", ["1,2,4", "3"])
     @pytest.mark.parametrize("count", [1, 2, 4, 5])
-    def test_any_number_of_targets_is_answered(
+    def test_export_profile_accepts_any_number_of_targets(
         self, export, profile, count, tiny_checkpoint, scene
     ):
         path = export(profile)
         concentrations = concentrations_of(count)
-        with stages_of(path) as stages:
-            found = run(stages, scene, read_manifest(path).geometry, concentrations)
+        with open_graphs_of(path) as graphs:
+            found = run(graphs, scene, read_manifest(path).geometry, concentrations)
         expected = reference(tiny_checkpoint, scene, concentrations)
         for ours, theirs in zip(found, expected, strict=True):
             limit = TOLERANCES[FP32]["end_to_end"].relative_error * np.abs(theirs).max()
             assert np.abs(ours[:count] - theirs).max() <= limit
 
     @pytest.mark.slow
-    def test_a_profile_gives_a_symbolic_dimension_and_a_number_a_static_one(self, export):
+    def test_export_profile_is_symbolic_and_number_is_static(self, export):
         ranged, fixed = (read_manifest(export(text)).graphs for text in ("1,2,4", "3"))
         assert ranged["prior"].spec.inputs[1].shape == ("targets", 64)
         assert ranged["prior"].spec.targets == OptimizationProfile(1, 2, 4)
@@ -247,31 +247,33 @@ class TestTargets:
             assert graphs["image_encoder"].spec.outputs[0].shape == (1, 64, 16, 16)
 
 
-class TestProof:
+class TestEquivalence:
     @pytest.mark.parametrize("graph", GRAPH_NAMES)
-    def test_a_graph_with_other_weights_is_refused_and_nothing_is_written(
+    def test_export_wrong_weights_are_refused_and_nothing_is_written(
         self, graph, tiny_checkpoint, tmp_path, written_graphs
     ):
         written_graphs[graph] = 1.01
         with pytest.raises(EquivalenceError) as caught:
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle")
         message = str(caught.value)
-        assert f"{graph}: relative " in message
+        assert f"{graph}: relative error " in message
         limit = TOLERANCES[FP32][graph]
         assert f"(allowed: {limit.relative_error:.0e}, {limit.mean_error:.0e}" in message
-        assert not [n for n in GRAPH_NAMES if n != graph and f"{n}: relative" in message]
+        assert not [n for n in GRAPH_NAMES if n != graph and f"{n}: relative error" in message]
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_stricter_table_is_obeyed(
+    def test_export_stricter_tolerance_is_applied(
         self, tiny_checkpoint, tmp_path, monkeypatch, written_graphs
     ):
         impossible = Tolerance(0.0, 0.0, 1.0, None, "nothing is exactly equal")
         monkeypatch.setitem(TOLERANCES, FP32, {**TOLERANCES[FP32], "image_encoder": impossible})
-        with pytest.raises(EquivalenceError, match=r"image_encoder: relative .* \(allowed: 0e\+00"):
+        with pytest.raises(
+            EquivalenceError, match=r"image_encoder: relative error .* \(allowed: 0e\+00"
+        ):
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_bundle_that_stood_there_survives_a_failed_export(
+    def test_export_failure_keeps_existing_bundle(
         self, tiny_bundle, tiny_checkpoint, tmp_path, written_graphs
     ):
         out = tmp_path / "bundle"
@@ -284,8 +286,8 @@ class TestProof:
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-class TestPlace:
-    def test_a_bundle_is_replaced_only_when_asked(
+class TestOutput:
+    def test_export_existing_bundle_is_replaced_only_with_overwrite(
         self, tiny_bundle, tiny_checkpoint, tmp_path, written_graphs
     ):
         out = tmp_path / "bundle"
@@ -300,16 +302,16 @@ class TestPlace:
         assert open_bundle(out).manifest.checkpoint_fingerprint
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
-    def test_a_directory_of_something_else_is_never_replaced(self, tiny_checkpoint, tmp_path):
+    def test_export_foreign_directory_is_refused(self, tiny_checkpoint, tmp_path):
         (tmp_path / "cat.jpg").write_bytes(b"cat")
-        with pytest.raises(ArtifactError, match=r"holds no manifest\.json: it is not replaced"):
+        with pytest.raises(ArtifactError, match=r"has no manifest\.json: it is not replaced"):
             export_checkpoint(tiny_checkpoint, tmp_path, ExportOptions(overwrite=True))
 
-    def test_a_checkpoint_is_not_replaced_by_its_own_bundle(self, tiny_checkpoint):
+    def test_export_checkpoint_directory_is_refused_as_output(self, tiny_checkpoint):
         with pytest.raises(ArtifactError, match="it is not replaced"):
             export_checkpoint(tiny_checkpoint, tiny_checkpoint, ExportOptions(overwrite=True))
 
-    def test_a_missing_checkpoint_is_named(self, tmp_path):
+    def test_export_missing_checkpoint_is_named(self, tmp_path):
         with pytest.raises(CheckpointError, match="there is no checkpoint directory"):
             export_checkpoint(tmp_path / "absent", tmp_path / "bundle")
         assert list(tmp_path.iterdir()) == []
@@ -324,6 +326,6 @@ class TestPlace:
         ({"precision": "int8"}, r"pass --calibration DIR with --precision int8"),
     ],
 )
-def test_an_unknown_runtime_or_precision_is_answered_with_what_is_known(options, message):
+def test_export_options_unknown_runtime_or_precision_names_accepted(options, message):
     with pytest.raises(ValueError, match=message):
         ExportOptions(**options)

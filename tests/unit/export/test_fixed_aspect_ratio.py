@@ -1,4 +1,4 @@
-"""A bundle for pictures of one aspect: exact, or said not to be where padding is dropped."""
+"""Bundles for a fixed aspect ratio: exact, or with dropped padding."""
 
 import json
 import re
@@ -17,10 +17,11 @@ from coprs_deploy.cli.main import main
 from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError, ImageSizeError
 from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_check
-from coprs_deploy.export.comparison import MODULE, OF_ONE_ASPECT, TRACED, compare_backends
-from coprs_deploy.export.comparison_page import chain_page
-from coprs_deploy.export.equivalence import TOLERANCES, sample_inputs
+from coprs_deploy.export.comparison import FIXED_ASPECT_MODULE, MODULE, TRACED, compare_backends
+from coprs_deploy.export.comparison_page import comparison_page_html
 from coprs_deploy.export.graph_check import WITHOUT_PADDING
+from coprs_deploy.export.samples import sample_inputs
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.export.verifier import verify_bundle
 from coprs_deploy.images import ResizeTransform, prepare_image, require_inside, unpadded_size
 from coprs_deploy.model_config import SAM_SIZES
@@ -33,7 +34,7 @@ ROUNDING = TOLERANCES["onnxruntime", "fp32"][IMAGE_ENCODER].relative_error
 
 @pytest.fixture(scope="module")
 def exact(tiny_checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("aspect_ratio") / "bundle"
+    out = tmp_path_factory.mktemp("fixed") / "bundle"
     return export_checkpoint(tiny_checkpoint, out, ExportOptions(aspect_ratio=(16, 9))).bundle
 
 
@@ -61,12 +62,12 @@ def wanted(encoder, geometry):
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
-def test_the_graph_of_an_aspect_gives_what_the_whole_encoder_gives(exact, whole_encoder, runtime):
+def test_fixed_aspect_graph_equals_whole_encoder(exact, whole_encoder, runtime):
     expected = wanted(whole_encoder, exact.manifest.geometry)
     assert np.abs(encode(exact, runtime) - expected).max() <= ROUNDING * np.abs(expected).max()
 
 
-def test_the_manifest_says_what_the_encoder_takes(exact, dropping):
+def test_fixed_aspect_manifest_records_valid_region(exact, dropping):
     # Windows of 6 cells of 8 pixels: two of them hold 72 rows. Cells hold them to the pixel.
     assert exact.manifest.graphs[IMAGE_ENCODER].spec.valid_region == ValidRegion((16, 9), 96, 128)
     alone = dropping.manifest.graphs[IMAGE_ENCODER].spec.valid_region
@@ -75,9 +76,7 @@ def test_the_manifest_says_what_the_encoder_takes(exact, dropping):
     assert [r.graph for r in exact.manifest.equivalence][-1] == "end_to_end"
 
 
-def test_dropped_padding_changes_the_embedding_and_the_manifest_says_how_much(
-    dropping, whole_encoder, tiny_checkpoint
-):
+def test_dropped_padding_effect_is_recorded_in_manifest(dropping, whole_encoder, tiny_checkpoint):
     expected = wanted(whole_encoder, dropping.manifest.geometry)
     assert np.abs(encode(dropping) - expected).max() > 10 * ROUNDING * np.abs(expected).max()
     record = dropping.manifest.equivalence[-1]
@@ -91,9 +90,7 @@ def test_dropped_padding_changes_the_embedding_and_the_manifest_says_how_much(
     assert all(r.passed for r in again)
 
 
-def test_a_graph_that_is_not_that_of_its_aspect_is_found(
-    exact, dropping, tiny_checkpoint, tmp_path
-):
+def test_verify_graph_without_its_valid_region_fails(exact, dropping, tiny_checkpoint, tmp_path):
     """The check compares with the whole encoder: a graph without padding does not pass as exact."""
     path = tmp_path / "bundle"
     shutil.copytree(exact.path, path)
@@ -109,47 +106,47 @@ def test_a_graph_that_is_not_that_of_its_aspect_is_found(
     assert not records[0].passed
 
 
-def test_pictures_inside_are_answered_and_others_refused_before_anything_runs(exact, monkeypatch):
+def test_segment_images_outside_valid_region_are_refused_first(exact, monkeypatch):
     with CoPRS.load(exact.path) as coprs:
-        assert "for pictures at least as wide as 16:9;" in coprs.description
+        assert "for images at least as wide as 16:9;" in coprs.description
         coprs.warm_up()
         for height in (40, 90, 120):  # 120 of 160 come to 96 of 128: the windows hold them too
-            answer = coprs.segment(np.resize(WIDE, (height, 160, 3)), "the shape")
-            assert answer.masks.shape[1:] == (height, 160)
-        asked = []
-        monkeypatch.setattr(coprs._policy, "stream", asked.append)
+            result = coprs.segment(np.resize(WIDE, (height, 160, 3)), "the shape")
+            assert result.masks.shape[1:] == (height, 160)
+        requests = []
+        monkeypatch.setattr(coprs._policy, "stream", requests.append)
         with pytest.raises(ImageSizeError, match=r"160 wide it may be 120 high: crop it"):
             coprs.segment(np.zeros((122, 160, 3), np.uint8), "the shape")
         with pytest.raises(ImageSizeError, match=r"at least as wide as 16:9, 90 wide it may be 67"):
             coprs.segment(WIDE.transpose(1, 0, 2), "the shape")
         with pytest.raises(ImageSizeError):
             next(coprs.segment_many([(np.zeros((160, 160, 3), np.uint8), "the shape")]))
-        assert not asked
+        assert not requests
 
 
-def test_the_stages_refuse_what_the_runtime_did_not(exact):
+def test_graphs_encode_image_outside_valid_region_is_refused(exact):
     graphs = exact.manifest.graphs
     with SegmentationGraphs(
         {n: open_bundle_graph(exact, n, RunnerOptions()) for n in graphs}
-    ) as stages:
+    ) as opened:
         square = prepare_image(np.zeros((9, 9, 3), np.uint8), exact.manifest.geometry)
         with pytest.raises(ImageSizeError):
-            stages.encode(square)
+            opened.encode(square)
 
 
 @pytest.mark.slow
-def test_images_of_an_aspect_go_together(tiny_checkpoint, tmp_path):
+def test_graphs_encode_batch_of_fixed_aspect_images(tiny_checkpoint, tmp_path):
     options = ExportOptions(
         aspect_ratio=(16, 9), drop_padding=True, images=OptimizationProfile(1, 2, 3)
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     with CoPRS.load(bundle.path) as coprs:
         coprs.warm_up()
-        answers = list(coprs.segment_many([(WIDE, "the shape"), (WIDE[::-1], "the shape")]))
-    assert len(answers) == 2
+        results = list(coprs.segment_many([(WIDE, "the shape"), (WIDE[::-1], "the shape")]))
+    assert len(results) == 2
 
 
-def test_the_answers_of_an_aspect_are_those_of_the_whole_square(exact, tiny_bundle):
+def test_segment_fixed_aspect_result_equals_whole_square(exact, tiny_bundle):
     with CoPRS.load(exact.path) as ours, CoPRS.load(tiny_bundle) as theirs:
         one, other = (c.segment(WIDE, "the shape") for c in (ours, theirs))
     assert one.reasoning == other.reasoning
@@ -158,101 +155,110 @@ def test_the_answers_of_an_aspect_are_those_of_the_whole_square(exact, tiny_bund
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_typed_graphs_of_an_aspect_pass_their_checks(tiny_checkpoint, tmp_path, precision):
+def test_export_fixed_aspect_lower_precision_passes(tiny_checkpoint, tmp_path, precision):
     calibration = None
     if precision == "int8":
-        calibration = tmp_path / "pictures"
+        calibration = tmp_path / "images"
         calibration.mkdir()
         generator = np.random.default_rng(1)
         for number in range(4):
             pixels = generator.integers(0, 256, (45, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(calibration / f"{number}.png")
     options = ExportOptions(
-        precision=precision, calibration=calibration, aspect_ratio=(16, 9), cache=tmp_path / "cache"
+        precision=precision,
+        calibration_images=calibration,
+        aspect_ratio=(16, 9),
+        cache_dir=tmp_path / "cache",
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert all(record.passed for record in bundle.manifest.equivalence)
 
 
-def test_calibration_pictures_that_reach_too_far_are_named(tiny_checkpoint, tmp_path, monkeypatch):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_export_calibration_images_outside_valid_region_are_named(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(4):
-        Image.new("RGB", (50, 50), (number, 0, 0)).save(pictures / f"{number}.png")
+        Image.new("RGB", (50, 50), (number, 0, 0)).save(images / f"{number}.png")
     options = ExportOptions(
-        precision="int8", calibration=pictures, aspect_ratio=(16, 9), cache=tmp_path / "cache"
+        precision="int8",
+        calibration_images=images,
+        aspect_ratio=(16, 9),
+        cache_dir=tmp_path / "cache",
     )
     monkeypatch.setattr(exporter, "write_int8_graph", None)  # nothing is traced before
-    message = r"4 of the calibration's pictures.*\d.png: the picture is 50 x 50 and this image"
+    message = r"4 calibration images do not fit.*\d.png: the picture is 50 x 50 and this image"
     with pytest.raises(ImageSizeError, match=message):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("drops_padding", [False, True])
-def test_the_chain_begins_with_the_whole_module(exact, dropping, tiny_checkpoint, drops_padding):
+def test_compare_backends_fixed_aspect_starts_with_whole_module(
+    exact, dropping, tiny_checkpoint, drops_padding
+):
     bundle = dropping if drops_padding else exact
     manifest = bundle.manifest
     valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
     samples = sample_inputs(
         manifest.geometry, manifest.policy.hidden_size, valid_region=valid_region
     )
-    links = compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
-    assert [(link.first, link.second) for link in links[:2]] == [
-        (MODULE, OF_ONE_ASPECT),
-        (OF_ONE_ASPECT, TRACED),
+    comparisons = compare_backends(bundle, read_checkpoint(tiny_checkpoint), samples)
+    assert [(result.reference, result.candidate) for result in comparisons[:2]] == [
+        (MODULE, FIXED_ASPECT_MODULE),
+        (FIXED_ASPECT_MODULE, TRACED),
     ]
-    assert all(link.passed for link in links)
-    assert (links[0].differences[0].record.relative_error > ROUNDING) == drops_padding
-    page = chain_page(bundle, links, len(samples))
+    assert all(result.passed for result in comparisons)
+    assert (comparisons[0].differences[0].record.relative_error > ROUNDING) == drops_padding
+    page = comparison_page_html(bundle, comparisons, len(samples))
     first_section = page.split("<h2>")[1]
-    assert ("not judged" in first_section) == drops_padding
-    assert ("holds" in first_section) == (not drops_padding)
-    assert f"every {'has_tolerance ' if drops_padding else ''}link holds" in page
-    assert "pictures at least as wide as 16:9" in page
+    assert ("no tolerance" in first_section) == drops_padding
+    assert (">passed<" in first_section) == (not drops_padding)
+    verdict = "all that have a tolerance are within it" if drops_padding else "all within tolerance"
+    assert verdict in page
+    assert "images at least as wide as 16:9" in page
 
 
 @pytest.mark.parametrize(
     ("aspect_ratio", "height", "width"),
     [((16, 9), 96, 128), ((9, 16), 128, 72), ((4, 1), 32, 128), ((90, 1), 8, 128)],
 )
-def test_samples_of_an_extent_fill_it_and_stay_inside(aspect_ratio, height, width):
+def test_sample_inputs_fill_valid_region_and_stay_inside(aspect_ratio, height, width):
     geometry, valid_region = Geometry(128, 8, 64), ValidRegion(aspect_ratio, height, width)
     sizes = [
         s.prepared.unpadded_size.tolist()
         for s in sample_inputs(geometry, 4, valid_region=valid_region)
     ]
     assert [height, width] in sizes
-    assert all(valid_region.holds(size) for size in sizes)
+    assert all(valid_region.contains(size) for size in sizes)
 
 
-ASPECTS = [(16, 9), (9, 16), (9, 20), (37, 20), (1, 17), (1, 40), (256, 135), (21, 9), (4, 3)]
+ASPECT_RATIOS = [(16, 9), (9, 16), (9, 20), (37, 20), (1, 17), (1, 40), (256, 135), (21, 9), (4, 3)]
 
 
-def placed(height, width):
+def resized(height, width):
     return ResizeTransform(np.array(unpadded_size(height, width, 1024)), (height, width))
 
 
-@pytest.mark.parametrize("aspect_ratio", ASPECTS)
+@pytest.mark.parametrize("aspect_ratio", ASPECT_RATIOS)
 @pytest.mark.parametrize("drops_padding", [False, True])
-def test_pictures_of_the_aspect_are_taken_and_a_refusal_names_what_would_be(
-    aspect_ratio, drops_padding
-):
-    valid_region = SAM_SIZES["vit_b"].picture_extent(aspect_ratio, drops_padding=drops_padding)
+def test_check_image_outside_valid_region_names_accepted_size(aspect_ratio, drops_padding):
+    valid_region = SAM_SIZES["vit_b"].valid_region(aspect_ratio, drops_padding=drops_padding)
     assert str(valid_region).endswith(f" as {aspect_ratio[0]}:{aspect_ratio[1]}")
     for factor in (1, 3, 7, 50, 120):
-        require_inside(placed(aspect_ratio[1] * factor, aspect_ratio[0] * factor), valid_region)
+        require_inside(resized(aspect_ratio[1] * factor, aspect_ratio[0] * factor), valid_region)
     for size in ((1000, 1000), (1000, 999), (999, 1000)):
         with pytest.raises(ImageSizeError) as error:
-            require_inside(placed(*size), valid_region)
+            require_inside(resized(*size), valid_region)
         words = re.search(r"(\d+) (wide|high) it may be (\d+) ", str(error.value))
         kept, limit, is_wide = int(words[1]), int(words[3]), words[2] == "wide"
         for tried, fits in ((limit, True), (limit + 1, False)):
             sides = (tried, kept) if is_wide else (kept, tried)
-            assert valid_region.holds(unpadded_size(*sides, 1024)) == fits
+            assert valid_region.contains(unpadded_size(*sides, 1024)) == fits
 
 
-def test_evaluate_says_at_once_which_examples_a_bundle_does_not_take(exact, capsys):
+def test_evaluate_examples_outside_valid_region_are_refused_first(exact, capsys):
     arguments = ["evaluate", str(exact.path), "--num-examples", "3", "--num-no-match", "0"]
     assert main(arguments) == 2
     message = capsys.readouterr().err
@@ -260,15 +266,15 @@ def test_evaluate_says_at_once_which_examples_a_bundle_does_not_take(exact, caps
     assert "on --examples of that aspect ratio" in message
 
 
-def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):
+def test_export_command_aspect_ratio_is_recorded(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "bundle"
-    arguments = ["export", str(tiny_checkpoint), "--out", str(out), "--aspect", "9:16"]
+    arguments = ["export", str(tiny_checkpoint), "--out", str(out), "--aspect-ratio", "9:16"]
     assert main([*arguments, "--drop-padding", "--json"]) == 0
     names = [record["graph"] for record in json.loads(capsys.readouterr().out)["equivalence"]]
     assert names[-1] == WITHOUT_PADDING
-    assert open_bundle(out).manifest.graphs[IMAGE_ENCODER].spec.valid_region.holds((128, 72))
+    assert open_bundle(out).manifest.graphs[IMAGE_ENCODER].spec.valid_region.contains((128, 72))
     assert main(["inspect", str(out)]) == 0
-    assert "for pictures at least as high as 9:16 alone: padding is dropped" in (
+    assert "for images at least as tall as 9:16 alone: padding is dropped" in (
         capsys.readouterr().out
     )
 
@@ -276,38 +282,48 @@ def test_the_command_takes_an_aspect(tiny_checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--aspect", "wide"], "aspect is 'wide'; accepted: W:H, as in 16:9 or 3:4"),
-        (["--aspect", "16:0"], "aspect is '16:0'"),
-        (["--aspect", "1:1"], "nothing is saved for 1:1"),
-        (["--drop-padding"], "no aspect says what that is; accepted: --aspect W:H --drop-padding"),
+        (["--aspect-ratio", "wide"], "aspect ratio is 'wide'; accepted: W:H, such as 16:9 or 3:4"),
+        (["--aspect-ratio", "16:0"], "aspect ratio is '16:0'"),
+        (["--aspect-ratio", "1:1"], "aspect ratio 1:1 saves nothing"),
+        (
+            ["--drop-padding"],
+            "aspect_ratio is not set; accepted: --aspect-ratio W:H --drop-padding",
+        ),
     ],
 )
-def test_an_aspect_that_cannot_be_is_refused(tiny_checkpoint, tmp_path, capsys, arguments, message):
+def test_export_command_impossible_aspect_ratio_is_refused(
+    tiny_checkpoint, tmp_path, capsys, arguments, message
+):
     out = tmp_path / "bundle"
     assert main(["export", str(tiny_checkpoint), "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_an_aspect_of_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"aspect is \(0, 9\); accepted: two numbers from 1"):
+def test_export_options_zero_aspect_ratio_is_refused():
+    with pytest.raises(
+        ValueError, match=r"aspect_ratio is \(0, 9\); accepted: two positive integers"
+    ):
         ExportOptions(aspect_ratio=(0, 9))
 
 
 @pytest.mark.slow
-def test_an_int8_encoder_of_an_aspect_that_is_refused_lists_its_blocks(
+def test_export_refused_int8_fixed_aspect_encoder_lists_blocks(
     tiny_checkpoint, tmp_path, monkeypatch
 ):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(4):
-        Image.new("RGB", (64, 30), (9 * number, 0, 0)).save(pictures / f"{number}.png")
+        Image.new("RGB", (64, 30), (9 * number, 0, 0)).save(images / f"{number}.png")
     refused = TOLERANCES["onnxruntime", "int8"]
     encoder = refused[IMAGE_ENCODER]
     strict = {**refused, IMAGE_ENCODER: type(encoder)(0.0, 0.0, 1.0, None, "nothing passes")}
     monkeypatch.setattr(graph_check, "TOLERANCES", {("onnxruntime", "int8"): strict})
     options = ExportOptions(
-        precision="int8", calibration=pictures, aspect_ratio=(16, 9), cache=tmp_path / "cache"
+        precision="int8",
+        calibration_images=images,
+        aspect_ratio=(16, 9),
+        cache_dir=tmp_path / "cache",
     )
     with pytest.raises(EquivalenceError, match=r"block 0: .*\n  block 1: .*\n  block 2: "):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)

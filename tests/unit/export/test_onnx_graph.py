@@ -1,4 +1,4 @@
-"""The written graphs: names, shapes, metadata, and the operators that runtimes need to see."""
+"""Exported graphs: names, shapes, metadata and operators."""
 
 import sys
 from collections import Counter
@@ -47,7 +47,7 @@ def operators(model):
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_a_graph_passes_the_checker_and_uses_one_opset(graphs, name):
+def test_graph_passes_checker_with_one_opset(graphs, name):
     onnx.checker.check_model(graphs[name], full_check=True)
     assert [(o.domain, o.version) for o in graphs[name].opset_import] == [("", OPSET)]
     assert all(node.domain == "" for node in graphs[name].graph.node)
@@ -55,7 +55,7 @@ def test_a_graph_passes_the_checker_and_uses_one_opset(graphs, name):
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_inputs_and_outputs_are_static_and_named_as_specified(graphs, name):
+def test_graph_inputs_and_outputs_equal_spec(graphs, name):
     spec = graph_specs(CONFIG.geometry, 64)[name]
     for found, wanted in (
         (graphs[name].graph.input, spec.inputs),
@@ -67,9 +67,7 @@ def test_inputs_and_outputs_are_static_and_named_as_specified(graphs, name):
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_a_graph_says_what_it_is_and_where_it_comes_from(
-    graphs, name, tiny_bundle, tiny_checkpoint
-):
+def test_graph_metadata_records_origin(graphs, name, tiny_bundle, tiny_checkpoint):
     metadata = {p.key: p.value for p in graphs[name].metadata_props}
     own = {key: value for key, value in metadata.items() if key.startswith("coprs_deploy.")}
     assert own == {
@@ -86,38 +84,38 @@ def test_a_graph_says_what_it_is_and_where_it_comes_from(
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_no_path_of_this_machine_is_in_the_file(tiny_bundle, name):
+def test_graph_contains_no_machine_path(tiny_bundle, name):
     written = (tiny_bundle / f"{name}.onnx").read_bytes()
     assert STACK_TRACE.encode() not in written
     assert b".py" not in written
     assert SCOPES.encode() in written
 
 
-def test_every_normalization_is_a_real_node(graphs):
+def test_graph_norms_are_layer_normalization_nodes(graphs):
     assert operators(graphs["image_encoder"])["LayerNormalization"] == 2 * DEPTH + 2
     # Four a two-way block, one after the last attention, one in the upscaling, two in the prompt.
     assert operators(graphs["mask_decoder"])["LayerNormalization"] == 4 * 2 + 1 + 1 + 2
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_no_operator_that_runtimes_refuse_or_fall_back_on(graphs, name):
+def test_graph_has_no_unsupported_operator(graphs, name):
     refused = {"Einsum", "OneHot", "Tile", "Shape", "NonZero", "If", "Loop", "Scan", "RandomNormal"}
     assert not refused & set(operators(graphs[name]))
 
 
-def test_only_the_prior_resizes(graphs):
+def test_graph_resize_is_in_prior_only(graphs):
     assert operators(graphs["prior"])["Resize"] == 1
     assert operators(graphs["image_encoder"])["Resize"] == 0
     assert operators(graphs["mask_decoder"])["Resize"] == 0
 
 
-def test_each_attention_is_one_softmax(graphs):
+def test_graph_attention_has_one_softmax(graphs):
     assert operators(graphs["image_encoder"])["Softmax"] == DEPTH
     # The first attention, of the tokens to each other, is a constant and folded.
     assert operators(graphs["mask_decoder"])["Softmax"] == 2 * 3 + 1 - 1
 
 
-def test_large_weights_go_beside_the_graph(prior, tmp_path, monkeypatch):
+def test_export_large_weights_are_external(prior, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "EXTERNAL_DATA_BYTES", 1000)
     path = tmp_path / "prior.onnx"
     export_onnx_graph(prior, SPEC, path, {})
@@ -134,7 +132,7 @@ def test_large_weights_go_beside_the_graph(prior, tmp_path, monkeypatch):
     np.testing.assert_allclose(found, prior(**inputs).numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_small_weights_stay_in_one_file(tiny_bundle):
+def test_export_small_weights_are_internal(tiny_bundle):
     assert not list(tiny_bundle.glob("*.data"))
 
 
@@ -151,7 +149,7 @@ def test_small_weights_stay_in_one_file(tiny_bundle):
         (SPEC.inputs, (TensorSpec("prior_logits", "float32", (2, 1, 64, 64)),), "has the outputs"),
     ],
 )
-def test_a_graph_with_another_signature_is_refused(prior, tmp_path, inputs, outputs, message):
+def test_check_graph_other_signature_is_refused(prior, tmp_path, inputs, outputs, message):
     path = tmp_path / "prior.onnx"
     export_onnx_graph(prior, SPEC, path, {})
     check_onnx_graph(path, SPEC)
@@ -159,7 +157,7 @@ def test_a_graph_with_another_signature_is_refused(prior, tmp_path, inputs, outp
         check_onnx_graph(path, GraphSpec("prior", inputs, outputs))
 
 
-def test_an_invalid_graph_is_refused(prior, tmp_path):
+def test_check_graph_invalid_file_is_refused(prior, tmp_path):
     path = tmp_path / "prior.onnx"
     export_onnx_graph(prior, SPEC, path, {})
     model = onnx.load(path)
@@ -169,7 +167,7 @@ def test_an_invalid_graph_is_refused(prior, tmp_path):
         check_onnx_graph(path, SPEC)
 
 
-def test_a_missing_exporter_is_named_with_its_pip_line(prior, tmp_path, monkeypatch):
+def test_export_missing_package_names_pip_line(prior, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "coprs-deploy\[cpu\]"'):
         export_onnx_graph(prior, SPEC, tmp_path / "prior.onnx", {})

@@ -1,4 +1,4 @@
-"""Graphs in bfloat16 and float16: which tensor has which type, and what a check would see."""
+"""Graphs in bfloat16 and float16: types, float32 parts, and emulated rounding."""
 
 import json
 from collections import Counter
@@ -59,7 +59,7 @@ def run(path, inputs):
 
 class TestTypes:
     @pytest.mark.parametrize("name", GRAPH_NAMES)
-    def test_inputs_and_outputs_keep_their_names_and_float32(self, typed, kind, name, tiny_bundle):
+    def test_type_graph_keeps_inputs_and_outputs_float32(self, typed, kind, name, tiny_bundle):
         graph, source = (
             onnx.load(path).graph for path in (typed[kind, name], tiny_bundle / f"{name}.onnx")
         )
@@ -67,7 +67,7 @@ class TestTypes:
             assert [(v.name, v.type) for v in ours] == [(v.name, v.type) for v in theirs]
 
     @pytest.mark.parametrize("name", GRAPH_NAMES)
-    def test_what_the_table_names_is_float32_and_the_rest_is_half(self, typed, kind, name):
+    def test_type_graph_keeps_float32_parts_and_lowers_rest(self, typed, kind, name):
         model = onnx.load(typed[kind, name])
         types = types_of(model)
         listed = {p.key: p.value for p in model.metadata_props}
@@ -83,7 +83,7 @@ class TestTypes:
             halves += floats == {HALF[kind]}
         assert halves > (10 if name != PRIOR else 2)
 
-    def test_the_table_holds(self, typed, kind):
+    def test_float32_parts_select_existing_nodes(self, typed, kind):
         by_name = {}
         for name in GRAPH_NAMES:
             model = onnx.load(typed[kind, name])
@@ -97,7 +97,7 @@ class TestTypes:
         assert by_name[MASK_DECODER]["ConvTranspose"] == (2 if kind == "bf16" else 0)
         assert all(part.reason for part in FLOAT32_PARTS)
 
-    def test_weights_take_half_the_room_and_none_stays_unused(self, typed, kind, tiny_bundle):
+    def test_type_graph_halves_weights_and_leaves_none_unused(self, typed, kind, tiny_bundle):
         model = onnx.load(typed[kind, IMAGE_ENCODER])
         source = onnx.load(tiny_bundle / f"{IMAGE_ENCODER}.onnx")
         size = sum(numpy_helper.to_array(w).nbytes for w in model.graph.initializer)
@@ -106,7 +106,7 @@ class TestTypes:
         used = {name for node in model.graph.node for name in node.input}
         assert {weight.name for weight in model.graph.initializer} <= used
 
-    def test_no_tensor_is_cast_there_and_back(self, typed, kind):
+    def test_type_graph_has_no_redundant_casts(self, typed, kind):
         for name in GRAPH_NAMES:
             nodes = onnx.load(typed[kind, name]).graph.node
             casts = {n.output[0] for n in nodes if n.op_type == "Cast"}
@@ -114,9 +114,7 @@ class TestTypes:
 
 
 class TestRounding:
-    def test_a_graph_is_as_near_as_its_type_allows_and_no_nearer(
-        self, typed, kind, tiny_bundle, tmp_path
-    ):
+    def test_rounded_graph_error_is_in_range_of_its_type(self, typed, kind, tiny_bundle, tmp_path):
         image = np.random.default_rng(0).standard_normal((1, 3, 128, 128), dtype=np.float32)
         exact = run(tiny_bundle / f"{IMAGE_ENCODER}.onnx", {"image": image})
         rounded = tmp_path / "rounded.onnx"
@@ -125,7 +123,7 @@ class TestRounding:
         half_a_step = {"bf16": 2**-9, "fp16": 2**-12}[kind]
         assert half_a_step < error < 16 * half_a_step
 
-    def test_every_tensor_is_rounded(self, typed, kind, tmp_path):
+    def test_rounded_graph_rounds_every_tensor(self, typed, kind, tmp_path):
         rounded = tmp_path / "rounded.onnx"
         write_rounded_graph(typed[kind, MASK_DECODER], rounded)
         model = onnx.load(rounded)
@@ -137,7 +135,7 @@ class TestRounding:
             if node.op_type != "Cast":
                 assert not {types[n] for n in node.output} & set(HALF.values())
 
-    def test_an_overflow_is_seen_that_the_cpu_provider_alone_does_not_show(self, tmp_path):
+    def test_rounded_graph_shows_overflow_hidden_by_cpu_provider(self, tmp_path):
         """300 * 300 is above float16's 65504; half of a matrix product of it is not."""
         half = TensorProto.FLOAT16
         scale = helper.make_tensor("scale", half, [1], [300.0])
@@ -161,7 +159,7 @@ class TestRounding:
         assert run(source, inputs).tolist() == [300, 2]
         assert run(target, inputs).tolist() == [np.inf, 2]
 
-    def test_large_weights_go_beside_the_graph(self, typed, tiny_bundle, tmp_path, monkeypatch):
+    def test_save_graph_large_weights_are_external(self, typed, tiny_bundle, tmp_path, monkeypatch):
         monkeypatch.setattr(precision, "EXTERNAL_DATA_BYTES", 1000)
         spec = read_manifest(tiny_bundle).graphs[PRIOR].spec
         path, rounded = tmp_path / "prior.onnx", tmp_path / "rounded.onnx"
@@ -178,7 +176,7 @@ class TestRounding:
         assert np.array_equal(run(path, inputs), run(typed["fp16", PRIOR], inputs))
 
     @pytest.mark.parametrize("name", ["prior.onnx", "source.onnx"])
-    def test_a_small_graph_of_a_large_one_stands_alone(self, name, typed, tiny_bundle, tmp_path):
+    def test_save_graph_small_graph_has_no_external_data(self, name, typed, tiny_bundle, tmp_path):
         """ViT-H's weights lie beside its float32 graph; in bfloat16 they fit into the file."""
         (tmp_path / "large").mkdir()
         model = onnx.load(tiny_bundle / "prior.onnx")
@@ -201,18 +199,22 @@ class TestOptions:
         ("runtime", "kind", "message"),
         [
             ("onnxruntime", "half", "precision is 'half'; accepted: fp32, bf16, fp16"),
-            ("onnxruntime", "bf16", "CPU provider does not have; accepted for onnxruntime"),
+            ("onnxruntime", "bf16", "CPU provider does not implement; accepted for onnxruntime"),
             ("tensorflow", "fp16", "runtime and precision are tensorflow fp16; accepted: onnx"),
         ],
     )
-    def test_a_precision_that_cannot_be_is_refused(self, runtime, kind, message):
+    def test_export_options_unsupported_precision_is_refused(self, runtime, kind, message):
         with pytest.raises(ValueError, match=message):
             ExportOptions(runtime=runtime, precision=kind)
 
     @pytest.mark.parametrize(
         "option",
-        [{"gpus": ("sm_89",)}, {"workspace_bytes": 1 << 30}, {"version_compatible": True}],
+        [
+            {"compute_capabilities": ("sm_89",)},
+            {"workspace_bytes": 1 << 30},
+            {"version_compatible": True},
+        ],
     )
-    def test_options_of_engines_are_refused_for_graphs(self, option):
-        with pytest.raises(ValueError, match="are for engines, and the runtime is onnxruntime"):
+    def test_export_options_engine_options_are_refused_for_onnx(self, option):
+        with pytest.raises(ValueError, match="apply to engines, and the runtime is onnxruntime"):
             ExportOptions(**option)

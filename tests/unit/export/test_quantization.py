@@ -1,4 +1,4 @@
-"""int8 products: which they are, what TensorRT asks of them, and when an export is refused."""
+"""int8 quantization: Q/DQ nodes, accuracy, and refused exports."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph, openvino_runner
 from coprs_deploy.errors import EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer, precision
-from coprs_deploy.export.calibration import ProductRange, calibrate, find_pictures
+from coprs_deploy.export.calibration import ProductRange, calibrate, find_calibration_images
 from coprs_deploy.export.precision import type_graph
 from coprs_deploy.export.quantization import product_names, quantize_graph
 from coprs_deploy.machine import Processor, describe_processor
@@ -25,8 +25,8 @@ ENCODER = f"{IMAGE_ENCODER}.onnx"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for number in range(8):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((120, 80)).save(folder / f"{number}.png")
@@ -39,11 +39,11 @@ def spec(tiny_bundle):
 
 
 @pytest.fixture(scope="module")
-def ranges(tiny_bundle, tiny_checkpoint, pictures):
+def ranges(tiny_bundle, tiny_checkpoint, images):
     checkpoint = read_checkpoint(tiny_checkpoint)
     encoder = load_segmentation_model(checkpoint).image_encoder
     names = product_names(tiny_bundle / ENCODER)
-    used = find_pictures(pictures).used
+    used = find_calibration_images(images).used
     return calibrate(encoder, names, used, checkpoint.config.model.geometry)
 
 
@@ -68,7 +68,7 @@ def run(path, image):
 
 
 class TestGraph:
-    def test_every_learned_product_is_int8_and_nothing_else(self, quantized, tiny_checkpoint):
+    def test_quantize_makes_learned_products_int8_only(self, quantized, tiny_checkpoint):
         import torch
 
         encoder = load_segmentation_model(read_checkpoint(tiny_checkpoint)).image_encoder
@@ -88,7 +88,7 @@ class TestGraph:
         assert operators.count("DequantizeLinear") == 2 * count
         assert operators.count("MatMul") > count  # attention stays
 
-    def test_it_keeps_what_tensorrt_asks_for(self, quantized):
+    def test_quantize_meets_tensorrt_requirements(self, quantized):
         """Symmetric; one scale an activation, one a column of a weight; scales of the rest's type.
 
         https://docs.nvidia.com/deeplearning/tensorrt/11.0.0/inference-library/work-quantized-types.html
@@ -118,7 +118,7 @@ class TestGraph:
             else:
                 assert not axis and not list(scale.dims)
 
-    def test_a_weight_is_rounded_to_half_a_step(self, quantized, tiny_checkpoint):
+    def test_quantize_weight_error_is_at_most_half_a_scale(self, quantized, tiny_checkpoint):
         _, path = quantized
         state = load_segmentation_model(read_checkpoint(tiny_checkpoint)).image_encoder.state_dict()
         weights = {w.name: numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer}
@@ -130,7 +130,7 @@ class TestGraph:
         room = scale * (0.5 + (0 if not suffix else 0.6))
         assert (np.abs(rounded.T - state[name].numpy()) <= room[:, None] * 1.001).all()
 
-    def test_it_is_near_float32_and_no_nearer_than_int8_can_be(self, quantized, tiny_bundle):
+    def test_quantize_error_is_in_range_of_int8(self, quantized, tiny_bundle):
         rest, path = quantized
         image = np.random.default_rng(0).standard_normal((1, 3, 128, 128), dtype=np.float32)
         exact = run(tiny_bundle / ENCODER, image)
@@ -143,7 +143,7 @@ class TestGraph:
         error = np.linalg.norm(run(path, image) - exact) / np.linalg.norm(exact)
         assert 1e-3 < error < 0.05
 
-    def test_it_is_a_quarter_of_the_size(self, quantized, tiny_bundle):
+    def test_quantize_reduces_size_to_a_quarter(self, quantized, tiny_bundle):
         stored = {w.name: w for w in onnx.load(quantized[1]).graph.initializer}
         source = {w.name: w for w in onnx.load(tiny_bundle / ENCODER).graph.initializer}
         int8 = sum(numpy_helper.to_array(w).nbytes for n, w in stored.items() if "weight.int8" in n)
@@ -157,7 +157,7 @@ class TestGraph:
             n for n in source if n.startswith("val_") and len(source[n].dims) == 2 and n in stored
         ]
 
-    def test_small_columns_keep_a_scale_that_float16_holds(
+    def test_quantize_small_columns_keep_normal_float16_scale(
         self, tiny_bundle, spec, ranges, tmp_path
     ):
         model = onnx.load(tiny_bundle / ENCODER)
@@ -181,7 +181,7 @@ class TestGraph:
         assert scale.min() == np.float32(2**-14)
         assert not stored["blocks.0.attn.qkv.weight.int8"][:, :2].any()
 
-    def test_large_weights_go_beside_the_graph(
+    def test_quantize_large_weights_are_external(
         self, tiny_bundle, spec, ranges, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(precision, "EXTERNAL_DATA_BYTES", 1000)
@@ -210,10 +210,12 @@ def written_graphs(tiny_bundle, monkeypatch):
 
 
 class TestExport:
-    def test_a_bundle_says_what_it_was_calibrated_on(
-        self, tiny_checkpoint, tmp_path, pictures, written_graphs
+    def test_export_int8_records_calibration_images(
+        self, tiny_checkpoint, tmp_path, images, written_graphs
     ):
-        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        options = ExportOptions(
+            precision="int8", calibration_images=images, cache_dir=tmp_path / "cache"
+        )
         path = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle.path
         bundle = open_bundle(path)
         graphs = bundle.manifest.graphs
@@ -222,7 +224,7 @@ class TestExport:
             PRIOR: "fp32",
             MASK_DECODER: "fp32",
         }
-        assert graphs[IMAGE_ENCODER].calibration == find_pictures(pictures).record()
+        assert graphs[IMAGE_ENCODER].calibration == find_calibration_images(images).record()
         assert graphs[PRIOR].calibration is None
         records = {record.graph: record for record in bundle.manifest.equivalence}
         assert all(record.passed and record.inputs == 2 for record in records.values())
@@ -233,10 +235,12 @@ class TestExport:
         properties = {p.key: p.value for p in onnx.load(path / ENCODER).metadata_props}
         assert len(json.loads(properties["coprs_deploy.int8_products"])) % 4 == 0
 
-    def test_the_second_export_does_not_calibrate_again(
-        self, tiny_checkpoint, tmp_path, pictures, written_graphs, monkeypatch
+    def test_export_int8_second_time_uses_cached_ranges(
+        self, tiny_checkpoint, tmp_path, images, written_graphs, monkeypatch
     ):
-        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        options = ExportOptions(
+            precision="int8", calibration_images=images, cache_dir=tmp_path / "cache"
+        )
         first = export_checkpoint(tiny_checkpoint, tmp_path / "one", options).bundle
         monkeypatch.setattr(graph_writer, "calibrate", None)
         again = export_checkpoint(tiny_checkpoint, tmp_path / "two", options).bundle
@@ -245,12 +249,14 @@ class TestExport:
     @pytest.mark.skipif(
         not describe_processor().has_int8_units, reason="this processor has no int8 units"
     )
-    def test_openvino_runs_the_same_graph_as_exactly(
-        self, tiny_checkpoint, tmp_path, pictures, written_graphs
+    def test_export_int8_openvino_passes_same_tolerances(
+        self, tiny_checkpoint, tmp_path, images, written_graphs
     ):
         bundles = {}
         for runtime in ("onnxruntime", "openvino"):
-            options = ExportOptions(runtime, "int8", calibration=pictures, cache=tmp_path / "cache")
+            options = ExportOptions(
+                runtime, "int8", calibration_images=images, cache_dir=tmp_path / "cache"
+            )
             bundles[runtime] = export_checkpoint(
                 tiny_checkpoint, tmp_path / runtime, options
             ).bundle
@@ -266,10 +272,12 @@ class TestExport:
         # Sums of int8 are equal; a rounding of the rest may move a value by one of 127 steps.
         assert np.abs(found[0] - found[1]).max() < 0.01 * np.abs(found[0]).max()
 
-    def test_openvino_is_refused_where_its_int8_would_not_be_exact(
-        self, tiny_checkpoint, tmp_path, pictures, written_graphs, monkeypatch
+    def test_export_int8_openvino_without_int8_units_is_refused(
+        self, tiny_checkpoint, tmp_path, images, written_graphs, monkeypatch
     ):
-        options = ExportOptions(precision="int8", calibration=pictures, cache=tmp_path / "cache")
+        options = ExportOptions(
+            precision="int8", calibration_images=images, cache_dir=tmp_path / "cache"
+        )
         bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
         old = Processor("a processor", ("avx2", "fma"), 2)
         monkeypatch.setattr(openvino_runner, "describe_processor", lambda: old)
@@ -283,8 +291,8 @@ class TestExport:
         open_bundle_graph(bundle, PRIOR, RunnerOptions(), "openvino").close()
 
     @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt-rtx"])
-    def test_a_broken_block_is_refused_and_named(
-        self, runtime, tiny_checkpoint, tmp_path, pictures, written_graphs, monkeypatch
+    def test_export_int8_broken_block_is_refused_and_named(
+        self, runtime, tiny_checkpoint, tmp_path, images, written_graphs, monkeypatch
     ):
         broken = "blocks.1.mlp.lin2"
 
@@ -298,32 +306,34 @@ class TestExport:
         options = ExportOptions(
             runtime=runtime,
             precision="int8",
-            calibration=pictures,
-            cache=tmp_path / "cache",
-            gpus=("sm_89",) if runtime == "tensorrt-rtx" else (),
+            calibration_images=images,
+            cache_dir=tmp_path / "cache",
+            compute_capabilities=("sm_89",) if runtime == "tensorrt-rtx" else (),
         )
-        with pytest.raises(EquivalenceError, match="image_encoder: relative") as caught:
+        with pytest.raises(EquivalenceError, match="image_encoder: relative error") as caught:
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
         lines = [line for line in str(caught.value).splitlines() if line.startswith("  block")]
         errors = [float(line.split()[2].rstrip("%;,")) for line in lines]
         depth = read_checkpoint(tiny_checkpoint).config.model.sam.encoder_depth
         assert len(errors) == depth
         assert errors[1] > 5 * errors[0]
-        assert "mlp.lin2 is rounded by 90.00%" in lines[1]
-        assert "behind the neck" in lines[-1]
-        assert "What to try: more pictures in --calibration" in str(caught.value)
+        assert "input of mlp.lin2: 90.00%" in lines[1]
+        assert "after the neck" in lines[-1]
+        assert "What to try: more images in --calibration" in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
-    def test_pictures_are_looked_for_before_anything_is_written(self, tiny_checkpoint, tmp_path):
-        options = ExportOptions(precision="int8", calibration=tmp_path / "none")
+    def test_export_int8_missing_images_are_refused_first(self, tiny_checkpoint, tmp_path):
+        options = ExportOptions(precision="int8", calibration_images=tmp_path / "none")
         steps = []
-        with pytest.raises(ValueError, match="which is no folder"):
+        with pytest.raises(ValueError, match="accepted: a directory of images"):
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options, steps.append)
         assert steps == []
 
     @pytest.mark.parametrize(
-        "options", [{"precision": "int8"}, {"calibration": "pictures"}], ids=["without", "alone"]
+        "options",
+        [{"precision": "int8"}, {"calibration_images": "images"}],
+        ids=["without", "alone"],
     )
-    def test_int8_and_pictures_go_together(self, options):
+    def test_export_options_int8_requires_calibration_images(self, options):
         with pytest.raises(ValueError, match="pass --calibration DIR with --precision int8"):
             ExportOptions(**options)

@@ -1,4 +1,4 @@
-"""Verifying a bundle again: against its checkpoint, against another, and after tampering."""
+"""Verification of a bundle: unchanged, with another checkpoint, and after tampering."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def bundle_copy(tiny_bundle, tmp_path):
     return copied
 
 
-def test_an_untouched_bundle_passes_on_other_inputs_than_export_used(tiny_bundle, tiny_checkpoint):
+def test_verify_unchanged_bundle_passes_on_other_samples(tiny_bundle, tiny_checkpoint):
     records = verify_bundle(tiny_bundle, tiny_checkpoint)
     assert [record.graph for record in records] == [*GRAPH_NAMES, "end_to_end"]
     assert all(record.passed for record in records)
@@ -30,16 +30,14 @@ def test_an_untouched_bundle_passes_on_other_inputs_than_export_used(tiny_bundle
     assert [r.max_abs_error for r in records] != [r["max_abs_error"] for r in exported]
 
 
-def test_steps_are_announced(tiny_bundle, tiny_checkpoint):
+def test_verify_steps_are_announced(tiny_bundle, tiny_checkpoint):
     steps = []
     verify_bundle(tiny_bundle, tiny_checkpoint, progress=steps.append)
     assert steps[0] == "reference image_encoder"
     assert len(steps) == 6
 
 
-def test_another_checkpoint_is_refused_with_both_fingerprints(
-    tiny_bundle, tiny_checkpoint, tmp_path
-):
+def test_verify_other_checkpoint_names_both_fingerprints(tiny_bundle, tiny_checkpoint, tmp_path):
     other = random_checkpoint(tmp_path / "other", options=ConversionOptions(seed=9))
     with pytest.raises(EquivalenceError, match="exported from another checkpoint") as caught:
         verify_bundle(tiny_bundle, other.path)
@@ -47,7 +45,7 @@ def test_another_checkpoint_is_refused_with_both_fingerprints(
     assert caught.value.exit_code == 1
 
 
-def test_a_checkpoint_of_which_one_byte_changed_is_another(tiny_bundle, tiny_checkpoint, tmp_path):
+def test_verify_changed_checkpoint_is_refused(tiny_bundle, tiny_checkpoint, tmp_path):
     changed = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, changed)
     file = changed / "segmentation.safetensors"
@@ -58,7 +56,7 @@ def test_a_checkpoint_of_which_one_byte_changed_is_another(tiny_bundle, tiny_che
         verify_bundle(tiny_bundle, changed)
 
 
-def test_a_changed_file_is_refused(bundle_copy, tiny_checkpoint):
+def test_verify_changed_file_is_refused(bundle_copy, tiny_checkpoint):
     graph = bundle_copy / "prior.onnx"
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
@@ -67,7 +65,7 @@ def test_a_changed_file_is_refused(bundle_copy, tiny_checkpoint):
         verify_bundle(bundle_copy, tiny_checkpoint)
 
 
-def test_a_changed_graph_under_a_mended_manifest_still_fails(bundle_copy, tiny_checkpoint):
+def test_verify_changed_graph_with_updated_manifest_fails(bundle_copy, tiny_checkpoint):
     graph = bundle_copy / "prior.onnx"
     model = onnx.load(graph)
     weight = next(
@@ -87,7 +85,7 @@ def test_a_changed_graph_under_a_mended_manifest_still_fails(bundle_copy, tiny_c
     assert records["mask_decoder"].passed
 
 
-def test_what_is_no_bundle_or_no_checkpoint_is_named(tiny_bundle, tiny_checkpoint, tmp_path):
+def test_verify_missing_bundle_or_checkpoint_is_named(tiny_bundle, tiny_checkpoint, tmp_path):
     with pytest.raises(BundleError, match="there is no bundle"):
         verify_bundle(tmp_path, tiny_checkpoint)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):

@@ -1,4 +1,4 @@
-"""The layers that all parts of SAM share, against their formulas."""
+"""Shared layers against their formulas."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from coprs_deploy.models.layers import LayerNorm2d, TwoLayerMlp
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 3, 5, 7), (1, 64, 16, 16)])
-def test_layer_norm_2d_is_the_textbook_formula_over_channels(shape):
+def test_layer_norm_2d_equals_formula_over_channels(shape):
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64) + 5
     norm = LayerNorm2d(shape[1]).double()
@@ -24,13 +24,13 @@ def test_layer_norm_2d_is_the_textbook_formula_over_channels(shape):
     torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_layer_norm_2d_keeps_a_constant_input_finite():
+def test_layer_norm_2d_constant_input_stays_finite():
     norm = LayerNorm2d(4)
     assert torch.equal(norm(torch.full((1, 4, 2, 2), 7.0)), torch.zeros(1, 4, 2, 2))
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
-def test_two_layer_mlp_is_linear_activation_linear(activation):
+def test_two_layer_mlp_equals_linear_activation_linear(activation):
     torch.manual_seed(0)
     mlp = TwoLayerMlp(4, 6, activation).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Prompt encoder and mask decoder alone; segment-anything is their peer in another file."""
+"""Prompt encoder and mask decoder; test_segment_anything_peer compares them with SAM."""
 
 import math
 
@@ -10,7 +10,7 @@ from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder, RandomP
 
 TINY = SAM_SIZES["tiny"]
 BATCHED = 1e-5
-"""Relative: batched float32 products may sum in another order than single ones."""
+"""Relative error: batched float32 products may sum in another order than single ones."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def relative_error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def test_many_prompts_on_one_image_equal_single_calls(decoder):
+def test_mask_decoder_many_prompts_equal_single_calls(decoder):
     image, positions, dense = decoder_inputs(targets=4)
     together = decoder(image, positions, dense)
     assert together.shape == (4, 1, 64, 64)
@@ -41,7 +41,7 @@ def test_many_prompts_on_one_image_equal_single_calls(decoder):
     assert relative_error(together[0], together[1]) > 0.01
 
 
-def test_the_mask_is_the_first_of_its_masks(decoder):
+def test_mask_decoder_returns_first_mask(decoder):
     inputs = decoder_inputs(targets=1)
     before = decoder(*inputs)
     heads = [mlp.layers[-1].bias for mlp in decoder.output_hypernetworks_mlps]
@@ -57,7 +57,7 @@ def test_the_mask_is_the_first_of_its_masks(decoder):
 
 
 @pytest.mark.parametrize("part", ["iou_token", "mask_tokens"])
-def test_the_unused_tokens_still_take_part_in_attention(decoder, part):
+def test_mask_decoder_unused_tokens_take_part_in_attention(decoder, part):
     inputs = decoder_inputs(targets=1)
     before = decoder(*inputs)
     table = getattr(decoder, part).weight
@@ -69,7 +69,7 @@ def test_the_unused_tokens_still_take_part_in_attention(decoder, part):
         table.copy_(kept)
 
 
-def test_positions_are_sines_and_cosines_of_projected_cell_centers():
+def test_position_encoding_equals_sines_and_cosines_of_projected_centers():
     torch.manual_seed(0)
     encoding = RandomPositionEncoding(4).double()
     matrix = encoding.positional_encoding_gaussian_matrix
@@ -84,14 +84,14 @@ def test_positions_are_sines_and_cosines_of_projected_cell_centers():
                 assert float(found[0, 4 + feature, row, column]) == pytest.approx(math.cos(angle))
 
 
-def test_a_mask_prompt_shrinks_to_the_grid_of_the_embedding():
+def test_prompt_encoder_downscales_mask_to_grid():
     torch.manual_seed(0)
     encoder = PromptEncoder(TINY)
     assert encoder(torch.zeros(3, 1, 64, 64)).shape == (3, 64, 16, 16)
     assert encoder.image_positions().shape == (1, 64, 16, 16)
 
 
-def test_a_prompt_cell_reaches_only_the_embedding_cell_above_it():
+def test_prompt_encoder_cell_affects_only_its_embedding_cell():
     torch.manual_seed(0)
     encoder = PromptEncoder(TINY).requires_grad_(False)
     prompt = torch.zeros(1, 1, 64, 64)

@@ -1,4 +1,4 @@
-"""The positional prior, worked by hand in plain loops against equation 2 of the paper."""
+"""Positional prior against equation 2 of the paper in plain loops."""
 
 import math
 
@@ -14,7 +14,7 @@ CONFIG = SegmentationConfig(
     prior_num_heads=2,
     sam=SamConfig(decoder_num_heads=2, geometry=Geometry(image_size=12, patch_size=4, out_chans=8)),
 )
-"""Three cells a side, 8 channels in 2 heads: small enough to work out term by term."""
+"""3 x 3 cells, 8 channels in 2 heads: small enough to compute term by term."""
 
 
 def drawn_prior(config=CONFIG):
@@ -103,7 +103,7 @@ def prior_by_hand(prior, embedding, concentration):
     return torch.tensor(enlarge(fused[0], 4), dtype=torch.float64)
 
 
-def test_the_prior_is_equation_2_worked_by_hand():
+def test_prior_equals_equation_2_in_plain_loops():
     prior = drawn_prior().double()
     embedding, concentration = (tensor.double() for tensor in inputs())
     expected = prior_by_hand(prior, embedding[0], concentration[0])
@@ -114,7 +114,7 @@ def test_the_prior_is_equation_2_worked_by_hand():
     )
 
 
-def test_many_concentrations_on_one_image_equal_single_calls():
+def test_prior_many_concentrations_equal_single_calls():
     prior = drawn_prior()
     embedding, concentrations = inputs(targets=5)
     together = prior(embedding, concentrations)
@@ -126,7 +126,7 @@ def test_many_concentrations_on_one_image_equal_single_calls():
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 
-def test_one_image_for_each_concentration_pairs_them_in_order():
+def test_prior_one_image_per_concentration_pairs_in_order():
     prior = drawn_prior()
     embeddings, concentrations = inputs(targets=3, images=3)
     together = prior(embeddings, concentrations)
@@ -135,7 +135,7 @@ def test_one_image_for_each_concentration_pairs_them_in_order():
         torch.testing.assert_close(together[n : n + 1], alone, rtol=1e-5, atol=1e-6)  # as above
 
 
-def test_a_zero_concentration_gives_the_same_logit_far_from_the_border():
+def test_prior_zero_concentration_is_constant_inside():
     config = SegmentationConfig(policy_hidden_size=5, prior_num_heads=2)
     prior = drawn_prior(config)
     embedding, concentration = inputs(config=config)
@@ -144,12 +144,12 @@ def test_a_zero_concentration_gives_the_same_logit_far_from_the_border():
     assert float(inner.std()) < 1e-5
 
 
-def test_a_fresh_prior_says_mostly_background():
+def test_prior_untrained_predicts_background():
     prior = PositionalPrior(CONFIG)
     assert prior.fuser[2].bias.tolist() == pytest.approx([-1.8])
 
 
-def test_the_parameters_have_the_names_and_shapes_of_the_public_head():
+def test_prior_parameters_equal_public_head():
     shapes = {
         name: tuple(tensor.shape)
         for name, tensor in PositionalPrior(SegmentationConfig(policy_hidden_size=3584))

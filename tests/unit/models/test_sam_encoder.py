@@ -1,4 +1,4 @@
-"""The image encoder alone: its attention by hand, and its windows."""
+"""Image encoder: attention against its formula, and windows."""
 
 import math
 
@@ -19,7 +19,7 @@ SMALL = SamConfig(
     decoder_num_heads=2,
     geometry=Geometry(image_size=32, patch_size=4, out_chans=16),
 )
-"""A grid of 8 cells a side in windows of 3, so that the last windows are padded."""
+"""8 x 8 cells in windows of 3, so that the last windows are padded."""
 
 
 def drawn(module, seed=0):
@@ -41,7 +41,7 @@ def relative_error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def test_relative_attention_is_the_sum_that_sam_defines():
+def test_relative_attention_equals_sam_definition():
     grid, heads, width = 3, 2, 8
     attention = drawn(RelativeAttention(width, heads, grid, use_rel_pos=True)).double()
     x = torch.randn(1, grid, grid, width, generator=torch.Generator().manual_seed(1)).double()
@@ -71,7 +71,7 @@ def test_relative_attention_is_the_sum_that_sam_defines():
 
 
 @pytest.mark.parametrize("table", ["rel_pos_h", "rel_pos_w"])
-def test_each_table_of_positions_shows_in_the_embedding(table):
+def test_encoder_each_position_table_changes_embedding(table):
     encoder = drawn(SamImageEncoder(SMALL))
     before = encoder(image(SMALL))
     for block in encoder.blocks:
@@ -79,7 +79,7 @@ def test_each_table_of_positions_shows_in_the_embedding(table):
     assert relative_error(encoder(image(SMALL)), before) > 1e-3
 
 
-def test_an_encoder_without_relative_positions_has_no_tables_and_runs():
+def test_encoder_without_relative_positions_has_no_tables():
     config = SamConfig.from_json({**SMALL.to_json(), "use_rel_pos": False})
     encoder = drawn(SamImageEncoder(config))
     assert not [name for name in encoder.state_dict() if "rel_pos" in name]
@@ -89,7 +89,7 @@ def test_an_encoder_without_relative_positions_has_no_tables_and_runs():
 @pytest.mark.parametrize(
     ("cell", "window"), [((4, 2), (slice(3, 6), slice(0, 3))), ((7, 7), (slice(6, 8), slice(6, 8)))]
 )
-def test_a_windowed_block_keeps_a_change_inside_its_window(cell, window):
+def test_windowed_block_change_stays_inside_window(cell, window):
     block = drawn(EncoderBlock(SMALL, is_global=False))
     x = torch.randn(1, 8, 8, 24, generator=torch.Generator().manual_seed(2))
     changed = x.clone()
@@ -98,11 +98,11 @@ def test_a_windowed_block_keeps_a_change_inside_its_window(cell, window):
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[window] = True
     assert (difference[inside] > 1e-4).all()
-    # Other windows see the very same numbers; a matrix product may still order them otherwise.
+    # Other windows have equal inputs, but a matrix product may sum in another order.
     assert float(difference[~inside].max()) < 1e-6
 
 
-def test_a_global_block_spreads_a_change_over_the_whole_grid():
+def test_global_block_change_reaches_whole_grid():
     block = drawn(EncoderBlock(SMALL, is_global=True))
     x = torch.randn(1, 8, 8, 24, generator=torch.Generator().manual_seed(2))
     changed = x.clone()
@@ -110,7 +110,7 @@ def test_a_global_block_spreads_a_change_over_the_whole_grid():
     assert ((block(changed) - block(x)).abs().amax(dim=-1) > 1e-5).all()
 
 
-def test_images_in_one_batch_do_not_mix():
+def test_encoder_batched_images_do_not_mix():
     encoder = drawn(SamImageEncoder(SMALL))
     batch = image(SMALL, batch=3)
     together = encoder(batch)
@@ -120,6 +120,6 @@ def test_images_in_one_batch_do_not_mix():
     assert relative_error(together[0], together[1]) > 1e-2
 
 
-def test_only_the_named_blocks_attend_over_the_whole_grid():
+def test_encoder_only_configured_blocks_are_global():
     encoder = SamImageEncoder(SAM_SIZES["tiny"])
     assert [block.window for block in encoder.blocks] == [6, 6, 16]

@@ -1,4 +1,4 @@
-"""The same weights in segment-anything and here: names, image encoder, prompt and mask decoder."""
+"""Equality with segment-anything on the same weights: names, encoders, mask decoder."""
 
 from functools import partial
 
@@ -110,7 +110,7 @@ def normal(*shape, seed=2):
 
 
 @pytest.mark.parametrize("size", ["vit_b", "vit_l", "vit_h"])
-def test_names_and_shapes_of_the_whole_sam_are_ours(segment_anything, size):
+def test_model_parameters_equal_sam(segment_anything, size):
     with torch.device("meta"):
         sam = segment_anything.sam_model_registry[size]()
         ours = SegmentationModel(SegmentationConfig(policy_hidden_size=8, sam=SAM_SIZES[size]))
@@ -122,7 +122,7 @@ def test_names_and_shapes_of_the_whole_sam_are_ours(segment_anything, size):
     assert shapes == {name: tensor.shape for name, tensor in sam.state_dict().items()}
 
 
-def test_pixel_normalization_is_sams(segment_anything):
+def test_pixel_normalization_equals_sam(segment_anything):
     with torch.device("meta"):
         encoder = sam_encoder(segment_anything, SAM_SIZES["tiny"])
     prompt_encoder, mask_decoder = sam_decoder(segment_anything, SAM_SIZES["tiny"])
@@ -133,7 +133,7 @@ def test_pixel_normalization_is_sams(segment_anything):
 
 
 @pytest.mark.parametrize("use_rel_pos", [True, False])
-def test_the_tiny_image_encoder_equals_sam(segment_anything, use_rel_pos):
+def test_image_encoder_tiny_equals_sam(segment_anything, use_rel_pos):
     tiny = SAM_SIZES["tiny"]
     config = type(tiny).from_json({**tiny.to_json(), "use_rel_pos": use_rel_pos})
     peer = draw(sam_encoder(segment_anything, config))
@@ -143,19 +143,19 @@ def test_the_tiny_image_encoder_equals_sam(segment_anything, use_rel_pos):
 
 
 @pytest.mark.slow
-def test_the_vit_b_image_encoder_equals_sam_at_its_full_size(segment_anything):
+def test_image_encoder_vit_b_equals_sam(segment_anything):
     config = SAM_SIZES["vit_b"]
     peer = draw(sam_encoder(segment_anything, config))
     ours = like(peer, SamImageEncoder(config))
     image = normal(1, 3, 1024, 1024)
-    image[:, :, 700:] = 0  # the padding of a landscape picture
+    image[:, :, 700:] = 0  # the padding of a landscape image
     assert_equal(ours(image), peer(image), "encoder")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_global", [False, True], ids=["windowed", "global"])
 @pytest.mark.parametrize("size", ["vit_l", "vit_h"])
-def test_a_block_of_the_larger_encoders_equals_sam(segment_anything, size, is_global):
+def test_encoder_block_of_larger_sizes_equals_sam(segment_anything, size, is_global):
     from segment_anything.modeling.image_encoder import Block
 
     config = SAM_SIZES[size]
@@ -178,7 +178,7 @@ def test_a_block_of_the_larger_encoders_equals_sam(segment_anything, size, is_gl
 
 
 @pytest.mark.parametrize("size", ["vit_l", "vit_h"])
-def test_patches_and_neck_of_the_larger_encoders_equal_sam(segment_anything, size):
+def test_patches_and_neck_of_larger_sizes_equal_sam(segment_anything, size):
     config = SAM_SIZES[size]
     peer = draw(sam_encoder(segment_anything, config, depth=0))
     with torch.device("meta"):
@@ -190,7 +190,7 @@ def test_patches_and_neck_of_the_larger_encoders_equal_sam(segment_anything, siz
 
 
 @pytest.mark.parametrize("size", ["tiny", "vit_b"])
-def test_the_mask_prompt_and_positions_equal_sam(segment_anything, size):
+def test_prompt_encoder_and_positions_equal_sam(segment_anything, size):
     config = SAM_SIZES[size]
     peer, _ = sam_decoder(segment_anything, config)
     ours = like(peer, PromptEncoder(config))
@@ -204,7 +204,7 @@ def test_the_mask_prompt_and_positions_equal_sam(segment_anything, size):
 
 
 @pytest.mark.parametrize("size", ["tiny", "vit_b"])
-def test_many_masks_at_once_equal_the_first_masks_of_sam_one_at_a_time(segment_anything, size):
+def test_mask_decoder_batch_equals_sam_first_masks(segment_anything, size):
     config = SAM_SIZES[size]
     peer_prompts, peer = sam_decoder(segment_anything, config)
     prompt_encoder = like(peer_prompts, PromptEncoder(config))

@@ -1,4 +1,4 @@
-"""The whole segmentation path: its padding, its cut into stages, the size of the real models."""
+"""Segmentation model: padding, graphs, and the size of the real models."""
 
 import math
 
@@ -19,7 +19,7 @@ from coprs_deploy.specs import Geometry, graph_specs
 TINY = SegmentationConfig(
     policy_hidden_size=16, sam=msgspec.structs.replace(SAM_SIZES["tiny"], mask_in_chans=16)
 )
-"""The tiny sizes with SAM's own mask prompt, through which the prior reaches the mask."""
+"""Tiny sizes with SAM's own mask prompt channels."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def padded_sizes(draw):
 
 
 @given(padded_sizes())
-def test_the_padding_keeps_the_cells_that_hold_a_pixel_and_silences_the_rest(case):
+def test_mask_padding_keeps_cells_with_a_pixel(case):
     geometry, height, width = case
     side = geometry.mask_size
     logits = torch.arange(2.0 * side * side).reshape(2, 1, side, side) + 1
@@ -56,41 +56,41 @@ def test_the_padding_keeps_the_cells_that_hold_a_pixel_and_silences_the_rest(cas
     assert torch.equal(masked, expected)
 
 
-def test_sam_keeps_the_cells_that_the_public_code_keeps():
+def test_mask_padding_equals_public_code():
     logits = torch.zeros(1, 1, 256, 256)
     masked = mask_padding(logits, torch.tensor([577, 1024]), Geometry())
     assert (masked == 0).sum() == 145 * 256  # ceil(577 / 4) rows of the unpadded region
     assert masked[0, 0, 145, 0] == -50
 
 
-def test_the_stages_in_a_row_are_the_whole_model(model):
+def test_graph_modules_in_a_row_equal_model(model):
     image, concentration, unpadded_size = model_inputs(targets=2)
     prior_logits, mask_logits = model(image, concentration, unpadded_size)
-    stages = model.stages()
-    embedding = stages["image_encoder"](image)
-    prior = stages["prior"](embedding, concentration)
+    graphs = model.graph_modules()
+    embedding = graphs["image_encoder"](image)
+    prior = graphs["prior"](embedding, concentration)
     assert torch.equal(prior, prior_logits)
-    assert torch.equal(stages["mask_decoder"](embedding, prior, unpadded_size), mask_logits)
+    assert torch.equal(graphs["mask_decoder"](embedding, prior, unpadded_size), mask_logits)
 
 
-def test_the_stages_take_and_give_what_the_specifications_say(model):
+def test_graph_modules_match_specs(model):
     specs = graph_specs(TINY.geometry, TINY.policy_hidden_size)
-    stages = model.stages()
-    assert list(stages) == list(specs)
+    graphs = model.graph_modules()
+    assert list(graphs) == list(specs)
     for name, spec in specs.items():
         inputs = [torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs]
-        output = stages[name](*inputs)
+        output = graphs[name](*inputs)
         dtype = str(output.dtype).removeprefix("torch.")
         assert spec.outputs[0].accepts(dtype, tuple(output.shape)), name
 
 
-def test_the_stages_share_the_parameters_of_the_model(model):
+def test_graph_modules_share_model_parameters(model):
     whole = {id(parameter) for parameter in model.parameters()}
-    parts = {id(p) for stage in model.stages().values() for p in stage.parameters()}
+    parts = {id(p) for module in model.graph_modules().values() for p in module.parameters()}
     assert parts == whole
 
 
-def test_many_concentrations_in_one_call_equal_single_calls(model):
+def test_model_many_concentrations_equal_single_calls(model):
     image, concentrations, unpadded_size = model_inputs(targets=3)
     together = model(image, concentrations, unpadded_size)
     for n in range(3):
@@ -103,7 +103,7 @@ def test_many_concentrations_in_one_call_equal_single_calls(model):
 
 
 @pytest.mark.parametrize("size", ["tiny", "wide"])
-def test_the_concentration_and_the_padding_show_in_the_mask(size):
+def test_model_mask_depends_on_concentration_and_padding(size):
     config = {
         "tiny": SegmentationConfig(policy_hidden_size=16, sam=SAM_SIZES["tiny"]),
         "wide": TINY,
@@ -118,8 +118,8 @@ def test_the_concentration_and_the_padding_show_in_the_mask(size):
     assert (unmasked - masks).abs().max() / masks.abs().max() > 1e-3
 
 
-def test_prior_values_in_the_padding_do_not_reach_the_mask(model):
-    decode = model.stages()["mask_decoder"]
+def test_model_prior_in_padding_does_not_reach_mask(model):
+    decode = model.graph_modules()["mask_decoder"]
     embedding = torch.randn(1, 64, 16, 16, generator=torch.Generator().manual_seed(3))
     prior = torch.zeros(1, 1, 64, 64)
     before = decode(embedding, prior, torch.tensor([82, 128]))
@@ -132,7 +132,7 @@ def test_prior_values_in_the_padding_do_not_reach_the_mask(model):
 @pytest.mark.parametrize(
     ("sam_size", "billions"), [("vit_h", 8.93), ("vit_l", 8.60), ("vit_b", 8.38)]
 )
-def test_the_7b_model_has_as_many_parameters_as_the_paper_says(sam_size, billions, seven_b):
+def test_model_7b_parameter_count_equals_paper(sam_size, billions, seven_b):
     config = SegmentationConfig(policy_hidden_size=3584, sam=SAM_SIZES[sam_size])
     with torch.device("meta"):
         segmentation = SegmentationModel(config)
@@ -158,10 +158,10 @@ def seven_b():
         ({"mask_in_chans": 6}, "mask_in_chans is 6; it must be a multiple of 4"),
         (
             {"encoder_global_attn_indexes": (2, 12)},
-            "names block 12; the encoder has blocks 0 to 11",
+            "names block 12; accepted: 0 to 11",
         ),
     ],
 )
-def test_sizes_that_do_not_fit_together_are_refused(changes, message):
+def test_segmentation_config_inconsistent_sizes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SamConfig(**changes)

@@ -1,4 +1,4 @@
-"""An encoder that leaves out padding: bit by bit the same where it may, and another where asked."""
+"""Image encoder with a valid region: exact, or with dropped padding."""
 
 import math
 
@@ -21,7 +21,7 @@ DEEP = SamConfig(
     decoder_num_heads=2,
     geometry=GEOMETRY,
 )
-"""A grid of 16 cells a side in windows of 3; two blocks come before the first global one."""
+"""16 x 16 cells in windows of 3; two blocks before the first global one."""
 
 GLOBAL_FIRST = SamConfig(
     encoder_embed_dim=24,
@@ -33,7 +33,7 @@ GLOBAL_FIRST = SamConfig(
 )
 
 ROUNDING = 2e-6
-"""Relative: products of fewer rows may take their float32 sums in another order."""
+"""Relative error: smaller matrix products may sum float32 in another order."""
 
 
 def encoder(config=DEEP, valid_region=None):
@@ -43,11 +43,11 @@ def encoder(config=DEEP, valid_region=None):
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     if valid_region is not None:
-        model.set_picture_extent(valid_region)
+        model.set_valid_region(valid_region)
     return model.requires_grad_(False).eval()
 
 
-def picture(valid_region, batch=2):
+def draw_image(valid_region, batch=2):
     image = torch.zeros(batch, 3, 64, 64)
     image[:, :, : valid_region.height, : valid_region.width] = torch.randn(
         batch,
@@ -65,7 +65,7 @@ def relative_error(found, wanted):
 
 @pytest.fixture
 def count_cells(monkeypatch):
-    """Count the cells that each block is given."""
+    """Record the grid size of each block's input."""
     counts = []
 
     def count(model):
@@ -77,21 +77,21 @@ def count_cells(monkeypatch):
 
 
 @pytest.mark.parametrize("aspect_ratio", [(16, 9), (9, 16), (4, 3), (7, 1), (1, 3)])
-def test_windows_of_padding_before_the_first_global_block_are_known_beforehand(aspect_ratio):
-    valid_region = DEEP.picture_extent(aspect_ratio)
+def test_valid_region_precomputed_padding_equals_whole_encoder(aspect_ratio):
+    valid_region = DEEP.valid_region(aspect_ratio)
     whole, partial = encoder(), encoder(valid_region=valid_region)
-    image = picture(valid_region)
+    image = draw_image(valid_region)
     assert relative_error(partial(image), whole(image)) <= ROUNDING
-    smaller = picture(ValidRegion((1, 1), valid_region.height // 2, valid_region.width // 2))
+    smaller = draw_image(ValidRegion((1, 1), valid_region.height // 2, valid_region.width // 2))
     assert relative_error(partial(smaller), whole(smaller)) <= ROUNDING
 
 
-def test_whole_windows_are_left_out_and_only_up_to_the_first_global_block(count_cells):
-    partial = encoder(valid_region=DEEP.picture_extent((16, 9)))  # 36 of 64 pixels: 9 of 16 cells
+def test_valid_region_skips_whole_windows_before_first_global_block(count_cells):
+    partial = encoder(valid_region=DEEP.valid_region((16, 9)))  # 36 of 64 pixels: 9 of 16 cells
     cells = count_cells(partial)
     partial(torch.zeros(1, 3, 64, 64))
     assert cells == [(9, 16), (9, 16), (16, 16), (16, 16), (16, 16)]
-    valid_region = DEEP.picture_extent((64, 37))  # one row of pixels in a tenth row of cells
+    valid_region = DEEP.valid_region((64, 37))  # one row of pixels in a tenth row of cells
     assert (valid_region.height, valid_region.width) == (48, 64)
     between = encoder(valid_region=valid_region)
     cells.clear()
@@ -100,9 +100,9 @@ def test_whole_windows_are_left_out_and_only_up_to_the_first_global_block(count_
     assert cells[:3] == [(12, 16), (12, 16), (16, 16)]
 
 
-def test_what_lies_beyond_the_extent_is_never_read():
-    valid_region = DEEP.picture_extent((64, 24))
-    partial, image = encoder(valid_region=valid_region), picture(valid_region)
+def test_valid_region_pixels_outside_are_never_read():
+    valid_region = DEEP.valid_region((64, 24))
+    partial, image = encoder(valid_region=valid_region), draw_image(valid_region)
     dirty = image.clone()
     assert valid_region.height == 24
     dirty[:, :, 24:] = math.nan
@@ -110,9 +110,9 @@ def test_what_lies_beyond_the_extent_is_never_read():
 
 
 @pytest.mark.parametrize("aspect_ratio", [(16, 9), (9, 16), (7, 1)])
-def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect_ratio):
-    valid_region = DEEP.picture_extent(aspect_ratio, drops_padding=True)
-    partial, image = encoder(valid_region=valid_region), picture(valid_region)
+def test_dropped_padding_equals_encoder_of_image_alone(aspect_ratio):
+    valid_region = DEEP.valid_region(aspect_ratio, drops_padding=True)
+    partial, image = encoder(valid_region=valid_region), draw_image(valid_region)
     rows, columns = valid_region.height // 4, valid_region.width // 4
     assert partial.padding_from == len(partial.blocks)
 
@@ -130,48 +130,53 @@ def test_dropped_padding_is_what_an_encoder_of_the_picture_alone_computes(aspect
     assert relative_error(partial(image), alone.neck(expected.permute(0, 3, 1, 2))) <= ROUNDING
 
 
-def test_dropped_padding_is_another_function_and_computes_no_padding(count_cells):
-    valid_region = DEEP.picture_extent((16, 9), drops_padding=True)
-    whole, partial, image = encoder(), encoder(valid_region=valid_region), picture(valid_region)
+def test_dropped_padding_changes_embedding_and_computes_no_padding(count_cells):
+    valid_region = DEEP.valid_region((16, 9), drops_padding=True)
+    whole, partial, image = encoder(), encoder(valid_region=valid_region), draw_image(valid_region)
     assert relative_error(partial(image), whole(image)) > 0.01
     cells = count_cells(partial)
     partial(image)
     assert cells == [(9, 16)] * 5
 
 
-def test_the_weights_of_an_encoder_keep_their_names():
-    partial = encoder(valid_region=DEEP.picture_extent((16, 9)))
+def test_valid_region_keeps_weight_names():
+    partial = encoder(valid_region=DEEP.valid_region((16, 9)))
     assert list(partial.state_dict()) == list(encoder().state_dict())
 
 
-def test_an_extent_can_be_taken_back():
+def test_valid_region_none_restores_encoder():
     partial, whole = (
-        encoder(valid_region=DEEP.picture_extent((16, 9), drops_padding=True)),
+        encoder(valid_region=DEEP.valid_region((16, 9), drops_padding=True)),
         encoder(),
     )
-    partial.set_picture_extent(DEEP.picture_extent((9, 16), drops_padding=True))
-    image = picture(DEEP.picture_extent((9, 16)))
-    again = encoder(valid_region=DEEP.picture_extent((9, 16), drops_padding=True))
+    partial.set_valid_region(DEEP.valid_region((9, 16), drops_padding=True))
+    image = draw_image(DEEP.valid_region((9, 16)))
+    again = encoder(valid_region=DEEP.valid_region((9, 16), drops_padding=True))
     assert torch.equal(partial(image), again(image))
-    partial.set_picture_extent(None)
+    partial.set_valid_region(None)
     assert torch.equal(partial(image), whole(image))
 
 
 @pytest.mark.parametrize(
     ("config", "aspect_ratio", "drops_padding", "message"),
     [
-        (GLOBAL_FIRST, (16, 9), False, "attends globally from its first block on.*drop_padding"),
-        (DEEP, (1, 1), False, "nothing is saved for 1:1.*every attention window.*or drop_padding"),
-        (DEEP, (64, 63), False, "every attention window of the square; accepted: a longer aspect"),
-        (DEEP, (64, 63), True, "every cell of the square; accepted: a longer aspect, or none"),
+        (
+            GLOBAL_FIRST,
+            (16, 9),
+            False,
+            "first block of this encoder attends globally.*drop_padding",
+        ),
+        (DEEP, (1, 1), False, "1:1 saves nothing: .* every attention window.*or drop_padding"),
+        (DEEP, (64, 63), False, "every attention window of the square; accepted: a more elongated"),
+        (DEEP, (64, 63), True, "every cell of the square; accepted: .* aspect ratio, or none"),
     ],
 )
-def test_an_aspect_that_saves_nothing_is_refused(config, aspect_ratio, drops_padding, message):
+def test_valid_region_that_saves_nothing_is_refused(config, aspect_ratio, drops_padding, message):
     with pytest.raises(ValueError, match=message):
-        config.picture_extent(aspect_ratio, drops_padding=drops_padding)
+        config.valid_region(aspect_ratio, drops_padding=drops_padding)
 
 
-def test_windows_as_large_as_the_grid_see_everything():
-    assert msgspec.structs.replace(DEEP, window_size=16).exact_blocks == 0
-    assert msgspec.structs.replace(DEEP, encoder_global_attn_indexes=()).exact_blocks == 5
-    assert DEEP.exact_blocks == 2
+def test_num_local_blocks_windows_as_large_as_grid_are_global():
+    assert msgspec.structs.replace(DEEP, window_size=16).num_local_blocks == 0
+    assert msgspec.structs.replace(DEEP, encoder_global_attn_indexes=()).num_local_blocks == 5
+    assert DEEP.num_local_blocks == 2

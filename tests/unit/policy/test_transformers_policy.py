@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, generate_policy
+from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_random_policy
 from coprs_deploy.errors import InstructionError, MissingDependencyError, PolicyError
 from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy import PolicyRequest, StopReason
@@ -46,7 +46,7 @@ def scripted(tmp_path):
     opened = []
 
     def opener(script, size="tiny", prompt_changes=None):
-        generated = generate_policy(size, script=script)
+        generated = build_random_policy(size, script=script)
         directory = tmp_path / f"policy-{len(opened)}"
         generated.save(directory)
         prompt = type(generated.prompt).from_json(
@@ -67,7 +67,7 @@ def unscripted(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         size = dataclasses.replace(POLICY_SIZES[request.param], is_scripted=False)
         patch.setitem(POLICY_SIZES, "unscripted", size)
-        generated = generate_policy("unscripted", seed=8)
+        generated = build_random_policy("unscripted", seed=8)
     for name, parameter in generated.model.named_parameters():
         if parameter.ndim == 2 and ("language_model" in name or "lm_head" in name):
             parameter.mul_(6)  # the initial weights are so small that all states are similar
@@ -422,7 +422,7 @@ def test_transformers_policy_truncated_weights_are_refused(copied):
 
 def test_transformers_policy_tokenizer_without_the_reference_token_is_refused(tmp_path):
     script = ("<think>", " a", "</think>")
-    generated = generate_policy("tiny", script=script, has_reference_token=False)
+    generated = build_random_policy("tiny", script=script, has_reference_token=False)
     generated.save(tmp_path)
     with pytest.raises(PolicyError, match=r"has no <REF_POS>; `coprs-deploy convert` adds it"):
         open_policy(tmp_path, generated.prompt)
@@ -435,7 +435,7 @@ def test_transformers_policy_missing_library_error_has_the_pip_line(copied, monk
 
 
 def test_stream_stops_at_each_end_token_of_the_generation_config(tmp_path, ask):
-    generated = generate_policy("tiny", script=("<think>", " a", " b", " c"))
+    generated = build_random_policy("tiny", script=("<think>", " a", " b", " c"))
     stop = generated.tokenizer.convert_tokens_to_ids("Ġb")
     generated.model.generation_config.eos_token_id = [0, stop]
     generated.save(tmp_path)

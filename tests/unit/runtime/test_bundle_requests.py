@@ -10,7 +10,7 @@ from PIL import Image
 import coprs_deploy
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint, write_checkpoint
-from coprs_deploy.conversion.random_policy import generate_policy
+from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import (
@@ -47,7 +47,7 @@ class TestBundle:
         checkpoint = read_checkpoint(paths[1])
         config = checkpoint.config
         specs = graph_specs(config.model.geometry, config.model.policy_hidden_size)
-        stages = load_segmentation_model(checkpoint).stages()
+        stages = load_segmentation_model(checkpoint).graph_modules()
         policy = TransformersPolicy(
             checkpoint.policy_path,
             config.prompt,
@@ -175,7 +175,7 @@ class TestNothingFound:
             root / "checkpoint",
             source.config,
             load_segmentation_model(source).state_dict(),
-            generate_policy("tiny", script=script).save,
+            build_random_policy("tiny", script=script).save,
         )
         bundle = open_bundle(tiny_bundle)
         stages = SegmentationGraphs(

@@ -101,7 +101,7 @@ def test_an_engine_for_a_range_of_targets_or_images(name, tiny_checkpoint, tmp_p
     geometry = read_checkpoint(tiny_checkpoint).config.model.geometry
     spec = graph_specs(geometry, 64, targets=RANGE, images=RANGE)[name]
     graph = tmp_path / f"{name}.onnx"
-    export_onnx_graph(model.stages()[name], spec, graph, {})
+    export_onnx_graph(model.graph_modules()[name], spec, graph, {})
     text = read_plan_text(build_engine_bytes(graph, spec, RTX).plan)
     tensors = (*spec.inputs, *spec.outputs)
     assert [(t.name, t.dtype) for t in text.tensors] == [(t.name, t.dtype) for t in tensors]

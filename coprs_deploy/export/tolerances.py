@@ -1,0 +1,100 @@
+"""Tolerances of the equivalence check, by runtime and precision, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
+
+END_TO_END = "end_to_end"
+"""Name of the record of all three graphs in a row, beside the names of the graphs."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits of the difference in one output.
+
+    Attributes:
+        relative_error: largest absolute difference over the largest absolute reference value.
+        mean_error: largest absolute mean difference on the same scale; noise averages out, a
+            one-sided shift does not.
+        cosine: smallest cosine similarity.
+        mask_iou: smallest IoU of the thresholded masks; None if the output is not a mask.
+        reason: justification of the numbers.
+        pools_masks: whether ``mask_iou`` is the cIoU over all samples instead of the worst IoU.
+    """
+
+    relative_error: float
+    mean_error: float
+    cosine: float
+    mask_iou: float | None
+    reason: str
+    pools_masks: bool = False
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether any finite output can exceed it."""
+        return math.isfinite(self.relative_error)
+
+
+_FLOAT32_ENCODER = "up to 32 blocks of float32 sums in another order; ViT-H measures below 2e-5"
+_FLOAT32_PRIOR = "one product and two small convolutions in another order"
+_FLOAT32_DECODER = "two attention blocks; logits cancel near zero, so the scale is the maximum"
+_FLOAT32_END = "only cells whose logit is within the decoder's error of zero may flip"
+
+_HALF_ENCODER = "every tensor between two nodes is rounded, over up to 32 blocks"
+_HALF_PRIOR = "only the keys and the query are rounded; scores and fusion are float32"
+_HALF_DECODER = "two attention blocks in half precision; the last product is float32"
+_HALF_END = "random weights put many logits near zero, where a rounding flips the mask"
+_BFLOAT16_PRIOR = "eight bits of keys and query; the demo model's sharp prior measures 2.3e-2"
+_BFLOAT16_MASK = "a mask of some dozen cells may lose two: the demo model measures .943 at worst"
+
+_INT8_ENCODER = "inputs of 127 steps in each block: ViT-B 2.8e-2, the demo model 5.2e-2 at worst"
+_INT8_END = "all masks together, cIoU: the demo model measures .984, random ViT-B .993"
+
+_FLOAT32 = {
+    IMAGE_ENCODER: Tolerance(1e-4, 1e-6, 0.999999, None, _FLOAT32_ENCODER),
+    PRIOR: Tolerance(1e-5, 1e-6, 0.999999, None, _FLOAT32_PRIOR),
+    MASK_DECODER: Tolerance(1e-4, 1e-5, 0.999999, 0.999, _FLOAT32_DECODER),
+    END_TO_END: Tolerance(1e-3, 1e-4, 0.99999, 0.999, _FLOAT32_END),
+}
+_FLOAT16 = {
+    IMAGE_ENCODER: Tolerance(1e-2, 1e-4, 0.9999, None, _HALF_ENCODER),
+    PRIOR: Tolerance(2e-3, 2e-4, 0.9999, None, _HALF_PRIOR),
+    MASK_DECODER: Tolerance(1e-2, 1e-3, 0.9999, 0.98, _HALF_DECODER),
+    END_TO_END: Tolerance(2e-2, 2e-3, 0.9999, 0.98, _HALF_END),
+}
+_BFLOAT16 = {
+    IMAGE_ENCODER: Tolerance(5e-2, 5e-4, 0.999, None, _HALF_ENCODER),
+    PRIOR: Tolerance(5e-2, 5e-3, 0.999, None, _BFLOAT16_PRIOR),
+    MASK_DECODER: Tolerance(5e-2, 5e-3, 0.999, 0.92, _BFLOAT16_MASK),
+    END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.92, _BFLOAT16_MASK),
+}
+
+_INT8 = {
+    IMAGE_ENCODER: Tolerance(0.1, 5e-3, 0.998, None, _INT8_ENCODER),
+    PRIOR: Tolerance(2e-3, 2e-4, 0.9999, None, _HALF_PRIOR),
+    MASK_DECODER: Tolerance(1e-2, 1e-3, 0.9999, 0.98, _HALF_DECODER),
+    END_TO_END: Tolerance(0.2, 2e-2, 0.995, 0.95, _INT8_END, pools_masks=True),
+}
+
+TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
+    ("onnxruntime", "fp32"): _FLOAT32,
+    ("onnxruntime", "fp16"): _FLOAT16,
+    ("onnxruntime", "int8"): _INT8,
+    ("openvino", "fp32"): _FLOAT32,
+    ("openvino", "bf16"): _BFLOAT16,
+    ("openvino", "fp16"): _FLOAT16,
+    ("openvino", "int8"): _INT8,
+    ("tensorrt", "fp32"): _FLOAT32,
+    ("tensorrt", "bf16"): _BFLOAT16,
+    ("tensorrt", "fp16"): _FLOAT16,
+    ("tensorrt", "int8"): _INT8,
+    ("tensorrt-rtx", "fp32"): _FLOAT32,
+    ("tensorrt-rtx", "bf16"): _BFLOAT16,
+    ("tensorrt-rtx", "fp16"): _FLOAT16,
+    ("tensorrt-rtx", "int8"): _INT8,
+}
+"""The one table of tolerances, by runtime and precision."""
