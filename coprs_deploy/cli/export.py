@@ -101,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, then show what was measured."""
-    from coprs_deploy.engines.trt.cache import BuildCallbacks
-    from coprs_deploy.engines.trt.variants import parse_gpus
+    from coprs_deploy.engines.trt.build import BuildCallbacks
+    from coprs_deploy.engines.trt.variants import parse_capabilities
     from coprs_deploy.export import ExportOptions, export_checkpoint
     from coprs_deploy.specs import IMAGE_ENCODER, OptimizationProfile, parse_aspect_ratio
 
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         drop_padding=arguments.drop_padding,
         copy_policy=not arguments.refer_to_policy,
         overwrite=arguments.overwrite,
-        gpus=parse_gpus(arguments.gpu),
+        gpus=parse_capabilities(arguments.gpu),
         workspace_bytes=_bytes_from_gib(arguments.workspace),
         version_compatible=arguments.version_compatible,
         hardware_compatible=arguments.hardware_compatible,
@@ -126,8 +126,10 @@ def run(arguments: argparse.Namespace) -> int:
         calibration=arguments.calibration,
     )
     with StepPrinter() as progress:
-        watch = BuildCallbacks(note=progress.note, phase=progress.phase)
-        report = export_checkpoint(arguments.checkpoint, arguments.out, options, progress, watch)
+        callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.phase)
+        report = export_checkpoint(
+            arguments.checkpoint, arguments.out, options, progress, callbacks
+        )
     records = report.bundle.manifest.equivalence
     if arguments.json:
         print_json(

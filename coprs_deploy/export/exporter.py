@@ -32,8 +32,13 @@ from coprs_deploy.checkpoint import (
     read_checkpoint,
 )
 from coprs_deploy.engines import openvino_runner
-from coprs_deploy.engines.cache import BuildCache
-from coprs_deploy.engines.trt.cache import BuildCallbacks, build_engine, resolve_target, state_need
+from coprs_deploy.engines.trt.build import BuildCallbacks
+from coprs_deploy.engines.trt.cache import (
+    EngineCache,
+    build_engine,
+    check_build_resources,
+    resolve_target,
+)
 from coprs_deploy.export.calibration import find_pictures, require_pictures_inside
 from coprs_deploy.export.graph_check import GraphCheck, can_run_here
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
@@ -79,7 +84,7 @@ def export_checkpoint(
     out: str | Path,
     options: ExportOptions | None = None,
     progress: Progress = lambda step: None,
-    watch: BuildCallbacks | None = None,
+    callbacks: BuildCallbacks | None = None,
 ) -> ExportReport:
     """Export a checkpoint; the bundle appears complete and proven equal, or not at all.
 
@@ -88,7 +93,7 @@ def export_checkpoint(
         out: where the bundle shall stand.
         options: how to export.
         progress: called with the name of each step as it starts.
-        watch: who listens to the build of engines.
+        callbacks: receive notes and progress of engine builds.
 
     Raises:
         CheckpointError: the checkpoint is not usable.
@@ -100,7 +105,7 @@ def export_checkpoint(
         RuntimeUnavailableError: engines of this flavor cannot be built here, or this processor has
             no units for the precision.
     """
-    options, watch = options or ExportOptions(), watch or BuildCallbacks()
+    options, callbacks = options or ExportOptions(), callbacks or BuildCallbacks()
     out = Path(out)
     builds_engines = options.runtime in TRT_VARIANT_NAMES
     target = resolve_target(options.build_settings()) if builds_engines else None
@@ -137,7 +142,7 @@ def export_checkpoint(
         graphs = {
             name: (scratch if builds_engines else partial) / f"{name}.onnx" for name in GRAPH_NAMES
         }
-        cache = BuildCache(options.cache)
+        cache = EngineCache(options.cache)
         precisions = {
             name: graph_precision(name, options.runtime, options.precision) for name in GRAPH_NAMES
         }
@@ -163,7 +168,7 @@ def export_checkpoint(
                     geometry=geometry,
                     cache=cache,
                     progress=clock.start,
-                    watch=watch,
+                    callbacks=callbacks,
                 )
                 continue
             write_graph(
@@ -191,7 +196,7 @@ def export_checkpoint(
         records = check.graphs(graphs)
         engines: dict[str, EngineRecord] = {}
         if target is not None:
-            watch.note(state_need(list(graphs.values()), partial, cache))
+            callbacks.on_note(check_build_resources(list(graphs.values()), partial, cache))
             for name in GRAPH_NAMES:
                 clock.start(f"build {name}")
                 plan = partial / f"{name}{ENGINE_SUFFIX}"
@@ -202,11 +207,11 @@ def export_checkpoint(
                     precision=precisions[name],
                     target=target,
                     cache=cache,
-                    watch=watch,
+                    callbacks=callbacks,
                 )
             if options.cache_limit_bytes is not None:
                 num_removed = cache.prune(options.cache_limit_bytes)
-                watch.note(f"removed {num_removed} older engines from the cache")
+                callbacks.on_note(f"removed {num_removed} older engines from the cache")
             if can_run_here(target):
                 records, engines = check.engines(partial, engines)
         records += check.dropped_padding()

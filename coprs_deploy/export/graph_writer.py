@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.engines.cache import BuildCache
-from coprs_deploy.engines.trt.cache import BuildCallbacks, hash_graph
+from coprs_deploy.engines.cache import Cache
+from coprs_deploy.engines.trt.build import BuildCallbacks
+from coprs_deploy.engines.trt.cache import hash_graph
 from coprs_deploy.export.calibration import (
     Calibrated,
     CalibrationImages,
@@ -53,9 +54,9 @@ def write_int8_graph(
     scratch: Path,
     pictures: CalibrationImages,
     geometry: Geometry,
-    cache: BuildCache,
+    cache: Cache,
     progress: Callable[[str], None],
-    watch: BuildCallbacks,
+    callbacks: BuildCallbacks,
 ) -> Calibrated:
     """Write the image encoder with int8 products; its calibration is kept for the next time."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -66,7 +67,9 @@ def write_int8_graph(
             cache,
             hash_graph(float32),
             pictures,
-            lambda: calibrate(module, product_names(float32), pictures.used, geometry, watch.phase),
+            lambda: calibrate(
+                module, product_names(float32), pictures.used, geometry, callbacks.on_progress
+            ),
         )
         progress(f"quantize {spec.name}")
         if rest == FP32:

@@ -104,7 +104,7 @@ class ExportOptions:
         """Say how the engines are built."""
         return BuildSettings(
             variant=self.runtime,
-            gpus=self.gpus,
+            compute_capabilities=self.gpus,
             workspace_bytes=self.workspace_bytes,
             version_compatible=self.version_compatible,
             hardware_compatible=self.hardware_compatible,

@@ -10,7 +10,7 @@ from coprs_deploy.engines import (
     open_bundle_graph,
     runtime_module,
 )
-from coprs_deploy.engines.autotune import trial_inputs
+from coprs_deploy.engines.autotune import random_inputs
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
@@ -68,7 +68,7 @@ def test_recorded_work_gives_the_same_bits(engines, name):
     for recorded in (True, False):
         options = RunnerOptions(device="cuda", cuda_graphs=recorded)
         with open_bundle_graph(engines, name, options) as runner:
-            inputs = trial_inputs(runner.spec)
+            inputs = random_inputs(runner.spec)
             # The first call runs and records, the second replays.
             outputs = [next(iter(runner(**inputs).values())).numpy() for _ in range(3)]
         assert all(np.array_equal(outputs[0], output) for output in outputs)
@@ -83,7 +83,7 @@ def test_prior_and_mask_decoder_as_one_call_give_the_same_bits(engines, recorded
     with SegmentationGraphs(
         {name: open_bundle_graph(engines, name, options) for name in GRAPH_NAMES}
     ) as stages:
-        assert stages.joins_targets
+        assert stages.is_fused
         prepared = prepare_image(np.full((90, 140, 3), 99, np.uint8), engines.manifest.geometry)
         embedding = stages.encode(prepared)
         width = engines.manifest.policy.hidden_size
@@ -111,7 +111,7 @@ def assert_images_together_equal_each_alone(bundle, device):
         drawn = [generator.integers(0, 256, (50, 30 + n, 3), dtype=np.uint8) for n in range(5)]
         pictures = [prepare_image(picture, geometry) for picture in drawn]
         concentrations = np.ones((1, bundle.manifest.policy.hidden_size), np.float32)
-        for picture, embedding in zip(pictures, stages.encode_together(pictures), strict=True):
+        for picture, embedding in zip(pictures, stages.encode_batch(pictures), strict=True):
             alone = stages.encode(picture)
             scale = np.abs(alone.numpy()).max()
             assert np.abs(embedding.numpy() - alone.numpy()).max() <= ORT_RELATIVE * scale
@@ -171,6 +171,6 @@ def test_onnx_runtime_computes_the_same_on_cuda(name, tiny_bundle):
     found = []
     for device in ("cpu", "cuda"):
         with open_bundle_graph(bundle, name, RunnerOptions(device=device)) as runner:
-            (output,) = runner(**trial_inputs(runner.spec)).values()
+            (output,) = runner(**random_inputs(runner.spec)).values()
             found.append(output.numpy())
     assert np.abs(found[0] - found[1]).max() <= ORT_RELATIVE * np.abs(found[0]).max()

@@ -46,7 +46,7 @@ def test_both_runtimes_are_really_measured(bundle, cache):
         assert [trial.runtime for trial in choice.trials] == ["onnxruntime", "openvino"]
         assert all(trial.median_ms > 0 and trial.runs >= 1 for trial in choice.trials)
         assert choice.runtime in ("onnxruntime", "openvino")
-        assert (choice.graph, choice.is_remembered) == (name, False)
+        assert (choice.graph, choice.is_cached) == (name, False)
     assert steps[:2] == ["time image_encoder on onnxruntime", "time image_encoder on openvino"]
 
 
@@ -72,7 +72,7 @@ def test_a_choice_is_remembered_and_says_so(bundle, cache, times):
     second = autotune(bundle, RunnerOptions(), cache=cache)
     assert times["trials"] == 2 * len(GRAPH_NAMES)
     for name, choice in second.items():
-        assert choice == msgspec.structs.replace(first[name], is_remembered=True)
+        assert choice == msgspec.structs.replace(first[name], is_cached=True)
         assert str(choice).endswith(f" (remembered from {choice.measured})")
 
 
@@ -81,14 +81,14 @@ def test_measuring_again_replaces_what_was_remembered(bundle, cache, times):
     times["onnxruntime"] = 1.0
     assert autotune(bundle, RunnerOptions(), True, cache)[PRIOR].runtime == "onnxruntime"
     kept = autotune(bundle, RunnerOptions(), cache=cache)[PRIOR]
-    assert (kept.runtime, kept.is_remembered) == ("onnxruntime", True)
+    assert (kept.runtime, kept.is_cached) == ("onnxruntime", True)
 
 
 def test_a_choice_that_cannot_be_read_is_measured_anew(bundle, cache, times):
     key = choice_key(bundle, PRIOR, RunnerOptions())
     for content in (b"{", json.dumps({"graph": PRIOR}).encode()):
-        cache.keep_blob(autotuning.FOLDER, key, content)
-        assert not autotune(bundle, RunnerOptions(), cache=cache)[PRIOR].is_remembered
+        cache.save_blob(autotuning.FOLDER, key, content)
+        assert not autotune(bundle, RunnerOptions(), cache=cache)[PRIOR].is_cached
 
 
 def test_whatever_changes_the_times_changes_the_key(bundle, monkeypatch):

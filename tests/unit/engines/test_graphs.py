@@ -181,7 +181,7 @@ def test_graphs_that_can_be_joined_are_one_call_with_the_same_outputs(count):
     prior = runners[PRIOR]
     runners[PRIOR] = JoiningRunner(prior.spec, prior.compute, closed)
     together = SegmentationGraphs(runners)
-    assert together.joins_targets and not apart.joins_targets
+    assert together.is_fused and not apart.is_fused
     embedding = Held(np.ones((1, 8, 4, 4), np.float32))
     found, expected = (
         stages.priors_and_masks(embedding, concentrations(count), UNPADDED)

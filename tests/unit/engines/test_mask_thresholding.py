@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coprs_deploy.engines import graphs
 from coprs_deploy.engines.cuda import CudaTensor
-from coprs_deploy.engines.graphs import cut_at_original_size, masks_at_original_size
+from coprs_deploy.engines.graphs import masks_at_original_size, threshold_at_original_size
 from coprs_deploy.images import PreparedImage, resize_logits, unpadded_size
 from coprs_deploy.specs import Geometry
 
@@ -47,7 +47,7 @@ def logits_of(count, geometry, seed=0):
 )
 def test_pytorch_cuts_where_the_host_does(height, width, geometry):
     logits, size = logits_of(3, geometry), placed(height, width, geometry)
-    found = cut_at_original_size(torch.from_numpy(logits), size, geometry).numpy()
+    found = threshold_at_original_size(torch.from_numpy(logits), size, geometry).numpy()
     expected = resize_logits(logits, size, geometry)
     assert found.dtype == np.bool_ and found.shape == (3, height, width)
     # Rounding may decide only where the logit is 0 but for rounding.
@@ -60,7 +60,7 @@ def test_pytorch_cuts_where_the_host_does(height, width, geometry):
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 99))
 def test_pytorch_cuts_where_the_host_does_for_any_size(height, width, seed):
     logits, size = logits_of(1, TINY, seed), placed(height, width, TINY)
-    found = cut_at_original_size(torch.from_numpy(logits), size, TINY).numpy()
+    found = threshold_at_original_size(torch.from_numpy(logits), size, TINY).numpy()
     expected = resize_logits(logits, size, TINY)
     assert np.abs(expected[found != (expected > 0)]).max(initial=0) < 1e-4
 
@@ -68,8 +68,8 @@ def test_pytorch_cuts_where_the_host_does_for_any_size(height, width, seed):
 def test_half_precision_logits_are_cut_in_float32():
     logits = torch.from_numpy(logits_of(1, TINY)).to(torch.float16)
     size = placed(50, 60, TINY)
-    found = cut_at_original_size(logits, size, TINY)
-    assert torch.equal(found, cut_at_original_size(logits.float(), size, TINY))
+    found = threshold_at_original_size(logits, size, TINY)
+    assert torch.equal(found, threshold_at_original_size(logits.float(), size, TINY))
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_logits_on_a_gpu_are_cut_chunk_by_chunk(played_gpu):
     logits, size = logits_of(6, TINY), placed(40, 60, TINY)
     chunks = [CudaTensor(torch.from_numpy(p), n) for n, p in enumerate((logits[:4], logits[4:]))]
     masks = masks_at_original_size(chunks, 5, size, TINY)
-    expected = cut_at_original_size(torch.from_numpy(logits[:5]), size, TINY)
+    expected = threshold_at_original_size(torch.from_numpy(logits[:5]), size, TINY)
     assert np.array_equal(masks, expected.numpy())
     assert played_gpu == [0, 1]
 
@@ -98,7 +98,7 @@ def test_a_gpu_without_room_leaves_the_work_to_the_host(played_gpu, monkeypatch)
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(graphs, "cut_at_original_size", full)
+    monkeypatch.setattr(graphs, "threshold_at_original_size", full)
     monkeypatch.setattr(CudaTensor, "numpy", lambda self: self.tensor.numpy())
     logits, size = logits_of(2, TINY), placed(40, 60, TINY)
     masks = masks_at_original_size([CudaTensor(torch.from_numpy(logits), 0)], 2, size, TINY)

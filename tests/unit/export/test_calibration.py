@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import ImageDecodeError
 from coprs_deploy.export import calibration
 from coprs_deploy.export.calibration import (
@@ -150,7 +150,7 @@ class TestCache:
         return {"first": ProductRange(value, value, 0.1)}
 
     def test_ranges_are_measured_once_a_graph_and_set_of_pictures(self, folder, tmp_path):
-        cache, calls = BuildCache(tmp_path / "cache"), []
+        cache, calls = Cache(tmp_path / "cache"), []
         pictures = find_pictures(folder)
 
         def ask(graph, value):
@@ -165,7 +165,7 @@ class TestCache:
         assert calls == [1.0, 3.0, 4.0]
 
     def test_other_code_and_damaged_files_are_not_trusted(self, folder, tmp_path, monkeypatch):
-        cache, calls = BuildCache(tmp_path / "cache"), []
+        cache, calls = Cache(tmp_path / "cache"), []
         pictures = find_pictures(folder)
 
         def ask(value):

@@ -72,7 +72,7 @@ def test_images_that_go_together_are_encoded_as_they_are_alone(stages, pictures,
     monkeypatch.setattr(
         encoder, "_run", lambda inputs: sizes.append(len(inputs["image"])) or run(inputs)
     )
-    together = stages.encode_together(pictures)
+    together = stages.encode_batch(pictures)
     assert sizes == [4, 1]
     assert [e.shape for e in together] == [alone[0].shape] * len(pictures)
     for found, expected in zip(together, alone, strict=True):
@@ -84,7 +84,7 @@ def test_images_that_go_together_are_encoded_as_they_are_alone(stages, pictures,
 
 def test_an_embedding_of_a_batch_is_read_where_it_lies(stages, pictures):
     concentration = np.ones((1, stages.runners[PRIOR].spec.inputs[1].shape[1]), np.float32)
-    for picture, embedding in zip(pictures, stages.encode_together(pictures), strict=True):
+    for picture, embedding in zip(pictures, stages.encode_batch(pictures), strict=True):
         inputs = (concentration, picture.unpadded_size)
         (mask,) = stages.priors_and_masks(embedding, *inputs)[1]
         (expected,) = stages.priors_and_masks(stages.encode(picture), *inputs)[1]

@@ -16,9 +16,9 @@ from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines.cache import BuildCache
 from coprs_deploy.engines.trt import build, cache
 from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes, check_signature
-from coprs_deploy.engines.trt.cache import build_engine, resolve_target, state_need
-from coprs_deploy.engines.trt.checks import read_plan_text
-from coprs_deploy.engines.trt.variants import TENSORRT_RTX, parse_gpus
+from coprs_deploy.engines.trt.cache import build_engine, check_build_resources, resolve_target
+from coprs_deploy.engines.trt.checks import describe_engine
+from coprs_deploy.engines.trt.variants import TENSORRT_RTX, parse_capabilities
 from coprs_deploy.errors import EngineBuildError, MissingDependencyError
 from coprs_deploy.export.calibration import ProductRange
 from coprs_deploy.export.onnx_graph import export_onnx_graph
@@ -74,7 +74,7 @@ def test_every_graph_compiles_for_three_gpus(name, precision, tiny_bundle, specs
     assert engine.version == TENSORRT_RTX.load().__version__
     assert engine.network_layers > 10
     assert engine.verified_on is None and engine.layers is None and engine.gpu is None
-    text = read_plan_text(out.read_bytes())
+    text = describe_engine(out.read_bytes())
     assert text.tensors == (*specs[name].inputs, *specs[name].outputs)
     assert text.capabilities == GPUS
     half = {"bf16": "bfloat16", "fp16": "float16", "int8": "float16"}.get(precision)
@@ -102,7 +102,7 @@ def test_an_engine_for_a_range_of_targets_or_images(name, tiny_checkpoint, tmp_p
     spec = graph_specs(geometry, 64, targets=RANGE, images=RANGE)[name]
     graph = tmp_path / f"{name}.onnx"
     export_onnx_graph(model.stages()[name], spec, graph, {})
-    text = read_plan_text(build_engine_bytes(graph, spec, RTX).plan)
+    text = describe_engine(build_engine_bytes(graph, spec, RTX).plan)
     tensors = (*spec.inputs, *spec.outputs)
     assert [(t.name, t.dtype) for t in text.tensors] == [(t.name, t.dtype) for t in tensors]
     for found, wanted in zip(text.tensors, tensors, strict=True):
@@ -116,19 +116,19 @@ def test_an_engine_for_a_range_of_targets_or_images(name, tiny_checkpoint, tmp_p
 
 
 def test_an_engine_that_is_not_what_was_asked_for_is_refused(prior, specs, monkeypatch):
-    text = read_plan_text(build_engine_bytes(prior, specs["prior"], RTX).plan)
+    text = describe_engine(build_engine_bytes(prior, specs["prior"], RTX).plan)
     for wrong, message in (
         (replace(text, capabilities=("sm_80",)), "is for sm_80, and sm_80, sm_89, sm_120 was"),
         (replace(text, tensors=text.tensors[1:]), "the engine has .*, the manifest says"),
     ):
-        monkeypatch.setattr(build, "read_plan_text", lambda plan, wrong=wrong: wrong)
+        monkeypatch.setattr(build, "describe_engine", lambda plan, wrong=wrong: wrong)
         with pytest.raises(EngineBuildError, match=message):
             build_engine_bytes(prior, specs["prior"], RTX)
 
 
 @pytest.mark.parametrize("plan", [b"", b"nonsense" * 100, b"\n  inputs={ }\n"])
 def test_a_plan_without_a_description_has_none(plan):
-    assert read_plan_text(plan) is None
+    assert describe_engine(plan) is None
 
 
 def test_the_second_build_comes_from_the_cache(prior, specs, tmp_path, monkeypatch):
@@ -262,22 +262,22 @@ def test_a_library_that_is_not_here_is_named_with_its_pip_line(monkeypatch):
     [(None, ()), ("", ()), ("sm_89", ("sm_89",)), ("sm_120, sm_80", ("sm_80", "sm_120"))],
 )
 def test_gpus_are_read(text, found):
-    assert parse_gpus(text) == found
+    assert parse_capabilities(text) == found
 
 
 @pytest.mark.parametrize("text", ["89", "sm_9", "sm_89,sm_89", "sm_89;sm_80"])
 def test_other_text_is_no_list_of_gpus(text):
     with pytest.raises(ValueError, match="gpu names"):
-        parse_gpus(text)
+        parse_capabilities(text)
 
 
 def test_a_full_disk_is_said_before_the_build(prior, tmp_path, monkeypatch):
     cache = BuildCache(tmp_path / "cache")
-    assert "GB of memory" in state_need([prior], tmp_path, cache)
+    assert "GB of memory" in check_build_resources([prior], tmp_path, cache)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(EngineBuildError, match=r"need about .* GB of disk"):
-        state_need([prior], tmp_path, cache)
+        check_build_resources([prior], tmp_path, cache)
 
 
 def test_a_signature_is_compared_whatever_the_order():
@@ -327,5 +327,5 @@ def test_processes_that_build_at_once_share_a_cache(tiny_bundle, tmp_path):
     assert "from the cache" not in said["other"]
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     for name, gpu in gpus.items():
-        assert read_plan_text((tmp_path / name).read_bytes()).capabilities == (gpu,)
+        assert describe_engine((tmp_path / name).read_bytes()).capabilities == (gpu,)
     assert len(BuildCache(cache).entries()) == 2

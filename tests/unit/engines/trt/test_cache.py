@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.cache import BuildCache, EngineKey, default_cache
+from coprs_deploy.engines.cache import BuildCache, EngineKey, default_cache_dir
 from coprs_deploy.specs import Geometry, OptimizationProfile, graph_specs
 
 SPECS = graph_specs(Geometry(), 64)
@@ -260,17 +260,17 @@ def test_what_a_killed_build_left_is_removed_and_a_running_one_is_not(cache, bui
 
 def test_blobs_are_kept_whole(cache):
     assert cache.load_blob("timing", "one.cache") is None
-    cache.keep_blob("timing", "one.cache", b"first")
-    cache.keep_blob("timing", "one.cache", b"second")
+    cache.save_blob("timing", "one.cache", b"first")
+    cache.save_blob("timing", "one.cache", b"second")
     assert cache.load_blob("timing", "one.cache") == b"second"
     assert [p.name for p in (cache.root / "timing").iterdir()] == ["one.cache"]
 
 
 def test_the_folder_can_be_named(monkeypatch, tmp_path):
     monkeypatch.setenv("COPRS_DEPLOY_CACHE", str(tmp_path / "mine"))
-    assert default_cache() == tmp_path / "mine"
+    assert default_cache_dir() == tmp_path / "mine"
     monkeypatch.delenv("COPRS_DEPLOY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "coprs-deploy"
+    assert default_cache_dir() == tmp_path / "coprs-deploy"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "coprs-deploy"
+    assert default_cache_dir() == Path.home() / ".cache" / "coprs-deploy"

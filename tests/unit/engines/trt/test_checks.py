@@ -5,7 +5,7 @@ import pytest
 from coprs_deploy.engines import RunnerOptions, open_graph, runtime_names
 from coprs_deploy.engines.cuda import Gpu
 from coprs_deploy.engines.trt import runner as execution
-from coprs_deploy.engines.trt.checks import check_loadable, read_plan
+from coprs_deploy.engines.trt.checks import check_loadable, read_engine
 from coprs_deploy.errors import (
     BundleError,
     BundleIntegrityError,
@@ -96,7 +96,7 @@ class TestChecks:
     def test_a_plan_that_is_gone(self, plan):
         plan.unlink()
         with pytest.raises(BundleError, match="cannot be read"):
-            read_plan(plan, ENGINE)
+            read_engine(plan, ENGINE)
 
     def test_only_an_engine_that_was_verified_on_this_gpu_is_loaded_without_a_word(
         self, library, plan, monkeypatch
