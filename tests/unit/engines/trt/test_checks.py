@@ -58,9 +58,7 @@ def test_both_variants_are_runtimes():
         ({"version_compatible": True}, "10.8.0", L4, "10.8.0 is installed"),
     ],
 )
-def test_a_mismatch_is_refused_with_the_export_command(
-    changes, version, gpu, message, monkeypatch
-):
+def test_a_mismatch_is_refused_with_the_export_command(changes, version, gpu, message, monkeypatch):
     class Library:
         class ComputeCapability:
             SM75 = SM80 = SM89 = None
@@ -73,7 +71,7 @@ def test_a_mismatch_is_refused_with_the_export_command(
 
 def test_host_code_is_refused_unless_allowed():
     engine, refused = record(version_compatible=True), RunnerOptions(device="cuda")
-    with pytest.raises(EngineMismatchError, match="carries host code.*allow_engine_host_code"):
+    with pytest.raises(EngineMismatchError, match=r"carries host code.*allow_engine_host_code"):
         check_loadable("prior.engine", engine, "10.9.0", L4, refused)
     assert check_loadable("prior.engine", engine, "10.9.0", L4, CUDA) is None
 
@@ -96,7 +94,7 @@ def test_read_engine_of_an_unchanged_file_returns_its_bytes(machine):
 
 def test_read_engine_of_a_missing_file_raises(machine):
     machine.path().unlink()
-    with pytest.raises(BundleError, match="cannot be read.*Rebuild it"):
+    with pytest.raises(BundleError, match=r"cannot be read.*Rebuild it"):
         read_engine(machine.path(), record())
 
 
@@ -168,7 +166,7 @@ def test_open_graph_with_the_other_variant_is_refused(machine):
 
 
 def test_open_graph_on_the_cpu_is_refused(machine):
-    with pytest.raises(RuntimeUnavailableError, match="device is 'cpu'.*pass --device cuda"):
+    with pytest.raises(RuntimeUnavailableError, match=r"device is 'cpu'.*pass --device cuda"):
         open_graph("tensorrt", machine.path(), SPEC, RunnerOptions(), record())
 
 

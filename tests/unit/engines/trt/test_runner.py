@@ -89,7 +89,7 @@ class TestResults:
 
     def test_a_file_of_another_graph_is_not_run(self, machine):
         machine.path("prior").write_bytes(machine.path("mask_decoder").read_bytes())
-        with pytest.raises(BundleError, match="the engine has image_embedding.*the manifest says"):
+        with pytest.raises(BundleError, match=r"the engine has image_embedding.*the manifest says"):
             machine.open(engine=record("mask_decoder"))
 
 
@@ -105,7 +105,7 @@ class TestErrors:
     def test_an_image_count_outside_the_profile_is_refused(self, machine):
         with (
             machine.open("image_encoder") as runner,
-            pytest.raises(ValueError, match="given 5 images; .* 1 to 4: .* --images"),
+            pytest.raises(ValueError, match=r"given 5 images; .* 1 to 4: .* --images"),
         ):
             runner(**random_inputs(SPECS["image_encoder"], 5))
 
@@ -302,7 +302,9 @@ def test_segmentation_graphs_on_engines_equal_the_reference(machine, count):
     generator = np.random.default_rng(0)
     images = [
         PreparedImage(
-            generator.standard_normal((1, 3, 16, 16), dtype=np.float32), np.array([12, 16]), (24, 32)
+            generator.standard_normal((1, 3, 16, 16), dtype=np.float32),
+            np.array([12, 16]),
+            (24, 32),
         )
         for _ in range(3)
     ]
