@@ -130,9 +130,7 @@ def test_autotune_with_a_missing_runtime_records_its_error(bundle, options, time
     assert "openvino failed (OpenVINO is not installed)" in str(choice)
 
 
-def test_autotune_without_any_runtime_raises_the_error_of_the_first(
-    bundle, options, monkeypatch
-):
+def test_autotune_without_any_runtime_raises_the_error_of_the_first(bundle, options, monkeypatch):
     def refuse(bundle, name, options, runtime):
         raise MissingDependencyError(f"{runtime} is not installed")
 
