@@ -156,8 +156,8 @@ class SegmentationGraphs(Closeable):
 
 def join_chunks(chunks: Sequence[DeviceTensor], num_targets: int) -> NDArray[np.float32]:
     """Copy chunks of logits to the host as one (num_targets, 1, M, M) array."""
-    joined: NDArray[np.float32] = np.concatenate([chunk.numpy() for chunk in chunks])
-    return joined[:num_targets]
+    logits: NDArray[np.float32] = np.concatenate([chunk.numpy() for chunk in chunks])
+    return logits[:num_targets]
 
 
 def masks_at_original_size(

@@ -180,7 +180,7 @@ def _rebuild_command(engine: EngineRecord, capability: str | None = None) -> str
 
 
 def rebuild_advice(engine: EngineRecord) -> str:
-    """Return the sentence that tells how to rebuild an engine."""
+    """Return the advice to rebuild an engine, with the command."""
     return f"Rebuild it: {_rebuild_command(engine)}"
 
 

@@ -172,7 +172,7 @@ def test_every_runtime_has_open_graph_and_availability():
         assert callable(module.availability)
 
 
-@pytest.mark.parametrize("name", ["", "onnx", "onnxruntime_runner", "runner", "stages"])
+@pytest.mark.parametrize("name", ["", "onnx", "onnxruntime_runner", "runner", "trt"])
 def test_open_graph_with_an_unknown_runtime_lists_the_accepted(name, tmp_path):
     with pytest.raises(ValueError, match=f"runtime is '{name}'; accepted: .*onnxruntime"):
         engines.open_graph(name, tmp_path, SPEC, RunnerOptions())
