@@ -19,7 +19,7 @@ from coprs_deploy.engines import RunnerOptions, open_graph
 from coprs_deploy.engines.cache import BuildCache
 from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes
 from coprs_deploy.engines.trt.cache import graph_bytes
-from coprs_deploy.engines.trt.checks import read_plan_text
+from coprs_deploy.engines.trt.checks import describe_engine
 from coprs_deploy.export.calibration import MIN_IMAGES, find_calibration_images
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.precision import FP32, INT8, rest_precision, write_rounded_graph
@@ -110,10 +110,10 @@ def build_engine(checkpoint: str, graph: str, gpus: list[str]) -> dict[str, Any]
     """Compile a graph for some GPUs; the plan is measured and let go of."""
     spec = _spec(read_checkpoint(checkpoint))
     built = build_engine_bytes(Path(graph), spec, BuildSettings(RUNTIME, tuple(gpus)))
-    text = read_plan_text(built.plan)
+    text = describe_engine(built.data)
     return {
         "build_seconds": built.seconds,
-        "engine_bytes": len(memoryview(built.plan)),
+        "engine_bytes": len(memoryview(built.data)),
         "network_layers": built.network_layers,
         "tensor_types": None if text is None else dict(text.types),
     }

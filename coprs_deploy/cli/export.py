@@ -108,12 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, and print the equivalence records."""
-    from coprs_deploy.engines.trt.cache import BuildCallbacks
+    from coprs_deploy.engines.trt.build import BuildCallbacks
     from coprs_deploy.export import export_checkpoint
 
     options = _options(arguments)
     with StepPrinter() as progress:
-        callbacks = BuildCallbacks(note=progress.note, phase=progress.phase)
+        callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.phase)
         report = export_checkpoint(
             arguments.checkpoint, arguments.out, options, progress, callbacks
         )
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> ExportOptions:
-    from coprs_deploy.engines.trt.variants import parse_gpus
+    from coprs_deploy.engines.trt.variants import parse_capabilities
     from coprs_deploy.export import ExportOptions
     from coprs_deploy.specs import OptimizationProfile, parse_aspect_ratio
 
@@ -147,7 +147,7 @@ def _options(arguments: argparse.Namespace) -> ExportOptions:
         drop_padding=arguments.drop_padding,
         external_policy=arguments.external_policy,
         overwrite=arguments.overwrite,
-        compute_capabilities=parse_gpus(arguments.compute_capabilities),
+        compute_capabilities=parse_capabilities(arguments.compute_capabilities),
         workspace_bytes=_bytes_from_gib(arguments.workspace),
         version_compatible=arguments.version_compatible,
         hardware_compatible=arguments.hardware_compatible,

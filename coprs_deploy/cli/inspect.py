@@ -1,114 +1,120 @@
-"""Show a bundle at a glance: graphs, policy, toolchain, and how equal it was measured to be.
+"""Show a bundle: graphs, engines, policy, versions and measured equivalence.
 
-Every file is checked against its hash. Exit code 1 when one was changed.
+Every file is checked against its hash. Exit code 1 if a file was changed.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from coprs_deploy.bundle import EngineRecord
+from coprs_deploy.bundle import Bundle, EngineRecord, Manifest
 from coprs_deploy.cli.parser import add_json_flag, print_json
 from coprs_deploy.console import equivalence_table, table
 from coprs_deploy.specs import IMAGE_ENCODER
 
-SUMMARY = "show what a bundle holds"
+SUMMARY = "show the contents of a bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument(
-        "--cache",
+        "--cache-dir",
         type=Path,
         metavar="DIR",
-        help="the engine cache to show, as in export (default: COPRS_DEPLOY_CACHE, or the user's)",
+        help="engine cache to show (default: $COPRS_DEPLOY_CACHE, or the user's cache folder)",
     )
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and show."""
+    """Check the bundle and print its contents."""
     from coprs_deploy.bundle import open_bundle
 
     bundle = open_bundle(arguments.bundle)
-    manifest = bundle.manifest
     if arguments.json:
-        print_json(manifest.to_json())
+        print_json(bundle.manifest.to_json())
         return 0
+    for block in _blocks(bundle, arguments.cache_dir):
+        print(block)
+    return 0
+
+
+def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
+    manifest = bundle.manifest
+    yield f"{bundle.path}: all files match their hashes"
+    if manifest.checkpoint_note:
+        yield f"note: {manifest.checkpoint_note}"
+    yield (
+        f"checkpoint {manifest.checkpoint_fingerprint[:12]}, "
+        f"written by version {manifest.package_version}"
+    )
+    geometry = manifest.geometry
+    yield f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells"
+    valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
+    if valid_region is not None:
+        dropped = ": padding is dropped, see without_padding" if valid_region.drops_padding else ""
+        yield f"for {valid_region}{dropped}"
+    yield f"\n{_graph_table(manifest)}"
+    engines = {name: graph.engine for name, graph in manifest.graphs.items() if graph.engine}
+    if engines:
+        yield ""
+        yield from (f"{name}: {engine_line(engine)}" for name, engine in engines.items())
+    if engines or cache_dir:
+        yield cache_lines(cache_dir)
+    policy = manifest.policy
+    yield (
+        f"\npolicy: {bundle.policy_path}, "
+        f"{sum(file.size_bytes for file in policy.files) / 1e6:,.1f} MB, "
+        f"hidden size {policy.hidden_size}, "
+        f"{policy.min_pixels:,} to {policy.max_pixels:,} pixels"
+    )
+    yield f"\n{equivalence_table(manifest.equivalence)}"
+    yield "\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
+
+
+def _graph_table(manifest: Manifest) -> str:
     sizes = {file.path: file.size_bytes for file in manifest.files}
     rows = []
     for name, graph in manifest.graphs.items():
         stored = sum(size for path, size in sizes.items() if path.startswith(graph.file))
-        shapes = [
-            f"{t.name} ({', '.join(map(str, t.shape))})"
-            for t in (*graph.spec.inputs, *graph.spec.outputs)
-        ]
         rows.append((name, graph.runtime, graph.precision, f"{stored / 1e6:,.1f} MB"))
-        rows.extend((f"  {shape}", "", "", "") for shape in shapes)
-    engines = [
-        f"{name}: {engine_line(graph.engine)}"
-        for name, graph in manifest.graphs.items()
-        if graph.engine
-    ]
-    policy_bytes = sum(file.size_bytes for file in manifest.policy.files)
-    geometry = manifest.geometry
-    print(f"{bundle.path}: every file is as it was written")
-    if manifest.checkpoint_note:
-        print(f"note: {manifest.checkpoint_note}")
-    print(
-        f"checkpoint {manifest.checkpoint_fingerprint[:12]}, "
-        f"written by version {manifest.package_version}"
-    )
-    print(f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells")
-    if (valid_region := manifest.graphs[IMAGE_ENCODER].spec.valid_region) is not None:
-        dropped = (
-            " alone: padding is dropped, see without_padding" if valid_region.drops_padding else ""
-        )
-        print(f"for {valid_region}{dropped}")
-    print()
-    print(table(("graph", "runtime", "precision", "size"), rows))
-    if engines:
-        print("\n" + "\n".join(engines))
-    if engines or arguments.cache:
-        print(cache_line(arguments.cache))
-    print(
-        f"\npolicy: {bundle.policy_path}, {policy_bytes / 1e6:,.1f} MB, "
-        f"width {manifest.policy.hidden_size}, "
-        f"{manifest.policy.min_pixels:,} to {manifest.policy.max_pixels:,} pixels\n"
-    )
-    print(equivalence_table(manifest.equivalence))
-    print("\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items()))
-    return 0
+        for tensor in (*graph.spec.inputs, *graph.spec.outputs):
+            shape = f"  {tensor.name} ({', '.join(map(str, tensor.shape))})"
+            rows.append((shape, "", "", ""))
+    return table(("graph", "runtime", "precision", "size"), rows)
 
 
 def engine_line(engine: EngineRecord) -> str:
-    """Say what an engine runs on, and whether it ever did."""
-    where = "every GPU from sm_80 on" if engine.hardware_compatible else ""
-    seen = f"verified on {engine.verified_on}" if engine.verified_on else "never verified on a GPU"
-    code = ", carries code (version-compatible)" if engine.version_compatible else ""
+    """Describe an engine: library, GPUs, build time, and where it was verified."""
+    gpus = ", ".join(engine.compute_capabilities)
+    if engine.hardware_compatible:
+        gpus = "every GPU from sm_80 on"
+    verified = "never verified on a GPU"
+    if engine.verified_on:
+        verified = f"verified on {engine.verified_on}"
+    code = ", carries host code (version-compatible)" if engine.version_compatible else ""
     return (
-        f"{engine.variant} {engine.version} for "
-        f"{where or ', '.join(engine.compute_capabilities)}, "
-        f"built in {engine.build_seconds:.1f} s, {seen}{code}"
+        f"{engine.variant} {engine.version} for {gpus}, "
+        f"built in {engine.build_seconds:.1f} s, {verified}{code}"
     )
 
 
-def cache_line(root: Path | None = None) -> str:
-    """Say where engines that were built before are kept, how many, and what else is kept there."""
-    from coprs_deploy.engines.cache import BuildCache
-    from coprs_deploy.engines.trt.cache import TIMING_CACHE_FOLDER
-    from coprs_deploy.engines.trt.engine import RUNTIME_CACHE_FOLDER
+def cache_lines(cache_dir: Path | None = None) -> str:
+    """Describe the engine cache: folder, number of engines, size, kernel caches."""
+    from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
+    from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
 
-    cache = BuildCache(root)
+    cache = EngineCache(cache_dir)
     lines = [
         f"engine cache: {cache.root}, {len(cache.entries())} engines, "
         f"{cache.size_bytes() / 1e6:,.1f} MB"
     ]
     for folder, title in (
-        (TIMING_CACHE_FOLDER, "timings of kernels"),
-        (RUNTIME_CACHE_FOLDER, "kernels compiled on a GPU"),
+        (TIMING_FOLDER, "kernel timings"),
+        (KERNEL_CACHE_FOLDER, "kernels compiled on a GPU"),
     ):
         for blob in cache.blobs(folder):
             lines.append(f"  {title}: {blob.name}, {blob.stat().st_size / 1e6:,.1f} MB")

@@ -1,8 +1,8 @@
 """Runners: one for each runtime, all with one call signature.
 
-:data:`RUNTIMES` lists the runtimes by the names that users type; adding a runtime is adding a
-module with ``open_graph`` and ``availability`` (see :class:`RuntimeModule`) and a row here.
-Modules are imported when a runtime is used.
+:data:`RUNTIMES` lists the runtimes by the names that users type. A new runtime is a module with
+``open_graph`` and ``availability`` (see :class:`RuntimeModule`) and a row there. A module is
+imported when its runtime is used.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ RUNTIMES: Mapping[str, tuple[str, str | None]] = {
     "tensorrt": ("trt.runner", "tensorrt"),
     "torch": ("torch_runner", None),
 }
-"""Module of each runtime in this package, and the flavor of TensorRT."""
+"""Module of each runtime in this package, and its TensorRT variant."""
 
 
 class RuntimeModule(Protocol):
-    """What a module of a runtime in :data:`RUNTIMES` defines."""
+    """What the module of a runtime in :data:`RUNTIMES` defines."""
 
     def open_graph(
         self,
@@ -56,22 +56,22 @@ class RuntimeModule(Protocol):
         options: RunnerOptions,
         engine: EngineRecord | None = None,
     ) -> Runner:
-        """Open an exported graph; ``engine`` is what its manifest says of a plan."""
+        """Open an exported graph; ``engine`` is its record in the manifest if it is an engine."""
 
     def availability(self) -> list[Availability]:
-        """Say which devices this runtime can use here, and what the others lack."""
+        """Report which devices this runtime can use on this machine."""
 
 
 @dataclass(frozen=True)
-class _TensorRt:
-    """The contract of :class:`RuntimeModule` for one flavor of TensorRT."""
+class _TrtRuntime:
+    """One TensorRT variant as a :class:`RuntimeModule`."""
 
     open_graph: Callable[..., Runner]
     availability: Callable[[], list[Availability]]
 
 
 def runtime_names() -> list[str]:
-    """Name the runtimes of this package, whether or not they can run here."""
+    """List all runtimes, whether or not they can run on this machine."""
     return list(RUNTIMES)
 
 
@@ -83,12 +83,12 @@ def runtime_module(name: str) -> RuntimeModule:
     """
     if name not in RUNTIMES:
         raise ValueError(f"runtime is {name!r}; accepted: {', '.join(RUNTIMES)}")
-    module_name, variant = RUNTIMES[name]
+    module_name, variant_name = RUNTIMES[name]
     module = importlib.import_module(f"{__name__}.{module_name}")
-    if variant is None:
+    if variant_name is None:
         return cast(RuntimeModule, module)
-    variant = module.TRT_VARIANTS[variant]
-    return _TensorRt(
+    variant = module.TRT_VARIANTS[variant_name]
+    return _TrtRuntime(
         partial(module.open_engine, variant), partial(module.trt_availability, variant)
     )
 
@@ -100,10 +100,17 @@ def open_graph(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> Runner:
-    """Open an exported graph with the runtime of that name.
+    """Open an exported graph with a runtime.
+
+    Args:
+        name: name of the runtime.
+        path: the ONNX or engine file.
+        spec: inputs and outputs.
+        options: how to run it.
+        engine: record of the engine; None for an ONNX file.
 
     Raises:
-        ValueError: there is no such runtime, or it cannot compute in the asked precision.
+        ValueError: there is no such runtime, or it does not support the inference precision.
     """
     if options.inference_precision != "fp32" and name != "openvino":
         raise ValueError(
@@ -120,12 +127,12 @@ def open_bundle_graph(
 
     Args:
         bundle: the bundle.
-        name: of the graph.
+        name: name of the graph.
         options: how to run it.
-        runtime: which runtime runs it; None takes the one that the manifest names.
+        runtime: runtime that runs it; None selects the one in the manifest.
 
     Raises:
-        ValueError: that runtime cannot run the graph.
+        ValueError: the runtime cannot run the graph.
     """
     graph = bundle.manifest.graphs[name]
     if runtime is not None:
@@ -136,15 +143,14 @@ def open_bundle_graph(
 
 
 def check_runtime(graph: GraphRecord, runtime: str) -> None:
-    """Refuse a runtime that cannot run a graph: an engine has one, an ONNX file has two.
+    """Refuse a runtime that cannot run a graph: engines have one runtime, ONNX files two.
 
     Raises:
-        ValueError: says which runtimes can.
+        ValueError: lists the accepted runtimes.
     """
     accepted = ONNX_RUNTIMES if graph.runtime in ONNX_RUNTIMES else (graph.runtime,)
     if runtime not in accepted:
         raise ValueError(
             f"runtime is {runtime!r}, and {graph.file} was exported for {graph.runtime} in "
-            f"{graph.precision}; accepted: "
-            f"{', '.join(accepted)}"
+            f"{graph.precision}; accepted: {', '.join(accepted)}"
         )

@@ -1,6 +1,6 @@
-"""A CUDA device through PyTorch: memory, a stream with a priority, copies, captured work.
+"""A CUDA device through PyTorch: buffers, a prioritized stream, copies, CUDA graph capture.
 
-Everything that a plan needs of CUDA is here; nothing here knows TensorRT.
+Engines use CUDA through this module only; it does not depend on TensorRT.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CAPTURING = threading.Lock()
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its name and its compute capability, as in ``sm_89``."""
+    """Name and compute capability (``sm_89``) of a GPU."""
 
     name: str
     compute_capability: str
 
 
 def current_gpu(index: int = 0) -> Gpu | None:
-    """Describe the GPU of that number; None where PyTorch sees none."""
+    """Describe a GPU by index; None if PyTorch finds none."""
     import torch
 
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -42,23 +42,23 @@ def current_gpu(index: int = 0) -> Gpu | None:
 
 @dataclass(frozen=True)
 class CudaTensor:
-    """A tensor in GPU memory, and the event after which its values are there."""
+    """A tensor in GPU memory, and the event after which its values are valid."""
 
     tensor: torch.Tensor
     ready: torch.cuda.Event
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
+        """Dimensions of the tensor."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> str:
-        """Its element type."""
+        """Element type under numpy's name."""
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def numpy(self) -> Array:
-        """Return the values on the host, through pinned memory."""
+        """Copy the values to the host, through pinned memory."""
         import torch
 
         stream = torch.cuda.current_stream(self.tensor.device)
@@ -71,17 +71,20 @@ class CudaTensor:
         return array
 
     def rows(self) -> list[CudaTensor]:
-        """Return its parts along the first dimension; they share its memory."""
+        """Split along the first dimension; the parts share the memory."""
         whole = self.tensor
         return [CudaTensor(whole[i : i + 1], self.ready) for i in range(len(whole))]
 
 
 class CudaDevice:
-    """One stream of one device, and the buffers that work on it reads and writes.
+    """One CUDA stream of one device, and the buffers that its kernels read and write.
 
     Args:
-        index: number of the device.
-        high_priority: whether its kernels go before those of other streams.
+        index: index of the device.
+        high_priority: whether its kernels run before those of other streams.
+
+    Raises:
+        RuntimeUnavailableError: PyTorch finds no such device.
     """
 
     def __init__(self, index: int, high_priority: bool) -> None:
@@ -90,7 +93,7 @@ class CudaDevice:
         gpu = current_gpu(index)
         if gpu is None:
             raise RuntimeUnavailableError(
-                f"PyTorch {torch.__version__} sees no CUDA device {index}; check the driver with "
+                f"PyTorch {torch.__version__} finds no CUDA device {index}; check the driver with "
                 "nvidia-smi and that PyTorch is a CUDA build, or export for onnxruntime"
             )
         self._torch: Any = torch  # its streams and events have no types
@@ -102,26 +105,32 @@ class CudaDevice:
         self._staging: dict[str, tuple[torch.Tensor, torch.cuda.Event]] = {}
 
     def sibling(self) -> CudaDevice:
-        """Make a stream and buffers of their own on the same device, of the same priority."""
+        """Create another stream of the same device and priority, with buffers of its own."""
         return CudaDevice(self.index, self._high_priority)
 
     @property
     def stream_handle(self) -> int:
-        """The stream as the number that TensorRT takes."""
+        """The ``cudaStream_t`` as an integer, for TensorRT."""
         handle: int = self.stream.cuda_stream
         return handle
 
     def current(self) -> Any:
-        """Make this device the thread's current one for a while; TensorRT works on that one."""
+        """Make this device the thread's current one within a block, as TensorRT requires."""
         return self._torch.cuda.device(self._device)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Allocate a buffer; ``data_ptr()`` gives its address."""
+        """Allocate a buffer; ``data_ptr()`` is its address."""
         with self._torch.cuda.stream(self.stream):
             return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._device)
 
     def fill(self, name: str, buffer: Any, value: Array | DeviceTensor) -> None:
-        """Copy a value into a buffer on the stream; a host array goes through pinned memory."""
+        """Copy a value into a buffer, on the stream; host arrays go through pinned memory.
+
+        Args:
+            name: tensor name, which selects the pinned staging memory.
+            buffer: destination, of the same shape and dtype.
+            value: source.
+        """
         with self._torch.cuda.stream(self.stream):
             if isinstance(value, CudaTensor):
                 self.stream.wait_event(value.ready)
@@ -130,21 +139,21 @@ class CudaDevice:
                 return
             array = host_array(value)
             pinned, used = self._pinned(name, buffer)
-            used.synchronize()  # the copy before may still read it
+            used.synchronize()  # the previous copy may still read it
             np.copyto(pinned.numpy(), array)
             buffer.copy_(pinned, non_blocking=True)
             used.record(self.stream)
 
     def _pinned(self, name: str, buffer: Any) -> tuple[Any, Any]:
-        known = self._staging.get(name)
-        if known is None or known[0].shape != buffer.shape:
+        staging = self._staging.get(name)
+        if staging is None or staging[0].shape != buffer.shape:
             pinned = self._torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
-            known = (pinned, self._torch.cuda.Event())
-            self._staging[name] = known
-        return known
+            staging = (pinned, self._torch.cuda.Event())
+            self._staging[name] = staging
+        return staging
 
     def copy_out(self, buffer: Any) -> CudaTensor:
-        """Copy a buffer that the next call overwrites into a tensor of its own."""
+        """Copy a buffer, which the next call overwrites, into a tensor of its own."""
         with self._torch.cuda.stream(self.stream):
             copy = buffer.clone()
             ready = self._torch.cuda.Event()
@@ -152,23 +161,26 @@ class CudaDevice:
         return CudaTensor(copy, ready)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record work that was run once before; the result runs it again in one launch.
+        """Capture work as a CUDA graph without running it; it must have run once before.
+
+        Returns:
+            A function that replays the work in one launch.
 
         Raises:
-            RuntimeUnavailableError: it cannot be recorded.
+            RuntimeUnavailableError: the work cannot be captured.
         """
         graph = self._torch.cuda.CUDAGraph()
         self.stream.synchronize()
-        # Other threads go on using CUDA meanwhile: the policy decodes. But PyTorch records one
-        # graph at a time in a process.
+        # Other threads, such as the policy's, use CUDA during the capture. PyTorch captures one
+        # graph at a time per process.
         options = {"stream": self.stream, "capture_error_mode": "thread_local"}
         try:
             with _CAPTURING, self._torch.cuda.graph(graph, **options):
                 work()
         except RuntimeError as error:
             raise RuntimeUnavailableError(
-                f"the work could not be recorded as a CUDA graph ({error}); run it without: "
-                "--no-cuda-graphs (in Python: RuntimeOptions(cuda_graphs=False))"
+                f"CUDA graph capture failed ({error}); disable it with --no-cuda-graphs "
+                "(in Python: RuntimeOptions(cuda_graphs=False))"
             ) from error
 
         def replay() -> None:
@@ -178,5 +190,5 @@ class CudaDevice:
         return replay
 
     def synchronize(self) -> None:
-        """Wait until the stream has nothing left to do."""
+        """Wait until the stream has finished."""
         self.stream.synchronize()

@@ -1,4 +1,4 @@
-"""The three runners as one pipeline: an image once, then any number of targets on it."""
+"""The three graphs of a bundle as one pipeline, and masks at the original image size."""
 
 from __future__ import annotations
 
@@ -28,42 +28,45 @@ if TYPE_CHECKING:
 
 
 class SegmentationGraphs(Closeable):
-    """Image encoder, prior and mask decoder of one bundle (or of one model).
+    """Image encoder, prior and mask decoder of one bundle or model.
 
-    Calls from several threads are safe where the runners' are (ONNX Runtime: yes).
+    Calls from several threads are safe if the runners' are (ONNX Runtime: yes).
+
+    Args:
+        runners: one runner a graph, by graph name.
     """
 
     def __init__(self, runners: Mapping[str, Runner]) -> None:
         self.runners = dict(runners)
-        self._joined = self.runners[PRIOR].fused_with(self.runners[MASK_DECODER])
+        self._fused = self.runners[PRIOR].fused_with(self.runners[MASK_DECODER])
 
     @property
-    def joins_targets(self) -> bool:
-        """Whether :meth:`priors_and_masks` is one piece of work."""
-        return self._joined is not None
-
-    def encode(self, prepared: PreparedImage) -> DeviceTensor:
-        """Encode an image; the embedding stays on the device, (1, C, G, G)."""
-        return self.encode_together([prepared])[0]
+    def is_fused(self) -> bool:
+        """Whether :meth:`priors_and_masks` is one launch."""
+        return self._fused is not None
 
     @property
     def valid_region(self) -> ValidRegion | None:
-        """How far pictures may reach into the padded square; None stands for all of it."""
+        """Region of the padded square that images may fill; None stands for all of it."""
         return self.runners[IMAGE_ENCODER].spec.valid_region
 
     @property
     def images(self) -> OptimizationProfile:
-        """How many images the encoder takes in one call."""
+        """Optimization profile of the image encoder: images in one call."""
         return self.runners[IMAGE_ENCODER].spec.images
 
-    def encode_together(self, images: Sequence[PreparedImage]) -> list[DeviceTensor]:
-        """Encode images in few calls, of few different sizes; see :meth:`OptimizationProfile.size_for`.
+    def encode(self, prepared: PreparedImage) -> DeviceTensor:
+        """Encode an image; the (1, C, G, G) float32 embedding stays on the device."""
+        return self.encode_batch([prepared])[0]
+
+    def encode_batch(self, images: Sequence[PreparedImage]) -> list[DeviceTensor]:
+        """Encode images in as few calls as :meth:`OptimizationProfile.size_for` allows.
 
         Returns:
-            An embedding for each, (1, C, G, G), on the device.
+            A (1, C, G, G) float32 embedding for each image, on the device.
 
         Raises:
-            ImageSizeError: a picture reaches further than the encoder was made for.
+            ImageSizeError: an image extends beyond the encoder's valid region.
         """
         for prepared in images:
             require_inside(prepared, self.valid_region)
@@ -80,15 +83,15 @@ class SegmentationGraphs(Closeable):
     def priors(
         self, image_embedding: DeviceTensor, concentrations: NDArray[np.float32]
     ) -> list[DeviceTensor]:
-        """Score N concentrations against an image.
+        """Compute the positional priors of N concentrations on an image.
 
         Args:
-            image_embedding: what :meth:`encode` gave.
+            image_embedding: (1, C, G, G) result of :meth:`encode`.
             concentrations: (N, D) float32, N at least 1.
 
         Returns:
-            Prior logits in chunks of as many targets as the graph takes; the last chunk may repeat
-            its last target to fill the graph's fixed number.
+            (n, 1, M, M) prior logits in chunks of as many targets as the graph takes. The last
+            chunk may repeat its last target to fill the graph's fixed number.
         """
         return [
             self.runners[PRIOR](image_embedding=image_embedding, concentration=chunk)[
@@ -103,7 +106,7 @@ class SegmentationGraphs(Closeable):
         prior_chunks: list[DeviceTensor],
         unpadded_size: NDArray[np.int64],
     ) -> list[DeviceTensor]:
-        """Decode the chunks that :meth:`priors` gave into mask logits, chunk by chunk."""
+        """Decode the chunks of :meth:`priors` into (n, 1, M, M) mask logits, chunk by chunk."""
         return [
             self.runners[MASK_DECODER](
                 image_embedding=image_embedding,
@@ -119,16 +122,16 @@ class SegmentationGraphs(Closeable):
         concentrations: NDArray[np.float32],
         unpadded_size: NDArray[np.int64],
     ) -> tuple[list[DeviceTensor], list[DeviceTensor]]:
-        """Score and decode N concentrations; nothing comes between the two where they are joined.
+        """Compute priors and masks of N concentrations; one launch a chunk if they are fused.
 
         Returns:
-            What :meth:`priors` and :meth:`masks` give.
+            The results of :meth:`priors` and :meth:`masks`.
         """
-        if self._joined is None:
+        if self._fused is None:
             priors = self.priors(image_embedding, concentrations)
             return priors, self.masks(image_embedding, priors, unpadded_size)
         outputs = [
-            self._joined(
+            self._fused(
                 image_embedding=image_embedding, concentration=chunk, unpadded_size=unpadded_size
             )
             for chunk in self._chunks(concentrations)
@@ -139,57 +142,58 @@ class SegmentationGraphs(Closeable):
         profile = self.runners[PRIOR].spec.targets
         for start in range(0, len(concentrations), profile.max):
             chunk = concentrations[start : start + profile.max]
-            lacking = max(0, profile.min - len(chunk))
-            yield np.concatenate([chunk, np.repeat(chunk[-1:], lacking, axis=0)])
+            missing = max(0, profile.min - len(chunk))
+            yield np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
 
     def close(self) -> None:
-        """Free all three graphs, what joins them first."""
+        """Free all graphs, the fused one first."""
         with ExitStack() as stack:
             for runner in self.runners.values():
                 stack.callback(runner.close)
-            if self._joined is not None:
-                stack.callback(self._joined.close)
+            if self._fused is not None:
+                stack.callback(self._fused.close)
 
 
-def join_chunks(chunks: list[DeviceTensor], num_targets: int) -> NDArray[np.float32]:
-    """Bring chunks of logits to the host as one (num_targets, 1, M, M) array."""
-    joined: NDArray[np.float32] = np.concatenate([chunk.numpy() for chunk in chunks])
-    return joined[:num_targets]
+def join_chunks(chunks: Sequence[DeviceTensor], num_targets: int) -> NDArray[np.float32]:
+    """Copy chunks of logits to the host as one (num_targets, 1, M, M) array."""
+    logits: NDArray[np.float32] = np.concatenate([chunk.numpy() for chunk in chunks])
+    return logits[:num_targets]
 
 
 def masks_at_original_size(
-    chunks: Sequence[DeviceTensor], num_targets: int, placed: HasResize, geometry: Geometry
+    chunks: Sequence[DeviceTensor], num_targets: int, image: HasResize, geometry: Geometry
 ) -> NDArray[np.bool_]:
-    """Bring mask logits to the picture's size and cut them at 0.
+    """Resize mask logits to the original image size and threshold them at 0.
 
-    Logits on a GPU are resized and cut there, target by target, and what is copied to the host is
-    one byte a pixel; where the GPU has no room for that, the host does it.
+    Logits on a GPU are resized and thresholded there, target by target, so that one byte a pixel is
+    copied to the host. The host does the work if the GPU runs out of memory.
 
     Args:
-        chunks: what the mask decoder gave, (n, 1, M, M) each; the last may hold repeated targets.
-        num_targets: N, how many of them are meant.
-        placed: the sizes of the picture.
+        chunks: (n, 1, M, M) mask logits each; the last chunk may end with repeated targets.
+        num_targets: N, the number of targets without repetitions.
+        image: original and unpadded size of the image.
         geometry: sizes of the model.
 
     Returns:
-        (N, H, W) bool.
+        (N, H, W) bool masks.
     """
     on_gpu = [chunk for chunk in chunks if isinstance(chunk, CudaTensor)]
     if on_gpu and len(on_gpu) == len(chunks):
-        masks = _cut_on_gpu(on_gpu, num_targets, placed, geometry)
+        masks = _masks_on_gpu(on_gpu, num_targets, image, geometry)
         if masks is not None:
             return masks
-    logits = join_chunks(list(chunks), num_targets)
-    found: NDArray[np.bool_] = resize_logits(logits, placed, geometry) > 0
-    return found
+    logits = join_chunks(chunks, num_targets)
+    host_masks: NDArray[np.bool_] = resize_logits(logits, image, geometry) > 0
+    return host_masks
 
 
-def _cut_on_gpu(
-    chunks: Sequence[CudaTensor], num_targets: int, placed: HasResize, geometry: Geometry
+def _masks_on_gpu(
+    chunks: Sequence[CudaTensor], num_targets: int, image: HasResize, geometry: Geometry
 ) -> NDArray[np.bool_] | None:
+    """Compute the masks on the GPU; None if it runs out of memory."""
     import torch
 
-    stream = _stream_of(chunks[0].tensor.device)
+    stream = _mask_stream(chunks[0].tensor.device)
     try:
         with torch.cuda.stream(stream), torch.inference_mode():
             for chunk in chunks:
@@ -197,7 +201,7 @@ def _cut_on_gpu(
                 chunk.tensor.record_stream(stream)
             tensors = [chunk.tensor for chunk in chunks]
             targets = [t[i : i + 1] for t in tensors for i in range(len(t))]
-            masks = [cut_at_original_size(t, placed, geometry) for t in targets[:num_targets]]
+            masks = [threshold_at_original_size(t, image, geometry) for t in targets[:num_targets]]
             array: NDArray[np.bool_] = torch.cat(masks).cpu().numpy()
             return array
     except torch.OutOfMemoryError:
@@ -205,22 +209,24 @@ def _cut_on_gpu(
 
 
 @lru_cache
-def _stream_of(device: torch.device) -> Any:
-    """Give the stream that masks are cut on; the engines' own may be in the middle of a capture."""
+def _mask_stream(device: torch.device) -> Any:
+    """Return a stream for mask resizing; the runners' own streams may be capturing."""
     import torch
 
     cuda: Any = torch.cuda  # its streams have no types
     return cuda.Stream(device, priority=-1)
 
 
-def cut_at_original_size(
-    logits: torch.Tensor, placed: HasResize, geometry: Geometry
+def threshold_at_original_size(
+    logits: torch.Tensor, image: HasResize, geometry: Geometry
 ) -> torch.Tensor:
-    """Go SAM's way back: bilinear to the padded image, the crop, bilinear to the picture, the cut.
+    """Resize logits as SAM does and threshold them at 0.
+
+    Bilinear to the padded image, crop of the padding, bilinear to the original size.
 
     Args:
         logits: (n, 1, M, M).
-        placed: the sizes of the picture.
+        image: original and unpadded size of the image.
         geometry: sizes of the model.
 
     Returns:
@@ -229,10 +235,10 @@ def cut_at_original_size(
     from torch.nn import functional as F
 
     size = (geometry.image_size, geometry.image_size)
-    grown = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    height, width = (int(side) for side in placed.unpadded_size)
-    cropped = grown[..., :height, :width]
+    padded = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    height, width = (int(side) for side in image.unpadded_size)
+    cropped = padded[..., :height, :width]
     original = F.interpolate(
-        cropped, size=placed.original_size, mode="bilinear", align_corners=False
+        cropped, size=image.original_size, mode="bilinear", align_corners=False
     )
     return original[:, 0] > 0

@@ -1,7 +1,7 @@
 """ONNX graphs through ONNX Runtime, on the CPU or on CUDA.
 
-Outputs are bound to the device and handed on as they are, so the image embedding is never copied
-between the graphs. A provider that was asked for and is not used is an error, never a fallback.
+Outputs are bound to the device and passed on as they are, so that the image embedding is not copied
+between the graphs. A requested provider that is not used is an error, never a fallback.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INSTALL = {
     "cuda": 'pip uninstall onnxruntime; pip install "coprs-deploy[gpu]"',
 }
 SAME_AS_REQUESTED = 1
-"""ONNX Runtime's number for an arena that takes no more than it is asked for."""
+"""ONNX Runtime's number for an arena that allocates exactly the requested size."""
 
 _ELEMENT_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
@@ -50,22 +50,22 @@ class OrtTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
+        """Dimensions of the tensor."""
         return tuple(self.value.shape())
 
     @property
     def dtype(self) -> str:
-        """Its element type."""
+        """Element type under numpy's name."""
         name: str = self.value.data_type()
         return _ELEMENT_TYPES.get(name, name)
 
     def numpy(self) -> Array:
-        """Return the values on the host."""
+        """Copy the values to the host."""
         array: Array = self.value.numpy()
         return array
 
     def rows(self) -> Sequence[DeviceTensor]:
-        """Return its parts along the first dimension; on a GPU they share its memory."""
+        """Split along the first dimension; on a GPU the parts share the memory."""
         if self.value.device_name() == "cpu":
             return HostTensor(self.numpy()).rows()
         return [OrtRow(self, number) for number in range(self.shape[0])]
@@ -73,34 +73,34 @@ class OrtTensor:
 
 @dataclass(frozen=True)
 class OrtRow:
-    """One part of an :class:`OrtTensor` in GPU memory along its first dimension, where it lies."""
+    """Row of an :class:`OrtTensor` in GPU memory, addressed in place."""
 
     whole: OrtTensor
     number: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
+        """Dimensions of the tensor."""
         return (1, *self.whole.shape[1:])
 
     @property
     def dtype(self) -> str:
-        """Its element type."""
+        """Element type under numpy's name."""
         return self.whole.dtype
 
     @property
     def address(self) -> int:
-        """Where it begins in the memory of its device."""
+        """Device address of the first element."""
         row_bytes = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         start: int = self.whole.value.data_ptr()
         return start + self.number * row_bytes
 
     def numpy(self) -> Array:
-        """Return the values on the host."""
+        """Copy the values to the host."""
         return self.whole.numpy()[self.number : self.number + 1]
 
     def rows(self) -> list[OrtRow]:
-        """Return itself."""
+        """Return the row itself."""
         return [self]
 
 
@@ -116,13 +116,13 @@ class OrtRunner(Runner):
                 f"{', '.join(ort.get_available_providers())}); {INSTALL[options.device_type]}"
             )
         settings = ort.SessionOptions()
-        # The pattern found in the first run would be allocated whole beside the arena.
+        # Memory patterns allocate the first run's pattern in addition to the arena.
         settings.enable_mem_pattern = False
         if options.device_type == "cpu":
             _share_arena()
             settings.add_session_config_entry("session.use_env_allocators", "1")
-        # Its idle threads would spin, and take the cores from the policy and from resizing: a whole
-        # answer of the shipped model took a quarter longer.
+        # Spinning idle threads take cores from the policy and from resizing: segmentation with the
+        # demo model took a quarter longer.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.num_threads is not None:
             settings.intra_op_num_threads = options.num_threads
@@ -149,8 +149,8 @@ class OrtRunner(Runner):
         bound = {name: self._bindable(value) for name, value in inputs.items()}
         for name, value in bound.items():
             if isinstance(value, OrtRow):
-                element, place = np.dtype(value.dtype), value.address
-                binding.bind_input(name, *self._device, element, value.shape, place)
+                dtype = np.dtype(value.dtype)
+                binding.bind_input(name, *self._device, dtype, value.shape, value.address)
             else:
                 binding.bind_ortvalue_input(name, value)
         for tensor in self.spec.outputs:
@@ -174,18 +174,18 @@ class OrtRunner(Runner):
 def _provider_options(options: RunnerOptions) -> dict[str, str]:
     if options.device_type == "cpu":
         return {}
-    found = {"use_tf32": "0"}  # TF32 is not float32
-    if options.device_index:  # from 1.26 on, a session that is given a number warns about plug-ins
-        found["device_id"] = str(options.device_index)
-    return found
+    provider_options = {"use_tf32": "0"}  # TF32 is not float32
+    if options.device_index:  # from 1.26 on, passing a device_id causes a warning about plug-ins
+        provider_options["device_id"] = str(options.device_index)
+    return provider_options
 
 
 @cache
 def _share_arena() -> None:
-    """Let all sessions of this process take memory from one arena that grows by what is asked for.
+    """Register one arena for all sessions of this process, which grows by the requested size.
 
-    A session's own arena grows in powers of two. Without any, every large tensor is mapped and
-    faulted in anew: a fifth more time for ViT-B, and no less memory.
+    A session's own arena grows in powers of two. Without an arena, every large tensor is mapped and
+    page-faulted again: a fifth more time for ViT-B, and no less memory.
     """
     import onnxruntime as ort
 
@@ -203,14 +203,14 @@ def open_graph(
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
-        RuntimeUnavailableError: it cannot use the device.
-        BundleError: it cannot read the file.
+        RuntimeUnavailableError: ONNX Runtime cannot use the device.
+        BundleError: ONNX Runtime cannot read the file.
     """
     return OrtRunner(path, spec, options)
 
 
 def availability() -> list[Availability]:
-    """Say which of the two providers can be used here."""
+    """Report which of the two providers can be used on this machine."""
     try:
         ort = _import_onnxruntime("cpu")
     except MissingDependencyError as error:
@@ -220,7 +220,7 @@ def availability() -> list[Availability]:
         Availability(
             f"onnxruntime {device}",
             provider in present,
-            f"{ort.__version__}, {provider}" + ("" if provider in present else " is not in it"),
+            f"{ort.__version__}, {provider}" + ("" if provider in present else " is not included"),
             "" if provider in present else INSTALL[device],
         )
         for device, provider in PROVIDERS.items()
@@ -235,5 +235,5 @@ def _import_onnxruntime(device_type: str) -> Any:
             f"ONNX Runtime is not installed; {INSTALL[device_type]}"
         ) from error
     if device_type == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch's wheels brought
+        onnxruntime.preload_dlls()  # finds the CUDA libraries in PyTorch's wheels
     return onnxruntime

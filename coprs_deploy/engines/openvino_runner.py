@@ -1,8 +1,8 @@
 """ONNX graphs through OpenVINO on the CPU.
 
-It reads the same files as ONNX Runtime and takes and gives host arrays without a copy. What is not
-int8 in the graph is computed in float32 unless bfloat16 was asked for; for both the processor must
-have the units.
+It reads the same files as ONNX Runtime; inputs and outputs are host arrays without a copy. What is
+not int8 in the graph is computed in float32, or in bfloat16 on request; int8 and bfloat16 need
+instruction sets of the processor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.cache import default_cache
+from coprs_deploy.engines.cache import default_cache_dir
 from coprs_deploy.engines.runner import (
     Array,
     Availability,
@@ -32,11 +32,14 @@ from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import GraphSpec
 
 DEVICE = "CPU"
+OPENVINO_FOLDER = "openvino"
+"""Folder of compiled graphs in the cache."""
+
 INSTALL = 'pip install "coprs-deploy[openvino]"'
 
 CACHED_GRAPH_BYTES = 128_000_000
-"""Larger graphs are compiled anew each time: a compiled graph holds the weights once more, and
-ViT-B's (370 MB) opens in 0.5 s from the cache and in 0.7 s without it."""
+"""Size limit of cached graphs. A compiled graph contains a second copy of the weights, and ViT-B
+(370 MB) opens in 0.5 s from the cache and in 0.7 s without it."""
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -44,18 +47,18 @@ _core_lock = threading.Lock()
 
 
 class OpenVinoRunner(Runner):
-    """One ONNX graph compiled by OpenVINO, once for each number of targets or images of a call.
+    """One ONNX graph compiled by OpenVINO, once for each number of targets or images.
 
-    OpenVINO 2026.4 compiles the mask decoder of a symbolic number of targets without an error and
-    fails when it runs with more than one, so every number gets its own static graph.
+    OpenVINO 2026.4 compiles the mask decoder with a symbolic number of targets, but fails at run
+    time for more than one target, so every number gets its own static graph.
     """
 
     def __init__(self, path: Path, spec: GraphSpec, options: RunnerOptions) -> None:
         openvino = _import_openvino()
         if options.device_type != "cpu":
             raise RuntimeUnavailableError(
-                f"device is {options.device!r}, and OpenVINO runs graphs on the CPU here; use "
-                "device cpu, or the runtime onnxruntime"
+                f"device is {options.device!r}; accepted for openvino: 'cpu'. Use device cpu, or "
+                "the runtime onnxruntime"
             )
         core = openvino_core()
         settings = {
@@ -66,8 +69,9 @@ class OpenVinoRunner(Runner):
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.num_threads
         if path.exists() and _graph_bytes(path) <= CACHED_GRAPH_BYTES:
-            # A compiled graph is found by the content of the model, weights included.
-            settings["CACHE_DIR"] = str(options.cache or default_cache() / "openvino")
+            # The cache key is the content of the model, weights included.
+            root = options.cache_dir or default_cache_dir()
+            settings["CACHE_DIR"] = str(root / OPENVINO_FOLDER)
         precision = "" if options.inference_precision == "fp32" else ", bf16"
         super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{precision}")
         self._openvino = openvino
@@ -77,19 +81,19 @@ class OpenVinoRunner(Runner):
         self._lock = threading.Lock()
         try:
             self._model: Any = core.read_model(path)
-            if _holds_int8(self._model):
+            if _has_int8(self._model):
                 require_int8_units()
             self._compiled_for(spec.targets.opt)
         except (RuntimeError, OSError) as error:
             raise BundleError(f"OpenVINO cannot open {path}: {error}") from error
         if spec.profile.is_static:
-            self._model = None  # the compiled graph has its own weights
+            self._model = None  # the compiled graph has its own copy of the weights
 
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
         arrays = {name: host_array(value) for name, value in inputs.items()}
         shapes = {name: array.shape for name, array in arrays.items()}
         count = self.spec.count_of(shapes) or self.spec.targets.opt
-        # Written anew each time: a request reuses its own output, and this one outlives the call.
+        # Fresh arrays: a request overwrites its own outputs in the next call.
         outputs = {
             tensor.name: np.empty(tensor.shape_for(count), dtype=tensor.dtype)
             for tensor in self.spec.outputs
@@ -101,7 +105,7 @@ class OpenVinoRunner(Runner):
         return {name: HostTensor(array) for name, array in outputs.items()}
 
     def _compiled_for(self, count: int) -> _CompiledGraph:
-        """Find the graph for a number of targets or images; the first such call compiles it."""
+        """Return the graph for a number of targets or images; the first call compiles it."""
         with self._lock:
             if count not in self._compiled:
                 assert self._model is not None, "the runner was closed"
@@ -114,13 +118,13 @@ class OpenVinoRunner(Runner):
             return self._compiled[count]
 
     def close(self) -> None:
-        """Free the graph and its requests."""
+        """Free the graph and its inference requests."""
         self._model = None
         self._compiled = {}
 
 
 class _CompiledGraph:
-    """A static graph and its requests; one call at a time may use a request."""
+    """A static graph and its inference requests, each used by one call at a time."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
@@ -129,7 +133,7 @@ class _CompiledGraph:
 
     @contextmanager
     def request(self) -> Iterator[Any]:
-        """Lend a request; there are as many as there were calls at once."""
+        """Lend an idle inference request; a new one is created if all are in use."""
         with self._lock:
             request = self._idle.pop() if self._idle else self.compiled.create_infer_request()
         try:
@@ -146,20 +150,20 @@ def open_graph(
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
-        RuntimeUnavailableError: it cannot use the device, or the processor has no units for the
-            precision.
-        BundleError: it cannot read the file.
+        RuntimeUnavailableError: OpenVINO cannot use the device, or the processor does not support
+            the precision.
+        BundleError: OpenVINO cannot read the file.
     """
     return OpenVinoRunner(path, spec, options)
 
 
 def openvino_core() -> Any:
-    """Give the process's one ``openvino.Core``, which lives as long as the process.
+    """Return the only ``openvino.Core`` of the process, which is never destroyed.
 
-    With a second one the next signal could end the process. The CPU plugin of a core (2026.4) gives
-    the thread that loads it a stack for signals, and takes it away with the core: where the first
-    of two goes first, the second puts the first one's back, which is unmapped, and Python handles
-    its signals there.
+    A second core can make the next signal crash the process. The CPU plugin of a core (2026.4)
+    installs a signal stack for the thread that loads it and removes it with the core. If the first
+    of two cores is destroyed first, the second restores the first one's stack, which is unmapped,
+    and Python handles its signals there.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -174,7 +178,7 @@ def _core() -> Any:
 
 
 def inference_precisions() -> tuple[str, ...]:
-    """List the precisions that OpenVINO can compute float32 products in on this processor.
+    """List the precisions in which OpenVINO can compute float32 products on this processor.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -183,23 +187,23 @@ def inference_precisions() -> tuple[str, ...]:
 
 
 def require_int8_units() -> None:
-    """Refuse int8 products where they would not be exact.
+    """Refuse int8 on processors where OpenVINO's products are not exact.
 
-    Without such units OpenVINO 2026.4 adds pairs of products in 16 bits: the shipped model's
-    embedding was off by 7.4e-2 of its largest value, where exact sums give 2.0e-2.
+    Without int8 dot-product instructions, OpenVINO 2026.4 adds pairs of products in 16 bits: the
+    relative error of the demo model's embedding was 7.4e-2 instead of 2.0e-2 with exact sums.
 
     Raises:
-        RuntimeUnavailableError: this processor has none.
+        RuntimeUnavailableError: the processor has no such instructions.
     """
     if not describe_processor().has_int8_units:
         raise RuntimeUnavailableError(
             "OpenVINO's int8 products are not exact on this processor, which has none of AVX-512 "
-            "VNNI, AVX-VNNI, AMX; use the runtime onnxruntime, whose are (it takes the same graph)"
+            "VNNI, AVX-VNNI, AMX; use the runtime onnxruntime, which runs the same graph exactly"
         )
 
 
 def availability() -> list[Availability]:
-    """Say whether OpenVINO is installed, and which precisions this processor has units for."""
+    """Report whether OpenVINO is installed, and the precisions that this processor supports."""
     try:
         openvino = _import_openvino()
     except MissingDependencyError as error:
@@ -218,34 +222,34 @@ def _import_openvino() -> Any:
 
 
 def _version(openvino: Any) -> str:
-    """Name the version without its build number."""
+    """Return the version without its build number."""
     version: str = openvino.__version__
     return version.partition("-")[0]
 
 
 def _precisions(core: Any) -> list[str]:
-    """List the precisions that products can be computed in on this processor."""
+    """List the precisions in which float32 products can be computed on this processor."""
     capabilities = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     return ["fp32", *(["bf16"] if "BF16" in capabilities else [])]
 
 
 def _supported_precision(core: Any, options: RunnerOptions) -> str:
-    asked, known = options.inference_precision, _precisions(core)
-    if asked not in known:
+    precision, supported = options.inference_precision, _precisions(core)
+    if precision not in supported:
         raise RuntimeUnavailableError(
-            f"inference_precision is {asked!r}, and this processor has no units for it (bfloat16 "
-            f"needs AMX or AVX-512 BF16); accepted here: {', '.join(known)}"
+            f"inference_precision is {precision!r}, which this processor does not support "
+            f"(bfloat16 needs AMX or AVX-512 BF16); accepted here: {', '.join(supported)}"
         )
-    return asked
+    return precision
 
 
-def _holds_int8(model: Any) -> bool:
-    """Whether a graph has products between QuantizeLinear and DequantizeLinear."""
+def _has_int8(model: Any) -> bool:
+    """Whether a graph has int8 products (OpenVINO reads Q/DQ pairs as ``FakeQuantize``)."""
     return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
 
 
 def _graph_bytes(path: Path) -> int:
-    """Add up the sizes of a graph and of the weights beside it."""
+    """Return the size of a graph, external weights included."""
     return sum(
         file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists()
     )

@@ -1,7 +1,7 @@
-"""The one call signature of all runners, and the check of what goes in.
+"""The common call signature of all runners, their options, and the check of inputs.
 
 A runner is a context manager. Calling it takes the graph's inputs by name, as numpy arrays or as
-tensors that a runner gave, and returns its outputs by name as tensors that stay where they are.
+outputs of other runners, and returns its outputs by name as tensors that stay on the device.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ INFERENCE_PRECISIONS = ("fp32", "bf16")
 
 
 class DeviceTensor(Protocol):
-    """A tensor where its runner left it; ``numpy()`` brings it to the host."""
+    """An output of a runner, in the memory of its device."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
+        """Dimensions of the tensor."""
 
     @property
     def dtype(self) -> str:
-        """Its element type under numpy's name, as in ``float32``."""
+        """Element type under numpy's name, as in ``float32``."""
 
     def numpy(self) -> Array:
-        """Return the values as a host array."""
+        """Copy the values to the host."""
 
     def rows(self) -> Sequence[DeviceTensor]:
-        """Return its parts along the first dimension, each (1, ...), on the same device."""
+        """Split along the first dimension into (1, ...) tensors on the same device."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,35 @@ class HostTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
+        """Dimensions of the array."""
         return self.array.shape
 
     @property
     def dtype(self) -> str:
-        """Its element type."""
+        """Element type under numpy's name."""
         return str(self.array.dtype)
 
     def numpy(self) -> Array:
-        """Return the array."""
+        """Return the array itself."""
         return self.array
 
     def rows(self) -> list[HostTensor]:
-        """Return its parts along the first dimension; each has memory of its own."""
+        """Split along the first dimension; each part has memory of its own."""
         return [HostTensor(self.array[i : i + 1].copy()) for i in range(len(self.array))]
 
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """How a graph is run.
+    """Options of a runner.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         num_threads: threads of one operator on the CPU; None leaves it to the runtime.
-        cuda_graphs: whether an engine's work is captured once and launched whole.
-        allow_engine_host_code: whether version-compatible plans, which carry code, may be loaded.
-        inference_precision: what float32 products are computed in: ``fp32``, or ``bf16``, which
-            OpenVINO does on processors that have such units.
-        cache: folder of graphs that were compiled before; None takes the user's.
+        cuda_graphs: capture an engine's work once as a CUDA graph and replay it.
+        allow_engine_host_code: load version-compatible engines, which carry host code.
+        inference_precision: precision of float32 products: ``fp32``, or ``bf16`` with OpenVINO on
+            processors that support it.
+        cache_dir: cache folder; None selects the user's.
     """
 
     device: str = "cpu"
@@ -85,7 +85,7 @@ class RunnerOptions:
     cuda_graphs: bool = True
     allow_engine_host_code: bool = False
     inference_precision: str = "fp32"
-    cache: Path | None = None
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         kind, colon, index = self.device.partition(":")
@@ -106,13 +106,20 @@ class RunnerOptions:
 
     @property
     def device_index(self) -> int:
-        """The number behind the colon; 0 without one."""
+        """Index after the colon; 0 without one."""
         return int(self.device.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a runtime can use a device here; ``remedy`` mends it where it cannot."""
+    """Whether a runtime or policy can run on this machine.
+
+    Attributes:
+        name: runtime and device, as in ``onnxruntime cuda``.
+        is_available: whether it can run.
+        detail: version, or what is missing.
+        remedy: command or step that makes it available; "" if it is.
+    """
 
     name: str
     is_available: bool
@@ -124,8 +131,8 @@ class Runner(Closeable):
     """A graph that is ready to run.
 
     Attributes:
-        spec: its inputs and outputs.
-        description: runtime and device, for people.
+        spec: inputs and outputs.
+        description: runtime, version and device in one line.
     """
 
     def __init__(self, spec: GraphSpec, description: str) -> None:
@@ -136,10 +143,10 @@ class Runner(Closeable):
         """Run the graph.
 
         Args:
-            inputs: the tensors that ``spec.inputs`` names.
+            inputs: tensors with the names, dtypes and shapes of ``spec.inputs``.
 
         Returns:
-            The tensors that ``spec.outputs`` names.
+            Tensors with the names, dtypes and shapes of ``spec.outputs``.
 
         Raises:
             ValueError: an input is missing, unknown, or of another dtype or shape.
@@ -149,14 +156,14 @@ class Runner(Closeable):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        """Run with inputs that have been checked."""
+        """Run with checked inputs."""
 
     def fused_with(self, following: Runner) -> Runner | None:
-        """Make one call of this graph and one that reads its outputs, if the runtime can.
+        """Fuse this graph with one that reads its outputs, if the runtime can.
 
         Returns:
-            A runner that takes the inputs of both and gives the outputs of both, to be closed
-            before them; None where two calls are as good.
+            A runner with the inputs and outputs of both, to be closed before them; None if a fused
+            launch has no advantage.
         """
         del following
         return None
@@ -167,10 +174,10 @@ class Runner(Closeable):
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) -> None:
-    """Refuse inputs that the graph does not take.
+    """Check names, dtypes and shapes of a graph's inputs.
 
     Raises:
-        ValueError: names the input, what was found and what is accepted.
+        ValueError: an input does not match; states what was found and what is accepted.
     """
     names = [tensor.name for tensor in spec.inputs]
     if set(inputs) != set(names):
@@ -188,5 +195,5 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) ->
 
 
 def host_array(value: Array | DeviceTensor) -> Array:
-    """Return a value as a C-contiguous host array; arrays that are so already are not copied."""
+    """Return a value as a C-contiguous host array, without a copy if it already is one."""
     return np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())

@@ -1,6 +1,6 @@
 """PyTorch modules behind the common call signature: the reference for every other runtime.
 
-It wraps modules that the caller built; a bundle holds none, so opening a graph file is refused.
+The caller builds the modules; a bundle contains none, so opening a graph file is an error.
 """
 
 from __future__ import annotations
@@ -34,26 +34,32 @@ class TorchTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its dimensions."""
+        """Dimensions of the tensor."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> str:
-        """Its element type."""
+        """Element type under numpy's name."""
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def numpy(self) -> Array:
-        """Return the values on the host."""
+        """Copy the values to the host."""
         array: Array = self.tensor.detach().cpu().numpy()
         return array
 
     def rows(self) -> list[TorchTensor]:
-        """Return its parts along the first dimension; each has memory of its own."""
+        """Split along the first dimension; each part has memory of its own."""
         return [TorchTensor(self.tensor[i : i + 1].clone()) for i in range(len(self.tensor))]
 
 
 class TorchRunner(Runner):
-    """Run one stage of a ``SegmentationModel`` without gradients."""
+    """One module of a ``SegmentationModel``, run without gradients.
+
+    Args:
+        module: takes the inputs of ``spec`` by position and returns its output.
+        spec: inputs and the output.
+        options: selects the device; CPU by default.
+    """
 
     def __init__(
         self, module: torch.nn.Module, spec: GraphSpec, options: RunnerOptions | None = None
@@ -78,26 +84,26 @@ class TorchRunner(Runner):
         return torch.from_numpy(host_array(value)).to(self._device)
 
     def close(self) -> None:
-        """Let go of the module."""
+        """Release the module."""
         self._module = None
 
 
 def open_graph(
     path: Path, spec: GraphSpec, options: RunnerOptions, engine: EngineRecord | None = None
 ) -> Runner:
-    """Refuse: PyTorch runs modules, not graph files.
+    """Raise an error: PyTorch runs modules, not graph files.
 
     Raises:
         RuntimeUnavailableError: always.
     """
     raise RuntimeUnavailableError(
-        f"PyTorch cannot run {path.name}: it is the reference that graphs are compared with; "
-        "export for another runtime"
+        f"PyTorch cannot run {path.name}: it is the reference for other runtimes; export for one "
+        "of those"
     )
 
 
 def availability() -> list[Availability]:
-    """Say whether PyTorch is installed, and whether it sees a GPU."""
+    """Report whether PyTorch is installed and finds a GPU."""
     try:
         import torch
     except ImportError:
@@ -108,7 +114,7 @@ def availability() -> list[Availability]:
         Availability(
             "torch cuda",
             cuda,
-            torch.cuda.get_device_name() if cuda else "torch sees no CUDA device",
+            torch.cuda.get_device_name() if cuda else "torch finds no CUDA device",
             "" if cuda else "install an NVIDIA driver and a CUDA build: pip install torch",
         ),
     ]

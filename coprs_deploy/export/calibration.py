@@ -23,7 +23,7 @@ from PIL import Image
 
 from coprs_deploy.artifacts import hash_file
 from coprs_deploy.bundle import CalibrationRecord
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import ImageSizeError
 from coprs_deploy.images import ResizeTransform, load_image, prepare_image, require_inside
 from coprs_deploy.specs import Geometry, Record, ValidRegion
@@ -206,7 +206,7 @@ def calibrate(
 
 
 def cached_ranges(
-    cache: BuildCache,
+    cache: Cache,
     graph_sha256: str,
     images: CalibrationImages,
     measure: Callable[[], dict[str, ProductRange]],
@@ -229,7 +229,7 @@ def cached_ranges(
             pass  # damaged from outside: measure again, and replace it
     ranges = measure()
     text = json.dumps(_StoredRanges(ranges).to_json())
-    cache.keep_blob(CALIBRATION_FOLDER, name, text.encode())
+    cache.save_blob(CALIBRATION_FOLDER, name, text.encode())
     return ranges
 
 

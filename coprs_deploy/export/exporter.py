@@ -37,13 +37,13 @@ from coprs_deploy.checkpoint import (
     read_checkpoint,
 )
 from coprs_deploy.engines import openvino_runner
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.trt.build import BuildCallbacks
 from coprs_deploy.engines.trt.cache import (
-    BuildCallbacks,
     BuildTarget,
+    EngineCache,
     build_engine,
+    check_build_resources,
     resolve_target,
-    state_need,
 )
 from coprs_deploy.export.calibration import (
     CalibrationImages,
@@ -178,7 +178,7 @@ class _Job:
     model: SegmentationModel
     specs: dict[str, GraphSpec]
     precisions: dict[str, str]
-    cache: BuildCache
+    cache: EngineCache
     weights_bytes: int
     timer: _StepTimer
     callbacks: BuildCallbacks
@@ -228,7 +228,7 @@ def _prepare(
         precisions={
             name: graph_precision(name, options.runtime, options.precision) for name in GRAPH_NAMES
         },
-        cache=BuildCache(options.cache_dir),
+        cache=EngineCache(options.cache_dir),
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         timer=timer,
         callbacks=callbacks,
@@ -263,7 +263,7 @@ def _write_graphs(
                 geometry=job.model.config.geometry,
                 cache=job.cache,
                 on_step=job.timer.start,
-                on_progress=job.callbacks.phase,
+                on_progress=job.callbacks.on_progress,
             )
             continue
         # PyTorch's exporter keeps some small tensors alive, and one is enough to keep the whole
@@ -289,7 +289,7 @@ def _build_engines(
     job: _Job, target: BuildTarget, graphs: Mapping[str, Path], bundle_dir: Path
 ) -> dict[str, EngineRecord]:
     """Build the engine of every graph into the bundle."""
-    job.callbacks.note(state_need(list(graphs.values()), bundle_dir, job.cache))
+    job.callbacks.on_note(check_build_resources(list(graphs.values()), bundle_dir, job.cache))
     engines = {}
     for name, graph in graphs.items():
         job.timer.start(f"build {name}")
@@ -300,11 +300,11 @@ def _build_engines(
             precision=job.precisions[name],
             target=target,
             cache=job.cache,
-            watch=job.callbacks,
+            callbacks=job.callbacks,
         )
     if job.options.max_cache_bytes is not None:
         num_removed = job.cache.prune(job.options.max_cache_bytes)
-        job.callbacks.note(f"removed {num_removed} older engines from the cache")
+        job.callbacks.on_note(f"removed {num_removed} older engines from the cache")
     return engines
 
 

@@ -225,7 +225,7 @@ class GraphCheck:
 def can_run_here(target: BuildTarget) -> bool:
     """Return whether this machine's GPU is one that the engines were built for."""
     gpu = current_gpu()
-    return gpu is not None and gpu.compute_capability in target.capabilities
+    return gpu is not None and gpu.compute_capability in target.compute_capabilities
 
 
 def open_unverified(

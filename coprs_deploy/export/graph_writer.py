@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.cache import Cache
 from coprs_deploy.engines.trt.cache import hash_graph
 from coprs_deploy.export.calibration import (
     CalibrationImages,
@@ -62,7 +62,7 @@ def write_int8_graph(
     scratch: Path,
     images: CalibrationImages,
     geometry: Geometry,
-    cache: BuildCache,
+    cache: Cache,
     on_step: Callable[[str], None],
     on_progress: Callable[[str], None],
 ) -> CalibrationResult:

@@ -113,7 +113,7 @@ class ExportOptions:
         """Return the settings of the engine builder."""
         return BuildSettings(
             variant=self.runtime,
-            gpus=self.compute_capabilities,
+            compute_capabilities=self.compute_capabilities,
             workspace_bytes=self.workspace_bytes,
             version_compatible=self.version_compatible,
             hardware_compatible=self.hardware_compatible,

@@ -174,10 +174,10 @@ class CoPRS(Closeable):
         prepared = prepare_image(picture.rgb, self._geometry)
         images = self._stages.images
         for together in sorted({images.min, images.opt, images.max}):
-            embedding = self._stages.encode_together([prepared] * together)[0]
+            embedding = self._stages.encode_batch([prepared] * together)[0]
         concentrations = np.zeros((1, self._policy.hidden_size), dtype=np.float32)
         # Where the graphs are joined, `stream` still runs them apart.
-        for announces_prior in (False, True) if self._stages.joins_targets else (False,):
+        for announces_prior in (False, True) if self._stages.is_fused else (False,):
             for _ in decode_targets(
                 self._stages,
                 embedding,
@@ -392,7 +392,9 @@ class CoPRS(Closeable):
                 reasoning=result.response.reasoning,
                 response=result.response.text,
                 reason=(
-                    "" if num_targets else f"no <REF_POS> was written: {result.stop_reason.description}"
+                    ""
+                    if num_targets
+                    else f"no <REF_POS> was written: {result.stop_reason.description}"
                 ),
                 format_faults=tuple(v.description for v in result.response.format_violations),
                 instruction=request.instruction,

@@ -193,7 +193,7 @@ class EncoderQueue:
         start = time.perf_counter()
         try:
             prepared = [prepare_image(item.rgb, self._geometry) for item in batch]
-            embeddings = self._stages.encode_together(prepared)
+            embeddings = self._stages.encode_batch(prepared)
             assert len(embeddings) == len(batch), "an embedding a picture"
         except Exception as error:
             return error  # whatever it is, somebody waits for these futures

@@ -123,7 +123,9 @@ def resolve_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeCh
     """
     if options.runtime != AUTO:
         return ()
-    choices = autotune(bundle, _runner_options(options), retune=options.retune, report=logger.info)
+    choices = autotune(
+        bundle, _runner_options(options), retune=options.retune, progress=logger.info
+    )
     for choice in choices.values():
         logger.info("%s", choice)
     return tuple(choices.values())

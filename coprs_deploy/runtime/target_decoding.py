@@ -91,7 +91,7 @@ def decode_targets(
     clock = Clock()
     prior_ms = 0.0
     announced: LowResolutionLogits | None = None
-    if stages.joins_targets and not announces_prior:
+    if stages.is_fused and not announces_prior:
         priors, masks = stages.priors_and_masks(embedding, concentrations, placed.unpadded_size)
     else:
         priors = stages.priors(embedding, concentrations)

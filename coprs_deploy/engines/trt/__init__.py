@@ -1,1 +1,1 @@
-"""TODO."""
+"""TensorRT and TensorRT for RTX: building, caching, checking and running engines."""

@@ -1,93 +1,216 @@
-"""From an ONNX graph to an engine file, through the cache of engines that were built before."""
+"""Build engines through the cache: keys, records, and what a build needs of the machine.
+
+    engines/<key>/model.engine record.json    an engine, its key and its record
+    timing/<variant>-<version>-<GPU>.cache    kernel timings of TensorRT
+
+An engine is found by everything that determines it (:class:`EngineKey`) and used only if its hash
+matches. Concurrent builds of one engine wait for each other.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import platform
 import re
 import shutil
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coprs_deploy.artifacts import FileRecord, fingerprint, hash_file
+from coprs_deploy.artifacts import FileRecord, fingerprint, hash_file, new_directory, write_json
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.cache import BuildCache, EngineKey
+from coprs_deploy.engines.cache import ENGINE_FOLDER, RECORD_FILE, Cache
 from coprs_deploy.engines.cuda import current_gpu
-from coprs_deploy.engines.trt.build import BUILDER_REVISION, BuildSettings, build_engine_bytes
-from coprs_deploy.engines.trt.variants import TRT_VARIANTS, check_capabilities, known_capabilities
+from coprs_deploy.engines.trt.build import (
+    BUILDER_REVISION,
+    BuildCallbacks,
+    BuildSettings,
+    build_engine_bytes,
+)
+from coprs_deploy.engines.trt.variants import (
+    TRT_VARIANTS,
+    check_capabilities,
+    supported_capabilities,
+)
 from coprs_deploy.errors import EngineBuildError, RuntimeUnavailableError
-from coprs_deploy.specs import GraphSpec
+from coprs_deploy.specs import GraphSpec, Record
 
-TIMING_CACHE_FOLDER = "timing"
+ENGINE_FILE = "model.engine"
+TIMING_FOLDER = "timing"
 
 MEMORY_FACTOR = 4
 """Peak memory of a build in multiples of its graph (ViT-B, TensorRT for RTX 1.7: 4.0)."""
 
 FIXED_MEMORY_BYTES = 500_000_000
-"""What the libraries take before any graph is read."""
+"""Memory of the libraries before any graph is read."""
 
 
-@dataclass(frozen=True)
-class BuildCallbacks:
-    """Who listens to a build.
+class EngineKey(Record, frozen=True):
+    """Everything that determines an engine; equal keys mean the same engine.
 
     Attributes:
-        note: called with a line that stays.
-        phase: called often, from another thread, with what the library does right now.
+        revision: :data:`BUILDER_REVISION`.
+        variant: ``tensorrt`` or ``tensorrt-rtx``.
+        version: version of the library.
+        graph_sha256: hash of the ONNX graph, external weights included.
+        spec: inputs, outputs and optimization profile.
+        precision: precision of the graph.
+        workspace_bytes: limit of scratch memory.
+        version_compatible: whether later versions load the engine.
+        hardware_compatible: whether other GPUs run it.
+        compute_capabilities: GPUs that run it.
+        gpu: name of the GPU that builds; None without one.
+        platform: operating system and processor architecture.
     """
 
-    note: Callable[[str], None] = lambda line: None
-    phase: Callable[[str], None] = lambda text: None
+    revision: int
+    variant: str
+    version: str
+    graph_sha256: str
+    spec: GraphSpec
+    precision: str
+    workspace_bytes: int | None
+    version_compatible: bool
+    hardware_compatible: bool
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    platform: str
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the fields, in hexadecimal."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CacheEntry(Record, frozen=True):
+    """The record of a cached engine: its key and what is known about it."""
+
+    key: EngineKey
+    engine: EngineRecord
+
+
+class EngineCache(Cache):
+    """A cache folder with engines in it."""
+
+    def get_or_build(
+        self,
+        key: EngineKey,
+        out: Path,
+        build: Callable[[Path], EngineRecord],
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> tuple[EngineRecord, bool]:
+        """Write the engine of a key to a file; build it unless a valid one is in the cache.
+
+        Args:
+            key: what determines the engine.
+            out: where the engine is copied to.
+            build: writes the engine to a path and returns its record.
+            on_wait: called if another process is building this engine.
+
+        Returns:
+            The engine's record, and whether it was in the cache.
+        """
+        entry = self._entry_path(key)
+        with self.lock(key.digest(), on_wait):
+            found = self._find(entry, key)
+            if found is None:
+                with new_directory(entry, RECORD_FILE) as partial:
+                    engine = build(partial / ENGINE_FILE)
+                    write_json(partial / RECORD_FILE, CacheEntry(key, engine).to_json())
+            shutil.copyfile(entry / ENGINE_FILE, out)
+        return (engine, False) if found is None else (found, True)
+
+    def entries(self) -> list[CacheEntry]:
+        """List the cached engines, except those whose record cannot be read."""
+        found = []
+        for entry in sorted((self.root / ENGINE_FOLDER).glob("*")):
+            with suppress(ValueError, OSError):
+                found.append(_read_entry(entry))
+        return found
+
+    def _entry_path(self, key: EngineKey) -> Path:
+        return self.root / ENGINE_FOLDER / key.digest()
+
+    def _find(self, entry: Path, key: EngineKey) -> EngineRecord | None:
+        """Read an entry; an invalid one is removed with a warning."""
+        if not entry.exists():
+            return None
+        problem = None
+        try:
+            record = _read_entry(entry)
+            path = entry / ENGINE_FILE
+            if record.key != key:
+                problem = "has another key"
+            elif path.stat().st_size != record.engine.size_bytes:
+                problem = "was truncated"
+            elif hash_file(path) != record.engine.sha256:
+                problem = "was changed"
+        except (ValueError, OSError) as error:
+            problem = f"cannot be read ({error})"
+        if problem is None:
+            os.utime(entry / RECORD_FILE)  # the last use, for prune()
+            return record.engine
+        warnings.warn(f"the cached engine in {entry} {problem}: it is rebuilt", stacklevel=2)
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+
+
+def _read_entry(entry: Path) -> CacheEntry:
+    return CacheEntry.from_json(json.loads((entry / RECORD_FILE).read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
 class BuildTarget:
-    """What engines are built for, resolved on this machine before anything is exported.
+    """What engines are built for, resolved before anything is exported.
 
     Attributes:
-        settings: with the compute capabilities filled in where the flavor takes a list.
-        version: of the library.
+        settings: build settings, with the compute capabilities filled in if the variant lists them.
+        version: version of the library.
         gpu: name of the GPU that builds; None without one.
-        capabilities: what the engines run on.
+        compute_capabilities: GPUs that run the engines.
     """
 
     settings: BuildSettings
     version: str
     gpu: str | None
-    capabilities: tuple[str, ...]
+    compute_capabilities: tuple[str, ...]
 
 
 def resolve_target(settings: BuildSettings) -> BuildTarget:
-    """Find out what to build for, and refuse early what cannot be built here.
+    """Determine what to build for, and refuse early what cannot be built on this machine.
 
     Raises:
         MissingDependencyError: the library is not installed.
-        ValueError: the GPUs are not named, or not ones that the library knows.
-        RuntimeUnavailableError: the flavor needs a GPU and there is none.
+        ValueError: compute capabilities are missing, or the library does not support them.
+        RuntimeUnavailableError: the variant builds on a GPU and there is none.
     """
     variant = TRT_VARIANTS[settings.variant]
     library = variant.load()
-    check_capabilities(library, variant, settings.gpus)
-    if settings.gpus:
-        return BuildTarget(settings, library.__version__, None, settings.gpus)
+    check_capabilities(library, variant, settings.compute_capabilities)
+    if settings.compute_capabilities:
+        return BuildTarget(settings, library.__version__, None, settings.compute_capabilities)
     gpu = current_gpu()
     if not variant.builds_without_gpu:
         if gpu is None:
             raise RuntimeUnavailableError(
-                f"{variant.title} builds on the GPU that runs the engine, and PyTorch sees none "
-                "here: export there, or take --runtime tensorrt-rtx with --gpu"
+                f"{variant.title} builds on the GPU that runs the engine, and PyTorch finds none: "
+                "export on that machine, or use --runtime tensorrt-rtx with --compute-capabilities"
             )
-        here = (gpu.compute_capability,)
-        return BuildTarget(settings, library.__version__, gpu.name, here)
-    known = known_capabilities(library)
-    if gpu is None or gpu.compute_capability not in known:
-        found = "there is none here" if gpu is None else f"{gpu.name} is {gpu.compute_capability}"
+        return BuildTarget(settings, library.__version__, gpu.name, (gpu.compute_capability,))
+    supported = supported_capabilities(library)
+    if gpu is None or gpu.compute_capability not in supported:
+        found = "PyTorch finds no GPU" if gpu is None else f"{gpu.name} is {gpu.compute_capability}"
         raise ValueError(
-            f"gpu is not named, and {found}; pass --gpu with what shall run the engines, of "
-            f"{', '.join(known)}"
+            f"compute_capabilities is empty, and {found}; pass --compute-capabilities with the "
+            f"GPUs that will run the engines; accepted: {', '.join(supported)}"
         )
-    here = (gpu.compute_capability,)
-    return BuildTarget(replace(settings, gpus=here), library.__version__, None, here)
+    capabilities = (gpu.compute_capability,)
+    filled = replace(settings, compute_capabilities=capabilities)
+    return BuildTarget(filled, library.__version__, None, capabilities)
 
 
 def build_engine(
@@ -97,114 +220,121 @@ def build_engine(
     spec: GraphSpec,
     precision: str,
     target: BuildTarget,
-    cache: BuildCache,
-    watch: BuildCallbacks | None = None,
+    cache: EngineCache,
+    callbacks: BuildCallbacks | None = None,
 ) -> EngineRecord:
-    """Write the engine of a graph; it is taken from the cache when it was built before.
+    """Write the engine of a graph, from the cache if it was built before.
 
     Args:
-        graph: an ONNX file; external weights stand beside it under its name.
-        out: the plan file to write.
-        spec: the graph's inputs and outputs.
-        precision: the precision that its tensors have.
+        graph: an ONNX file; its external weights are in the same folder.
+        out: the engine file to write.
+        spec: inputs and outputs of the graph.
+        precision: precision of its tensors.
         target: what to build for.
-        cache: engines that were built before.
-        watch: who listens.
+        cache: cached engines and kernel timings.
+        callbacks: receive notes and progress.
 
     Raises:
-        EngineBuildError: it cannot be built, or there is no room for it.
+        EngineBuildError: the engine cannot be built, or there is too little disk space.
         KeyboardInterrupt: Ctrl-C; nothing is written.
     """
-    watch = watch or BuildCallbacks()
+    callbacks = callbacks or BuildCallbacks()
     settings = target.settings
-    graph_hash = hash_graph(graph)
     key = EngineKey(
         revision=BUILDER_REVISION,
         variant=settings.variant,
         version=target.version,
-        graph_sha256=graph_hash,
+        graph_sha256=hash_graph(graph),
         spec=spec,
         precision=precision,
         workspace_bytes=settings.workspace_bytes,
         version_compatible=settings.version_compatible,
         hardware_compatible=settings.hardware_compatible,
-        gpus=target.capabilities,
+        compute_capabilities=target.compute_capabilities,
         gpu=target.gpu,
         platform=f"{platform.system()}-{platform.machine()}",
     )
 
-    def build(plan_path: Path) -> EngineRecord:
+    def build(path: Path) -> EngineRecord:
         name = _timing_name(target)
-        timing = cache.load_blob(TIMING_CACHE_FOLDER, name) if target.gpu else None
-        built = build_engine_bytes(graph, spec, settings, timing, watch.phase)
+        timing = cache.load_blob(TIMING_FOLDER, name) if target.gpu else None
+        built = build_engine_bytes(graph, spec, settings, timing, callbacks.on_progress)
         if target.gpu and built.timing_cache:
-            cache.keep_blob(TIMING_CACHE_FOLDER, name, built.timing_cache)
-        with plan_path.open("wb") as file:
-            file.write(built.plan)
+            cache.save_blob(TIMING_FOLDER, name, built.timing_cache)
+        with path.open("wb") as file:
+            file.write(built.data)
         return EngineRecord(
-            variant=settings.variant,
-            version=target.version,
-            compute_capabilities=target.capabilities,
-            gpu=target.gpu,
-            hardware_compatible=settings.hardware_compatible,
-            version_compatible=settings.version_compatible,
-            workspace_bytes=settings.workspace_bytes,
-            graph_sha256=graph_hash,
-            sha256=hash_file(plan_path),
-            size_bytes=plan_path.stat().st_size,
+            variant=key.variant,
+            version=key.version,
+            compute_capabilities=key.compute_capabilities,
+            gpu=key.gpu,
+            hardware_compatible=key.hardware_compatible,
+            version_compatible=key.version_compatible,
+            workspace_bytes=key.workspace_bytes,
+            graph_sha256=key.graph_sha256,
+            sha256=hash_file(path),
+            size_bytes=path.stat().st_size,
             build_seconds=built.seconds,
             network_layers=built.network_layers,
         )
 
-    def wait() -> None:
-        watch.note(f"another process builds {spec.name}: waiting for it")
+    def on_wait() -> None:
+        callbacks.on_note(f"another process is building {spec.name}: waiting")
 
-    engine, was_cached = cache.get_or_build(key, out, build, wait)
+    engine, was_cached = cache.get_or_build(key, out, build, on_wait)
     source = f"from the cache in {cache.root}" if was_cached else f"{engine.build_seconds:.1f} s"
-    watch.note(f"{out.name}: {engine.size_bytes / 1e6:,.1f} MB, {source}")
+    callbacks.on_note(f"{out.name}: {engine.size_bytes / 1e6:,.1f} MB, {source}")
     return engine
 
 
-def state_need(graphs: list[Path], out: Path, cache: BuildCache) -> str:
-    """Say what memory and disk the builds of these graphs take, one after the other.
+def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
+    """Check the free disk space for the builds of these graphs, one after the other.
+
+    Args:
+        graphs: ONNX files.
+        out: folder of the engines.
+        cache: the cache that gets a copy.
+
+    Returns:
+        A sentence with the memory and disk space that the builds take.
 
     Raises:
-        EngineBuildError: a disk has less room than that.
+        EngineBuildError: there is too little disk space.
     """
     sizes = [graph_bytes(graph) for graph in graphs]
     memory = FIXED_MEMORY_BYTES + MEMORY_FACTOR * max(sizes)
     cache.root.mkdir(parents=True, exist_ok=True)
-    room: dict[int, tuple[Path, int]] = {}
+    required: dict[int, tuple[Path, int]] = {}  # by file system
     for folder in (out, cache.root):
         device = folder.stat().st_dev
-        room[device] = (folder, room.get(device, (folder, 0))[1] + 2 * sum(sizes))
-    for folder, needed in room.values():
+        required[device] = (folder, required.get(device, (folder, 0))[1] + 2 * sum(sizes))
+    for folder, needed in required.values():
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise EngineBuildError(
                 f"the engines need about {needed / 1e9:.1f} GB of disk at {folder}, and "
-                f"{free / 1e9:.1f} GB are free: make room, or name another cache folder with "
-                "COPRS_DEPLOY_CACHE"
+                f"{free / 1e9:.1f} GB are free: free some space, or set COPRS_DEPLOY_CACHE to "
+                "another folder"
             )
     return (
-        f"building takes about {memory / 1e9:.1f} GB of memory, and {2 * sum(sizes) / 1e9:.1f} GB "
+        f"building takes about {memory / 1e9:.1f} GB of memory, {2 * sum(sizes) / 1e9:.1f} GB "
         f"of disk for the bundle and as much for the cache in {cache.root}"
     )
 
 
 def hash_graph(graph: Path) -> str:
-    """Name a graph by its contents, external weights included."""
-    data = graph.with_name(f"{graph.name}.data")
-    if not data.exists():
+    """Return the SHA-256 of a graph, external weights included."""
+    weights = graph.with_name(f"{graph.name}.data")
+    if not weights.exists():
         return hash_file(graph)
-    files = (FileRecord(f.name, f.stat().st_size, hash_file(f)) for f in (graph, data))
+    files = (FileRecord(f.name, f.stat().st_size, hash_file(f)) for f in (graph, weights))
     return fingerprint(tuple(files))
 
 
 def graph_bytes(graph: Path) -> int:
-    """Size of a graph with its external weights."""
-    data = graph.with_name(f"{graph.name}.data")
-    return graph.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    """Return the size of a graph, external weights included."""
+    weights = graph.with_name(f"{graph.name}.data")
+    return graph.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 
 def _timing_name(target: BuildTarget) -> str:

@@ -1,9 +1,9 @@
-"""Engine plans behind the common call signature, for both flavors of TensorRT.
+"""TensorRT engines behind the common call signature, for both variants.
 
-Before a plan is deserialized, its flavor, version, GPU and hash are checked against what is known
-about it; an engine that does not fit here is refused with the command that mends it, and nothing
-else runs in its place. Each runner has a stream of its own, and what it returns stays on the GPU.
-Prior and mask decoder can be joined: one piece of work on one stream, captured whole.
+Variant, version, GPU and hash are checked against the engine's record before it is deserialized; a
+mismatch is an error with the export command that fixes it, never a fallback. Each runner has its
+own CUDA stream, and its outputs stay on the GPU. Prior and mask decoder can be fused: one stream,
+one CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.cache import BuildCache
-from coprs_deploy.engines.cuda import CudaDevice
+from coprs_deploy.engines.cuda import CudaDevice, current_gpu
 from coprs_deploy.engines.runner import Array, Availability, DeviceTensor, Runner, RunnerOptions
 from coprs_deploy.engines.trt.engine import TrtEngine
-from coprs_deploy.engines.trt.variants import TRT_VARIANTS, TrtVariant, known_capabilities
+from coprs_deploy.engines.trt.variants import TRT_VARIANTS, TrtVariant, supported_capabilities
 from coprs_deploy.errors import (
     BundleError,
     CoPRSError,
@@ -32,12 +31,12 @@ from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec
 
 
 class UnverifiedEngineWarning(UserWarning):
-    """An engine is loaded that was never compared with PyTorch on this kind of GPU."""
+    """An engine that was never compared with PyTorch on this kind of GPU is loaded."""
 
 
 @dataclass
-class _Shape:
-    """The contexts and the buffers of one number of targets, or of images."""
+class _Binding:
+    """Contexts, buffers and CUDA graph for one number of targets or images."""
 
     contexts: list[Any]
     buffers: dict[str, Any]
@@ -45,94 +44,100 @@ class _Shape:
     is_warm: bool = False
 
 
-class _Work:
-    """Plans that run one after the other on one stream; tensors of one name are one buffer.
+class _Launcher:
+    """Engines that run in order on one stream; tensors of the same name share a buffer.
 
     Args:
-        plans: in the order in which they run.
-        spec: what goes in and what comes out of all of them together.
-        device: where they run.
-        captures: whether the work is captured once and launched whole.
+        engines: engines, in the order in which they run.
+        spec: inputs and outputs of all of them together.
+        device: the stream and its buffers.
+        cuda_graphs: whether the work is captured once and replayed.
 
-    Calls from several threads wait for each other: a context runs one call at a time.
+    Calls from several threads are serialized: a context runs one call at a time.
     """
 
     def __init__(
-        self, plans: Sequence[TrtEngine], spec: GraphSpec, device: CudaDevice, captures: bool
+        self,
+        engines: Sequence[TrtEngine],
+        spec: GraphSpec,
+        device: CudaDevice,
+        cuda_graphs: bool,
     ) -> None:
-        self._plans = plans
+        self._engines = engines
         self._spec = spec
         self._device = device
-        self._captures = captures
-        self._shapes: dict[int, _Shape] = {}
+        self._cuda_graphs = cuda_graphs
+        self._bindings: dict[int, _Binding] = {}
         self._is_closed = False
         self.lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        """Run all plans on inputs that have been checked.
+        """Run all engines on checked inputs.
 
         Raises:
-            CoPRSError: they were closed.
+            CoPRSError: the runner was closed.
+            ValueError: the number of targets or images is outside the optimization profile.
         """
         with self.lock, self._device.current():
             if self._is_closed:
-                raise CoPRSError(f"{self._spec.name} was closed while it was asked")
-            shape = self._shape(inputs)
+                raise CoPRSError(f"{self._spec.name} was called after it was closed")
+            binding = self._binding_for(inputs)
             for tensor in self._spec.inputs:
-                self._device.fill(tensor.name, shape.buffers[tensor.name], inputs[tensor.name])
-            if shape.replay is not None:
-                shape.replay()
+                self._device.fill(tensor.name, binding.buffers[tensor.name], inputs[tensor.name])
+            if binding.replay is not None:
+                binding.replay()
             else:
-                self._execute(shape)
-                if self._captures and not shape.is_warm:
-                    # The first run compiles and sets up; only what follows can be captured.
-                    shape.replay = self._device.capture(lambda: self._execute(shape))
-                shape.is_warm = True
+                self._execute(binding)
+                if self._cuda_graphs and not binding.is_warm:
+                    # The first run compiles and allocates; only later runs can be captured.
+                    binding.replay = self._device.capture(lambda: self._execute(binding))
+                binding.is_warm = True
             return {
-                t.name: self._device.copy_out(shape.buffers[t.name]) for t in self._spec.outputs
+                t.name: self._device.copy_out(binding.buffers[t.name]) for t in self._spec.outputs
             }
 
-    def _shape(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Shape:
-        """Give the contexts of these inputs' number; captured work must keep its contexts."""
+    def _binding_for(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Binding:
+        """Return the binding for the number of targets or images in the inputs."""
         count = self._spec.count_of({name: value.shape for name, value in inputs.items()})
         profile = self._spec.profile
         if count is not None and not profile.min <= count <= profile.max:
             what = "targets" if self._spec.images.is_static else "images"
             raise ValueError(
                 f"{self._spec.name} was given {count} {what}; its engine was built for "
-                f"{profile.min} to {profile.max}: ask in parts, or export with --{what}"
+                f"{profile.min} to {profile.max}: split the call, or export with --{what}"
             )
         count = count or profile.opt
-        if count not in self._shapes:
-            self._shapes[count] = self._make_shape(count)
-        return self._shapes[count]
+        if count not in self._bindings:
+            self._bindings[count] = self._make_binding(count)
+        return self._bindings[count]
 
-    def _make_shape(self, count: int) -> _Shape:
-        tensors = {t.name: t for p in self._plans for t in (*p.spec.inputs, *p.spec.outputs)}
+    def _make_binding(self, count: int) -> _Binding:
+        tensors = {t.name: t for e in self._engines for t in (*e.spec.inputs, *e.spec.outputs)}
         buffers = {
             name: self._device.empty(tensor.shape_for(count), tensor.dtype)
             for name, tensor in tensors.items()
         }
-        return _Shape([plan.make_context(buffers, count) for plan in self._plans], buffers)
+        contexts = [engine.make_context(buffers, count) for engine in self._engines]
+        return _Binding(contexts, buffers)
 
-    def _execute(self, shape: _Shape) -> None:
-        for plan, context in zip(self._plans, shape.contexts, strict=True):
-            plan.execute(context, self._device.stream_handle)
+    def _execute(self, binding: _Binding) -> None:
+        for engine, context in zip(self._engines, binding.contexts, strict=True):
+            engine.execute(context, self._device.stream_handle)
 
     def free(self) -> None:
-        """Wait for the GPU and drop the contexts; the lock is held, the device is current."""
+        """Wait for the GPU and drop all bindings; needs the lock and the current device."""
         self._is_closed = True
         self._device.synchronize()
-        self._shapes.clear()
+        self._bindings.clear()
 
 
 class TrtRunner(Runner):
-    """One engine plan on one GPU.
+    """One engine on one GPU.
 
     Attributes:
-        gpu_name: the GPU.
-        layers: what the engine runs, one line a layer.
-        device_memory_bytes: scratch memory of one context.
+        gpu_name: name of the GPU.
+        layers: layers of the compiled network, one line each.
+        device_memory_bytes: scratch memory of one execution context.
     """
 
     def __init__(
@@ -143,71 +148,69 @@ class TrtRunner(Runner):
         *,
         engine: EngineRecord,
         device: CudaDevice,
-        cache: BuildCache | None = None,
     ) -> None:
-        self._plan = TrtEngine(
-            path, spec, options, engine=engine, device=device, cache=cache or BuildCache()
-        )
-        super().__init__(spec, self._plan.description)
+        self._engine = TrtEngine(path, spec, options, engine=engine, device=device)
+        super().__init__(spec, self._engine.description)
         self._device = device
-        self._captures = options.cuda_graphs
-        self._work = _Work([self._plan], spec, device, options.cuda_graphs)
+        self._cuda_graphs = options.cuda_graphs
+        self._launcher = _Launcher([self._engine], spec, device, options.cuda_graphs)
         self.gpu_name: str = device.gpu.name
-        self.layers = self._plan.layers
-        self.device_memory_bytes = self._plan.device_memory_bytes
+        self.layers = self._engine.layers
+        self.device_memory_bytes = self._engine.device_memory_bytes
 
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        return self._work.run(inputs)
+        return self._launcher.run(inputs)
 
     def fused_with(self, following: Runner) -> Runner | None:
-        """See :meth:`Runner.fused_with`; plans on one GPU can be joined."""
+        """See :meth:`Runner.fused_with`; engines on one GPU can be fused."""
         if not isinstance(following, TrtRunner) or following._device.index != self._device.index:
             return None
-        # A stream of its own: the runners go on being called apart, by other threads too.
+        # A stream of its own: other threads may call the two runners at the same time.
         device = self._device.sibling()
-        return FusedRunner([self._plan, following._plan], device, self._captures)
+        return FusedRunner([self._engine, following._engine], device, self._cuda_graphs)
 
     @property
     def stream(self) -> Any:
-        """The CUDA stream on which the engine runs, as PyTorch's object."""
+        """The CUDA stream of the engine, as PyTorch's object."""
         return self._device.stream
 
     def close(self) -> None:
-        """Wait for the GPU, keep what was compiled, and free the engine."""
-        with self._work.lock, self._device.current():
-            if not self._plan.is_open:
+        """Wait for the GPU, save compiled kernels, and free the engine."""
+        with self._launcher.lock, self._device.current():
+            if not self._engine.is_open:
                 return
-            self._work.free()
-            self._plan.close()
+            self._launcher.free()
+            self._engine.close()
 
 
 class FusedRunner(Runner):
-    """Plans of other runners as one call; between them nothing is copied.
+    """Engines of several runners as one call, without copies in between.
 
-    Each tensor of one plan that an earlier one gives is read where it lies. What an earlier plan
-    gives is given out too. It must be closed before the runners that the plans belong to.
+    An output of one engine that a later one takes is read in place, and is an output of the fused
+    runner too. Close it before the runners that own the engines.
     """
 
-    def __init__(self, plans: Sequence[TrtEngine], device: CudaDevice, captures: bool) -> None:
-        given = {tensor.name for plan in plans for tensor in plan.spec.outputs}
-        taken = {t.name: t for plan in plans for t in plan.spec.inputs if t.name not in given}
+    def __init__(self, engines: Sequence[TrtEngine], device: CudaDevice, cuda_graphs: bool) -> None:
+        outputs = tuple(tensor for engine in engines for tensor in engine.spec.outputs)
+        computed = {tensor.name for tensor in outputs}
+        inputs = {t.name: t for e in engines for t in e.spec.inputs if t.name not in computed}
         spec = GraphSpec(
-            name=" and ".join(plan.spec.name for plan in plans),
-            inputs=tuple(taken.values()),
-            outputs=tuple(tensor for plan in plans for tensor in plan.spec.outputs),
-            targets=plans[0].spec.targets,
+            name=" and ".join(engine.spec.name for engine in engines),
+            inputs=tuple(inputs.values()),
+            outputs=outputs,
+            targets=engines[0].spec.targets,
         )
-        super().__init__(spec, plans[0].description)
+        super().__init__(spec, engines[0].description)
         self._device = device
-        self._work = _Work(plans, spec, device, captures)
+        self._launcher = _Launcher(engines, spec, device, cuda_graphs)
 
     def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        return self._work.run(inputs)
+        return self._launcher.run(inputs)
 
     def close(self) -> None:
         """Wait for the GPU and drop the contexts."""
-        with self._work.lock, self._device.current():
-            self._work.free()
+        with self._launcher.lock, self._device.current():
+            self._launcher.free()
 
 
 def open_engine(
@@ -217,39 +220,39 @@ def open_engine(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> TrtRunner:
-    """Open a plan of a flavor.
+    """Open an engine file.
 
     Raises:
         MissingDependencyError: the library is not installed.
         RuntimeUnavailableError: there is no such GPU.
-        EngineMismatchError: the engine is for another flavor, version or GPU.
-        BundleError: nothing is known about the plan, or it is not the one that was built.
+        EngineMismatchError: the engine is for another variant, version or GPU.
+        BundleError: it has no record, or is not the file that was built.
     """
     if engine is None:
         raise BundleError(
-            f"nothing is known about the plan {path}: a plan is loaded only with its record in a "
+            f"the engine {path} has no record: engines are loaded only with their record in a "
             f"manifest; `coprs-deploy export CHECKPOINT --out BUNDLE --runtime {variant.name}`"
         )
     if engine.variant != variant.name:
         raise EngineMismatchError(
-            f"{path.name} was built by {TRT_VARIANTS[engine.variant].title}, and {variant.title} cannot "
-            f"load it. Run it with --runtime {engine.variant}, or build it with {variant.title}: "
+            f"{path.name} was built by {TRT_VARIANTS[engine.variant].title}, and {variant.title} "
+            f"cannot load it. Run it with --runtime {engine.variant}, or rebuild it: "
             f"`coprs-deploy export CHECKPOINT --out BUNDLE --runtime {variant.name} --overwrite`"
         )
     if options.device_type != "cuda":
         raise RuntimeUnavailableError(
-            f"{variant.title} runs on CUDA, and the device is {options.device!r}: pass "
-            "--device cuda, or export for onnxruntime"
+            f"device is {options.device!r}, and {variant.title} runs on CUDA: pass --device cuda, "
+            "or export for onnxruntime"
         )
     variant.load()
     device = CudaDevice(options.device_index, high_priority=spec.name != IMAGE_ENCODER)
     runner = TrtRunner(path, spec, options, engine=engine, device=device)
     if engine.verified_on != device.gpu.name:
-        seen = "on a GPU"
+        where = "on a GPU"
         if engine.verified_on is not None:
-            seen = f"on this {device.gpu.name}, only on {engine.verified_on}"
+            where = f"on this {device.gpu.name}, only on {engine.verified_on}"
         warnings.warn(
-            f"the engine {path.name} was never compared with PyTorch {seen}: run "
+            f"the engine {path.name} was never compared with PyTorch {where}: run "
             "`coprs-deploy verify BUNDLE --against CHECKPOINT --device cuda` once",
             UnverifiedEngineWarning,
             stacklevel=2,
@@ -258,21 +261,19 @@ def open_engine(
 
 
 def trt_availability(variant: TrtVariant) -> list[Availability]:
-    """Say whether a flavor is installed, and whether a GPU can run its engines."""
-    from coprs_deploy.engines.cuda import current_gpu
-
+    """Report whether a variant is installed and a GPU can run its engines."""
     try:
         library = variant.load()
     except MissingDependencyError:
         return [Availability(variant.name, False, "not installed", variant.install)]
+    supported = supported_capabilities(library)
     gpu = current_gpu()
     if gpu is None:
-        detail = f"{library.__version__}, no GPU here to run engines"
+        detail = f"{library.__version__}, no GPU to run engines"
         if variant.builds_without_gpu:
-            detail += f"; builds them for {', '.join(known_capabilities(library))}"
+            detail += f"; builds for {', '.join(supported)}"
         return [Availability(variant.name, False, detail, "run the engines on a machine with one")]
-    known = known_capabilities(library)
-    if variant.builds_without_gpu and gpu.compute_capability not in known:
-        detail = f"{library.__version__} is not for {gpu.name} ({gpu.compute_capability})"
+    if variant.builds_without_gpu and gpu.compute_capability not in supported:
+        detail = f"{library.__version__} does not support {gpu.name} ({gpu.compute_capability})"
         return [Availability(variant.name, False, detail, "export with --runtime tensorrt")]
     return [Availability(variant.name, True, f"{library.__version__} on {gpu.name}")]

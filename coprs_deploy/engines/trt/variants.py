@@ -1,4 +1,4 @@
-"""The two TensorRTs behind one code path: which package each is, and which GPUs it knows.
+"""The two TensorRT libraries behind one code path, and the compute capabilities each supports.
 
 ``tensorrt`` builds on the GPU that will run the engine. ``tensorrt-rtx`` is for RTX cards; it also
 builds on a machine without a GPU, for a list of compute capabilities.
@@ -17,14 +17,14 @@ from coprs_deploy.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class TrtVariant:
-    """One of the two libraries.
+    """One of the two TensorRT libraries.
 
     Attributes:
-        name: as in ``--runtime``.
-        module: its Python module.
-        title: its name for people.
-        install: the pip line that brings it.
-        builds_without_gpu: whether ``--gpu`` may name GPUs that are not here.
+        name: value of ``--runtime``.
+        module: Python module of the library.
+        title: product name in messages.
+        install: pip command that installs it.
+        builds_without_gpu: whether ``--compute-capabilities`` may list GPUs that are not present.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TrtVariant:
     builds_without_gpu: bool
 
     def load(self) -> Any:
-        """Import the library; it has no types.
+        """Import the library; it has no type annotations.
 
         Raises:
             MissingDependencyError: it is not installed, or its shared libraries do not load.
@@ -66,7 +66,7 @@ TRT_VARIANTS: Mapping[str, TrtVariant] = {
 }
 
 
-def known_capabilities(library: Any) -> list[str]:
+def supported_capabilities(library: Any) -> list[str]:
     """List the compute capabilities that a library builds for without a GPU, as ``sm_89``."""
     members = getattr(library, "ComputeCapability", None)
     names = dir(members) if members is not None else []
@@ -74,37 +74,55 @@ def known_capabilities(library: Any) -> list[str]:
     return [f"sm_{number}" for number in sorted(found, key=int)]
 
 
-def check_capabilities(library: Any, variant: TrtVariant, gpus: Sequence[str]) -> None:
-    """Refuse GPUs that a library does not build for.
+def check_capabilities(library: Any, variant: TrtVariant, capabilities: Sequence[str]) -> None:
+    """Refuse compute capabilities that a library does not build for.
 
     Raises:
-        ValueError: names what is accepted.
+        ValueError: the variant takes no list, or the library does not support one of them.
     """
-    if gpus and not variant.builds_without_gpu:
+    if capabilities and not variant.builds_without_gpu:
         raise ValueError(
-            f"gpu is {','.join(gpus)}, but {variant.title} builds on the GPU that runs the engine: "
-            "leave --gpu out, and export on that machine; --hardware-compatible gives an engine "
-            "for every GPU from sm_80 on"
+            f"compute_capabilities is {','.join(capabilities)}, but {variant.title} builds on the "
+            "GPU that runs the engine: omit --compute-capabilities and export on that machine; "
+            "--hardware-compatible builds an engine for every GPU from sm_80 on"
         )
-    known = known_capabilities(library)
-    unknown = [gpu for gpu in gpus if gpu not in known]
+    supported = supported_capabilities(library)
+    unknown = [capability for capability in capabilities if capability not in supported]
     if unknown:
         raise ValueError(
-            f"gpu names {unknown[0]!r}; {variant.title} {library.__version__} builds for "
-            f"{', '.join(known)}"
+            f"compute_capabilities contains {unknown[0]!r}; {variant.title} {library.__version__} "
+            f"builds for {', '.join(supported)}"
         )
 
 
-def parse_gpus(text: str | None) -> tuple[str, ...]:
-    """Read ``sm_80,sm_89``; None and empty text name no GPU.
+def parse_capabilities(text: str | None) -> tuple[str, ...]:
+    """Parse ``sm_80,sm_89`` into sorted compute capabilities; None and "" give an empty tuple.
 
     Raises:
-        ValueError: a part has another form, or comes twice.
+        ValueError: a part has another form, or occurs twice.
     """
     parts = tuple(part.strip() for part in (text or "").split(",") if part.strip())
     for part in parts:
         if not re.fullmatch(r"sm_\d{2,3}", part):
-            raise ValueError(f"gpu names {part!r}; accepted: sm_XX,sm_YY as in sm_80,sm_89,sm_120")
+            raise ValueError(
+                f"compute_capabilities contains {part!r}; accepted: sm_XX,sm_YY as in "
+                "sm_80,sm_89,sm_120"
+            )
     if len(set(parts)) != len(parts):
-        raise ValueError(f"gpu names one twice: {text}")
+        raise ValueError(f"compute_capabilities contains a duplicate: {text}")
     return tuple(sorted(parts, key=lambda part: int(part[3:])))
+
+
+def make_logger(library: Any) -> Any:
+    """Create a logger that collects error messages in ``errors`` and prints nothing."""
+
+    class Logger(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+    return Logger()

@@ -1,4 +1,4 @@
-"""The fastest runtime by measurement: chosen, told, remembered, measured again on demand."""
+"""Choosing the fastest runtime: measurement, ties, failures, and the cached choice."""
 
 import json
 
@@ -9,7 +9,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions
 from coprs_deploy.engines import autotune as autotuning
 from coprs_deploy.engines.autotune import RuntimeChoice, Timing, autotune, choice_key
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.machine import Processor
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, PRIOR
@@ -21,32 +21,32 @@ def bundle(tiny_bundle):
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return BuildCache(tmp_path)
+def options(tmp_path):
+    return RunnerOptions(cache_dir=tmp_path)
 
 
 @pytest.fixture
 def times(monkeypatch):
-    """Times in milliseconds by runtime, in place of measured ones; counts the trials."""
-    table = {"onnxruntime": 10.0, "openvino": 5.0, "trials": 0}
+    """Latencies in milliseconds by runtime instead of measured ones, and their number."""
+    table = {"onnxruntime": 10.0, "openvino": 5.0, "measurements": 0}
 
     def timed(runtime, runner):
-        table["trials"] += 1
+        table["measurements"] += 1
         return Timing(runtime, table[runtime], 3)
 
     monkeypatch.setattr(autotuning, "_time", timed)
     return table
 
 
-def test_both_runtimes_are_really_measured(bundle, cache):
+def test_autotune_measures_both_runtimes_of_each_graph(bundle, options):
     steps = []
-    choices = autotune(bundle, RunnerOptions(), cache=cache, report=steps.append)
+    choices = autotune(bundle, options, progress=steps.append)
     assert list(choices) == list(GRAPH_NAMES)
     for name, choice in choices.items():
-        assert [trial.runtime for trial in choice.trials] == ["onnxruntime", "openvino"]
-        assert all(trial.median_ms > 0 and trial.runs >= 1 for trial in choice.trials)
+        assert [timing.runtime for timing in choice.timings] == ["onnxruntime", "openvino"]
+        assert all(timing.median_ms > 0 and timing.num_runs >= 1 for timing in choice.timings)
         assert choice.runtime in ("onnxruntime", "openvino")
-        assert (choice.graph, choice.is_remembered) == (name, False)
+        assert (choice.graph, choice.is_cached) == (name, False)
     assert steps[:2] == ["time image_encoder on onnxruntime", "time image_encoder on openvino"]
 
 
@@ -58,40 +58,42 @@ def test_both_runtimes_are_really_measured(bundle, cache):
         (20.0, "onnxruntime", "measured as the fastest"),
     ],
 )
-def test_the_fastest_is_chosen_and_a_tie_stays(bundle, cache, times, openvino_ms, chosen, reason):
+def test_autotune_chooses_the_fastest_or_within_the_margin_its_own(
+    bundle, options, times, openvino_ms, chosen, reason
+):
     times["openvino"] = openvino_ms
-    choice = autotune(bundle, RunnerOptions(), cache=cache)[IMAGE_ENCODER]
+    choice = autotune(bundle, options)[IMAGE_ENCODER]
     assert (choice.runtime, choice.reason) == (chosen, reason)
-    told = f"image_encoder: {chosen}, {reason}: onnxruntime 10.00 ms, openvino {openvino_ms:.2f} ms"
-    assert str(choice) == told
+    timings = f"onnxruntime 10.00 ms, openvino {openvino_ms:.2f} ms"
+    assert str(choice) == f"image_encoder: {chosen}, {reason}: {timings}"
 
 
-def test_a_choice_is_remembered_and_says_so(bundle, cache, times):
-    first = autotune(bundle, RunnerOptions(), cache=cache)
+def test_autotune_twice_uses_the_cached_choice(bundle, options, times):
+    first = autotune(bundle, options)
     times["onnxruntime"] = 1.0
-    second = autotune(bundle, RunnerOptions(), cache=cache)
-    assert times["trials"] == 2 * len(GRAPH_NAMES)
+    second = autotune(bundle, options)
+    assert times["measurements"] == 2 * len(GRAPH_NAMES)
     for name, choice in second.items():
-        assert choice == msgspec.structs.replace(first[name], is_remembered=True)
-        assert str(choice).endswith(f" (remembered from {choice.measured})")
+        assert choice == msgspec.structs.replace(first[name], is_cached=True)
+        assert str(choice).endswith(f" (cached on {choice.date})")
 
 
-def test_measuring_again_replaces_what_was_remembered(bundle, cache, times):
-    autotune(bundle, RunnerOptions(), cache=cache)
+def test_autotune_with_retune_replaces_the_cached_choice(bundle, options, times):
+    autotune(bundle, options)
     times["onnxruntime"] = 1.0
-    assert autotune(bundle, RunnerOptions(), True, cache)[PRIOR].runtime == "onnxruntime"
-    kept = autotune(bundle, RunnerOptions(), cache=cache)[PRIOR]
-    assert (kept.runtime, kept.is_remembered) == ("onnxruntime", True)
+    assert autotune(bundle, options, retune=True)[PRIOR].runtime == "onnxruntime"
+    cached = autotune(bundle, options)[PRIOR]
+    assert (cached.runtime, cached.is_cached) == ("onnxruntime", True)
 
 
-def test_a_choice_that_cannot_be_read_is_measured_anew(bundle, cache, times):
-    key = choice_key(bundle, PRIOR, RunnerOptions())
+def test_autotune_with_an_unreadable_cached_choice_measures_again(bundle, options, times):
+    key = choice_key(bundle, PRIOR, options)
     for content in (b"{", json.dumps({"graph": PRIOR}).encode()):
-        cache.keep_blob(autotuning.FOLDER, key, content)
-        assert not autotune(bundle, RunnerOptions(), cache=cache)[PRIOR].is_remembered
+        Cache(options.cache_dir).save_blob(autotuning.AUTOTUNE_FOLDER, key, content)
+        assert not autotune(bundle, options)[PRIOR].is_cached
 
 
-def test_whatever_changes_the_times_changes_the_key(bundle, monkeypatch):
+def test_choice_key_changes_with_everything_that_changes_latency(bundle, monkeypatch):
     keys = [
         choice_key(bundle, IMAGE_ENCODER, RunnerOptions()),
         choice_key(bundle, PRIOR, RunnerOptions()),
@@ -113,9 +115,7 @@ def test_whatever_changes_the_times_changes_the_key(bundle, monkeypatch):
     assert choice_key(bundle, IMAGE_ENCODER, RunnerOptions()) == keys[0]
 
 
-def test_a_runtime_that_is_not_installed_is_a_row_with_its_reason(
-    bundle, cache, times, monkeypatch
-):
+def test_autotune_with_a_missing_runtime_records_its_error(bundle, options, times, monkeypatch):
     opened = autotuning.open_bundle_graph
 
     def without_openvino(bundle, name, options, runtime):
@@ -124,27 +124,27 @@ def test_a_runtime_that_is_not_installed_is_a_row_with_its_reason(
         return opened(bundle, name, options, runtime)
 
     monkeypatch.setattr(autotuning, "open_bundle_graph", without_openvino)
-    choice = autotune(bundle, RunnerOptions(), cache=cache)[PRIOR]
+    choice = autotune(bundle, options)[PRIOR]
     assert (choice.runtime, choice.reason) == ("onnxruntime", "the only one that runs here")
-    assert choice.trials[1] == Timing("openvino", None, problem="OpenVINO is not installed")
-    assert "openvino did not run (OpenVINO is not installed)" in str(choice)
+    assert choice.timings[1] == Timing("openvino", None, error="OpenVINO is not installed")
+    assert "openvino failed (OpenVINO is not installed)" in str(choice)
 
 
-def test_no_runtime_at_all_is_the_error_of_the_first(bundle, cache, monkeypatch):
+def test_autotune_without_any_runtime_raises_the_error_of_the_first(bundle, options, monkeypatch):
     def refuse(bundle, name, options, runtime):
         raise MissingDependencyError(f"{runtime} is not installed")
 
     monkeypatch.setattr(autotuning, "open_bundle_graph", refuse)
     with pytest.raises(MissingDependencyError, match="onnxruntime is not installed"):
-        autotune(bundle, RunnerOptions(), cache=cache)
+        autotune(bundle, options)
 
 
-def test_an_engine_has_nothing_to_choose_from(bundle, cache, times):
+def test_autotune_of_engines_measures_nothing(bundle, options, times):
     graphs = {
         name: msgspec.structs.replace(graph, runtime="tensorrt")
         for name, graph in bundle.manifest.graphs.items()
     }
     engines = type(bundle)(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=graphs))
-    choice = autotune(engines, RunnerOptions(), cache=cache)[PRIOR]
+    choice = autotune(engines, options)[PRIOR]
     assert choice == RuntimeChoice(PRIOR, "tensorrt", "the only runtime of an engine")
-    assert times["trials"] == 0
+    assert times["measurements"] == 0

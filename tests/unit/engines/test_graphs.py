@@ -1,8 +1,10 @@
+"""Chunking, batching and closing of the three graphs, on runners that compute."""
+
 import numpy as np
 import pytest
 
 from coprs_deploy.engines.graphs import SegmentationGraphs, join_chunks
-from coprs_deploy.engines.runner import Runner
+from coprs_deploy.engines.runner import HostTensor, Runner
 from coprs_deploy.images import prepare_image
 from coprs_deploy.specs import (
     IMAGE_ENCODER,
@@ -15,21 +17,13 @@ from coprs_deploy.specs import (
 )
 
 GEOMETRY = Geometry(image_size=16, patch_size=4, out_chans=8)
-WIDTH = 3
+HIDDEN_SIZE = 3
 UNPADDED = np.array([12, 16], dtype=np.int64)
 
 
-class Held:
-    def __init__(self, values):
-        self.values = values
-        self.shape = values.shape
-        self.dtype = str(values.dtype)
-
-    def numpy(self):
-        return self.values
-
-
 class FakeRunner(Runner):
+    """Computes with a function, and writes down its calls."""
+
     def __init__(self, spec, compute, closed, fails_to_close=False):
         super().__init__(spec, "a runner for tests")
         self.compute = compute
@@ -40,7 +34,7 @@ class FakeRunner(Runner):
     def _run(self, inputs):
         self.calls.append(inputs)
         output = self.spec.outputs[0]
-        return {output.name: Held(self.compute(**inputs))}
+        return {output.name: HostTensor(self.compute(**inputs))}
 
     def close(self):
         self.closed.append(self.spec.name)
@@ -62,9 +56,9 @@ def mask_of(image_embedding, prior_logits, unpadded_size):
     return prior_logits.numpy() * 2 + shift
 
 
-def make_stages(minimum=1, maximum=1, failing=()):
+def make_graphs(minimum=1, maximum=1, failing=()):
     closed = []
-    specs = graph_specs(GEOMETRY, WIDTH, OptimizationProfile(minimum, minimum, maximum))
+    specs = graph_specs(GEOMETRY, HIDDEN_SIZE, OptimizationProfile(minimum, minimum, maximum))
     compute = {IMAGE_ENCODER: embedding_of, PRIOR: prior_of, MASK_DECODER: mask_of}
     runners = {
         name: FakeRunner(spec, compute[name], closed, name in failing)
@@ -74,15 +68,15 @@ def make_stages(minimum=1, maximum=1, failing=()):
 
 
 def concentrations(count):
-    return np.arange(count * WIDTH, dtype=np.float32).reshape(count, WIDTH)
+    return np.arange(count * HIDDEN_SIZE, dtype=np.float32).reshape(count, HIDDEN_SIZE)
 
 
-def test_an_image_is_encoded_once_and_stays_where_it_is():
-    stages, _ = make_stages()
+def test_encode_returns_the_encoders_tensor():
+    graphs, _ = make_graphs()
     prepared = prepare_image(np.full((12, 16, 3), 9, dtype=np.uint8), GEOMETRY)
-    embedding = stages.encode(prepared)
-    assert isinstance(embedding, Held)
-    assert stages.runners[IMAGE_ENCODER].calls[0]["image"] is prepared.image
+    embedding = graphs.encode(prepared)
+    assert isinstance(embedding, HostTensor)
+    assert graphs.runners[IMAGE_ENCODER].calls[0]["image"] is prepared.image
     np.testing.assert_allclose(embedding.numpy(), embedding_of(prepared.image))
 
 
@@ -103,56 +97,58 @@ def test_an_image_is_encoded_once_and_stays_where_it_is():
         ((2, 4), 7, [4, 3]),
     ],
 )
-def test_targets_are_served_in_chunks_that_the_graph_takes(profile, count, sizes):
-    stages, _ = make_stages(*profile)
-    embedding = Held(np.ones((1, 8, 4, 4), np.float32))
-    asked = concentrations(count)
-    priors = stages.priors(embedding, asked)
-    calls = [call["concentration"] for call in stages.runners[PRIOR].calls]
+def test_priors_and_masks_run_in_chunks_of_the_profile(profile, count, sizes):
+    graphs, _ = make_graphs(*profile)
+    embedding = HostTensor(np.ones((1, 8, 4, 4), np.float32))
+    requested = concentrations(count)
+    priors = graphs.priors(embedding, requested)
+    calls = [call["concentration"] for call in graphs.runners[PRIOR].calls]
     assert [len(call) for call in calls] == sizes == [chunk.shape[0] for chunk in priors]
     sent = np.concatenate(calls)
-    np.testing.assert_array_equal(sent[:count], asked)
-    np.testing.assert_array_equal(sent[count:], np.repeat(asked[-1:], len(sent) - count, axis=0))
+    np.testing.assert_array_equal(sent[:count], requested)
+    np.testing.assert_array_equal(
+        sent[count:], np.repeat(requested[-1:], len(sent) - count, axis=0)
+    )
 
-    masks = stages.masks(embedding, priors, UNPADDED)
-    decoded = [call["prior_logits"] for call in stages.runners[MASK_DECODER].calls]
+    masks = graphs.masks(embedding, priors, UNPADDED)
+    decoded = [call["prior_logits"] for call in graphs.runners[MASK_DECODER].calls]
     assert all(found is chunk for found, chunk in zip(decoded, priors, strict=True))
-    expected_prior = asked.sum(axis=1) + 1
+    expected_prior = requested.sum(axis=1) + 1
     for chunks, expected in ((priors, expected_prior), (masks, 2 * expected_prior + 1 + 12)):
         joined = join_chunks(chunks, count)
         assert joined.shape == (count, 1, 16, 16)
         np.testing.assert_allclose(joined[:, 0, 0, 0], expected)
 
 
-def test_every_stage_is_given_the_same_embedding_and_size():
-    stages, _ = make_stages()
-    embedding = Held(np.ones((1, 8, 4, 4), np.float32))
-    stages.masks(embedding, stages.priors(embedding, concentrations(2)), UNPADDED)
-    calls = stages.runners[PRIOR].calls + stages.runners[MASK_DECODER].calls
+def test_all_chunks_receive_the_same_embedding_and_size():
+    graphs, _ = make_graphs()
+    embedding = HostTensor(np.ones((1, 8, 4, 4), np.float32))
+    graphs.masks(embedding, graphs.priors(embedding, concentrations(2)), UNPADDED)
+    calls = graphs.runners[PRIOR].calls + graphs.runners[MASK_DECODER].calls
     assert len(calls) == 4
     assert all(call["image_embedding"] is embedding for call in calls)
     assert all(call["unpadded_size"] is UNPADDED for call in calls[2:])
 
 
-def test_no_targets_run_no_graph():
-    stages, _ = make_stages()
-    embedding = Held(np.ones((1, 8, 4, 4), np.float32))
-    priors = stages.priors(embedding, concentrations(0))
-    assert priors == stages.masks(embedding, priors, UNPADDED) == []
-    assert stages.runners[PRIOR].calls == []
+def test_no_concentrations_run_no_graph():
+    graphs, _ = make_graphs()
+    embedding = HostTensor(np.ones((1, 8, 4, 4), np.float32))
+    priors = graphs.priors(embedding, concentrations(0))
+    assert priors == graphs.masks(embedding, priors, UNPADDED) == []
+    assert graphs.runners[PRIOR].calls == []
 
 
-def test_a_concentration_of_another_width_is_refused():
-    stages, _ = make_stages()
-    embedding = Held(np.ones((1, 8, 4, 4), np.float32))
+def test_concentrations_of_another_hidden_size_are_refused():
+    graphs, _ = make_graphs()
+    embedding = HostTensor(np.ones((1, 8, 4, 4), np.float32))
     with pytest.raises(
         ValueError, match=r"concentration as float32 \(1, 4\); it takes .* \(1, 3\)"
     ):
-        stages.priors(embedding, np.zeros((1, 4), np.float32))
+        graphs.priors(embedding, np.zeros((1, 4), np.float32))
 
 
-class JoiningRunner(FakeRunner):
-    """A prior that can be joined with the mask decoder."""
+class FusibleRunner(FakeRunner):
+    """A prior that can be fused with the mask decoder."""
 
     def fused_with(self, following):
         spec = GraphSpec(
@@ -161,58 +157,58 @@ class JoiningRunner(FakeRunner):
             (*self.spec.outputs, *following.spec.outputs),
             self.spec.targets,
         )
-        joined = FakeRunner(spec, None, self.closed)
+        fused = FakeRunner(spec, None, self.closed)
 
         def run(inputs):
-            joined.calls.append(inputs)
+            fused.calls.append(inputs)
             embedding = inputs["image_embedding"]
-            priors = Held(prior_of(embedding, inputs["concentration"]))
-            masks = Held(mask_of(embedding, priors, inputs["unpadded_size"]))
+            priors = HostTensor(prior_of(embedding, inputs["concentration"]))
+            masks = HostTensor(mask_of(embedding, priors, inputs["unpadded_size"]))
             return {"prior_logits": priors, "mask_logits": masks}
 
-        joined._run = run
-        return joined
+        fused._run = run
+        return fused
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_graphs_that_can_be_joined_are_one_call_with_the_same_outputs(count):
-    apart, closed = make_stages(1, 4)
+def test_fused_graphs_run_once_a_chunk_with_the_same_outputs(count):
+    apart, closed = make_graphs(1, 4)
     runners = dict(apart.runners)
     prior = runners[PRIOR]
-    runners[PRIOR] = JoiningRunner(prior.spec, prior.compute, closed)
+    runners[PRIOR] = FusibleRunner(prior.spec, prior.compute, closed)
     together = SegmentationGraphs(runners)
-    assert together.joins_targets and not apart.joins_targets
-    embedding = Held(np.ones((1, 8, 4, 4), np.float32))
+    assert together.is_fused and not apart.is_fused
+    embedding = HostTensor(np.ones((1, 8, 4, 4), np.float32))
     found, expected = (
-        stages.priors_and_masks(embedding, concentrations(count), UNPADDED)
-        for stages in (together, apart)
+        graphs.priors_and_masks(embedding, concentrations(count), UNPADDED)
+        for graphs in (together, apart)
     )
     for chunks, wanted in zip(found, expected, strict=True):
         np.testing.assert_array_equal(join_chunks(chunks, count), join_chunks(wanted, count))
-    assert len(together._joined.calls) == (count + 3) // 4
+    assert len(together._fused.calls) == (count + 3) // 4
     assert runners[PRIOR].calls == []
     together.close()
     assert closed[0] == "both"  # before the engines that it runs
 
 
-def test_leaving_the_block_closes_all_graphs():
-    stages, closed = make_stages()
-    with stages as entered:
-        assert entered is stages
+def test_leaving_the_with_block_closes_all_graphs():
+    graphs, closed = make_graphs()
+    with graphs as entered:
+        assert entered is graphs
         assert closed == []
     assert sorted(closed) == sorted([IMAGE_ENCODER, PRIOR, MASK_DECODER])
 
 
-def test_a_graph_that_cannot_be_closed_does_not_keep_the_others_open():
-    stages, closed = make_stages(failing=(PRIOR,))
+def test_close_with_one_failing_graph_closes_the_others():
+    graphs, closed = make_graphs(failing=(PRIOR,))
     with pytest.raises(RuntimeError, match="prior cannot be closed"):
-        stages.close()
+        graphs.close()
     assert sorted(closed) == sorted([IMAGE_ENCODER, PRIOR, MASK_DECODER])
 
 
-def test_the_runners_cannot_be_changed_from_outside():
-    stages, _ = make_stages()
-    given = dict(stages.runners)
+def test_runners_are_copied_from_the_argument():
+    graphs, _ = make_graphs()
+    given = dict(graphs.runners)
     again = SegmentationGraphs(given)
     given.clear()
     assert len(again.runners) == 3

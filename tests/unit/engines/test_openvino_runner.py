@@ -1,4 +1,4 @@
-"""OpenVINO behind the common call signature: the same files, the same numbers, its own requests."""
+"""OpenVINO behind the common call signature: same files and results, caching, requests."""
 
 import gc
 import shutil
@@ -21,21 +21,20 @@ from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.machine import Processor
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
-RELATIVE = 1e-4
-"""Float32 sums in another order; the shipped model's graphs measure below 5e-6."""
+RELATIVE_ERROR = 1e-4
+"""float32 sums in another order; the demo model's graphs measure below 5e-6."""
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_bundle):
-    return {"tiny": open_bundle(tiny_bundle), "shipped": open_bundle(demo.BUNDLE)}
+def bundle(tiny_bundle):
+    return open_bundle(tiny_bundle)
 
 
 @pytest.fixture(scope="module")
-def open_stage(bundles):
+def open_tiny(bundle):
     """Open a graph of the tiny bundle."""
 
     def opener(name, options=None):
-        bundle = bundles["tiny"]
         spec = bundle.manifest.graphs[name].spec
         path = bundle.graph_path(name)
         return openvino_runner.open_graph(path, spec, options or RunnerOptions())
@@ -63,13 +62,13 @@ def compiled(runner):
 
 def assert_close(found, expected):
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert np.abs(found - expected).max() <= RELATIVE * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= RELATIVE_ERROR * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_a_graph_computes_what_the_module_computes(name, open_stage, tiny_checkpoint):
+def test_graph_outputs_equal_the_pytorch_module(name, open_tiny, tiny_checkpoint):
     module = load_segmentation_model(read_checkpoint(tiny_checkpoint)).graph_modules()[name]
-    with open_stage(name) as runner:
+    with open_tiny(name) as runner:
         inputs = inputs_of(runner.spec)
         (found,) = runner(**dict(reversed(inputs.items()))).values()
         (expected,) = TorchRunner(module, runner.spec)(**inputs).values()
@@ -77,9 +76,10 @@ def test_a_graph_computes_what_the_module_computes(name, open_stage, tiny_checkp
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-@pytest.mark.parametrize("model", ["tiny", "shipped"])
-def test_a_graph_computes_what_onnx_runtime_computes(model, name, bundles):
-    path, spec = bundles[model].graph_path(name), bundles[model].manifest.graphs[name].spec
+@pytest.mark.parametrize("model", ["tiny", "demo"])
+def test_graph_outputs_equal_onnx_runtime(model, name, bundle):
+    opened = bundle if model == "tiny" else open_bundle(demo.BUNDLE)
+    path, spec = opened.graph_path(name), opened.manifest.graphs[name].spec
     with (
         openvino_runner.open_graph(path, spec, RunnerOptions()) as ours,
         onnxruntime_runner.open_graph(path, spec, RunnerOptions()) as theirs,
@@ -89,7 +89,7 @@ def test_a_graph_computes_what_onnx_runtime_computes(model, name, bundles):
     assert_close(found.numpy(), expected.numpy())
 
 
-def test_many_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
+def test_several_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
     options = ExportOptions(runtime="openvino", targets=OptimizationProfile(1, 2, 4))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     assert {graph.runtime for graph in bundle.manifest.graphs.values()} == {"openvino"}
@@ -108,8 +108,8 @@ def test_many_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
                     assert_close(together.numpy()[n : n + 1], alone.numpy())
 
 
-def test_an_output_outlives_its_runner_and_the_next_call(open_stage):
-    runner = open_stage(PRIOR)
+def test_an_output_outlives_its_runner_and_the_next_call(open_tiny):
+    runner = open_tiny(PRIOR)
     first = runner(**inputs_of(runner.spec))["prior_logits"]
     kept = first.numpy().copy()
     second = runner(**inputs_of(runner.spec, seed=1))["prior_logits"]
@@ -120,64 +120,66 @@ def test_an_output_outlives_its_runner_and_the_next_call(open_stage):
     assert not np.array_equal(second.numpy(), kept)
 
 
-def test_an_array_that_is_not_contiguous_is_read_right(open_stage):
-    with open_stage(IMAGE_ENCODER) as runner:
+def test_a_strided_input_gives_the_same_output(open_tiny):
+    with open_tiny(IMAGE_ENCODER) as runner:
         inputs = inputs_of(runner.spec)
         expected = runner(**inputs)["image_embedding"].numpy()
         strided = {"image": np.asfortranarray(inputs["image"])}
         assert np.array_equal(runner(**strided)["image_embedding"].numpy(), expected)
 
 
-def test_calls_from_several_threads_do_not_mix(open_stage):
-    with open_stage(PRIOR) as runner:
-        questions = [inputs_of(runner.spec, seed) for seed in range(4)]
-        expected = [runner(**question)["prior_logits"].numpy() for question in questions]
+def test_calls_from_several_threads_do_not_mix(open_tiny):
+    with open_tiny(PRIOR) as runner:
+        requests = [inputs_of(runner.spec, seed) for seed in range(4)]
+        expected = [runner(**request)["prior_logits"].numpy() for request in requests]
 
-        def ask(i):
-            return runner(**questions[i % 4])["prior_logits"].numpy()
+        def run(i):
+            return runner(**requests[i % 4])["prior_logits"].numpy()
 
         with ThreadPoolExecutor(4) as pool:
-            for i, found in enumerate(pool.map(ask, range(40))):
+            for i, found in enumerate(pool.map(run, range(40))):
                 assert np.array_equal(found, expected[i % 4])
     assert not np.array_equal(expected[0], expected[1])
 
 
-def test_threads_and_precision_are_passed_on(open_stage):
-    with open_stage(PRIOR, RunnerOptions(num_threads=1)) as runner:
+def test_num_threads_and_precision_are_set(open_tiny):
+    with open_tiny(PRIOR, RunnerOptions(num_threads=1)) as runner:
         assert compiled(runner).get_property("INFERENCE_NUM_THREADS") == 1
         assert compiled(runner).get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
 
 
-def test_the_description_names_runtime_version_and_device(open_stage):
+def test_the_description_names_runtime_version_and_device(open_tiny):
     version = openvino.__version__.split("-")[0]
-    with open_stage(PRIOR) as runner:
+    with open_tiny(PRIOR) as runner:
         assert runner.description == f"openvino {version} on cpu"
 
 
-def test_a_precision_without_units_is_refused(open_stage, monkeypatch):
+def test_an_unsupported_precision_raises(open_tiny, monkeypatch):
     monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32"])
-    with pytest.raises(RuntimeUnavailableError, match=r"'bf16'.*no units.*accepted here: fp32"):
-        open_stage(PRIOR, RunnerOptions(inference_precision="bf16"))
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"'bf16'.*does not support.*accepted here: fp32"
+    ):
+        open_tiny(PRIOR, RunnerOptions(inference_precision="bf16"))
 
 
-def test_bfloat16_is_passed_on_where_the_processor_has_it(open_stage, monkeypatch):
+def test_bfloat16_on_a_supporting_processor_is_set(open_tiny, monkeypatch):
     monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32", "bf16"])
-    with open_stage(PRIOR, RunnerOptions(inference_precision="bf16")) as runner:
+    with open_tiny(PRIOR, RunnerOptions(inference_precision="bf16")) as runner:
         assert runner._settings["INFERENCE_PRECISION_HINT"] == "bf16"
         assert runner.description.endswith(", bf16")
 
 
-def test_the_second_opening_takes_the_compiled_graph(open_stage, tmp_path):
-    options = RunnerOptions(cache=tmp_path)
-    for is_known in (False, True):
-        with open_stage(PRIOR, options) as runner:
-            assert compiled(runner).get_property("LOADED_FROM_CACHE") is is_known
+def test_the_second_opening_loads_the_compiled_graph(open_tiny, tmp_path):
+    options = RunnerOptions(cache_dir=tmp_path)
+    for is_cached in (False, True):
+        with open_tiny(PRIOR, options) as runner:
+            assert compiled(runner).get_property("LOADED_FROM_CACHE") is is_cached
 
 
-def test_other_weights_under_the_same_name_are_not_taken_from_the_cache(bundles, tmp_path):
-    path, spec = tmp_path / "prior.onnx", bundles["tiny"].manifest.graphs[PRIOR].spec
-    shutil.copy(bundles["tiny"].graph_path(PRIOR), path)
-    options, inputs = RunnerOptions(cache=tmp_path / "cache"), inputs_of(spec)
+def test_changed_weights_in_the_same_file_are_compiled_again(bundle, tmp_path):
+    path, spec = tmp_path / "prior.onnx", bundle.manifest.graphs[PRIOR].spec
+    shutil.copy(bundle.graph_path(PRIOR), path)
+    options, inputs = RunnerOptions(cache_dir=tmp_path / "cache"), inputs_of(spec)
     with openvino_runner.open_graph(path, spec, options) as runner:
         first = runner(**inputs)["prior_logits"].numpy()
     model = onnx.load(path)
@@ -195,17 +197,17 @@ def test_other_weights_under_the_same_name_are_not_taken_from_the_cache(bundles,
         assert compiled(runner).get_property("LOADED_FROM_CACHE") is False
         second = runner(**inputs)["prior_logits"].numpy()
         assert_close(second, other(**inputs)["prior_logits"].numpy())
-    assert np.abs(second - first).max() > 100 * RELATIVE * np.abs(first).max()
+    assert np.abs(second - first).max() > 100 * RELATIVE_ERROR * np.abs(first).max()
 
 
-def test_a_large_graph_is_not_written_to_the_cache(open_stage, tmp_path, monkeypatch):
+def test_a_large_graph_is_not_cached(open_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(openvino_runner, "CACHED_GRAPH_BYTES", 10)
-    open_stage(PRIOR, RunnerOptions(cache=tmp_path / "cache")).close()
+    open_tiny(PRIOR, RunnerOptions(cache_dir=tmp_path / "cache")).close()
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_closed_runner_is_not_called_again(open_stage):
-    runner = open_stage(PRIOR)
+def test_call_after_close_raises(open_tiny):
+    runner = open_tiny(PRIOR)
     inputs = inputs_of(runner.spec)
     runner.close()
     with pytest.raises(AssertionError, match="the runner was closed"):
@@ -231,44 +233,44 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def test_a_signal_is_survived_after_the_first_of_two_graphs_went_first(tiny_bundle):
+def test_a_signal_after_both_graphs_are_freed_is_handled(tiny_bundle):
     command = [sys.executable, "-c", TWO_GRAPHS_AND_A_SIGNAL, str(tiny_bundle)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None])
-def test_a_file_that_is_no_graph_is_refused(bundles, tmp_path, content):
-    path, spec = tmp_path / "prior.onnx", bundles["tiny"].manifest.graphs[PRIOR].spec
-    whole = bundles["tiny"].graph_path(PRIOR).read_bytes()
+def test_open_graph_of_a_damaged_file_raises(bundle, tmp_path, content):
+    path, spec = tmp_path / "prior.onnx", bundle.manifest.graphs[PRIOR].spec
+    whole = bundle.graph_path(PRIOR).read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(BundleError, match=f"OpenVINO cannot open {path}"):
         openvino_runner.open_graph(path, spec, RunnerOptions())
 
 
-def test_a_missing_file_is_named(bundles, tmp_path):
-    path = tmp_path / "absent.onnx"
-    spec = bundles["tiny"].manifest.graphs[PRIOR].spec
+def test_open_graph_of_a_missing_file_names_it(bundle, tmp_path):
+    path = tmp_path / "missing.onnx"
+    spec = bundle.manifest.graphs[PRIOR].spec
     with pytest.raises(BundleError, match=f"cannot open {path}"):
         openvino_runner.open_graph(path, spec, RunnerOptions())
 
 
-def test_a_gpu_is_refused(open_stage):
+def test_open_graph_on_cuda_raises(open_tiny):
     with pytest.raises(RuntimeUnavailableError, match=r"device is 'cuda'.*runtime onnxruntime"):
-        open_stage(PRIOR, RunnerOptions(device="cuda"))
+        open_tiny(PRIOR, RunnerOptions(device="cuda"))
 
 
-def test_a_missing_library_ends_in_the_pip_line(open_stage, monkeypatch):
+def test_open_graph_without_the_library_names_the_pip_command(open_tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError) as caught:
-        open_stage(PRIOR)
+        open_tiny(PRIOR)
     assert str(caught.value) == 'OpenVINO is not installed; pip install "coprs-deploy[openvino]"'
     (missing,) = openvino_runner.availability()
     assert not missing.is_available
     assert missing.remedy == 'pip install "coprs-deploy[openvino]"'
 
 
-def test_availability_names_version_and_precisions(monkeypatch):
+def test_availability_reports_version_and_precisions(monkeypatch):
     version = openvino.__version__.split("-")[0]
     monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32", "bf16"])
     for units, precisions in ((("avx2",), "fp32, bf16"), (("avx_vnni",), "fp32, bf16, int8")):

@@ -1,3 +1,5 @@
+"""Calls, inputs and options that all runners share, and the table of runtimes."""
+
 import re
 
 import numpy as np
@@ -5,21 +7,11 @@ import pytest
 
 from coprs_deploy import engines
 from coprs_deploy.engines import RunnerOptions, runtime_module, runtime_names
-from coprs_deploy.engines.runner import Runner, check_inputs, host_array
+from coprs_deploy.engines.runner import HostTensor, Runner, check_inputs, host_array
 from coprs_deploy.specs import PRIOR, Geometry, OptimizationProfile, graph_specs
 
 GEOMETRY = Geometry(image_size=16, patch_size=4, out_chans=8)
 SPEC = graph_specs(GEOMETRY, 3, OptimizationProfile(1, 2, 4))[PRIOR]
-
-
-class Held:
-    def __init__(self, values):
-        self.values = values
-        self.shape = values.shape
-        self.dtype = str(values.dtype)
-
-    def numpy(self):
-        return self.values
 
 
 class RecordingRunner(Runner):
@@ -30,7 +22,7 @@ class RecordingRunner(Runner):
 
     def _run(self, inputs):
         self.calls.append(dict(inputs))
-        return {"prior_logits": Held(np.zeros((1, 1, 16, 16), np.float32))}
+        return {"prior_logits": HostTensor(np.zeros((1, 1, 16, 16), np.float32))}
 
     def close(self):
         self.is_closed = True
@@ -45,7 +37,7 @@ def good_inputs(**changes):
     return inputs
 
 
-def test_a_runner_runs_inputs_that_fit_and_passes_them_unchanged():
+def test_call_passes_matching_inputs_unchanged():
     runner = RecordingRunner()
     inputs = good_inputs()
     outputs = runner(**inputs)
@@ -54,15 +46,16 @@ def test_a_runner_runs_inputs_that_fit_and_passes_them_unchanged():
     assert all(runner.calls[0][name] is value for name, value in inputs.items())
 
 
-def test_tensors_of_a_runner_are_accepted_as_inputs():
+def test_call_accepts_outputs_of_runners():
     runner = RecordingRunner()
-    runner(**good_inputs(image_embedding=Held(np.zeros((1, 8, 4, 4), np.float32))))
+    runner(**good_inputs(image_embedding=HostTensor(np.zeros((1, 8, 4, 4), np.float32))))
     assert len(runner.calls) == 1
 
 
 @pytest.mark.parametrize("targets", [1, 2, 5])
-def test_a_named_dimension_takes_any_size(targets):
-    check_inputs(SPEC, good_inputs(concentration=np.zeros((targets, 3), np.float32)))
+def test_check_inputs_accepts_any_size_of_a_symbolic_dimension(targets):
+    inputs = good_inputs(concentration=np.zeros((targets, 3), np.float32))
+    assert check_inputs(SPEC, inputs) is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_a_named_dimension_takes_any_size(targets):
         (["image_embedding", "Concentration"], "Concentration, image_embedding; it takes"),
     ],
 )
-def test_missing_and_unknown_inputs_are_refused_by_name(names, message):
+def test_call_with_missing_or_unknown_inputs_raises(names, message):
     runner = RecordingRunner()
     inputs = {name: good_inputs().get(name, np.zeros(1)) for name in names}
     with pytest.raises(ValueError, match=message):
@@ -85,7 +78,7 @@ def test_missing_and_unknown_inputs_are_refused_by_name(names, message):
     assert runner.calls == []
 
 
-@pytest.mark.parametrize("wrap", [np.asarray, Held])
+@pytest.mark.parametrize("wrap", [np.asarray, HostTensor])
 @pytest.mark.parametrize(
     ("value", "found"),
     [
@@ -96,7 +89,7 @@ def test_missing_and_unknown_inputs_are_refused_by_name(names, message):
         (np.zeros((2, 3, 1), np.float32), "float32 (2, 3, 1)"),
     ],
 )
-def test_an_input_of_another_dtype_or_shape_is_refused(wrap, value, found):
+def test_call_with_another_dtype_or_shape_raises(wrap, value, found):
     runner = RecordingRunner()
     message = (
         f"prior was given concentration as {found}; it takes concentration: float32 (targets, 3)"
@@ -106,19 +99,19 @@ def test_an_input_of_another_dtype_or_shape_is_refused(wrap, value, found):
     assert runner.calls == []
 
 
-def test_leaving_the_block_closes_the_runner():
+def test_leaving_the_with_block_closes_the_runner():
     with RecordingRunner() as runner:
         assert not runner.is_closed
     assert runner.is_closed
 
 
-def test_an_error_in_the_block_closes_the_runner_and_passes():
+def test_an_error_in_the_with_block_closes_the_runner_and_propagates():
     with pytest.raises(KeyError, match="inside"), RecordingRunner() as runner:
         raise KeyError("inside")
     assert runner.is_closed
 
 
-def test_an_incomplete_runner_cannot_be_made():
+def test_a_runner_without_run_cannot_be_instantiated():
     class Incomplete(Runner):
         def close(self):
             pass
@@ -127,28 +120,25 @@ def test_an_incomplete_runner_cannot_be_made():
         Incomplete(SPEC, "incomplete")
 
 
-def test_host_arrays_are_not_copied_when_they_are_contiguous():
+def test_host_array_of_a_contiguous_array_is_no_copy():
     array = np.arange(6.0).reshape(2, 3)
     assert host_array(array) is array
-    assert host_array(Held(array)) is array
+    assert host_array(HostTensor(array)) is array
 
 
-@pytest.mark.parametrize("wrap", [np.asarray, Held])
-def test_strided_arrays_become_contiguous(wrap):
+@pytest.mark.parametrize("wrap", [np.asarray, HostTensor])
+def test_host_array_of_a_strided_array_is_contiguous(wrap):
     array = np.arange(6.0).reshape(2, 3).T
     result = host_array(wrap(array))
     assert result.flags.c_contiguous
     np.testing.assert_array_equal(result, array)
 
 
-# Options
-
-
 @pytest.mark.parametrize(
     ("device", "kind", "index"),
     [("cpu", "cpu", 0), ("cuda", "cuda", 0), ("cuda:0", "cuda", 0), ("cuda:12", "cuda", 12)],
 )
-def test_a_device_is_taken_apart(device, kind, index):
+def test_runner_options_split_the_device(device, kind, index):
     options = RunnerOptions(device=device)
     assert (options.device_type, options.device_index) == (kind, index)
 
@@ -156,7 +146,7 @@ def test_a_device_is_taken_apart(device, kind, index):
 @pytest.mark.parametrize(
     "device", ["", "gpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:0:1"]
 )
-def test_another_device_is_refused(device):
+def test_runner_options_refuse_an_unknown_device(device):
     with pytest.raises(
         ValueError, match=f"device is {device!r}; accepted: 'cpu', 'cuda' or 'cuda:N'"
     ):
@@ -164,19 +154,17 @@ def test_another_device_is_refused(device):
 
 
 @pytest.mark.parametrize("num_threads", [0, -1])
-def test_no_threads_are_refused(num_threads):
+def test_runner_options_refuse_less_than_one_thread(num_threads):
     with pytest.raises(ValueError, match=f"num_threads is {num_threads}; it must be at least 1"):
         RunnerOptions(num_threads=num_threads)
 
 
-def test_the_default_is_the_cpu_with_the_threads_that_the_runtime_chooses():
-    assert RunnerOptions() == RunnerOptions(device="cpu", num_threads=None)
+def test_runner_options_default_to_the_cpu():
+    options = RunnerOptions()
+    assert (options.device, options.num_threads, options.cache_dir) == ("cpu", None, None)
 
 
-# Runtimes
-
-
-def test_every_runtime_module_keeps_the_contract():
+def test_every_runtime_has_open_graph_and_availability():
     assert runtime_names() == ["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "torch"]
     for name in runtime_names():
         module = runtime_module(name)
@@ -184,7 +172,7 @@ def test_every_runtime_module_keeps_the_contract():
         assert callable(module.availability)
 
 
-@pytest.mark.parametrize("name", ["", "onnx", "onnxruntime_runner", "runner", "stages"])
-def test_an_unknown_runtime_is_refused_with_those_that_exist(name, tmp_path):
+@pytest.mark.parametrize("name", ["", "onnx", "onnxruntime_runner", "runner", "trt"])
+def test_open_graph_with_an_unknown_runtime_lists_the_accepted(name, tmp_path):
     with pytest.raises(ValueError, match=f"runtime is '{name}'; accepted: .*onnxruntime"):
         engines.open_graph(name, tmp_path, SPEC, RunnerOptions())

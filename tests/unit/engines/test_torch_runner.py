@@ -1,4 +1,4 @@
-"""PyTorch's stages behind the common call signature."""
+"""PyTorch modules behind the common call signature."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def arrays():
     }
 
 
-def test_inputs_go_in_by_name_and_the_output_comes_out_by_name():
+def test_call_maps_inputs_and_the_output_by_name():
     with TorchRunner(Difference().train(), SPEC) as runner:
         inputs = arrays()
         swapped = dict(reversed(inputs.items()))
@@ -46,24 +46,24 @@ def test_inputs_go_in_by_name_and_the_output_comes_out_by_name():
     assert (output.shape, output.dtype) == ((2, 3), "float32")
 
 
-def test_nothing_is_recorded_for_gradients():
+def test_outputs_require_no_gradient():
     output = TorchRunner(Difference(), SPEC)(**arrays())["total"]
     assert not output.tensor.requires_grad
 
 
-def test_an_output_goes_into_the_next_stage_without_a_copy(monkeypatch):
+def test_an_output_as_input_is_not_copied_to_the_host(monkeypatch):
     runner = TorchRunner(Difference(), SPEC)
     first = runner(**arrays())["total"]
 
     def refuse(self):
-        raise AssertionError("the tensor was brought to the host")
+        raise AssertionError("the tensor was copied to the host")
 
     monkeypatch.setattr(TorchTensor, "numpy", refuse)
     second = runner(left=first, right=arrays()["right"])["total"]
     assert torch.equal(second.tensor, 2 * first.tensor - 1)
 
 
-def test_arrays_in_another_memory_order_are_taken():
+def test_inputs_in_another_memory_order_are_accepted():
     runner = TorchRunner(Difference(), SPEC)
     inputs = arrays()
     turned = np.asfortranarray(inputs["left"])
@@ -71,25 +71,25 @@ def test_arrays_in_another_memory_order_are_taken():
     assert np.array_equal(output, 2 * inputs["left"] - inputs["right"])
 
 
-def test_a_wrong_input_is_refused_before_the_module_runs():
+def test_call_with_a_wrong_input_raises():
     runner = TorchRunner(Difference(), SPEC)
     with pytest.raises(ValueError, match=r"left as float64 \(2, 3\); it takes left: float32"):
         runner(**{**arrays(), "left": np.zeros((2, 3))})
 
 
-def test_a_closed_runner_is_not_called_again():
+def test_call_after_close_raises():
     runner = TorchRunner(Difference(), SPEC)
     runner.close()
     with pytest.raises(AssertionError, match="the runner was closed"):
         runner(**arrays())
 
 
-def test_graph_files_are_refused():
+def test_open_graph_raises():
     with pytest.raises(RuntimeUnavailableError, match=r"PyTorch cannot run prior\.onnx"):
         torch_runner.open_graph(Path("prior.onnx"), SPEC, RunnerOptions())
 
 
-def test_availability_names_the_version_and_what_a_gpu_needs():
+def test_availability_reports_version_and_gpu():
     cpu, cuda = torch_runner.availability()
     assert (cpu.name, cpu.is_available, cpu.detail) == ("torch cpu", True, torch.__version__)
     assert cuda.name == "torch cuda"
@@ -97,7 +97,7 @@ def test_availability_names_the_version_and_what_a_gpu_needs():
     assert cuda.is_available or "driver" in cuda.remedy
 
 
-def test_availability_without_torch_ends_in_the_pip_line(monkeypatch):
+def test_availability_without_torch_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (missing,) = torch_runner.availability()
     assert not missing.is_available

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import ImageDecodeError
 from coprs_deploy.export import calibration
 from coprs_deploy.export.calibration import (
@@ -150,7 +150,7 @@ class TestCache:
         return {"first": ProductRange(value, value, 0.1)}
 
     def test_cached_ranges_are_measured_once_per_graph_and_images(self, folder, tmp_path):
-        cache, calls = BuildCache(tmp_path / "cache"), []
+        cache, calls = Cache(tmp_path / "cache"), []
         images = find_calibration_images(folder)
 
         def ranges(graph, value):
@@ -167,7 +167,7 @@ class TestCache:
     def test_cached_ranges_of_other_revision_or_damaged_are_measured_again(
         self, folder, tmp_path, monkeypatch
     ):
-        cache, calls = BuildCache(tmp_path / "cache"), []
+        cache, calls = Cache(tmp_path / "cache"), []
         images = find_calibration_images(folder)
 
         def ranges(value):

@@ -8,9 +8,8 @@ from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.cli.main import main
 from coprs_deploy.engines import RunnerOptions, open_bundle_graph
-from coprs_deploy.engines.cache import BuildCache
-from coprs_deploy.engines.trt.build import check_signature
-from coprs_deploy.engines.trt.checks import read_plan_text
+from coprs_deploy.engines.trt.cache import EngineCache
+from coprs_deploy.engines.trt.checks import describe_engine, signature_mismatch
 from coprs_deploy.errors import BundleIntegrityError, EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_writer
 from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile
@@ -59,10 +58,10 @@ def test_export_engines_are_described_in_manifest(
         assert graph.engine.compute_capabilities == GPUS
         assert graph.engine.verified_on is None
         assert graph.engine.size_bytes == bundle.graph_path(name).stat().st_size
-    BuildCache(tmp_path / "cache").keep_blob("timing", "10.9.0 on NVIDIA L4", bytes(2_000_000))
-    assert main(["inspect", str(path), "--cache", str(tmp_path / "cache")]) == 0
+    EngineCache(tmp_path / "cache").save_blob("timing", "10.9.0 on NVIDIA L4", bytes(2_000_000))
+    assert main(["inspect", str(path), "--cache-dir", str(tmp_path / "cache")]) == 0
     shown = capsys.readouterr().out
-    assert "timings of kernels: 10.9.0 on NVIDIA L4, 2.0 MB" in shown
+    assert "kernel timings: 10.9.0 on NVIDIA L4, 2.0 MB" in shown
     assert "never verified on a GPU" in shown
     assert f"engine cache: {tmp_path / 'cache'}, 3 engines" in shown
     page = ["--report", str(tmp_path / "page.html")]
@@ -90,9 +89,9 @@ def test_export_demo_model_compiles_for_every_capability(precision, tmp_path):
     for name, graph in bundle.manifest.graphs.items():
         assert graph.engine.compute_capabilities == GPUS
         assert graph.engine.network_layers > 10
-        text = read_plan_text(bundle.graph_path(name).read_bytes())
-        assert text is not None and text.capabilities == GPUS
-        assert check_signature(graph.spec, list(text.tensors)) is None
+        text = describe_engine(bundle.graph_path(name).read_bytes())
+        assert text is not None and text.compute_capabilities == GPUS
+        assert signature_mismatch(graph.spec, list(text.tensors)) is None
     end_to_end = bundle.manifest.equivalence[-1]
     assert end_to_end.passed
     assert (end_to_end.relative_error > 1e-4) == (precision != "fp32")
@@ -112,8 +111,8 @@ def test_export_fixed_aspect_encoder_compiles(drop_padding, tiny_checkpoint, tmp
     )
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
     graph = bundle.manifest.graphs["image_encoder"]
-    text = read_plan_text(bundle.graph_path("image_encoder").read_bytes())
-    assert text is not None and check_signature(graph.spec, list(text.tensors)) is None
+    text = describe_engine(bundle.graph_path("image_encoder").read_bytes())
+    assert text is not None and signature_mismatch(graph.spec, list(text.tensors)) is None
     assert graph.spec.drops_padding == drop_padding
 
 
@@ -146,17 +145,19 @@ def test_export_max_cache_size_removes_older_engines(tiny_checkpoint, tmp_path, 
             overwrite=True,
         )
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
-        return {entry.key.gpus for entry in BuildCache(tmp_path / "cache").entries()}
+        return {
+            entry.key.compute_capabilities for entry in EngineCache(tmp_path / "cache").entries()
+        }
 
     assert export("sm_80") == {("sm_80",)}
-    size = BuildCache(tmp_path / "cache").size_bytes()
+    size = EngineCache(tmp_path / "cache").size_bytes()
     assert export("sm_89") == {("sm_80",), ("sm_89",)}
     assert export("sm_120", limit=int(1.3 * size)) == {("sm_120",)}
 
 
 def test_export_unknown_capability_is_refused_before_reading(tmp_path):
     options = ExportOptions(runtime="tensorrt-rtx", compute_capabilities=("sm_90",))
-    with pytest.raises(ValueError, match="gpu names 'sm_90'"):
+    with pytest.raises(ValueError, match="compute_capabilities contains 'sm_90'"):
         export_checkpoint(tmp_path / "nothing", tmp_path / "bundle", options)
 
 

@@ -73,7 +73,7 @@ def test_encode_together_equals_encode_alone(graphs, images, monkeypatch):
     monkeypatch.setattr(
         encoder, "_run", lambda inputs: sizes.append(len(inputs["image"])) or run(inputs)
     )
-    together = graphs.encode_together(images)
+    together = graphs.encode_batch(images)
     assert sizes == [4, 1]
     assert [e.shape for e in together] == [alone[0].shape] * len(images)
     for found, expected in zip(together, alone, strict=True):
@@ -85,7 +85,7 @@ def test_encode_together_equals_encode_alone(graphs, images, monkeypatch):
 
 def test_encode_together_embedding_decodes_in_place(graphs, images):
     concentration = np.ones((1, graphs.runners[PRIOR].spec.inputs[1].shape[1]), np.float32)
-    for image, embedding in zip(images, graphs.encode_together(images), strict=True):
+    for image, embedding in zip(images, graphs.encode_batch(images), strict=True):
         inputs = (concentration, image.unpadded_size)
         (mask,) = graphs.priors_and_masks(embedding, *inputs)[1]
         (expected,) = graphs.priors_and_masks(graphs.encode(image), *inputs)[1]

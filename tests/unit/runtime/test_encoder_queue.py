@@ -25,7 +25,7 @@ class FakeStages:
         self.fails_from = 99
         self.loses_one = False
 
-    def encode_together(self, images):
+    def encode_batch(self, images):
         self.batches.append(len(images))
         self.has_begun.set()
         assert self.may_go_on.wait(WAIT)

@@ -107,7 +107,9 @@ class TestTimings:
             def stream(self, request):
                 *words, result = super().stream(request)
                 yield from words
-                yield dataclasses.replace(result, queue_ms=5.0, num_cached_tokens=17, preprocess_ms=3.0)
+                yield dataclasses.replace(
+                    result, queue_ms=5.0, num_cached_tokens=17, preprocess_ms=3.0
+                )
 
         timings = build(Telling())[0].segment(picture(), "x").timings
         assert (timings.queue_ms, timings.cached_prompt_tokens) == (5.0, 17)

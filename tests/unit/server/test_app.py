@@ -62,7 +62,11 @@ class TestAnswers:
             del found["timings"]
         assert answer == expected
         (request,) = policy.requests
-        assert (request.instruction, request.max_targets, request.max_new_tokens) == ("the cup", 2, 5)
+        assert (request.instruction, request.max_targets, request.max_new_tokens) == (
+            "the cup",
+            2,
+            5,
+        )
 
     def test_nothing_found_is_an_answer(self, connect):
         client, _ = connect(FakePolicy(found=0))

@@ -1,17 +1,13 @@
-"""A played library, and the file of a plan."""
+"""A machine with a TensorRT and a GPU that compute."""
 
 import pytest
 
-from tests.unit.engines.trt.engine_fakes import PLAN, FakeLibrary, play
+from tests.unit.engines.trt.engine_fakes import FakeMachine, install
 
 
 @pytest.fixture
-def library(monkeypatch):
-    return play(monkeypatch, FakeLibrary())
-
-
-@pytest.fixture
-def plan(tmp_path):
-    path = tmp_path / "prior.engine"
-    path.write_bytes(PLAN)
-    return path
+def machine(monkeypatch, tmp_path):
+    machine = FakeMachine(tmp_path)
+    for variant in ("tensorrt", "tensorrt-rtx"):
+        install(monkeypatch, machine.library, variant)
+    return machine

@@ -1,212 +1,326 @@
-"""Engines as they run, the library and the GPU played.
+"""Results of engines: CUDA graphs, profiles, fused launches and threads, on a GPU that computes.
 
-What a GPU computes is not tested here; which calls are made, in which order, on what, is.
+``engine_fakes`` stands for TensorRT and the GPU; tests/gpu runs the real ones.
 """
 
-from types import SimpleNamespace
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from coprs_deploy.engines import RunnerOptions
-from coprs_deploy.engines.cache import BuildCache
+from coprs_deploy.engines import SegmentationGraphs
+from coprs_deploy.engines.graphs import join_chunks
 from coprs_deploy.engines.runner import Runner
-from coprs_deploy.engines.trt.runner import TrtRunner
-from coprs_deploy.errors import (
-    CoPRSError,
-    RuntimeUnavailableError,
-)
+from coprs_deploy.errors import BundleError, CoPRSError, RuntimeUnavailableError
+from coprs_deploy.images import PreparedImage
 from tests.unit.engines.trt.engine_fakes import (
-    CUDA,
-    ENGINE,
+    GRAPHS,
     SPEC,
     SPECS,
     FakeDevice,
-    inputs_of,
-    names,
-    open_runner,
+    random_inputs,
+    record,
+    reference,
 )
 
 
-class TestCalls:
-    def test_the_first_call_runs_and_captures_and_later_ones_replay(self, library, plan):
-        with open_runner(library, plan) as runner:
-            library.calls.clear()
-            runner(**inputs_of(2))
-            first = names(library)
-            library.calls.clear()
-            runner(**inputs_of(2))
-            again = names(library)
-        fills = ["fill"] * len(SPEC.inputs)
-        assert first == [
-            "context",
-            *["shape", "address"] * len(SPEC.inputs),
-            "address",
-            *fills,
-            "execute",
-            "capture",
-            "execute",
-            "copy out",
-        ]
-        assert again == [*fills, "replay", "copy out"]
+def assert_outputs(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, "float32")
+        np.testing.assert_array_equal(found[name].numpy(), array)
 
-    def test_without_capture_every_call_executes_on_the_own_stream(self, library, plan):
-        options = RunnerOptions(device="cuda", cuda_graphs=False)
-        with open_runner(library, plan, options) as runner:
-            for _ in range(2):
-                runner(**inputs_of(1))
-        assert [call for call in library.calls if call[0] == "execute"] == [("execute", 7)] * 2
-        assert "capture" not in names(library)
 
-    def test_each_number_of_targets_has_its_own_context(self, library, plan):
-        with open_runner(library, plan) as runner:
-            for count in (1, 2, 1, 2):
-                assert runner(**inputs_of(count))["prior_logits"].shape == (count, 1, 64, 64)
-        assert names(library).count("context") == 2
-        assert names(library).count("replay") == 2
+class TestResults:
+    @pytest.mark.parametrize("cuda_graphs", [True, False])
+    @pytest.mark.parametrize("name", GRAPHS)
+    def test_calls_with_new_inputs_compute_their_graph(self, machine, name, cuda_graphs):
+        with machine.open(name, cuda_graphs=cuda_graphs) as runner:
+            for seed in range(3):
+                inputs = random_inputs(runner.spec, 2, seed)
+                assert_outputs(runner(**inputs), reference(name, **inputs))
 
+    @pytest.mark.parametrize("cuda_graphs", [True, False])
+    def test_alternating_target_counts_compute_their_graph(self, machine, cuda_graphs):
+        with machine.open(cuda_graphs=cuda_graphs) as runner:
+            for seed, count in enumerate((1, 2, 4, 1, 2, 4)):
+                inputs = random_inputs(SPEC, count, seed)
+                assert_outputs(runner(**inputs), reference("prior", **inputs))
+
+    def test_an_output_survives_later_calls(self, machine):
+        inputs = [random_inputs(SPEC, 1, seed) for seed in range(3)]
+        with machine.open() as runner:
+            outputs = [runner(**one) for one in inputs]  # nothing has run yet
+            for one, found in zip(inputs, outputs, strict=True):
+                assert_outputs(found, reference("prior", **one))
+
+    def test_an_output_of_another_stream_is_awaited(self, machine):
+        image = random_inputs(SPECS["image_encoder"], 1)
+        inputs = random_inputs(SPEC, 2)
+        with machine.open("image_encoder") as encoder, machine.open() as prior:
+            inputs["image_embedding"] = encoder(**image)["image_embedding"]
+            found = prior(**inputs)["prior_logits"].numpy()
+        embedding = reference("image_encoder", **image)["image_embedding"]
+        expected = reference("prior", **{**inputs, "image_embedding": embedding})
+        np.testing.assert_array_equal(found, expected["prior_logits"])
+
+    def test_calls_from_several_threads_do_not_mix(self, machine):
+        inputs = [random_inputs(SPEC, 1 + seed % 2, seed) for seed in range(4)]
+        machine.gpu.on_fill = lambda: time.sleep(0)  # lets another thread run
+        with machine.open() as runner:
+            # Launches are concurrent; the fake GPU runs them when the first result is read.
+            with ThreadPoolExecutor(4) as pool:
+                outputs = list(pool.map(lambda i: runner(**inputs[i % 4]), range(40)))
+            for i, found in enumerate(outputs):
+                assert_outputs(found, reference("prior", **inputs[i % 4]))
+
+    def test_cuda_graphs_replay_every_call_after_the_first(self, machine):
+        with machine.open() as runner:
+            for _ in range(3):
+                runner(**random_inputs(SPEC, 2))
+        assert machine.gpu.launches == ["prior", "replay", "replay"]
+
+    def test_without_cuda_graphs_nothing_is_replayed(self, machine):
+        with machine.open(cuda_graphs=False) as runner:
+            for _ in range(3):
+                runner(**random_inputs(SPEC, 2))
+        assert machine.gpu.launches == ["prior"] * 3
+
+    def test_a_file_of_another_graph_is_not_run(self, machine):
+        machine.path("prior").write_bytes(machine.path("mask_decoder").read_bytes())
+        with pytest.raises(BundleError, match=r"the engine has image_embedding.*the manifest says"):
+            machine.open(engine=record("mask_decoder"))
+
+
+class TestErrors:
     @pytest.mark.parametrize("count", [0, 5])
-    def test_more_targets_than_the_engine_takes_are_refused(self, library, plan, count):
+    def test_a_target_count_outside_the_profile_is_refused(self, machine, count):
         with (
-            open_runner(library, plan) as runner,
-            pytest.raises(ValueError, match=f"given {count} targets; .* 1 to 4"),
+            machine.open() as runner,
+            pytest.raises(ValueError, match=f"given {count} targets; .* 1 to 4: .* --targets"),
         ):
-            runner(**inputs_of(count))
+            runner(**random_inputs(SPEC, count))
 
-    def test_a_failed_run_raises(self, library, plan):
-        library.runs = False
+    def test_an_image_count_outside_the_profile_is_refused(self, machine):
         with (
-            open_runner(library, plan) as runner,
+            machine.open("image_encoder") as runner,
+            pytest.raises(ValueError, match=r"given 5 images; .* 1 to 4: .* --images"),
+        ):
+            runner(**random_inputs(SPECS["image_encoder"], 5))
+
+    def test_a_launch_that_fails_raises(self, machine):
+        machine.library.accepts_runs = False
+        with (
+            machine.open() as runner,
             pytest.raises(RuntimeUnavailableError, match="could not run prior"),
         ):
-            runner(**inputs_of(1))
+            runner(**random_inputs(SPEC, 1))
 
-    def test_closing_waits_for_the_gpu_once(self, library, plan):
-        runner = open_runner(library, plan)
+    def test_a_full_gpu_raises(self, machine):
+        machine.library.has_memory = False
+        with (
+            machine.open() as runner,
+            pytest.raises(RuntimeUnavailableError, match=r"context for prior.*free GPU memory"),
+        ):
+            runner(**random_inputs(SPEC, 1))
+
+    def test_a_closed_runner_raises_and_closes_again(self, machine):
+        runner = machine.open()
+        output = runner(**random_inputs(SPEC, 1))
         runner.close()
         runner.close()
-        assert names(library).count("synchronize") == 1
+        assert_outputs(output, reference("prior", **random_inputs(SPEC, 1)))
+        with pytest.raises(CoPRSError, match="prior was called after it was closed"):
+            runner(**random_inputs(SPEC, 1))
 
-    def test_all_work_is_done_with_its_device_as_the_current_one(self, library, plan):
-        with open_runner(library, plan) as runner:
-            runner(**inputs_of(1))
-        depth = 0
-        for call in library.calls:
-            depth += {"enter": 1, "leave": -1}.get(call[0], 0)
-            assert depth == 1 or call[0] == "leave", call
+    def test_closing_waits_for_running_work(self, machine):
+        runner = machine.open()
+        output = runner(**random_inputs(SPEC, 1))["prior_logits"]
+        assert not output.is_ready
+        runner.close()
+        assert output.is_ready
 
-    def test_kernels_that_cannot_be_kept_are_a_warning(self, library, plan):
-        runner = open_runner(library, plan)
-        runner._plan._compiled = SimpleNamespace(serialize=lambda: b"kernels")
-        (plan.parent / "cache").write_text("a file stands in the way")
-        with pytest.warns(UserWarning, match=r"will be compiled again.*COPRS_DEPLOY_CACHE"):
-            runner.close()
-        assert not runner._plan.is_open
 
-    def test_it_says_what_it_is(self, library, plan):
-        with open_runner(library, plan) as runner:
+class TestDescription:
+    def test_description_names_library_gpu_and_verification(self, machine):
+        with machine.open() as runner:
             assert runner.description == "tensorrt 10.9.0 on NVIDIA L4, never verified"
+        with machine.open(engine=record(verified_on="NVIDIA L4")) as runner:
+            assert runner.description.endswith("on NVIDIA L4, verified on NVIDIA L4")
+
+    def test_layers_memory_and_gpu_are_read_from_the_engine(self, machine):
+        with machine.open() as runner:
             assert runner.layers == ("layer 0",)
             assert runner.device_memory_bytes == 1234
+            assert runner.gpu_name == "NVIDIA L4"
 
 
-class TestJoined:
+class TestKernelCache:
+    """Kernels that TensorRT for RTX compiles on the GPU."""
+
+    @staticmethod
+    def run(machine, counts=(1, 2)):
+        """Open, run and close; return the number of compiled kernels."""
+        before = machine.library.num_compiled
+        engine = record(variant="tensorrt-rtx")
+        with machine.open(engine=engine) as runner:
+            for count in counts:
+                inputs = random_inputs(SPEC, count)
+                assert_outputs(runner(**inputs), reference("prior", **inputs))
+        return machine.library.num_compiled - before
+
+    def test_the_second_opening_compiles_only_new_kernels(self, machine):
+        assert self.run(machine) == 2
+        assert self.run(machine) == 0
+        assert self.run(machine, (1, 4)) == 1
+
+    def test_a_kernel_cache_that_cannot_be_read_is_replaced(self, machine):
+        self.run(machine)
+        (saved,) = (machine.folder / "cache" / "runtime").iterdir()
+        saved.write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="kernel cache cannot be read"):
+            assert self.run(machine) == 2
+        assert self.run(machine) == 0
+
+    def test_kernels_that_cannot_be_saved_are_a_warning(self, machine):
+        runner = machine.open(engine=record(variant="tensorrt-rtx"))
+        runner(**random_inputs(SPEC, 1))
+        (machine.folder / "cache").write_text("a file, not a folder")
+        with pytest.warns(UserWarning, match=r"compiled again.*COPRS_DEPLOY_CACHE"):
+            runner.close()
+        with pytest.raises(CoPRSError, match="after it was closed"):
+            runner(**random_inputs(SPEC, 1))
+
+
+class TestFused:
     """Prior and mask decoder as one call."""
 
     @pytest.fixture
-    def pair(self, library, plan):
-        runners = []
-        for name in ("prior", "mask_decoder"):
-            library.spec = SPECS[name]
-            device, cache = FakeDevice(library.calls), BuildCache(plan.parent / "cache")
-            runners.append(
-                TrtRunner(plan, SPECS[name], CUDA, engine=ENGINE, device=device, cache=cache)
-            )
-        library.calls.clear()
-        yield runners
-        for runner in runners:
-            runner.close()
+    def pair(self, machine):
+        with machine.open("prior") as prior, machine.open("mask_decoder") as mask_decoder:
+            yield prior, mask_decoder
 
     @staticmethod
-    def inputs(spec, count):
-        return {t.name: np.zeros(t.shape_for(count), t.dtype) for t in spec.inputs}
+    def expected(inputs):
+        embedding = inputs["image_embedding"]
+        priors = reference(
+            "prior", image_embedding=embedding, concentration=inputs["concentration"]
+        )
+        size = inputs["unpadded_size"]
+        return priors | reference(
+            "mask_decoder", image_embedding=embedding, unpadded_size=size, **priors
+        )
 
-    def test_it_takes_what_neither_gives_and_gives_what_both_give(self, pair):
-        with pair[0].fused_with(pair[1]) as joined:
-            assert [t.name for t in joined.spec.inputs] == [
-                "image_embedding",
-                "concentration",
-                "unpadded_size",
-            ]
-            assert [t.name for t in joined.spec.outputs] == ["prior_logits", "mask_logits"]
-            assert joined.spec.targets == SPEC.targets
+    def test_the_fused_spec_has_the_outer_inputs_and_all_outputs(self, pair):
+        with pair[0].fused_with(pair[1]) as fused:
+            names = [tensor.name for tensor in fused.spec.inputs]
+            assert names == ["image_embedding", "concentration", "unpadded_size"]
+            assert [t.name for t in fused.spec.outputs] == ["prior_logits", "mask_logits"]
+            assert fused.spec.targets == SPEC.targets
 
-    def test_both_run_on_one_stream_and_are_captured_as_one(self, library, pair):
-        with pair[0].fused_with(pair[1]) as joined:
-            for expected in (
-                ["execute", "execute", "capture", "execute", "execute"],
-                ["replay"],
-            ):
-                library.calls.clear()
-                outputs = joined(**self.inputs(joined.spec, 2))
-                made = [n for n in names(library) if n in ("execute", "capture", "replay")]
-                assert made == expected
-                assert names(library).count("fill") == 3
-                assert names(library).count("copy out") == 2
-        assert {name: array.shape for name, array in outputs.items()} == {
-            "prior_logits": (2, 1, 64, 64),
-            "mask_logits": (2, 1, 64, 64),
-        }
+    def test_fused_calls_compute_both_graphs_in_one_launch(self, machine, pair):
+        with pair[0].fused_with(pair[1]) as fused:
+            for seed, count in enumerate((2, 2, 4, 2, 4)):
+                inputs = random_inputs(fused.spec, count, seed)
+                assert_outputs(fused(**inputs), self.expected(inputs))
+        both = ["prior", "mask_decoder"]
+        assert machine.gpu.launches == [*both, "replay", *both, "replay", "replay"]
 
-    def test_the_prior_is_read_where_it_was_written(self, library, pair):
-        with pair[0].fused_with(pair[1]) as joined:
-            joined(**self.inputs(joined.spec, 1))
-        addresses = [call[1:] for call in library.calls if call[0] == "address"]
-        for name in ("prior_logits", "image_embedding"):
-            found = [address for tensor, address in addresses if tensor == name]
-            assert len(found) == 2 and len(set(found)) == 1
-
-    def test_more_targets_than_the_engines_take_are_refused(self, pair):
+    def test_fused_calls_without_cuda_graphs_compute_both_graphs(self, machine):
         with (
-            pair[0].fused_with(pair[1]) as joined,
+            machine.open("prior", cuda_graphs=False) as prior,
+            machine.open("mask_decoder", cuda_graphs=False) as mask_decoder,
+            prior.fused_with(mask_decoder) as fused,
+        ):
+            for seed in range(2):
+                inputs = random_inputs(fused.spec, 3, seed)
+                assert_outputs(fused(**inputs), self.expected(inputs))
+        assert machine.gpu.launches == ["prior", "mask_decoder"] * 2
+
+    def test_fused_and_single_calls_at_once_do_not_mix(self, pair):
+        with pair[0].fused_with(pair[1]) as fused:
+            for seed in range(3):
+                inputs, others = (random_inputs(fused.spec, 2, s) for s in (seed, seed + 10))
+                alone = {t.name: others[t.name] for t in SPEC.inputs}
+                together, single = fused(**inputs), pair[0](**alone)
+                assert_outputs(together, self.expected(inputs))
+                assert_outputs(single, reference("prior", **alone))
+
+    def test_a_single_call_during_the_capture_is_not_captured(self, machine, pair):
+        single = random_inputs(SPEC, 2, seed=1)
+        outputs = []
+        with pair[0].fused_with(pair[1]) as fused:
+            pair[0](**single)  # its own capture is over
+            machine.gpu.during_capture = lambda: outputs.append(pair[0](**single))
+            inputs = random_inputs(fused.spec, 2)
+            assert_outputs(fused(**inputs), self.expected(inputs))
+            assert len(outputs) == 1
+            assert_outputs(outputs[0], reference("prior", **single))
+            assert_outputs(fused(**inputs), self.expected(inputs))
+
+    def test_a_target_count_outside_the_profile_is_refused(self, pair):
+        with (
+            pair[0].fused_with(pair[1]) as fused,
             pytest.raises(ValueError, match="prior and mask_decoder was given 5 targets"),
         ):
-            joined(**self.inputs(joined.spec, 5))
+            fused(**random_inputs(fused.spec, 5))
 
-    def test_it_shares_no_stream_and_no_buffer_with_the_runners(self, library, pair):
-        # The prior is asked alone by one thread while another asks for both.
-        with pair[0].fused_with(pair[1]) as joined:
-            assert joined._device not in (pair[0]._device, pair[1]._device)
-            library.calls.clear()
-            joined(**self.inputs(joined.spec, 1))
-            pair[0](**self.inputs(pair[0].spec, 1))
-        addresses = [call[2] for call in library.calls if call[:2] == ("address", "prior_logits")]
-        assert len(addresses) == 3 and len(set(addresses)) == 2
+    def test_a_closed_fused_runner_raises(self, machine, pair):
+        fused = pair[0].fused_with(pair[1])
+        fused.close()
+        with pytest.raises(CoPRSError, match="prior and mask_decoder was called after it was"):
+            fused(**random_inputs(fused.spec, 1))
+        assert machine.gpu.launches == []
 
-    def test_nothing_runs_after_closing(self, library, pair):
-        joined = pair[0].fused_with(pair[1])
-        joined.close()
-        library.calls.clear()
-        with pytest.raises(CoPRSError, match="prior and mask_decoder was closed"):
-            joined(**self.inputs(joined.spec, 1))
-        assert names(library) == []
+    def test_runners_outlive_their_fused_runner(self, pair):
+        with pair[0].fused_with(pair[1]) as fused:
+            fused(**random_inputs(fused.spec, 1))
+        inputs = random_inputs(SPEC, 1)
+        assert_outputs(pair[0](**inputs), reference("prior", **inputs))
 
-    def test_it_leaves_the_runners_usable(self, pair):
-        with pair[0].fused_with(pair[1]):
-            pass
-        assert pair[0](**self.inputs(pair[0].spec, 1))
+    def test_engines_on_two_gpus_are_not_fused(self, machine, pair):
+        with machine.open("mask_decoder", device=FakeDevice(machine.gpu, index=1)) as elsewhere:
+            assert pair[0].fused_with(elsewhere) is None
 
-    def test_graphs_elsewhere_are_not_joined(self, pair):
-        pair[1]._device.index = 1
-        assert pair[0].fused_with(pair[1]) is None
-        other = OnnxLike(SPECS["mask_decoder"], "another runtime")
+    def test_engines_and_other_runners_are_not_fused(self, pair):
+        other = OtherRunner(SPECS["mask_decoder"], "another runtime")
         assert pair[0].fused_with(other) is None
         assert other.fused_with(pair[1]) is None
 
 
-class OnnxLike(Runner):
+class OtherRunner(Runner):
     def _run(self, inputs):
         raise NotImplementedError
 
     def close(self):
         raise NotImplementedError
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_segmentation_graphs_on_engines_equal_the_reference(machine, count):
+    generator = np.random.default_rng(0)
+    images = [
+        PreparedImage(
+            generator.standard_normal((1, 3, 16, 16), dtype=np.float32),
+            np.array([12, 16]),
+            (24, 32),
+        )
+        for _ in range(3)
+    ]
+    concentrations = generator.standard_normal((count, 3), dtype=np.float32)
+    with SegmentationGraphs({name: machine.open(name) for name in GRAPHS}) as graphs:
+        assert graphs.is_fused
+        for _ in range(2):  # the second time replays
+            for image, embedding in zip(images, graphs.encode_batch(images), strict=True):
+                found = graphs.priors_and_masks(embedding, concentrations, image.unpadded_size)
+                encoded = reference("image_encoder", image=image.image)["image_embedding"]
+                expected = TestFused.expected(
+                    {
+                        "image_embedding": encoded,
+                        "concentration": concentrations,
+                        "unpadded_size": image.unpadded_size,
+                    }
+                )
+                for chunks, name in zip(found, ("prior_logits", "mask_logits"), strict=True):
+                    np.testing.assert_array_equal(join_chunks(chunks, count), expected[name])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: engines and CUDA sessions compute what PyTorch computes."""
+"""Engines and CUDA sessions on a real GPU: their outputs equal those of PyTorch on the CPU."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from coprs_deploy.engines import (
     open_bundle_graph,
     runtime_module,
 )
-from coprs_deploy.engines.autotune import trial_inputs
+from coprs_deploy.engines.autotune import random_inputs
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
@@ -23,12 +23,12 @@ pytestmark = [
     pytest.mark.skipif(current_gpu() is None, reason="PyTorch sees no NVIDIA GPU here"),
 ]
 
-ORT_RELATIVE = 1e-4
-"""Float32 on CUDA without TF32, in another order than on the CPU."""
+RELATIVE_ERROR = 1e-4
+"""float32 on CUDA without TF32, summed in another order than on the CPU."""
 
 
 def require(runtime, device="cuda"):
-    """Skip what cannot run here, with its reason."""
+    """Skip a test whose runtime cannot run on this machine."""
     for found in runtime_module(runtime).availability():
         if found.name in (runtime, f"{runtime} {device}") and not found.is_available:
             pytest.skip(f"{found.name}: {found.detail}")
@@ -36,7 +36,7 @@ def require(runtime, device="cuda"):
 
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
 def engines(request, tiny_checkpoint, tmp_path_factory):
-    """A bundle of engines for this GPU, which the export has compared with PyTorch on it."""
+    """A bundle of engines for this GPU, which export verified on it."""
     require(request.param)
     gpu = current_gpu().compute_capability
     options = ExportOptions(
@@ -51,7 +51,7 @@ def engines(request, tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.tensorrt
-def test_the_export_has_verified_them(engines, tiny_checkpoint):
+def test_exported_engines_are_verified_on_this_gpu(engines, tiny_checkpoint):
     gpu = current_gpu()
     for graph in engines.manifest.graphs.values():
         assert graph.engine.verified_on == gpu.name
@@ -63,13 +63,13 @@ def test_the_export_has_verified_them(engines, tiny_checkpoint):
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_recorded_work_gives_the_same_bits(engines, name):
+def test_cuda_graphs_give_the_same_bits(engines, name):
     found = []
-    for recorded in (True, False):
-        options = RunnerOptions(device="cuda", cuda_graphs=recorded)
+    for cuda_graphs in (True, False):
+        options = RunnerOptions(device="cuda", cuda_graphs=cuda_graphs)
         with open_bundle_graph(engines, name, options) as runner:
-            inputs = trial_inputs(runner.spec)
-            # The first call runs and records, the second replays.
+            inputs = random_inputs(runner.spec)
+            # The first call runs and captures, the others replay.
             outputs = [next(iter(runner(**inputs).values())).numpy() for _ in range(3)]
         assert all(np.array_equal(outputs[0], output) for output in outputs)
         found.append(outputs[0])
@@ -77,22 +77,24 @@ def test_recorded_work_gives_the_same_bits(engines, name):
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("recorded", [True, False])
-def test_prior_and_mask_decoder_as_one_call_give_the_same_bits(engines, recorded):
-    options = RunnerOptions(device="cuda", cuda_graphs=recorded)
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_fused_prior_and_mask_decoder_give_the_same_bits(engines, cuda_graphs):
+    options = RunnerOptions(device="cuda", cuda_graphs=cuda_graphs)
     with SegmentationGraphs(
         {name: open_bundle_graph(engines, name, options) for name in GRAPH_NAMES}
-    ) as stages:
-        assert stages.joins_targets
+    ) as graphs:
+        assert graphs.is_fused
         prepared = prepare_image(np.full((90, 140, 3), 99, np.uint8), engines.manifest.geometry)
-        embedding = stages.encode(prepared)
-        width = engines.manifest.policy.hidden_size
-        concentrations = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
-        priors = stages.priors(embedding, concentrations)
-        apart = (priors, stages.masks(embedding, priors, prepared.unpadded_size))
-        for _ in range(3):  # the first call runs and records, the others replay
-            together = stages.priors_and_masks(embedding, concentrations, prepared.unpadded_size)
-            for found, expected in zip(together, apart, strict=True):
+        embedding = graphs.encode(prepared)
+        hidden_size = engines.manifest.policy.hidden_size
+        concentrations = (
+            np.random.default_rng(0).standard_normal((3, hidden_size)).astype(np.float32)
+        )
+        priors = graphs.priors(embedding, concentrations)
+        separate = (priors, graphs.masks(embedding, priors, prepared.unpadded_size))
+        for _ in range(3):  # the first call runs and captures, the others replay
+            together = graphs.priors_and_masks(embedding, concentrations, prepared.unpadded_size)
+            for found, expected in zip(together, separate, strict=True):
                 assert np.array_equal(join_chunks(found, 3), join_chunks(expected, 3))
         geometry = engines.manifest.geometry
         masks = masks_at_original_size(together[1], 3, prepared, geometry)
@@ -100,44 +102,44 @@ def test_prior_and_mask_decoder_as_one_call_give_the_same_bits(engines, recorded
         assert np.abs(logits[masks != (logits > 0)]).max(initial=0) < 1e-4
 
 
-def assert_images_together_equal_each_alone(bundle, device):
-    """Encode five pictures in two calls, and decode each embedding where the batch left it."""
-    graphs, geometry = bundle.manifest.graphs, bundle.manifest.geometry
+def assert_a_batch_equals_single_images(bundle, device):
+    """Encode five images in two calls, and decode each embedding in place."""
+    geometry = bundle.manifest.geometry
     options = RunnerOptions(device=device)
     with SegmentationGraphs(
-        {name: open_bundle_graph(bundle, name, options) for name in graphs}
-    ) as stages:
+        {name: open_bundle_graph(bundle, name, options) for name in GRAPH_NAMES}
+    ) as graphs:
         generator = np.random.default_rng(1)
-        drawn = [generator.integers(0, 256, (50, 30 + n, 3), dtype=np.uint8) for n in range(5)]
-        pictures = [prepare_image(picture, geometry) for picture in drawn]
+        arrays = [generator.integers(0, 256, (50, 30 + n, 3), dtype=np.uint8) for n in range(5)]
+        images = [prepare_image(array, geometry) for array in arrays]
         concentrations = np.ones((1, bundle.manifest.policy.hidden_size), np.float32)
-        for picture, embedding in zip(pictures, stages.encode_together(pictures), strict=True):
-            alone = stages.encode(picture)
+        for image, embedding in zip(images, graphs.encode_batch(images), strict=True):
+            alone = graphs.encode(image)
             scale = np.abs(alone.numpy()).max()
-            assert np.abs(embedding.numpy() - alone.numpy()).max() <= ORT_RELATIVE * scale
-            inputs = (concentrations, picture.unpadded_size)
-            (mask,) = stages.priors_and_masks(embedding, *inputs)[1]
-            (expected,) = stages.priors_and_masks(alone, *inputs)[1]
+            assert np.abs(embedding.numpy() - alone.numpy()).max() <= RELATIVE_ERROR * scale
+            inputs = (concentrations, image.unpadded_size)
+            (mask,) = graphs.priors_and_masks(embedding, *inputs)[1]
+            (expected,) = graphs.priors_and_masks(alone, *inputs)[1]
             scale = np.abs(expected.numpy()).max()
-            assert np.abs(mask.numpy() - expected.numpy()).max() <= 10 * ORT_RELATIVE * scale
+            assert np.abs(mask.numpy() - expected.numpy()).max() <= 10 * RELATIVE_ERROR * scale
 
 
 @pytest.mark.tensorrt
-def test_engines_encode_images_together(engines):
-    assert_images_together_equal_each_alone(engines, "cuda")
+def test_engines_encode_batches(engines):
+    assert_a_batch_equals_single_images(engines, "cuda")
 
 
-def test_onnx_runtime_encodes_images_together_on_cuda(tiny_checkpoint, tmp_path):
+def test_onnx_runtime_on_cuda_encodes_batches(tiny_checkpoint, tmp_path):
     require("onnxruntime")
     options = ExportOptions(images=OptimizationProfile(1, 2, 4))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle
-    assert_images_together_equal_each_alone(bundle, "cuda")
+    assert_a_batch_equals_single_images(bundle, "cuda")
 
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("drop_padding", [False, True])
-def test_engines_for_one_aspect_are_verified_like_others(
+def test_engines_with_a_fixed_aspect_ratio_are_verified(
     tiny_checkpoint, tmp_path, runtime, drop_padding
 ):
     require(runtime)
@@ -154,7 +156,7 @@ def test_engines_for_one_aspect_are_verified_like_others(
 
 
 @pytest.mark.tensorrt
-def test_answers_are_those_of_the_cpu(engines, tiny_bundle, scene):
+def test_segment_on_engines_equals_the_cpu(engines, tiny_bundle, scene):
     with CoPRS.load(tiny_bundle) as coprs:
         expected = coprs.segment(scene, "the red disc", targets=2)
     with CoPRS.load(engines.path, RuntimeOptions(device="cuda")) as coprs:
@@ -165,12 +167,12 @@ def test_answers_are_those_of_the_cpu(engines, tiny_bundle, scene):
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_onnx_runtime_computes_the_same_on_cuda(name, tiny_bundle):
+def test_onnx_runtime_on_cuda_equals_the_cpu(name, tiny_bundle):
     require("onnxruntime")
     bundle = open_bundle(tiny_bundle)
     found = []
     for device in ("cpu", "cuda"):
         with open_bundle_graph(bundle, name, RunnerOptions(device=device)) as runner:
-            (output,) = runner(**trial_inputs(runner.spec)).values()
+            (output,) = runner(**random_inputs(runner.spec)).values()
             found.append(output.numpy())
-    assert np.abs(found[0] - found[1]).max() <= ORT_RELATIVE * np.abs(found[0]).max()
+    assert np.abs(found[0] - found[1]).max() <= RELATIVE_ERROR * np.abs(found[0]).max()
