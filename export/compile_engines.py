@@ -19,7 +19,7 @@ import msgspec
 from coprs_deploy import CoPRSError
 from coprs_deploy.console import StepPrinter, table
 from coprs_deploy.engines.cuda import current_gpu
-from coprs_deploy.engines.trt.cache import BuildCallbacks
+from coprs_deploy.engines.trt.build import BuildCallbacks
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, ExportReport, export_checkpoint
@@ -128,7 +128,7 @@ def compile_device(
         arguments.out / name,
         options,
         lambda step: progress(f"{name}: {step}"),
-        BuildCallbacks(note=progress.note, phase=progress.phase),
+        BuildCallbacks(on_note=progress.note, on_progress=progress.progress),
     )
 
 

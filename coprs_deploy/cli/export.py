@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = _options(arguments)
     with StepPrinter() as progress:
-        callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.phase)
+        callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.progress)
         report = export_checkpoint(
             arguments.checkpoint, arguments.out, options, progress, callbacks
         )
