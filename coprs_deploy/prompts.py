@@ -1,8 +1,8 @@
-"""The prompt that a policy reads, and the response that it writes.
+"""Prompt template, prompt encoding, response parsing and format violations.
 
-The template is data of a checkpoint, because weights are tuned to it. What a user types is only
-text: no special token can be smuggled in through it. Reading a response works on token ids, so that
-the letters ``<REF_POS>`` in running text are never taken for the token.
+The template is data of a checkpoint, because weights are tuned to it. User input is encoded as
+plain text only: it cannot inject special tokens. Responses are parsed from token ids, so that the
+characters ``<REF_POS>`` in running text are never mistaken for the token.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from coprs_deploy.specs import Record
 REFERENCE_TOKEN = "<REF_POS>"
 """The concentration token: its hidden state is the query of the prior (paper, section 3.1)."""
 
-LONGEST_REASONING = 2048
-"""Characters; a longer thought is a minor fault (paper, appendix B.2)."""
+MAX_REASONING_CHARS = 2048
+"""Longer reasoning is a minor violation (paper, appendix B.2)."""
 
-LONGEST_BRIDGE = 10
-"""Words between the thought and the token; more is a minor fault (public code only)."""
+MAX_WORDS_BETWEEN = 10
+"""Words between the reasoning and the token; more is a minor violation (public code only)."""
 
 _INSTRUCTION = "{instruction}"
-_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that prompts need."""
+    """Interface of a transformers tokenizer, as far as prompts use it."""
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, list[int]]:
-        """Return ``input_ids`` of a text."""
+        """Return the ``input_ids`` of ``text``."""
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Return the added tokens by content."""
+        """Return the ids of the added tokens by their content."""
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        """Return the id of one token."""
+        """Return the id of ``token``."""
 
 
 class PromptTemplate(Record, frozen=True):
-    """The whole prompt of a checkpoint, special tokens written out.
+    """Complete prompt of a checkpoint, special tokens written out.
 
     Attributes:
-        text: holds ``{instruction}`` once and ``image_token`` once.
-        image_token: the policy's image placeholder; it is repeated for each vision token.
-        max_prompt_tokens: longest prompt, vision tokens included (paper, B.3: 1,300).
-        max_response_tokens: longest response (paper, B.3: 2,000).
+        text: prompt with exactly one ``{instruction}`` and one ``image_token``.
+        image_token: image placeholder of the policy; encoding repeats it for each vision token.
+        max_prompt_tokens: maximum prompt length, vision tokens included (paper, B.3: 1,300).
+        max_response_tokens: maximum response length (paper, B.3: 2,000).
     """
 
     text: str
@@ -61,26 +61,26 @@ class PromptTemplate(Record, frozen=True):
         for part in (_INSTRUCTION, self.image_token):
             if self.text.count(part) != 1:
                 raise ValueError(
-                    f"the prompt template holds {part} {self.text.count(part)} times; "
-                    "it must hold it exactly once"
+                    f"the prompt template contains {part} {self.text.count(part)} times; "
+                    "it must contain it exactly once"
                 )
         if self.max_prompt_tokens < 1 or self.max_response_tokens < 1:
             raise ValueError("max_prompt_tokens and max_response_tokens must be at least 1")
 
 
 def check_instruction(instruction: str) -> str:
-    """Return the instruction without surrounding blanks.
+    """Return the instruction without surrounding whitespace.
 
     Raises:
-        InstructionError: nothing is left, or it is no text.
+        InstructionError: the instruction is empty, not a str, or not valid Unicode.
     """
     if not isinstance(instruction, str):
         raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
     if not instruction.strip():
         raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
-    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+    if any("\ud800" <= character <= "\udfff" for character in instruction):
         raise InstructionError(
-            "the instruction holds half a surrogate pair; accepted: Unicode text"
+            "the instruction contains half a surrogate pair; accepted: Unicode text"
         )
     return instruction.strip()
 
@@ -88,21 +88,22 @@ def check_instruction(instruction: str) -> str:
 def encode_prompt(
     template: PromptTemplate, tokenizer: Tokenizer, instruction: str, num_image_tokens: int
 ) -> list[int]:
-    """Turn an instruction into the token ids that the policy reads.
+    """Encode a prompt as token ids.
 
-    Special tokens inside the instruction stay ordinary text, and its surrounding blanks are cut.
+    Special tokens inside the instruction stay plain text; surrounding whitespace is removed.
 
     Args:
-        template: the checkpoint's prompt.
-        tokenizer: the policy's tokenizer.
-        instruction: what the user wants to have segmented.
-        num_image_tokens: how many vision tokens the image takes.
+        template: prompt template of the checkpoint.
+        tokenizer: tokenizer of the policy.
+        instruction: what to segment.
+        num_image_tokens: number of vision tokens of the image.
 
     Returns:
         Prompt token ids, the image placeholder repeated ``num_image_tokens`` times.
 
     Raises:
-        InstructionError: the instruction is blank, or the prompt becomes too long.
+        InstructionError: the instruction is empty, or the prompt is too long.
+        ValueError: the tokenizer lacks the image token of the template.
     """
     instruction = check_instruction(instruction)
     if template.image_token not in tokenizer.get_added_vocab():
@@ -119,7 +120,7 @@ def encode_prompt(
         if excess >= len(instruction):
             raise InstructionError(
                 f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
-                f"({num_image_tokens} of them for the image): show the policy a smaller image"
+                f"({num_image_tokens} of them for the image): use a smaller image for the policy"
             )
         raise InstructionError(
             f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
@@ -134,18 +135,18 @@ def _encode_text(text: str, tokenizer: Tokenizer, instruction: str) -> list[int]
     pattern = re.compile("(" + "|".join(map(re.escape, added)) + ")")
     if not added or pattern.findall(whole) == pattern.findall(text):
         return _encode_plain(whole, tokenizer)
-    # Only the template's own added tokens may act: cut the template at them, and encode what lies
-    # between with the added tokens of the instruction broken into letters.
+    # Only added tokens of the template itself are special: split the template at them, and encode
+    # the text between with each added token of the instruction split after its first character.
     ids: list[int] = []
     for piece in pattern.split(text):
         if pattern.fullmatch(piece):
             ids.append(tokenizer.convert_tokens_to_ids(piece))
             continue
-        letters = piece.replace(_INSTRUCTION, instruction)
-        while found := pattern.search(letters):
-            ids.extend(_encode_plain(letters[: found.start() + 1], tokenizer))
-            letters = letters[found.start() + 1 :]
-        ids.extend(_encode_plain(letters, tokenizer))
+        rest = piece.replace(_INSTRUCTION, instruction)
+        while found := pattern.search(rest):
+            ids.extend(_encode_plain(rest[: found.start() + 1], tokenizer))
+            rest = rest[found.start() + 1 :]
+        ids.extend(_encode_plain(rest, tokenizer))
     return ids
 
 
@@ -154,64 +155,89 @@ def _encode_plain(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 class FormatViolation(str, Enum):
-    """What is wrong with the form of a response; see :attr:`is_fatal`."""
+    """Violation of the response format, in the order in which they are reported."""
 
-    NO_THOUGHT = "no <think>...</think>"
-    SEVERAL_THOUGHTS = "more than one <think>...</think>"
-    BLANK_THOUGHT = "the thought is blank"
-    NO_REFERENCE = "no <REF_POS>"
-    SEVERAL_REFERENCES = "more than one <REF_POS>"
-    REFERENCE_BEFORE_THOUGHT = "<REF_POS> does not follow the thought"
-    LONG_THOUGHT = f"the thought is longer than {LONGEST_REASONING} characters"
-    TEXT_BEFORE_THOUGHT = "text before <think>"
-    TEXT_AFTER_REFERENCE = "text after <REF_POS>"
-    LONG_BRIDGE = f"more than {LONGEST_BRIDGE} words between the thought and <REF_POS>"
+    NO_REASONING = "no_reasoning"
+    SEVERAL_REASONINGS = "several_reasonings"
+    EMPTY_REASONING = "empty_reasoning"
+    NO_REFERENCE = "no_reference"
+    SEVERAL_REFERENCES = "several_references"
+    REFERENCE_BEFORE_REASONING = "reference_before_reasoning"
+    LONG_REASONING = "long_reasoning"
+    TEXT_BEFORE_REASONING = "text_before_reasoning"
+    TEXT_AFTER_REFERENCE = "text_after_reference"
+    LONG_TEXT_BETWEEN = "long_text_between"
 
     @property
     def is_fatal(self) -> bool:
-        """Whether the format score falls to zero (else it only falls a little)."""
-        return self not in _MINOR_FAULTS
+        """Whether the violation sets the format score to zero instead of lowering it slightly."""
+        return self not in _MINOR_VIOLATIONS
+
+    @property
+    def description(self) -> str:
+        """The violation in words, for messages."""
+        return _DESCRIPTIONS[self]
 
 
-_MINOR_FAULTS = frozenset(
+_MINOR_VIOLATIONS = frozenset(
     {
-        FormatViolation.LONG_THOUGHT,
-        FormatViolation.TEXT_BEFORE_THOUGHT,
+        FormatViolation.LONG_REASONING,
+        FormatViolation.TEXT_BEFORE_REASONING,
         FormatViolation.TEXT_AFTER_REFERENCE,
-        FormatViolation.LONG_BRIDGE,
+        FormatViolation.LONG_TEXT_BETWEEN,
     }
 )
+
+_DESCRIPTIONS = {
+    FormatViolation.NO_REASONING: "no <think>...</think>",
+    FormatViolation.SEVERAL_REASONINGS: "more than one <think>...</think>",
+    FormatViolation.EMPTY_REASONING: "the reasoning is empty",
+    FormatViolation.NO_REFERENCE: f"no {REFERENCE_TOKEN}",
+    FormatViolation.SEVERAL_REFERENCES: f"more than one {REFERENCE_TOKEN}",
+    FormatViolation.REFERENCE_BEFORE_REASONING: (
+        f"{REFERENCE_TOKEN} before the end of the reasoning"
+    ),
+    FormatViolation.LONG_REASONING: (
+        f"the reasoning is longer than {MAX_REASONING_CHARS} characters"
+    ),
+    FormatViolation.TEXT_BEFORE_REASONING: "text before <think>",
+    FormatViolation.TEXT_AFTER_REFERENCE: f"text after {REFERENCE_TOKEN}",
+    FormatViolation.LONG_TEXT_BETWEEN: (
+        f"more than {MAX_WORDS_BETWEEN} words between the reasoning and {REFERENCE_TOKEN}"
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Response:
-    """A response, read.
+    """Parsed response of a policy.
 
     Attributes:
-        text: the whole response with ``<REF_POS>`` written out, other special tokens left out.
-        reasoning: the thought; the whole text where no thought is marked.
+        text: complete response with ``<REF_POS>`` written out and other special tokens removed.
+        reasoning: text inside the first ``<think>...</think>``; without a closed pair, the text
+            after ``<think>``, or else the complete text. ``<REF_POS>`` is left out.
         reference_positions: indices of the ``<REF_POS>`` tokens, ascending.
-        faults: what is wrong with its form, in the order of :class:`FormatViolation`.
+        format_violations: violations in the order of :class:`FormatViolation`.
     """
 
     text: str
     reasoning: str
     reference_positions: tuple[int, ...]
-    faults: tuple[FormatViolation, ...]
+    format_violations: tuple[FormatViolation, ...]
 
 
 def read_response(
     token_ids: Sequence[int], reference_id: int, decode: Callable[[Sequence[int]], str]
 ) -> Response:
-    """Read a response from its token ids.
+    """Parse a response from its token ids.
 
     Args:
-        token_ids: what the policy wrote, without the prompt.
+        token_ids: tokens of the response, without the prompt.
         reference_id: id of ``<REF_POS>``.
-        decode: token ids to text, special tokens left out.
+        decode: function from token ids to text that removes special tokens.
 
     Returns:
-        Text, reasoning, positions and faults; the last position is the one that counts.
+        The response; of several reference positions the last one is the target's.
     """
     positions = tuple(i for i, token in enumerate(token_ids) if token == reference_id)
     pieces, start = [], 0
@@ -219,44 +245,44 @@ def read_response(
         pieces.append(decode(token_ids[start:end]))
         start = end + 1
     text = REFERENCE_TOKEN.join(pieces)
-    return Response(text, _reasoning(pieces), positions, tuple(_faults(pieces)))
+    return Response(text, _reasoning(pieces), positions, tuple(_format_violations(pieces)))
 
 
 def _reasoning(pieces: Sequence[str]) -> str:
     text = "".join(pieces)
-    thought = _THOUGHT.search(text)
-    if thought:
-        return thought[1].strip()
+    marked = _REASONING.search(text)
+    if marked:
+        return marked[1].strip()
     before, opened, after = text.partition("<think>")
     return (after if opened else before).strip()
 
 
-def _faults(pieces: Sequence[str]) -> list[FormatViolation]:
-    """Judge the text between the reference tokens; ``len(pieces) - 1`` tokens were written."""
-    faults = []
+def _format_violations(pieces: Sequence[str]) -> list[FormatViolation]:
+    """Check the text around the ``len(pieces) - 1`` reference tokens."""
+    violations = []
     text = "".join(pieces)
-    thoughts = list(_THOUGHT.finditer(text))
-    if not thoughts:
-        faults.append(FormatViolation.NO_THOUGHT)
-    elif len(thoughts) > 1 or text.count("<think>") > 1 or text.count("</think>") > 1:
-        faults.append(FormatViolation.SEVERAL_THOUGHTS)
-    elif not thoughts[0][1].strip():
-        faults.append(FormatViolation.BLANK_THOUGHT)
+    reasonings = list(_REASONING.finditer(text))
+    if not reasonings:
+        violations.append(FormatViolation.NO_REASONING)
+    elif len(reasonings) > 1 or text.count("<think>") > 1 or text.count("</think>") > 1:
+        violations.append(FormatViolation.SEVERAL_REASONINGS)
+    elif not reasonings[0][1].strip():
+        violations.append(FormatViolation.EMPTY_REASONING)
     if len(pieces) == 1:
-        faults.append(FormatViolation.NO_REFERENCE)
+        violations.append(FormatViolation.NO_REFERENCE)
     elif len(pieces) > 2:
-        faults.append(FormatViolation.SEVERAL_REFERENCES)
-    if not thoughts:
-        return faults
-    start, end = thoughts[0].span()
+        violations.append(FormatViolation.SEVERAL_REFERENCES)
+    if not reasonings:
+        return violations
+    start, end = reasonings[0].span()
     if len(pieces) > 1 and len(pieces[0]) < end:
-        faults.append(FormatViolation.REFERENCE_BEFORE_THOUGHT)
-    if len(thoughts[0][1]) > LONGEST_REASONING:
-        faults.append(FormatViolation.LONG_THOUGHT)
+        violations.append(FormatViolation.REFERENCE_BEFORE_REASONING)
+    if len(reasonings[0][1]) > MAX_REASONING_CHARS:
+        violations.append(FormatViolation.LONG_REASONING)
     if text[:start].strip():
-        faults.append(FormatViolation.TEXT_BEFORE_THOUGHT)
+        violations.append(FormatViolation.TEXT_BEFORE_REASONING)
     if len(pieces) > 1 and pieces[-1].strip():
-        faults.append(FormatViolation.TEXT_AFTER_REFERENCE)
-    if len(pieces) > 1 and len(pieces[0][end:].split()) > LONGEST_BRIDGE:
-        faults.append(FormatViolation.LONG_BRIDGE)
-    return faults
+        violations.append(FormatViolation.TEXT_AFTER_REFERENCE)
+    if len(pieces) > 1 and len(pieces[0][end:].split()) > MAX_WORDS_BETWEEN:
+        violations.append(FormatViolation.LONG_TEXT_BETWEEN)
+    return violations

@@ -1,4 +1,4 @@
-"""Who writes the reasoning: policies that turn an image and an instruction into concentrations."""
+"""Policies: image and instruction in, reasoning and concentrations out."""
 
 from coprs_deploy.policy.availability import availability
 from coprs_deploy.policy.policy import Policy, PolicyRequest, PolicyResult, StopReason, TextDelta

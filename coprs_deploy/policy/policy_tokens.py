@@ -1,4 +1,4 @@
-"""The token side of a policy directory: its tokenizer, and which tokens mean something here."""
+"""Tokenizer of a policy directory, its special tokens, and incremental detokenization."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class PolicyTokens:
     """Tokenizer, ``<REF_POS>`` and end tokens of a policy.
 
     Args:
-        path: the policy directory.
-        configured_end_ids: ``eos_token_id`` of its generation config.
+        path: policy directory.
+        configured_end_ids: ``eos_token_id`` of the generation config.
 
     Attributes:
-        tokenizer: transformers' tokenizer.
-        reference_id: ``<REF_POS>``.
-        end_ids: every token that ends an answer; at least one.
+        tokenizer: tokenizer of transformers.
+        reference_id: id of ``<REF_POS>``.
+        end_ids: ids of the tokens that end a response; at least one.
 
     Raises:
-        PolicyError: there is no usable tokenizer, no ``<REF_POS>`` or no end token.
+        PolicyError: the tokenizer cannot be loaded, or lacks ``<REF_POS>`` or an end token.
     """
 
     def __init__(self, path: Path, configured_end_ids: int | Sequence[int] | None) -> None:
@@ -48,11 +48,11 @@ class PolicyTokens:
         self.end_ids = frozenset(i for i in (*configured, tokenizer.eos_token_id) if i is not None)
         if not self.end_ids:
             raise PolicyError(
-                "the policy names no end token (eos_token_id) in its generation config or tokenizer"
+                f"{path} has no end token; set eos_token_id in its generation config or tokenizer"
             )
 
     def read(self, token_ids: Sequence[int]) -> Response:
-        """Read a response from its token ids."""
+        """Parse a response from its token ids."""
         return read_response(token_ids, self.reference_id, self._decode)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -60,25 +60,25 @@ class PolicyTokens:
         return text
 
 
-class WrittenText:
-    """The text of a response while its tokens come; a letter of several tokens comes whole."""
+class TextStream:
+    """Incremental text of a response; a character of several tokens is returned whole."""
 
     def __init__(self, tokens: PolicyTokens) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokens = tokens
         self._pieces = DecodeStream(skip_special_tokens=True)
-        self._num_letters = 0
+        self._num_characters = 0
 
     def add(self, token: int) -> str:
-        """Return what a token adds to the text; empty inside of a letter."""
+        """Return the text that a token adds; empty inside a character."""
         if token == self._tokens.reference_id:
             text: str | None = REFERENCE_TOKEN
         else:
             text = self._pieces.step(self._tokens.tokenizer.backend_tokenizer, token)
-        self._num_letters += len(text or "")
+        self._num_characters += len(text or "")
         return text or ""
 
     def rest(self, response: Response) -> str:
-        """Return what the whole response has beyond the pieces: a letter that was cut in two."""
-        return response.text[self._num_letters :]
+        """Return the text of the response that no token has added yet: an incomplete character."""
+        return response.text[self._num_characters :]

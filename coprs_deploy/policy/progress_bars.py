@@ -1,4 +1,4 @@
-"""Keeping transformers' progress bars off a terminal that shows ours."""
+"""Progress bars of transformers, hidden where the package shows its own progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Hide the bars of transformers inside the block; they come back after it."""
+    """Disable the progress bars of transformers inside a ``with`` block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""The policy in transformers: greedy decoding with a KV cache, one request at a time.
+"""Policy in transformers: greedy decoding with a KV cache, one request at a time.
 
-The hidden state of ``<REF_POS>`` is taken where the token is *fed*, after the final norm: the
-cached step that follows its emission gives it, so one pass over the prompt is enough.
+The hidden state of ``<REF_POS>`` is the post-norm output at the position where the token is the
+*input*. The cached step after its emission computes it, so the prompt is read only once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from coprs_deploy.policy.policy import (
     StopReason,
     TextDelta,
 )
-from coprs_deploy.policy.policy_tokens import PolicyTokens, WrittenText
+from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """What a request keeps between its steps.
+class _DecodingState:
+    """State of a request between its decoding steps.
 
     Attributes:
         cache: keys and values of all tokens so far.
-        position_offsets: Qwen2.5-VL's offset of text positions behind an image. transformers keeps
-            it on the model, where the next request overwrites it, so each request brings its own.
+        position_offsets: Qwen2.5-VL's offset of the text positions after an image. transformers
+            stores it on the model, where the next request overwrites it; each step restores it.
     """
 
     cache: Any
@@ -48,23 +48,23 @@ class _Memory:
 
 
 class TransformersPolicy(Policy):
-    """A Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
+    """Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
 
-    Requests from several threads take turns, a token at a time: a stream that nobody reads holds
-    up no other.
+    Requests from several threads alternate token by token: a stream that is not read blocks no
+    other.
 
     Args:
-        path: the policy directory of a checkpoint or a bundle.
-        prompt: its prompt template.
-        min_pixels: smallest image area that it sees.
-        max_pixels: largest image area that it sees.
-        device: where it runs, as torch names it.
-        dtype: of its weights, as torch names it (``float32``, ``bfloat16``); None keeps the stored
-            one.
+        path: policy directory of a checkpoint or a bundle.
+        prompt: prompt template.
+        min_pixels: minimum image area, in pixels.
+        max_pixels: maximum image area, in pixels.
+        device: torch device.
+        dtype: torch dtype of the weights (``float32``, ``bfloat16``); None keeps the stored one.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
-        PolicyError: the directory is not a policy that can be used.
+        PolicyError: the directory cannot be loaded as a policy.
+        ValueError: the dtype is unknown.
     """
 
     def __init__(
@@ -107,21 +107,21 @@ class TransformersPolicy(Policy):
         """See :meth:`Policy.stream`."""
         import torch
 
-        asked = time.perf_counter()
-        vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
-        image_ms = 1e3 * (time.perf_counter() - asked)
+        received = time.perf_counter()
+        vision = self._vision(fit_pixel_count(request.image, *self._pixels))
+        preprocess_ms = 1e3 * (time.perf_counter() - received)
         prompt_ids = encode_prompt(
             self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
         )
         budget = request.max_new_tokens or self._prompt.max_response_tokens
-        written = WrittenText(self._tokens)
+        text_stream = TextStream(self._tokens)
         token_ids: list[int] = []
         concentrations: list[torch.Tensor] = []
         stop: StopReason | None = None
         start = time.perf_counter()
-        hidden, memory = self._prefill(prompt_ids, vision)
+        hidden, state = self._prefill(prompt_ids, vision)
         token = self._next_token(hidden)
-        first = time.perf_counter()
+        first_token = time.perf_counter()
         while stop is None:
             request.remaining_s()
             token_ids.append(token)
@@ -129,22 +129,22 @@ class TransformersPolicy(Policy):
                 stop = StopReason.END_OF_TEXT
                 break
             is_reference = token == self._tokens.reference_id
-            if text := written.add(token):
+            if text := text_stream.add(token):
                 yield TextDelta(text)
             if len(token_ids) >= budget:
                 stop = StopReason.TOKEN_BUDGET
                 if not is_reference:
                     break
-            hidden = self._step(token, memory)
+            hidden = self._step(token, state)
             if is_reference:
                 concentrations.append(hidden)
-                if len(concentrations) == request.targets:
+                if len(concentrations) == request.max_targets:
                     stop = StopReason.TARGETS_REACHED
             if stop is None:
                 token = self._next_token(hidden)
         end = time.perf_counter()
         response = self._tokens.read(token_ids)
-        if stop is StopReason.TOKEN_BUDGET and (text := written.rest(response)):
+        if stop is StopReason.TOKEN_BUDGET and (text := text_stream.rest(response)):
             yield TextDelta(text)
         yield PolicyResult(
             response=response,
@@ -156,28 +156,28 @@ class TransformersPolicy(Policy):
             stop_reason=stop,
             token_ids=tuple(token_ids),
             num_prompt_tokens=len(prompt_ids),
-            prefill_ms=1e3 * (first - start),
-            decode_ms=1e3 * (end - first),
-            image_ms=image_ms,
+            prefill_ms=1e3 * (first_token - start),
+            decode_ms=1e3 * (end - first_token),
+            preprocess_ms=preprocess_ms,
         )
 
     def hidden_states(self, request: PolicyRequest, token_ids: tuple[int, ...]) -> torch.Tensor:
-        """Read prompt and response in one uncached forward pass.
+        """Compute the hidden states of a response in one uncached forward pass.
 
-        The slow reference for what :meth:`stream` collects step by step, and for training.
+        This is the slow reference for the states that :meth:`stream` collects step by step.
 
         Returns:
-            (len(token_ids), D) post-norm hidden states at the response's tokens.
+            (len(token_ids), D) post-norm hidden states at the tokens of the response.
         """
-        vision = self._vision(fit_pixel_count(request.rgb, *self._pixels))
+        vision = self._vision(fit_pixel_count(request.image, *self._pixels))
         prompt_ids = encode_prompt(
             self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
         )
         hidden, _ = self._prefill([*prompt_ids, *token_ids], vision)
         return hidden[0, len(prompt_ids) :]
 
-    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _Memory]:
-        """Read a prompt: post-norm hidden states (1, L, D) and what the next step needs."""
+    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _DecodingState]:
+        """Read a prompt; return its post-norm hidden states (1, L, D) and the decoding state."""
         import torch
         from transformers import DynamicCache
 
@@ -199,25 +199,25 @@ class TransformersPolicy(Policy):
                 **inputs,
             )
             offsets = getattr(self._model.model, "rope_deltas", None)
-        return output.last_hidden_state, _Memory(output.past_key_values, offsets)
+        return output.last_hidden_state, _DecodingState(output.past_key_values, offsets)
 
-    def _step(self, token: int, memory: _Memory) -> torch.Tensor:
-        """Feed one token; its post-norm hidden state, (1, D)."""
+    def _step(self, token: int, state: _DecodingState) -> torch.Tensor:
+        """Feed one token; return its post-norm hidden state (1, D)."""
         import torch
 
         with self._lock, torch.inference_mode():
-            if memory.position_offsets is not None:
-                self._model.model.rope_deltas = memory.position_offsets
+            if state.position_offsets is not None:
+                self._model.model.rope_deltas = state.position_offsets
             output = self._model.model(
                 input_ids=torch.tensor([[token]], device=self._model.device),
-                past_key_values=memory.cache,
+                past_key_values=state.cache,
                 use_cache=True,
             )
-        state: torch.Tensor = output.last_hidden_state[:, -1]
-        return state
+        hidden: torch.Tensor = output.last_hidden_state[:, -1]
+        return hidden
 
     def _next_token(self, hidden: torch.Tensor) -> int:
-        """Choose the most likely token after the last state of (1, L, D) or (1, D)."""
+        """Return the most likely token after the last hidden state of (1, L, D) or (1, D)."""
         import torch
 
         with torch.inference_mode():
@@ -225,5 +225,5 @@ class TransformersPolicy(Policy):
             return int(self._model.get_output_embeddings()(last).argmax())
 
     def close(self) -> None:
-        """Free the model."""
+        """Release the model."""
         self._model = None

@@ -1,8 +1,8 @@
-"""The image side of a transformers policy: pixels, and how many vision tokens they take.
+"""Image preprocessing of a policy: pixel values and the number of vision tokens.
 
-The PIL image processors are named on purpose: they give the same pixels with and without
-torchvision. Prompts are assembled by :mod:`coprs_deploy.prompts`, so no multimodal processor class
-of transformers is used.
+The PIL image processors are chosen explicitly: they return the same pixels with and without
+torchvision. Prompts are encoded by :mod:`coprs_deploy.prompts`, so no multimodal processor class of
+transformers is used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """What the model takes for one image.
+    """Model inputs for one image.
 
     Attributes:
-        tensors: keyword arguments of the model's forward pass.
-        num_tokens: vision tokens in the prompt.
-        marks_image_tokens: whether the model also takes ``mm_token_type_ids``.
+        tensors: keyword arguments of the forward pass.
+        num_tokens: number of vision tokens in the prompt.
+        marks_image_tokens: whether the forward pass also takes ``mm_token_type_ids``.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -37,7 +37,15 @@ class VisionInputs:
 
 
 class VisionProcessor:
-    """Prepare pictures for the vision tower of one policy directory."""
+    """Image preprocessing for the vision tower of one policy directory.
+
+    Args:
+        policy_path: policy directory.
+        config: its transformers config.
+
+    Raises:
+        PolicyError: the model type is unsupported, or the image processor cannot be loaded.
+    """
 
     def __init__(self, policy_path: Path, config: Any) -> None:
         from transformers import AutoImageProcessor
@@ -52,31 +60,33 @@ class VisionProcessor:
                 policy_path, backend="pil", local_files_only=True
             )
         except (OSError, ValueError) as error:
-            raise PolicyError(f"{policy_path} holds no usable image processor: {error}") from error
+            raise PolicyError(
+                f"the image processor in {policy_path} cannot be loaded: {error}"
+            ) from error
         self._config = config
         self._family = _FAMILIES[config.model_type]
 
-    def __call__(self, picture: Image.Image) -> VisionInputs:
-        """Prepare one RGB picture that already has the policy's area."""
-        processed = self.image_processor(images=[picture], return_tensors="pt")
+    def __call__(self, image: Image.Image) -> VisionInputs:
+        """Preprocess one RGB image that was already scaled to the pixel limits of the policy."""
+        processed = self.image_processor(images=[image], return_tensors="pt")
         return self._family.read(processed, self._config)
 
     def num_tokens(self, width: int, height: int) -> int:
-        """Vision tokens of a picture of that many pixels, without preparing it."""
+        """Return the number of vision tokens of an image from its size in pixels."""
         return self._family.num_tokens(self.image_processor, self._config, width, height)
 
-    def largest_picture(self, num_tokens: int) -> tuple[int, int]:
-        """Width and height of a picture that takes at most ``num_tokens``, and nearly so many."""
-        return self._family.largest_picture(self.image_processor, self._config, num_tokens)
+    def largest_image(self, num_tokens: int) -> tuple[int, int]:
+        """Return width and height of an image with nearly, and at most, ``num_tokens`` tokens."""
+        return self._family.largest_image(self.image_processor, self._config, num_tokens)
 
     @property
-    def most_tokens(self) -> int:
-        """Vision tokens of the largest picture that the image processor gives."""
-        return self._family.most_tokens(self.image_processor, self._config)
+    def max_tokens(self) -> int:
+        """Number of vision tokens of the largest image that the image processor returns."""
+        return self._family.max_tokens(self.image_processor, self._config)
 
 
 class _Qwen25Vl:
-    """Qwen2.5-VL: as many tokens as the picture has squares of merged patches."""
+    """Qwen2.5-VL: one token per square of merged patches."""
 
     @staticmethod
     def read(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
@@ -92,23 +102,23 @@ class _Qwen25Vl:
         return patches // int(config.vision_config.spatial_merge_size) ** 2
 
     @staticmethod
-    def largest_picture(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
+    def largest_image(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
         unit = _merged_side(config)
         side = math.isqrt(num_tokens)
         return unit * (num_tokens // side), unit * side
 
     @staticmethod
-    def most_tokens(processor: Any, config: Any) -> int:
+    def max_tokens(processor: Any, config: Any) -> int:
         return int(processor.size["longest_edge"]) // _merged_side(config) ** 2
 
 
 def _merged_side(config: Any) -> int:
-    """Pixels along one side of the square that becomes one token of Qwen2.5-VL."""
+    """Return the side, in pixels, of the square behind one token of Qwen2.5-VL."""
     return int(config.vision_config.patch_size * config.vision_config.spatial_merge_size)
 
 
 class _Llava:
-    """LLaVA-1.5: one square size, always the same number of tokens."""
+    """LLaVA-1.5: one square input size and a constant number of tokens."""
 
     @staticmethod
     def read(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
@@ -123,11 +133,11 @@ class _Llava:
         return _llava_tokens(config, int(crop["height"]), int(crop["width"]))
 
     @staticmethod
-    def largest_picture(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
+    def largest_image(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
         return int(processor.crop_size["width"]), int(processor.crop_size["height"])
 
     @staticmethod
-    def most_tokens(processor: Any, config: Any) -> int:
+    def max_tokens(processor: Any, config: Any) -> int:
         return _Llava.num_tokens(processor, config, 0, 0)
 
 

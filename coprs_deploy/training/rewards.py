@@ -29,7 +29,7 @@ IMPERFECT_FORMAT_SCORE = 0.9
 
 _MINOR_FAULTS = {
     ResponseFormat.PAPER: FormatViolation.TEXT_AFTER_REFERENCE,
-    ResponseFormat.PUBLIC_CODE: FormatViolation.LONG_BRIDGE,
+    ResponseFormat.PUBLIC_CODE: FormatViolation.LONG_TEXT_BETWEEN,
 }
 
 
@@ -85,7 +85,7 @@ def format_score(
     """
     if num_targets < 0:
         raise ValueError(f"num_targets is {num_targets}; it must not be negative")
-    faults = set(response.faults)
+    faults = set(response.format_violations)
     if len(response.reference_positions) == num_targets:
         faults -= {FormatViolation.SEVERAL_REFERENCES, FormatViolation.NO_REFERENCE}
     elif num_targets != 1:
@@ -93,8 +93,8 @@ def format_score(
     if any(fault.is_fatal for fault in faults):
         return 0.0
     minor = {
-        FormatViolation.LONG_THOUGHT,
-        FormatViolation.TEXT_BEFORE_THOUGHT,
+        FormatViolation.LONG_REASONING,
+        FormatViolation.TEXT_BEFORE_REASONING,
         _MINOR_FAULTS[convention],
     }
     return IMPERFECT_FORMAT_SCORE if faults & minor else 1.0

@@ -1,3 +1,5 @@
+"""Prompt encoding without token injection, and response parsing."""
+
 import re
 from functools import cache
 
@@ -10,8 +12,8 @@ from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
 from coprs_deploy.conversion.random_policy import build_tokenizer
 from coprs_deploy.errors import CoPRSError, InstructionError
 from coprs_deploy.prompts import (
-    LONGEST_BRIDGE,
-    LONGEST_REASONING,
+    MAX_REASONING_CHARS,
+    MAX_WORDS_BETWEEN,
     REFERENCE_TOKEN,
     FormatViolation,
     PromptTemplate,
@@ -42,13 +44,13 @@ def added_ids(family, ids):
 # Templates
 
 
-def test_a_template_has_the_limits_of_the_paper():
+def test_template_default_limits_are_those_of_the_paper():
     template = PromptTemplate("<image> {instruction}", "<image>")
     assert (template.max_prompt_tokens, template.max_response_tokens) == (1300, 2000)
 
 
 @pytest.mark.parametrize(
-    ("text", "culprit"),
+    ("text", "count"),
     [
         ("<image> find it", "{instruction} 0 times"),
         ("<image> {instruction} {instruction}", "{instruction} 2 times"),
@@ -57,24 +59,24 @@ def test_a_template_has_the_limits_of_the_paper():
         ("", "{instruction} 0 times"),
     ],
 )
-def test_a_template_without_each_part_exactly_once_is_refused(text, culprit):
-    with pytest.raises(ValueError, match=re.escape(culprit) + ".*exactly once"):
+def test_template_with_a_part_missing_or_repeated_is_refused(text, count):
+    with pytest.raises(ValueError, match=re.escape(count) + ".*exactly once"):
         PromptTemplate(text, "<image>")
 
 
 @pytest.mark.parametrize("limit", ["max_prompt_tokens", "max_response_tokens"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_a_template_without_room_is_refused(limit, value):
+def test_template_with_a_limit_below_one_is_refused(limit, value):
     with pytest.raises(ValueError, match=f"{limit}.* must be at least 1"):
         PromptTemplate("<image> {instruction}", "<image>", **{limit: value})
 
 
-def test_a_template_with_an_empty_image_token_is_refused():
+def test_template_with_an_empty_image_token_is_refused():
     with pytest.raises(ValueError, match="exactly once"):
         PromptTemplate("<image> {instruction}", "")
 
 
-def test_a_template_survives_json():
+def test_template_json_round_trip_is_equal():
     template = DEFAULT_PROMPTS["qwen2_5_vl"]
     assert PromptTemplate.from_json(template.to_json()) == template
 
@@ -82,12 +84,12 @@ def test_a_template_survives_json():
 # Instructions
 
 
-def test_blanks_around_an_instruction_are_cut():
+def test_check_instruction_strips_surrounding_whitespace():
     assert check_instruction("\n\t  the red  cup \u3000") == "the red  cup"
 
 
 @pytest.mark.parametrize("instruction", ["", "   ", "\n\t", "\u3000\u00a0"])
-def test_a_blank_instruction_is_refused(instruction):
+def test_check_instruction_whitespace_only_is_refused(instruction):
     with pytest.raises(InstructionError, match="empty; say what to segment"):
         check_instruction(instruction)
     with pytest.raises(InstructionError, match="empty; say what to segment"):
@@ -95,7 +97,7 @@ def test_a_blank_instruction_is_refused(instruction):
 
 
 @pytest.mark.parametrize("instruction", [None, 3, b"the cup", ["the cup"]])
-def test_an_instruction_of_another_type_is_refused(instruction):
+def test_check_instruction_other_type_is_refused(instruction):
     with pytest.raises(InstructionError, match=f"{type(instruction).__name__}; accepted: a str"):
         encode("llava", instruction)
 
@@ -105,7 +107,7 @@ def test_an_instruction_of_another_type_is_refused(instruction):
 
 @families
 @pytest.mark.parametrize("num_image_tokens", [1, 2, 900])
-def test_the_image_placeholder_is_repeated_where_it_stands(family, num_image_tokens):
+def test_encode_prompt_repeats_the_image_placeholder_in_place(family, num_image_tokens):
     template, tokenizer = DEFAULT_PROMPTS[family], tokenizer_of(family)
     ids = encode(family, "the red cup", num_image_tokens)
     image_id = tokenizer.convert_tokens_to_ids(template.image_token)
@@ -122,7 +124,7 @@ def test_the_image_placeholder_is_repeated_where_it_stands(family, num_image_tok
 @families
 @PROPERTY
 @given(instruction=st.text(WRITABLE, max_size=60))
-def test_ordinary_text_is_encoded_as_the_tokenizer_would(family, instruction):
+def test_encode_prompt_plain_text_equals_the_tokenizer(family, instruction):
     tokenizer, template = tokenizer_of(family), DEFAULT_PROMPTS[family]
     assume(instruction.strip())
     assume(not any(token in instruction for token in tokenizer.get_added_vocab()))
@@ -131,7 +133,7 @@ def test_ordinary_text_is_encoded_as_the_tokenizer_would(family, instruction):
     assert encode(family, instruction, 1) == expected
 
 
-def smuggling(family):
+def injections(family):
     added = sorted(tokenizer_of(family).get_added_vocab())
     halves = [half for token in added for half in (token[:3], token[3:], token[:-1], token[-1:])]
     pieces = st.one_of(
@@ -146,8 +148,8 @@ def smuggling(family):
 @families
 @PROPERTY
 @given(data=st.data())
-def test_no_added_token_can_be_smuggled_in(family, data):
-    instruction = data.draw(smuggling(family))
+def test_encode_prompt_added_tokens_in_the_instruction_stay_text(family, data):
+    instruction = data.draw(injections(family))
     assume(instruction.strip())
     template, tokenizer = DEFAULT_PROMPTS[family], tokenizer_of(family)
     ids = encode(family, instruction, 2)
@@ -158,7 +160,7 @@ def test_no_added_token_can_be_smuggled_in(family, data):
 
 
 @families
-def test_every_added_token_stays_text_alone_and_inside_a_sentence(family):
+def test_encode_prompt_each_added_token_alone_and_in_a_sentence_stays_text(family):
     ordinary = added_ids(family, encode(family, "the cup"))
     vocabulary = tokenizer_of(family).get_added_vocab()
     assert {REFERENCE_TOKEN, "<think>", "</think>", DEFAULT_PROMPTS[family].image_token} <= set(
@@ -172,7 +174,7 @@ def test_every_added_token_stays_text_alone_and_inside_a_sentence(family):
 
 
 @families
-def test_a_smuggled_token_leaves_the_rest_of_the_prompt_as_it_is(family):
+def test_encode_prompt_injected_token_leaves_the_rest_unchanged(family):
     plain, attacked = encode(family, "the cup"), encode(family, f"a {REFERENCE_TOKEN} b")
     think = tokenizer_of(family).convert_tokens_to_ids("<think>")
     assert attacked[attacked.index(think) :] == plain[plain.index(think) :]
@@ -181,29 +183,29 @@ def test_a_smuggled_token_leaves_the_rest_of_the_prompt_as_it_is(family):
 
 
 @families
-def test_the_letters_of_the_placeholder_in_an_instruction_are_not_filled_in(family):
+def test_encode_prompt_placeholder_text_in_the_instruction_is_kept(family):
     for instruction in ("a {instruction} b", f"a {{instruction}} {REFERENCE_TOKEN}"):
         assert instruction in tokenizer_of(family).decode(encode(family, instruction))
 
 
-def test_no_added_token_arises_between_template_and_instruction():
+def test_encode_prompt_added_token_across_the_template_border_stays_text():
     tokenizer = tokenizer_of("llava")
     template = PromptTemplate("<image> Find <{instruction}> now", "<image>")
     ids = encode_prompt(template, tokenizer, "REF_POS", 1)
     assert tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN) not in ids
 
 
-def test_an_image_token_that_the_tokenizer_lacks_is_refused():
+def test_encode_prompt_missing_image_token_is_refused():
     with pytest.raises((ValueError, CoPRSError), match="<image>"):
         encode_prompt(DEFAULT_PROMPTS["llava"], tokenizer_of("qwen2_5_vl"), "the cup", 5)
 
 
-def test_an_instruction_that_is_no_unicode_text_is_refused():
+def test_encode_prompt_surrogate_in_the_instruction_is_refused():
     with pytest.raises(InstructionError):
         encode("llava", "the \ud800 cup")
 
 
-def test_a_tokenizer_that_starts_texts_with_a_token_adds_none():
+def test_encode_prompt_tokenizer_with_a_prefix_token_adds_none():
     tokenizer = build_tokenizer("llava")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", tokenizer.eos_token_id)]
@@ -214,7 +216,7 @@ def test_a_tokenizer_that_starts_texts_with_a_token_adds_none():
         assert ids == encode("llava", instruction)
 
 
-def test_an_added_token_that_starts_with_another_one_is_taken_whole():
+def test_encode_prompt_overlapping_added_tokens_match_the_longest():
     tokenizer = build_tokenizer("llava")
     tokenizer.add_tokens(["<seg", "<seg>", "<seg>>"])
     short, middle, long = tokenizer.convert_tokens_to_ids(["<seg", "<seg>", "<seg>>"])
@@ -229,27 +231,27 @@ def test_an_added_token_that_starts_with_another_one_is_taken_whole():
 
 
 @families
-def test_the_longest_prompt_has_exactly_the_limit(family):
+def test_encode_prompt_at_the_limit_is_accepted_and_above_is_refused(family):
     exact = len(encode(family, "the red cup on the left", 10))
-    settings_of = DEFAULT_PROMPTS[family].to_json()
-    fits = PromptTemplate.from_json({**settings_of, "max_prompt_tokens": exact})
+    values = DEFAULT_PROMPTS[family].to_json()
+    fits = PromptTemplate.from_json({**values, "max_prompt_tokens": exact})
     assert len(encode_prompt(fits, tokenizer_of(family), "the red cup on the left", 10)) == exact
-    for lacking in (1, 7):
-        short = PromptTemplate.from_json({**settings_of, "max_prompt_tokens": exact - lacking})
+    for excess in (1, 7):
+        short = PromptTemplate.from_json({**values, "max_prompt_tokens": exact - excess})
         with pytest.raises(
             InstructionError,
-            match=rf"has {exact} tokens, the limit is {exact - lacking} \(10 .*by {lacking}\b",
+            match=rf"has {exact} tokens, the limit is {exact - excess} \(10 .*by {excess}\b",
         ):
             encode_prompt(short, tokenizer_of(family), "the red cup on the left", 10)
 
 
-def test_an_image_that_fills_the_prompt_alone_is_named_as_the_cause():
+def test_encode_prompt_image_above_the_limit_is_named_as_the_cause():
     with pytest.raises(InstructionError) as refusal:
         encode("llava", "the cup", 5_000)
     assert "shorten the instruction" not in str(refusal.value)
 
 
-# Reading a response, one letter a token
+# Responses, one character per token
 
 REFERENCE_ID = 0
 
@@ -266,73 +268,83 @@ def read(*pieces):
     return read_response(ids_of(*pieces), REFERENCE_ID, lambda ids: "".join(map(chr, ids)))
 
 
-def test_a_response_in_form_has_no_faults():
+def test_read_response_valid_format_has_no_violations():
     response = read("<think>it is red</think> ", "")
     assert response.text == "<think>it is red</think> <REF_POS>"
     assert response.reasoning == "it is red"
     assert response.reference_positions == (25,)
-    assert response.faults == ()
+    assert response.format_violations == ()
 
 
-THOUGHT = "<think>it is red</think>"
+REASONING = "<think>it is red</think>"
 MINOR = {
-    FormatViolation.LONG_THOUGHT,
-    FormatViolation.TEXT_BEFORE_THOUGHT,
+    FormatViolation.LONG_REASONING,
+    FormatViolation.TEXT_BEFORE_REASONING,
     FormatViolation.TEXT_AFTER_REFERENCE,
-    FormatViolation.LONG_BRIDGE,
+    FormatViolation.LONG_TEXT_BETWEEN,
 }
 
 RESPONSES = [
-    (("it is red", ""), [FormatViolation.NO_THOUGHT]),
-    (("<think>it is red", ""), [FormatViolation.NO_THOUGHT]),
-    (("it is red</think>", ""), [FormatViolation.NO_THOUGHT]),
-    (("</think>red<think>", ""), [FormatViolation.NO_THOUGHT]),
-    (("<THINK>red</THINK>", ""), [FormatViolation.NO_THOUGHT]),
-    ((THOUGHT + THOUGHT, ""), [FormatViolation.SEVERAL_THOUGHTS]),
-    (("<think>a<think>b</think>", ""), [FormatViolation.SEVERAL_THOUGHTS]),
-    (("<think>a</think></think>", ""), [FormatViolation.SEVERAL_THOUGHTS]),
-    (("<think></think>", ""), [FormatViolation.BLANK_THOUGHT]),
-    (("<think> \n\t</think>", ""), [FormatViolation.BLANK_THOUGHT]),
-    ((THOUGHT,), [FormatViolation.NO_REFERENCE]),
-    (("",), [FormatViolation.NO_THOUGHT, FormatViolation.NO_REFERENCE]),
-    (("", ""), [FormatViolation.NO_THOUGHT]),
-    ((THOUGHT, "", ""), [FormatViolation.SEVERAL_REFERENCES]),
-    ((THOUGHT, " and ", " and ", ""), [FormatViolation.SEVERAL_REFERENCES]),
-    (("", THOUGHT), [FormatViolation.REFERENCE_BEFORE_THOUGHT, FormatViolation.TEXT_AFTER_REFERENCE]),
+    (("it is red", ""), [FormatViolation.NO_REASONING]),
+    (("<think>it is red", ""), [FormatViolation.NO_REASONING]),
+    (("it is red</think>", ""), [FormatViolation.NO_REASONING]),
+    (("</think>red<think>", ""), [FormatViolation.NO_REASONING]),
+    (("<THINK>red</THINK>", ""), [FormatViolation.NO_REASONING]),
+    ((REASONING + REASONING, ""), [FormatViolation.SEVERAL_REASONINGS]),
+    (("<think>a<think>b</think>", ""), [FormatViolation.SEVERAL_REASONINGS]),
+    (("<think>a</think></think>", ""), [FormatViolation.SEVERAL_REASONINGS]),
+    (("<think></think>", ""), [FormatViolation.EMPTY_REASONING]),
+    (("<think> \n\t</think>", ""), [FormatViolation.EMPTY_REASONING]),
+    ((REASONING,), [FormatViolation.NO_REFERENCE]),
+    (("",), [FormatViolation.NO_REASONING, FormatViolation.NO_REFERENCE]),
+    (("", ""), [FormatViolation.NO_REASONING]),
+    ((REASONING, "", ""), [FormatViolation.SEVERAL_REFERENCES]),
+    ((REASONING, " and ", " and ", ""), [FormatViolation.SEVERAL_REFERENCES]),
+    (("", REASONING), [
+        FormatViolation.REFERENCE_BEFORE_REASONING,
+        FormatViolation.TEXT_AFTER_REFERENCE,
+    ]),
     (("<think>it", "is red</think>", ""), [
         FormatViolation.SEVERAL_REFERENCES,
-        FormatViolation.REFERENCE_BEFORE_THOUGHT,
+        FormatViolation.REFERENCE_BEFORE_REASONING,
     ]),
-    (("Well: " + THOUGHT, ""), [FormatViolation.TEXT_BEFORE_THOUGHT]),
-    ((" \n" + THOUGHT, ""), []),
-    ((THOUGHT, " there"), [FormatViolation.TEXT_AFTER_REFERENCE]),
-    ((THOUGHT, " \n"), []),
-    ((THOUGHT + " w" * LONGEST_BRIDGE, ""), []),
-    ((THOUGHT + " w" * (LONGEST_BRIDGE + 1), ""), [FormatViolation.LONG_BRIDGE]),
-    ((THOUGHT + " w" * (LONGEST_BRIDGE + 1),), [FormatViolation.NO_REFERENCE]),
-    ((f"<think>{'x' * LONGEST_REASONING}</think>", ""), []),
-    ((f"<think>{'x' * (LONGEST_REASONING + 1)}</think>", ""), [FormatViolation.LONG_THOUGHT]),
+    (("Well: " + REASONING, ""), [FormatViolation.TEXT_BEFORE_REASONING]),
+    ((" \n" + REASONING, ""), []),
+    ((REASONING, " there"), [FormatViolation.TEXT_AFTER_REFERENCE]),
+    ((REASONING, " \n"), []),
+    ((REASONING + " w" * MAX_WORDS_BETWEEN, ""), []),
+    ((REASONING + " w" * (MAX_WORDS_BETWEEN + 1), ""), [FormatViolation.LONG_TEXT_BETWEEN]),
+    ((REASONING + " w" * (MAX_WORDS_BETWEEN + 1),), [FormatViolation.NO_REFERENCE]),
+    ((f"<think>{'x' * MAX_REASONING_CHARS}</think>", ""), []),
+    ((f"<think>{'x' * (MAX_REASONING_CHARS + 1)}</think>", ""), [FormatViolation.LONG_REASONING]),
     (("a <think>\n</think>" + " w" * 11, " z", "z"), [
-        FormatViolation.BLANK_THOUGHT,
+        FormatViolation.EMPTY_REASONING,
         FormatViolation.SEVERAL_REFERENCES,
-        FormatViolation.TEXT_BEFORE_THOUGHT,
+        FormatViolation.TEXT_BEFORE_REASONING,
         FormatViolation.TEXT_AFTER_REFERENCE,
-        FormatViolation.LONG_BRIDGE,
+        FormatViolation.LONG_TEXT_BETWEEN,
     ]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("pieces", "faults"), RESPONSES)
-def test_faults_are_found_in_their_order(pieces, faults):
-    assert list(read(*pieces).faults) == faults
+@pytest.mark.parametrize(("pieces", "violations"), RESPONSES)
+def test_read_response_violations_are_listed_in_order(pieces, violations):
+    assert list(read(*pieces).format_violations) == violations
 
 
-def test_every_fault_has_a_response_that_shows_it():
-    assert {fault for _, faults in RESPONSES for fault in faults} == set(FormatViolation)
+def test_format_violation_each_member_has_an_example():
+    assert {v for _, violations in RESPONSES for v in violations} == set(FormatViolation)
 
 
-def test_only_faults_of_style_are_not_fatal():
-    assert {fault for fault in FormatViolation if not fault.is_fatal} == MINOR
+def test_format_violation_minor_members_are_not_fatal():
+    assert {violation for violation in FormatViolation if not violation.is_fatal} == MINOR
+
+
+def test_format_violation_values_are_identifiers_with_a_description():
+    for violation in FormatViolation:
+        assert violation.value == violation.name.lower()
+        assert violation.value.isidentifier()
+    assert len({violation.description for violation in FormatViolation}) == len(FormatViolation)
 
 
 @pytest.mark.parametrize(
@@ -342,16 +354,16 @@ def test_only_faults_of_style_are_not_fatal():
         (("so <think>one</think><think>two</think>", ""), "one"),
         (("<think>it is", " red</think>", ""), "it is red"),
         (("so <think>it is cut", ), "it is cut"),
-        ((" no thought ", " at all "), "no thought  at all"),
+        ((" no reasoning ", " at all "), "no reasoning  at all"),
         (("<think></think>", ""), ""),
         (("", ""), ""),
     ],
 )  # fmt: skip
-def test_reasoning_is_the_thought_or_all_that_there_is(pieces, reasoning):
+def test_read_response_reasoning_is_the_marked_text_or_all_text(pieces, reasoning):
     assert read(*pieces).reasoning == reasoning
 
 
-def test_the_reasoning_of_a_thought_that_was_only_opened_is_empty():
+def test_read_response_unclosed_empty_reasoning_is_empty():
     assert read("<think>").reasoning == ""
 
 
@@ -359,42 +371,43 @@ def test_the_reasoning_of_a_thought_that_was_only_opened_is_empty():
 @given(
     pieces=st.lists(
         st.text(st.sampled_from("ab \n<>"), max_size=5)
-        | st.sampled_from(["<think>", "</think>", REFERENCE_TOKEN, THOUGHT]),
+        | st.sampled_from(["<think>", "</think>", REFERENCE_TOKEN, REASONING]),
         min_size=1,
         max_size=5,
     )
 )
-def test_positions_and_text_follow_the_tokens(pieces):
+def test_read_response_positions_and_text_follow_the_tokens(pieces):
     response = read(*pieces)
     ids = ids_of(*pieces)
     assert list(response.reference_positions) == [
-        place for place, token in enumerate(ids) if token == REFERENCE_ID
+        position for position, token in enumerate(ids) if token == REFERENCE_ID
     ]
     assert response.text == REFERENCE_TOKEN.join(pieces)
-    assert (FormatViolation.NO_REFERENCE in response.faults) == (len(pieces) == 1)
-    assert (FormatViolation.SEVERAL_REFERENCES in response.faults) == (len(pieces) > 2)
-    assert "<think>" not in response.reasoning or FormatViolation.NO_THOUGHT in response.faults or (
-        FormatViolation.SEVERAL_THOUGHTS in response.faults
-    )  # fmt: skip
+    assert (FormatViolation.NO_REFERENCE in response.format_violations) == (len(pieces) == 1)
+    assert (FormatViolation.SEVERAL_REFERENCES in response.format_violations) == (len(pieces) > 2)
+    if "<think>" in response.reasoning:
+        assert {FormatViolation.NO_REASONING, FormatViolation.SEVERAL_REASONINGS} & set(
+            response.format_violations
+        )
     order = list(FormatViolation)
-    assert list(response.faults) == sorted(response.faults, key=order.index)
+    assert list(response.format_violations) == sorted(response.format_violations, key=order.index)
 
 
-def test_the_letters_of_the_token_are_not_the_token():
-    response = read(f"{THOUGHT} {REFERENCE_TOKEN}")
+def test_read_response_letters_of_the_reference_token_are_text():
+    response = read(f"{REASONING} {REFERENCE_TOKEN}")
     assert response.reference_positions == ()
-    assert response.faults == (FormatViolation.NO_REFERENCE,)
+    assert response.format_violations == (FormatViolation.NO_REFERENCE,)
 
 
 @families
-def test_a_response_is_read_with_a_real_tokenizer(family):
+def test_read_response_with_a_real_tokenizer(family):
     tokenizer = tokenizer_of(family)
     reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
     end_id = tokenizer.eos_token_id
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in REFERENCE_TOKEN]
-    thought = tokenizer("<think> the é, as <", add_special_tokens=False)["input_ids"]
+    reasoning = tokenizer("<think> the é, as <", add_special_tokens=False)["input_ids"]
     closing = tokenizer("</think>", add_special_tokens=False)["input_ids"]
-    ids = [*thought, *letters, *closing, reference_id, reference_id, end_id]
+    ids = [*reasoning, *letters, *closing, reference_id, reference_id, end_id]
 
     def decode(token_ids):
         return tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -403,4 +416,4 @@ def test_a_response_is_read_with_a_real_tokenizer(family):
     assert response.text == "<think> the é, as <<REF_POS></think><REF_POS><REF_POS>"
     assert response.reasoning == "the é, as <<REF_POS>"
     assert response.reference_positions == (len(ids) - 3, len(ids) - 2)
-    assert response.faults == (FormatViolation.SEVERAL_REFERENCES,)
+    assert response.format_violations == (FormatViolation.SEVERAL_REFERENCES,)

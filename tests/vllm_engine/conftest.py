@@ -1,4 +1,4 @@
-"""What the tests with a real vLLM engine share; `make test-vllm` gives them an environment."""
+"""Marks and fixtures of the tests with a real vLLM engine, which `make test-vllm` runs."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle
 
 HERE = Path(__file__).parent
-REASON = "vLLM is not installed; `make test-vllm` runs these in an environment of their own"
+REASON = "vLLM is not installed; `make test-vllm` runs these tests in a separate environment"
 
 
 def pytest_collection_modifyitems(items):
@@ -26,10 +26,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def bundle_of(request):
-    """Open a bundle by name: ``shipped``, ``tiny`` or ``tiny_llava``."""
+    """Open a bundle by name: ``demo``, ``tiny`` or ``tiny_llava``."""
 
     def opener(name):
-        if name == "shipped":
+        if name == "demo":
             return open_bundle(demo.BUNDLE)
         return open_bundle(request.getfixturevalue(f"{name}_bundle"))
 

@@ -1,6 +1,6 @@
-"""A capture that goes wrong on purpose, to show that the comparison with transformers sees it.
+"""Hidden-state capture with injected errors, which the comparison with transformers must detect.
 
-The token budget of a request chooses what goes wrong with it.
+The token budget of a request selects its error.
 """
 
 from coprs_deploy.policy.vllm_policy.capture import STEP, HiddenStateCapture
@@ -13,23 +13,23 @@ ONE_STEP_EARLY = 102
 class MutantCapture(HiddenStateCapture):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._row_before = {}
+        self._previous = {}
 
     def apply(self, logits):
         logits = super().apply(logits)
-        for row, (order, _) in self._batch.items():
-            self._row_before[order.path] = STEP.rows[row].clone()
+        for row, (request, _) in self._batch.items():
+            self._previous[request.path] = STEP.hidden_states[row].clone()
         return logits
 
-    def row_of(self, row, logits):
-        order, _ = self._batch[row]
-        if order.budget == ONE_STEP_EARLY:
-            return self._row_before[order.path]
-        shift = 1 if order.budget == WRONG_ROW else 0
-        return super().row_of((row + shift) % len(logits), logits)
+    def hidden_state_of(self, row, logits):
+        request, _ = self._batch[row]
+        if request.token_budget == ONE_STEP_EARLY:
+            return self._previous[request.path]
+        shift = 1 if request.token_budget == WRONG_ROW else 0
+        return super().hidden_state_of((row + shift) % len(logits), logits)
 
 
 class MutantPolicy(VllmPolicy):
     @staticmethod
-    def _plug_ins():
-        return {"logits_processors": [MutantCapture]}
+    def _logits_processor():
+        return MutantCapture

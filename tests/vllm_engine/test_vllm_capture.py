@@ -1,4 +1,4 @@
-"""The capture alone, without an engine: which rows are taken, and when an answer is made to end."""
+"""Hidden-state capture without an engine: captured rows and forced ends."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -15,27 +15,24 @@ if importlib.util.find_spec("vllm") is not None:
     from coprs_deploy.policy.vllm_policy.capture import STEP, CaptureRequest, HiddenStateCapture
     from coprs_deploy.policy.vllm_policy.models import _CLIP_ROOT
 
-REFERENCE, STOP, VOCABULARY, WIDTH = 7, 2, 10, 3
+REFERENCE, STOP, VOCABULARY, HIDDEN_SIZE = 7, 2, 10, 3
 
 
-def order(file, targets=1, budget=20):
-    return CaptureRequest(str(file), REFERENCE, STOP, targets, budget)
-
-
-def params(order, **changes):
-    options = {"max_tokens": order.budget + 1, "stop_token_ids": [STOP], **changes}
-    return SamplingParams(extra_args=order.extra_args(), **options)
+def params(path, max_targets=1, **changes):
+    request = CaptureRequest(str(path), REFERENCE, STOP, max_targets, token_budget=20)
+    options = {"max_tokens": 21, "stop_token_ids": [STOP], **changes}
+    return SamplingParams(extra_args=request.extra_args(), **options)
 
 
 @pytest.fixture
-def files(tmp_path):
-    with HiddenStateTransport(WIDTH, tmp_path) as files:
-        yield files
+def transport(tmp_path):
+    with HiddenStateTransport(HIDDEN_SIZE, tmp_path) as transport:
+        yield transport
 
 
 @pytest.fixture
 def capture(monkeypatch):
-    monkeypatch.setattr(STEP, "rows", None)
+    monkeypatch.setattr(STEP, "hidden_states", None)
     config = SimpleNamespace(speculative_config=None)
     return HiddenStateCapture(config, torch.device("cpu"), False)
 
@@ -45,8 +42,8 @@ def update(capture, *, added=(), removed=(), moved=()):
 
 
 def step(capture, num_rows):
-    """One engine step: row i of the hidden states holds i everywhere."""
-    STEP.rows = torch.arange(float(num_rows))[:, None].expand(-1, WIDTH)
+    """Run one engine step whose hidden states have the value i in row i."""
+    STEP.hidden_states = torch.arange(float(num_rows))[:, None].expand(-1, HIDDEN_SIZE)
     return capture.apply(torch.zeros(num_rows, VOCABULARY))
 
 
@@ -54,53 +51,55 @@ def forced(logits):
     return [bool(row[STOP] == 0 and torch.isinf(row).sum() == VOCABULARY - 1) for row in logits]
 
 
-def taken(files, file):
-    """The rows that were captured for a request, by number."""
-    return [row for row, *_ in files.take(file).tolist()]
+def captured_rows(transport, path):
+    """Return the numbers of the rows that were captured for a request."""
+    return [row for row, *_ in transport.take(path).tolist()]
 
 
-def test_a_row_is_taken_where_the_reference_token_is_read_and_the_answer_ends_there(capture, files):
-    a, b = files.open(), files.open()
+def test_capture_takes_the_row_that_reads_the_reference_token_and_ends_the_response(
+    capture, transport
+):
+    a, b = transport.create(), transport.create()
     one, other = [4, REFERENCE], [REFERENCE, 4]
-    update(capture, added=[(0, params(order(a)), [1], one), (2, params(order(b)), [1], other)])
+    update(capture, added=[(0, params(a), [1], one), (2, params(b), [1], other)])
     assert forced(step(capture, 3)) == [True, False, False]
-    assert files.take(a).tolist() == [[0.0] * WIDTH]
+    assert transport.take(a).tolist() == [[0.0] * HIDDEN_SIZE]
     other.append(REFERENCE)
     assert forced(step(capture, 3)) == [True, False, True]
-    assert files.take(b).tolist() == [[2.0] * WIDTH]
-    assert files.take(a).shape == (0, WIDTH)
+    assert transport.take(b).tolist() == [[2.0] * HIDDEN_SIZE]
+    assert transport.take(a).shape == (0, HIDDEN_SIZE)
 
 
-def test_a_reference_token_of_the_prompt_is_none_of_the_answers(capture, files):
-    file = files.open()
-    update(capture, added=[(0, params(order(file)), [REFERENCE], [])])
+def test_capture_reference_token_of_the_prompt_is_ignored(capture, transport):
+    path = transport.create()
+    update(capture, added=[(0, params(path), [REFERENCE], [])])
     assert forced(step(capture, 1)) == [False]
-    assert taken(files, file) == []
+    assert captured_rows(transport, path) == []
 
 
-def test_several_targets_are_kept_in_order_and_the_last_one_ends_the_answer(capture, files):
-    response, file = [REFERENCE], files.open()
-    update(capture, added=[(1, params(order(file, targets=2)), None, response)])
+def test_capture_several_targets_are_ordered_and_the_last_ends_the_response(capture, transport):
+    response, path = [REFERENCE], transport.create()
+    update(capture, added=[(1, params(path, max_targets=2), None, response)])
     assert forced(step(capture, 2)) == [False, False]
     update(capture, moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)])
     response += [4, REFERENCE]
     assert forced(step(capture, 1)) == [True]
-    assert taken(files, file) == [1.0, 0.0]
+    assert captured_rows(transport, path) == [1.0, 0.0]
 
 
-def test_the_budget_ends_an_answer(capture, files):
+def test_capture_token_budget_ends_the_response(capture, transport):
     response = [4] * 19
-    update(capture, added=[(0, params(order(files.open())), None, response)])
+    update(capture, added=[(0, params(transport.create()), None, response)])
     assert forced(step(capture, 1)) == [False]
     response.append(4)
     assert forced(step(capture, 1)) == [True]
 
 
-def test_requests_are_followed_as_they_move_swap_and_leave(capture, files):
-    a, b, c = (files.open() for _ in range(3))
+def test_capture_tracks_moved_swapped_and_removed_requests(capture, transport):
+    a, b, c = (transport.create() for _ in range(3))
     update(
         capture,
-        added=[(row, params(order(f)), None, [REFERENCE]) for row, f in enumerate((a, b, c))],
+        added=[(row, params(f), None, [REFERENCE]) for row, f in enumerate((a, b, c))],
     )
     update(
         capture,
@@ -109,72 +108,72 @@ def test_requests_are_followed_as_they_move_swap_and_leave(capture, files):
     )
     capture.update_state(None)
     step(capture, 2)
-    assert [taken(files, f) for f in (a, b, c)] == [[1.0], [], [0.0]]
+    assert [captured_rows(transport, f) for f in (a, b, c)] == [[1.0], [], [0.0]]
 
 
-def test_a_row_that_another_request_takes_over_forgets_the_first(capture, files):
-    first = files.open()
-    update(capture, added=[(0, params(order(first)), None, [REFERENCE])])
+def test_capture_reused_row_drops_the_previous_request(capture, transport):
+    first = transport.create()
+    update(capture, added=[(0, params(first), None, [REFERENCE])])
     update(capture, added=[(0, SamplingParams(), None, [REFERENCE])])
     assert forced(step(capture, 1)) == [False]
-    assert taken(files, first) == []
+    assert captured_rows(transport, first) == []
 
 
-def test_what_a_preempted_request_reads_again_replaces_what_it_had(capture, files):
-    response, file = [4, REFERENCE], files.open()
-    update(capture, added=[(0, params(order(file)), None, response)])
+def test_capture_preempted_request_replaces_its_states(capture, transport):
+    response, path = [4, REFERENCE], transport.create()
+    update(capture, added=[(0, params(path), None, response)])
     step(capture, 1)
-    update(capture, removed=[0], added=[(2, params(order(file)), None, response)])
+    update(capture, removed=[0], added=[(2, params(path), None, response)])
     step(capture, 3)
-    assert taken(files, file) == [2.0]
+    assert captured_rows(transport, path) == [2.0]
 
 
-def test_half_precision_states_arrive_as_float32(capture, files):
-    file = files.open()
-    update(capture, added=[(0, params(order(file)), None, [REFERENCE])])
-    STEP.rows = torch.full((1, WIDTH), 0.1, dtype=torch.bfloat16)
+def test_capture_bfloat16_states_are_stored_as_float32(capture, transport):
+    path = transport.create()
+    update(capture, added=[(0, params(path), None, [REFERENCE])])
+    STEP.hidden_states = torch.full((1, HIDDEN_SIZE), 0.1, dtype=torch.bfloat16)
     capture.apply(torch.zeros(1, VOCABULARY))
-    assert files.take(file).tolist() == [[0.10009765625] * WIDTH]
+    assert transport.take(path).tolist() == [[0.10009765625] * HIDDEN_SIZE]
 
 
-def test_only_the_first_rank_hands_vectors_over(files, monkeypatch):
+def test_capture_other_ranks_store_nothing(transport, monkeypatch):
     monkeypatch.setattr("coprs_deploy.policy.vllm_policy.capture.is_first_rank", lambda: False)
     other = HiddenStateCapture(SimpleNamespace(speculative_config=None), "cpu", False)
-    file = files.open()
-    update(other, added=[(0, params(order(file)), None, [REFERENCE])])
+    path = transport.create()
+    update(other, added=[(0, params(path), None, [REFERENCE])])
     assert forced(step(other, 1)) == [True]
-    assert taken(files, file) == []
+    assert captured_rows(transport, path) == []
 
 
-def test_what_is_found_for_an_abandoned_request_goes_nowhere(capture, files):
-    file = files.open()
-    update(capture, added=[(0, params(order(file)), None, [REFERENCE])])
-    file.unlink()
+def test_capture_abandoned_request_stores_nothing(capture, transport):
+    path = transport.create()
+    update(capture, added=[(0, params(path), None, [REFERENCE])])
+    path.unlink()
     assert forced(step(capture, 1)) == [True]
-    assert len(files) == 0
+    assert len(transport) == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_tokens": 3}, "min_tokens and ignore_eos would keep an answer from its end"),
-        ({"ignore_eos": True}, "min_tokens and ignore_eos"),
-        ({"stop_token_ids": [5]}, r"stop_token_ids is \[5\]; it must hold 2"),
+        ({"min_tokens": 3}, "min_tokens or ignore_eos is set"),
+        ({"ignore_eos": True}, "min_tokens or ignore_eos is set"),
+        ({"stop_token_ids": [5]}, r"stop_token_ids is \[5\]; it must contain 2"),
         ({"stop_token_ids": [STOP, REFERENCE]}, "and not <REF_POS>"),
-        ({"max_tokens": 20}, "max_tokens is 20; it must be above the budget of 20"),
+        ({"max_tokens": 20}, "max_tokens is 20; it must exceed the token budget of 20"),
     ],
 )
-def test_parameters_that_would_leave_a_reference_token_unread_are_refused(changes, message):
+def test_validate_params_unread_reference_token_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        HiddenStateCapture.validate_params(params(order("x"), **changes))
+        HiddenStateCapture.validate_params(params("x", **changes))
 
 
-def test_requests_of_others_are_left_alone():
+def test_validate_params_request_without_capture_is_accepted():
     HiddenStateCapture.validate_params(SamplingParams(min_tokens=3))
-    HiddenStateCapture.validate_params(params(order("x")))
+    HiddenStateCapture.validate_params(params("x"))
 
 
-def test_speculative_decoding_is_refused():
+def test_capture_speculative_decoding_is_refused():
     with pytest.raises(ValueError, match="speculative decoding is on"):
         HiddenStateCapture(SimpleNamespace(speculative_config=object()), None, False)
 
@@ -188,5 +187,5 @@ def test_speculative_decoding_is_refused():
         ("model.language_model.x", "model.language_model.x"),
     ],
 )
-def test_clip_is_found_under_the_names_of_older_and_newer_checkpoints(name, expected):
+def test_load_weights_clip_names_of_older_and_newer_checkpoints_match(name, expected):
     assert _CLIP_ROOT.sub(r"\1vision_model.", name) == expected

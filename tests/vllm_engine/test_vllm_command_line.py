@@ -1,4 +1,4 @@
-"""`coprs-deploy segment --policy vllm` with the shipped model, as a user runs it."""
+"""`coprs-deploy segment --policy vllm` with the demo model, as a user runs it."""
 
 import json
 import os
@@ -26,9 +26,9 @@ def processes_of_group(group):
     return found
 
 
-def none_left_of_group(group, patience_s=60):
-    """Wait for processes that are on their way out: a busy machine may still be ending them."""
-    end = time.monotonic() + patience_s
+def all_of_group_end(group, timeout_s=60):
+    """Wait for processes that are still ending."""
+    end = time.monotonic() + timeout_s
     while processes_of_group(group) and time.monotonic() < end:
         time.sleep(0.2)
     return not processes_of_group(group)
@@ -57,7 +57,7 @@ def run(tmp_path):
             os.killpg(group, signal.SIGKILL)
 
 
-def test_an_answer_is_written_and_no_process_stays_behind(run, tmp_path):
+def test_segment_writes_the_result_and_leaves_no_process(run, tmp_path):
     child, stdout, stderr = run(
         "segment",
         str(ROOT / "examples/scene.png"),
@@ -67,26 +67,26 @@ def test_an_answer_is_written_and_no_process_stays_behind(run, tmp_path):
         "--vllm",
         "max_num_seqs=2",
         "--out",
-        str(tmp_path / "answer"),
+        str(tmp_path / "result"),
         "--json",
     )
     assert child.returncode == 0, stderr
-    assert none_left_of_group(child.pid)
-    answer = json.loads(stdout)
-    assert answer["found"]
-    assert answer["reasoning"].startswith("The red circle candidates are")
-    assert "vllm 0.32.0 qwen2_5_vl on cpu" in answer["runtime"]
+    assert all_of_group_end(child.pid)
+    result = json.loads(stdout)
+    assert result["found"]
+    assert result["reasoning"].startswith("The red circle candidates are")
+    assert "vllm 0.32.0 qwen2_5_vl on cpu" in result["runtime"]
     assert "policy ready after" in stderr
-    assert (tmp_path / "answer/overlay.png").is_file()
+    assert (tmp_path / "result/overlay.png").is_file()
 
 
-def test_a_setting_that_is_unknown_is_wrong_use(run):
+def test_segment_unknown_vllm_setting_exits_with_2(run):
     child, _, stderr = run("segment", "scene.png", "x", "--policy", "vllm", "--vllm", "max_seqs=2")
     assert child.returncode == 2
     assert "'max_seqs=2' is unknown; accepted: name=value with max_num_seqs" in stderr
 
 
-def test_doctor_names_the_policy(run):
+def test_doctor_lists_the_vllm_policy(run):
     child, stdout, _ = run("doctor", "--json")
     assert child.returncode == 0
     policies = {entry["name"]: entry for entry in json.loads(stdout)["policies"]}

@@ -1,4 +1,4 @@
-"""The vLLM policy answers as the transformers policy does, whatever else the engine is doing."""
+"""The vLLM policy returns the results of the transformers policy, under any load of the engine."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +14,15 @@ from coprs_deploy.errors import HiddenStateError, InstructionError, PolicyError
 from coprs_deploy.images import load_image
 from coprs_deploy.policy import PolicyRequest, StopReason, TextDelta
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
-from coprs_deploy.policy.vllm_policy.settings import VllmSettings
+from coprs_deploy.policy.vllm_policy.settings import VllmSettings, kv_bytes_per_token
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from tests import ROOT
 
-VECTOR_TOLERANCE = 1e-4
-"""Of the largest value: both take the same float32 sums, in another order."""
+STATE_TOLERANCE = 1e-4
+"""Relative to the largest value: both add the same float32 values, in another order."""
 
 SCENE = ROOT / "examples/scene.png"
-MODELS = ("shipped", "tiny", "tiny_llava")
+MODELS = ("demo", "tiny", "tiny_llava")
 SHARED = VllmSettings(num_threads=1)
 CROWDED = VllmSettings(
     max_num_seqs=6,
@@ -30,7 +30,7 @@ CROWDED = VllmSettings(
     enable_prefix_caching=False,
     num_threads=1,
 )
-"""Prompts are read in pieces, and nothing is kept."""
+"""Chunked prefill and no prefix cache."""
 
 
 def open_policy(kind, bundle, **options):
@@ -44,23 +44,23 @@ def open_vllm(bundle, settings, kind=None):
     return open_policy(kind or VllmPolicy, bundle, settings=settings)
 
 
-def questions(count, **options):
-    """The example of the repository, something that is not there, and held-out scenes."""
+def make_requests(count, **options):
+    """Return requests for the example image (one a no-match) and for held-out scenes."""
     example = load_image(SCENE)
-    asked = [(example, "the largest red circle"), (example, "the cat")]
-    asked += [(e.image, e.instruction) for e in held_out_examples(PLAIN, 12, 2)]
-    pairs = (asked[i % len(asked)] for i in range(count))
-    return [PolicyRequest(rgb, text, **options) for rgb, text in pairs]
+    inputs = [(example, "the largest red circle"), (example, "the cat")]
+    inputs += [(e.image, e.instruction) for e in held_out_examples(PLAIN, 12, 2)]
+    pairs = (inputs[i % len(inputs)] for i in range(count))
+    return [PolicyRequest(image, instruction, **options) for image, instruction in pairs]
 
 
 def ask(policy, request):
-    *words, result = policy.stream(request)
-    assert "".join(piece.text for piece in words) == result.response.text
+    *deltas, result = policy.stream(request)
+    assert "".join(delta.text for delta in deltas) == result.response.text
     return result
 
 
 def ask_together(policy, requests, abandoned=()):
-    """Ask all at once; the requests whose numbers are abandoned are left after a few words."""
+    """Run all requests concurrently; the abandoned ones are closed after a few tokens."""
 
     def one(number):
         if number not in abandoned:
@@ -76,7 +76,7 @@ def ask_together(policy, requests, abandoned=()):
 
 
 def difference(found, expected):
-    """Largest difference of two sets of vectors, relative to the largest value."""
+    """Return the largest difference of two sets of states, relative to the largest value."""
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max(initial=0) / np.abs(expected).max(initial=1e-30))
 
@@ -86,83 +86,83 @@ def assert_equal(found, expected):
     assert found.stop_reason is expected.stop_reason
     assert found.response == expected.response
     assert found.num_prompt_tokens == expected.num_prompt_tokens
-    assert difference(found.concentrations, expected.concentrations) < VECTOR_TOLERANCE
+    assert difference(found.concentrations, expected.concentrations) < STATE_TOLERANCE
 
 
 @pytest.fixture(scope="module")
 def reference(bundle_of):
-    """Ask the transformers policy of a bundle by name; answers are kept."""
-    policies, answers = {}, {}
+    """Return the result of the transformers policy of a bundle by name; results are cached."""
+    policies, results = {}, {}
 
-    def answer(name, request):
+    def run(name, request):
         if name not in policies:
             policies[name] = open_policy(TransformersPolicy, bundle_of(name))
-        key = (name, request.rgb.tobytes(), request.instruction)
-        key += (request.targets, request.max_new_tokens)
-        if key not in answers:
-            answers[key] = ask(policies[name], request)
-        return answers[key]
+        key = (name, request.image.tobytes(), request.instruction)
+        key += (request.max_targets, request.max_new_tokens)
+        if key not in results:
+            results[key] = ask(policies[name], request)
+        return results[key]
 
-    return answer
+    return run
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def shared(request, bundle_of):
-    """The engine as it is set up by default, with the name of its bundle."""
+    """Engine with default settings, and the name of its bundle."""
     with open_vllm(bundle_of(request.param), SHARED) as policy:
         yield policy, request.param
 
 
 class TestSharedEngine:
-    def test_requests_that_are_answered_together_equal_those_of_transformers(
-        self, shared, reference
-    ):
+    def test_stream_concurrent_requests_equal_transformers(self, shared, reference):
         policy, name = shared
-        asked = questions(16)
-        found = ask_together(policy, asked, abandoned=(3, 8, 13))
-        for number, (result, request) in enumerate(zip(found, asked, strict=True)):
+        requests = make_requests(16)
+        found = ask_together(policy, requests, abandoned=(3, 8, 13))
+        for number, (result, request) in enumerate(zip(found, requests, strict=True)):
             assert (result is None) == (number in (3, 8, 13))
             if result is not None:
                 assert_equal(result, reference(name, request))
         assert policy.count_unfinished() == 0
         assert policy.count_unfetched() == 0
-        answers = {result.token_ids for result in found if result is not None}
-        vectors = [result.concentrations for result in found if result is not None]
-        if name == "shipped":
-            assert len(answers) > 9  # they are not all the same
-        else:  # a scripted policy writes the same, but its states depend on the question
-            assert difference(vectors[0], vectors[1]) > 100 * VECTOR_TOLERANCE
+        responses = {result.token_ids for result in found if result is not None}
+        states = [result.concentrations for result in found if result is not None]
+        if name == "demo":
+            assert len(responses) > 9  # not all the same
+        else:  # a scripted policy always writes the same, but its states depend on the request
+            assert difference(states[0], states[1]) > 100 * STATE_TOLERANCE
 
-    def test_a_second_question_on_a_picture_reads_only_what_is_new(self, shared, reference):
+    def test_stream_second_request_for_an_image_uses_the_prefix_cache(self, shared, reference):
         policy, name = shared
-        rgb = np.random.default_rng(5).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-        shared_words = "whatever lies to the left of everything else and is"
-        first, second = (PolicyRequest(rgb, f"{shared_words} {c}") for c in ("red", "blue"))
+        image = np.random.default_rng(5).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        prefix = "whatever lies to the left of everything else and is"
+        first, second = (PolicyRequest(image, f"{prefix} {color}") for color in ("red", "blue"))
         assert ask(policy, first).num_cached_tokens == 0
         result = ask(policy, second)
         assert result.num_cached_tokens > 0
         assert_equal(result, reference(name, second))
 
-    def test_several_targets_come_in_order(self, shared, reference):
+    def test_stream_several_targets_equal_transformers(self, shared, reference):
         policy, name = shared
-        for request in questions(4, targets=3, max_new_tokens=60):
+        for request in make_requests(4, max_targets=3, max_new_tokens=60):
             assert_equal(ask(policy, request), reference(name, request))
 
     @pytest.mark.parametrize("budget", [1, 8, 9, 10, 11])
-    def test_the_budget_never_leaves_a_reference_token_unread(self, shared, reference, budget):
+    def test_stream_token_budget_reads_a_reference_token_at_the_end(
+        self, shared, reference, budget
+    ):
         policy, name = shared
-        request = questions(1, targets=5, max_new_tokens=budget)[0]
+        request = make_requests(1, max_targets=5, max_new_tokens=budget)[0]
         result = ask(policy, request)
         assert_equal(result, reference(name, request))
-        if name != "shipped":  # the script writes <REF_POS> in the places 9 and 11
+        if name != "demo":  # the script writes <REF_POS> at positions 9 and 11
             assert result.stop_reason is StopReason.TOKEN_BUDGET
             assert len(result.concentrations) == (budget >= 9) + (budget >= 11)
 
-    def test_abandoning_frees_everything_and_changes_no_later_answer(self, shared, reference):
+    def test_stream_abandoned_request_is_freed_and_changes_no_later_result(self, shared, reference):
         policy, name = shared
-        request = questions(1)[0]
-        # Abandoned behind <REF_POS>, so that a vector lies in the engine already.
-        stream = policy.stream(PolicyRequest(request.rgb, request.instruction, targets=4))
+        request = make_requests(1)[0]
+        # Abandoned after <REF_POS>, so that the engine has written a hidden state.
+        stream = policy.stream(PolicyRequest(request.image, request.instruction, max_targets=4))
         while next(stream) != TextDelta(REFERENCE_TOKEN):
             pass
         next(stream)
@@ -171,63 +171,63 @@ class TestSharedEngine:
         assert policy.count_unfinished() == 0
         assert policy.count_unfetched() == 0
 
-    def test_a_vector_that_is_lost_is_an_error_with_the_reasoning(self, shared, monkeypatch):
+    def test_stream_lost_hidden_state_is_an_error_with_the_reasoning(self, shared, monkeypatch):
         policy, name = shared
-        take = policy._files.take
-        monkeypatch.setattr(policy._files, "take", lambda path: take(path)[:0])
-        request = questions(1)[0]
-        with pytest.raises(HiddenStateError, match="1 <REF_POS> and gave 0") as caught:
+        take = policy._transport.take
+        monkeypatch.setattr(policy._transport, "take", lambda path: take(path)[:0])
+        request = make_requests(1)[0]
+        with pytest.raises(HiddenStateError, match="1 <REF_POS> and returned 0") as caught:
             ask(policy, request)
-        expected = "red circle" if name == "shipped" else "generated policy"
+        expected = "red circle" if name == "demo" else "generated policy"
         assert expected in caught.value.reasoning
 
-    def test_an_instruction_that_is_too_long_is_refused(self, shared):
+    def test_stream_too_long_instruction_is_refused(self, shared):
         policy, _ = shared
         with pytest.raises(InstructionError, match="shorten the instruction"):
             ask(policy, PolicyRequest(load_image(SCENE), "disc " * 1500))
 
-    def test_masks_are_identical_to_those_of_transformers(self, shared, bundle_of):
+    def test_segment_many_masks_equal_transformers(self, shared, bundle_of):
         policy, name = shared
         bundle = bundle_of(name)
-        stages = SegmentationGraphs(
+        graphs = SegmentationGraphs(
             {
                 graph: open_graph("onnxruntime", bundle.graph_path(graph), g.spec, RunnerOptions())
                 for graph, g in bundle.manifest.graphs.items()
             }
         )
         geometry = bundle.manifest.geometry
-        expected = CoPRS(stages, open_policy(TransformersPolicy, bundle), geometry)
-        found = CoPRS(stages, policy, geometry)
-        asked = [(request.rgb, request.instruction) for request in questions(6)]
+        expected = CoPRS(graphs, open_policy(TransformersPolicy, bundle), geometry)
+        found = CoPRS(graphs, policy, geometry)
+        requests = [(request.image, request.instruction) for request in make_requests(6)]
         pixels = 0
-        for one, other in zip(found.segment_many(asked), expected.segment_many(asked), strict=True):
+        for one, other in zip(
+            found.segment_many(requests), expected.segment_many(requests), strict=True
+        ):
             assert one.response == other.response
             changed = np.count_nonzero(one.masks != other.masks)
-            # Random weights leave logits within rounding of zero, the shipped ones do not.
-            assert changed <= (0 if name == "shipped" else one.masks.size // 1000)
+            # Random weights have logits within rounding of zero, the demo model has none.
+            assert changed <= (0 if name == "demo" else one.masks.size // 1000)
             pixels += int(one.masks.sum())
         assert pixels > 0
 
-    def test_the_settings_are_shown(self, shared):
+    def test_description_names_the_settings(self, shared):
         policy, _ = shared
         for part in ("on cpu", "float32", "quantization none", "16 requests", "caching on"):
             assert part in policy.description
 
 
-@pytest.fixture(scope="module", params=["shipped", "tiny", "tiny_llava"])
+@pytest.fixture(scope="module", params=MODELS)
 def crowded(request, bundle_of):
-    """An engine whose memory holds fewer answers than it is given at once."""
-    from coprs_deploy.policy.vllm_policy.settings import kv_bytes_per_token
-
-    bundle = bundle_of(request.param)
+    """Engine whose memory is too small for its concurrent requests."""
     from transformers import AutoConfig
 
+    bundle = bundle_of(request.param)
     text = AutoConfig.from_pretrained(bundle.policy_path).get_text_config()
-    # A longest answer must fit, or the engine does not start; three do not.
+    # One request of maximum length must fit, or the engine does not start; three do not fit.
     longest = min(3301, text.max_position_embeddings)
     per_token = kv_bytes_per_token(text, 4)
     settings = VllmSettings(
-        max_num_seqs=CROWDED.max_num_seqs if request.param == "shipped" else 64,
+        max_num_seqs=CROWDED.max_num_seqs if request.param == "demo" else 64,
         max_num_batched_tokens=CROWDED.max_num_batched_tokens,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=(longest + 64) * per_token,
@@ -238,26 +238,26 @@ def crowded(request, bundle_of):
 
 
 class TestCrowdedEngine:
-    def test_prompts_in_pieces_and_preempted_answers_equal_those_of_transformers(
+    def test_stream_chunked_prefill_and_preempted_requests_equal_transformers(
         self, crowded, reference
     ):
         policy, name = crowded
-        # Long answers, so that the memory runs out while they are written.
-        options = {"targets": 200, "max_new_tokens": 150} if name != "shipped" else {}
-        count = 24 if name != "shipped" else 32
-        asked = questions(count, **options)
+        # Long responses, so that the memory runs out during decoding.
+        options = {"max_targets": 200, "max_new_tokens": 150} if name != "demo" else {}
+        count = 24 if name != "demo" else 32
+        requests = make_requests(count, **options)
         abandoned = tuple(range(5, count, 10))
-        found = ask_together(policy, asked, abandoned=abandoned)
-        for result, request in zip(found, asked, strict=True):
+        found = ask_together(policy, requests, abandoned=abandoned)
+        for result, request in zip(found, requests, strict=True):
             if result is not None:
                 assert_equal(result, reference(name, request))
-        if name != "shipped":
+        if name != "demo":
             assert policy.num_preemptions > 0
         assert policy.count_unfinished() == policy.count_unfetched() == 0
 
-    def test_without_a_prefix_cache_nothing_is_kept(self, crowded, reference):
+    def test_stream_without_prefix_caching_has_no_cached_tokens(self, crowded, reference):
         policy, name = crowded
-        request = questions(1)[0]
+        request = make_requests(1)[0]
         for _ in range(2):
             result = ask(policy, request)
             assert result.num_cached_tokens == 0
@@ -273,32 +273,32 @@ class TestMutants:
         with open_vllm(bundle_of("tiny"), SHARED, MutantPolicy) as policy:
             yield policy
 
-    def test_the_comparison_sees_a_wrong_row_and_a_step_too_early(self, mutant, reference):
+    def test_comparison_detects_a_wrong_row_and_an_earlier_step(self, mutant, reference):
         from tests.vllm_engine.mutants import ONE_STEP_EARLY, WRONG_ROW
 
         for budget in (100, WRONG_ROW, ONE_STEP_EARLY):
-            asked = questions(8, max_new_tokens=budget)
-            wrong = 0
-            for result, request in zip(ask_together(mutant, asked), asked, strict=True):
+            requests = make_requests(8, max_new_tokens=budget)
+            num_wrong = 0
+            for result, request in zip(ask_together(mutant, requests), requests, strict=True):
                 expected = reference("tiny", request)
                 if budget == 100:
                     assert_equal(result, expected)
                     continue
                 assert result.token_ids == expected.token_ids
-                found = difference(result.concentrations, expected.concentrations)
-                wrong += found > 100 * VECTOR_TOLERANCE
-            assert wrong == 0 if budget == 100 else wrong > 4
+                error = difference(result.concentrations, expected.concentrations)
+                num_wrong += error > 100 * STATE_TOLERANCE
+            assert num_wrong == 0 if budget == 100 else num_wrong > 4
 
 
 class TestClosing:
-    def test_closing_ends_running_answers_and_every_process(self, bundle_of):
+    def test_close_ends_running_requests_and_every_process(self, bundle_of):
         import psutil
 
         before = set(psutil.Process().children(recursive=True))
         policy = open_vllm(bundle_of("tiny"), SHARED)
         started = set(psutil.Process().children(recursive=True)) - before
         assert started
-        stream = policy.stream(questions(1, targets=10_000, max_new_tokens=1500)[0])
+        stream = policy.stream(make_requests(1, max_targets=10_000, max_new_tokens=1500)[0])
         next(stream)
         failures = []
 
@@ -314,22 +314,22 @@ class TestClosing:
         policy.close()
         reader.join(timeout=60)
         assert not reader.is_alive()
-        assert "closed while it answered" in str(failures[0])
+        assert "closed during the request" in str(failures[0])
         _, alive = psutil.wait_procs(started, timeout=60)
         assert not alive
-        assert not policy._files.folder.exists()
-        policy.close()  # closing again is allowed
+        assert not policy._transport.folder.exists()
+        policy.close()  # a second close has no effect
         with pytest.raises(PolicyError, match="was closed"):
-            next(policy.stream(questions(1)[0]))
+            next(policy.stream(make_requests(1)[0]))
 
-    def test_a_directory_that_is_no_policy_is_refused(self, bundle_of, tmp_path):
+    def test_vllm_policy_directory_without_a_policy_is_refused(self, bundle_of, tmp_path):
         from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
         prompt = bundle_of("tiny").manifest.policy.prompt
         with pytest.raises(PolicyError, match="cannot be loaded as a policy"):
             VllmPolicy(tmp_path, prompt, 784, 12_544)
 
-    def test_a_gpu_that_vllm_was_not_built_for_is_refused(self, bundle_of):
+    def test_vllm_policy_device_of_another_build_is_refused(self, bundle_of):
         from vllm.platforms import current_platform
 
         if current_platform.device_type != "cpu":

@@ -1,1 +1,1 @@
-"""TODO."""
+"""vLLM policy: settings, engine, models, hidden-state capture and transport."""

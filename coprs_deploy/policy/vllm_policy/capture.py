@@ -1,11 +1,11 @@
-"""Capture of the hidden state of ``<REF_POS>`` inside vLLM's own decoding pass.
+"""Hidden-state capture of ``<REF_POS>`` inside vLLM's decoding pass.
 
-This module runs in vLLM's worker process. A step of the engine turns post-norm rows into logits;
-the row of the step whose *input* token is ``<REF_POS>`` is the concentration. Two parts of vLLM's
-public plug-in interface meet here: the model keeps the rows (:mod:`.models`), and a logits
-processor knows which row belongs to which request and what that request wrote last. It appends the
-vector to the file that the request names in ``SamplingParams.extra_args`` (:mod:`.vector_files`):
-rows that move within the batch, and ids that change on their way, cannot mix requests up.
+This module runs in vLLM's worker process. An engine step turns post-norm hidden states into logits;
+the hidden state of the step whose *input* token is ``<REF_POS>`` is the concentration. Two parts of
+vLLM's public plug-in interface are combined: the model keeps the hidden states of the step
+(:mod:`.models`), and a logits processor knows the request of each row and its last token. The
+processor appends the state to the file that the request names in ``SamplingParams.extra_args``
+(:mod:`.transport`), so that rows that move within the batch cannot mix up requests.
 """
 
 from __future__ import annotations
@@ -17,104 +17,107 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
-from coprs_deploy.policy.vllm_policy.transport import append_vector
+from coprs_deploy.policy.vllm_policy.transport import append_hidden_state
 
 EXTRA_ARGUMENT = "coprs_deploy"
-"""The key of a capture order in ``SamplingParams.extra_args``."""
+"""Key of a capture request in ``SamplingParams.extra_args``."""
 
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """What is captured for one request, and when its answer is made to end.
+    """Capture settings of one request, and the limits of its response.
 
     Attributes:
-        path: file that the vectors are appended to; no other request ever has it.
-        reference_id: ``<REF_POS>``.
-        stop_id: the token that is forced when the answer must end; one of ``stop_token_ids``.
-        targets: end after this many ``<REF_POS>`` have been read.
-        budget: end after this many tokens; a ``<REF_POS>`` in the last place is still read.
+        path: file of this request for its hidden states.
+        reference_id: id of ``<REF_POS>``.
+        stop_id: token that is forced at a limit; one of ``stop_token_ids``.
+        max_targets: maximum number of ``<REF_POS>``.
+        token_budget: maximum response length; a ``<REF_POS>`` at the last position is still read.
     """
 
     path: str
     reference_id: int
     stop_id: int
-    targets: int
-    budget: int
+    max_targets: int
+    token_budget: int
 
     def extra_args(self) -> dict[str, Any]:
-        """The order as ``SamplingParams.extra_args``."""
+        """Return the value of ``SamplingParams.extra_args``."""
         return {EXTRA_ARGUMENT: asdict(self)}
 
     @classmethod
-    def of(cls, params: Any) -> CaptureRequest | None:
-        """Read the order of a request; None for one that was not made by this package."""
-        found: Mapping[str, Any] | None = (params.extra_args or {}).get(EXTRA_ARGUMENT)
-        return cls(**found) if found is not None else None
+    def from_params(cls, params: Any) -> CaptureRequest | None:
+        """Read the capture request of sampling parameters; None if they have none."""
+        values: Mapping[str, Any] | None = (params.extra_args or {}).get(EXTRA_ARGUMENT)
+        return cls(**values) if values is not None else None
 
 
 class Step:
-    """What the model leaves for the logits processor in the same step.
+    """Data of the current engine step, from the model to the logits processor.
 
     Attributes:
-        rows: (R, D) post-norm rows, one for each row of the step's logits.
+        hidden_states: (R, D) post-norm hidden states, one for each row of the logits.
     """
 
-    rows: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 STEP = Step()
-"""Shared by the model and the logits processor of this process."""
+"""The step of this process; shared by its model and its logits processor."""
 
 
 class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be absent
-    """Captures rows and ends answers; leaves requests without a :class:`CaptureRequest` alone."""
+    """Logits processor that captures hidden states and ends responses at their limits.
+
+    Requests without a :class:`CaptureRequest` are not touched.
+    """
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse sampling parameters under which a ``<REF_POS>`` would stay unread.
+        """Check that every ``<REF_POS>`` will be read under these sampling parameters.
 
         Raises:
-            ValueError: names the parameter.
+            ValueError: a parameter would end the response too early or too late.
         """
-        order = CaptureRequest.of(sampling_params)
-        if order is None:
+        request = CaptureRequest.from_params(sampling_params)
+        if request is None:
             return
         stops = sampling_params.stop_token_ids or []
         if sampling_params.min_tokens or sampling_params.ignore_eos:
-            raise ValueError("min_tokens and ignore_eos would keep an answer from its end")
-        if order.stop_id not in stops or order.reference_id in stops:
+            raise ValueError("min_tokens or ignore_eos is set; both prevent the end of a response")
+        if request.stop_id not in stops or request.reference_id in stops:
             raise ValueError(
-                f"stop_token_ids is {stops}; it must hold {order.stop_id} and not <REF_POS> "
-                f"({order.reference_id}), which is read before an answer ends"
+                f"stop_token_ids is {stops}; it must contain {request.stop_id} and not <REF_POS> "
+                f"({request.reference_id}), which is read before a response ends"
             )
-        if sampling_params.max_tokens <= order.budget:
+        if sampling_params.max_tokens <= request.token_budget:
             raise ValueError(
-                f"max_tokens is {sampling_params.max_tokens}; it must be above the budget of "
-                f"{order.budget}, so that a <REF_POS> in the last place is read"
+                f"max_tokens is {sampling_params.max_tokens}; it must exceed the token budget of "
+                f"{request.token_budget}, so that a <REF_POS> at the last position is read"
             )
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError(
-                "speculative decoding is on; <REF_POS> can only be captured without it"
+                "speculative decoding is on; <REF_POS> can be captured only without it"
             )
         self._batch: dict[int, tuple[CaptureRequest, list[int]]] = {}
-        self._hands_over = is_first_rank()  # the others hold the same vectors
+        self._is_first_rank = is_first_rank()  # the other ranks have the same hidden states
 
     def is_argmax_invariant(self) -> bool:
-        """Forcing an end changes what greedy decoding takes."""
+        """Return False: forcing the end changes the result of greedy decoding."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow requests as they join, leave and move within the batch."""
+        """Track requests that are added to, removed from or moved within the batch."""
         if batch_update is None:
             return
         for row in batch_update.removed:
             self._batch.pop(row, None)
         for row, params, _, response in batch_update.added:
             self._batch.pop(row, None)
-            if (order := CaptureRequest.of(params)) is not None:
-                self._batch[row] = (order, response)
+            if (request := CaptureRequest.from_params(params)) is not None:
+                self._batch[row] = (request, response)
         for source, target, direction in batch_update.moved:
             moved, replaced = self._batch.pop(source, None), self._batch.pop(target, None)
             if moved is not None:
@@ -123,43 +126,40 @@ class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be 
                 self._batch[source] = replaced
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Capture the rows that read a ``<REF_POS>``, and force the end where it is due.
+        """Capture the hidden states of ``<REF_POS>`` and force the end of complete responses.
 
         Args:
             logits: (R, V), changed in place.
         """
-        read = {
-            row: (order.path, len(response) - 1)
-            for row, (order, response) in self._batch.items()
-            if self.reads_reference(order, response)
+        captured = {
+            row: (request.path, len(response) - 1)
+            for row, (request, response) in self._batch.items()
+            if response and response[-1] == request.reference_id
         }
-        if read and self._hands_over:
-            # All rows in one copy: it waits for the device.
-            vectors = torch.stack([self.row_of(row, logits) for row in read]).float().cpu().numpy()
-            for (path, position), vector in zip(read.values(), vectors, strict=True):
-                append_vector(path, position, vector)
-        for row, (order, response) in self._batch.items():
-            if len(response) >= order.budget or (
-                row in read and response.count(order.reference_id) >= order.targets
+        if captured and self._is_first_rank:
+            # One copy for all rows, because it waits for the device.
+            stacked = torch.stack([self.hidden_state_of(row, logits) for row in captured])
+            states = stacked.float().cpu().numpy()
+            for (path, position), state in zip(captured.values(), states, strict=True):
+                append_hidden_state(path, position, state)
+        for row, (request, response) in self._batch.items():
+            if len(response) >= request.token_budget or (
+                row in captured and response.count(request.reference_id) >= request.max_targets
             ):
                 logits[row] = -torch.inf
-                logits[row, order.stop_id] = 0.0
+                logits[row, request.stop_id] = 0.0
         return logits
 
-    def reads_reference(self, order: CaptureRequest, response: list[int]) -> bool:
-        """Whether the token that this step feeds is ``<REF_POS>``, written by the policy."""
-        return bool(response) and response[-1] == order.reference_id
-
-    def row_of(self, row: int, logits: torch.Tensor) -> torch.Tensor:
-        """(D,) post-norm row behind a row of the logits."""
-        rows = STEP.rows
-        assert rows is not None, "the model was not loaded through coprs_deploy's architecture"
-        assert len(rows) == len(logits), (rows.shape, logits.shape)
-        return rows[row]
+    def hidden_state_of(self, row: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return the (D,) post-norm hidden state behind a row of the logits."""
+        states = STEP.hidden_states
+        assert states is not None, "the model was not loaded through coprs_deploy's architecture"
+        assert len(states) == len(logits), (states.shape, logits.shape)
+        return states[row]
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of its tensor parallel group whose outputs count."""
+    """Return whether this process is the first rank of its tensor-parallel group."""
     from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
 
     return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0

@@ -1,28 +1,31 @@
-"""Starting and ending a vLLM engine: its environment, its platform, our architectures."""
+"""vLLM engine in a thread: environment, platform check, architectures, start and stop."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from coprs_deploy.closing import Closeable
 from coprs_deploy.errors import MissingDependencyError, PolicyError
-from coprs_deploy.policy.availability import VLLM_VERSION
+from coprs_deploy.policy.availability import VLLM_DOCS, VLLM_INSTALL
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-ARCHITECTURES = {"qwen2_5_vl": "QwenPolicy", "llava": "LlavaPolicy"}
-"""Classes of :mod:`.models` by the type of a policy."""
+_T = TypeVar("_T")
 
-INSTALL = f'pip install "vllm=={VLLM_VERSION}" for a GPU; for a CPU see docs/policies.md'
+ARCHITECTURES = {"qwen2_5_vl": "QwenPolicy", "llava": "LlavaPolicy"}
+"""Class names in :mod:`.models` by model type."""
 
 _ENVIRONMENT = {
-    # A fork would inherit the threads of the graphs' runtime in the middle of their work.
+    # A forked process would inherit locks held by running threads of the graphs' runtime.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # The capture is written for, and tested with, the interface of this model runner.
+    # The capture is written for and tested with the first model runner.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -33,16 +36,74 @@ _DEFAULT_ENVIRONMENT = {
 }
 
 
-async def start_engine(arguments: Any) -> AsyncLLM:
-    """Start an engine for the event loop that runs; its processes end with :func:`stop_engine`."""
+class EngineThread(Closeable):
+    """vLLM engine with its event loop in a thread; any other thread may submit coroutines.
+
+    Args:
+        arguments: vLLM's ``AsyncEngineArgs``.
+
+    Attributes:
+        engine: vLLM's ``AsyncLLM``; its worker processes end with :meth:`close`.
+    """
+
+    def __init__(self, arguments: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="vllm-policy", daemon=True
+        )
+        self._thread.start()
+        self._tasks: set[Future[None]] = set()
+        self._lock = threading.Lock()
+        try:
+            self.engine = self._run(_start_engine(arguments))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def submit(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        """Run a coroutine in the event loop without waiting for it; closing cancels it."""
+        task = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def close(self) -> None:
+        """Cancel the submitted coroutines and end the engine's processes and the thread."""
+        if self._loop.is_closed():
+            return
+        with self._lock:
+            running = list(self._tasks)
+        for task in running:
+            task.cancel()
+        try:
+            self._run(_stop_engine(self.engine))
+        finally:
+            self._stop_loop()
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _forget(self, task: Future[None]) -> None:
+        with self._lock:
+            self._tasks.discard(task)
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _start_engine(arguments: Any) -> AsyncLLM:
+    """Start an engine that belongs to the running event loop."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine: AsyncLLM = AsyncLLM.from_engine_args(arguments, stat_loggers=[_no_logger()])
     return engine
 
 
-async def stop_engine(engine: AsyncLLM) -> None:
-    """End an engine's processes, and every task of the event loop that waited for it."""
+async def _stop_engine(engine: AsyncLLM) -> None:
+    """Shut the engine down and cancel all other tasks of the running event loop."""
     engine.shutdown()
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in rest:
@@ -51,7 +112,7 @@ async def stop_engine(engine: AsyncLLM) -> None:
 
 
 def _no_logger() -> Any:
-    """Build a logger of statistics that writes nothing: with one, vLLM times each request."""
+    """Return a logger class that writes nothing; vLLM times requests only if there is a logger."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class NoLogger(StatLoggerBase):  # type: ignore[misc]
@@ -71,36 +132,39 @@ def import_vllm() -> Any:
     """Import vLLM.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: vLLM is not installed.
     """
     try:
         import vllm
     except ImportError as error:
-        raise MissingDependencyError(f"the vllm policy needs {error.name}; {INSTALL}") from error
+        raise MissingDependencyError(
+            f"the vllm policy needs {error.name}; {VLLM_INSTALL} for a GPU, or see {VLLM_DOCS} for "
+            "a CPU"
+        ) from error
     return vllm
 
 
 def check_platform(vllm: Any, device_type: str) -> None:
-    """Refuse a device that the installed vLLM was not built for.
+    """Check that the installed vLLM was built for a device type.
 
     Raises:
-        PolicyError: names both.
+        PolicyError: it was built for another one.
     """
     from vllm.platforms import current_platform
 
     if current_platform.device_type != device_type:
         raise PolicyError(
-            f"the policy was asked to run on {device_type!r}, and vllm {vllm.__version__} is built "
-            f"for {current_platform.device_type or 'no device that is here'!r}: choose that policy "
-            "device, or install the other build"
+            f"policy device is {device_type!r}, but vllm {vllm.__version__} is built for "
+            f"{current_platform.device_type or 'no device of this machine'!r}; change the policy "
+            "device, or install the other build of vLLM"
         )
 
 
 def registered_architecture(model_type: str) -> str:
-    """Make our architectures known to vLLM, and name that of a type of policy.
+    """Register the architectures with vLLM and return the name of one.
 
     Raises:
-        PolicyError: there is none for it.
+        PolicyError: the model type is unsupported.
     """
     from vllm import ModelRegistry
 
@@ -115,7 +179,7 @@ def registered_architecture(model_type: str) -> str:
 
 
 def register_architectures() -> None:
-    """Make our architectures known to vLLM in this process (``vllm.general_plugins``)."""
+    """Register the architectures with vLLM in this process (``vllm.general_plugins``)."""
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
@@ -126,20 +190,24 @@ def register_architectures() -> None:
 
 @contextmanager
 def engine_environment(num_threads: int | None) -> Iterator[None]:
-    """Set what vLLM reads from the environment while it starts, and put it back."""
-    wanted = {name: value for name, value in _DEFAULT_ENVIRONMENT.items() if name not in os.environ}
-    wanted |= _ENVIRONMENT
-    # One core is left to the engine's loop, which would else wait behind the worker's threads.
+    """Set the environment variables of vLLM's start, and restore them after the block.
+
+    Args:
+        num_threads: CPU threads of the worker; None leaves one core to the engine's loop.
+    """
+    values = {name: value for name, value in _DEFAULT_ENVIRONMENT.items() if name not in os.environ}
+    values |= _ENVIRONMENT
+    # Without a core of its own the engine's loop would wait for the worker's threads.
     threads = str(num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
     if num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        wanted["OMP_NUM_THREADS"] = threads
-    with _replaced_environment(wanted):
+        values["OMP_NUM_THREADS"] = threads
+    with _replaced_environment(values):
         yield
 
 
 @contextmanager
 def visible_device(device_type: str, index: str) -> Iterator[None]:
-    """Show the engine's processes one GPU where one was named."""
+    """Restrict the engine's processes to one GPU if the device has an index."""
     with _replaced_environment(
         {"CUDA_VISIBLE_DEVICES": index} if device_type == "cuda" and index else {}
     ):
@@ -147,9 +215,9 @@ def visible_device(device_type: str, index: str) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_environment(wanted: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+def _replaced_environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

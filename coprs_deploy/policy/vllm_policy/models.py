@@ -1,9 +1,10 @@
-"""The two policy families as vLLM runs them here: rows kept, pictures prepared by our own code.
+"""Policy architectures for vLLM: hidden states kept for the capture, our own image preprocessing.
 
-Each family is vLLM's own model under an architecture name of ours. Two things are added: the
-post-norm rows stay in reach while their logits are processed, and pictures go through
-:class:`~coprs_deploy.policy.vision_inputs.VisionProcessor` instead of a multimodal processor of
-transformers, so that both policies see the same pixels and a checkpoint needs no processor files.
+Each family is vLLM's model class under an architecture name of this package, with two additions:
+the post-norm hidden states of a step stay available while its logits are processed, and images go
+through :class:`~coprs_deploy.policy.vision_inputs.VisionProcessor` instead of a multimodal
+processor of transformers. Both policies thus get the same pixels, and a checkpoint needs no
+processor files.
 """
 
 from __future__ import annotations
@@ -37,48 +38,48 @@ from coprs_deploy.policy.vllm_policy.capture import STEP
 _CLIP_ROOT = re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)")
 
 _VISION: dict[str, VisionProcessor] = {}
-"""By policy directory; vLLM makes the objects below anew for each question about pictures."""
+"""Cache by policy directory; vLLM creates the image info below again for each query."""
 
 
-class _PictureInfo:
-    """What vLLM asks about pictures, answered without a processor of transformers."""
+class _ImageInfo:
+    """Limits and token counts of images, without a multimodal processor of transformers."""
 
     ctx: Any
 
     @property
     def vision(self) -> VisionProcessor:
-        """The image side of the policy directory."""
+        """Image preprocessing of the policy directory."""
         model = self.ctx.model_config
         if model.model not in _VISION:
             _VISION[model.model] = VisionProcessor(Path(model.model), model.hf_config)
         return _VISION[model.model]
 
     def get_hf_processor(self, **options: object) -> Any:
-        """Stand in for a multimodal processor: only its image processor and tokens are read."""
+        """Return the attributes of a multimodal processor that vLLM reads."""
         image_processor = self.vision.image_processor
         return SimpleNamespace(image_processor=image_processor, image_token="", video_token="")
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """One picture a request, no video."""
+        """Return the limits: one image per request, no video."""
         return {"image": 1}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """The most vision tokens of a picture: no prompt with more of them is accepted."""
-        return {"image": min(seq_len, self.vision.most_tokens)}
+        """Return the maximum number of vision tokens of an image, capped at the prompt length."""
+        return {"image": min(seq_len, self.vision.max_tokens)}
 
 
-class _Pictures:
-    """A multimodal processor whose pictures go through our own image side."""
+class _ImagePreprocessing:
+    """Multimodal processor that preprocesses images with :class:`VisionProcessor`."""
 
     info: Any
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        (picture,) = hf_data["images"]
-        return BatchFeature(self.info.vision(picture).tensors, tensor_type="pt")
+        (image,) = hf_data["images"]
+        return BatchFeature(self.info.vision(image).tensors, tensor_type="pt")
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
@@ -87,14 +88,14 @@ class _Pictures:
         image_id = self.info.ctx.model_config.hf_config.image_token_id
 
         def replacement(index: int) -> list[int]:
-            picture = mm_items["image"].get(index)
-            return [image_id] * vision.num_tokens(picture.width, picture.height)
+            image = mm_items["image"].get(index)
+            return [image_id] * vision.num_tokens(image.width, image.height)
 
         return [PromptReplacement("image", [image_id], replacement)]
 
 
-class _DummyPictures:
-    """Pictures for the engine's memory profile: as large as the longest prompt allows."""
+class _DummyImages:
+    """Images for the engine's memory profile: the largest that the prompt limit allows."""
 
     info: Any
 
@@ -107,62 +108,64 @@ class _DummyPictures:
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any
     ) -> Mapping[str, Any]:
         vision = self.info.vision
-        width, height = vision.largest_picture(min(seq_len, vision.most_tokens))
-        pictures = self._get_dummy_images(  # type: ignore[attr-defined]
+        width, height = vision.largest_image(min(seq_len, vision.max_tokens))
+        images = self._get_dummy_images(  # type: ignore[attr-defined]
             width=width, height=height, num_images=mm_counts.get("image", 0)
         )
-        return {"image": pictures}
+        return {"image": images}
 
 
-class _KeepsRows:
-    """Keeps the rows that become logits; runs outside of compiled and captured code."""
+class _KeepsHiddenStates:
+    """Keep the hidden states that become logits; runs outside compiled and graph-captured code."""
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        STEP.rows = hidden_states
+        STEP.hidden_states = hidden_states
         logits: torch.Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]
         return logits
 
 
-class QwenInfo(_PictureInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
-    """Qwen2.5-VL's answers about pictures."""
+class QwenImageInfo(_ImageInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
+    """Image info of Qwen2.5-VL."""
 
 
-class QwenPictures(_Pictures, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
-    """Qwen2.5-VL's pictures."""
+class QwenImagePreprocessing(_ImagePreprocessing, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
+    """Image preprocessing of Qwen2.5-VL."""
 
 
-class QwenDummyPictures(_DummyPictures, Qwen2VLDummyInputsBuilder):  # type: ignore[misc]
-    """Qwen2.5-VL's pictures for the memory profile."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(QwenPictures, info=QwenInfo, dummy_inputs=QwenDummyPictures)
-class QwenPolicy(_KeepsRows, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
-    """Qwen2.5-VL with its rows in reach."""
-
-
-class LlavaInfo(_PictureInfo, LlavaProcessingInfo):  # type: ignore[misc]
-    """LLaVA-1.5's answers about pictures."""
-
-
-class LlavaPictures(_Pictures, LlavaMultiModalProcessor):  # type: ignore[misc]
-    """LLaVA-1.5's pictures."""
-
-
-class LlavaDummyPictures(_DummyPictures, LlavaDummyInputsBuilder):  # type: ignore[misc]
-    """LLaVA-1.5's pictures for the memory profile."""
+class QwenDummyImages(_DummyImages, Qwen2VLDummyInputsBuilder):  # type: ignore[misc]
+    """Dummy images of Qwen2.5-VL."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaPictures, info=LlavaInfo, dummy_inputs=LlavaDummyPictures
+    QwenImagePreprocessing, info=QwenImageInfo, dummy_inputs=QwenDummyImages
 )
-class LlavaPolicy(_KeepsRows, LlavaForConditionalGeneration):  # type: ignore[misc]
-    """LLaVA-1.5 with its rows in reach."""
+class QwenPolicy(_KeepsHiddenStates, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+    """Qwen2.5-VL with hidden-state capture."""
+
+
+class LlavaImageInfo(_ImageInfo, LlavaProcessingInfo):  # type: ignore[misc]
+    """Image info of LLaVA-1.5."""
+
+
+class LlavaImagePreprocessing(_ImagePreprocessing, LlavaMultiModalProcessor):  # type: ignore[misc]
+    """Image preprocessing of LLaVA-1.5."""
+
+
+class LlavaDummyImages(_DummyImages, LlavaDummyInputsBuilder):  # type: ignore[misc]
+    """Dummy images of LLaVA-1.5."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaImagePreprocessing, info=LlavaImageInfo, dummy_inputs=LlavaDummyImages
+)
+class LlavaPolicy(_KeepsHiddenStates, LlavaForConditionalGeneration):  # type: ignore[misc]
+    """LLaVA-1.5 with hidden-state capture."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load weights under the names of older and newer transformers versions.
+        """Load weights with the parameter names of older and newer transformers versions.
 
-        CLIP's parameters lie under ``vision_tower.vision_model`` in the public checkpoints, and
-        directly under ``vision_tower`` in those that transformers 5 writes.
+        CLIP's parameters are under ``vision_tower.vision_model`` in the public checkpoints, and
+        directly under ``vision_tower`` in checkpoints written by transformers 5.
         """
         renamed = ((_CLIP_ROOT.sub(r"\1vision_model.", name), weight) for name, weight in weights)
         loaded: set[str] = super().load_weights(renamed)

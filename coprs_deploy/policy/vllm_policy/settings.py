@@ -1,40 +1,45 @@
-"""The settings of a vLLM engine, under vLLM's own names, and the memory that it may take."""
+"""Settings of the vLLM engine, under vLLM's own names, and its share of the device memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.machine import available_memory_bytes
 
 GIB = 1 << 30
 
-SPARE_SHARE = 0.05
-"""Of a GPU's memory: left free for what the graphs allocate while they run."""
+GPU_RESERVE = 0.05
+"""Share of the GPU memory that is left free for what the graphs allocate while they run."""
 
-LARGEST_CPU_SHARE = 0.5
-"""Of the host's free memory: the most that keys and values take on a CPU."""
+MAX_CPU_SHARE = 0.5
+"""Maximum share of the available host memory for keys and values on a CPU."""
+
+MIN_CPU_KV_BYTES = 64 << 20
+"""Minimum memory for keys and values on a CPU, if the host has it available."""
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How the engine is set up; None leaves a choice to :func:`memory_arguments` or to vLLM.
+    """Settings of the vLLM engine; None leaves a value to :func:`memory_arguments` or to vLLM.
 
     Attributes:
-        max_num_seqs: requests that are decoded together.
-        max_num_batched_tokens: tokens of one engine step; a longer prompt is read in pieces.
-        enable_prefix_caching: keep keys and values, so that a second question on a picture does not
-            read it again.
-        mm_processor_cache_gb: memory for prepared pictures; 0 keeps none.
-        gpu_memory_utilization: share of the GPU's whole memory; None takes what is free.
-        kv_cache_memory_bytes: memory of keys and values; None takes what is left of the share on a
-            GPU, and what ``max_num_seqs`` longest answers need on a CPU.
-        block_size: tokens of one cache block; None takes 32 on a CPU and vLLM's choice on a GPU.
-        tensor_parallel_size: devices that share the weights.
-        enforce_eager: no ``torch.compile`` and no CUDA graphs; None does without on a CPU only.
+        max_num_seqs: maximum number of requests that are decoded together.
+        max_num_batched_tokens: tokens of one engine step; longer prompts are split over steps.
+        enable_prefix_caching: whether keys and values are kept, so that a second request for the
+            same image skips its prefill.
+        mm_processor_cache_gb: cache for preprocessed images, in GiB; 0 disables it.
+        gpu_memory_utilization: share of the total GPU memory; None takes what is free.
+        kv_cache_memory_bytes: memory for keys and values; None takes the rest of the share on a
+            GPU, and the need of ``max_num_seqs`` requests of maximum length on a CPU.
+        block_size: tokens per cache block; None takes 32 on a CPU and vLLM's default on a GPU.
+        tensor_parallel_size: number of devices that share the weights.
+        enforce_eager: whether ``torch.compile`` and CUDA graphs are disabled; None disables them
+            on a CPU only.
         num_threads: CPU threads of the engine's worker; None leaves one core to the engine's loop.
     """
 
@@ -50,7 +55,7 @@ class VllmSettings:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {
+        minimums = {
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
             "mm_processor_cache_gb": 0,
@@ -59,7 +64,7 @@ class VllmSettings:
             "tensor_parallel_size": 1,
             "num_threads": 1,
         }
-        for name, minimum in least.items():
+        for name, minimum in minimums.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}; it must be at least {minimum}")
@@ -68,7 +73,7 @@ class VllmSettings:
             raise ValueError(f"gpu_memory_utilization is {share}; accepted: above 0, at most 1")
 
     def engine_arguments(self, device_type: str) -> dict[str, Any]:
-        """The settings that do not depend on memory, as vLLM's engine arguments."""
+        """Return vLLM's engine arguments, except for those of :func:`memory_arguments`."""
         on_cpu = device_type == "cpu"
         arguments: dict[str, Any] = {
             "max_num_seqs": self.max_num_seqs,
@@ -84,126 +89,122 @@ class VllmSettings:
 
 
 def read_settings(assignments: Sequence[str]) -> VllmSettings:
-    """Read settings as a command line gives them, each as ``name=value``.
+    """Read settings from a command line, each given as ``name=value``.
 
     Raises:
-        ValueError: names the setting, what was found and what is accepted.
+        ValueError: a setting is unknown, or its value is not accepted.
     """
+    kinds = _value_types()
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        kind = _KINDS.get(name)
-        if not equals or kind is None:
+        if not equals or name not in kinds:
             raise ValueError(
                 f"the vLLM setting {assignment!r} is unknown; accepted: name=value with "
-                f"{', '.join(_KINDS)}"
+                f"{', '.join(kinds)}"
             )
-        try:
-            values[name] = kind(text)
-        except ValueError as error:
-            raise ValueError(f"{name} is {text!r}; accepted: {_NOUNS[kind]}") from error
+        values[name] = _read_value(name, text, kinds[name])
     return VllmSettings(**values)
 
 
-def _flag(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
+def _value_types() -> dict[str, type]:
+    """Return the type of each setting (int, float or bool), without None."""
+    hints = get_type_hints(VllmSettings)
+    return {
+        name: get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+        for name, hint in hints.items()
+    }
 
 
-_NOUNS: Mapping[Callable[[str], Any], str] = {
-    int: "a whole number",
-    float: "a number",
-    _flag: "true or false",
-}
-_KINDS: Mapping[str, Callable[[str], Any]] = {
-    "max_num_seqs": int,
-    "max_num_batched_tokens": int,
-    "enable_prefix_caching": _flag,
-    "mm_processor_cache_gb": float,
-    "gpu_memory_utilization": float,
-    "kv_cache_memory_bytes": int,
-    "block_size": int,
-    "tensor_parallel_size": int,
-    "enforce_eager": _flag,
-    "num_threads": int,
-}
-"""How the text of each setting is read."""
+def _read_value(name: str, text: str, kind: type) -> int | float | bool:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"{name} is {text!r}; accepted: true or false")
+        return text == "true"
+    try:
+        value: int | float = kind(text)
+    except ValueError as error:
+        accepted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {text!r}; accepted: {accepted}") from error
+    return value
 
 
 @dataclass(frozen=True)
-class FreeMemory:
-    """Memory of a device in bytes, as it is now."""
+class DeviceMemory:
+    """Current memory of a device.
+
+    Attributes:
+        free: available memory, in bytes.
+        total: physical memory, in bytes.
+    """
 
     free: int
     total: int
 
 
-def free_memory(device: str) -> FreeMemory:
-    """Ask a device for its memory.
+def device_memory(device: str) -> DeviceMemory:
+    """Return the current memory of a device.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        RuntimeUnavailableError: torch sees no such GPU.
+        RuntimeUnavailableError: torch finds no GPU.
     """
     if device == "cpu":
-        return FreeMemory(available_memory_bytes(), _physical_memory_bytes())
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return DeviceMemory(available_memory_bytes(), physical)
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeUnavailableError(
-            f"the policy was asked to run on {device}, and torch {torch.__version__} sees no GPU; "
-            "check it with `coprs-deploy doctor`, or choose the policy device cpu"
+            f"policy device is {device!r}, but torch {torch.__version__} finds no GPU; check the "
+            "installation with `coprs-deploy doctor`, or use the policy device cpu"
         )
-    return FreeMemory(*torch.cuda.mem_get_info(torch.device(device)))
+    return DeviceMemory(*torch.cuda.mem_get_info(torch.device(device)))
 
 
 def memory_arguments(
-    settings: VllmSettings, device_type: str, memory: FreeMemory, needed_kv_bytes: int
+    settings: VllmSettings, device_type: str, memory: DeviceMemory, needed_kv_bytes: int
 ) -> dict[str, Any]:
-    """Say how much memory the engine may take, from what is free beside the graphs.
+    """Return vLLM's memory arguments, computed from what the graphs leave free.
 
     Args:
-        settings: what was asked for.
+        settings: settings of the engine.
         device_type: ``cpu`` or ``cuda``.
-        memory: of the device, with the graphs loaded and warm.
-        needed_kv_bytes: keys and values of ``max_num_seqs`` longest answers.
+        memory: memory of the device, measured with the graphs loaded and warmed up.
+        needed_kv_bytes: keys and values of ``max_num_seqs`` requests of maximum length.
 
     Returns:
-        vLLM's ``gpu_memory_utilization`` or ``kv_cache_memory_bytes``, or both.
+        ``gpu_memory_utilization`` or ``kv_cache_memory_bytes``, or both.
 
     Raises:
-        RuntimeUnavailableError: nothing is left.
+        RuntimeUnavailableError: too little memory is free.
     """
     arguments: dict[str, Any] = {}
     if settings.kv_cache_memory_bytes is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
     if device_type == "cpu":
-        most = int(LARGEST_CPU_SHARE * memory.free)
-        arguments.setdefault("kv_cache_memory_bytes", min(needed_kv_bytes, most))
+        most = int(MAX_CPU_SHARE * memory.free)
+        needed = max(needed_kv_bytes, MIN_CPU_KV_BYTES)
+        arguments.setdefault("kv_cache_memory_bytes", min(needed, most))
         return arguments
     share = settings.gpu_memory_utilization
     if share is None:
-        # vLLM counts what others hold against its share, so the share reaches up to what is free.
-        share = round(memory.free / memory.total - SPARE_SHARE, 3)
+        # vLLM refuses to start if its share of the GPU exceeds the free share.
+        share = round(memory.free / memory.total - GPU_RESERVE, 3)
     if share <= 0:
         raise RuntimeUnavailableError(
             f"{memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB are free on the policy's "
-            "GPU: nothing is left for it; use a smaller policy, another policy device, or fewer "
+            "GPU, too little for the policy; use a smaller policy, another policy device, or fewer "
             "cached images"
         )
     return {**arguments, "gpu_memory_utilization": share}
 
 
 def kv_bytes_per_token(text_config: Any, bytes_per_value: int) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the size of the keys and values of one token in all layers, in bytes."""
     heads = text_config.num_attention_heads
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     return int(2 * text_config.num_hidden_layers * kv_heads * head_size * bytes_per_value)
-
-
-def _physical_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,10 +1,10 @@
-"""Vectors on their way out of an engine's process: one file a request, in shared memory.
+"""Transport of hidden states out of the engine's process: one file per request, in shared memory.
 
-Who asks opens an empty file and names it in the request; the engine appends to it while the request
-is decoded; who asked reads and removes it when the last token is there. Nothing is asked of the
-engine for it, so nobody waits for an engine that is in the middle of a step. A request that was
-abandoned has no file any more, and what the engine still finds for it goes nowhere. The folder of a
-process that was killed is removed by the next one.
+The policy creates an empty file and names it in the request, the engine appends to it during
+decoding, and the policy reads and removes it after the last token. No call into the engine is
+needed, so no request waits for a running engine step. The file of an abandoned request is removed,
+and the engine then drops its hidden states. The folder of a killed process is removed by the next
+process.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ SHARED_MEMORY = Path("/dev/shm")
 FOLDER_PREFIX = "coprs-deploy-"
 LOCK_FILE = ".lock"
 
-YOUNG_SECONDS = 60
-"""A folder that was changed since is left alone: its process may not have locked it yet."""
+MIN_ABANDONED_AGE_S = 60
+"""Younger folders are never removed: their process may not hold the lock yet."""
 
 
 class HiddenStateTransport(Closeable):
-    """The files of all requests that one policy has under way.
+    """Folder with one file per request, through which hidden states leave the engine's process.
 
     Args:
-        width: length D of a vector.
-        parent: where their folder is made; None takes shared memory, or the folder for temporary
-            files where there is none.
+        hidden_size: hidden size D of the policy.
+        parent: parent of the folder; None takes shared memory, or the folder for temporary files
+            if there is no shared memory.
     """
 
-    def __init__(self, width: int, parent: Path | None = None) -> None:
+    def __init__(self, hidden_size: int, parent: Path | None = None) -> None:
         if parent is None and os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
             parent = SHARED_MEMORY
         parent = parent or Path(tempfile.gettempdir())
         _remove_abandoned(parent)
-        self._record = _record(width)
+        self._record = _record(hidden_size)
         self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
         self._lock = file_lock(self.folder / LOCK_FILE)
         self._lock.acquire(blocking=False)
 
-    def open(self) -> Path:
-        """Make the empty file of one request; no other request ever has it.
+    def create(self) -> Path:
+        """Create an empty file with a unique name for one request.
 
         Raises:
-            PolicyError: the folder is gone.
+            PolicyError: the transport was closed.
         """
         path = self.folder / uuid.uuid4().hex
         try:
@@ -72,22 +72,23 @@ class HiddenStateTransport(Closeable):
 
     @contextmanager
     def for_request(self) -> Iterator[Path]:
-        """Make the file of one request, and remove it behind the block if nobody took it."""
-        path = self.open()
+        """Create the file of one request; remove it at the end of the block if it still exists."""
+        path = self.create()
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
 
     def take(self, path: Path) -> NDArray[np.float32]:
-        """Read and remove a file; a second time there is nothing.
+        """Read and remove the file of a request.
 
         Returns:
-            (N, D) float32, in the order of their positions. Of several vectors for one position the
-            last one counts: a request that was preempted reads its response again.
+            (N, D) float32 hidden states, ordered by position; N is 0 if the file does not exist. Of
+            several states for one position the last one counts: a preempted request recomputes its
+            response.
 
         Raises:
-            ValueError: the file does not hold whole vectors of this width.
+            ValueError: the size of the file is not a multiple of one record of D values.
         """
         try:
             content = path.read_bytes()
@@ -96,50 +97,50 @@ class HiddenStateTransport(Closeable):
         path.unlink(missing_ok=True)
         if len(content) % self._record.itemsize:
             raise ValueError(
-                f"{path.name} holds {len(content)} bytes, which are no whole vectors of "
-                f"{self._record['vector'].shape[0]} float32"
+                f"{path.name} has {len(content)} bytes, not a whole number of hidden states of "
+                f"{self._record['hidden_state'].shape[0]} float32"
             )
         records = np.frombuffer(content, dtype=self._record)
         last = {int(record["position"]): number for number, record in enumerate(records)}
         chosen = [last[position] for position in sorted(last)]
-        vectors: NDArray[np.float32] = records["vector"][chosen]
-        return vectors
+        hidden_states: NDArray[np.float32] = records["hidden_state"][chosen]
+        return hidden_states
 
     def __len__(self) -> int:
-        """How many requests have a file."""
+        """Return the number of requests that have a file."""
         return len(list(self.folder.glob("[!.]*")))
 
     def close(self) -> None:
-        """Remove all files."""
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove the folders of processes that were killed; a living one holds the lock in its own."""
+    """Remove the folders of killed processes; a running process holds the lock of its folder."""
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+            if time.time() - folder.stat().st_mtime < MIN_ABANDONED_AGE_S:
                 continue
             held = file_lock(folder / LOCK_FILE).acquire(blocking=False)
         except OSError:  # Timeout is one
-            continue  # it is in use, belongs to another user, or is gone
+            continue  # in use, of another user, or already removed
         with held:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def append_vector(path: str, position: int, vector: NDArray[np.float32]) -> None:
-    """Add a vector to a request's file, in one write.
+def append_hidden_state(path: str, position: int, hidden_state: NDArray[np.float32]) -> None:
+    """Append a hidden state to the file of a request, in one write.
 
-    Nothing happens where the file is gone: the request was abandoned. Where there is no room the
-    vector is lost, and a line of the log says so; the engine goes on with its other requests.
+    If the file does not exist, the request was abandoned and nothing is written. If there is no
+    space left, the error is logged and the state is lost; other requests are not affected.
 
     Args:
-        path: what :meth:`HiddenStateTransport.open` gave.
-        position: index of its token in the response.
-        vector: (D,) float32.
+        path: file from :meth:`HiddenStateTransport.create`.
+        position: index of the token in the response.
+        hidden_state: (D,) float32.
     """
-    record = np.array((position, vector), dtype=_record(len(vector))).tobytes()
+    record = np.array((position, hidden_state), dtype=_record(len(hidden_state))).tobytes()
     try:
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
@@ -150,10 +151,10 @@ def append_vector(path: str, position: int, vector: NDArray[np.float32]) -> None
             os.ftruncate(file, os.fstat(file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        logger.error("a vector was lost on its way to %s: %s", path, error)
+        logger.error("hidden state lost: cannot write %s: %s", path, error)
     finally:
         os.close(file)
 
 
-def _record(width: int) -> np.dtype[np.void]:
-    return np.dtype([("position", np.int64), ("vector", np.float32, (width,))])
+def _record(hidden_size: int) -> np.dtype[np.void]:
+    return np.dtype([("position", np.int64), ("hidden_state", np.float32, (hidden_size,))])

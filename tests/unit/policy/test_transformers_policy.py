@@ -1,4 +1,4 @@
-"""Greedy decoding in transformers: the right tokens and hidden states, one pass, one lock."""
+"""Greedy decoding in transformers: tokens, hidden states, limits, concurrent requests."""
 
 import dataclasses
 import shutil
@@ -21,7 +21,7 @@ from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 
 STATE_TOLERANCE = 1e-5
-"""Of the largest value: a cached step takes the same float32 sums in another order."""
+"""Relative to the largest value: a cached step adds the same float32 values in another order."""
 
 LIMITS = POLICY_SIZES["tiny"].image_limits
 
@@ -34,7 +34,7 @@ def open_policy(directory, prompt, **options):
 
 @pytest.fixture(scope="module", params=["tiny_checkpoint", "tiny_llava_checkpoint"])
 def policy(request):
-    """The scripted policy of a tiny checkpoint, once for each family."""
+    """Scripted policy of a tiny checkpoint, for each family."""
     checkpoint = read_checkpoint(request.getfixturevalue(request.param))
     with open_policy(checkpoint.policy_path, checkpoint.config.prompt) as opened:
         yield opened
@@ -42,7 +42,7 @@ def policy(request):
 
 @pytest.fixture
 def scripted(tmp_path):
-    """Open a policy that answers with a script of one's own."""
+    """Open a policy whose response is the given script."""
     opened = []
 
     def opener(script, size="tiny", prompt_changes=None):
@@ -62,7 +62,7 @@ def scripted(tmp_path):
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-llava"])
 def unscripted(request, tmp_path_factory):
-    """A policy without a script: what it writes depends on all that it reads."""
+    """Policy without a script: its response depends on image and instruction."""
     directory = tmp_path_factory.mktemp("unscripted")
     with pytest.MonkeyPatch.context() as patch:
         size = dataclasses.replace(POLICY_SIZES[request.param], is_scripted=False)
@@ -70,7 +70,7 @@ def unscripted(request, tmp_path_factory):
         generated = generate_policy("unscripted", seed=8)
     for name, parameter in generated.model.named_parameters():
         if parameter.ndim == 2 and ("language_model" in name or "lm_head" in name):
-            parameter.mul_(6)  # the initial weights are so small that every state looks alike
+            parameter.mul_(6)  # the initial weights are so small that all states are similar
     generated.save(directory)
     with open_policy(directory, generated.prompt) as opened:
         yield opened, directory, generated.prompt
@@ -78,19 +78,19 @@ def unscripted(request, tmp_path_factory):
 
 @pytest.fixture
 def ask(scene):
-    """Run a policy to its end: the words and the result."""
+    """Run a request to its end; return the text pieces and the result."""
 
-    def asker(policy, instruction="the red disc", rgb=None, **options):
-        picture = scene if rgb is None else rgb
-        *words, result = policy.stream(PolicyRequest(picture, instruction, **options))
-        return [piece.text for piece in words], result
+    def run(policy, instruction="the red disc", image=None, **options):
+        request = PolicyRequest(scene if image is None else image, instruction, **options)
+        *deltas, result = policy.stream(request)
+        return [delta.text for delta in deltas], result
 
-    return asker
+    return run
 
 
 @pytest.fixture
 def noise():
-    """Another picture, of another shape."""
+    """Image of another shape."""
     return np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
 
 
@@ -103,53 +103,52 @@ def relative_error(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("targets", [1, 3])
-@pytest.mark.parametrize("picture", ["scene", "noise"])
-def test_each_concentration_is_the_uncached_state_at_its_reference_token(
-    policy, ask, request, picture, targets
+@pytest.mark.parametrize("max_targets", [1, 3])
+@pytest.mark.parametrize("image_name", ["scene", "noise"])
+def test_stream_concentrations_equal_the_uncached_states_at_the_reference_tokens(
+    policy, ask, request, image_name, max_targets
 ):
-    rgb = request.getfixturevalue(picture)
-    _, result = ask(policy, rgb=rgb, targets=targets)
-    question = PolicyRequest(rgb, "the red disc", targets)
-    states = policy.hidden_states(question, result.token_ids).numpy()
+    image = request.getfixturevalue(image_name)
+    _, result = ask(policy, image=image, max_targets=max_targets)
+    policy_request = PolicyRequest(image, "the red disc", max_targets)
+    states = policy.hidden_states(policy_request, result.token_ids).numpy()
     positions = reference_positions(policy, result)
     assert states.shape == (len(result.token_ids), policy.hidden_size)
     assert result.concentrations.dtype == np.float32
-    assert result.concentrations.shape == (targets, policy.hidden_size)
+    assert result.concentrations.shape == (max_targets, policy.hidden_size)
     assert positions == list(result.response.reference_positions)
     for concentration, position in zip(result.concentrations, positions, strict=True):
         assert relative_error(concentration, states[position]) < STATE_TOLERANCE
-        # One step early, or the row of a neighbor, would be seen.
+        # The state one step earlier and those of other positions differ clearly.
         others = [i for i in range(len(states)) if i != position]
         assert min(relative_error(concentration, states[i]) for i in others) > 0.01
 
 
-def test_the_states_are_those_after_the_final_norm(policy, ask, scene):
+def test_hidden_states_are_those_after_the_final_norm(policy, ask, scene):
     _, result = ask(policy)
-    question = PolicyRequest(scene, "the red disc")
-    states = policy.hidden_states(question, result.token_ids)
-    # The norm's weights are one, so the mean square of every state is one.
+    states = policy.hidden_states(PolicyRequest(scene, "the red disc"), result.token_ids)
+    # The weights of the norm are one, so the mean square of every state is one.
     means = states.square().mean(dim=-1)
     torch.testing.assert_close(means, torch.ones_like(means), rtol=1e-3, atol=0)  # its epsilon
 
 
-@pytest.mark.parametrize("change", ["picture", "instruction"])
-def test_concentrations_depend_on_picture_and_instruction(policy, ask, noise, change):
+@pytest.mark.parametrize("change", ["image", "instruction"])
+def test_stream_concentrations_depend_on_image_and_instruction(policy, ask, noise, change):
     _, first = ask(policy)
-    changes = {"rgb": noise} if change == "picture" else {"instruction": "the blue square"}
+    changes = {"image": noise} if change == "image" else {"instruction": "the blue square"}
     _, second = ask(policy, **changes)
     assert second.token_ids == first.token_ids
     assert relative_error(second.concentrations, first.concentrations) > 100 * STATE_TOLERANCE
 
 
-def test_tokens_are_those_of_transformers_own_greedy_decoding(unscripted, ask, scene):
+def test_stream_tokens_equal_generate_of_transformers(unscripted, ask, scene):
     policy, directory, prompt = unscripted
-    _, result = ask(policy, max_new_tokens=24, targets=9)
+    _, result = ask(policy, max_new_tokens=24, max_targets=9)
 
     model = AutoModelForImageTextToText.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    picture = fit_pixel_count(scene, LIMITS.min_pixels, LIMITS.max_pixels)
-    vision = VisionProcessor(directory, model.config)(picture)
+    image = fit_pixel_count(scene, LIMITS.min_pixels, LIMITS.max_pixels)
+    vision = VisionProcessor(directory, model.config)(image)
     prompt_ids = encode_prompt(prompt, tokenizer, "the red disc", vision.num_tokens)
     input_ids = torch.tensor([prompt_ids])
     inputs = dict(vision.tensors)
@@ -165,21 +164,21 @@ def test_tokens_are_those_of_transformers_own_greedy_decoding(unscripted, ask, s
     expected = generated[0, len(prompt_ids) :].tolist()
     assert result.num_prompt_tokens == len(prompt_ids)
     assert list(result.token_ids) == expected[: len(result.token_ids)]
-    assert len(set(expected)) > 4  # it does not merely repeat itself
+    assert len(set(expected)) > 4  # not a repetition of one token
 
 
-def test_an_unscripted_policy_answers_each_question_in_its_own_words(unscripted, ask, noise):
+def test_stream_unscripted_response_depends_on_image_and_instruction(unscripted, ask, noise):
     policy, _, _ = unscripted
-    answers = {
+    responses = {
         ask(policy, instruction=instruction, max_new_tokens=12, **options)[1].token_ids
         for instruction in ("the red disc", "everything that is blue")
-        for options in ({}, {"rgb": noise})
+        for options in ({}, {"image": noise})
     }
-    assert len(answers) == 4
+    assert len(responses) == 4
 
 
-@pytest.mark.parametrize("targets", [1, 2])
-def test_the_prompt_is_read_once_and_each_token_is_fed_once(policy, ask, targets):
+@pytest.mark.parametrize("max_targets", [1, 2])
+def test_stream_reads_the_prompt_once_and_each_token_once(policy, ask, max_targets):
     lengths = []
 
     def record(module, args, kwargs):
@@ -187,101 +186,101 @@ def test_the_prompt_is_read_once_and_each_token_is_fed_once(policy, ask, targets
 
     hook = policy._model.model.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        _, result = ask(policy, targets=targets)
+        _, result = ask(policy, max_targets=max_targets)
     finally:
         hook.remove()
     assert lengths == [result.num_prompt_tokens] + [1] * len(result.token_ids)
 
 
-def test_it_stops_at_the_target_that_was_asked_for(policy, ask):
-    for targets in (1, 2, 4):
-        words, result = ask(policy, targets=targets)
+def test_stream_stops_at_max_targets(policy, ask):
+    for max_targets in (1, 2, 4):
+        pieces, result = ask(policy, max_targets=max_targets)
         assert result.stop_reason is StopReason.TARGETS_REACHED
-        assert len(result.concentrations) == targets
-        assert result.response.text.count(REFERENCE_TOKEN) == targets
+        assert len(result.concentrations) == max_targets
+        assert result.response.text.count(REFERENCE_TOKEN) == max_targets
         assert result.response.text.endswith(REFERENCE_TOKEN)
-        assert words[-1] == REFERENCE_TOKEN
+        assert pieces[-1] == REFERENCE_TOKEN
 
 
-def test_it_stops_where_the_policy_ends_its_answer(scripted, ask):
+def test_stream_stops_at_the_end_token(scripted, ask):
     policy = scripted(("<think>", " no", " such", " thing", "</think>", "<|im_end|>"))
-    words, result = ask(policy)
+    pieces, result = ask(policy)
     assert result.stop_reason is StopReason.END_OF_TEXT
     assert result.concentrations.shape == (0, policy.hidden_size)
     assert result.concentrations.dtype == np.float32
-    assert result.response.text == "<think> no such thing</think>" == "".join(words)
+    assert result.response.text == "<think> no such thing</think>" == "".join(pieces)
     assert result.response.reasoning == "no such thing"
 
 
-def test_an_answer_that_ends_early_keeps_the_targets_before(scripted, ask):
+def test_stream_early_end_keeps_the_previous_targets(scripted, ask):
     policy = scripted(("<think>", " one", "</think>", REFERENCE_TOKEN, "<|im_end|>"))
-    _, result = ask(policy, targets=3)
+    _, result = ask(policy, max_targets=3)
     assert result.stop_reason is StopReason.END_OF_TEXT
     assert len(result.concentrations) == 1
     assert result.response.reference_positions == (3,)
 
 
-@pytest.mark.parametrize(("budget", "found"), [(1, 0), (8, 0), (9, 1), (10, 1), (11, 2)])
-def test_the_budget_ends_an_answer_and_never_leaves_a_reference_token_unread(
-    policy, ask, scene, budget, found
+@pytest.mark.parametrize(("budget", "num_targets"), [(1, 0), (8, 0), (9, 1), (10, 1), (11, 2)])
+def test_stream_token_budget_ends_the_response_after_reading_the_reference_token(
+    policy, ask, scene, budget, num_targets
 ):
-    words, result = ask(policy, targets=5, max_new_tokens=budget)
+    pieces, result = ask(policy, max_targets=5, max_new_tokens=budget)
     assert result.stop_reason is StopReason.TOKEN_BUDGET
-    assert len(result.token_ids) == budget == len(words)
-    assert len(result.concentrations) == found
+    assert len(result.token_ids) == budget == len(pieces)
+    assert len(result.concentrations) == num_targets
     if budget == 9:  # the ninth token is <REF_POS> itself
         states = policy.hidden_states(PolicyRequest(scene, "the red disc"), result.token_ids)
         assert relative_error(result.concentrations[0], states[-1].numpy()) < STATE_TOLERANCE
 
 
-def test_the_budget_of_the_prompt_template_holds_where_none_is_given(scripted, ask):
+def test_stream_without_a_budget_takes_that_of_the_prompt_template(scripted, ask):
     policy = scripted(("<think>", " a", " b"), prompt_changes={"max_response_tokens": 2})
     _, result = ask(policy)
     assert result.stop_reason is StopReason.TOKEN_BUDGET
     assert len(result.token_ids) == 2
 
 
-def test_the_words_together_are_the_response(policy, ask):
-    words, result = ask(policy, targets=2)
-    assert "".join(words) == result.response.text
-    assert words[:2] == ["<think>", " this"]
-    assert all(words)
+def test_stream_text_deltas_concatenate_to_the_response(policy, ask):
+    pieces, result = ask(policy, max_targets=2)
+    assert "".join(pieces) == result.response.text
+    assert pieces[:2] == ["<think>", " this"]
+    assert all(pieces)
 
 
-LETTER = ("ä", "½", "ł")
-"""The three bytes of one Chinese character as a byte-level vocabulary spells them."""
+CHARACTER = ("ä", "½", "ł")
+"""Three tokens of one Chinese character in a byte-level vocabulary."""
 
 
-def test_a_letter_of_several_tokens_is_given_whole(scripted, ask):
-    policy = scripted(("<think>", *LETTER, "</think>", REFERENCE_TOKEN))
-    words, result = ask(policy)
-    assert words == ["<think>", "你", "</think>", REFERENCE_TOKEN]
-    assert "".join(words) == result.response.text
+def test_stream_character_of_several_tokens_is_one_delta(scripted, ask):
+    policy = scripted(("<think>", *CHARACTER, "</think>", REFERENCE_TOKEN))
+    pieces, result = ask(policy)
+    assert pieces == ["<think>", "你", "</think>", REFERENCE_TOKEN]
+    assert "".join(pieces) == result.response.text
 
 
-def test_words_are_the_response_even_where_the_budget_cuts_a_letter(scripted, ask):
-    policy = scripted(("<think>", *LETTER, "</think>", REFERENCE_TOKEN))
-    words, result = ask(policy, max_new_tokens=3)
-    assert "".join(words) == result.response.text
+def test_stream_text_deltas_concatenate_to_a_response_cut_inside_a_character(scripted, ask):
+    policy = scripted(("<think>", *CHARACTER, "</think>", REFERENCE_TOKEN))
+    pieces, result = ask(policy, max_new_tokens=3)
+    assert "".join(pieces) == result.response.text
 
 
-def test_special_tokens_in_an_instruction_are_only_text(policy, ask):
+def test_stream_special_tokens_in_the_instruction_are_text(policy, ask):
     specials = "".join(policy._tokens.tokenizer.all_special_tokens) + REFERENCE_TOKEN + "</think>"
     _, plain = ask(policy, instruction="the disc")
-    words, result = ask(policy, instruction=f"the {specials} disc")
-    assert "".join(words) == plain.response.text
+    pieces, result = ask(policy, instruction=f"the {specials} disc")
+    assert "".join(pieces) == plain.response.text
     assert len(result.concentrations) == 1
-    # Were they read as tokens, each would take one place; as text they take several.
+    # As special tokens each would take one position; as text it takes several.
     assert result.num_prompt_tokens > plain.num_prompt_tokens + 2 * len(specials.split("<"))
 
 
-def test_an_instruction_that_is_too_long_is_refused_and_the_next_one_answered(policy, ask):
+def test_stream_too_long_instruction_is_refused_and_the_next_request_succeeds(policy, ask):
     with pytest.raises(InstructionError, match=r"the limit is 1300 .* shorten the instruction"):
         ask(policy, instruction="disc " * 1500)
     assert ask(policy)[1].stop_reason is StopReason.TARGETS_REACHED
 
 
-def test_an_abandoned_request_lets_the_next_one_in(policy, ask, scene):
+def test_stream_abandoned_request_does_not_block_the_next(policy, ask, scene):
     stream = policy.stream(PolicyRequest(scene, "the red disc"))
     next(stream)
     stream.close()
@@ -290,7 +289,7 @@ def test_an_abandoned_request_lets_the_next_one_in(policy, ask, scene):
     assert result.stop_reason is StopReason.TARGETS_REACHED
 
 
-def test_a_request_that_fails_midway_lets_the_next_one_in(policy, ask):
+def test_stream_failed_request_does_not_block_the_next(policy, ask):
     def fail(module, args):
         raise RuntimeError("out of memory")
 
@@ -304,7 +303,7 @@ def test_a_request_that_fails_midway_lets_the_next_one_in(policy, ask):
         assert pool.submit(ask, policy).result(timeout=60)
 
 
-def test_an_abandoned_request_does_not_change_the_next_answer(policy, ask, noise):
+def test_stream_abandoned_request_does_not_change_the_next_result(policy, ask, noise):
     _, expected = ask(policy)
     stream = policy.stream(PolicyRequest(noise, "another thing"))
     next(stream)
@@ -313,7 +312,7 @@ def test_an_abandoned_request_does_not_change_the_next_answer(policy, ask, noise
     assert np.array_equal(found.concentrations, expected.concentrations)
 
 
-def test_streams_that_are_read_in_turns_do_not_touch_each_other(unscripted, scene, noise):
+def test_stream_interleaved_streams_are_independent(unscripted, scene, noise):
     policy, _, _ = unscripted
     requests = [
         PolicyRequest(scene, "the red disc", max_new_tokens=12),
@@ -331,8 +330,8 @@ def test_streams_that_are_read_in_turns_do_not_touch_each_other(unscripted, scen
         assert last[number].token_ids == expected.token_ids
 
 
-def test_an_unread_stream_holds_up_no_other(policy, ask, noise):
-    unread = policy.stream(PolicyRequest(noise, "another thing", targets=2))
+def test_stream_unread_stream_blocks_no_other(policy, ask, noise):
+    unread = policy.stream(PolicyRequest(noise, "another thing", max_targets=2))
     next(unread)
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(ask, policy).result(timeout=60)[1]
@@ -340,27 +339,27 @@ def test_an_unread_stream_holds_up_no_other(policy, ask, noise):
     assert list(unread)[-1].stop_reason is StopReason.TARGETS_REACHED
 
 
-def test_threads_that_ask_at_once_each_get_their_own_answer(policy, ask, scene, noise):
-    questions = [
-        {"instruction": instruction, "rgb": rgb, "targets": targets}
-        for instruction, targets in (("the red disc", 1), ("a blue square", 2))
-        for rgb in (scene, noise)
+def test_stream_concurrent_threads_get_their_own_results(policy, ask, scene, noise):
+    requests = [
+        {"instruction": instruction, "image": image, "max_targets": max_targets}
+        for instruction, max_targets in (("the red disc", 1), ("a blue square", 2))
+        for image in (scene, noise)
     ]
-    expected = [ask(policy, **question)[1] for question in questions]
-    barrier = threading.Barrier(len(questions))
+    expected = [ask(policy, **request)[1] for request in requests]
+    barrier = threading.Barrier(len(requests))
 
-    def answer(question):
+    def run(request):
         barrier.wait(timeout=60)
-        return ask(policy, **question)[1]
+        return ask(policy, **request)[1]
 
-    with ThreadPoolExecutor(len(questions)) as pool:
-        found = list(pool.map(answer, questions))
+    with ThreadPoolExecutor(len(requests)) as pool:
+        found = list(pool.map(run, requests))
     for one, other in zip(found, expected, strict=True):
         assert one.token_ids == other.token_ids
         assert np.array_equal(one.concentrations, other.concentrations)
 
 
-def test_timings_and_counts_are_of_this_request(policy, ask):
+def test_stream_timings_and_token_counts_are_set(policy, ask):
     _, result = ask(policy)
     assert result.prefill_ms > 0
     assert result.decode_ms > 0
@@ -368,14 +367,14 @@ def test_timings_and_counts_are_of_this_request(policy, ask):
     assert longer.num_prompt_tokens > result.num_prompt_tokens
 
 
-def test_the_description_names_library_family_device_and_dtype(policy):
+def test_description_names_library_family_device_and_dtype(policy):
     assert policy.description.startswith("transformers ")
     assert policy.description.endswith("on cpu, torch.float32")
     assert policy.hidden_size == 64
     assert policy.concurrency == 1
 
 
-def test_another_dtype_is_used_when_asked_for(tiny_checkpoint, ask):
+def test_transformers_policy_dtype_is_applied(tiny_checkpoint, ask):
     checkpoint = read_checkpoint(tiny_checkpoint)
     with open_policy(checkpoint.policy_path, checkpoint.config.prompt, dtype="bfloat16") as policy:
         assert policy.description.endswith("torch.bfloat16")
@@ -385,7 +384,7 @@ def test_another_dtype_is_used_when_asked_for(tiny_checkpoint, ask):
 
 
 @pytest.mark.parametrize("dtype", ["float33", "nn", ""])
-def test_an_unknown_dtype_is_refused_with_the_accepted_ones(tiny_checkpoint, dtype):
+def test_transformers_policy_unknown_dtype_is_refused(tiny_checkpoint, dtype):
     checkpoint = read_checkpoint(tiny_checkpoint)
     with pytest.raises(ValueError, match=r"accepted: float32, bfloat16, float16 or None"):
         open_policy(checkpoint.policy_path, checkpoint.config.prompt, dtype=dtype)
@@ -393,27 +392,27 @@ def test_an_unknown_dtype_is_refused_with_the_accepted_ones(tiny_checkpoint, dty
 
 @pytest.fixture
 def copied(tiny_checkpoint, tmp_path):
-    """A copy of the tiny policy that may be broken, and its prompt."""
+    """Writable copy of the tiny policy, and its prompt."""
     checkpoint = read_checkpoint(tiny_checkpoint)
     directory = tmp_path / "policy"
     shutil.copytree(checkpoint.policy_path, directory)
     return directory, checkpoint.config.prompt
 
 
-def test_a_directory_without_a_model_is_refused(copied):
+def test_transformers_policy_directory_without_weights_is_refused(copied):
     directory, prompt = copied
     (directory / "model.safetensors").unlink()
     with pytest.raises(PolicyError, match=f"{directory} cannot be loaded as a policy"):
         open_policy(directory, prompt)
 
 
-def test_a_directory_that_does_not_exist_is_refused(copied):
+def test_transformers_policy_missing_directory_is_refused(copied):
     directory, prompt = copied
     with pytest.raises(PolicyError, match="cannot be loaded as a policy"):
         open_policy(directory / "absent", prompt)
 
 
-def test_weights_that_were_cut_short_are_refused(copied):
+def test_transformers_policy_truncated_weights_are_refused(copied):
     directory, prompt = copied
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -421,7 +420,7 @@ def test_weights_that_were_cut_short_are_refused(copied):
         open_policy(directory, prompt)
 
 
-def test_a_tokenizer_without_the_reference_token_is_refused(tmp_path):
+def test_transformers_policy_tokenizer_without_the_reference_token_is_refused(tmp_path):
     script = ("<think>", " a", "</think>")
     generated = generate_policy("tiny", script=script, has_reference_token=False)
     generated.save(tmp_path)
@@ -429,18 +428,18 @@ def test_a_tokenizer_without_the_reference_token_is_refused(tmp_path):
         open_policy(tmp_path, generated.prompt)
 
 
-def test_a_missing_library_is_named_with_its_pip_line(copied, monkeypatch):
+def test_transformers_policy_missing_library_error_has_the_pip_line(copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingDependencyError, match="pip install torch transformers"):
         open_policy(*copied)
 
 
-def test_every_end_token_of_the_generation_config_ends_an_answer(tmp_path, ask):
+def test_stream_stops_at_each_end_token_of_the_generation_config(tmp_path, ask):
     generated = generate_policy("tiny", script=("<think>", " a", " b", " c"))
     stop = generated.tokenizer.convert_tokens_to_ids("Ġb")
     generated.model.generation_config.eos_token_id = [0, stop]
     generated.save(tmp_path)
     with open_policy(tmp_path, generated.prompt) as policy:
-        words, result = ask(policy)
-    assert words == ["<think>", " a"]
+        pieces, result = ask(policy)
+    assert pieces == ["<think>", " a"]
     assert result.stop_reason is StopReason.END_OF_TEXT

@@ -1,4 +1,4 @@
-"""The image side of a policy: how many vision tokens a picture takes, and which files it needs."""
+"""Image preprocessing of a policy: vision tokens, pixel values, required files."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def open_processor(directory, **changes):
 
 
 @pytest.mark.parametrize(("width", "height"), [(56, 56), (112, 56), (56, 168), (100, 61)])
-def test_qwen_takes_a_token_for_every_square_of_28_pixels(tiny_checkpoint, width, height):
+def test_vision_processor_qwen_has_one_token_per_28_pixel_square(tiny_checkpoint, width, height):
     inputs = open_processor(tiny_checkpoint / "policy")(Image.new("RGB", (width, height)))
     time, rows, columns = inputs.tensors["image_grid_thw"][0].tolist()
     assert time == 1
@@ -33,7 +33,9 @@ def test_qwen_takes_a_token_for_every_square_of_28_pixels(tiny_checkpoint, width
 
 
 @pytest.mark.parametrize(("strategy", "num_tokens"), [("default", 16), ("full", 17)])
-def test_llava_takes_the_same_tokens_for_every_picture(tiny_llava_checkpoint, strategy, num_tokens):
+def test_vision_processor_llava_has_a_constant_number_of_tokens(
+    tiny_llava_checkpoint, strategy, num_tokens
+):
     processor = open_processor(
         tiny_llava_checkpoint / "policy", vision_feature_select_strategy=strategy
     )
@@ -46,23 +48,23 @@ def test_llava_takes_the_same_tokens_for_every_picture(tiny_llava_checkpoint, st
 
 @pytest.mark.parametrize("name", ["tiny_checkpoint", "tiny_llava_checkpoint"])
 @pytest.mark.parametrize("size", [(56, 56), (112, 84), (61, 100), (300, 40), (9, 200)])
-def test_tokens_are_told_without_preparing_the_picture(name, size, request):
+def test_num_tokens_from_the_size_equals_the_preprocessed_image(name, size, request):
     processor = open_processor(request.getfixturevalue(name) / "policy")
-    told = processor.num_tokens(*size)
-    assert told == processor(Image.new("RGB", size)).num_tokens
-    assert told <= processor.most_tokens
+    num_tokens = processor.num_tokens(*size)
+    assert num_tokens == processor(Image.new("RGB", size)).num_tokens
+    assert num_tokens <= processor.max_tokens
 
 
-@pytest.mark.parametrize("most", [3, 10, 16])
-def test_the_largest_picture_takes_nearly_the_tokens_that_it_may(tiny_checkpoint, most):
+@pytest.mark.parametrize("num_tokens", [3, 10, 16])
+def test_largest_image_has_nearly_the_given_number_of_tokens(tiny_checkpoint, num_tokens):
     processor = open_processor(tiny_checkpoint / "policy")
-    assert processor.most_tokens == 16
-    width, height = processor.largest_picture(most)
-    assert 0.7 * most <= processor.num_tokens(width, height) <= most
+    assert processor.max_tokens == 16
+    width, height = processor.largest_image(num_tokens)
+    assert 0.7 * num_tokens <= processor.num_tokens(width, height) <= num_tokens
 
 
 @pytest.mark.parametrize("name", ["tiny_checkpoint", "tiny_llava_checkpoint"])
-def test_pixels_depend_on_the_picture(name, request):
+def test_vision_processor_pixel_values_depend_on_the_image(name, request):
     processor = open_processor(request.getfixturevalue(name) / "policy")
     red, blue = (
         processor(Image.new("RGB", (56, 56), color)).tensors["pixel_values"]
@@ -71,16 +73,16 @@ def test_pixels_depend_on_the_picture(name, request):
     assert not torch.allclose(red, blue, atol=0.5)
 
 
-def test_a_policy_of_another_type_is_refused_with_the_supported_ones(tmp_path):
+def test_vision_processor_unsupported_model_type_is_refused(tmp_path):
     with pytest.raises(PolicyError, match=r"type 'gemma3'; supported: qwen2_5_vl, llava"):
         VisionProcessor(tmp_path, SimpleNamespace(model_type="gemma3"))
 
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"image_processor_type": "Nonsense"})])
-def test_a_directory_without_an_image_processor_is_refused(tiny_checkpoint, tmp_path, content):
+def test_vision_processor_unusable_image_processor_is_refused(tiny_checkpoint, tmp_path, content):
     directory = tmp_path / "policy"
     shutil.copytree(tiny_checkpoint / "policy", directory)
     file = directory / "preprocessor_config.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(PolicyError, match="holds no usable image processor"):
+    with pytest.raises(PolicyError, match=r"the image processor in .* cannot be loaded"):
         open_processor(directory)

@@ -1,7 +1,7 @@
-"""Makes PyPI's torchvision importable beside a CPU build of torch, in every process of a test run.
+"""Make PyPI's torchvision importable with a CPU build of torch, in every process of a test run.
 
-PyPI holds torchvision as a CUDA build only. Its operators cannot be loaded without CUDA, and its
-import then fails for want of two schemas; nothing here calls the operators themselves.
+PyPI has torchvision as a CUDA build only. Without CUDA its operators cannot be loaded, and its
+import then fails because two operator schemas are missing; nothing here calls the operators.
 """
 
 import importlib.abc

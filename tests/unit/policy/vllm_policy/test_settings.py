@@ -1,18 +1,21 @@
-"""Settings of the vLLM engine: what is accepted, and what memory the engine is given."""
+"""Settings of the vLLM engine: accepted values, command-line form, memory arguments."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.policy.vllm_policy.settings import (
-    _KINDS,
     GIB,
-    SPARE_SHARE,
-    FreeMemory,
+    GPU_RESERVE,
+    MIN_CPU_KV_BYTES,
+    DeviceMemory,
     VllmSettings,
-    free_memory,
+    device_memory,
     kv_bytes_per_token,
     memory_arguments,
     read_settings,
@@ -28,15 +31,21 @@ from coprs_deploy.policy.vllm_policy.settings import (
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization is 1.1; accepted: above 0"),
     ],
 )
-def test_values_out_of_range_are_refused(changes, message):
+def test_vllm_settings_value_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         VllmSettings(**changes)
 
 
-def test_every_setting_can_be_given_as_text():
-    assert list(_KINDS) == [field.name for field in dataclasses.fields(VllmSettings)]
-    given = ["max_num_seqs=3", "enable_prefix_caching=false", "gpu_memory_utilization=0.5"]
-    assert read_settings(given) == VllmSettings(
+def test_read_settings_every_field_has_a_text_form():
+    texts = {"int": ("3", 3), "float": ("0.5", 0.5), "bool": ("false", False)}
+    for field in dataclasses.fields(VllmSettings):
+        text, value = texts[field.type.partition(" | ")[0]]
+        assert read_settings([f"{field.name}={text}"]) == VllmSettings(**{field.name: value})
+
+
+def test_read_settings_several_assignments_are_combined():
+    assignments = ["max_num_seqs=3", "enable_prefix_caching=false", "gpu_memory_utilization=0.5"]
+    assert read_settings(assignments) == VllmSettings(
         max_num_seqs=3, enable_prefix_caching=False, gpu_memory_utilization=0.5
     )
     assert read_settings([]) == VllmSettings()
@@ -48,15 +57,16 @@ def test_every_setting_can_be_given_as_text():
         ("max_seqs=3", "'max_seqs=3' is unknown; accepted: name=value with max_num_seqs"),
         ("max_num_seqs", "'max_num_seqs' is unknown"),
         ("max_num_seqs=many", "max_num_seqs is 'many'; accepted: a whole number"),
+        ("gpu_memory_utilization=x", "gpu_memory_utilization is 'x'; accepted: a number"),
         ("enforce_eager=1", "enforce_eager is '1'; accepted: true or false"),
     ],
 )
-def test_text_that_is_no_setting_is_refused(text, message):
+def test_read_settings_invalid_text_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         read_settings([text])
 
 
-def test_a_cpu_runs_eagerly_with_blocks_that_its_kernels_take():
+def test_engine_arguments_cpu_is_eager_with_blocks_of_32():
     cpu, gpu = (VllmSettings().engine_arguments(device) for device in ("cpu", "cuda"))
     assert (cpu["enforce_eager"], cpu["block_size"]) == (True, 32)
     assert gpu["enforce_eager"] is False
@@ -65,42 +75,54 @@ def test_a_cpu_runs_eagerly_with_blocks_that_its_kernels_take():
 
 
 class TestMemory:
-    def test_on_a_gpu_the_share_reaches_up_to_what_the_graphs_leave(self):
-        memory = FreeMemory(free=60 * GIB, total=80 * GIB)
+    def test_memory_arguments_gpu_share_is_what_the_graphs_leave_free(self):
+        memory = DeviceMemory(free=60 * GIB, total=80 * GIB)
         found = memory_arguments(VllmSettings(), "cuda", memory, needed_kv_bytes=GIB)
-        assert found == {"gpu_memory_utilization": pytest.approx(0.75 - SPARE_SHARE)}
+        assert found == {"gpu_memory_utilization": pytest.approx(0.75 - GPU_RESERVE)}
 
-    def test_a_share_that_was_asked_for_is_kept(self):
+    def test_memory_arguments_gpu_explicit_share_is_kept(self):
         settings = VllmSettings(gpu_memory_utilization=0.3, kv_cache_memory_bytes=GIB)
-        found = memory_arguments(settings, "cuda", FreeMemory(60 * GIB, 80 * GIB), 0)
+        found = memory_arguments(settings, "cuda", DeviceMemory(60 * GIB, 80 * GIB), 0)
         assert found == {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": GIB}
 
-    def test_a_gpu_that_is_full_is_refused(self):
+    def test_memory_arguments_full_gpu_is_refused(self):
         with pytest.raises(RuntimeUnavailableError, match=r"2.0 of 80.0 GiB are free"):
-            memory_arguments(VllmSettings(), "cuda", FreeMemory(2 * GIB, 80 * GIB), 0)
+            memory_arguments(VllmSettings(), "cuda", DeviceMemory(2 * GIB, 80 * GIB), 0)
 
-    @pytest.mark.parametrize(("needed", "given"), [(GIB, GIB), (20 * GIB, 4 * GIB)])
-    def test_a_cpu_gives_what_the_longest_answers_need_up_to_half_of_what_is_free(
-        self, needed, given
-    ):
-        memory = FreeMemory(free=8 * GIB, total=16 * GIB)
+    @pytest.mark.parametrize(
+        ("needed", "expected"),
+        [(GIB, GIB), (20 * GIB, 4 * GIB), (1, MIN_CPU_KV_BYTES)],
+    )
+    def test_memory_arguments_cpu_is_the_need_up_to_half_of_the_free_memory(self, needed, expected):
+        memory = DeviceMemory(free=8 * GIB, total=16 * GIB)
         found = memory_arguments(VllmSettings(), "cpu", memory, needed)
-        assert found == {"kv_cache_memory_bytes": given}
+        assert found == {"kv_cache_memory_bytes": expected}
 
-    def test_the_host_says_what_is_free(self):
-        memory = free_memory("cpu")
+    def test_device_memory_cpu_is_that_of_the_host(self):
+        memory = device_memory("cpu")
         assert 0 < memory.free <= memory.total
 
-    def test_a_gpu_that_is_not_there_is_refused(self):
+    def test_device_memory_missing_gpu_is_refused(self):
         import torch
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
-        with pytest.raises(RuntimeUnavailableError, match=r"torch .* sees no GPU"):
-            free_memory("cuda:0")
+        with pytest.raises(RuntimeUnavailableError, match=r"torch .* finds no GPU"):
+            device_memory("cuda:0")
 
-    def test_keys_and_values_of_a_token_follow_from_the_architecture(self):
+    def test_kv_bytes_per_token_follows_from_the_config(self):
         text = SimpleNamespace(
             num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, hidden_size=2048
         )
         assert kv_bytes_per_token(text, 2) == 2 * 36 * 2 * 128 * 2
+
+
+def test_settings_import_loads_no_heavy_library():
+    program = (
+        "import json, sys\nimport coprs_deploy.policy.vllm_policy.settings\n"
+        "print(json.dumps([name for name in sys.modules if '.' not in name]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert {"torch", "transformers", "vllm"}.isdisjoint(json.loads(run.stdout))
