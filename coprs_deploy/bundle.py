@@ -118,7 +118,7 @@ class PolicyRecord(Record, frozen=True):
         path: ``policy`` inside the bundle, or where it stands outside: a path that starts with
             ``..``, from the bundle, or an absolute one.
         prompt: the prompt template.
-        width: D, the width of the hidden state.
+        hidden_size: policy hidden size D.
         min_pixels: smallest image area that the policy sees.
         max_pixels: largest image area.
         files: the policy's files with paths below ``path``.
@@ -126,7 +126,7 @@ class PolicyRecord(Record, frozen=True):
 
     path: str
     prompt: PromptTemplate
-    width: int
+    hidden_size: int
     min_pixels: int
     max_pixels: int
     files: tuple[FileRecord, ...]

@@ -240,7 +240,7 @@ def export_checkpoint(
             policy=PolicyRecord(
                 path=policy_path,
                 prompt=source.config.prompt,
-                width=width,
+                hidden_size=width,
                 min_pixels=source.config.policy_image.min_pixels,
                 max_pixels=source.config.policy_image.max_pixels,
                 files=record_files(source.policy_path),
