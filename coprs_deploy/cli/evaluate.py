@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     scored = []
     with CoPRS.load(arguments.bundle, options) as coprs:
-        for choice in coprs.choices:
+        for choice in coprs.runtime_choices:
             log(str(choice))
         _require_inside(chosen.examples, coprs)
         for answer in score_examples(coprs.segment, chosen.examples, chosen.max_targets):
@@ -118,7 +118,7 @@ def _require_inside(examples: Sequence[Example], coprs: CoPRS) -> None:
     outside = []
     for example in examples:
         try:
-            coprs.require_inside(example.image)
+            coprs.check_image(example.image)
         except ImageSizeError as error:
             outside.append(f"{example.id}: {error}")
     if outside:

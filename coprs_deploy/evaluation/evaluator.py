@@ -48,7 +48,7 @@ class Given(Protocol):
         """(N, H, W)."""
 
     @property
-    def priors(self) -> NDArray[np.float32]:
+    def prior_logits(self) -> NDArray[np.float32]:
         """(N, H, W) logits."""
 
     @property
@@ -91,6 +91,6 @@ def score_examples(
             num_targets=len(asked.masks),
             num_found=len(given.masks),
             mask=overlap(union(given.masks), truth),
-            prior=overlap(union(given.priors > 0), truth),
+            prior=overlap(union(given.prior_logits > 0), truth),
         )
         yield Scored(asked, given, score)

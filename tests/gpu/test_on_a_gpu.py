@@ -156,10 +156,10 @@ def test_engines_for_one_aspect_are_verified_like_others(
 @pytest.mark.tensorrt
 def test_answers_are_those_of_the_cpu(engines, tiny_bundle, scene):
     with CoPRS.load(tiny_bundle) as coprs:
-        expected = coprs.segment(scene, "the red disc", targets=2)
+        expected = coprs.segment(scene, "the red disc", max_targets=2)
     with CoPRS.load(engines.path, RuntimeOptions(device="cuda")) as coprs:
         for _ in range(2):
-            found = coprs.segment(scene, "the red disc", targets=2)
+            found = coprs.segment(scene, "the red disc", max_targets=2)
             assert found.reasoning == expected.reasoning
             assert (found.masks == expected.masks).mean() > 0.999
 

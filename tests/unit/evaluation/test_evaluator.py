@@ -21,8 +21,8 @@ def perfect(examples):
     def answer(image, instruction, max_targets):
         masks = by_instruction[instruction].masks
         assert len(masks) <= max_targets
-        priors = np.where(masks, 3.0, -3.0).astype(np.float32)
-        return SimpleNamespace(masks=masks, priors=priors, response="said")
+        prior_logits = np.where(masks, 3.0, -3.0).astype(np.float32)
+        return SimpleNamespace(masks=masks, prior_logits=prior_logits, response="said")
 
     return answer
 
