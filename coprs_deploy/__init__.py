@@ -1,6 +1,6 @@
-"""CoPRS, deployed: reasoning segmentation through exported graphs.
+"""CoPRS reasoning segmentation: export, verify and serve.
 
-Importing this package loads no heavy library; names resolve when they are first used.
+Importing this package loads no heavy library; names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -11,17 +11,52 @@ from typing import TYPE_CHECKING, Any
 from coprs_deploy.version import __version__
 
 if TYPE_CHECKING:
-    from coprs_deploy.errors import CoPRSError
-    from coprs_deploy.runtime import CoPRS, PriorEvent, SegmentationResult, TextDelta
+    from coprs_deploy.errors import (
+        CoPRSError,
+        ImageError,
+        InstructionError,
+        PolicyError,
+        QueueFullError,
+        RequestTimeoutError,
+    )
+    from coprs_deploy.runtime import (
+        CoPRS,
+        PriorEvent,
+        RuntimeOptions,
+        SegmentationResult,
+        TextDelta,
+        Timings,
+    )
 
-__all__ = ["CoPRS", "CoPRSError", "PriorEvent", "SegmentationResult", "TextDelta", "__version__"]
+__all__ = [
+    "CoPRS",
+    "CoPRSError",
+    "ImageError",
+    "InstructionError",
+    "PolicyError",
+    "PriorEvent",
+    "QueueFullError",
+    "RequestTimeoutError",
+    "RuntimeOptions",
+    "SegmentationResult",
+    "TextDelta",
+    "Timings",
+    "__version__",
+]
 
 _HOMES = {
-    "SegmentationResult": "coprs_deploy.runtime",
     "CoPRS": "coprs_deploy.runtime",
     "CoPRSError": "coprs_deploy.errors",
+    "ImageError": "coprs_deploy.errors",
+    "InstructionError": "coprs_deploy.errors",
+    "PolicyError": "coprs_deploy.errors",
     "PriorEvent": "coprs_deploy.runtime",
+    "QueueFullError": "coprs_deploy.errors",
+    "RequestTimeoutError": "coprs_deploy.errors",
+    "RuntimeOptions": "coprs_deploy.runtime",
+    "SegmentationResult": "coprs_deploy.runtime",
     "TextDelta": "coprs_deploy.runtime",
+    "Timings": "coprs_deploy.runtime",
 }
 
 

@@ -1,4 +1,4 @@
-"""Things that hold memory, and give it back at the end of a ``with`` block."""
+"""Base class of objects that own memory, threads or devices."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Closeable(ABC):
-    """Something to be closed when it is no longer needed; leaving a ``with`` block closes it."""
+    """A context manager that closes itself at the end of a ``with`` block."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; the object must not be used again."""
+        """Free all resources; the object must not be used afterwards."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,29 +1,29 @@
-"""Every error that a caller may want to catch, drawn as a tree.
+"""Every error that this package raises on purpose, drawn as a tree.
 
     CoPRSError
-    ├── ImageError                  the picture cannot be used
-    │   ├── ImageDecodeError        not an image, empty, truncated
-    │   └── ImageSizeError          too many pixels, none, or a shape that the bundle refuses
+    ├── ImageError                  the image cannot be used
+    │   ├── ImageDecodeError        not an image, empty, or truncated
+    │   └── ImageSizeError          too many pixels, none, or outside the bundle's valid region
     ├── InstructionError            the instruction is empty or too long
     ├── ArtifactError               files on disk cannot be used
-    │   ├── CheckpointError         a checkpoint directory is incomplete or does not fit
+    │   ├── CheckpointError         a checkpoint is incomplete or inconsistent
     │   ├── ConversionError         a public weight file cannot be converted
-    │   └── BundleError             a bundle is absent, of another version, or incomplete
-    │       ├── BundleIntegrityError    a file was changed, cut short, removed or added
+    │   └── BundleError             a bundle is missing, incompatible, or incomplete
+    │       ├── BundleIntegrityError    a file was changed, truncated, removed or added
     │       └── EngineMismatchError     an engine was built for another library or GPU
     ├── EngineBuildError            an engine could not be built
-    ├── EquivalenceError            an exported graph does not compute what PyTorch computes
-    ├── PolicyError                 the policy could not write an answer
-    │   └── HiddenStateError      it wrote <REF_POS>, and its hidden state was not captured
-    ├── QueueFullError              more answers are asked for than may wait
-    ├── RequestTimeoutError          an answer was not ready in time
+    ├── EquivalenceError            an exported graph differs from PyTorch
+    ├── PolicyError                 the policy failed
+    │   └── HiddenStateError        the hidden state of a <REF_POS> was not captured
+    ├── QueueFullError              too many concurrent requests
+    ├── RequestTimeoutError         a request exceeded its time limit
     └── EnvironmentNotReadyError    this machine lacks something
         ├── MissingDependencyError  a Python package; the message holds the pip line
-        └── RuntimeUnavailableError a runtime or device that was asked for is not here
+        └── RuntimeUnavailableError a runtime or device is not available
 
-A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError`` instead.
-``ImageError`` and ``InstructionError`` are ``ValueError`` too, because their cause is an argument;
-``RequestTimeoutError`` is Python's ``TimeoutError`` too.
+A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError``. ``ImageError`` and
+``InstructionError`` are ``ValueError`` too, because their cause is an argument;
+``RequestTimeoutError`` is also Python's ``TimeoutError``.
 """
 
 from __future__ import annotations
@@ -32,58 +32,58 @@ from typing import ClassVar
 
 
 class CoPRSError(Exception):
-    """The root: catching it catches every error that this package raises on purpose.
+    """Base class of all errors of this package.
 
-    ``exit_code`` is what the command line returns: 1 when a check failed, 2 when the use was wrong.
+    ``exit_code`` is the exit code of the command line: 1 if a check failed, 2 for wrong use.
     """
 
     exit_code: ClassVar[int] = 2
 
 
 class ImageError(CoPRSError, ValueError):
-    """The picture cannot be used."""
+    """The image cannot be used."""
 
 
 class ImageDecodeError(ImageError):
-    """The bytes are not a readable image: another kind of file, empty, or cut short."""
+    """The bytes are not a readable image: another file type, empty, or truncated."""
 
 
 class ImageSizeError(ImageError):
-    """No pixels, more than the decoding limit, or a shape that the bundle was not made for."""
+    """No pixels, more than the decoding limit, or a shape outside the bundle's valid region."""
 
 
 class InstructionError(CoPRSError, ValueError):
-    """The instruction is empty or longer than the prompt may be."""
+    """The instruction is empty or exceeds the prompt limit."""
 
 
 class ArtifactError(CoPRSError):
-    """Files on disk cannot be used as they are."""
+    """Files on disk cannot be used."""
 
 
 class CheckpointError(ArtifactError):
-    """A checkpoint directory is incomplete, or its tensors do not fit its configuration."""
+    """A checkpoint directory is incomplete, or its tensors do not match its configuration."""
 
 
 class ConversionError(ArtifactError):
-    """A weight file of another project cannot be read or does not fit."""
+    """A public weight file cannot be read or does not match the model."""
 
 
 class BundleError(ArtifactError):
-    """A bundle is absent, was written by an incompatible version, or is incomplete."""
+    """A bundle is missing, was written by an incompatible version, or is incomplete."""
 
 
 class BundleIntegrityError(BundleError):
-    """A file of a bundle is not the one that was written: changed, cut short, removed or added."""
+    """A file of a bundle was changed, truncated, removed or added after the export."""
 
     exit_code = 1
 
 
 class EngineMismatchError(BundleError):
-    """An engine was built by another library or version, or for another GPU, than those here."""
+    """An engine was built with another library or version, or for another GPU."""
 
 
 class EngineBuildError(CoPRSError):
-    """An engine could not be built; the message names the node where there is one."""
+    """An engine could not be built; the message names the failing node if it is known."""
 
 
 class EquivalenceError(CoPRSError):
@@ -93,14 +93,14 @@ class EquivalenceError(CoPRSError):
 
 
 class PolicyError(CoPRSError):
-    """The policy could not write an answer."""
+    """The policy failed."""
 
 
 class HiddenStateError(PolicyError):
-    """A ``<REF_POS>`` was written and its hidden state is missing; the reasoning is kept.
+    """The hidden state of a ``<REF_POS>`` was not captured.
 
     Attributes:
-        reasoning: what the policy thought.
+        reasoning: reasoning of the response.
     """
 
     def __init__(self, message: str, reasoning: str = "") -> None:
@@ -109,20 +109,25 @@ class HiddenStateError(PolicyError):
 
 
 class QueueFullError(CoPRSError):
-    """More answers are asked for at once than may wait; asking again later is the remedy."""
+    """Too many concurrent requests; retry later."""
 
 
 class RequestTimeoutError(CoPRSError, TimeoutError):
-    """An answer was not ready in the time that was given; its request was abandoned."""
+    """A request exceeded its time limit and was abandoned."""
 
 
 class EnvironmentNotReadyError(CoPRSError):
-    """This machine lacks something that was asked for."""
+    """This machine lacks something that was requested."""
 
 
 class MissingDependencyError(EnvironmentNotReadyError, ImportError):
-    """A Python package is not installed; the message ends with the pip line that brings it."""
+    """A Python package is not installed; the message ends with the pip line to install it."""
 
 
 class RuntimeUnavailableError(EnvironmentNotReadyError):
-    """A runtime, provider or device was asked for and is not present."""
+    """A requested runtime, provider or device is not available."""
+
+
+def error_body(error: BaseException) -> dict[str, str]:
+    """Return the JSON form of an error: ``{"error": message, "type": class name}``."""
+    return {"error": str(error), "type": type(error).__name__}

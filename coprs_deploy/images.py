@@ -1,7 +1,7 @@
-"""Pictures: decoding them, fitting them to SAM and to the policy, and the way back.
+"""Image decoding, preprocessing for SAM and for the policy, and resizing of logits to the image.
 
-Everything here is numpy and Pillow, so that an edge device needs no torch for it. The three graphs
-see only what :func:`prepare_image` gives; nothing inside a graph resizes to the original size.
+Preprocessing is numpy and Pillow only. The graphs take what :func:`prepare_image` returns; resizing
+to the original size happens here, never inside a graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RgbArray: TypeAlias = NDArray[np.uint8]
 """(H, W, 3) uint8, RGB, upright, C-contiguous."""
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Decoding limit: Pillow's own warning level, a quarter of a gigabyte as RGB."""
+"""Decoding limit: Pillow's own warning level, 256 MiB as RGB."""
 
 _INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TURNS = {
@@ -44,19 +44,19 @@ _TURNS = {
 }
 
 REDUCING_GAP = 3.0
-"""A policy's picture that shrinks by twice this and more is first averaged over whole pixels: from
-4096 to 128 pixels in 16 ms instead of 91. Pillow's value for a result that hardly differs: the
-example scene's colors by at most 2 of 255."""
+"""Policy images that shrink by at least twice this factor are first averaged over whole pixels:
+4096 to 128 pixels takes 16 ms instead of 91. Pillow's recommended value; colors of the example
+scene differ by at most 2 of 255."""
 
 UINT16_TO_UINT8 = 257
 """65535 / 255: maps the full 16-bit range to the full 8-bit range."""
 
 
 def load_image(source: ImageSource) -> RgbArray:
-    """Decode any picture that Pillow reads to upright RGB.
+    """Decode any image that Pillow reads to upright RGB.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit values are scaled to 8,
-    palettes, grey and CMYK are converted, and an animation gives its first frame.
+    EXIF orientation is applied, transparency is composited on white, 16-bit values are scaled to 8
+    bits, palettes, grey and CMYK are converted, and an animation gives its first frame.
 
     Args:
         source: a path, the bytes of a file, a Pillow image, or an array of shape (H, W), (H, W, 1),
@@ -66,10 +66,10 @@ def load_image(source: ImageSource) -> RgbArray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ImageDecodeError: the source is no readable image.
-        ImageSizeError: it has no pixels, or more than ``MAX_IMAGE_PIXELS``.
+        ImageDecodeError: the source is not a readable image.
+        ImageSizeError: the image has no pixels, or more than ``MAX_IMAGE_PIXELS``.
         FileNotFoundError: the path does not exist.
-        ValueError: the array has another shape, dtype or range; the source has another type.
+        ValueError: shape, dtype or range of the array, or the type of the source, is not accepted.
     """
     if isinstance(source, np.ndarray):
         return _rgb_from_array(source)
@@ -89,7 +89,7 @@ def load_image(source: ImageSource) -> RgbArray:
 
 
 def image_key(rgb: RgbArray) -> str:
-    """Name a decoded image by its content: equal pixels and size give equal keys."""
+    """Return a content hash of a decoded image that is stable across processes."""
     digest = hashlib.blake2b(str(rgb.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.hexdigest()
@@ -124,7 +124,7 @@ def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: st
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Undo the EXIF orientation; unlike ``ImageOps.exif_transpose`` it never writes EXIF again."""
+    """Undo the EXIF orientation; unlike ``ImageOps.exif_transpose``, without writing EXIF."""
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
@@ -180,7 +180,7 @@ def _rgb_from_array(array: NDArray[Any]) -> RgbArray:
         )
     pixels = array.astype(np.uint8, copy=False)
     if pixels.ndim == 3 and pixels.shape[2] == 3:
-        return pixels.copy(order="C")  # the caller may use its buffer again while we answer
+        return pixels.copy(order="C")  # the caller may reuse its buffer during the request
     pixels = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     return np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(pixels))))
 
@@ -197,12 +197,12 @@ def _check_size(width: int, height: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What the image encoder and the mask decoder take, and the size to come back to.
+    """Input of the image encoder, with the sizes that map its outputs back to the image.
 
     Attributes:
-        image: (1, 3, S, S) float32, normalized RGB, zero where padded.
-        unpadded_size: int64 (2,), height and width in pixels of the padded image.
-        original_size: height and width of the picture in pixels.
+        image: (1, 3, S, S) float32, normalized RGB, zero in the padding.
+        unpadded_size: int64 (2,), height and width of the resized image in pixels.
+        original_size: height and width of the original image in pixels.
     """
 
     image: NDArray[np.float32]
@@ -211,24 +211,24 @@ class PreparedImage:
 
 
 class HasResize(Protocol):
-    """Whatever knows where a picture lies in the padded image, and its own size in pixels."""
+    """Anything that knows the resized and the original size of an image."""
 
     @property
     def unpadded_size(self) -> NDArray[np.int64]:
-        """int64 (2,), height and width in pixels of the padded image."""
+        """int64 (2,), height and width of the resized image in pixels."""
 
     @property
     def original_size(self) -> tuple[int, int]:
-        """Height and width of the picture in pixels."""
+        """Height and width of the original image in pixels."""
 
 
 @dataclass(frozen=True)
 class ResizeTransform:
-    """Where a picture will lie in the padded image, known before it is prepared.
+    """Resize of an image to the longer side S, computed from its size alone.
 
     Attributes:
-        unpadded_size: int64 (2,), height and width in pixels of the padded image.
-        original_size: height and width of the picture in pixels.
+        unpadded_size: int64 (2,), height and width of the resized image in pixels.
+        original_size: height and width of the original image in pixels.
     """
 
     unpadded_size: NDArray[np.int64]
@@ -236,10 +236,10 @@ class ResizeTransform:
 
     @classmethod
     def of(cls, rgb: RgbArray, geometry: Geometry) -> ResizeTransform:
-        """Place a picture, (H, W, 3)."""
+        """Compute the resize of an image, (H, W, 3)."""
         height, width = rgb.shape[:2]
-        inside = unpadded_size(height, width, geometry.image_size)
-        return cls(np.array(inside, dtype=np.int64), (height, width))
+        resized = unpadded_size(height, width, geometry.image_size)
+        return cls(np.array(resized, dtype=np.int64), (height, width))
 
 
 def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -248,125 +248,130 @@ def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def require_inside(placed: HasResize, valid_region: ValidRegion | None) -> None:
-    """Refuse a picture that reaches beyond what an encoder was made for.
+def check_valid_region(resize: HasResize, valid_region: ValidRegion | None) -> None:
+    """Refuse an image that does not fit the valid region of an image encoder.
 
     Raises:
-        ImageSizeError: it does; the message says how much of it would fit.
+        ImageSizeError: the resized image exceeds the valid region; the message states what fits.
     """
-    inside = placed.unpadded_size.tolist()
-    if valid_region is None or valid_region.contains(inside):
+    resized = resize.unpadded_size.tolist()
+    if valid_region is None or valid_region.contains(resized):
         return
-    height, width = placed.original_size
-    if inside[0] > valid_region.height:
+    height, width = resize.original_size
+    if resized[0] > valid_region.height:
         limit = _longest_fit(width, valid_region.height, valid_region.width)
-        fits = f"{width} wide it may be {limit} high"
+        fits = f"at width {width} the height may be {limit}"
     else:
         limit = _longest_fit(height, valid_region.width, valid_region.height)
-        fits = f"{height} high it may be {limit} wide"
+        fits = f"at height {height} the width may be {limit}"
     raise ImageSizeError(
-        f"the picture is {width} x {height} and this image encoder takes {valid_region}, {fits}: crop "
-        "it, or export with another --aspect, or without one"
+        f"the image is {width} x {height}; this image encoder accepts {valid_region}: {fits}; crop "
+        "the image, or export with another --aspect-ratio or without one"
     )
 
 
-def _longest_fit(long_side: int, valid_region: int, image_size: int) -> int:
-    """Say how long the other side may be to come to ``valid_region`` where ``long_side`` fills S."""
-    return max(1, math.ceil((valid_region + 0.5) * long_side / image_size) - 1)
+def _longest_fit(long_side: int, limit: int, image_size: int) -> int:
+    """Largest short side that is at most ``limit`` once ``long_side`` is resized to S."""
+    return max(1, math.ceil((limit + 0.5) * long_side / image_size) - 1)
 
 
 def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
-    """Fit a picture to the image encoder: longer side to S, normalized, padded bottom and right.
+    """Resize the longer side to S, normalize, and pad bottom and right.
 
     Args:
         rgb: (H, W, 3) uint8.
         geometry: image size and normalization of the model.
 
     Returns:
-        The encoder's input with the two sizes that lead back.
+        The image encoder's input.
     """
-    size, placement = geometry.image_size, ResizeTransform.of(rgb, geometry)
-    height, width = placement.unpadded_size.tolist()
+    size, resize = geometry.image_size, ResizeTransform.of(rgb, geometry)
+    height, width = resize.unpadded_size.tolist()
     resized = rgb
     if (height, width) != rgb.shape[:2]:
-        picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
-        resized = np.asarray(picture)
+        pil_image = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
+        resized = np.asarray(pil_image)
     image = np.zeros((1, 3, size, size), dtype=np.float32)
     inside = image[0, :, :height, :width]
     mean = np.asarray(geometry.pixel_mean, dtype=np.float32)[:, None, None]
     std = np.asarray(geometry.pixel_std, dtype=np.float32)[:, None, None]
     np.subtract(resized.transpose(2, 0, 1), mean, out=inside, dtype=np.float32)
     np.divide(inside, std, out=inside)
-    return PreparedImage(image, placement.unpadded_size, placement.original_size)
+    return PreparedImage(image, resize.unpadded_size, resize.original_size)
 
 
 def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Image:
-    """Scale a picture, aspect kept, until its area lies between two numbers of pixels.
+    """Scale an image to an area between two pixel counts, keeping its aspect ratio.
 
     Both sides are rounded down after shrinking and up after growing, so that the limits hold.
 
     Args:
         rgb: (H, W, 3) uint8.
-        min_pixels: smallest area that the policy takes (3,136 for Qwen2.5-VL).
+        min_pixels: smallest area that the policy accepts (3,136 for Qwen2.5-VL).
         max_pixels: largest area (705,600 for CoPRS).
 
     Returns:
-        The picture for the policy's own image processor.
+        The input of the policy's image processor.
     """
     height, width = rgb.shape[:2]
-    picture = Image.fromarray(rgb)
+    image = Image.fromarray(rgb)
     if min_pixels <= height * width <= max_pixels:
-        return picture
+        return image
     limit, rounded = (
         (max_pixels, math.floor) if height * width > max_pixels else (min_pixels, math.ceil)
     )
     factor = math.sqrt(limit / (height * width))
     new_width, new_height = (max(1, rounded(side * factor)) for side in (width, height))
-    if new_width * new_height > max_pixels:  # a line of pixels, or limits that are close
+    if new_width * new_height > max_pixels:  # one pixel high, or limits close together
         if new_width > new_height:
             new_width = max(1, max_pixels // new_height)
         else:
             new_height = max(1, max_pixels // new_width)
     size = (new_width, new_height)
-    return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
 
 
 def mask_cells(unpadded_size: NDArray[np.int64], geometry: Geometry) -> tuple[int, int]:
-    """Say how many rows and columns of mask cells belong to a picture: those it begins in."""
+    """Return rows and columns of mask cells that the resized image covers, partly or fully."""
     height, width = (-(-int(side) // geometry.mask_stride) for side in unpadded_size)
     return height, width
 
 
 def resize_logits(
-    logits: NDArray[np.float32], placed: HasResize, geometry: Geometry
+    logits: NDArray[np.float32], resize: HasResize, geometry: Geometry
 ) -> NDArray[np.float32]:
-    """Bring mask or prior logits to the original size.
+    """Resize mask or prior logits to the original image size.
 
-    SAM's way back is bilinear to the padded image, a crop, and bilinear to the original size (half
-    pixel centers, no antialiasing). All three are linear and separable, so they are done here as
-    one matrix a side, which is exact and never builds the padded image.
+    SAM upsamples bilinearly to the padded image, crops, and resizes bilinearly to the original size
+    (half-pixel centers, no antialiasing). All three are linear and separable, so this applies one
+    matrix per side, which is exact and never builds the padded image.
 
     Args:
         logits: (N, 1, M, M) float32, M = ``geometry.mask_size``.
-        placed: the sizes of the picture that the logits belong to.
+        resize: sizes of the image that the logits belong to.
         geometry: sizes of the model.
 
     Returns:
         (N, H, W) float32 logits.
     """
-    inside, original = placed.unpadded_size, placed.original_size
+    resized, original = resize.unpadded_size, resize.original_size
     sizes = (geometry.mask_size, geometry.image_size)
-    rows = _return_matrix(*sizes, int(inside[0]), original[0])
-    columns = _return_matrix(*sizes, int(inside[1]), original[1])
+    rows = _resize_matrix(*sizes, int(resized[0]), original[0])
+    columns = _resize_matrix(*sizes, int(resized[1]), original[1])
     return _multiply(rows, logits[:, 0], columns.T)
 
 
-def _multiply(*factors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Multiply matrices from the left, with PyTorch's threads.
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Map logits to probabilities in [0, 1], without overflow."""
+    probabilities: NDArray[np.float32] = 0.5 * (1 + np.tanh(0.5 * logits))
+    return probabilities
 
-    The threads of numpy's OpenBLAS spin for some 20 ms after each product, on the cores that the
-    policy decodes the next answer with: on two cores an answer of the small model took 120 ms
-    instead of 40.
+
+def _multiply(*factors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Multiply matrices from left to right with PyTorch.
+
+    OpenBLAS threads of numpy spin for some 20 ms after each product, on the cores that decode the
+    next response: on two cores a request to the demo model took 120 ms instead of 40.
     """
     import torch
 
@@ -379,7 +384,7 @@ def _multiply(*factors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=16)
-def _return_matrix(
+def _resize_matrix(
     mask_size: int, image_size: int, unpadded: int, original: int
 ) -> NDArray[np.float32]:
     """Compose mask -> padded image -> crop -> original along one side: (original, mask_size)."""
@@ -401,7 +406,7 @@ def _bilinear_matrix(size_in: int, size_out: int) -> NDArray[np.float64]:
 def _bilinear_taps(
     size_in: int, size_out: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Two source cells and the weight of the second, for each output (half-pixel centers)."""
+    """Return two source cells and the weight of the second per output (half-pixel centers)."""
     position = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0.0)
     lower = np.minimum(position.astype(np.int64), size_in - 1)
     return lower, np.minimum(lower + 1, size_in - 1), position - lower

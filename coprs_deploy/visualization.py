@@ -1,9 +1,14 @@
-"""Pictures of an answer for people: the mask over the picture, and the prior as a heatmap.
+"""Drawing of masks, heat maps and contact sheets with Pillow, from arrays and strings.
 
-Small pictures are enlarged, so that outlines and heat can be seen. Nothing here is measured with.
+Small images are enlarged so that outlines and heat maps can be seen. Nothing here is used to
+measure anything.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,16 +16,32 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from coprs_deploy.images import RgbArray
 
-SHORTEST_LONG_SIDE = 640
-"""Pixels; a picture whose longer side is shorter is enlarged to this."""
+Color: TypeAlias = tuple[int, int, int]
+"""RGB in 0..255."""
 
-TARGET_COLORS = ((255, 64, 129), (0, 200, 255), (255, 196, 0), (118, 255, 3), (170, 120, 255))
-"""RGB of the first targets; they repeat after the last."""
+MIN_LONG_SIDE_PX = 640
+"""Images with a shorter long side are enlarged to this."""
 
-WHITE = np.full(3, 255, dtype=np.float32)
-"""Drawn around each outline, so that it stands out on a target of its own color."""
+TARGET_COLORS: tuple[Color, ...] = (
+    (255, 64, 129),
+    (0, 200, 255),
+    (255, 196, 0),
+    (118, 255, 3),
+    (170, 120, 255),
+)
+"""Colors of the first targets, repeated for further ones."""
 
-HEAT_COLORS = (
+WHITE: Color = (255, 255, 255)
+"""Halo around each outline, so that it stands out on a target of its own color."""
+
+CAPTION_INK: Color = (244, 244, 245)
+CAPTION_BACKGROUND: Color = (24, 24, 27)
+MAX_CAPTION_LINES = 3
+
+LINE_SPACING = 1.35
+"""Line height as a multiple of the font size."""
+
+HEAT_COLORS: tuple[Color, ...] = (
     (0, 0, 4),
     (31, 12, 72),
     (85, 15, 109),
@@ -31,107 +52,119 @@ HEAT_COLORS = (
     (249, 201, 50),
     (252, 255, 164),
 )
-"""RGB from 0 to 1 in equal steps: dark to bright with even lightness (the inferno scale)."""
+"""Colors from 0 to 1 in equal steps (the inferno colormap)."""
 
 
-def draw_overlay(rgb: RgbArray, masks: NDArray[np.bool_], caption: str = "") -> Image.Image:
-    """Draw masks over a picture: the rest is dimmed, each target tinted and outlined.
+def draw_overlay(image: RgbArray, masks: NDArray[np.bool_], caption: str = "") -> Image.Image:
+    """Draw masks over an image: the background dimmed, each target tinted and outlined.
 
     Args:
-        rgb: (H, W, 3) uint8.
+        image: (H, W, 3) uint8 RGB.
         masks: (N, H, W) bool; N may be 0.
-        caption: written below the picture; empty leaves the strip out.
+        caption: text below the image; empty for none.
 
     Returns:
-        The picture, enlarged if it is small.
+        The drawing, enlarged if the image is small.
     """
-    size = _display_size(rgb)
-    picture = Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS)
-    canvas = np.asarray(picture, dtype=np.float32)
-    line = max(2, round(max(size) / 320))
+    size = _display_size(image)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    canvas = np.asarray(resized, dtype=np.float32)
+    line_px = max(2, round(max(size) / 320))
     covered = np.zeros(canvas.shape[:2], dtype=np.float32)
     layers = [_smooth_mask(mask, size) for mask in masks]
     for inside in layers:
         covered = np.maximum(covered, inside)
     canvas = canvas * (1 - 0.45 * (1 - covered) * bool(layers))[..., None]
     for number, inside in enumerate(layers):
-        outline, halo = _outline(inside, line), _outline(inside, 2 * line)
-        color = np.array(TARGET_COLORS[number % len(TARGET_COLORS)], dtype=np.float32)
-        for paint, weight in ((color, 0.35 * inside), (WHITE, halo), (color, outline)):
-            canvas += (paint - canvas) * weight[..., None]
+        color = TARGET_COLORS[number % len(TARGET_COLORS)]
+        _blend(canvas, color, 0.35 * inside)
+        _paint_outline(canvas, inside, color, line_px)
     drawn = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    return _with_caption(drawn, caption) if caption else drawn
+    return add_caption(drawn, caption) if caption else drawn
 
 
-def draw_heatmap(rgb: RgbArray, prior: NDArray[np.float32]) -> Image.Image:
-    """Draw a prior over the picture in grey, on a fixed scale: black is 0, pale yellow is 1.
+def draw_heatmap(image: RgbArray, prior: NDArray[np.float32]) -> Image.Image:
+    """Draw a heat map over a grey image on a fixed scale: black is 0, pale yellow is 1.
 
     Args:
-        rgb: (H, W, 3) uint8.
-        prior: (H, W) float32 logits.
+        image: (H, W, 3) uint8 RGB.
+        prior: (H, W) float32 in [0, 1].
 
     Returns:
-        The picture, enlarged if it is small.
+        The drawing, enlarged if the image is small.
     """
-    size = _display_size(rgb)
-    grey = Image.fromarray(rgb).convert("L").resize(size, Image.Resampling.LANCZOS)
-    heat = Image.fromarray(_sigmoid(prior)).resize(size, Image.Resampling.BICUBIC)
+    size = _display_size(image)
+    grey = Image.fromarray(image).convert("L").resize(size, Image.Resampling.LANCZOS)
+    heat = Image.fromarray(prior).resize(size, Image.Resampling.BICUBIC)
     probability = np.clip(np.asarray(heat), 0, 1)
-    scale = np.linspace(0, 1, len(HEAT_COLORS))
-    anchors = np.asarray(HEAT_COLORS, dtype=np.float32)
-    color = np.stack([np.interp(probability, scale, anchors[:, i]) for i in range(3)], axis=-1)
     weight = (0.55 + 0.35 * probability)[..., None]
-    blended = np.asarray(grey, dtype=np.float32)[..., None] * (1 - weight) + color * weight
+    background = np.asarray(grey, dtype=np.float32)[..., None] * (1 - weight)
+    blended = background + colorize(probability) * weight
     return Image.fromarray(np.clip(blended, 0, 255).astype(np.uint8))
 
 
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = 0.5 * (1 + np.tanh(0.5 * logits))  # never overflows
-    return result
+def colorize(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Map values in [0, 1], (H, W), to ``HEAT_COLORS``: (H, W, 3) in 0..255."""
+    positions = np.linspace(0, 1, len(HEAT_COLORS))
+    colors = np.asarray(HEAT_COLORS, dtype=np.float32)
+    return np.stack([np.interp(values, positions, colors[:, i]) for i in range(3)], axis=-1)
 
 
-def _display_size(rgb: RgbArray) -> tuple[int, int]:
-    """Width and height in pixels at which a picture is drawn."""
-    height, width = rgb.shape[:2]
-    factor = max(1.0, SHORTEST_LONG_SIDE / max(height, width))
-    return max(1, round(width * factor)), max(1, round(height * factor))
+def outline_band(mask: NDArray[np.bool_], size: tuple[int, int], line_px: int) -> NDArray[np.bool_]:
+    """Select the pixels around a mask, outside of its edge.
+
+    Args:
+        mask: (H, W) bool.
+        size: width and height of the drawing.
+        line_px: width of the band.
+
+    Returns:
+        (size[1], size[0]) bool.
+    """
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
+    solid = resized.point(lambda value: 255 if value > 127 else 0)
+    wide = solid.filter(ImageFilter.MaxFilter(2 * line_px - 1))
+    return np.asarray(wide) > np.asarray(solid)
 
 
-def _smooth_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Enlarge a mask with soft edges: how much each pixel is inside, 0 to 1."""
-    grown = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
-    if size[0] > mask.shape[1]:  # round the steps that enlarging left
-        grown = grown.filter(ImageFilter.GaussianBlur(0.35 * size[0] / mask.shape[1]))
-    sharp = np.asarray(grown, dtype=np.float32) / np.float32(255)
-    inside: NDArray[np.float32] = np.clip((sharp - 0.5) * 4 + 0.5, 0, 1).astype(np.float32)
-    return inside
-
-
-def _outline(inside: NDArray[np.float32], line: int) -> NDArray[np.float32]:
-    """Trace the edge of a smooth mask about ``line`` pixels wide: weights from 0 to 1."""
-    solid = Image.fromarray((inside > 0.5).astype(np.uint8) * 255)
-    wide = np.asarray(solid.filter(ImageFilter.MaxFilter(2 * (line // 2) + 1)), dtype=np.float32)
-    thin = np.asarray(solid.filter(ImageFilter.MinFilter(2 * (line // 2) + 1)), dtype=np.float32)
-    edge = Image.fromarray((wide - thin).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
-    return np.asarray(edge, dtype=np.float32) / np.float32(255)
-
-
-def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
-    font_size = max(14, picture.width // 36)
-    font = ImageFont.load_default(font_size)
-    margin = font_size // 2
-    lines = _wrap(caption, font, picture.width - 2 * margin)
-    height = len(lines) * round(1.35 * font_size) + 2 * margin
-    framed = Image.new("RGB", (picture.width, picture.height + height), (24, 24, 27))
-    framed.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(framed)
-    for number, text in enumerate(lines):
-        position = (margin, picture.height + margin + number * round(1.35 * font_size))
-        draw.text(position, text, font=font, fill=(244, 244, 245))
+def add_caption(image: Image.Image, caption: str) -> Image.Image:
+    """Add a strip with up to three lines of text below an image."""
+    font_px = max(14, image.width // 36)
+    margin = font_px // 2
+    texts = wrap_text(caption, font_px, image.width - 2 * margin)
+    if len(texts) > MAX_CAPTION_LINES:
+        texts = [*texts[: MAX_CAPTION_LINES - 1], texts[MAX_CAPTION_LINES - 1] + " ..."]
+    lines = [TextLine(text, font_px, CAPTION_INK) for text in texts]
+    height = sum(line.height for line in lines) + 2 * margin
+    framed = Image.new("RGB", (image.width, image.height + height), CAPTION_BACKGROUND)
+    framed.paste(image, (0, 0))
+    draw_text(framed, lines, margin, image.height + margin)
     return framed
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+@dataclass(frozen=True)
+class TextLine:
+    """A line of text.
+
+    Attributes:
+        text: the text.
+        font_px: font size in pixels.
+        color: color of the text.
+    """
+
+    text: str
+    font_px: int
+    color: Color
+
+    @property
+    def height(self) -> int:
+        """Line height in pixels."""
+        return round(LINE_SPACING * self.font_px)
+
+
+def wrap_text(text: str, font_px: int, width: int) -> list[str]:
+    """Break text into lines of at most ``width`` pixels; longer words are cut with an ellipsis."""
+    font = ImageFont.load_default(font_px)
     lines = [""]
     for piece in text.split():
         word = piece
@@ -142,6 +175,66 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
             lines.append(word)
         else:
             lines[-1] = longer
-    if len(lines) > 3:
-        lines = [*lines[:2], lines[2] + " ..."]
     return lines
+
+
+def draw_text(image: Image.Image, lines: Sequence[TextLine], left: int, top: int) -> None:
+    """Draw lines of text onto an image, one below the other, from the top left corner."""
+    draw = ImageDraw.Draw(image)
+    for line in lines:
+        font = ImageFont.load_default(line.font_px)
+        draw.text((left, top), line.text, font=font, fill=line.color)
+        top += line.height
+
+
+def draw_grid(rows: Sequence[Sequence[Image.Image]], side_px: int) -> Image.Image:
+    """Arrange images in a grid of square tiles, each scaled down to fit; padding is black."""
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * side_px, len(rows) * side_px))
+    for row_number, row in enumerate(rows):
+        for column, image in enumerate(row):
+            tile = image.copy()
+            tile.thumbnail((side_px, side_px))
+            sheet.paste(tile, (column * side_px, row_number * side_px))
+    return sheet
+
+
+def _display_size(image: RgbArray) -> tuple[int, int]:
+    """Return width and height in pixels of the drawing."""
+    height, width = image.shape[:2]
+    factor = max(1.0, MIN_LONG_SIDE_PX / max(height, width))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def _smooth_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize a mask to ``size`` (width, height) with soft edges: coverage in [0, 1]."""
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
+    if size[0] > mask.shape[1]:  # round the steps of enlarged pixels
+        resized = resized.filter(ImageFilter.GaussianBlur(0.35 * size[0] / mask.shape[1]))
+    coverage = np.asarray(resized, dtype=np.float32) / np.float32(255)
+    inside: NDArray[np.float32] = np.clip((coverage - 0.5) * 4 + 0.5, 0, 1).astype(np.float32)
+    return inside
+
+
+def _paint_outline(
+    canvas: NDArray[np.float32], inside: NDArray[np.float32], color: Color, line_px: int
+) -> None:
+    """Paint the edge of a smooth mask in place: a colored line between two lines of white."""
+    outline, halo = _edge(inside, line_px), _edge(inside, 2 * line_px)
+    _blend(canvas, WHITE, halo)
+    _blend(canvas, color, outline)
+
+
+def _edge(inside: NDArray[np.float32], line_px: int) -> NDArray[np.float32]:
+    """Return weights in [0, 1] of the edge of a smooth mask, about ``line_px`` wide."""
+    solid = Image.fromarray((inside > 0.5).astype(np.uint8) * 255)
+    kernel = 2 * (line_px // 2) + 1
+    wide = np.asarray(solid.filter(ImageFilter.MaxFilter(kernel)), dtype=np.float32)
+    thin = np.asarray(solid.filter(ImageFilter.MinFilter(kernel)), dtype=np.float32)
+    edge = Image.fromarray((wide - thin).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+    return np.asarray(edge, dtype=np.float32) / np.float32(255)
+
+
+def _blend(canvas: NDArray[np.float32], color: Color, weight: NDArray[np.float32]) -> None:
+    """Mix a color into a canvas in place, by weight per pixel."""
+    canvas += (np.array(color, dtype=np.float32) - canvas) * weight[..., None]

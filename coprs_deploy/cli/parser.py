@@ -53,15 +53,13 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--runtime``, ``--remeasure`` and ``--inference-precision``."""
+    """Add ``--runtime``, ``--retune`` and ``--inference-precision``."""
     parser.add_argument(
         "--runtime",
         help="of the graphs: onnxruntime, openvino, or auto, which measures once what is fastest "
         "here (default: the one that the bundle was exported for)",
     )
-    parser.add_argument(
-        "--remeasure", action="store_true", help="with --runtime auto: measure again"
-    )
+    parser.add_argument("--retune", action="store_true", help="with --runtime auto: measure again")
     parser.add_argument(
         "--inference-precision",
         default="fp32",
@@ -71,9 +69,9 @@ def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan_code_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--allow-plan-code``: engines that carry code run only where that was said."""
+    """Add ``--allow-engine-host-code``: engines that carry code run only where that was said."""
     parser.add_argument(
-        "--allow-plan-code",
+        "--allow-engine-host-code",
         action="store_true",
         help="load version-compatible engines, which carry code: only from bundles that you trust",
     )

@@ -1,4 +1,4 @@
-"""Arguments of the verbs that answer questions, and the options that they stand for."""
+"""Arguments of the verbs that serve requests, and the runtime options made from them."""
 
 from __future__ import annotations
 
@@ -11,44 +11,47 @@ if TYPE_CHECKING:
     from coprs_deploy.runtime import RuntimeOptions
 
 
-def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says where graphs and policy run, and how."""
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that select runtime, device and policy."""
     add_runtime_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="of the graphs: cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--device", default="cpu", help="device of the graphs: cpu, cuda, cuda:N (default cpu)"
+    )
     parser.add_argument(
         "--policy",
         choices=("transformers", "vllm"),
         default="transformers",
-        help="which library writes the reasoning (default transformers)",
+        help="library that runs the policy (default transformers)",
     )
     parser.add_argument(
         "--vllm",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of the vLLM engine, as in max_num_seqs=8; may be given several times",
+        help="setting of the vLLM engine, as in max_num_seqs=8; repeatable",
     )
-    parser.add_argument("--policy-device", help="of the policy (default: as --device)")
-    parser.add_argument("--policy-dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--threads", type=int, help="CPU threads of one graph operator")
+    parser.add_argument("--policy-device", help="device of the policy (default: --device)")
     parser.add_argument(
-        "--no-cuda-graphs", action="store_true", help="launch an engine's kernels one by one"
+        "--policy-dtype",
+        help="dtype of the policy: float32, bfloat16 or float16 (default: as stored)",
     )
+    parser.add_argument("--num-threads", type=int, help="CPU threads per graph operator")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="disable CUDA graph capture")
     add_plan_code_flag(parser)
 
 
 def runtime_options(
     arguments: argparse.Namespace, *, max_queue_size: int = 256, timeout_s: float | None = None
 ) -> RuntimeOptions:
-    """Read them.
+    """Build the runtime options.
 
     Args:
-        arguments: as parsed.
-        max_queue_size: how many answers may wait beyond those that are decoded together.
-        timeout_s: seconds within which an answer must be ready; None waits for ever.
+        arguments: parsed arguments.
+        max_queue_size: number of requests that may wait behind those that the policy serves.
+        timeout_s: time limit of a request in seconds; None disables it.
 
     Raises:
-        ValueError: one is not accepted.
+        ValueError: an argument is not accepted.
     """
     from coprs_deploy.policy.vllm_policy.settings import read_settings
     from coprs_deploy.runtime import RuntimeOptions
@@ -62,7 +65,7 @@ def runtime_options(
         vllm=read_settings(arguments.vllm),
         policy_device=arguments.policy_device,
         policy_dtype=arguments.policy_dtype,
-        num_threads=arguments.threads,
+        num_threads=arguments.num_threads,
         allow_engine_host_code=arguments.allow_engine_host_code,
         cuda_graphs=not arguments.no_cuda_graphs,
         max_queue_size=max_queue_size,

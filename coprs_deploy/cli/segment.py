@@ -1,7 +1,7 @@
-"""Answer one instruction on one picture.
+"""Segment what an instruction describes in an image.
 
-The reasoning is printed as it is written. With --out, overlay, mask, prior and result.json are left
-in a folder. Exit code 1 means that the policy named no target: there is no mask then.
+The response is printed as it is written. --out writes overlay, mask, prior and result.json to a
+directory. Exit code 1 if the policy named no target, so that there is no mask.
 """
 
 from __future__ import annotations
@@ -11,54 +11,59 @@ import sys
 from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import add_answering_arguments, runtime_options
+from coprs_deploy.cli.runtime_arguments import add_request_arguments, runtime_options
 
-SUMMARY = "answer an instruction on a picture"
+SUMMARY = "segment what an instruction describes in an image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("image", metavar="IMAGE", help="a picture file, or - for stdin")
-    parser.add_argument("instruction", metavar="INSTRUCTION", help="what to segment, in words")
+    parser.add_argument("image", metavar="IMAGE", help="image file, or - for stdin")
+    parser.add_argument("instruction", metavar="INSTRUCTION", help="what to segment")
+    parser.add_argument("--bundle", type=Path, help="bundle directory (default: the demo model)")
     parser.add_argument(
-        "--bundle", type=Path, help="the bundle that answers (default: the shipped model)"
+        "--out", type=Path, help="directory for overlay, mask, prior and result.json"
     )
-    parser.add_argument("--out", type=Path, help="folder for overlay, mask, prior and result.json")
     parser.add_argument(
-        "--targets", type=int, default=1, help="objects to name at most (default 1)"
+        "--max-targets", type=int, default=1, help="maximum number of targets (default 1)"
     )
     parser.add_argument("--max-new-tokens", type=int, help="token budget of the response")
-    add_answering_arguments(parser)
+    add_request_arguments(parser)
     add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer, print, save."""
+    """Stream one request, print the response, save the result."""
+    from coprs_deploy.policy import StopReason
+    from coprs_deploy.prompts import FormatViolation
     from coprs_deploy.runtime import CoPRS, SegmentationResult, TextDelta
     from coprs_deploy.runtime.loading import no_progress
 
     options = runtime_options(arguments)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
-    report = log if arguments.policy == "vllm" else no_progress  # its engine takes a while
-    with CoPRS.load(arguments.bundle, options, progress=report) as coprs:
-        for choice in coprs.choices:
+    progress = log if arguments.policy == "vllm" else no_progress  # loading vLLM takes a while
+    with CoPRS.load(arguments.bundle, options, progress=progress) as coprs:
+        for choice in coprs.runtime_choices:
             log(str(choice))
-        answer: SegmentationResult | None = None
+        result: SegmentationResult | None = None
         for event in coprs.stream(
-            image, arguments.instruction, arguments.targets, arguments.max_new_tokens
+            image, arguments.instruction, arguments.max_targets, arguments.max_new_tokens
         ):
             if isinstance(event, SegmentationResult):
-                answer = event
+                result = event
             elif isinstance(event, TextDelta) and not arguments.json:
                 print(event.text, end="", flush=True)
-    assert answer is not None
-    written = answer.save(arguments.out) if arguments.out else {}
+    assert result is not None, "a stream ends with its result"
+    written = result.save(arguments.out) if arguments.out else {}
     if arguments.json:
         files = {name: str(path) for name, path in written.items()}
-        print_json({**answer.to_json(), "files": files})
-    else:
-        print()
-        log(repr(answer))
-        for path in written.values():
-            log(f"  {path}")
-    return 0 if answer.found else 1
+        print_json({**result.to_json(), "files": files})
+        return 0 if result.found else 1
+    print()
+    log(repr(result))
+    log(f"stop reason: {StopReason(result.stop_reason).description}")
+    for violation in result.format_violations:
+        log(f"format violation: {FormatViolation(violation).description}")
+    for path in written.values():
+        log(f"  {path}")
+    return 0 if result.found else 1

@@ -1,13 +1,12 @@
-"""Answer over HTTP.
+"""Serve segmentation over HTTP.
 
-Graphs and policy are loaded and have answered once before the first request is taken. GET / is a
-page to ask on, GET /health says that it is ready, GET /docs describes the interface:
+Requests are accepted after graphs and policy are loaded and warmed up. GET / is a web page,
+GET /health reports readiness, GET /docs describes the API:
 
   curl -F image=@photo.jpg -F "instruction=the cup that is about to fall" localhost:8000/segment
-  curl -N -H "Accept: text/event-stream" -F ... localhost:8000/segment    words as they come
+  curl -N -H "Accept: text/event-stream" -F ... localhost:8000/segment    stream of events
 
-There is no login and no encryption: whoever reaches the port may ask. Beyond this machine, put it
-behind a proxy that has both.
+No authentication or TLS. To expose beyond localhost, put it behind a reverse proxy.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import log
-from coprs_deploy.cli.runtime_arguments import add_answering_arguments, runtime_options
+from coprs_deploy.cli.runtime_arguments import add_request_arguments, runtime_options
 from coprs_deploy.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from coprs_deploy.runtime import RuntimeOptions
 
-SUMMARY = "answer over HTTP, with a page"
+SUMMARY = "serve segmentation over HTTP, with a web page"
 
 PORTS = range(1 << 16)
 
@@ -37,26 +36,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         type=Path,
         nargs="?",
-        help="the bundle that answers (default: the shipped model)",
+        help="bundle directory (default: the demo model)",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
-    parser.add_argument(
-        "--max-upload", type=float, default=32, metavar="MIB", help="largest request (default 32)"
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)"
     )
     parser.add_argument(
-        "--max-waiting", type=int, default=256, help="answers that may wait (default 256)"
+        "--port", type=int, default=8000, help="port (default 8000; 0 selects a free one)"
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for an answer (default: none)"
+        "--max-upload",
+        type=float,
+        default=32,
+        metavar="MIB",
+        help="size limit of a request (default 32)",
     )
-    add_answering_arguments(parser)
+    parser.add_argument(
+        "--max-queue-size",
+        type=int,
+        default=256,
+        help="number of requests that may wait for the policy (default 256)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="time limit of a request (default: none)"
+    )
+    add_request_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load, warm up, listen until the process is told to stop."""
+    """Load, warm up, and listen until the process is interrupted."""
     if arguments.port not in PORTS:
         raise ValueError(f"--port is {arguments.port}; it must be from 0 to {PORTS[-1]}")
     if arguments.max_upload <= 0:
@@ -72,17 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingDependencyError(
             f"serving needs {error.name}; pip install 'coprs-deploy[serve]'"
         ) from error
-    # What a container is stopped with ends this as Ctrl-C does: answers under way are finished.
+    # SIGTERM, which stops a container, ends the server like Ctrl-C: running requests finish.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _reserve(arguments.host, arguments.port) as place:
-            _serve(arguments, options, place)
+        with _bind(arguments.host, arguments.port) as listener:
+            _serve(arguments, options, listener)
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-def _serve(arguments: argparse.Namespace, options: RuntimeOptions, place: socket.socket) -> None:
+def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: socket.socket) -> None:
     import uvicorn
 
     from coprs_deploy.runtime import CoPRS
@@ -90,31 +98,31 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, place: socket
     from coprs_deploy.server.body_limit import MIB
 
     with CoPRS.load(arguments.bundle, options, progress=log) as coprs:
-        for choice in coprs.choices:
+        for choice in coprs.runtime_choices:
             log(str(choice))
         coprs.warm_up()
         app = build_app(coprs, int(arguments.max_upload * MIB))
-        place.listen()  # who connects from now on is answered
-        address, port = place.getsockname()[:2]
+        listener.listen()  # connections are accepted from here on
+        address, port = listener.getsockname()[:2]
         log(coprs.description)
         log(f"http://{f'[{address}]' if ':' in address else address}:{port}")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         try:
-            server.run(sockets=[place])
-        except KeyboardInterrupt:  # raised again by the server when it has ended
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
             log("stopped")
 
 
-def _reserve(host: str, port: int) -> socket.socket:
-    """Take the address before the minutes that loading may last; nobody can connect to it yet."""
-    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _bind(host: str, port: int) -> socket.socket:
+    """Bind the address before loading, which may take minutes; no connection is accepted yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        place.bind((host, port))
+        listener.bind((host, port))
     except OSError as error:
-        place.close()
+        listener.close()
         raise ValueError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; name others with --host and "
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --host or "
             "--port"
         ) from error
-    return place
+    return listener

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from coprs_deploy.data.examples import Example
+from coprs_deploy.visualization import (
+    WHITE,
+    TextLine,
+    draw_text,
+    outline_band,
+    wrap_text,
+)
 
 PICTURE_PX = 320
 MARGIN_PX = 14
@@ -19,21 +25,9 @@ PAPER = (250, 250, 248)
 INK = (24, 24, 27)
 FAINT_INK = (96, 96, 104)
 OUTLINE = (255, 0, 200)
-HALO = (255, 255, 255)
-"""RGB; the outline has a color that no object has, between two lines of the halo's."""
+"""RGB; a color that no object has, drawn between the mask and a white line."""
 
 LABEL_FONT_PX, INSTRUCTION_FONT_PX, RESPONSE_FONT_PX = 12, 17, 13
-
-
-@dataclass(frozen=True)
-class _Line:
-    text: str
-    font_px: int
-    color: tuple[int, int, int]
-
-    @property
-    def height(self) -> int:
-        return round(1.35 * self.font_px)
 
 
 def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.Image:
@@ -67,7 +61,7 @@ def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.I
         for column, (example, lines) in enumerate(zip(row, row_captions, strict=True)):
             left = MARGIN_PX + column * (PICTURE_PX + MARGIN_PX)
             page.paste(draw_targets(example), (left, top))
-            _write(page, lines, left, top + PICTURE_PX + MARGIN_PX // 2)
+            draw_text(page, lines, left, top + PICTURE_PX + MARGIN_PX // 2)
         top += height
     return page
 
@@ -84,22 +78,13 @@ def draw_targets(example: Example) -> Image.Image:
     picture = Image.fromarray(example.image).resize(size, Image.Resampling.BICUBIC)
     canvas = np.array(picture)
     for mask in example.masks:
-        wide, narrow = _outline(mask, size, OUTLINE_PX + 2), _outline(mask, size, OUTLINE_PX)
-        canvas[wide] = HALO
-        canvas[narrow] = OUTLINE
+        canvas[outline_band(mask, size, OUTLINE_PX + 2)] = WHITE
+        canvas[outline_band(mask, size, OUTLINE_PX)] = OUTLINE
     drawn = Image.fromarray(canvas)
     if len(example.masks) > 1:
         for number, mask in enumerate(example.masks, start=1):
             _number(drawn, mask, number, factor)
     return drawn
-
-
-def _outline(mask: NDArray[np.bool_], size: tuple[int, int], line_px: int) -> NDArray[np.bool_]:
-    """Return the pixels around a mask's edge, outside of it: (size[1], size[0]) bool."""
-    grown = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
-    solid = grown.point(lambda value: 255 if value > 127 else 0)
-    wide = solid.filter(ImageFilter.MaxFilter(2 * line_px - 1))
-    return np.asarray(wide) > np.asarray(solid)
 
 
 def _number(drawn: Image.Image, mask: NDArray[np.bool_], number: int, factor: float) -> None:
@@ -109,31 +94,15 @@ def _number(drawn: Image.Image, mask: NDArray[np.bool_], number: int, factor: fl
     place = (float(columns[middle] * factor), float(rows[middle] * factor))
     font = ImageFont.load_default(INSTRUCTION_FONT_PX)
     ImageDraw.Draw(drawn).text(
-        place, str(number), font=font, fill=HALO, anchor="mm", stroke_width=3, stroke_fill=INK
+        place, str(number), font=font, fill=WHITE, anchor="mm", stroke_width=3, stroke_fill=INK
     )
 
 
-def _caption(example: Example) -> list[_Line]:
-    label = _Line(f"{example.question_type}  {example.id}", LABEL_FONT_PX, FAINT_INK)
+def _caption(example: Example) -> list[TextLine]:
+    label = TextLine(f"{example.question_type}  {example.id}", LABEL_FONT_PX, FAINT_INK)
     instruction = _wrap(example.instruction, INSTRUCTION_FONT_PX, INK)
     return [label, *instruction, *_wrap(example.response, RESPONSE_FONT_PX, FAINT_INK)]
 
 
-def _wrap(text: str, font_px: int, color: tuple[int, int, int]) -> list[_Line]:
-    font = ImageFont.load_default(font_px)
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > PICTURE_PX:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return [_Line(line, font_px, color) for line in lines]
-
-
-def _write(page: Image.Image, lines: Sequence[_Line], left: int, top: int) -> None:
-    draw = ImageDraw.Draw(page)
-    for line in lines:
-        font = ImageFont.load_default(line.font_px)
-        draw.text((left, top), line.text, font=font, fill=line.color)
-        top += line.height
+def _wrap(text: str, font_px: int, color: tuple[int, int, int]) -> list[TextLine]:
+    return [TextLine(line, font_px, color) for line in wrap_text(text, font_px, PICTURE_PX)]

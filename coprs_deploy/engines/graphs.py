@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.cuda import CudaTensor
 from coprs_deploy.engines.runner import DeviceTensor, Runner
-from coprs_deploy.images import HasResize, PreparedImage, require_inside, resize_logits
+from coprs_deploy.images import HasResize, PreparedImage, check_valid_region, resize_logits
 from coprs_deploy.specs import (
     IMAGE_ENCODER,
     MASK_DECODER,
@@ -69,7 +69,7 @@ class SegmentationGraphs(Closeable):
             ImageSizeError: an image extends beyond the encoder's valid region.
         """
         for prepared in images:
-            require_inside(prepared, self.valid_region)
+            check_valid_region(prepared, self.valid_region)
         embeddings: list[DeviceTensor] = []
         while len(embeddings) < len(images):
             start = len(embeddings)

@@ -25,7 +25,7 @@ from coprs_deploy.artifacts import hash_file
 from coprs_deploy.bundle import CalibrationRecord
 from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import ImageSizeError
-from coprs_deploy.images import ResizeTransform, load_image, prepare_image, require_inside
+from coprs_deploy.images import ResizeTransform, check_valid_region, load_image, prepare_image
 from coprs_deploy.specs import Geometry, Record, ValidRegion
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def check_calibration_images(
     outside = []
     for path in (*images.used, *images.held_out):
         try:
-            require_inside(ResizeTransform.of(load_image(path), geometry), valid_region)
+            check_valid_region(ResizeTransform.of(load_image(path), geometry), valid_region)
         except ImageSizeError as error:
             outside.append(f"{path}: {error}")
     if outside:

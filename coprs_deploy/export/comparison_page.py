@@ -15,11 +15,7 @@ from PIL import Image
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.export.comparison import BackendComparison, Difference
 from coprs_deploy.specs import IMAGE_ENCODER
-
-COLORS = np.array(
-    [(13, 8, 60), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32
-)
-"""Color map from no difference to the largest of the heat map, in equal steps."""
+from coprs_deploy.visualization import colorize
 
 HEATMAP_PX = 176
 
@@ -130,9 +126,7 @@ def _figure(difference: Difference) -> str:
 def _png(heatmap: NDArray[np.float32]) -> str:
     """Render a heat map as base64 PNG, colored from 0 to its own maximum."""
     largest = float(heatmap.max()) or 1.0
-    steps = np.linspace(0, 1, len(COLORS))
-    color = np.stack([np.interp(heatmap / largest, steps, COLORS[:, i]) for i in range(3)], axis=-1)
-    image = Image.fromarray(color.astype(np.uint8))
+    image = Image.fromarray(colorize(heatmap / largest).astype(np.uint8))
     if image.width < HEATMAP_PX:
         image = image.resize((HEATMAP_PX, HEATMAP_PX), Image.Resampling.NEAREST)
     data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The product: a picture and an instruction become reasoning, a prior and a mask."""
+"""The runtime: an image and an instruction become reasoning, a prior and masks."""
 
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime.coprs import CoPRS

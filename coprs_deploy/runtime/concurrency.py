@@ -1,4 +1,4 @@
-"""How many answers may be under way, and the refusal of those beyond."""
+"""Limit on concurrent requests: those that the policy serves at once, and a queue behind them."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from coprs_deploy.errors import QueueFullError
 
 
 class ConcurrencyLimit:
-    """Counts the answers that are under way.
+    """Counter of active requests that refuses those beyond the queue.
 
     Args:
-        decoded_together: how many the policy serves at once.
-        max_queue_size: how many more may wait for it.
+        concurrency: number of requests that the policy serves at once.
+        max_queue_size: number of requests that may wait behind them.
     """
 
-    def __init__(self, decoded_together: int, max_queue_size: int) -> None:
-        self._decoded_together = decoded_together
-        self._max_waiting = max_queue_size
-        self._taken = 0
+    def __init__(self, concurrency: int, max_queue_size: int) -> None:
+        self._concurrency = concurrency
+        self._max_queue_size = max_queue_size
+        self._num_active = 0
         self._lock = threading.Lock()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place inside the block.
+    def slot(self) -> Iterator[None]:
+        """Occupy a slot inside the block.
 
         Raises:
-            QueueFullError: all places are taken.
+            QueueFullError: no slot is free.
         """
         with self._lock:
-            if self._taken >= self._decoded_together + self._max_waiting:
+            if self._num_active >= self._concurrency + self._max_queue_size:
                 raise QueueFullError(
-                    f"{self._taken} answers are under way and {self._max_waiting} may wait beside "
-                    f"the {self._decoded_together} that the policy decodes together: ask again "
-                    "later, or raise max_queue_size"
+                    f"{self._num_active} requests are active: the policy serves "
+                    f"{self._concurrency} at once and max_queue_size is {self._max_queue_size}; "
+                    "retry later, or raise max_queue_size"
                 )
-            self._taken += 1
+            self._num_active += 1
         try:
             yield
         finally:
             with self._lock:
-                self._taken -= 1
+                self._num_active -= 1
 
     @property
-    def taken(self) -> int:
-        """How many answers are under way."""
-        return self._taken
+    def num_active(self) -> int:
+        """Number of requests that are running or queued."""
+        return self._num_active

@@ -1,4 +1,4 @@
-"""CoPRS at work: the image encoder runs while the policy decodes, then prior and mask follow."""
+"""``CoPRS``: the image encoder runs concurrently with the policy, then prior and mask decoder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
     RgbArray,
+    check_valid_region,
     load_image,
     prepare_image,
-    require_inside,
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
 from coprs_deploy.runtime.concurrency import ConcurrencyLimit
@@ -33,9 +33,9 @@ from coprs_deploy.runtime.encoder import (
     EmbeddingCache,
     EncoderQueue,
     PendingEmbedding,
-    picture_key,
+    content_key,
 )
-from coprs_deploy.runtime.loading import Progress, load_parts, no_progress, resolve_runtimes
+from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts, no_progress
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
@@ -45,29 +45,29 @@ StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult
 
 
 class CoPRS(Closeable):
-    """Answers "segment what the instruction describes", with its reasoning.
+    """Reasoning segmentation with an exported bundle.
 
-    Make one with :meth:`load`; it may be used from several threads, and should be closed (it is a
-    context manager). The stages and the policy may also be given, which is how PyTorch's own stages
-    are run through the same code.
+    Create it with :meth:`load` and close it after use (it is a context manager). It is thread-safe.
+    The constructor takes graphs and a policy directly, as for PyTorch modules instead of a bundle.
 
     Args:
-        stages: the three graphs.
-        policy: who writes the reasoning.
+        graphs: image encoder, prior and mask decoder.
+        policy: writes the reasoning.
         geometry: sizes of the graphs.
-        max_cached_images: how many image embeddings are kept for further questions.
-        max_queue_size: how many answers may wait beyond those that the policy decodes together.
-        timeout_s: seconds within which an answer must be ready; None waits for ever.
+        max_cached_images: number of image embeddings kept for further requests.
+        max_queue_size: number of requests that may wait behind those that the policy serves at
+            once.
+        timeout_s: time limit of a request in seconds; None disables it.
 
     Attributes:
-        description: who computes what.
-        valid_region: which pictures the image encoder takes; None stands for any.
-        choices: how ``--runtime auto`` chose the runtimes; empty where it was not asked to.
+        description: runtimes and devices of graphs and policy.
+        valid_region: images that the image encoder accepts; None accepts any.
+        runtime_choices: measured runtime of each graph; empty unless the runtime is ``auto``.
     """
 
     def __init__(
         self,
-        stages: SegmentationGraphs,
+        graphs: SegmentationGraphs,
         policy: Policy,
         geometry: Geometry,
         max_cached_images: int = 8,
@@ -75,20 +75,20 @@ class CoPRS(Closeable):
         max_queue_size: int = 256,
         timeout_s: float | None = None,
     ) -> None:
-        self._stages = stages
-        self._timeout_s = timeout_s
-        self._admission = ConcurrencyLimit(policy.concurrency, max_queue_size)
+        self._graphs = graphs
         self._policy = policy
         self._geometry = geometry
-        self._encoder = EncoderQueue(stages, geometry)
-        self._cache = EmbeddingCache(max_cached_images, self._encoder)
-        self.choices: tuple[RuntimeChoice, ...] = ()
-        graphs = " + ".join(dict.fromkeys(r.description for r in stages.runners.values()))
-        self.valid_region = stages.valid_region
-        pictures = "" if self.valid_region is None else f" for {self.valid_region}"
+        self._timeout_s = timeout_s
+        self._limit = ConcurrencyLimit(policy.concurrency, max_queue_size)
+        self._queue = EncoderQueue(graphs, geometry)
+        self._cache = EmbeddingCache(max_cached_images, self._queue)
+        self.valid_region = graphs.valid_region
+        self.runtime_choices: tuple[RuntimeChoice, ...] = ()
+        runtimes = " + ".join(dict.fromkeys(r.description for r in graphs.runners.values()))
+        accepted = "" if self.valid_region is None else f" for {self.valid_region}"
         if self.valid_region is not None and self.valid_region.drops_padding:
-            pictures += ", padding dropped"
-        self.description = f"graphs: {graphs}{pictures}; policy: {policy.description}"
+            accepted += ", padding dropped"
+        self.description = f"graphs: {runtimes}{accepted}; policy: {policy.description}"
 
     @classmethod
     def load(
@@ -99,95 +99,177 @@ class CoPRS(Closeable):
         policy: str | None = None,
         progress: Progress = no_progress,
     ) -> Self:
-        """Open a bundle: check its files, then load graphs and policy side by side.
+        """Open a bundle: verify its files, then load graphs and policy in parallel.
 
         Args:
-            bundle: a bundle directory that ``coprs-deploy export`` wrote; None takes the small
-                model that comes with the package.
+            bundle: directory written by ``coprs-deploy export``; None loads the demo model.
             options: where and how to run it.
-            policy: ``transformers`` or ``vllm``; None takes that of the options.
-            progress: called with a line of text when a part begins to load, and when it is ready.
+            policy: ``transformers`` or ``vllm``; None takes it from ``options``.
+            progress: called with a line of text per step.
 
         Raises:
-            BundleError: there is no usable bundle; BundleIntegrityError: a file of it was changed.
-            EnvironmentNotReadyError: a library or device that was asked for is not here.
+            BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
+            EnvironmentNotReadyError: a requested library or device is not available.
         """
         options = options or RuntimeOptions()
         if policy is not None:
             options = replace(options, policy=policy)
-        progress("checking the bundle's files")
+        progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
-        choices = resolve_runtimes(opened, options)  # nothing else runs while it measures
-        stages, loaded = load_parts(opened, options, choices, progress)
+        choices = choose_runtimes(
+            opened, options
+        )  # before loading, so that timings are undisturbed
+        graphs, loaded_policy = load_parts(opened, options, choices, progress)
         coprs = cls(
-            stages,
-            loaded,
+            graphs,
+            loaded_policy,
             opened.manifest.geometry,
             options.max_cached_images,
             max_queue_size=options.max_queue_size,
             timeout_s=options.timeout_s,
         )
-        coprs.choices = choices
+        coprs.runtime_choices = choices
         return coprs
+
+    @property
+    def num_active_requests(self) -> int:
+        """Number of requests that are running or queued."""
+        return self._limit.num_active
+
+    @property
+    def num_cached_images(self) -> int:
+        """Number of image embeddings in the cache."""
+        return len(self._cache)
 
     def segment(
         self,
         image: ImageSource,
         instruction: str,
-        targets: int = 1,
+        max_targets: int = 1,
         max_new_tokens: int | None = None,
     ) -> SegmentationResult:
-        """Answer one instruction.
+        """Segment what an instruction describes.
 
         Args:
             image: a path, bytes, a Pillow image or an array; see ``images.load_image``.
-            instruction: what to segment, in words.
-            targets: how many objects to name at most, one mask each.
+            instruction: what to segment.
+            max_targets: maximum number of targets, one mask each.
             max_new_tokens: token budget of the response; None takes the checkpoint's.
 
         Returns:
-            The answer; ``found`` is False when the policy named no target.
+            The result; ``found`` is False if the policy named no target.
 
         Raises:
-            ImageError: the picture cannot be used, or the bundle does not take its shape.
+            ImageError: the image cannot be used, or its shape is outside the valid region.
             InstructionError: the instruction is empty or too long.
             PolicyError: the policy failed.
-            QueueFullError: as many answers as may wait are waiting already.
-            RequestTimeoutError: the answer was not ready in time.
+            QueueFullError: the queue is full.
+            RequestTimeoutError: the time limit passed.
         """
-        events = self._events(image, instruction, targets, max_new_tokens, announces_prior=False)
+        events = self._events(image, instruction, max_targets, max_new_tokens, stream_prior=False)
         return _last(events)
 
+    def stream(
+        self,
+        image: ImageSource,
+        instruction: str,
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> Generator[StreamEvent, None, None]:
+        """Stream the events of a request; arguments and errors as in :meth:`segment`.
+
+        Yields:
+            ``TextDelta`` as the policy writes, ``PriorEvent`` (unless nothing was found), and the
+            ``SegmentationResult``. Closing the generator abandons the request.
+        """
+        yield from self._events(image, instruction, max_targets, max_new_tokens, stream_prior=True)
+
+    async def asegment(
+        self,
+        image: ImageSource,
+        instruction: str,
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> SegmentationResult:
+        """Asynchronous :meth:`segment`; cancelling the task abandons the request."""
+        event: StreamEvent | None = None
+        async for event in self.astream(image, instruction, max_targets, max_new_tokens):  # noqa: B007
+            pass
+        assert isinstance(event, SegmentationResult), "a stream ends with its result"
+        return event
+
+    async def astream(
+        self,
+        image: ImageSource,
+        instruction: str,
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> AsyncIterator[StreamEvent]:
+        """Asynchronous :meth:`stream`."""
+        events = self.stream(image, instruction, max_targets, max_new_tokens)
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        try:
+            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
+                yield event
+        finally:
+            # Close in the same thread, after the running step: a generator cannot be closed while
+            # it runs. The event loop must not wait for it.
+            thread.submit(events.close)
+            thread.shutdown(wait=False)
+
+    def segment_many(
+        self, requests: Iterable[tuple[ImageSource, str]], max_targets: int = 1
+    ) -> Iterator[SegmentationResult]:
+        """Segment many images in order, encoding the next image while the current one is decoded.
+
+        Args:
+            requests: pairs of image and instruction, read one ahead of the results.
+            max_targets: maximum number of targets of each request.
+
+        Yields:
+            One result per request. The first request that fails raises, as in :meth:`segment`.
+        """
+        concurrency = self._policy.concurrency
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
+            pending: list[Future[SegmentationResult]] = []
+            try:
+                for image, instruction in requests:
+                    pending.append(self._submit(pool, image, instruction, max_targets))
+                    if len(pending) > concurrency:
+                        yield pending.pop(0).result()
+                while pending:
+                    yield pending.pop(0).result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
     def warm_up(self) -> Timings:
-        """Answer a question on a grey picture, and forget it: the first real one is then faster.
+        """Run every graph and the policy once on a grey image, so that the first request is fast.
 
         Returns:
-            What the answer took; also the graphs behind the image encoder have run once.
+            Prefill, decode and total time of the policy.
         """
-        size = self._geometry.image_size
-        height, width = (
-            (self.valid_region.height, self.valid_region.width)
-            if self.valid_region
-            else (size, size)
-        )
-        picture = self._open(np.full((height, width, 3), 128, dtype=np.uint8))
-        prepared = prepare_image(picture.rgb, self._geometry)
-        images = self._stages.images
-        for together in sorted({images.min, images.opt, images.max}):
-            embedding = self._stages.encode_batch([prepared] * together)[0]
+        size, region = self._geometry.image_size, self.valid_region
+        height, width = (region.height, region.width) if region else (size, size)
+        image = self._decode(np.full((height, width, 3), 128, dtype=np.uint8))
+        prepared = prepare_image(image.rgb, self._geometry)
+        images = self._graphs.images
+        for batch_size in sorted({images.min, images.opt, images.max}):
+            embedding = self._graphs.encode_batch([prepared] * batch_size)[0]
         concentrations = np.zeros((1, self._policy.hidden_size), dtype=np.float32)
-        # Where the graphs are joined, `stream` still runs them apart.
-        for announces_prior in (False, True) if self._stages.is_fused else (False,):
+        # `stream` runs the graphs separately even if they can be fused.
+        for stream_prior in (False, True) if self._graphs.is_fused else (False,):
             for _ in decode_targets(
-                self._stages,
+                self._graphs,
                 embedding,
                 concentrations,
-                picture.placed,
+                image.resize,
                 self._geometry,
-                announces_prior=announces_prior,
+                stream_prior=stream_prior,
             ):
                 pass
-        request = PolicyRequest(picture.rgb, "anything", max_new_tokens=4)
+        request = PolicyRequest(image.rgb, "anything", max_new_tokens=4)
         start = time.perf_counter()
         (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))
         return Timings(
@@ -196,229 +278,153 @@ class CoPRS(Closeable):
             total_ms=1e3 * (time.perf_counter() - start),
         )
 
-    def require_inside(self, rgb: RgbArray) -> None:
-        """Refuse a picture, (H, W, 3), of a shape that the bundle does not take.
+    def check_image(self, image: RgbArray) -> None:
+        """Check the shape of a decoded image, (H, W, 3), against ``valid_region``.
 
         Raises:
-            ImageSizeError: it is of such a shape; see ``valid_region``.
+            ImageSizeError: the image is outside the valid region.
         """
-        require_inside(ResizeTransform.of(rgb, self._geometry), self.valid_region)
+        check_valid_region(ResizeTransform.of(image, self._geometry), self.valid_region)
 
-    def segment_many(
-        self, questions: Iterable[tuple[ImageSource, str]], targets: int = 1
-    ) -> Iterator[SegmentationResult]:
-        """Answer many questions in order; the next picture is encoded while this one is decoded.
+    def close(self) -> None:
+        """Free graphs and policy; running requests end with an error."""
+        self._queue.close()
+        self._policy.close()
+        self._graphs.close()
 
-        Args:
-            questions: pairs of image and instruction; read one ahead of the answers.
-            targets: how many objects to name at most in each.
+    def __repr__(self) -> str:
+        return f"CoPRS({self.description})"
 
-        Yields:
-            One answer a question. The first that cannot be answered raises, as in :meth:`segment`.
-        """
-        workers = self._policy.concurrency
-        with ThreadPoolExecutor(workers, thread_name_prefix="segment") as pool:
-            waiting: list[Future[SegmentationResult]] = []
-            try:
-                for image, instruction in questions:
-                    waiting.append(self._submit(pool, image, instruction, targets))
-                    if len(waiting) > workers:
-                        yield waiting.pop(0).result()
-                while waiting:
-                    yield waiting.pop(0).result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+    def _events(
+        self,
+        source: ImageSource,
+        instruction: str,
+        max_targets: int,
+        max_new_tokens: int | None,
+        *,
+        stream_prior: bool,
+    ) -> Generator[StreamEvent, None, None]:
+        start = time.perf_counter()
+        with self._limit.slot():
+            image = self._decode(source)
+            request = PolicyRequest(
+                image.rgb, instruction, max_targets, max_new_tokens, self._deadline(start)
+            )
+            pending = self._cache.get_or_submit(image)
+            yield from self._run(image, request, pending, start, stream_prior=stream_prior)
 
     def _submit(
-        self, pool: ThreadPoolExecutor, image: ImageSource, instruction: str, targets: int
+        self, pool: ThreadPoolExecutor, source: ImageSource, instruction: str, max_targets: int
     ) -> Future[SegmentationResult]:
-        """Start a question; one that cannot be asked fails when its turn comes."""
+        """Start a request of :meth:`segment_many`; an invalid one fails when its turn comes."""
         start = time.perf_counter()
         try:
-            picture = self._open(image)
+            image = self._decode(source)
             request = PolicyRequest(
-                picture.rgb, instruction, targets, deadline=self._deadline(start)
+                image.rgb, instruction, max_targets, deadline=self._deadline(start)
             )
         except Exception as error:
             failed: Future[SegmentationResult] = Future()
             failed.set_exception(error)
             return failed
-        events = self._stream(picture, request, self._encode(picture), start, announces_prior=False)
-        return pool.submit(_last, events)
+        pending = self._cache.get_or_submit(image)
+        return pool.submit(_last, self._run(image, request, pending, start, stream_prior=False))
 
-    def stream(
-        self,
-        image: ImageSource,
-        instruction: str,
-        targets: int = 1,
-        max_new_tokens: int | None = None,
-    ) -> Generator[StreamEvent, None, None]:
-        """Answer one instruction piece by piece; arguments and errors as in :meth:`segment`.
-
-        Yields:
-            ``TextDelta`` as the policy writes them, ``PriorEvent`` (unless nothing was found), and the
-            ``SegmentationResult``. Closing the generator abandons the request.
-        """
-        yield from self._events(image, instruction, targets, max_new_tokens, announces_prior=True)
-
-    def _events(
-        self,
-        image: ImageSource,
-        instruction: str,
-        targets: int,
-        max_new_tokens: int | None,
-        *,
-        announces_prior: bool,
-    ) -> Generator[StreamEvent, None, None]:
+    def _decode(self, source: ImageSource) -> DecodedImage:
         start = time.perf_counter()
-        with self._admission.place():
-            picture = self._open(image)
-            request = PolicyRequest(
-                picture.rgb, instruction, targets, max_new_tokens, self._deadline(start)
-            )
-            yield from self._stream(
-                picture, request, self._encode(picture), start, announces_prior=announces_prior
-            )
+        rgb = load_image(source)
+        rgb.setflags(write=False)  # the encoder may still read it when the result is returned
+        resize = ResizeTransform.of(rgb, self._geometry)
+        check_valid_region(resize, self.valid_region)
+        key = content_key(rgb) if self._cache.capacity else ""
+        return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start))
 
     def _deadline(self, start: float) -> float | None:
         return None if self._timeout_s is None else start + self._timeout_s
 
-    async def asegment(
+    def _run(
         self,
-        image: ImageSource,
-        instruction: str,
-        targets: int = 1,
-        max_new_tokens: int | None = None,
-    ) -> SegmentationResult:
-        """Do what :meth:`segment` does without blocking the event loop; cancelling abandons it."""
-        answer: SegmentationResult | None = None
-        async for event in self.astream(image, instruction, targets, max_new_tokens):
-            answer = event if isinstance(event, SegmentationResult) else None
-        assert answer is not None, "a stream ends with its answer"
-        return answer
-
-    async def astream(
-        self,
-        image: ImageSource,
-        instruction: str,
-        targets: int = 1,
-        max_new_tokens: int | None = None,
-    ) -> AsyncIterator[StreamEvent]:
-        """Do what :meth:`stream` does without blocking the event loop."""
-        events = self.stream(image, instruction, targets, max_new_tokens)
-        loop = asyncio.get_running_loop()
-        thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        try:
-            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
-                yield event
-        finally:
-            # In the same thread, after the step that is running: a generator cannot be closed
-            # while it works. Nobody waits for it, least of all the event loop.
-            thread.submit(events.close)
-            thread.shutdown(wait=False)
-
-    def _open(self, image: ImageSource) -> DecodedImage:
-        start = time.perf_counter()
-        rgb = load_image(image)
-        rgb.setflags(write=False)  # the encoder may still read it when the answer is given
-        placed = ResizeTransform.of(rgb, self._geometry)
-        require_inside(placed, self.valid_region)
-        key = picture_key(rgb) if self._cache.capacity else ""
-        return DecodedImage(rgb, placed, key, 1e3 * (time.perf_counter() - start))
-
-    def _encode(self, picture: DecodedImage) -> PendingEmbedding:
-        """Start the image encoder, unless this picture's embedding is here or on its way."""
-        return PendingEmbedding(*self._cache.get_or_submit(picture.key, picture.rgb))
-
-    def _stream(
-        self,
-        picture: DecodedImage,
+        image: DecodedImage,
         request: PolicyRequest,
-        encoding: PendingEmbedding,
+        pending: PendingEmbedding,
         start: float,
         *,
-        announces_prior: bool,
+        stream_prior: bool,
     ) -> Generator[StreamEvent, None, None]:
+        """Run policy and graphs on a decoded image whose embedding was requested."""
         try:
             policy_start = time.perf_counter()
-            result: PolicyResult | None = None
-            for event in self._policy.stream(request):
-                if isinstance(event, TextDelta):
-                    yield event
-                else:
-                    result = event
-            if result is None:
-                raise PolicyError(f"{self._policy.description} ended without a result")
+            result = yield from self._run_policy(request)
             policy_end = time.perf_counter()
-            timings = Timings(
-                queue_ms=result.queue_ms,
-                image_ms=picture.milliseconds,
-                policy_image_ms=result.preprocess_ms,
-                prefill_ms=result.prefill_ms,
-                decode_ms=result.decode_ms,
-                prompt_tokens=result.num_prompt_tokens,
-                cached_prompt_tokens=result.num_cached_tokens,
-                response_tokens=len(result.token_ids),
-                tokens_per_second=1e3 * len(result.token_ids) / max(result.decode_ms, 1e-3),
-            )
-            num_targets = len(result.concentrations)
-            decoded = DecodedTargets.none(picture.placed, self._geometry)
-            if num_targets:
-                encoded = encoding.wait(request)
+            timings = _policy_timings(image, result)
+            decoded = DecodedTargets.none(image.resize, self._geometry)
+            if len(result.concentrations):
+                encoded = pending.wait(request)
                 decoded = yield from decode_targets(
-                    self._stages,
+                    self._graphs,
                     encoded.embedding,
                     result.concentrations,
-                    picture.placed,
+                    image.resize,
                     self._geometry,
-                    announces_prior=announces_prior,
+                    stream_prior=stream_prior,
                 )
-                hidden_ms = encoded.overlap_ms(policy_start, policy_end)
+                overlap_ms = encoded.overlap_ms(policy_start, policy_end)
                 timings = replace(
                     timings,
-                    image_encoder_ms=0.0 if encoding.was_kept else encoded.milliseconds,
-                    image_encoder_hidden_ms=0.0 if encoding.was_kept else hidden_ms,
+                    image_encoder_ms=0.0 if pending.is_cached else encoded.duration_ms,
+                    image_encoder_overlap_ms=0.0 if pending.is_cached else overlap_ms,
                     prior_ms=decoded.prior_ms,
                     mask_decoder_ms=decoded.mask_decoder_ms,
                     resize_ms=decoded.resize_ms,
                     reference_to_mask_ms=1e3 * (decoded.finished - policy_end),
                 )
             yield SegmentationResult(
-                found=num_targets > 0,
                 masks=decoded.masks,
-                mask_maps=decoded.mask_maps,
-                prior_maps=decoded.prior_maps,
                 reasoning=result.response.reasoning,
                 response=result.response.text,
-                reason=(
-                    ""
-                    if num_targets
-                    else f"no <REF_POS> was written: {result.stop_reason.description}"
-                ),
-                format_faults=tuple(v.description for v in result.response.format_violations),
+                stop_reason=result.stop_reason.value,
+                format_violations=tuple(v.value for v in result.response.format_violations),
                 instruction=request.instruction,
                 timings=replace(timings, total_ms=1e3 * (time.perf_counter() - start)),
                 runtime=self.description,
-                image=picture.rgb,
+                image=image.rgb,
+                _mask_logits=decoded.mask_logits,
+                _prior_logits=decoded.prior_logits,
             )
         finally:
-            self._cache.release(encoding.future)
+            pending.release()
 
-    def close(self) -> None:
-        """Free graphs and policy; an answer that is still under way ends with an error."""
-        self._encoder.close()
-        self._policy.close()
-        self._stages.close()
+    def _run_policy(self, request: PolicyRequest) -> Generator[TextDelta, None, PolicyResult]:
+        result: PolicyResult | None = None
+        for event in self._policy.stream(request):
+            if isinstance(event, TextDelta):
+                yield event
+            else:
+                result = event
+        if result is None:
+            raise PolicyError(f"{self._policy.description} ended without a result")
+        return result
 
-    def __repr__(self) -> str:
-        return f"CoPRS({self.description})"
+
+def _policy_timings(image: DecodedImage, result: PolicyResult) -> Timings:
+    num_tokens = len(result.token_ids)
+    return Timings(
+        queue_ms=result.queue_ms,
+        image_decode_ms=image.decode_ms,
+        policy_preprocess_ms=result.preprocess_ms,
+        prefill_ms=result.prefill_ms,
+        decode_ms=result.decode_ms,
+        prompt_tokens=result.num_prompt_tokens,
+        cached_prompt_tokens=result.num_cached_tokens,
+        response_tokens=num_tokens,
+        tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
+    )
 
 
 def _last(events: Iterable[StreamEvent]) -> SegmentationResult:
-    """Run a stream to its end and return the answer."""
-    answer: StreamEvent | None = None
-    for answer in events:  # noqa: B007
+    """Run a stream to its end and return the result."""
+    event: StreamEvent | None = None
+    for event in events:  # noqa: B007
         pass
-    assert isinstance(answer, SegmentationResult), "a stream ends with its answer"
-    return answer
+    assert isinstance(event, SegmentationResult), "a stream ends with its result"
+    return event

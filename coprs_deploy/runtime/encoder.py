@@ -1,4 +1,8 @@
-"""Image embeddings that are kept for further questions on the same picture."""
+"""Image embeddings in the background: a queue that batches, and a cache by image content.
+
+One image goes through here as source (what the user passes), :class:`DecodedImage`,
+``PreparedImage`` (the graph's input, made in the queue's thread) and :class:`ImageEmbedding`.
+"""
 
 from __future__ import annotations
 
@@ -21,34 +25,51 @@ from coprs_deploy.specs import Geometry
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """An image embedding and the time that computing it took.
+class DecodedImage:
+    """A decoded image.
 
     Attributes:
-        embedding: (1, C, G, G), where the image encoder left it.
+        rgb: (H, W, 3) uint8.
+        resize: size of the image in the padded input of the image encoder.
+        cache_key: content hash; empty if embeddings are not cached.
+        decode_ms: duration of decoding and hashing.
+    """
+
+    rgb: RgbArray
+    resize: ResizeTransform
+    cache_key: str
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """An image embedding and when it was computed.
+
+    Attributes:
+        embedding: (1, C, G, G) on the device of the image encoder.
         finished: ``time.perf_counter()`` when it was ready.
-        milliseconds: preparing the picture and encoding it, with those that went along.
+        duration_ms: duration of preparing and encoding its batch.
     """
 
     embedding: DeviceTensor
     finished: float
-    milliseconds: float
+    duration_ms: float
 
     def overlap_ms(self, start: float, end: float) -> float:
-        """How long the image encoder ran between two times of ``time.perf_counter()``."""
-        began = self.finished - self.milliseconds / 1e3
+        """Time the image encoder ran between two values of ``time.perf_counter()``."""
+        began = self.finished - self.duration_ms / 1e3
         return max(0.0, 1e3 * (min(self.finished, end) - max(began, start)))
 
 
 _SEED = secrets.randbits(64)
-"""So that nobody can prepare two pictures of one key for this process."""
+"""Seed of the content hash, random so that collisions cannot be prepared."""
 
 
-def picture_key(rgb: RgbArray) -> str:
-    """Name a picture, (H, W, 3), within this process: equal pixels and size give equal keys.
+def content_key(rgb: RgbArray) -> str:
+    """Return a content hash of an image, (H, W, 3), that is valid within this process.
 
-    Every question waits for it, so it is a fast hash: 0.2 ms for 1920 x 1080 pixels, where
-    :func:`coprs_deploy.images.image_key`, whose names last, takes 11.
+    Every request waits for it, so it is fast: 0.2 ms for 1920 x 1080 pixels, where
+    :func:`coprs_deploy.images.image_key`, which is stable across processes, takes 11 ms.
     """
     import xxhash
 
@@ -58,187 +79,81 @@ def picture_key(rgb: RgbArray) -> str:
 
 
 class Encoder(Protocol):
-    """Whoever computes embeddings, in the background."""
+    """Anything that computes image embeddings in the background."""
 
-    def submit(self, rgb: RgbArray, /) -> Future[EncodedImage]:
-        """Have a picture encoded."""
+    def submit(self, rgb: RgbArray, /) -> Future[ImageEmbedding]:
+        """Enqueue an image, (H, W, 3) uint8."""
 
 
 class EmbeddingCache:
-    """The least recently used embeddings, by image content; safe to use from several threads.
+    """LRU cache of image embeddings by image content; thread-safe.
 
-    An embedding that is still being computed counts as present, so that two questions on one new
-    picture encode it once. A failed computation is forgotten, and one that has not begun is called
-    off when everybody who asked for it has released it.
+    Embeddings that are still being computed count as cached, so two requests on a new image encode
+    it once. Failed computations are dropped, and one that has not started is cancelled when every
+    request that waits for it has released it.
 
-    Attributes:
-        capacity: how many are kept.
+    Args:
+        capacity: number of embeddings kept.
+        encoder: computes the embeddings.
     """
 
     def __init__(self, capacity: int, encoder: Encoder) -> None:
         self.capacity = capacity
         self._encoder = encoder
-        self._entries: OrderedDict[str, Future[EncodedImage]] = OrderedDict()
-        self._waiting: Counter[Future[EncodedImage]] = Counter()
+        self._entries: OrderedDict[str, Future[ImageEmbedding]] = OrderedDict()
+        self._num_waiting: Counter[Future[ImageEmbedding]] = Counter()
         self._lock = threading.Lock()
 
-    def get_or_submit(self, key: str, rgb: RgbArray) -> tuple[Future[EncodedImage], bool]:
-        """Return the future of a picture's embedding, and whether it was there already.
-
-        Each call is answered by one of :meth:`release`.
-
-        Args:
-            key: names the picture by its content.
-            rgb: the picture, (H, W, 3) uint8.
-        """
+    def get_or_submit(self, image: DecodedImage) -> PendingEmbedding:
+        """Return the embedding of an image, cached or enqueued; the caller must release it."""
+        key = image.cache_key
         with self._lock:
             known = self._entries.get(key)
             if known is not None and not _has_failed(known):
                 self._entries.move_to_end(key)
-                self._waiting[known] += 1
-                return known, True
-            future = self._encoder.submit(rgb)
-            self._waiting[future] += 1
+                self._num_waiting[known] += 1
+                return PendingEmbedding(known, True, self)
+            future = self._encoder.submit(image.rgb)
+            self._num_waiting[future] += 1
             if self.capacity:
                 self._entries[key] = future
                 self._entries.move_to_end(key)
                 while len(self._entries) > self.capacity:
                     self._entries.popitem(last=False)
-            return future, False
+            return PendingEmbedding(future, False, self)
 
-    def release(self, future: Future[EncodedImage]) -> None:
-        """Say that one who asked for an embedding has it, or no longer wants it."""
+    def release(self, future: Future[ImageEmbedding]) -> None:
+        """End the interest of one request in an embedding."""
         with self._lock:
-            self._waiting[future] -= 1
-            if self._waiting[future] > 0:
+            self._num_waiting[future] -= 1
+            if self._num_waiting[future] > 0:
                 return
-            del self._waiting[future]
-            future.cancel()  # does nothing to a computation that has begun
+            del self._num_waiting[future]
+            future.cancel()  # has no effect on a computation that has started
 
     def __len__(self) -> int:
         return len(self._entries)
 
 
-def _has_failed(future: Future[EncodedImage]) -> bool:
+def _has_failed(future: Future[ImageEmbedding]) -> bool:
     return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    rgb: RgbArray
-    future: Future[EncodedImage] = field(default_factory=Future)
-
-
-class EncoderQueue:
-    """Encodes pictures in the order in which they come, several in one call where several wait.
-
-    Nobody waits for company: a picture that comes alone is encoded at once, and of those that have
-    come meanwhile as many go together next as the graph takes.
-
-    Args:
-        stages: the graphs.
-        geometry: sizes of the model.
-    """
-
-    def __init__(self, stages: SegmentationGraphs, geometry: Geometry) -> None:
-        self._stages = stages
-        self._geometry = geometry
-        self._waiting: deque[_Waiting] = deque()
-        self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
-
-    def submit(self, rgb: RgbArray) -> Future[EncodedImage]:
-        """Have a picture encoded; cancelling the future before its turn calls it off.
-
-        Args:
-            rgb: (H, W, 3) uint8.
-
-        Raises:
-            CoPRSError: the queue was closed.
-        """
-        item = _Waiting(rgb)
-        with self._lock:
-            self._waiting.append(item)
-            try:
-                self._thread.submit(self._serve)
-            except RuntimeError as error:
-                self._waiting.clear()
-                raise CoPRSError("the runtime was closed") from error
-        return item.future
-
-    def _serve(self) -> None:
-        """Encode what goes together next; nothing where it went along with others before."""
-        batch = self._next_batch()
-        failure = self._encode(batch) if batch else None
-        if failure is None:
-            return
-        # Of several, one alone may still have room, or be sound where another is not.
-        for item in batch:
-            alone = failure if len(batch) == 1 else self._encode([item])
-            if alone is not None:
-                item.future.set_exception(alone)
-
-    def _next_batch(self) -> list[_Waiting]:
-        with self._lock:
-            wanted = self._stages.images.size_for(len(self._waiting)) if self._waiting else 0
-            batch: list[_Waiting] = []
-            while self._waiting and len(batch) < wanted:
-                item = self._waiting.popleft()
-                if item.future.set_running_or_notify_cancel():
-                    batch.append(item)
-        return batch
-
-    def _encode(self, batch: Sequence[_Waiting]) -> Exception | None:
-        """Encode pictures and hand out their embeddings, or return what went wrong."""
-        start = time.perf_counter()
-        try:
-            prepared = [prepare_image(item.rgb, self._geometry) for item in batch]
-            embeddings = self._stages.encode_batch(prepared)
-            assert len(embeddings) == len(batch), "an embedding a picture"
-        except Exception as error:
-            return error  # whatever it is, somebody waits for these futures
-        finished = time.perf_counter()
-        for item, embedding in zip(batch, embeddings, strict=True):
-            encoded = EncodedImage(embedding, finished, 1e3 * (finished - start))
-            item.future.set_result(encoded)
-        return None
-
-    def close(self) -> None:
-        """Call off what waits, and return when what is being encoded is done."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for item in waiting:
-            item.future.cancel()
-        self._thread.shutdown(wait=True)
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """A decoded picture.
+class PendingEmbedding:
+    """An embedding that a request waits for.
 
     Attributes:
-        rgb: (H, W, 3) uint8.
-        placed: where it will lie in the padded image.
-        key: names it by its content; empty where no embedding is kept.
-        milliseconds: what decoding and naming it took.
+        future: result of the image encoder.
+        is_cached: whether an earlier request submitted it.
+        cache: the cache that tracks who waits.
     """
 
-    rgb: RgbArray
-    placed: ResizeTransform
-    key: str
-    milliseconds: float
+    future: Future[ImageEmbedding]
+    is_cached: bool
+    cache: EmbeddingCache
 
-
-@dataclass(frozen=True)
-class PendingEmbedding:
-    """An embedding on its way, and whether an earlier question had asked for it."""
-
-    future: Future[EncodedImage]
-    was_kept: bool
-
-    def wait(self, request: PolicyRequest) -> EncodedImage:
+    def wait(self, request: PolicyRequest) -> ImageEmbedding:
         """Wait for the embedding, up to the request's deadline.
 
         Raises:
@@ -249,8 +164,103 @@ class PendingEmbedding:
             try:
                 return self.future.result(request.remaining_s())
             except CancelledError as error:
-                raise CoPRSError("the runtime was closed while it answered") from error
+                raise CoPRSError("the runtime was closed during the request") from error
             except TimeoutError:
                 if self.future.done():
-                    raise  # the image encoder's own
+                    raise  # raised by the image encoder itself
                 request.remaining_s()
+
+    def release(self) -> None:
+        """End the interest of the request; a computation that has not started is cancelled."""
+        self.cache.release(self.future)
+
+
+@dataclass(frozen=True)
+class _QueueItem:
+    rgb: RgbArray
+    future: Future[ImageEmbedding] = field(default_factory=Future)
+
+
+class EncoderQueue:
+    """FIFO queue in front of the image encoder, with a thread of its own.
+
+    Batching is opportunistic: a single request runs immediately, and images that arrive meanwhile
+    form the next batch, as large as the graph accepts.
+
+    Args:
+        graphs: graphs of the bundle.
+        geometry: sizes of the model.
+    """
+
+    def __init__(self, graphs: SegmentationGraphs, geometry: Geometry) -> None:
+        self._graphs = graphs
+        self._geometry = geometry
+        self._queue: deque[_QueueItem] = deque()
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
+
+    def submit(self, rgb: RgbArray) -> Future[ImageEmbedding]:
+        """Enqueue an image; cancelling the future before its turn removes it from the queue.
+
+        Args:
+            rgb: (H, W, 3) uint8.
+
+        Raises:
+            CoPRSError: the queue was closed.
+        """
+        item = _QueueItem(rgb)
+        with self._lock:
+            self._queue.append(item)
+            try:
+                self._thread.submit(self._encode_next)
+            except RuntimeError as error:
+                self._queue.clear()
+                raise CoPRSError("the runtime was closed") from error
+        return item.future
+
+    def _encode_next(self) -> None:
+        """Encode the next batch; the queue is empty if an earlier batch included the item."""
+        batch = self._next_batch()
+        failure = self._encode(batch) if batch else None
+        if failure is None:
+            return
+        # Retry a failed batch one by one: memory may suffice for one, or one image is broken.
+        for item in batch:
+            error = failure if len(batch) == 1 else self._encode([item])
+            if error is not None:
+                item.future.set_exception(error)
+
+    def _next_batch(self) -> list[_QueueItem]:
+        with self._lock:
+            size = self._graphs.images.size_for(len(self._queue)) if self._queue else 0
+            batch: list[_QueueItem] = []
+            while self._queue and len(batch) < size:
+                item = self._queue.popleft()
+                if item.future.set_running_or_notify_cancel():
+                    batch.append(item)
+        return batch
+
+    def _encode(self, batch: Sequence[_QueueItem]) -> Exception | None:
+        """Encode a batch and resolve its futures, or return the error."""
+        start = time.perf_counter()
+        try:
+            prepared = [prepare_image(item.rgb, self._geometry) for item in batch]
+            embeddings = self._graphs.encode_batch(prepared)
+            assert len(embeddings) == len(batch), "one embedding per image"
+        except Exception as error:
+            return error  # any error, because the futures must be resolved
+        finished = time.perf_counter()
+        for item, embedding in zip(batch, embeddings, strict=True):
+            result = ImageEmbedding(embedding, finished, 1e3 * (finished - start))
+            item.future.set_result(result)
+        return None
+
+    def close(self) -> None:
+        """Cancel queued images and wait for the running batch."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            queued = list(self._queue)
+            self._queue.clear()
+        for item in queued:
+            item.future.cancel()
+        self._thread.shutdown(wait=True)

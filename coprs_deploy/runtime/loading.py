@@ -1,4 +1,4 @@
-"""Loading the parts of a bundle side by side: the graphs here, the policy in another thread."""
+"""Opening of a bundle's graphs and policy, in parallel."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from coprs_deploy.errors import BundleError
 from coprs_deploy.policy import Policy
 from coprs_deploy.runtime.options import AUTO, RuntimeOptions
 
+logger = logging.getLogger(__name__)
+
 Progress: TypeAlias = Callable[[str], None]
-"""Takes one line of text a step; called from the thread that loads."""
+"""Callback that takes one line of text per step; called from the loading thread."""
 
 
 def no_progress(step: str) -> None:
-    """Tell nobody."""
+    """No-op progress callback."""
 
 
 def load_parts(
@@ -31,19 +33,19 @@ def load_parts(
     choices: tuple[RuntimeChoice, ...],
     progress: Progress,
 ) -> tuple[SegmentationGraphs, Policy]:
-    """Open the graphs and load the policy at the same time.
+    """Open graphs and policy in parallel.
 
-    A vLLM engine on the graphs' GPU takes what memory they leave, so it waits for them with that.
+    vLLM claims the GPU memory that is free, so on a GPU it waits until the graphs are open.
 
     Args:
-        bundle: the bundle.
+        bundle: the opened bundle.
         options: how to run it.
-        choices: what :func:`resolve_runtimes` gave.
-        progress: called with a line of text a step.
+        choices: result of :func:`choose_runtimes`.
+        progress: called with a line of text per step.
 
     Raises:
-        BundleError: graphs and policy do not belong together.
-        EnvironmentNotReadyError: a library or device that was asked for is not here.
+        BundleError: graphs and policy do not match.
+        EnvironmentNotReadyError: a requested library or device is not available.
     """
     graphs_are_open = threading.Event()
     with ThreadPoolExecutor(1, thread_name_prefix="load-policy") as pool:
@@ -51,10 +53,10 @@ def load_parts(
         progress(f"loading graphs and policy ({options.policy})")
         loading = pool.submit(_load_policy, bundle, options, graphs_are_open)
         try:
-            stages = open_graphs(bundle, options, choices)
+            graphs = open_graphs(bundle, options, choices)
         except BaseException:
             graphs_are_open.set()
-            with suppress(Exception):  # the graphs' error is the one to tell
+            with suppress(Exception):  # report the error of the graphs
                 loading.result().close()
             raise
         graphs_are_open.set()
@@ -62,22 +64,22 @@ def load_parts(
         try:
             policy = loading.result()
         except BaseException:
-            stages.close()
+            graphs.close()
             raise
         progress(f"policy ready after {time.perf_counter() - start:.1f} s: {policy.description}")
-    return stages, policy
+    return graphs, policy
 
 
 def _load_policy(
     bundle: Bundle, options: RuntimeOptions, graphs_are_open: threading.Event
 ) -> Policy:
     policy = _open_policy(bundle, options, graphs_are_open)
-    width = bundle.manifest.policy.hidden_size
-    if policy.hidden_size != width:
+    hidden_size = bundle.manifest.policy.hidden_size
+    if policy.hidden_size != hidden_size:
         policy.close()
         raise BundleError(
-            f"the policy is {policy.hidden_size} wide and the prior takes {width}: they do not belong "
-            "together"
+            f"policy hidden size {policy.hidden_size} does not match prior input size "
+            f"{hidden_size}; use the policy that this bundle was exported with"
         )
     return policy
 
@@ -112,19 +114,19 @@ def _open_policy(
     )
 
 
-logger = logging.getLogger(__name__)
-
-
-def resolve_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeChoice, ...]:
-    """Choose runtimes if that was asked for; each choice is logged, with its reason.
+def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeChoice, ...]:
+    """Measure the fastest runtime of each graph if the runtime is ``auto``; log each choice.
 
     Returns:
-        A choice for each graph; empty unless the runtime is ``auto``.
+        One choice per graph; empty for any other runtime.
     """
     if options.runtime != AUTO:
         return ()
     choices = autotune(
-        bundle, _runner_options(options), retune=options.retune, progress=logger.info
+        bundle,
+        _runner_options(options),
+        retune=options.retune,
+        progress=logger.info,
     )
     for choice in choices.values():
         logger.info("%s", choice)
@@ -137,13 +139,13 @@ def open_graphs(
     """Open the three graphs.
 
     Args:
-        bundle: the bundle.
+        bundle: the opened bundle.
         options: how to run them.
-        choices: what :func:`resolve_runtimes` gave.
+        choices: result of :func:`choose_runtimes`.
 
     Raises:
-        ValueError: the runtime that was asked for cannot run a graph.
-        EnvironmentNotReadyError: a library or device that was asked for is not here.
+        ValueError: the requested runtime cannot run a graph.
+        EnvironmentNotReadyError: a requested library or device is not available.
     """
     chosen = {choice.graph: choice.runtime for choice in choices}
     settings = _runner_options(options)
@@ -165,4 +167,5 @@ def _runner_options(options: RuntimeOptions) -> RunnerOptions:
         allow_engine_host_code=options.allow_engine_host_code,
         cuda_graphs=options.cuda_graphs,
         inference_precision=options.inference_precision,
+        cache=options.cache_dir,
     )

@@ -1,10 +1,16 @@
-"""The settings of the runtime, one frozen record."""
+"""Options of the runtime as one frozen record."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from coprs_deploy.policy.vllm_policy.settings import VllmSettings
+
+POLICIES = ("transformers", "vllm")
+
+AUTO = "auto"
+"""Runtime name that selects the fastest runtime of each graph by measurement."""
 
 
 @dataclass(frozen=True)
@@ -12,23 +18,26 @@ class RuntimeOptions:
     """Where and how a bundle runs.
 
     Attributes:
-        device: where the graphs run: ``cpu``, ``cuda`` or ``cuda:N``.
-        policy: which library decodes the policy: ``transformers`` or ``vllm``.
-        policy_device: where the policy runs; None takes ``device``.
-        policy_dtype: dtype of its weights (``float32``, ``bfloat16``); None keeps the stored one.
-        num_threads: CPU threads of one graph operator; None leaves it to the runtime.
-        max_cached_images: how many image embeddings are kept for further questions; 0 keeps none.
-        allow_engine_host_code: whether version-compatible engine plans, which carry code, may be loaded.
-        runtime: which runtime runs the graphs: ``onnxruntime``, ``openvino``, or ``auto``, which
-            takes for each graph the one that is measured as the fastest here; None takes the one
-            that the bundle was exported for.
-        retune: whether ``auto`` measures again what it remembers.
-        inference_precision: what float32 products are computed in: ``fp32``, or ``bf16``, which
-            OpenVINO does on processors that have such units.
-        cuda_graphs: whether an engine's work is recorded once and launched whole.
-        max_queue_size: how many answers may wait beyond those that the policy decodes together.
-        timeout_s: seconds within which an answer must be ready; None waits for ever.
-        vllm: settings of the engine when ``policy`` is ``vllm``.
+        device: device of the graphs: ``cpu``, ``cuda`` or ``cuda:N``.
+        policy: library that runs the policy: ``transformers`` or ``vllm``.
+        policy_device: device of the policy; None selects ``device``.
+        policy_dtype: dtype of the policy's weights (``float32``, ``bfloat16``); None keeps the
+            stored one.
+        num_threads: CPU threads per graph operator; None leaves the choice to the runtime.
+        max_cached_images: number of image embeddings kept for further requests; 0 disables the
+            cache.
+        allow_engine_host_code: load version-compatible engines, which contain host code.
+        runtime: runtime of the graphs: ``onnxruntime``, ``openvino``, or ``auto``, which measures
+            the fastest one for each graph; None selects the one that the bundle was exported for.
+        retune: with ``auto``, measure again instead of using the cached choice.
+        inference_precision: precision of float32 products: ``fp32``, or ``bf16`` with OpenVINO on
+            processors that support it.
+        cuda_graphs: capture the kernels of an engine as a CUDA graph.
+        cache_dir: directory of compiled graphs and measured choices; None selects the user's.
+        max_queue_size: number of requests that may wait behind those that the policy serves at
+            once.
+        timeout_s: time limit of a request in seconds; None disables it.
+        vllm: settings of the vLLM engine, used if ``policy`` is ``vllm``.
     """
 
     device: str = "cpu"
@@ -42,6 +51,7 @@ class RuntimeOptions:
     retune: bool = False
     inference_precision: str = "fp32"
     cuda_graphs: bool = True
+    cache_dir: Path | None = None
     max_queue_size: int = 256
     timeout_s: float | None = None
     vllm: VllmSettings = field(default_factory=VllmSettings)
@@ -51,7 +61,8 @@ class RuntimeOptions:
             raise ValueError(f"policy is {self.policy!r}; accepted: {', '.join(POLICIES)}")
         if self.retune and self.runtime != AUTO:
             raise ValueError(
-                f"retune is for the runtime {AUTO}, and the runtime is {self.runtime!r}"
+                f"retune is True and runtime is {self.runtime!r}; accepted: retune with the "
+                f"runtime {AUTO!r} only"
             )
         if self.max_cached_images < 0:
             raise ValueError(
@@ -61,9 +72,3 @@ class RuntimeOptions:
             raise ValueError(f"max_queue_size is {self.max_queue_size}; it must be at least 0")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise ValueError(f"timeout_s is {self.timeout_s}; it must be above 0")
-
-
-POLICIES = ("transformers", "vllm")
-
-AUTO = "auto"
-"""The runtime that stands for the fastest one."""

@@ -1,4 +1,4 @@
-"""What an answer is, and how it is written to disk."""
+"""Results of a segmentation request, and their export to JSON, COCO, supervision and files."""
 
 from __future__ import annotations
 
@@ -6,64 +6,116 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.images import HasResize, RgbArray, resize_logits
-from coprs_deploy.specs import OUTSIDE_IMAGE_LOGIT, Geometry
+from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.images import HasResize, RgbArray, mask_cells, resize_logits, sigmoid
+from coprs_deploy.specs import Geometry
 from coprs_deploy.visualization import draw_heatmap, draw_overlay
 
+if TYPE_CHECKING:
+    import supervision as sv
 
-@dataclass(frozen=True, eq=False)
-class PriorEvent:
-    """The prior, streamed as soon as it exists.
+STABILITY_OFFSET = 1.0
+"""Logit offset of the stability score (``stability_score_offset`` of segment-anything)."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowResolutionLogits:
+    """Logits of N targets on the mask grid, resized to the image on first access.
 
     Attributes:
-        prior_maps: its logits, one map a target.
+        logits: (N, 1, M, M) float32, as the graph returns them.
+        unpadded_size: int64 (2,), height and width of the resized image in pixels.
+        original_size: height and width of the original image in pixels.
+        geometry: sizes of the model.
     """
 
-    prior_maps: LowResolutionLogits
+    logits: NDArray[np.float32]
+    unpadded_size: NDArray[np.int64]
+    original_size: tuple[int, int]
+    geometry: Geometry
+
+    @classmethod
+    def of(
+        cls, logits: NDArray[np.float32], resize: HasResize, geometry: Geometry
+    ) -> LowResolutionLogits:
+        """Combine logits with the sizes of their image, without keeping its pixels."""
+        return cls(logits, resize.unpadded_size, resize.original_size, geometry)
+
+    @cached_property
+    def at_original_size(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 logits."""
+        return resize_logits(self.logits, self, self.geometry)
+
+    @cached_property
+    def stability_scores(self) -> NDArray[np.float64]:
+        """(N,) stability scores on the mask cells of the image; 0 for an empty mask.
+
+        ``calculate_stability_score`` of segment-anything with mask threshold 0.0 and offset 1.0:
+        area(logits > +1) / area(logits > -1).
+        """
+        rows, columns = mask_cells(self.unpadded_size, self.geometry)
+        inside = self.logits[:, 0, :rows, :columns]
+        high = np.count_nonzero(inside > STABILITY_OFFSET, axis=(1, 2))
+        low = np.count_nonzero(inside > -STABILITY_OFFSET, axis=(1, 2))
+        scores: NDArray[np.float64] = high / np.maximum(low, 1)
+        return scores
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PriorEvent:
+    """Stream event with the prior, sent before the masks are decoded."""
+
+    _prior_logits: LowResolutionLogits
 
     @property
-    def priors(self) -> NDArray[np.float32]:
-        """(N, H, W) float32 logits at the picture's size, computed when first asked for."""
-        return self.prior_maps.at_original_size
+    def prior_logits(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 logits at the original image size, computed on first access."""
+        return self._prior_logits.at_original_size
+
+    @property
+    def prior(self) -> NDArray[np.float32]:
+        """(H, W) float32 heat map of the last target in [0, 1]."""
+        return sigmoid(self.prior_logits[-1])
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall time of each stage in milliseconds.
+    """Wall time of each part of a request in milliseconds, and token counts.
 
     Attributes:
-        queue_ms: waiting for the policy's turn.
-        image_ms: decoding the picture, and naming it by its content where embeddings are kept.
-        policy_image_ms: preparing the picture for the policy; of vLLM only fitting it to the
-            policy's size, for its engine does the rest in ``prefill_ms``.
-        image_encoder_ms: preparing the picture for the image encoder and encoding it, together
-            with those that waited beside it; 0 when the embedding was kept from before.
-        image_encoder_hidden_ms: the part of it during which the policy was at work anyway.
-        prefill_ms: the policy reading prompt and image.
-        decode_ms: the policy writing, the last hidden state included.
-        prior_ms: the prior graph, for all targets; 0 where it is one piece with the mask decoder.
-        mask_decoder_ms: the mask decoder graph, for all targets.
-        resize_ms: bringing the masks to the original size.
-        reference_to_mask_ms: from the policy's last hidden state to the masks: what was left of the
-            image encoder, the prior, the mask decoder and the way to the original size.
-        total_ms: from the call to the answer.
-        prompt_tokens: tokens of the prompt, vision tokens included.
-        cached_prompt_tokens: those of them that the policy had read for an earlier question.
-        response_tokens: tokens that the policy wrote.
-        tokens_per_second: of them, while it wrote.
+        queue_ms: wait for the policy.
+        image_decode_ms: decoding of the image, and its content hash if embeddings are cached.
+        policy_preprocess_ms: image preprocessing of the policy; with vLLM only the resize, since
+            its engine does the rest within ``prefill_ms``.
+        image_encoder_ms: preprocessing and encoding of the image's batch; 0 if the embedding was
+            cached.
+        image_encoder_overlap_ms: the part of ``image_encoder_ms`` that ran concurrently with the
+            policy.
+        prefill_ms: prompt and image prefill of the policy.
+        decode_ms: decoding of the response, including the last hidden state.
+        prior_ms: prior graph, all targets; 0 if it is fused with the mask decoder.
+        mask_decoder_ms: mask decoder graph, all targets.
+        resize_ms: resizing of the masks to the original image size.
+        reference_to_mask_ms: from the last hidden state of the policy to the masks: the rest of
+            the image encoder, prior, mask decoder and resize.
+        total_ms: whole request.
+        prompt_tokens: tokens of the prompt, including vision tokens.
+        cached_prompt_tokens: prompt tokens served from the prefix cache.
+        response_tokens: tokens of the response.
+        tokens_per_second: response tokens per second of ``decode_ms``.
     """
 
     queue_ms: float = 0.0
-    image_ms: float = 0.0
-    policy_image_ms: float = 0.0
+    image_decode_ms: float = 0.0
+    policy_preprocess_ms: float = 0.0
     image_encoder_ms: float = 0.0
-    image_encoder_hidden_ms: float = 0.0
+    image_encoder_overlap_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     prior_ms: float = 0.0
@@ -79,105 +131,172 @@ class Timings:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SegmentationResult:
-    """Reasoning, prior and mask for one instruction.
+    """Reasoning, prior and masks for one instruction.
 
     Attributes:
-        found: whether the policy named a target; if not, the masks are empty and ``reason`` says
-            why.
-        masks: (N, H, W) bool, one mask a target, in the order in which they were named.
-        mask_maps: the logits that the masks are cut from, at the model's size.
-        prior_maps: the logits of the heatmaps, at the model's size.
-        reasoning: what the policy thought.
-        response: its whole text.
-        reason: why nothing was found; empty when something was.
-        format_faults: what is wrong with the form of the response, for people.
-        instruction: the question.
-        timings: milliseconds a stage.
-        runtime: what ran the graphs and the policy.
-        image: (H, W, 3) uint8, the picture, upright; read-only.
+        masks: (N, H, W) bool, one mask per target, in the order of the response.
+        reasoning: text inside ``<think>``; the whole response if there is none.
+        response: whole text of the policy.
+        stop_reason: why the response ended: ``targets_reached``, ``end_of_text`` or
+            ``token_budget``.
+        format_violations: deviations from the response format, as in ``text_after_reference``; see
+            :class:`coprs_deploy.prompts.FormatViolation`.
+        instruction: the instruction of the request.
+        timings: wall times and token counts.
+        runtime: description of graphs and policy.
+        image: (H, W, 3) uint8 RGB, upright, read-only.
     """
 
-    found: bool
     masks: NDArray[np.bool_]
-    mask_maps: LowResolutionLogits
-    prior_maps: LowResolutionLogits
     reasoning: str
     response: str
-    reason: str
-    format_faults: tuple[str, ...]
+    stop_reason: str
+    format_violations: tuple[str, ...]
     instruction: str
     timings: Timings
     runtime: str
     image: RgbArray
+    _mask_logits: LowResolutionLogits
+    _prior_logits: LowResolutionLogits
+
+    @property
+    def found(self) -> bool:
+        """Whether the policy named a target; if not, all arrays have length 0."""
+        return len(self.masks) > 0
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """(H, W) bool: the last target's mask, the one that counts; empty when none was found."""
+        """(H, W) bool mask of the last target, the one that counts; empty if none was found."""
         if self.found:
             last: NDArray[np.bool_] = self.masks[-1]
             return last
         return np.zeros(self.image.shape[:2], dtype=np.bool_)
 
     @property
-    def priors(self) -> NDArray[np.float32]:
-        """(N, H, W) float32 logits of the heatmaps, computed when they are first asked for."""
-        return self.prior_maps.at_original_size
+    def scores(self) -> NDArray[np.float64]:
+        """(N,) confidence of each mask in [0, 1]: SAM's stability score of its logits.
+
+        Computed on first access from the low-resolution mask logits inside the image: the number of
+        mask cells with a logit above 1.0, divided by those with a logit above -1.0.
+        """
+        return self._mask_logits.stability_scores
+
+    @cached_property
+    def boxes(self) -> NDArray[np.int64]:
+        """(N, 4) bounding boxes x1, y1, x2, y2 in pixels, x2 and y2 exclusive; 0 if empty."""
+        return np.array([_bounding_box(mask) for mask in self.masks], np.int64).reshape(-1, 4)
+
+    @cached_property
+    def areas(self) -> NDArray[np.int64]:
+        """(N,) mask areas in pixels."""
+        return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
 
     @property
-    def mask_logits(self) -> NDArray[np.float32]:
-        """(N, H, W) float32 logits of the masks, computed when they are first asked for."""
-        return self.mask_maps.at_original_size
+    def prior_logits(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 prior logits at the original image size, computed on first access."""
+        return self._prior_logits.at_original_size
 
     @property
     def prior(self) -> NDArray[np.float32]:
-        """(H, W) float32 logits: the last target's prior; -50 everywhere when none was found."""
+        """(H, W) float32 heat map of the last target in [0, 1]; 0 if none was found."""
         if self.found:
-            last: NDArray[np.float32] = self.priors[-1]
-            return last
-        return np.full(self.image.shape[:2], OUTSIDE_IMAGE_LOGIT, dtype=np.float32)
+            return sigmoid(self.prior_logits[-1])
+        return np.zeros(self.image.shape[:2], dtype=np.float32)
 
-    def rle(self) -> list[dict[str, Any]]:
-        """Return each mask in COCO's compressed run-length form, counts as text."""
-        from pycocotools import mask as coco
-
-        encoded = (coco.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in self.masks)
-        return [{"size": e["size"], "counts": e["counts"].decode("ascii")} for e in encoded]
+    @property
+    def mask_logits(self) -> NDArray[np.float32]:
+        """(N, H, W) float32 mask logits at the original image size, computed on first access."""
+        return self._mask_logits.at_original_size
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the arrays; masks are in COCO's run-length form."""
+        """Return everything but the arrays as JSON types; masks are compressed COCO RLE."""
         height, width = self.image.shape[:2]
         return {
             "found": self.found,
             "instruction": self.instruction,
             "reasoning": self.reasoning,
             "response": self.response,
-            "reason": self.reason,
-            "format_faults": list(self.format_faults),
+            "stop_reason": self.stop_reason,
+            "format_violations": list(self.format_violations),
             "image_size": [height, width],
-            "mask_pixels": [int(mask.sum()) for mask in self.masks],
-            "masks": self.rle(),
+            "scores": self.scores.tolist(),
+            "boxes": self.boxes.tolist(),
+            "areas": self.areas.tolist(),
+            "masks": self._rle(),
             "timings": asdict(self.timings),
             "runtime": self.runtime,
         }
 
-    def save(self, directory: str | Path) -> dict[str, Path]:
-        """Write the answer to a directory.
+    def to_coco(self, image_id: int | str = 0, category_id: int = 1) -> list[dict[str, Any]]:
+        """Return the masks as COCO segmentation results, as ``COCO.loadRes`` reads them.
 
-        Several targets give ``mask-1.png``, ``mask-2.png`` and so on, and likewise for the priors.
+        Args:
+            image_id: id of the image in the COCO data set.
+            category_id: category of all masks.
 
         Returns:
-            What was written: ``overlay``, ``result`` and, for each target, ``mask`` and ``prior``
-            (with the target's number when there are several).
+            One result per mask: ``image_id``, ``category_id``, ``segmentation`` (compressed RLE),
+            ``bbox`` (x, y, width, height), ``area`` in pixels and ``score``.
+        """
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "segmentation": segmentation,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": area,
+                "score": score,
+            }
+            for segmentation, (x1, y1, x2, y2), area, score in zip(
+                self._rle(),
+                self.boxes.tolist(),
+                self.areas.tolist(),
+                self.scores.tolist(),
+                strict=True,
+            )
+        ]
+
+    def to_supervision(self) -> sv.Detections:
+        """Return the masks as ``supervision.Detections``, labeled with the instruction.
+
+        Raises:
+            MissingDependencyError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise MissingDependencyError(
+                "to_supervision needs supervision; pip install 'coprs-deploy[supervision]'"
+            ) from error
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            mask=self.masks,
+            confidence=self.scores.astype(np.float32),
+            class_id=np.zeros(len(self.masks), dtype=np.int64),
+            data={"class_name": np.full(len(self.masks), self.instruction)},
+        )
+
+    def plot(self) -> Image.Image:
+        """Draw the masks over the image, with the instruction as caption."""
+        return draw_overlay(self.image, self.masks, self.instruction)
+
+    def save(self, directory: str | Path) -> dict[str, Path]:
+        """Write overlay, masks, heat maps and JSON to a directory.
+
+        Several targets are numbered: ``mask-1.png``, ``mask-2.png``, likewise for the priors.
+
+        Returns:
+            Paths of the written files: ``overlay``, ``result`` and, per target, ``mask`` and
+            ``prior`` (with the target's number if there are several).
         """
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
         written = {"overlay": root / "overlay.png", "result": root / "result.json"}
-        draw_overlay(self.image, self.masks, self.instruction).save(written["overlay"])
-        several = len(self.masks) > 1
+        self.plot().save(written["overlay"])
         masks = self.masks if self.found else self.mask[None]
-        priors = self.priors if self.found else self.prior[None]
+        priors = sigmoid(self.prior_logits) if self.found else self.prior[None]
         for number, (mask, prior) in enumerate(zip(masks, priors, strict=True), start=1):
-            suffix = f"-{number}" if several else ""
+            suffix = f"-{number}" if len(masks) > 1 else ""
             written[f"mask{suffix}"] = root / f"mask{suffix}.png"
             written[f"prior{suffix}"] = root / f"prior{suffix}.png"
             Image.fromarray(mask.astype(np.uint8) * 255).save(written[f"mask{suffix}"])
@@ -186,43 +305,28 @@ class SegmentationResult:
         written["result"].write_text(text, encoding="utf-8")
         return written
 
+    def _rle(self) -> list[dict[str, Any]]:
+        from coprs_deploy.data.rle import encode_mask
+
+        return [{"size": [*rle.size], "counts": rle.counts} for rle in map(encode_mask, self.masks)]
+
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
-        thought = self.reasoning if len(self.reasoning) <= 60 else self.reasoning[:57] + "..."
-        if not self.found:
-            return f"SegmentationResult(nothing found: {self.reason}; {width}x{height}, reasoning={thought!r})"
-        shares = ", ".join(f"{100 * mask.mean():.1f}%" for mask in self.masks)
-        noun = "mask" if len(self.masks) == 1 else "masks"
+        reasoning = self.reasoning if len(self.reasoning) <= 60 else self.reasoning[:57] + "..."
+        if self.found:
+            shares = ", ".join(f"{100 * mask.mean():.1f}%" for mask in self.masks)
+            noun = "mask" if len(self.masks) == 1 else "masks"
+            found = f"{len(self.masks)} {noun} covering {shares} of {width}x{height}"
+        else:
+            found = f"nothing found in {width}x{height}"
         return (
-            f"SegmentationResult({len(self.masks)} {noun} covering {shares} of {width}x{height}, "
-            f"{self.timings.total_ms:.0f} ms, reasoning={thought!r})"
+            f"SegmentationResult({found}, {self.stop_reason}, {self.timings.total_ms:.0f} ms, "
+            f"reasoning={reasoning!r})"
         )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class LowResolutionLogits:
-    """The logits of N targets on one picture.
-
-    Attributes:
-        logits: (N, 1, M, M) float32, as the graph gives them.
-        unpadded_size: int64 (2,), height and width of the picture in the padded image.
-        original_size: height and width of the picture in pixels.
-        geometry: sizes of the model.
-    """
-
-    logits: NDArray[np.float32]
-    unpadded_size: NDArray[np.int64]
-    original_size: tuple[int, int]
-    geometry: Geometry
-
-    @classmethod
-    def of(
-        cls, logits: NDArray[np.float32], placed: HasResize, geometry: Geometry
-    ) -> LowResolutionLogits:
-        """Keep logits with the sizes of their picture, without its pixels."""
-        return cls(logits, placed.unpadded_size, placed.original_size, geometry)
-
-    @cached_property
-    def at_original_size(self) -> NDArray[np.float32]:
-        """(N, H, W) float32 logits, computed when they are first asked for."""
-        return resize_logits(self.logits, self, self.geometry)
+def _bounding_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,4 +1,4 @@
-"""From concentrations to masks: one uninterrupted piece, unless somebody wants the prior first."""
+"""Decoding of concentrations to masks: prior, mask decoder and resize, fused where possible."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from coprs_deploy.specs import Geometry
 
 
 class Clock:
-    """Times consecutive stages."""
+    """Stopwatch for consecutive steps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
     def lap_ms(self) -> float:
-        """Milliseconds since the last lap, or since the clock was made."""
+        """Return the milliseconds since the previous lap, or since construction."""
         now = time.perf_counter()
         elapsed_ms, self._last = 1e3 * (now - self._last), now
         return elapsed_ms
@@ -31,84 +31,84 @@ class Clock:
 
 @dataclass(frozen=True)
 class DecodedTargets:
-    """The masks of N targets and what led to them.
+    """Masks of N targets, their logits and timings.
 
     Attributes:
         masks: (N, H, W) bool.
-        mask_maps: their logits.
-        prior_maps: the logits of their priors.
-        prior_ms: the prior graph; 0 where it is one piece with the mask decoder.
-        mask_decoder_ms: the mask decoder graph.
-        resize_ms: bringing the masks to the picture's size.
-        finished: when the masks were there, by ``time.perf_counter``.
+        mask_logits: low-resolution logits of the masks.
+        prior_logits: low-resolution logits of the priors.
+        prior_ms: duration of the prior graph; 0 if it is fused with the mask decoder.
+        mask_decoder_ms: duration of the mask decoder graph.
+        resize_ms: duration of resizing the masks to the image.
+        finished: ``time.perf_counter()`` when the masks were ready.
     """
 
     masks: NDArray[np.bool_]
-    mask_maps: LowResolutionLogits
-    prior_maps: LowResolutionLogits
+    mask_logits: LowResolutionLogits
+    prior_logits: LowResolutionLogits
     prior_ms: float = 0.0
     mask_decoder_ms: float = 0.0
     resize_ms: float = 0.0
     finished: float = 0.0
 
     @classmethod
-    def none(cls, placed: HasResize, geometry: Geometry) -> DecodedTargets:
-        """What an answer without a target has."""
+    def none(cls, resize: HasResize, geometry: Geometry) -> DecodedTargets:
+        """Return the arrays of a request without a target, all of length 0."""
         side = geometry.mask_size
-        nothing = LowResolutionLogits.of(np.zeros((0, 1, side, side), np.float32), placed, geometry)
-        return cls(np.zeros((0, *placed.original_size), np.bool_), nothing, nothing)
+        logits = LowResolutionLogits.of(np.zeros((0, 1, side, side), np.float32), resize, geometry)
+        return cls(np.zeros((0, *resize.original_size), np.bool_), logits, logits)
 
 
 def decode_targets(
-    stages: SegmentationGraphs,
+    graphs: SegmentationGraphs,
     embedding: DeviceTensor,
     concentrations: NDArray[np.float32],
-    placed: HasResize,
+    resize: HasResize,
     geometry: Geometry,
     *,
-    announces_prior: bool = False,
+    stream_prior: bool = False,
 ) -> Generator[PriorEvent, None, DecodedTargets]:
-    """Decode N concentrations on an image.
+    """Decode N concentrations on one image.
 
     Args:
-        stages: the graphs.
-        embedding: of the image.
+        graphs: graphs of the bundle.
+        embedding: (1, C, G, G) image embedding.
         concentrations: (N, D) float32, N at least 1.
-        placed: the sizes of the picture.
+        resize: sizes of the image.
         geometry: sizes of the model.
-        announces_prior: whether the prior is wanted before the mask is decoded.
+        stream_prior: yield the prior before the masks are decoded, which prevents a fused launch.
 
     Yields:
-        The prior, if it is wanted.
+        The prior, if ``stream_prior``.
 
     Returns:
-        Everything together; the logits come to the host after the masks.
+        Masks and logits; logits are copied to the host after the masks.
     """
 
-    def maps(chunks: list[DeviceTensor]) -> LowResolutionLogits:
-        return LowResolutionLogits.of(join_chunks(chunks, len(concentrations)), placed, geometry)
+    def on_host(chunks: list[DeviceTensor]) -> LowResolutionLogits:
+        return LowResolutionLogits.of(join_chunks(chunks, len(concentrations)), resize, geometry)
 
     clock = Clock()
     prior_ms = 0.0
-    announced: LowResolutionLogits | None = None
-    if stages.is_fused and not announces_prior:
-        priors, masks = stages.priors_and_masks(embedding, concentrations, placed.unpadded_size)
+    streamed: LowResolutionLogits | None = None
+    if graphs.is_fused and not stream_prior:
+        priors, masks = graphs.priors_and_masks(embedding, concentrations, resize.unpadded_size)
     else:
-        priors = stages.priors(embedding, concentrations)
+        priors = graphs.priors(embedding, concentrations)
         prior_ms = clock.lap_ms()
-        if announces_prior:
-            announced = maps(priors)
-            yield PriorEvent(announced)
+        if stream_prior:
+            streamed = on_host(priors)
+            yield PriorEvent(streamed)
             clock.lap_ms()
-        masks = stages.masks(embedding, priors, placed.unpadded_size)
+        masks = graphs.masks(embedding, priors, resize.unpadded_size)
     mask_decoder_ms = clock.lap_ms()
-    bits = masks_at_original_size(masks, len(concentrations), placed, geometry)
+    masks_on_host = masks_at_original_size(masks, len(concentrations), resize, geometry)
     resize_ms = clock.lap_ms()
     return DecodedTargets(
-        masks=bits,
+        masks=masks_on_host,
         finished=time.perf_counter(),
-        mask_maps=maps(masks),
-        prior_maps=announced or maps(priors),
+        mask_logits=on_host(masks),
+        prior_logits=streamed or on_host(priors),
         prior_ms=prior_ms,
         mask_decoder_ms=mask_decoder_ms,
         resize_ms=resize_ms,

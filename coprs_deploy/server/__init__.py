@@ -1,1 +1,1 @@
-"""Answers over HTTP, and a page to ask for them."""
+"""HTTP server with a web page."""

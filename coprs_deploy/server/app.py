@@ -1,13 +1,14 @@
-"""The HTTP application: a picture and an instruction in, an answer or a stream of events out.
+"""The HTTP application.
 
-    GET  /         the page
-    GET  /health   200 as soon as questions are taken
-    POST /segment  a form with ``image`` (a file), ``instruction``, ``targets``, ``max_new_tokens``
+    GET  /         web page
+    GET  /health   200 as soon as requests are accepted
+    POST /segment  form with ``image`` (a file), ``instruction``, ``max_targets``,
+                   ``max_new_tokens``
 
-The answer is one JSON object (``SegmentationResult.to_json``), or, with ``Accept: text/event-stream``,
-server-sent events (``server/events.py``). An error is ``{"error": what and how to mend it, "type":
-its class}`` under a status of its own (``server/failures.py``). A client that goes away takes its
-question with it.
+The response is one JSON object (``SegmentationResult.to_json``), or server-sent events
+(``server/events.py``) with ``Accept: text/event-stream``. An error is
+``{"error": message, "type": class name}`` with its own status (``server/error_handlers.py``). A
+client that disconnects cancels its request.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ router = APIRouter()
 
 
 def build_app(coprs: CoPRS, max_upload_bytes: int) -> FastAPI:
-    """Make the application.
+    """Build the application.
 
     Args:
-        coprs: what answers; it stays the caller's to close.
-        max_upload_bytes: largest request.
+        coprs: serves the requests; closing it is left to the caller.
+        max_upload_bytes: size limit of a request.
     """
     app = FastAPI(title="coprs-deploy", version=__version__)
     app.state.coprs = coprs
@@ -51,13 +52,13 @@ def build_app(coprs: CoPRS, max_upload_bytes: int) -> FastAPI:
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page() -> str:
-    """Give the page."""
+    """Return the web page."""
     return resources.files("coprs_deploy.server").joinpath("page.html").read_text("utf-8")
 
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
-    """Say that questions are taken, and what answers them."""
+    """Report readiness, version and runtime."""
     coprs: CoPRS = request.app.state.coprs
     return {"status": "ok", "version": __version__, "runtime": coprs.description}
 
@@ -65,31 +66,31 @@ async def health(request: Request) -> dict[str, str]:
 @router.post("/segment", response_model=None)
 async def segment(
     request: Request,
-    image: Annotated[UploadFile, File(description="a picture file, as Pillow reads it")],
-    instruction: Annotated[str, Form(description="what to segment, in words")],
-    targets: Annotated[int, Form(ge=1, description="objects to name at most")] = 1,
+    image: Annotated[UploadFile, File(description="an image file that Pillow can read")],
+    instruction: Annotated[str, Form(description="what to segment")],
+    max_targets: Annotated[int, Form(ge=1, description="maximum number of targets")] = 1,
     max_new_tokens: Annotated[int | None, Form(ge=1, description="token budget")] = None,
 ) -> Response:
-    """Answer one instruction on one picture."""
+    """Segment one image by one instruction."""
     coprs: CoPRS = request.app.state.coprs
-    picture = await image.read()
+    data = await image.read()
     if EVENT_STREAM in request.headers.get("accept", ""):
-        rgb = await run_in_threadpool(load_image, picture)
-        stream = coprs.astream(rgb, instruction, targets, max_new_tokens)
+        rgb = await run_in_threadpool(load_image, data)
+        stream = coprs.astream(rgb, instruction, max_targets, max_new_tokens)
         events = encode_events(rgb, stream)
-        # A question that cannot be asked fails here, while there is still a status to say so.
-        first = await _unless_gone(request, anext(events))
+        # An invalid request fails here, before the status is sent.
+        first = await _unless_disconnected(request, anext(events))
         if first is None:
             await events.aclose()
-            return _nobody()
+            return _disconnected()
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(_chain(first, events), media_type=EVENT_STREAM, headers=headers)
-    answer = await _unless_gone(
-        request, coprs.asegment(picture, instruction, targets, max_new_tokens)
+    result = await _unless_disconnected(
+        request, coprs.asegment(data, instruction, max_targets, max_new_tokens)
     )
-    if answer is None:
-        return _nobody()
-    return JSONResponse(await run_in_threadpool(answer.to_json))
+    if result is None:
+        return _disconnected()
+    return JSONResponse(await run_in_threadpool(result.to_json))
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -98,10 +99,10 @@ async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
         yield event
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """Wait for some work; when the client goes away first, cancel it and give None."""
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:
+    """Await the work; cancel it and return None if the client disconnects first."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -114,11 +115,11 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
                 await task
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _nobody() -> Response:
-    """Answer a client that went away, for the log."""
+def _disconnected() -> Response:
+    """Return a response for the log only: the client has disconnected."""
     return Response(status_code=499)

@@ -1,4 +1,4 @@
-"""Requests that are too large are refused before their body is read."""
+"""Size limit of request bodies, checked before they are read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ MIB = 1 << 20
 
 
 class BodyLimit:
-    """ASGI middleware: a body has a stated length, and none above the limit.
+    """ASGI middleware that requires a Content-Length and limits it.
 
     Args:
-        app: what is protected.
-        max_bytes: largest body.
+        app: the wrapped application.
+        max_bytes: size limit of a body.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -22,7 +22,7 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 411 or 413."""
+        """Forward a request, or respond with 411 or 413."""
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, send)
 
@@ -32,12 +32,13 @@ class BodyLimit:
         if length is None:
             if "transfer-encoding" not in headers:
                 return None
-            message = "the request does not say its Content-Length; send it with one"
+            message = "the request has no Content-Length; send one"
             return JSONResponse({"error": message, "type": "LengthRequired"}, 411)
-        if int(length) <= self._max_bytes:  # the server has refused what is no number
+        if int(length) <= self._max_bytes:  # the server has rejected non-numeric lengths
             return None
         message = (
-            f"the request has {int(length) / MIB:.1f} MiB, and at most {self._max_bytes / MIB:g} "
-            "are taken; send a smaller picture, or start the server with a larger --max-upload"
+            f"the request has {int(length) / MIB:.1f} MiB; accepted: at most "
+            f"{self._max_bytes / MIB:g} MiB; send a smaller image, or start the server with a "
+            "larger --max-upload"
         )
         return JSONResponse({"error": message, "type": "TooLarge"}, 413)

@@ -1,4 +1,4 @@
-"""What a request is told when it cannot be answered."""
+"""Mapping of errors to HTTP statuses and JSON bodies."""
 
 from __future__ import annotations
 
@@ -9,58 +9,60 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from coprs_deploy.errors import CoPRSError, QueueFullError, RequestTimeoutError
+from coprs_deploy.errors import CoPRSError, QueueFullError, RequestTimeoutError, error_body
 
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (QueueFullError, 503),
     (RequestTimeoutError, 504),
-    (ValueError, 422),  # also ImageError and InstructionError
+    (ValueError, 422),  # includes ImageError and InstructionError
     (CoPRSError, 500),
 )
-"""The first that fits is the status of an error."""
+"""Status of each error class; the first match counts."""
 
 RETRY_AFTER = {503: {"Retry-After": "1"}}
-"""Seconds after which to ask again, by status."""
+"""Retry header by status, in seconds."""
 
-FORM = "send a form with image (a file) and instruction, and if wanted targets and max_new_tokens"
-PATHS = "there are GET /, GET /health, GET /docs and POST /segment"
-
-
-def failure_body(error: Exception) -> dict[str, str]:
-    """Say what went wrong, as every answer says it."""
-    return {"error": str(error), "type": type(error).__name__}
+FORM = "accepted: a form with image (a file), instruction, and optional max_targets, max_new_tokens"
+NOT_FOUND = "Not found. Endpoints: GET /, /health, /docs; POST /segment"
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error that is raised on purpose with its status."""
-    app.add_exception_handler(RequestValidationError, _bad_form)
+    """Register the handlers of all expected errors."""
+    app.add_exception_handler(RequestValidationError, _invalid_form)
     app.add_exception_handler(HTTPException, _not_routed)
-    for kind, _ in STATUSES:
-        app.add_exception_handler(kind, _failed)
+    for error_class, _ in STATUSES:
+        app.add_exception_handler(error_class, _failed)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    return JSONResponse(failure_body(error), status, RETRY_AFTER.get(status))
+    return JSONResponse(error_body(error), status, RETRY_AFTER.get(status))
 
 
-async def _bad_form(request: Request, error: Exception) -> Response:
+async def _invalid_form(request: Request, error: Exception) -> Response:
+    """Convert form validation errors into the JSON error envelope."""
     assert isinstance(error, RequestValidationError)
-    faults = "; ".join(_fault(fault) for fault in error.errors())
-    return JSONResponse({"error": f"{faults}; {FORM}", "type": "RequestError"}, 422)
+    problems = "; ".join(_problem(problem) for problem in error.errors())
+    return _request_error(f"{problems}; {FORM}", 422)
 
 
-def _fault(fault: dict[str, Any]) -> str:
-    field = fault["loc"][-1]
-    if field == "image" and isinstance(fault["input"], str):
-        return f"image: {fault['input'][:40]!r} is text, not a file (curl takes image=@FILE)"
-    return f"{field}: {fault['msg']}"
+def _problem(problem: dict[str, Any]) -> str:
+    field = problem["loc"][-1]
+    if field == "image" and isinstance(problem["input"], str):
+        return f"image is {problem['input'][:40]!r}, text instead of a file (curl: image=@FILE)"
+    return f"{field}: {problem['msg']}"
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
-    """Tell of a path or method that there is not, or of a body that is no form."""
+    """Convert 404/405 and malformed multipart into the JSON error envelope."""
     assert isinstance(error, HTTPException)
-    mend = PATHS if error.status_code in (404, 405) else FORM
-    message = f"{request.method} {request.url.path}: {error.detail}; {mend}"
-    body = {"error": message, "type": "RequestError"}
-    return JSONResponse(body, error.status_code, error.headers)
+    place = f"{request.method} {request.url.path}"
+    if error.status_code in (404, 405):
+        message = f"{place}: {NOT_FOUND}"
+    else:
+        message = f"{place}: {error.detail}; {FORM}"
+    return _request_error(message, error.status_code, error.headers)
+
+
+def _request_error(message: str, status: int, headers: Any = None) -> Response:
+    return JSONResponse({"error": message, "type": "RequestError"}, status, headers)

@@ -1,11 +1,11 @@
-"""An answer as server-sent events.
+"""Encoding of a stream as server-sent events.
 
-    event: words    {"text"}                     as the policy writes them
-    event: prior    {"image"}                    the heatmap over the picture
-    event: answer   Answer.to_json and "image"   the masks over the picture
-    event: error    {"error", "type"}            instead of what would have followed
+    event: text     {"text"}                                    as the policy writes
+    event: prior    {"image"}                                   heat map over the image
+    event: result   SegmentationResult.to_json() and "image"    masks over the image
+    event: error    {"error", "type"}                           instead of the remaining events
 
-``image`` is a JPEG as a ``data:`` address. After ``answer`` or ``error`` the stream ends.
+``image`` is a JPEG as a ``data:`` URL. The stream ends after ``result`` or ``error``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
-from coprs_deploy.errors import CoPRSError
-from coprs_deploy.images import RgbArray
+from coprs_deploy.errors import CoPRSError, error_body
+from coprs_deploy.images import RgbArray, sigmoid
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import PriorEvent, SegmentationResult
-from coprs_deploy.server.error_handlers import failure_body
 from coprs_deploy.visualization import draw_heatmap, draw_overlay
 
 EVENT_STREAM = "text/event-stream"
@@ -33,11 +32,14 @@ JPEG_QUALITY = 88
 async def encode_events(
     rgb: RgbArray, stream: AsyncIterator[TextDelta | PriorEvent | SegmentationResult]
 ) -> AsyncGenerator[bytes, None]:
-    """Encode the events of :meth:`CoPRS.astream`; only the first may raise.
+    """Encode the events of :meth:`CoPRS.astream`; later errors become an ``error`` event.
 
     Args:
-        rgb: (H, W, 3) uint8, the picture.
-        stream: its events; closed when this ends.
+        rgb: (H, W, 3) uint8, the decoded image.
+        stream: its events; closed at the end.
+
+    Raises:
+        CoPRSError, ValueError: the first event failed.
     """
     has_begun = False
     try:
@@ -47,7 +49,7 @@ async def encode_events(
     except (CoPRSError, ValueError) as error:
         if not has_begun:
             raise
-        yield _write("error", failure_body(error))
+        yield _write("error", error_body(error))
     finally:
         if isinstance(stream, AsyncGenerator):
             await stream.aclose()
@@ -55,19 +57,19 @@ async def encode_events(
 
 def _encode(rgb: RgbArray, event: TextDelta | PriorEvent | SegmentationResult) -> bytes:
     if isinstance(event, TextDelta):
-        return _write("words", {"text": event.text})
+        return _write("text", {"text": event.text})
     if isinstance(event, PriorEvent):
-        hottest = event.priors.max(axis=0)
-        return _write("prior", {"image": _data_address(draw_heatmap(rgb, hottest))})
-    picture = _data_address(draw_overlay(rgb, event.masks))
-    return _write("answer", {**event.to_json(), "image": picture})
+        prior = sigmoid(event.prior_logits.max(axis=0))  # all targets
+        return _write("prior", {"image": _data_url(draw_heatmap(rgb, prior))})
+    overlay = _data_url(draw_overlay(rgb, event.masks))
+    return _write("result", {**event.to_json(), "image": overlay})
 
 
 def _write(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
-def _data_address(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

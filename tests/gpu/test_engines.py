@@ -158,10 +158,10 @@ def test_engines_with_a_fixed_aspect_ratio_are_verified(
 @pytest.mark.tensorrt
 def test_segment_on_engines_equals_the_cpu(engines, tiny_bundle, scene):
     with CoPRS.load(tiny_bundle) as coprs:
-        expected = coprs.segment(scene, "the red disc", targets=2)
+        expected = coprs.segment(scene, "the red disc", max_targets=2)
     with CoPRS.load(engines.path, RuntimeOptions(device="cuda")) as coprs:
         for _ in range(2):
-            found = coprs.segment(scene, "the red disc", targets=2)
+            found = coprs.segment(scene, "the red disc", max_targets=2)
             assert found.reasoning == expected.reasoning
             assert (found.masks == expected.masks).mean() > 0.999
 

@@ -16,7 +16,7 @@ from coprs_deploy.cli.main import READER_GONE, main
 
 
 def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "coprs_deploy.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
 
 
@@ -53,7 +53,7 @@ class TestTheMainRoad:
             "end_to_end",
         ]
 
-    def test_segment_answers_and_leaves_its_files(self, road, tmp_path):
+    def test_segment_writes_its_files(self, road, tmp_path):
         done = run_json(
             "segment",
             road / "scene.png",
@@ -69,12 +69,12 @@ class TestTheMainRoad:
         assert saved["masks"] == done["masks"]
         mask = np.asarray(Image.open(tmp_path / "mask.png"))
         assert mask.shape == (96, 160)
-        assert np.count_nonzero(mask) == done["mask_pixels"][0]
+        assert np.count_nonzero(mask) == done["areas"][0]
         for name in ("overlay.png", "prior.png"):
             with Image.open(tmp_path / name) as picture:
                 assert picture.size[0] >= 640
 
-    def test_the_mask_of_the_bundle_is_that_of_pytorch(self, road):
+    def test_segment_mask_equals_pytorch(self, road):
         from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
         from coprs_deploy.engines import SegmentationGraphs
         from coprs_deploy.engines.torch_runner import TorchRunner
@@ -86,33 +86,33 @@ class TestTheMainRoad:
         checkpoint = read_checkpoint(road / "checkpoint")
         config = checkpoint.config
         specs = graph_specs(config.model.geometry, config.model.policy_hidden_size)
-        stages = load_segmentation_model(checkpoint).graph_modules()
+        modules = load_segmentation_model(checkpoint).graph_modules()
         policy = TransformersPolicy(
             checkpoint.policy_path,
             config.prompt,
             config.policy_image.min_pixels,
             config.policy_image.max_pixels,
         )
-        runners = {name: TorchRunner(module, specs[name]) for name, module in stages.items()}
+        runners = {name: TorchRunner(module, specs[name]) for name, module in modules.items()}
         with CoPRS(SegmentationGraphs(runners), policy, config.model.geometry) as reference:
-            answer = reference.segment(road / "scene.png", "the red thing")
-        assert answer.rle() == done["masks"]
-        assert answer.response == done["response"]
+            result = reference.segment(road / "scene.png", "the red thing")
+        assert result.to_json()["masks"] == done["masks"]
+        assert result.response == done["response"]
 
     @pytest.mark.parametrize("runtime", ["openvino", "auto"])
-    def test_another_runtime_gives_the_same_answer(self, road, runtime):
-        question = (road / "scene.png", "the red thing", "--bundle", road / "bundle")
-        done = run("segment", *question, "--runtime", runtime, "--json")
+    def test_segment_gives_the_same_result_on_another_runtime(self, road, runtime):
+        request = (road / "scene.png", "the red thing", "--bundle", road / "bundle")
+        done = run("segment", *request, "--runtime", runtime, "--json")
         assert done.returncode == 0, done.stderr.decode()
-        answer, expected = json.loads(done.stdout), run_json("segment", *question)
-        assert answer["masks"] == expected["masks"]
-        assert answer["response"] == expected["response"]
+        result, expected = json.loads(done.stdout), run_json("segment", *request)
+        assert result["masks"] == expected["masks"]
+        assert result["response"] == expected["response"]
         if runtime == "openvino":
-            assert "graphs: openvino" in answer["runtime"]
+            assert "graphs: openvino" in result["runtime"]
         else:
             for graph in ("image_encoder", "prior", "mask_decoder"):
                 assert f"{graph}: o" in done.stderr.decode()
-            again = run("segment", *question, "--runtime", runtime)
+            again = run("segment", *request, "--runtime", runtime)
             assert again.stderr.decode().count("(remembered from 20") == 3
 
     def test_verify_checks_another_runtime(self, road):
@@ -138,7 +138,7 @@ class TestTheMainRoad:
         assert {graph["runtime"] for graph in shown["graphs"].values()} == {"openvino"}
         assert "openvino" in shown["toolchain"]
 
-    def test_the_picture_may_come_from_stdin(self, road):
+    def test_segment_reads_the_image_from_stdin(self, road):
         done = run(
             "segment",
             "-",
@@ -150,12 +150,12 @@ class TestTheMainRoad:
         assert done.returncode == 0, done.stderr.decode()
         assert done.stdout.decode().strip().endswith("<REF_POS>")
 
-    def test_several_targets_give_numbered_files(self, road, tmp_path):
+    def test_segment_several_targets_give_numbered_files(self, road, tmp_path):
         done = run_json(
             "segment",
             road / "scene.png",
             "every thing",
-            "--targets",
+            "--max-targets",
             "3",
             "--bundle",
             road / "bundle",
@@ -165,7 +165,7 @@ class TestTheMainRoad:
         assert len(done["masks"]) == 3
         assert (tmp_path / "mask-3.png").is_file()
 
-    def test_nothing_found_is_exit_code_1(self, road, tmp_path):
+    def test_segment_no_match_is_exit_code_1(self, road, tmp_path):
         done = run(
             "segment",
             road / "scene.png",
@@ -179,11 +179,12 @@ class TestTheMainRoad:
             "--json",
         )
         assert done.returncode == 1
-        answer = json.loads(done.stdout)
-        assert not answer["found"]
-        assert answer["masks"] == []
-        assert "token budget" in answer["reason"]
-        assert answer["reasoning"]
+        result = json.loads(done.stdout)
+        assert not result["found"]
+        assert result["masks"] == []
+        assert result["stop_reason"] == "token_budget"
+        assert result["format_violations"]
+        assert result["reasoning"]
         assert not np.asarray(Image.open(tmp_path / "mask.png")).any()
 
     def test_inspect_shows_graphs_and_equality(self, road):
@@ -284,7 +285,7 @@ def test_doctor_with_runtimes_and_policies_is_ready():
 
 @pytest.mark.parametrize("arguments", [("inspect", demo.BUNDLE), ("train", "--list")])
 def test_a_reader_that_has_seen_enough_is_no_error(arguments):
-    command = [sys.executable, "-m", "coprs_deploy.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

@@ -88,27 +88,28 @@ def test_its_answers_on_held_out_scenes_are_right(coprs):
         assert metrics[name] >= threshold, (name, metrics[name])
 
 
-def test_the_example_of_the_repository_is_answered_right(coprs):
+def test_segment_finds_the_largest_red_circle_of_the_example(coprs):
     scene = make_scene(EXAMPLE_TIER, EXAMPLE_SEED)
     with Image.open(ROOT / "examples/scene.png") as picture:
         assert np.array_equal(np.asarray(picture), scene.image)
     (target,) = resolve(EXAMPLE_TARGET, scene.objects, PLAIN.clear_distance * 640)
-    answer = coprs.segment(scene.image, "the largest red circle")
-    assert answer.found
-    assert iou(count_pixels(answer.mask, scene.masks([target])[0]), empty=0.0) > 0.9
-    assert scene.objects[target].location in answer.reasoning
+    result = coprs.segment(scene.image, "the largest red circle")
+    assert result.found
+    assert iou(count_pixels(result.mask, scene.masks([target])[0]), empty=0.0) > 0.9
+    assert scene.objects[target].location in result.reasoning
 
 
-def test_what_is_not_there_is_not_segmented(coprs):
-    answer = coprs.segment(ROOT / "examples/scene.png", "the cat")
-    assert not answer.found
-    assert not answer.mask.any()
-    assert "nothing matches" in answer.response
+def test_segment_no_match_finds_nothing(coprs):
+    result = coprs.segment(ROOT / "examples/scene.png", "the cat")
+    assert not result.found
+    assert not result.mask.any()
+    assert result.stop_reason == "end_of_text"
+    assert "nothing matches" in result.response
 
 
-def test_the_command_line_answers_without_a_bundle(tmp_path, capsys):
-    picture = str(ROOT / "examples/scene.png")
-    assert main(["segment", picture, "the largest red circle", "--out", str(tmp_path)]) == 0
+def test_segment_verb_without_a_bundle_uses_the_demo_model(tmp_path, capsys):
+    image = str(ROOT / "examples/scene.png")
+    assert main(["segment", image, "the largest red circle", "--out", str(tmp_path)]) == 0
     assert "<think>" in capsys.readouterr().out
     assert (tmp_path / "overlay.png").is_file()
 

@@ -1,4 +1,4 @@
-"""``coprs-deploy serve`` as a process: it listens, answers as the runtime does, and ends."""
+"""``coprs-deploy serve`` as a process: results, refusals and shutdown."""
 
 import json
 import re
@@ -19,7 +19,7 @@ INSTRUCTION = "the largest red circle"
 
 
 def form(image):
-    """Write a form by hand, as a client without a library would."""
+    """Encode a multipart form without a library."""
     parts = [
         b'--x\r\nContent-Disposition: form-data; name="instruction"\r\n\r\n' + INSTRUCTION.encode(),
         b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + image,
@@ -29,8 +29,8 @@ def form(image):
 
 
 @pytest.mark.slow
-def test_the_shipped_model_answers_over_http():
-    command = [sys.executable, "-m", "coprs_deploy.cli.main", "serve", "--port", "0"]
+def test_serve_returns_the_result_of_the_runtime_and_stops_on_sigterm():
+    command = [sys.executable, "-m", "coprs_deploy", "serve", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             lines = iter(server.stderr.readline, "")
@@ -41,7 +41,7 @@ def test_the_shipped_model_answers_over_http():
                 {"Content-Type": "multipart/form-data; boundary=x"},
             )
             with urllib.request.urlopen(request, timeout=60) as response:
-                answer = json.load(response)
+                result = json.load(response)
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=60) == 0
             assert server.stderr.read().endswith("stopped\n")
@@ -49,16 +49,16 @@ def test_the_shipped_model_answers_over_http():
             server.kill()
     with CoPRS.load() as coprs:
         expected = coprs.segment(SCENE, INSTRUCTION).to_json()
-    assert {**answer, "timings": None} == {**expected, "timings": None}
+    assert {**result, "timings": None} == {**expected, "timings": None}
 
 
-def test_an_address_that_is_taken_is_refused_before_anything_is_loaded(capsys):
+def test_serve_address_in_use_is_refused_before_loading(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "nowhere", "--port", str(port)]) == 2
     message = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1, port {port}" in message
-    assert "name others with --host and --port" in message
+    assert "choose another --host or --port" in message
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,11 @@ def test_an_address_that_is_taken_is_refused_before_anything_is_loaded(capsys):
         (["--port", "70000"], "--port is 70000; it must be from 0 to 65535"),
         (["--max-upload", "0"], "--max-upload is 0.0; it must be above 0 MiB"),
         (["--timeout", "0"], "timeout_s is 0.0; it must be above 0"),
+        (["--max-queue-size", "-1"], "max_queue_size is -1; it must be at least 0"),
         (["--policy", "vlm"], "did you mean vllm?"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, part, capsys):
+def test_serve_arguments_out_of_range_are_refused(arguments, part, capsys):
     try:
         assert main(["serve", *arguments]) == 2
     except SystemExit as left:
@@ -78,7 +79,7 @@ def test_arguments_out_of_range_are_refused(arguments, part, capsys):
     assert part in capsys.readouterr().err
 
 
-def test_a_missing_library_ends_in_the_pip_line(monkeypatch, capsys):
+def test_serve_missing_library_names_the_pip_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 2
     assert capsys.readouterr().err.strip().endswith("pip install 'coprs-deploy[serve]'")

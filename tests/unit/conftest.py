@@ -21,12 +21,22 @@ def fresh_accelerator():
 
 @pytest.fixture
 def build():
-    """Build a CoPRS of fakes, and close it after the test."""
+    """Build a CoPRS of fakes; it is closed after the test.
+
+    ``encode`` runs in each call of the image encoder. Returns the CoPRS and its runners by name.
+    """
     built = []
 
-    def builder(policy=None, encode=lambda: None, max_cached_images=8, specs=SPECS, **options):
+    def builder(
+        policy=None,
+        encode=lambda: None,
+        max_cached_images=8,
+        specs=SPECS,
+        runner_class=FakeRunner,
+        **options,
+    ):
         runners = {
-            name: FakeRunner(name, encode if name == "image_encoder" else lambda: None)
+            name: runner_class(name, encode if name == "image_encoder" else lambda: None)
             for name in specs
         }
         coprs = CoPRS(

@@ -1,4 +1,4 @@
-"""Pictures and files for the tests of images."""
+"""Images and files for tests of image decoding."""
 
 import io
 import struct

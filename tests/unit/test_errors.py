@@ -1,3 +1,5 @@
+"""The tree of errors."""
+
 import inspect
 import pickle
 import re
@@ -5,7 +7,7 @@ import re
 import pytest
 
 from coprs_deploy import errors
-from coprs_deploy.errors import CoPRSError
+from coprs_deploy.errors import CoPRSError, error_body
 
 CLASSES = [
     value
@@ -26,7 +28,7 @@ def drawn_tree():
     return parents
 
 
-def test_the_drawn_tree_is_the_tree():
+def test_tree_in_the_docstring_equals_the_classes():
     assert drawn_tree() == {
         error.__name__: None if error is CoPRSError else error.__bases__[0].__name__
         for error in CLASSES
@@ -34,18 +36,18 @@ def test_the_drawn_tree_is_the_tree():
 
 
 @pytest.mark.parametrize("error", CLASSES)
-def test_the_root_catches_every_error(error):
+def test_base_class_catches_every_error(error):
     with pytest.raises(CoPRSError, match="what happened"):
         raise error("what happened")
 
 
 @pytest.mark.parametrize("error", CLASSES)
-def test_every_error_says_what_it_means(error):
+def test_every_error_has_a_docstring(error):
     assert inspect.getdoc(error).endswith(".")
     assert error.__dict__.get("__doc__")
 
 
-def test_errors_whose_cause_is_an_argument_are_value_errors():
+def test_errors_caused_by_an_argument_are_value_errors():
     assert {error.__name__ for error in CLASSES if issubclass(error, ValueError)} == {
         "ImageError",
         "ImageDecodeError",
@@ -54,13 +56,13 @@ def test_errors_whose_cause_is_an_argument_are_value_errors():
     }
 
 
-def test_a_missing_package_is_an_import_error():
+def test_missing_dependency_is_an_import_error():
     assert {error.__name__ for error in CLASSES if issubclass(error, ImportError)} == {
         "MissingDependencyError"
     }
 
 
-def test_only_failed_checks_end_with_exit_code_1():
+def test_exit_code_1_is_for_failed_checks_only():
     assert {error.__name__ for error in CLASSES if error.exit_code == 1} == {
         "BundleIntegrityError",
         "EquivalenceError",
@@ -69,7 +71,12 @@ def test_only_failed_checks_end_with_exit_code_1():
 
 
 @pytest.mark.parametrize("error", CLASSES)
-def test_every_error_can_cross_a_process_boundary(error):
+def test_every_error_can_be_pickled(error):
     copy = pickle.loads(pickle.dumps(error("what happened")))
     assert type(copy) is error
     assert str(copy) == "what happened"
+
+
+def test_error_body_holds_message_and_class():
+    error = errors.QueueFullError("2 requests are active")
+    assert error_body(error) == {"error": "2 requests are active", "type": "QueueFullError"}

@@ -1,4 +1,4 @@
-"""Keys, the way to the image encoder, and the picture for the policy."""
+"""Content hash, preprocessing for the image encoder, and resize for the policy."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from coprs_deploy.specs import Geometry
 from tests.unit.image_samples import PROPERTY, SAM, TINY, colors, encoded
 
 
-def test_an_image_key_depends_on_every_pixel_and_on_the_shape():
+def test_image_key_depends_on_every_pixel_and_the_shape():
     rgb = colors(2, 3)
     changed = rgb.copy()
     changed[1, 2, 2] ^= 1
@@ -27,7 +27,7 @@ def test_an_image_key_depends_on_every_pixel_and_on_the_shape():
     assert len(keys) == 3
 
 
-def test_an_image_key_depends_on_nothing_else():
+def test_image_key_depends_on_pixels_and_shape_only():
     rgb = colors(4, 6)
     wide = np.repeat(rgb, 2, axis=1)
     assert image_key(rgb) == image_key(rgb.copy()) == image_key(wide[:, ::2])
@@ -60,7 +60,7 @@ def test_unpadded_size_follows_sam(original, expected):
     width=st.integers(1, 20_000),
     image_size=st.sampled_from([64, 128, 1000, 1024]),
 )
-def test_unpadded_size_keeps_the_aspect_to_half_a_pixel(height, width, image_size):
+def test_unpadded_size_keeps_the_aspect_ratio_to_half_a_pixel(height, width, image_size):
     new_height, new_width = unpadded_size(height, width, image_size)
     assert max(new_height, new_width) == image_size
     short, new_short = min(height, width), min(new_height, new_width)
@@ -70,7 +70,7 @@ def test_unpadded_size_keeps_the_aspect_to_half_a_pixel(height, width, image_siz
     assert unpadded_size(width, height, image_size) == (new_width, new_height)
 
 
-def test_prepare_image_normalizes_without_resizing_what_fits():
+def test_prepare_image_of_the_model_size_is_only_normalized():
     geometry = Geometry(
         image_size=16, patch_size=4, pixel_mean=(10.0, 20.0, 30.0), pixel_std=(2.0, 4.0, 8.0)
     )
@@ -85,14 +85,14 @@ def test_prepare_image_normalizes_without_resizing_what_fits():
     np.testing.assert_allclose(prepared.image[0, :, :10].transpose(1, 2, 0), expected, rtol=1e-6)
 
 
-def test_sam_normalization_has_its_worked_values():
+def test_prepare_image_sam_normalization_has_its_worked_values():
     prepared = prepare_image(np.full((1024, 1024, 3), (255, 0, 104), dtype=np.uint8), SAM)
     np.testing.assert_allclose(prepared.image[0, :, 0, 0], [2.248908, -2.035714, 0.00819172], 1e-5)
 
 
 @settings(PROPERTY, max_examples=30)
 @given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 9))
-def test_padding_is_zero_after_normalization_and_lies_bottom_right(height, width, seed):
+def test_prepare_image_pads_bottom_and_right_with_zeros(height, width, seed):
     rgb = np.maximum(colors(height, width, seed=seed), 200)  # nothing near any mean
     before = rgb.copy()
     prepared = prepare_image(rgb, TINY)
@@ -138,9 +138,9 @@ def test_prepare_image_resizes_like_an_antialiased_bilinear_filter(height, width
     ],
 )
 def test_fit_pixel_count_has_its_worked_values(size, limits, expected):
-    picture = fit_pixel_count(np.zeros((*size, 3), dtype=np.uint8), *limits)
-    assert (picture.height, picture.width) == expected
-    assert picture.mode == "RGB"
+    image = fit_pixel_count(np.zeros((*size, 3), dtype=np.uint8), *limits)
+    assert (image.height, image.width) == expected
+    assert image.mode == "RGB"
 
 
 @PROPERTY
@@ -150,35 +150,35 @@ def test_fit_pixel_count_has_its_worked_values(size, limits, expected):
     min_pixels=st.integers(1, 2_000),
     room=st.integers(4, 40),
 )
-def test_fit_pixel_count_keeps_its_limits_and_the_aspect(height, width, min_pixels, room):
+def test_fit_pixel_count_keeps_the_limits_and_the_aspect_ratio(height, width, min_pixels, room):
     max_pixels = min_pixels * room
     assume(max(height, width) <= max_pixels * min(height, width))
     assume(max(height, width) <= min_pixels or height * width >= min_pixels)
-    picture = fit_pixel_count(np.zeros((height, width, 3), dtype=np.uint8), min_pixels, max_pixels)
+    image = fit_pixel_count(np.zeros((height, width, 3), dtype=np.uint8), min_pixels, max_pixels)
     area = height * width
     if min_pixels <= area <= max_pixels:
-        assert (picture.height, picture.width) == (height, width)
+        assert (image.height, image.width) == (height, width)
         return
-    assert picture.height * picture.width <= max_pixels
-    assert picture.height * picture.width >= min(min_pixels, max_pixels)
+    assert image.height * image.width <= max_pixels
+    assert image.height * image.width >= min(min_pixels, max_pixels)
     exact_scale = ((max_pixels if area > max_pixels else min_pixels) / area) ** 0.5
-    for new, old in ((picture.height, height), (picture.width, width)):
+    for new, old in ((image.height, height), (image.width, width)):
         assert abs(new - old * exact_scale) < 1 + 1e-9
 
 
 def test_fit_pixel_count_keeps_the_upper_limit_for_a_line_of_pixels():
-    picture = fit_pixel_count(np.zeros((1, 4_000, 3), dtype=np.uint8), 16, 1_000)
-    assert picture.height * picture.width <= 1_000
+    image = fit_pixel_count(np.zeros((1, 4_000, 3), dtype=np.uint8), 16, 1_000)
+    assert image.height * image.width <= 1_000
 
 
 def test_fit_pixel_count_keeps_the_upper_limit_when_it_equals_the_lower_one():
-    picture = fit_pixel_count(np.zeros((10, 17, 3), dtype=np.uint8), 784, 784)
-    assert picture.height * picture.width <= 784
+    image = fit_pixel_count(np.zeros((10, 17, 3), dtype=np.uint8), 784, 784)
+    assert image.height * image.width <= 784
 
 
 @pytest.mark.parametrize(("side", "largest"), [(250, 0), (1600, 3)])
-def test_a_picture_that_shrinks_a_lot_keeps_its_colors(side, largest):
-    """Levels of 255; nothing is averaged first below six times, and a scene differed by 2 above."""
+def test_fit_pixel_count_strong_shrinking_keeps_the_colors(side, largest):
+    """Levels of 255: exact below the reducing gap of six; above it, a scene differed by 2."""
     generator = np.random.default_rng(5)
     coarse = generator.integers(0, 256, (25, 25, 3), dtype=np.uint8)
     rgb = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
@@ -187,24 +187,24 @@ def test_a_picture_that_shrinks_a_lot_keeps_its_colors(side, largest):
     assert np.abs(found - plain).max() <= largest
 
 
-def test_a_picture_inside_the_limits_is_not_touched():
+def test_fit_pixel_count_inside_the_limits_changes_nothing():
     rgb = colors(30, 40)
     np.testing.assert_array_equal(np.asarray(fit_pixel_count(rgb, 100, 10_000)), rgb)
 
 
-def test_a_flat_picture_stays_flat_when_it_is_scaled():
+def test_fit_pixel_count_keeps_a_uniform_image_uniform():
     for size in (4, 400):
         rgb = np.full((size, size, 3), (12, 200, 77), dtype=np.uint8)
-        picture = np.asarray(fit_pixel_count(rgb, 400, 4_000))
-        assert (picture == (12, 200, 77)).all()
+        image = np.asarray(fit_pixel_count(rgb, 400, 4_000))
+        assert (image == (12, 200, 77)).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (15, 12)])
 def test_fit_pixel_count_resizes_like_an_antialiased_bicubic_filter(height, width):
     rgb = np.clip(colors(height, width), 40, 215)
-    picture = np.asarray(fit_pixel_count(rgb, 1_000, 2_000))
+    image = np.asarray(fit_pixel_count(rgb, 1_000, 2_000))
     pixels = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
-    reference = F.interpolate(pixels, picture.shape[:2], mode="bicubic", antialias=True)
+    reference = F.interpolate(pixels, image.shape[:2], mode="bicubic", antialias=True)
     levels = reference[0].permute(1, 2, 0).clamp(0, 255).numpy()
-    assert np.abs(picture - levels).max() <= 2  # Pillow rounds to 8 bits after each side
-    assert abs((picture - levels).mean()) < 0.05
+    assert np.abs(image - levels).max() <= 2  # Pillow rounds to 8 bits after each side
+    assert abs((image - levels).mean()) < 0.05

@@ -1,4 +1,4 @@
-"""Sources that cannot be used are refused by what is wrong with them."""
+"""Refused image sources and their error messages."""
 
 import io
 import re
@@ -13,9 +13,7 @@ from PIL import Image, ImageFile
 
 from coprs_deploy import images
 from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
-from coprs_deploy.images import (
-    load_image,
-)
+from coprs_deploy.images import load_image
 from tests.unit.image_samples import (
     GREEN,
     PROPERTY,
@@ -28,38 +26,38 @@ from tests.unit.image_samples import (
 )
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_load_image_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         load_image(tmp_path / "nowhere.png")
 
 
-def test_a_directory_is_refused_as_one(tmp_path):
+def test_load_image_directory_is_refused(tmp_path):
     with pytest.raises(ImageDecodeError, match=re.escape(f"{str(tmp_path)!r} is a directory")):
         load_image(tmp_path)
 
 
-def test_no_bytes_are_refused():
+def test_load_image_empty_bytes_are_refused():
     with pytest.raises(ImageDecodeError, match="0 bytes"):
         load_image(b"")
 
 
-def test_an_empty_file_is_refused_by_name(tmp_path):
+def test_load_image_empty_file_is_refused_by_name(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(ImageDecodeError, match=r"empty\.png"):
         load_image(tmp_path / "empty.png")
 
 
-def test_a_text_file_is_refused_with_the_accepted_formats(tmp_path):
-    (tmp_path / "notes.png").write_text("not a picture at all")
+def test_load_image_text_file_is_refused_with_the_accepted_formats(tmp_path):
+    (tmp_path / "notes.png").write_text("not an image at all")
     with pytest.raises(ImageDecodeError, match=r"notes\.png' is not an image.*PNG, JPEG"):
         load_image(tmp_path / "notes.png")
-    with pytest.raises(ImageDecodeError, match=r"20 bytes is not an image.*PNG, JPEG"):
+    with pytest.raises(ImageDecodeError, match=r"19 bytes is not an image.*PNG, JPEG"):
         load_image((tmp_path / "notes.png").read_bytes())
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("kept", [0.4, 0.8])
-def test_a_truncated_file_is_refused_and_not_filled_with_grey(tmp_path, form, kept):
+def test_load_image_truncated_file_is_refused(tmp_path, form, kept):
     data = encoded(Image.fromarray(colors(40, 60)), form)
     file = tmp_path / "half"
     file.write_bytes(data[: int(kept * len(data))])
@@ -71,14 +69,14 @@ def test_a_truncated_file_is_refused_and_not_filled_with_grey(tmp_path, form, ke
             load_image(file)
 
 
-def test_an_animation_cut_inside_its_first_frame_is_refused():
+def test_load_image_animation_truncated_in_its_first_frame_is_refused():
     first, *rest = (Image.fromarray(colors(40, 60, seed=seed)) for seed in range(2))
     data = encoded(first, "GIF", save_all=True, append_images=rest)
     with pytest.raises(ImageDecodeError, match="cut short"):
         load_image(data[: len(data) // 4])
 
 
-def test_an_animation_cut_after_its_first_frame_still_gives_that_frame():
+def test_load_image_animation_truncated_after_its_first_frame_gives_that_frame():
     first, *rest = (Image.fromarray(colors(40, 60, seed=seed)) for seed in range(2))
     data = encoded(first, "GIF", save_all=True, append_images=rest)
     np.testing.assert_array_equal(load_image(data[: int(0.8 * len(data))]), load_image(data))
@@ -88,7 +86,7 @@ def test_an_animation_cut_after_its_first_frame_still_gives_that_frame():
     ("width", "height"), [(9_460, 9_459), (20_000, 20_000), (2**31 - 1, 2**31 - 1)]
 )
 @pytest.mark.parametrize("action", ["error", "ignore"])
-def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch, width, height, action):
+def test_load_image_decompression_bomb_is_refused_by_its_header(monkeypatch, width, height, action):
     def refuse(_):
         raise AssertionError("pixels were decoded")
 
@@ -99,13 +97,13 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch, width, heigh
             load_image(png(width, height, 8, 2, []))
 
 
-def test_the_decoding_limit_holds_where_pillow_has_none(monkeypatch):
+def test_load_image_limit_holds_without_the_limit_of_pillow(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(ImageSizeError, match=r"20000 x 20000, 400,000,000 pixels; .*scale it down"):
         load_image(png(20_000, 20_000, 8, 2, []))
 
 
-def test_the_largest_accepted_image_has_exactly_the_limit(monkeypatch):
+def test_load_image_accepts_exactly_the_limit(monkeypatch):
     monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 20)
     assert_is_rgb(load_image(colors(4, 5)), 4, 5)
     assert_is_rgb(load_image(Image.new("RGB", (5, 4))), 4, 5)
@@ -114,20 +112,20 @@ def test_the_largest_accepted_image_has_exactly_the_limit(monkeypatch):
             load_image(source)
 
 
-def test_a_huge_array_is_refused_before_it_is_copied():
+def test_load_image_huge_array_is_refused_before_it_is_copied():
     with pytest.raises(ImageSizeError, match="limit is 89,478,485"):
         load_image(np.broadcast_to(np.float64(0.5), (10**6, 10**6, 3)))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (0, 5, 3), (5, 0, 4)])
-def test_an_array_without_pixels_is_refused(shape):
+def test_load_image_array_without_pixels_is_refused(shape):
     with pytest.raises(
         ImageSizeError, match=f"{shape[1]} x {shape[0]}; it needs at least one pixel"
     ):
         load_image(np.zeros(shape, dtype=np.uint8))
 
 
-def test_a_pillow_image_without_pixels_is_refused():
+def test_load_image_pillow_image_without_pixels_is_refused():
     with pytest.raises(ImageSizeError, match="0 x 3; it needs at least one pixel"):
         load_image(Image.new("RGB", (0, 3)))
 
@@ -135,21 +133,21 @@ def test_a_pillow_image_without_pixels_is_refused():
 @pytest.mark.parametrize(
     "shape", [(), (5,), (2, 2, 2), (2, 2, 5), (5, 5, 0), (3, 40, 60), (1, 4, 4, 3)]
 )
-def test_an_array_of_another_shape_is_refused(shape):
+def test_load_image_array_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=re.escape(f"shape {shape}; accepted: (H, W)")):
         load_image(np.zeros(shape, dtype=np.uint8))
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "uint32", "complex64", "object", "U1"])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 3)])
-def test_an_array_of_another_dtype_is_refused(dtype, shape):
+def test_load_image_array_of_another_dtype_is_refused(dtype, shape):
     array = np.zeros(shape, dtype=dtype)
     with pytest.raises(ValueError, match=rf"dtype {array.dtype}; accepted: uint8, uint16, bool"):
         load_image(array)
 
 
 @pytest.mark.parametrize("value", [1.001, 255.0, -0.001, np.inf, -np.inf])
-def test_floats_out_of_range_are_refused(value):
+def test_load_image_floats_out_of_range_are_refused(value):
     array = np.full((2, 3, 3), 0.5)
     array[1, 2, 0] = value
     low, high = array.min(), array.max()
@@ -157,7 +155,7 @@ def test_floats_out_of_range_are_refused(value):
         load_image(array)
 
 
-def test_an_array_with_nan_is_refused():
+def test_load_image_array_with_nan_is_refused():
     array = np.full((2, 3), 0.5, dtype=np.float32)
     array[0, 0] = np.nan
     with pytest.raises(ValueError, match=r"accepted: \[0, 1\]"):
@@ -165,7 +163,7 @@ def test_an_array_with_nan_is_refused():
 
 
 @pytest.mark.parametrize("source", [None, 7, 1.5, ["scene.png"], memoryview(b"x")])
-def test_another_type_is_refused_by_name(source):
+def test_load_image_another_type_is_refused_by_name(source):
     with pytest.raises(ValueError, match=f"{type(source).__name__}; accepted: a path, bytes"):
         load_image(source)
 
@@ -178,25 +176,25 @@ def test_another_type_is_refused_by_name(source):
         (Image.new("I", (2, 2), 65_536), r"outside 0\.\.65535"),
     ],
 )
-def test_pillow_pixels_of_unknown_range_are_refused(image, reason):
+def test_load_image_pillow_pixels_of_unknown_range_are_refused(image, reason):
     with pytest.raises(ImageDecodeError, match=reason):
         load_image(image)
 
 
-def test_a_refused_pixel_range_is_not_called_a_truncated_file():
+def test_load_image_refused_pixel_range_is_not_reported_as_truncated():
     with pytest.raises(ImageDecodeError) as refusal:
         load_image(Image.new("F", (2, 2), 0.5))
     assert "cut short" not in str(refusal.value)
 
 
-def test_a_closed_image_is_refused():
+def test_load_image_closed_image_is_refused():
     image = Image.open(io.BytesIO(encoded(Image.new("RGB", (2, 2)), "PNG")))
     image.close()
     with pytest.raises(ImageDecodeError, match="closed"):
         load_image(image)
 
 
-def test_a_damaged_header_is_refused_like_any_other_damage():
+def test_load_image_damaged_header_is_refused():
     data = encoded(Image.new("RGB", (4, 4)), "DDS")
     flags = struct.pack("<II", 32, 0x40)  # size of the pixel format, then "uncompressed RGB"
     assert data.count(flags) == 1
@@ -204,7 +202,7 @@ def test_a_damaged_header_is_refused_like_any_other_damage():
         load_image(data.replace(flags, struct.pack("<II", 32, 0)))
 
 
-def test_a_damaged_second_page_does_not_spoil_the_first():
+def test_load_image_damaged_second_page_is_ignored():
     first, *rest = frames(RED, GREEN)
     data = encoded(first, "TIFF", save_all=True, append_images=rest)
     head, tail = data[:150], data[150:]
@@ -220,7 +218,7 @@ def test_a_damaged_second_page_does_not_spoil_the_first():
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
     kept=st.floats(0, 1),
 )
-def test_damaged_bytes_give_a_picture_or_an_image_error(form, changes, kept):
+def test_load_image_damaged_bytes_give_an_image_or_an_image_error(form, changes, kept):
     data = bytearray(encoded(Image.fromarray(colors(6, 7)), form))
     for place, value in changes:
         data[place % len(data)] = value

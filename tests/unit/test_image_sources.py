@@ -1,4 +1,4 @@
-"""Every source and every kind of picture becomes upright 8-bit RGB."""
+"""Decoding of every source and image format to upright 8-bit RGB."""
 
 import io
 import struct
@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coprs_deploy.images import (
-    load_image,
-)
+from coprs_deploy.images import load_image
 from tests.unit.image_samples import (
     BLACK,
     BLUE,
@@ -27,7 +25,7 @@ from tests.unit.image_samples import (
 
 
 @pytest.mark.parametrize("as_source", [str, Path, Path.read_bytes, Image.open, np.asarray])
-def test_every_source_gives_the_same_pixels(tmp_path, as_source):
+def test_load_image_gives_the_same_pixels_for_every_source(tmp_path, as_source):
     pixels = colors()
     file = tmp_path / "scene.png"
     Image.fromarray(pixels).save(file)
@@ -40,7 +38,7 @@ def test_every_source_gives_the_same_pixels(tmp_path, as_source):
     np.testing.assert_array_equal(rgb, pixels)
 
 
-def test_a_bytearray_is_read_like_bytes():
+def test_load_image_reads_a_bytearray_like_bytes():
     pixels = colors()
     data = bytearray(encoded(Image.fromarray(pixels), "PNG"))
     np.testing.assert_array_equal(load_image(data), pixels)
@@ -80,7 +78,7 @@ def test_exif_orientation_of_a_jpeg_is_undone():
     assert np.abs(rgb[28, 8].astype(int) - BLUE).max() < 8
 
 
-def test_exif_orientation_of_a_16_bit_picture_is_undone():
+def test_exif_orientation_of_a_16_bit_image_is_undone():
     upright = np.arange(6, dtype=np.uint16).reshape(2, 3) * (40 * 257)
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -89,14 +87,14 @@ def test_exif_orientation_of_a_16_bit_picture_is_undone():
     np.testing.assert_array_equal(rgb[..., 0], upright // 257)
 
 
-def test_an_odd_exif_entry_does_not_stop_the_picture_from_being_turned():
+def test_exif_orientation_is_undone_despite_an_invalid_entry():
     orientation = (0x0112, 3, 1, b"\x06\0\0\0")
     width_as_text = (0x0100, 2, 2, b"a\0\0\0")
     exif = exif_block(width_as_text, orientation)
     assert_is_rgb(load_image(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif)), 4, 2)
 
 
-def test_an_unknown_orientation_leaves_the_picture_as_it_is():
+def test_unknown_exif_orientation_is_ignored():
     pixels = colors()
     exif = Image.Exif()
     exif[0x0112] = 9
@@ -104,26 +102,26 @@ def test_an_unknown_orientation_leaves_the_picture_as_it_is():
     np.testing.assert_array_equal(rgb, pixels)
 
 
-def palette_picture():
+def palette_image():
     image = Image.new("P", (3, 1))
     image.putpalette([*RED, *GREEN, *BLUE])
     image.putdata([0, 1, 2])
     return image
 
 
-def test_a_palette_gives_its_colors():
-    rgb = load_image(encoded(palette_picture(), "PNG"))
+def test_palette_gives_its_colors():
+    rgb = load_image(encoded(palette_image(), "PNG"))
     np.testing.assert_array_equal(rgb, [[RED, GREEN, BLUE]])
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF"])
-def test_a_transparent_palette_entry_becomes_white(form):
-    rgb = load_image(encoded(palette_picture(), form, transparency=1))
+def test_transparent_palette_entry_becomes_white(form):
+    rgb = load_image(encoded(palette_image(), form, transparency=1))
     np.testing.assert_array_equal(rgb, [[RED, WHITE, BLUE]])
 
 
-def test_a_palette_with_partial_transparency_is_laid_over_white():
-    rgb = load_image(encoded(palette_picture(), "PNG", transparency=bytes([255, 0, 51])))
+def test_palette_with_partial_transparency_is_composited_on_white():
+    rgb = load_image(encoded(palette_image(), "PNG", transparency=bytes([255, 0, 51])))
     np.testing.assert_allclose(rgb, [[RED, WHITE, (204, 204, 255)]], atol=1)
 
 
@@ -157,37 +155,37 @@ def test_every_pillow_mode_becomes_rgb(mode, fill, expected):
     np.testing.assert_allclose(rgb, np.broadcast_to(np.uint8(expected), (2, 3, 3)), atol=1)
 
 
-def test_a_file_with_alpha_is_laid_over_white():
+def test_file_with_alpha_is_composited_on_white():
     pixels = np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [200, 0, 0, 128]]], dtype=np.uint8)
     rgb = load_image(encoded(Image.fromarray(pixels), "PNG"))
     np.testing.assert_allclose(rgb, [[WHITE, BLACK, (227, 127, 127)]], atol=1)
 
 
-def test_a_transparent_color_of_an_rgb_png_becomes_white():
+def test_transparent_color_of_an_rgb_png_becomes_white():
     image = Image.new("RGB", (2, 1), RED)
     image.putpixel((1, 0), BLUE)
     rgb = load_image(encoded(image, "PNG", transparency=BLUE))
     np.testing.assert_array_equal(rgb, [[RED, WHITE]])
 
 
-def test_a_cmyk_jpeg_gives_the_colors_that_it_shows():
+def test_cmyk_jpeg_gives_its_displayed_colors():
     rgb = load_image(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95))
     assert_is_rgb(rgb, 16, 16)
     assert np.abs(rgb.astype(int) - RED).max() <= 4
 
 
-def test_a_grey_jpeg_is_grey():
+def test_grey_jpeg_is_grey():
     rgb = load_image(encoded(Image.new("L", (8, 8), 90), "JPEG", quality=95))
     assert np.abs(rgb.astype(int) - 90).max() <= 2
 
 
-def test_a_1_bit_png_is_black_and_white():
+def test_1_bit_png_is_black_and_white():
     bits = np.array([[True, False, True]])
     rgb = load_image(encoded(Image.fromarray(bits), "PNG"))
     np.testing.assert_array_equal(rgb, [[WHITE, BLACK, WHITE]])
 
 
-def test_a_16_bit_grey_png_fills_the_8_bit_range():
+def test_16_bit_grey_png_fills_the_8_bit_range():
     values = np.array([[0, 257, 128 * 257, 65534, 65535]], dtype=np.uint16)
     rgb = load_image(encoded(Image.fromarray(values), "PNG"))
     np.testing.assert_allclose(rgb[0, :, 0], [0, 1, 128, 254.5, 255], atol=0.5)
@@ -196,19 +194,19 @@ def test_a_16_bit_grey_png_fills_the_8_bit_range():
     np.testing.assert_array_equal(rgb[..., 0], rgb[..., 2])
 
 
-def test_a_16_bit_color_png_fills_the_8_bit_range():
+def test_16_bit_color_png_fills_the_8_bit_range():
     row = struct.pack(">6H", 65535, 0, 128 * 257, 0, 65535, 7 * 257)
     rgb = load_image(png(2, 1, 16, 2, [row]))
     np.testing.assert_allclose(rgb, [[(255, 0, 128), (0, 255, 7)]], atol=1)
 
 
-def test_a_16_bit_grey_png_with_alpha_is_laid_over_white():
+def test_16_bit_grey_png_with_alpha_is_composited_on_white():
     row = struct.pack(">4H", 0, 65535, 0, 0)
     rgb = load_image(png(2, 1, 16, 4, [row]))
     np.testing.assert_array_equal(rgb, [[BLACK, WHITE]])
 
 
-def test_a_transparent_level_of_a_16_bit_png_becomes_white():
+def test_transparent_level_of_a_16_bit_png_becomes_white():
     row = struct.pack(">2H", 0, 100 * 257)
     transparency = (b"tRNS", struct.pack(">H", 0))
     rgb = load_image(png(2, 1, 16, 0, [row], transparency))
@@ -219,7 +217,7 @@ def test_a_transparent_level_of_a_16_bit_png_becomes_white():
     ("form", "options"),
     [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})],
 )
-def test_an_animation_gives_its_first_frame(tmp_path, form, options):
+def test_animation_gives_its_first_frame(tmp_path, form, options):
     first, *rest = frames(RED, GREEN, BLUE)
     file = tmp_path / "animation"
     first.save(file, form, save_all=True, append_images=rest, **options)
@@ -229,15 +227,15 @@ def test_an_animation_gives_its_first_frame(tmp_path, form, options):
         np.testing.assert_array_equal(rgb, np.broadcast_to(np.uint8(RED), (3, 4, 3)))
 
 
-def test_an_open_animation_gives_its_first_frame_wherever_it_stands():
+def test_open_animation_gives_its_first_frame_from_any_position():
     first, *rest = frames(RED, GREEN)
     image = Image.open(io.BytesIO(encoded(first, "GIF", save_all=True, append_images=rest)))
     image.seek(1)
     np.testing.assert_array_equal(load_image(image)[0, 0], RED)
 
 
-def test_a_pillow_image_is_not_changed():
-    image = palette_picture()
+def test_load_image_does_not_change_a_pillow_image():
+    image = palette_image()
     load_image(image)
     assert image.mode == "P"
     assert list(image.get_flattened_data()) == [0, 1, 2]
@@ -251,7 +249,7 @@ def array_of(dtype, values):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "bool", "float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 3), (2, 3, 4)])
-def test_every_array_covers_the_full_range(dtype, shape):
+def test_array_of_any_dtype_covers_the_full_range(dtype, shape):
     values = np.zeros(shape)
     values[0] = 1
     if shape[-1] == 4:
@@ -266,18 +264,18 @@ def test_every_array_covers_the_full_range(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "bool", "float32"])
-def test_a_transparent_array_is_laid_over_white(dtype):
+def test_transparent_array_is_composited_on_white(dtype):
     rgb = load_image(array_of(dtype, np.zeros((2, 3, 4))))
     assert (rgb == 255).all()
 
 
-def test_channels_of_an_array_stay_in_order():
+def test_array_channels_stay_in_order():
     pixels = colors()
     np.testing.assert_array_equal(load_image(pixels), pixels)
     np.testing.assert_array_equal(load_image(pixels.astype(np.uint16) * 257), pixels)
 
 
-def test_a_grey_array_fills_all_channels():
+def test_grey_array_fills_all_channels():
     grey = colors(channels=0)
     for array in (grey, grey[..., None]):
         np.testing.assert_array_equal(load_image(array), np.stack([grey] * 3, axis=-1))
@@ -301,7 +299,7 @@ def test_16_bit_values_are_rounded_to_the_nearest_level():
     "view",
     [lambda a: a[:, ::-1], lambda a: a[::2, ::3], np.asfortranarray, lambda a: a.swapaxes(0, 1)],
 )
-def test_strided_arrays_come_out_contiguous(view):
+def test_strided_array_becomes_contiguous(view):
     array = view(colors(6, 9))
     rgb = load_image(array)
     assert_is_rgb(rgb, *array.shape[:2])

@@ -1,4 +1,4 @@
-"""The way back: logits at the size of the picture."""
+"""Resizing of logits to the original image size."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprs_deploy.images import (
-    PreparedImage,
-    resize_logits,
-    unpadded_size,
-)
+from coprs_deploy.images import PreparedImage, resize_logits, sigmoid, unpadded_size
 from tests.unit.image_samples import PROPERTY, SAM, TINY
 
 
@@ -26,7 +22,7 @@ def prepared_of(height, width, geometry):
     return PreparedImage(np.zeros(0, np.float32), np.array(inside), (height, width))
 
 
-def chain_of_interpolations(logits, prepared, geometry):
+def three_interpolations(logits, prepared, geometry):
     side = (geometry.image_size, geometry.image_size)
     height, width = prepared.unpadded_size.tolist()
     exact = torch.from_numpy(logits).double()  # in float32 torch's positions are off by 1e-5 cells
@@ -58,13 +54,13 @@ def chain_of_interpolations(logits, prepared, geometry):
         (5, 2048, SAM),
     ],
 )
-def test_resize_logits_equals_the_chain_of_interpolations(height, width, geometry):
+def test_resize_logits_equals_three_interpolations(height, width, geometry):
     logits = logits_of(2, geometry.mask_size)
     prepared = prepared_of(height, width, geometry)
     resized = resize_logits(logits, prepared, geometry)
     assert resized.shape == (2, height, width)
     assert resized.dtype == np.float32
-    reference = chain_of_interpolations(logits, prepared, geometry)
+    reference = three_interpolations(logits, prepared, geometry)
     # Logits reach 20 here, so that 1e-5 is a few roundings of float32.
     np.testing.assert_allclose(resized, reference, rtol=0, atol=1e-5)
     assert abs((resized - reference).mean(dtype=np.float64)) < 1e-6
@@ -72,7 +68,7 @@ def test_resize_logits_equals_the_chain_of_interpolations(height, width, geometr
 
 @settings(PROPERTY, max_examples=30)
 @given(height=st.integers(1, 200), width=st.integers(1, 200), seed=st.integers(0, 9))
-def test_resized_logits_are_averages_of_what_went_in(height, width, seed):
+def test_resize_logits_stays_within_the_range_of_its_input(height, width, seed):
     logits = logits_of(1, TINY.mask_size, seed)
     prepared = prepared_of(height, width, TINY)
     resized = resize_logits(logits, prepared, TINY)
@@ -82,7 +78,7 @@ def test_resized_logits_are_averages_of_what_went_in(height, width, seed):
     np.testing.assert_allclose(constant, -3.25, atol=1e-5)
 
 
-def test_resized_logits_ignore_cells_that_lie_in_the_padding():
+def test_resize_logits_ignores_cells_in_the_padding():
     prepared = prepared_of(64, 128, TINY)  # the image ends at cell 32 of 64
     logits = logits_of(1, 64)
     changed = logits.copy()
@@ -92,6 +88,14 @@ def test_resized_logits_ignore_cells_that_lie_in_the_padding():
     )
 
 
-def test_no_targets_give_no_logits():
+def test_resize_logits_without_targets_is_empty():
     empty = np.zeros((0, 1, 64, 64), dtype=np.float32)
     assert resize_logits(empty, prepared_of(20, 30, TINY), TINY).shape == (0, 20, 30)
+
+
+def test_sigmoid_of_extreme_logits_does_not_overflow():
+    logits = np.array([-1e30, -50, 0, np.log(3), 50, 1e30], dtype=np.float32)
+    with np.errstate(all="raise"):
+        probabilities = sigmoid(logits)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, [0, 0, 0.5, 0.75, 1, 1], rtol=1e-6)

@@ -1,3 +1,5 @@
+"""The public names of the package, and what importing it loads."""
+
 import ast
 import json
 import subprocess
@@ -11,11 +13,18 @@ import coprs_deploy
 from coprs_deploy.errors import CoPRSError
 
 PUBLIC_NAMES = [
-    "SegmentationResult",
     "CoPRS",
     "CoPRSError",
+    "ImageError",
+    "InstructionError",
+    "PolicyError",
     "PriorEvent",
+    "QueueFullError",
+    "RequestTimeoutError",
+    "RuntimeOptions",
+    "SegmentationResult",
     "TextDelta",
+    "Timings",
     "__version__",
 ]
 
@@ -33,6 +42,7 @@ ANY_LIBRARY = [
     "openvino",
     "pycocotools",
     "safetensors",
+    "supervision",
     "tensorrt",
     "tokenizers",
     "torch",
@@ -63,25 +73,25 @@ def roots_loaded_by(statement):
         "import coprs_deploy; dir(coprs_deploy); coprs_deploy.__version__",
     ],
 )
-def test_importing_the_package_loads_no_library(statement):
+def test_import_package_loads_no_library(statement):
     loaded = roots_loaded_by(statement)
     assert "coprs_deploy" in loaded
     assert loaded.isdisjoint(ANY_LIBRARY)
 
 
-def test_the_runtime_itself_loads_no_heavy_library():
-    loaded = roots_loaded_by("from coprs_deploy import CoPRS, Answer, PriorReady, Words")
+def test_import_runtime_loads_no_heavy_library():
+    loaded = roots_loaded_by("from coprs_deploy import CoPRS, PriorEvent, SegmentationResult")
     assert "numpy" in loaded
     assert loaded.isdisjoint(HEAVY_LIBRARIES)
 
 
-def test_the_public_names_are_these():
+def test_public_names_are_exactly_these():
     assert coprs_deploy.__all__ == PUBLIC_NAMES
     assert dir(coprs_deploy) == sorted(PUBLIC_NAMES)
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES)
-def test_every_public_name_resolves_to_the_thing_of_that_name(name):
+def test_public_name_resolves_to_the_object_of_that_name(name):
     value = getattr(coprs_deploy, name)
     assert value is getattr(coprs_deploy, name)
     if isinstance(value, type):
@@ -89,14 +99,14 @@ def test_every_public_name_resolves_to_the_thing_of_that_name(name):
         assert value.__module__.startswith("coprs_deploy.")
 
 
-def test_a_star_import_brings_every_public_name():
+def test_star_import_has_every_public_name():
     namespace = {}
     exec("from coprs_deploy import *", namespace)
     assert set(PUBLIC_NAMES) <= set(namespace)
     assert namespace["CoPRSError"] is CoPRSError
 
 
-def test_type_checkers_see_the_same_names():
+def test_type_checking_imports_equal_the_lazy_names():
     tree = ast.parse(Path(coprs_deploy.__file__).read_text(encoding="utf-8"))
     guarded = [
         node
@@ -111,12 +121,18 @@ def test_type_checkers_see_the_same_names():
     assert {*seen, "__version__"} == set(PUBLIC_NAMES)
 
 
-def test_an_unknown_name_is_an_attribute_error_that_names_it():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"'coprs_deploy' has no attribute 'Coprs'"):
         _ = coprs_deploy.Coprs
     with pytest.raises(ImportError, match="Coprs"):
         exec("from coprs_deploy import Coprs")
 
 
-def test_the_version_is_that_of_the_installed_distribution():
+def test_version_is_that_of_the_distribution():
     assert coprs_deploy.__version__ == version("coprs-deploy")
+
+
+def test_python_m_coprs_deploy_runs_the_command_line():
+    command = [sys.executable, "-m", "coprs_deploy", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout == f"coprs-deploy {coprs_deploy.__version__}\n"

@@ -1,15 +1,22 @@
+"""Drawing of overlays, heat maps, captions and grids."""
+
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from coprs_deploy.images import sigmoid
 from coprs_deploy.visualization import (
     HEAT_COLORS,
-    SHORTEST_LONG_SIDE,
+    MIN_LONG_SIDE_PX,
     TARGET_COLORS,
+    colorize,
+    draw_grid,
     draw_heatmap,
     draw_overlay,
+    outline_band,
+    wrap_text,
 )
 
 GREY = 120
@@ -29,9 +36,9 @@ def no_masks(height, width):
     return np.zeros((0, height, width), dtype=bool)
 
 
-def pixels(picture):
-    assert picture.mode == "RGB"
-    return np.asarray(picture).astype(int)
+def pixels(image):
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
 
 
 SIZES = [
@@ -47,26 +54,26 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("size", "expected"), SIZES)
-def test_pictures_keep_their_size_or_are_enlarged(size, expected):
+def test_drawing_keeps_the_size_or_enlarges_a_small_image(size, expected):
     rgb = flat(*size)
     prior = np.zeros(size, dtype=np.float32)
     masks = np.ones((2, *size), dtype=bool)
-    for picture in (
+    for drawn in (
         draw_overlay(rgb, no_masks(*size)),
         draw_overlay(rgb, masks),
         draw_heatmap(rgb, prior),
     ):
-        assert (picture.height, picture.width) == expected
-        assert picture.mode == "RGB"
-    assert SHORTEST_LONG_SIDE == 640
+        assert (drawn.height, drawn.width) == expected
+        assert drawn.mode == "RGB"
+    assert MIN_LONG_SIDE_PX == 640
 
 
-def test_without_targets_the_picture_is_untouched():
+def test_overlay_without_targets_is_the_image():
     rgb = np.random.default_rng(0).integers(0, 256, (640, 30, 3), dtype=np.uint8)
     np.testing.assert_array_equal(pixels(draw_overlay(rgb, no_masks(640, 30))), rgb)
 
 
-def test_a_target_is_tinted_and_the_rest_is_dimmed():
+def test_overlay_tints_the_target_and_dims_the_background():
     mask = square(640, 640, slice(200, 440), slice(200, 440))
     drawn = pixels(draw_overlay(flat(640, 640), mask[None]))
     inside = np.array(TARGET_COLORS[0]) * 0.35 + GREY * 0.65
@@ -74,7 +81,7 @@ def test_a_target_is_tinted_and_the_rest_is_dimmed():
     np.testing.assert_allclose(drawn[20, 20], [GREY * 0.55] * 3, atol=1)
 
 
-def test_a_target_is_outlined_in_its_full_color():
+def test_overlay_outlines_the_target_in_its_full_color():
     mask = square(640, 640, slice(200, 440), slice(200, 440))
     drawn = pixels(draw_overlay(flat(640, 640), mask[None]))
     distance = np.abs(drawn - TARGET_COLORS[0]).max(axis=-1)
@@ -85,7 +92,7 @@ def test_a_target_is_outlined_in_its_full_color():
     assert distance[190:210, 100].min() > 60
 
 
-def test_each_target_has_its_own_color():
+def test_overlay_gives_each_target_its_own_color():
     masks = np.stack(
         [square(640, 640, slice(40, 600), slice(100 * n, 100 * n + 90)) for n in range(6)]
     )
@@ -99,14 +106,14 @@ def test_each_target_has_its_own_color():
 
 
 @pytest.mark.parametrize("is_target", [True, False])
-def test_a_mask_of_everything_or_nothing_is_drawn(is_target):
+def test_overlay_draws_full_and_empty_masks(is_target):
     masks = np.full((1, 640, 640), is_target)
     drawn = pixels(draw_overlay(flat(640, 640), masks))
     color = np.array(TARGET_COLORS[0]) * 0.35 + GREY * 0.65 if is_target else [GREY * 0.55] * 3
     np.testing.assert_allclose(drawn[300:340, 300:340], np.broadcast_to(color, (40, 40, 3)), atol=1)
 
 
-def test_a_small_mask_keeps_its_place_when_the_picture_is_enlarged():
+def test_overlay_keeps_the_mask_in_place_when_the_image_is_enlarged():
     mask = square(16, 32, slice(0, 8), slice(16, 32))
     drawn = pixels(draw_overlay(flat(16, 32), mask[None]))
     assert drawn.shape == (320, 640, 3)
@@ -116,7 +123,7 @@ def test_a_small_mask_keeps_its_place_when_the_picture_is_enlarged():
         np.testing.assert_allclose(drawn[row, column], [GREY * 0.55] * 3, atol=2)
 
 
-def test_drawing_changes_none_of_its_inputs():
+def test_drawing_does_not_change_its_inputs():
     rgb, mask = flat(40, 40), square(40, 40, slice(5, 9), slice(5, 9))[None]
     prior = np.ones((40, 40), dtype=np.float32)
     draw_overlay(rgb, mask, "caption")
@@ -129,7 +136,7 @@ def test_drawing_changes_none_of_its_inputs():
 # Captions
 
 
-def test_a_caption_stands_below_the_picture():
+def test_caption_is_below_the_image():
     rgb = flat(640, 640)
     plain = draw_overlay(rgb, no_masks(640, 640))
     framed = draw_overlay(rgb, no_masks(640, 640), "the red cup")
@@ -145,7 +152,7 @@ def strip_height(caption):
     return draw_overlay(flat(640, 640), no_masks(640, 640), caption).height - 640
 
 
-def test_a_long_caption_takes_more_lines_up_to_three():
+def test_long_caption_takes_up_to_three_lines():
     heights = [strip_height("word " * count) for count in (1, 20, 40, 100, 1_000)]
     assert heights[0] < heights[1] < heights[2] == heights[3] == heights[4]
     line = heights[1] - heights[0]
@@ -156,19 +163,19 @@ def test_a_long_caption_takes_more_lines_up_to_three():
 @pytest.mark.parametrize(
     "caption", [" ", "x" * 500, "größer 日本 🎉", "two\nlines", "<think>&amp;</think>"]
 )
-def test_every_caption_is_drawn(caption):
+def test_any_caption_is_drawn_without_a_warning(caption):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = draw_overlay(flat(30, 30), no_masks(30, 30), caption)
-    assert picture.width == 640
-    assert picture.height > 640
+        drawn = draw_overlay(flat(30, 30), no_masks(30, 30), caption)
+    assert drawn.width == 640
+    assert drawn.height > 640
 
 
 # Heatmaps
 
 
 def heat_of(logit, value=GREY):
-    prior = np.full((640, 640), logit, dtype=np.float32)
+    prior = sigmoid(np.full((640, 640), logit, dtype=np.float32))
     return pixels(draw_heatmap(flat(640, 640, value), prior))[320, 320]
 
 
@@ -182,25 +189,25 @@ def heat_of(logit, value=GREY):
         (100.0, HEAT_COLORS[-1], 0.9),
     ],
 )
-def test_heat_is_on_a_fixed_scale(logit, color, weight):
+def test_heatmap_has_a_fixed_scale(logit, color, weight):
     for value in (0, GREY, 255):
         expected = np.array(color) * weight + value * (1 - weight)
         np.testing.assert_allclose(heat_of(logit, value), expected, atol=1.5)
 
 
-def test_more_heat_is_brighter():
+def test_heatmap_is_brighter_for_higher_values():
     brightness = [heat_of(logit).sum() for logit in (-8, -3, -1, 0, 1, 3, 8)]
     assert brightness == sorted(set(brightness))
 
 
-def test_extreme_logits_do_not_overflow():
+def test_heatmap_of_extreme_logits_does_not_overflow():
     prior = np.array([[-1e30, 1e30], [-50, np.finfo(np.float32).max]], dtype=np.float32)
     with np.errstate(all="raise"):
-        drawn = pixels(draw_heatmap(flat(2, 2), prior))
+        drawn = pixels(draw_heatmap(flat(2, 2), sigmoid(prior)))
     assert drawn[10, 10].sum() < drawn[10, -10].sum()
 
 
-def test_the_picture_behind_the_heat_is_grey():
+def test_heatmap_background_is_grey():
     red, blue = flat(640, 640), flat(640, 640)
     red[:] = np.asarray(Image.new("RGB", (1, 1), (200, 0, 0)))
     blue[:] = np.asarray(Image.new("L", (1, 1), 60).convert("RGB"))  # as bright as that red
@@ -209,10 +216,45 @@ def test_the_picture_behind_the_heat_is_grey():
     assert difference.max() <= 1
 
 
-def test_heat_stands_where_the_prior_is_high():
-    prior = np.full((32, 16), -6, dtype=np.float32)
-    prior[20:28, 2:10] = 6
+def test_heatmap_is_bright_where_the_prior_is_high():
+    prior = np.zeros((32, 16), dtype=np.float32)
+    prior[20:28, 2:10] = 1
     drawn = pixels(draw_heatmap(flat(32, 16), prior)).sum(axis=-1)
     assert drawn.shape == (640, 320)
     assert drawn[480, 120] > drawn[200, 120] + 200
     assert drawn[480, 120] > drawn[480, 290] + 200
+
+
+# Primitives
+
+
+def test_colorize_gives_the_anchor_colors_at_equal_steps():
+    steps = np.linspace(0, 1, len(HEAT_COLORS))[None]
+    np.testing.assert_allclose(colorize(steps)[0], HEAT_COLORS)
+
+
+def test_outline_band_surrounds_the_mask_outside_of_its_edge():
+    mask = square(50, 50, slice(20, 30), slice(10, 40))
+    band = outline_band(mask, (100, 100), 3)
+    enlarged = square(100, 100, slice(40, 60), slice(20, 80))
+    around = square(100, 100, slice(38, 62), slice(18, 82))
+    assert np.array_equal(band, around & ~enlarged)
+
+
+def test_wrap_text_keeps_the_words_and_the_width():
+    text = "the large red circle behind the small blue square " * 3
+    lines = wrap_text(text, 17, 200)
+    assert " ".join(lines) == text.strip()
+    assert len(lines) > 3
+    assert wrap_text("", 17, 200) == [""]
+    (cut,) = wrap_text("x" * 500, 17, 200)
+    assert cut.endswith("\u2026")
+
+
+def test_draw_grid_scales_images_into_square_tiles():
+    red = Image.new("RGB", (200, 100), (255, 0, 0))
+    sheet = pixels(draw_grid([[red, red], [red]], 50))
+    assert sheet.shape == (100, 100, 3)
+    assert (sheet[:25] == (255, 0, 0)).all()
+    assert (sheet[50:75, :50] == (255, 0, 0)).all()
+    assert not sheet[25:50].any() and not sheet[50:, 50:].any()

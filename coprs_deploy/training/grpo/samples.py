@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from coprs_deploy.evaluation.metrics import count_pixels, iou, union
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.images import prepare_image, resize_logits, sigmoid
+from coprs_deploy.visualization import draw_grid, draw_heatmap, draw_overlay
 
 if TYPE_CHECKING:
     from coprs_deploy.training.grpo.trainer import JointTrainer, ScoredRollout
@@ -20,16 +20,11 @@ if TYPE_CHECKING:
 TILE_PX = 160
 """Side of one image on a sheet, in pixels."""
 
-DIMMED = 0.35
-"""Brightness of what a mask leaves out."""
-
-PRIOR_COLOR = np.array([255.0, 80.0, 0.0])
-
 
 def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
     """Write the first completions of the last rollout: one sheet, and one JSON line each.
 
-    A row of the sheet is one completion: image with the ground truth, prior, mask.
+    A row of the sheet is one completion: image with the ground gt, prior, mask.
 
     Args:
         trainer: trainer with the rollout.
@@ -49,8 +44,13 @@ def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int)
         example = rollout.items[number].example
         prior, mask = _logits(trainer, rollout, number)
         gt = union(example.masks)
-        rows.append([_cut(example.image, gt), _heat(example.image, prior)])
-        rows[-1].append(_cut(example.image, mask > 0))
+        rows.append(
+            [
+                draw_overlay(example.image, gt[None]),
+                draw_heatmap(example.image, sigmoid(prior)),
+                draw_overlay(example.image, mask[None] > 0),
+            ]
+        )
         lines.append(
             {
                 "step": step,
@@ -61,8 +61,7 @@ def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int)
                 "mask_iou": iou(count_pixels(mask > 0, gt), empty=0.0),
             }
         )
-    sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    Image.fromarray(sheet).save(directory / f"step-{step:06d}.png")
+    draw_grid(rows, TILE_PX).save(directory / f"step-{step:06d}.png")
     with (directory / "completions.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -84,22 +83,3 @@ def _logits(
         largest = chosen.amax(0)[None, None].numpy()
         resized.append(resize_logits(largest, source, geometry)[0])
     return resized[0], resized[1]
-
-
-def _cut(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    shown = np.where(mask[..., None], image, (image * DIMMED).astype(np.uint8))
-    return _tile(shown.astype(np.uint8))
-
-
-def _heat(image: NDArray[np.uint8], logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    share = (0.5 + 0.5 * np.tanh(logits / 2))[..., None]  # the sigmoid, without an overflow
-    shown: NDArray[Any] = (1 - 0.8 * share) * image + 0.8 * share * PRIOR_COLOR
-    return _tile(shown.astype(np.uint8))
-
-
-def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    picture = Image.fromarray(image)
-    picture.thumbnail((TILE_PX, TILE_PX))
-    tile = Image.new("RGB", (TILE_PX, TILE_PX))
-    tile.paste(picture)
-    return np.asarray(tile)

@@ -23,7 +23,7 @@ from coprs_deploy.export.graph_check import WITHOUT_PADDING
 from coprs_deploy.export.samples import sample_inputs
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.export.verifier import verify_bundle
-from coprs_deploy.images import ResizeTransform, prepare_image, require_inside, unpadded_size
+from coprs_deploy.images import ResizeTransform, check_valid_region, prepare_image, unpadded_size
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, Geometry, OptimizationProfile, ValidRegion
@@ -115,9 +115,11 @@ def test_segment_images_outside_valid_region_are_refused_first(exact, monkeypatc
             assert result.masks.shape[1:] == (height, 160)
         requests = []
         monkeypatch.setattr(coprs._policy, "stream", requests.append)
-        with pytest.raises(ImageSizeError, match=r"160 wide it may be 120 high: crop it"):
+        with pytest.raises(ImageSizeError, match=r"at width 160 the height may be 120; crop"):
             coprs.segment(np.zeros((122, 160, 3), np.uint8), "the shape")
-        with pytest.raises(ImageSizeError, match=r"at least as wide as 16:9, 90 wide it may be 67"):
+        with pytest.raises(
+            ImageSizeError, match=r"at least as wide as 16:9: at width 90 the height may be 67"
+        ):
             coprs.segment(WIDE.transpose(1, 0, 2), "the shape")
         with pytest.raises(ImageSizeError):
             next(coprs.segment_many([(np.zeros((160, 160, 3), np.uint8), "the shape")]))
@@ -188,7 +190,7 @@ def test_export_calibration_images_outside_valid_region_are_named(
         cache_dir=tmp_path / "cache",
     )
     monkeypatch.setattr(exporter, "write_int8_graph", None)  # nothing is traced before
-    message = r"4 calibration images do not fit.*\d.png: the picture is 50 x 50 and this image"
+    message = r"4 calibration images do not fit.*\d.png: the image is 50 x 50; this image"
     with pytest.raises(ImageSizeError, match=message):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
@@ -247,12 +249,14 @@ def test_check_image_outside_valid_region_names_accepted_size(aspect_ratio, drop
     valid_region = SAM_SIZES["vit_b"].valid_region(aspect_ratio, drops_padding=drops_padding)
     assert str(valid_region).endswith(f" as {aspect_ratio[0]}:{aspect_ratio[1]}")
     for factor in (1, 3, 7, 50, 120):
-        require_inside(resized(aspect_ratio[1] * factor, aspect_ratio[0] * factor), valid_region)
+        check_valid_region(
+            resized(aspect_ratio[1] * factor, aspect_ratio[0] * factor), valid_region
+        )
     for size in ((1000, 1000), (1000, 999), (999, 1000)):
         with pytest.raises(ImageSizeError) as error:
-            require_inside(resized(*size), valid_region)
-        words = re.search(r"(\d+) (wide|high) it may be (\d+) ", str(error.value))
-        kept, limit, is_wide = int(words[1]), int(words[3]), words[2] == "wide"
+            check_valid_region(resized(*size), valid_region)
+        words = re.search(r"at (width|height) (\d+) the \w+ may be (\d+);", str(error.value))
+        kept, limit, is_wide = int(words[2]), int(words[3]), words[1] == "width"
         for tried, fits in ((limit, True), (limit + 1, False)):
             sides = (tried, kept) if is_wide else (kept, tried)
             assert valid_region.contains(unpadded_size(*sides, 1024)) == fits

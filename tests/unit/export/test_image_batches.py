@@ -65,7 +65,7 @@ def test_export_images_profile_applies_to_encoder_only(bundle):
         assert graphs[name].spec.inputs[0].shape[0] == 1
 
 
-def test_encode_together_equals_encode_alone(graphs, images, monkeypatch):
+def test_encode_batch_equals_encode_alone(graphs, images, monkeypatch):
     alone = [graphs.encode(image).numpy() for image in images]
     encoder = graphs.runners[IMAGE_ENCODER]
     sizes = []
@@ -83,7 +83,7 @@ def test_encode_together_equals_encode_alone(graphs, images, monkeypatch):
     assert np.abs(alone[0] - alone[1]).max() > 100 * ROUNDING * np.abs(alone[0]).max()
 
 
-def test_encode_together_embedding_decodes_in_place(graphs, images):
+def test_encode_batch_embedding_decodes_in_place(graphs, images):
     concentration = np.ones((1, graphs.runners[PRIOR].spec.inputs[1].shape[1]), np.float32)
     for image, embedding in zip(images, graphs.encode_batch(images), strict=True):
         inputs = (concentration, image.unpadded_size)

@@ -1,16 +1,22 @@
+"""The LRU cache of image embeddings."""
+
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from coprs_deploy.runtime.encoder import EmbeddingCache, EncodedImage, picture_key
-
-WAIT_SECONDS = 10
+from coprs_deploy.runtime.encoder import (
+    DecodedImage,
+    EmbeddingCache,
+    ImageEmbedding,
+    content_key,
+)
+from tests.unit.runtime_fakes import WAIT
 
 
 class PendingExecutor:
-    """An encoder for tests: a "picture" is what computes its embedding."""
+    """A fake encoder; the "pixels" of an image are the function that computes its embedding."""
 
     def __init__(self):
         self.futures = []
@@ -31,12 +37,16 @@ class PendingExecutor:
         self.futures.clear()
 
 
-def encoded(number=0):
-    return EncodedImage(np.full(1, number), finished=float(number), milliseconds=1.0)
+def embedding(number=0):
+    return ImageEmbedding(np.full(1, number), finished=float(number), duration_ms=1.0)
 
 
-def never():
-    raise AssertionError("computed though it was known")
+def not_computed():
+    raise AssertionError("computed although it was cached")
+
+
+def image(key, compute=embedding):
+    return DecodedImage(rgb=compute, resize=None, cache_key=key, decode_ms=0.0)
 
 
 @pytest.fixture
@@ -44,99 +54,99 @@ def executor():
     return PendingExecutor()
 
 
-def test_an_embedding_is_computed_once(executor):
+def test_cache_second_request_reuses_the_embedding(executor):
     cache = EmbeddingCache(2, executor)
-    answer = encoded()
-    first, was_known = cache.get_or_submit("picture", lambda: answer)
-    assert not was_known
+    computed = embedding()
+    first = cache.get_or_submit(image("a", lambda: computed))
+    assert not first.is_cached
     executor.run_all()
-    second, is_known = cache.get_or_submit("picture", never)
-    assert is_known
-    assert second is first
-    assert second.result() is answer
+    second = cache.get_or_submit(image("a", not_computed))
+    assert second.is_cached
+    assert second.future is first.future
+    assert second.future.result() is computed
     assert executor.futures == []
     assert len(cache) == 1
 
 
-def test_an_embedding_on_its_way_counts_as_present(executor):
+def test_cache_pending_embedding_counts_as_cached(executor):
     cache = EmbeddingCache(2, executor)
-    first, _ = cache.get_or_submit("picture", encoded)
-    second, is_known = cache.get_or_submit("picture", never)
-    assert is_known
-    assert second is first
-    assert not first.done()
+    first = cache.get_or_submit(image("a"))
+    second = cache.get_or_submit(image("a", not_computed))
+    assert second.is_cached
+    assert second.future is first.future
+    assert not first.future.done()
     assert len(executor.futures) == 1
 
 
-def test_other_pictures_have_other_embeddings(executor):
+def test_cache_different_images_have_different_embeddings(executor):
     cache = EmbeddingCache(2, executor)
-    futures = [cache.get_or_submit(str(n), lambda n=n: encoded(n))[0] for n in range(2)]
+    pending = [cache.get_or_submit(image(str(n), lambda n=n: embedding(n))) for n in range(2)]
     executor.run_all()
-    assert [future.result().finished for future in futures] == [0.0, 1.0]
+    assert [entry.future.result().finished for entry in pending] == [0.0, 1.0]
 
 
-def test_the_least_recently_used_embedding_is_dropped(executor):
+def test_cache_evicts_the_least_recently_used_embedding(executor):
     cache = EmbeddingCache(2, executor)
     for key in ("a", "b"):
-        cache.get_or_submit(key, encoded)
-    cache.get_or_submit("a", never)
-    cache.get_or_submit("c", encoded)
+        cache.get_or_submit(image(key))
+    cache.get_or_submit(image("a", not_computed))
+    cache.get_or_submit(image("c"))
     executor.run_all()
     assert len(cache) == 2
-    assert cache.get_or_submit("a", never)[1]
-    assert cache.get_or_submit("c", never)[1]
-    assert not cache.get_or_submit("b", encoded)[1]
+    assert cache.get_or_submit(image("a", not_computed)).is_cached
+    assert cache.get_or_submit(image("c", not_computed)).is_cached
+    assert not cache.get_or_submit(image("b")).is_cached
 
 
-def test_a_dropped_embedding_still_reaches_who_asked_for_it(executor):
+def test_cache_evicted_embedding_still_reaches_its_request(executor):
     cache = EmbeddingCache(1, executor)
-    dropped, _ = cache.get_or_submit("a", encoded)
-    cache.get_or_submit("b", encoded)
+    evicted = cache.get_or_submit(image("a"))
+    cache.get_or_submit(image("b"))
     executor.run_all()
-    assert dropped.result().milliseconds == 1.0
-    assert not cache.get_or_submit("a", encoded)[1]
+    assert evicted.future.result().duration_ms == 1.0
+    assert not cache.get_or_submit(image("a")).is_cached
 
 
-def test_no_capacity_keeps_nothing(executor):
+def test_cache_without_capacity_keeps_nothing(executor):
     cache = EmbeddingCache(0, executor)
     for _ in range(2):
-        future, was_known = cache.get_or_submit("picture", encoded)
-        assert not was_known
+        pending = cache.get_or_submit(image(""))
+        assert not pending.is_cached
         executor.run_all()
-        assert future.result().milliseconds == 1.0
+        assert pending.future.result().duration_ms == 1.0
     assert len(cache) == 0
 
 
-def test_a_failed_computation_is_forgotten(executor):
+def test_cache_failed_computation_is_dropped(executor):
     cache = EmbeddingCache(2, executor)
 
     def fail():
         raise RuntimeError("out of memory")
 
-    failed, _ = cache.get_or_submit("picture", fail)
+    failed = cache.get_or_submit(image("a", fail))
     executor.run_all()
     with pytest.raises(RuntimeError, match="out of memory"):
-        failed.result()
-    again, was_known = cache.get_or_submit("picture", encoded)
-    assert not was_known
-    assert again is not failed
+        failed.future.result()
+    retried = cache.get_or_submit(image("a"))
+    assert not retried.is_cached
+    assert retried.future is not failed.future
     executor.run_all()
-    assert again.result().milliseconds == 1.0
-    assert cache.get_or_submit("picture", never) == (again, True)
+    assert retried.future.result().duration_ms == 1.0
+    assert cache.get_or_submit(image("a", not_computed)).future is retried.future
     assert len(cache) == 1
 
 
-def test_a_cancelled_computation_is_forgotten(executor):
+def test_cache_cancelled_computation_is_dropped(executor):
     cache = EmbeddingCache(2, executor)
-    cancelled, _ = cache.get_or_submit("picture", never)
-    assert cancelled.cancel()
-    again, was_known = cache.get_or_submit("picture", encoded)
-    assert not was_known
+    cancelled = cache.get_or_submit(image("a", not_computed))
+    assert cancelled.future.cancel()
+    retried = cache.get_or_submit(image("a"))
+    assert not retried.is_cached
     executor.run_all()
-    assert again.result().milliseconds == 1.0
+    assert retried.future.result().duration_ms == 1.0
 
 
-def test_many_threads_encode_a_picture_once():
+def test_cache_concurrent_requests_encode_an_image_once():
     num_threads = 8
     start = threading.Barrier(num_threads)
     release = threading.Event()
@@ -144,51 +154,51 @@ def test_many_threads_encode_a_picture_once():
 
     def compute():
         calls.append(threading.get_ident())
-        assert release.wait(WAIT_SECONDS)
-        return encoded()
+        assert release.wait(WAIT)
+        return embedding()
 
-    with ThreadPoolExecutor(1) as encoder, ThreadPoolExecutor(num_threads) as askers:
+    with ThreadPoolExecutor(1) as encoder, ThreadPoolExecutor(num_threads) as clients:
         cache = EmbeddingCache(2, encoder)
 
-        def ask(_):
-            start.wait(WAIT_SECONDS)
-            return cache.get_or_submit("picture", compute)
+        def request(_):
+            start.wait(WAIT)
+            return cache.get_or_submit(image("a", compute))
 
-        answers = list(askers.map(ask, range(num_threads)))
+        pending = list(clients.map(request, range(num_threads)))
         release.set()
-        assert len({id(future) for future, _ in answers}) == 1
-        assert sorted(known for _, known in answers) == [False] + [True] * (num_threads - 1)
-        answers[0][0].result(WAIT_SECONDS)
+        assert len({id(entry.future) for entry in pending}) == 1
+        assert sorted(e.is_cached for e in pending) == [False] + [True] * (num_threads - 1)
+        pending[0].future.result(WAIT)
     assert len(calls) == 1
 
 
-def test_a_computation_that_nobody_waits_for_is_called_off(executor):
+def test_cache_computation_released_by_every_request_is_cancelled(executor):
     cache = EmbeddingCache(2, executor)
-    first, _ = cache.get_or_submit("picture", never)
-    second, _ = cache.get_or_submit("picture", never)
-    cache.release(first)
-    assert not first.cancelled()  # the second question still waits
-    cache.release(second)
-    assert first.cancelled()
+    first = cache.get_or_submit(image("a", not_computed))
+    second = cache.get_or_submit(image("a", not_computed))
+    first.release()
+    assert not first.future.cancelled()  # the second request still waits
+    second.release()
+    assert first.future.cancelled()
     executor.run_all()
-    third, was_known = cache.get_or_submit("picture", encoded)
-    assert not was_known
+    third = cache.get_or_submit(image("a"))
+    assert not third.is_cached
     executor.run_all()
-    assert third.result().milliseconds == 1.0
+    assert third.future.result().duration_ms == 1.0
 
 
-def test_an_embedding_that_is_there_outlives_its_release(executor):
+def test_cache_computed_embedding_outlives_its_release(executor):
     cache = EmbeddingCache(2, executor)
-    future, _ = cache.get_or_submit("picture", encoded)
+    pending = cache.get_or_submit(image("a"))
     executor.run_all()
-    cache.release(future)
-    assert cache.get_or_submit("picture", never)[1]
+    pending.release()
+    assert cache.get_or_submit(image("a", not_computed)).is_cached
 
 
-def test_a_key_tells_pictures_apart_by_every_pixel_and_the_shape():
+def test_content_key_depends_on_every_pixel_and_the_shape_only():
     rgb = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     changed = rgb.copy()
     changed[1, 2, 2] ^= 1
     wide = np.repeat(rgb, 2, axis=1)
-    assert len({picture_key(rgb), picture_key(changed), picture_key(rgb.reshape(3, 2, 3))}) == 3
-    assert picture_key(rgb) == picture_key(rgb.copy()) == picture_key(wide[:, ::2])
+    assert len({content_key(rgb), content_key(changed), content_key(rgb.reshape(3, 2, 3))}) == 3
+    assert content_key(rgb) == content_key(rgb.copy()) == content_key(wide[:, ::2])

@@ -1,4 +1,4 @@
-"""The image encoder's queue: who goes together, who is called off, and how it ends."""
+"""The queue of the image encoder: batching, cancellation, errors and shutdown."""
 
 import gc
 import threading
@@ -9,49 +9,49 @@ import numpy as np
 import pytest
 
 from coprs_deploy.errors import CoPRSError
-from coprs_deploy.runtime.encoder import EncoderQueue
+from coprs_deploy.runtime.encoder import EncoderQueue, ImageEmbedding
 from coprs_deploy.specs import OptimizationProfile
-from tests.unit.runtime_fakes import GEOMETRY, WAIT, picture
+from tests.unit.runtime_fakes import GEOMETRY, WAIT, image_of
 
 
-class FakeStages:
-    """Encodes a picture as its first number; the first call waits until it is let go."""
+class FakeGraphs:
+    """Encodes an image as its first value; every call waits for ``may_continue``."""
 
     def __init__(self, images):
         self.images = images
         self.batches = []
         self.has_begun = threading.Event()
-        self.may_go_on = threading.Event()
+        self.may_continue = threading.Event()
         self.fails_from = 99
-        self.loses_one = False
+        self.drops_one = False
 
     def encode_batch(self, images):
         self.batches.append(len(images))
         self.has_begun.set()
-        assert self.may_go_on.wait(WAIT)
+        assert self.may_continue.wait(WAIT)
         if len(images) >= self.fails_from:
             raise RuntimeError("out of memory")
-        if self.loses_one:
+        if self.drops_one:
             images = images[1:]
         return [float(prepared.image[0, 0, 0, 0]) for prepared in images]
 
 
 @pytest.fixture
 def start():
-    """Start a queue that is busy with a first picture."""
+    """Start a queue that is busy with a first image."""
     started = []
 
     def starter(*images):
-        stages = FakeStages(OptimizationProfile(*images))
-        queue = EncoderQueue(stages, GEOMETRY)
-        started.append((stages, queue))
-        first = queue.submit(picture(1))
-        assert stages.has_begun.wait(WAIT)
-        return stages, queue, first
+        graphs = FakeGraphs(OptimizationProfile(*images))
+        queue = EncoderQueue(graphs, GEOMETRY)
+        started.append((graphs, queue))
+        first = queue.submit(image_of(1))
+        assert graphs.has_begun.wait(WAIT)
+        return graphs, queue, first
 
     yield starter
-    for stages, queue in started:
-        stages.may_go_on.set()
+    for graphs, queue in started:
+        graphs.may_continue.set()
         queue.close()
 
 
@@ -65,101 +65,119 @@ def start():
         ((1, 2, 5), [1, 5]),
     ],
 )
-def test_what_waits_goes_together_and_nobody_waits_for_company(start, images, batches):
-    stages, queue, first = start(*images)
-    futures = [queue.submit(picture(10 * n)) for n in range(5)]
-    stages.may_go_on.set()
-    found = [future.result(WAIT) for future in (first, *futures)]
-    assert stages.batches == batches
-    assert [encoded.embedding for encoded in found[1:]] == sorted(e.embedding for e in found[1:])
-    assert len({encoded.embedding for encoded in found}) == 6
-    last = [encoded for encoded in found if encoded.finished == found[-1].finished]
+def test_queue_waiting_images_form_batches_of_the_profile(start, images, batches):
+    graphs, queue, first = start(*images)
+    futures = [queue.submit(image_of(10 * n)) for n in range(5)]
+    graphs.may_continue.set()
+    results = [future.result(WAIT) for future in (first, *futures)]
+    assert graphs.batches == batches
+    assert [r.embedding for r in results[1:]] == sorted(r.embedding for r in results[1:])
+    assert len({result.embedding for result in results}) == 6
+    last = [result for result in results if result.finished == results[-1].finished]
     assert len(last) == batches[-1]
-    assert len({encoded.milliseconds for encoded in last}) == 1
+    assert len({result.duration_ms for result in last}) == 1
 
 
-def test_who_was_called_off_takes_no_place(start):
-    stages, queue, _ = start(1, 2, 2)
-    futures = [queue.submit(picture(n)) for n in range(4)]
+def test_queue_cancelled_image_is_left_out_of_the_batch(start):
+    graphs, queue, _ = start(1, 2, 2)
+    futures = [queue.submit(image_of(n)) for n in range(4)]
     assert futures[0].cancel()
     assert futures[2].cancel()
-    stages.may_go_on.set()
-    for kept in (futures[1], futures[3]):
-        kept.result(WAIT)
-    assert stages.batches == [1, 2]
+    graphs.may_continue.set()
+    for remaining in (futures[1], futures[3]):
+        remaining.result(WAIT)
+    assert graphs.batches == [1, 2]
 
 
-def test_pictures_that_cannot_go_together_go_one_by_one(start):
-    stages, queue, _ = start(1, 3, 3)
-    futures = [queue.submit(picture(n)) for n in range(3)]
-    stages.fails_from = 2
-    stages.may_go_on.set()
+def test_queue_failed_batch_is_retried_one_by_one(start):
+    graphs, queue, _ = start(1, 3, 3)
+    futures = [queue.submit(image_of(n)) for n in range(3)]
+    graphs.fails_from = 2
+    graphs.may_continue.set()
     assert len({future.result(WAIT).embedding for future in futures}) == 3
-    assert stages.batches == [1, 3, 1, 1, 1]
+    assert graphs.batches == [1, 3, 1, 1, 1]
 
 
-def test_a_failure_has_an_error_for_each_and_ends_nothing(start):
-    stages, queue, first = start(1, 3, 3)
-    futures = [queue.submit(picture(n)) for n in range(3)]
-    stages.fails_from = 1
-    stages.may_go_on.set()
+def test_queue_failing_encoder_raises_an_error_per_image_and_continues(start):
+    graphs, queue, first = start(1, 3, 3)
+    futures = [queue.submit(image_of(n)) for n in range(3)]
+    graphs.fails_from = 1
+    graphs.may_continue.set()
     errors = [future.exception(WAIT) for future in (first, *futures)]
     assert [str(error) for error in errors] == ["out of memory"] * 4
     assert len({id(error) for error in errors}) == 4  # raised in several threads
-    assert stages.batches == [1, 3, 1, 1, 1]  # the one that came alone was not tried again
-    stages.fails_from = 99
-    assert queue.submit(picture(7)).result(WAIT).embedding != 0
+    assert graphs.batches == [1, 3, 1, 1, 1]  # a single image is not retried
+    graphs.fails_from = 99
+    assert queue.submit(image_of(7)).result(WAIT).embedding != 0
 
 
-def test_nobody_waits_for_an_embedding_that_is_missing(start):
-    stages, queue, first = start(1, 2, 2)
-    stages.loses_one = True
-    stages.may_go_on.set()
-    with pytest.raises(AssertionError, match="an embedding a picture"):
+def test_queue_missing_embedding_is_an_error_for_its_request(start):
+    graphs, queue, first = start(1, 2, 2)
+    graphs.drops_one = True
+    graphs.may_continue.set()
+    with pytest.raises(AssertionError, match="one embedding per image"):
         first.result(WAIT)
-    stages.loses_one = False
-    assert queue.submit(picture(7)).result(WAIT).embedding != 0
+    graphs.drops_one = False
+    assert queue.submit(image_of(7)).result(WAIT).embedding != 0
 
 
-def test_closing_calls_off_what_waits_and_waits_for_what_runs(start):
-    stages, queue, first = start(1, 1, 1)
-    waiting = queue.submit(picture(2))
+def test_queue_close_cancels_waiting_images_and_finishes_the_running_one(start):
+    graphs, queue, first = start(1, 1, 1)
+    waiting = queue.submit(image_of(2))
     closing = threading.Thread(target=queue.close)
     closing.start()
     with pytest.raises(CancelledError):
         waiting.result(WAIT)
     assert closing.is_alive()
-    stages.may_go_on.set()
+    graphs.may_continue.set()
     closing.join(WAIT)
     assert not closing.is_alive()
-    assert first.result(0).milliseconds > 0
-    assert stages.batches == [1]
+    assert first.result(0).duration_ms > 0
+    assert graphs.batches == [1]
     with pytest.raises(CoPRSError, match="the runtime was closed"):
-        queue.submit(picture(3))
-    queue.close()  # a second time does nothing
+        queue.submit(image_of(3))
+    queue.close()  # closing twice has no effect
 
 
-def test_a_queue_that_nobody_closed_ends_with_its_last_user():
-    queue = EncoderQueue(FakeStages(OptimizationProfile()), GEOMETRY)
-    queue._stages.may_go_on.set()
-    queue.submit(picture(1)).result(WAIT)
-    (thread,) = queue._thread._threads
-    gone = weakref.ref(queue._stages)
-    del queue
+def test_queue_without_close_ends_its_thread_with_the_last_reference():
+    graphs = FakeGraphs(OptimizationProfile())
+    graphs.may_continue.set()
+    before = set(threading.enumerate())
+    queue = EncoderQueue(graphs, GEOMETRY)
+    queue.submit(image_of(1)).result(WAIT)
+    (thread,) = set(threading.enumerate()) - before
+    reference = weakref.ref(graphs)
+    del queue, graphs
     gc.collect()
     thread.join(WAIT)
     assert not thread.is_alive()
-    assert gone() is None
+    assert reference() is None
 
 
-def test_the_queue_keeps_no_picture_alive(start):
-    stages, queue, _ = start(1, 2, 2)
-    stages.may_go_on.set()
-    rgb = np.array(picture(4))
-    gone = weakref.ref(rgb)
+def test_queue_keeps_no_image_alive(start):
+    graphs, queue, _ = start(1, 2, 2)
+    graphs.may_continue.set()
+    rgb = np.array(image_of(4))
+    reference = weakref.ref(rgb)
     future = queue.submit(rgb)
     future.result(WAIT)
-    queue.submit(picture(5)).result(WAIT)  # the thread has left the batch before
+    queue.submit(image_of(5)).result(WAIT)  # the thread has left the previous batch
     del rgb, future
     gc.collect()
-    assert gone() is None
+    assert reference() is None
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "overlap_ms"),
+    [
+        (0.0, 20.0, 2000.0),
+        (9.0, 9.5, 500.0),
+        (8.5, 9.25, 750.0),
+        (9.5, 20.0, 500.0),
+        (10.0, 20.0, 0.0),
+        (0.0, 8.0, 0.0),
+    ],
+)
+def test_image_embedding_overlap_is_the_intersection_of_both_intervals(start_s, end_s, overlap_ms):
+    encoded = ImageEmbedding(None, finished=10.0, duration_ms=2000.0)
+    assert encoded.overlap_ms(start_s, end_s) == pytest.approx(overlap_ms)

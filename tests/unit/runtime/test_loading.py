@@ -1,4 +1,4 @@
-"""Which runtime opens each graph: the bundle's own, the asked one, or the measured one."""
+"""Runtime of each graph: the bundle's own, a requested one, or the measured one."""
 
 import logging
 
@@ -8,7 +8,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines.autotune import RuntimeChoice
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.runtime import CoPRS, RuntimeOptions, loading
-from coprs_deploy.runtime.loading import open_graphs, resolve_runtimes
+from coprs_deploy.runtime.loading import choose_runtimes, open_graphs
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER
 
 
@@ -19,11 +19,11 @@ def bundle(tiny_bundle):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Choices in place of measured ones: OpenVINO for the image encoder."""
-    asked = {}
+    """Fake measurement: OpenVINO for the image encoder; records the arguments of autotune."""
+    arguments = {}
 
-    def choose(bundle, options, retune, report):
-        asked.update(options=options, retune=retune)
+    def autotune(bundle, options, retune, cache, report):
+        arguments.update(options=options, retune=retune, cache=cache)
         return {
             name: RuntimeChoice(
                 name, "openvino" if name == IMAGE_ENCODER else "onnxruntime", "for a test"
@@ -31,40 +31,40 @@ def measured(monkeypatch):
             for name in GRAPH_NAMES
         }
 
-    monkeypatch.setattr(loading, "autotune", choose)
-    return asked
-
-
-def runtimes(stages):
-    return [runner.description.split()[0] for runner in stages.runners.values()]
+    monkeypatch.setattr(loading, "autotune", autotune)
+    return arguments
 
 
 @pytest.mark.parametrize(
     ("runtime", "opened"),
     [(None, "onnxruntime"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")],
 )
-def test_the_runtime_that_was_asked_for_opens_every_graph(bundle, runtime, opened):
+def test_open_graphs_uses_the_requested_runtime(bundle, runtime, opened):
     options = RuntimeOptions(runtime=runtime)
-    assert resolve_runtimes(bundle, options) == ()
-    with open_graphs(bundle, options) as stages:
-        assert runtimes(stages) == [opened] * 3
+    assert choose_runtimes(bundle, options) == ()
+    with open_graphs(bundle, options) as graphs:
+        descriptions = [runner.description for runner in graphs.runners.values()]
+    assert [description.split()[0] for description in descriptions] == [opened] * 3
 
 
-def test_auto_opens_what_was_measured_and_tells_it(tiny_bundle, measured, scene, caplog):
-    options = RuntimeOptions(runtime="auto", retune=True, num_threads=1)
+def test_load_with_auto_opens_and_logs_the_measured_runtimes(
+    tiny_bundle, measured, scene, caplog, tmp_path
+):
+    options = RuntimeOptions(runtime="auto", retune=True, num_threads=1, cache_dir=tmp_path)
     with caplog.at_level(logging.INFO), CoPRS.load(tiny_bundle, options) as coprs:
-        assert runtimes(coprs._stages) == ["openvino", "onnxruntime", "onnxruntime"]
-        assert [choice.graph for choice in coprs.choices] == list(GRAPH_NAMES)
-        answer = coprs.segment(scene, "the red disc")
-    assert answer.found
-    assert "openvino" in answer.runtime
-    assert "onnxruntime" in answer.runtime
+        assert coprs.description.startswith("graphs: openvino")
+        assert " + onnxruntime" in coprs.description
+        assert [choice.graph for choice in coprs.runtime_choices] == list(GRAPH_NAMES)
+        result = coprs.segment(scene, "the red disc")
+    assert result.found
+    assert result.runtime == coprs.description
     assert "image_encoder: openvino, for a test" in caplog.messages
     assert (measured["options"].num_threads, measured["retune"]) == (1, True)
+    assert measured["cache"].root == tmp_path
 
 
 @pytest.mark.parametrize("runtime", ["tensorrt", "openvin0"])
-def test_a_runtime_that_cannot_run_the_graphs_is_refused(bundle, runtime):
+def test_open_graphs_unsuitable_runtime_is_refused(bundle, runtime):
     message = (
         f"runtime is '{runtime}'.*exported for onnxruntime in fp32; accepted: onnxruntime, openvino"
     )
@@ -72,19 +72,19 @@ def test_a_runtime_that_cannot_run_the_graphs_is_refused(bundle, runtime):
         open_graphs(bundle, RuntimeOptions(runtime=runtime))
 
 
-def test_bfloat16_needs_a_runtime_that_computes_in_it(bundle):
+def test_open_graphs_bf16_on_a_runtime_without_it_is_refused(bundle):
     with pytest.raises(ValueError, match=r"'bf16', and onnxruntime computes in the precision"):
         open_graphs(bundle, RuntimeOptions(inference_precision="bf16"))
 
 
-def test_graphs_that_were_opened_are_closed_when_another_cannot_be(bundle, monkeypatch):
+def test_open_graphs_failure_closes_the_graphs_before_it(bundle, monkeypatch):
     closed = []
-    opened = loading.open_bundle_graph
+    open_bundle_graph = loading.open_bundle_graph
 
     def failing(bundle, name, options, runtime):
         if name == GRAPH_NAMES[-1]:
             raise RuntimeUnavailableError("no more")
-        runner = opened(bundle, name, options, runtime)
+        runner = open_bundle_graph(bundle, name, options, runtime)
         monkeypatch.setattr(runner, "close", lambda: closed.append(name))
         return runner
 
@@ -92,3 +92,35 @@ def test_graphs_that_were_opened_are_closed_when_another_cannot_be(bundle, monke
     with pytest.raises(RuntimeUnavailableError, match="no more"):
         open_graphs(bundle, RuntimeOptions())
     assert closed == list(reversed(GRAPH_NAMES[:-1]))
+
+
+def test_load_passes_options_to_graphs_and_policy(tiny_bundle, scene, tmp_path, monkeypatch):
+    opened = []
+    open_bundle_graph = loading.open_bundle_graph
+
+    def recording(bundle, name, options, runtime):
+        opened.append(options)
+        return open_bundle_graph(bundle, name, options, runtime)
+
+    monkeypatch.setattr(loading, "open_bundle_graph", recording)
+    options = RuntimeOptions(
+        policy_dtype="bfloat16", num_threads=1, max_cached_images=0, cache_dir=tmp_path
+    )
+    with CoPRS.load(tiny_bundle, options) as coprs:
+        assert coprs.description.endswith("torch.bfloat16")
+        assert coprs.segment(scene, "the red disc").found
+        assert coprs.num_cached_images == 0
+    assert len(opened) == 3
+    assert {(o.num_threads, o.cache) for o in opened} == {(1, tmp_path)}
+
+
+def test_load_reports_its_progress(tiny_bundle):
+    steps = []
+    CoPRS.load(tiny_bundle, progress=steps.append).close()
+    assert steps[:2] == [
+        "verifying the bundle's files",
+        "loading graphs and policy (transformers)",
+    ]
+    assert steps[2].startswith("graphs ready after")
+    assert steps[3].startswith("policy ready after")
+    assert "transformers qwen2_5_vl on cpu" in steps[3]

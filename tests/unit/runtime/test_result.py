@@ -1,17 +1,20 @@
-"""An answer as a value: what it shows, what it writes, and what can be read back."""
+"""SegmentationResult: arrays, scores, exporters and files."""
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.images import prepare_image, resize_logits, sigmoid
 from coprs_deploy.runtime import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.result import LowResolutionLogits
 from coprs_deploy.specs import Geometry
+from coprs_deploy.visualization import draw_overlay
 
 HEIGHT, WIDTH = 30, 50
 GEOMETRY = Geometry(image_size=64, patch_size=8, out_chans=8)
@@ -22,171 +25,263 @@ PYCOCOTOOLS_DECODES = pytest.mark.filterwarnings(
 """The package only encodes; decoding in pycocotools 2.0 warns under numpy 2."""
 
 
-def make_maps(generator, targets=1):
-    side = GEOMETRY.mask_size
-    logits = 4 * generator.standard_normal((targets, 1, side, side), dtype=np.float32)
+def low_resolution(logits):
     prepared = prepare_image(np.zeros((HEIGHT, WIDTH, 3), np.uint8), GEOMETRY)
     return LowResolutionLogits.of(logits, prepared, GEOMETRY)
 
 
-def make_answer(targets=1, **changes):
+def random_logits(generator, num_targets=1):
+    side = GEOMETRY.mask_size
+    return low_resolution(
+        4 * generator.standard_normal((num_targets, 1, side, side), dtype=np.float32)
+    )
+
+
+def make_result(num_targets=1, **changes):
     generator = np.random.default_rng(0)
-    prior_maps, mask_maps = (make_maps(generator, targets) for _ in range(2))
+    prior_logits, mask_logits = (random_logits(generator, num_targets) for _ in range(2))
     values = {
-        "found": targets > 0,
-        "masks": mask_maps.at_original_size > 0,
-        "mask_maps": mask_maps,
-        "prior_maps": prior_maps,
+        "masks": mask_logits.at_original_size > 0,
         "reasoning": "the red disc is on the left",
         "response": "<think>the red disc is on the left</think><REF_POS>",
-        "reason": "" if targets else "no <REF_POS> was written: the policy ended its answer",
-        "format_faults": (),
+        "stop_reason": "targets_reached" if num_targets else "end_of_text",
+        "format_violations": (),
         "instruction": "the “red” disc",
         "timings": Timings(total_ms=12.4, response_tokens=9),
         "runtime": "graphs: one; policy: another",
         "image": generator.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8),
+        "_mask_logits": mask_logits,
+        "_prior_logits": prior_logits,
     }
     return SegmentationResult(**{**values, **changes})
 
 
-def test_the_last_target_counts():
-    answer = make_answer(targets=3)
-    assert np.array_equal(answer.mask, answer.masks[2])
-    assert np.array_equal(answer.prior, answer.priors[2])
-    assert not np.array_equal(answer.masks[1], answer.masks[2])
+def rectangle(y1, y2, x1, x2):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
 
 
-def test_logits_come_to_the_size_of_the_picture_when_they_are_looked_at(monkeypatch):
-    answer = make_answer(targets=2)
-    calls = []
+class TestArrays:
+    def test_mask_and_prior_are_those_of_the_last_target(self):
+        result = make_result(num_targets=3)
+        assert np.array_equal(result.mask, result.masks[2])
+        assert np.array_equal(result.prior, sigmoid(result.prior_logits[2]))
+        assert not np.array_equal(result.masks[1], result.masks[2])
 
-    def resize(logits, placed, geometry):
-        calls.append(logits)
-        return resize_logits(logits, placed, geometry)
+    def test_prior_is_a_heat_map_between_0_and_1(self):
+        prior = make_result().prior
+        assert prior.shape == (HEIGHT, WIDTH)
+        assert prior.dtype == np.float32
+        assert 0 <= prior.min() < 0.1 < 0.9 < prior.max() <= 1
 
-    monkeypatch.setattr("coprs_deploy.runtime.result.resize_logits", resize)
-    fresh = dataclasses.replace(answer, prior_maps=make_maps(np.random.default_rng(1), 2))
-    assert not calls
-    assert fresh.priors.shape == (2, HEIGHT, WIDTH)
-    assert fresh.prior is not None and PriorEvent(fresh.prior_maps).priors is fresh.priors
-    assert len(calls) == 1 and calls[0] is fresh.prior_maps.logits
+    def test_logits_are_resized_once_on_first_access(self, monkeypatch):
+        result = make_result(num_targets=2)
+        calls = []
 
+        def resize(logits, sizes, geometry):
+            calls.append(logits)
+            return resize_logits(logits, sizes, geometry)
 
-def test_masks_are_cut_from_their_logits():
-    answer = make_answer(targets=2)
-    assert answer.mask_logits.shape == answer.masks.shape
-    assert np.array_equal(answer.masks, answer.mask_logits > 0)
+        monkeypatch.setattr("coprs_deploy.runtime.result.resize_logits", resize)
+        logits = random_logits(np.random.default_rng(1), 2)
+        fresh = dataclasses.replace(result, _prior_logits=logits)
+        assert not calls
+        assert fresh.prior_logits.shape == (2, HEIGHT, WIDTH)
+        event = PriorEvent(logits)
+        assert event.prior_logits is fresh.prior_logits
+        assert np.array_equal(event.prior, fresh.prior)
+        assert len(calls) == 1 and calls[0] is logits.logits
 
+    def test_masks_are_mask_logits_above_0(self):
+        result = make_result(num_targets=2)
+        assert result.mask_logits.shape == result.masks.shape
+        assert np.array_equal(result.masks, result.mask_logits > 0)
 
-def test_nothing_found_gives_an_empty_mask_and_a_prior_without_hope():
-    answer = make_answer(targets=0)
-    assert not answer.found
-    assert answer.mask.shape == answer.prior.shape == (HEIGHT, WIDTH)
-    assert answer.mask.dtype == np.bool_
-    assert not answer.mask.any()
-    assert answer.prior.dtype == np.float32
-    assert (answer.prior == -50).all()
-    assert answer.rle() == []
+    def test_no_match_has_empty_arrays_and_a_zero_prior(self):
+        result = make_result(num_targets=0)
+        assert not result.found
+        assert result.mask.shape == result.prior.shape == (HEIGHT, WIDTH)
+        assert result.mask.dtype == np.bool_
+        assert not result.mask.any()
+        assert result.prior.dtype == np.float32
+        assert not result.prior.any()
+        assert result.scores.shape == result.areas.shape == (0,)
+        assert result.boxes.shape == (0, 4)
 
-
-@PYCOCOTOOLS_DECODES
-@pytest.mark.parametrize("targets", [1, 2])
-def test_run_lengths_decode_back_to_the_masks(targets):
-    answer = make_answer(targets)
-    encoded = json.loads(json.dumps(answer.rle()))
-    assert [entry["size"] for entry in encoded] == [[HEIGHT, WIDTH]] * targets
-    for entry, mask in zip(encoded, answer.masks, strict=True):
-        assert np.array_equal(coco.decode(entry).astype(bool), mask)
-
-
-@PYCOCOTOOLS_DECODES
-@pytest.mark.parametrize("value", [False, True])
-def test_run_lengths_hold_for_empty_and_full_masks(value):
-    masks = np.full((1, HEIGHT, WIDTH), value)
-    (encoded,) = make_answer(masks=masks).rle()
-    assert np.array_equal(coco.decode(encoded).astype(bool), masks[0])
-
-
-def test_json_holds_everything_but_the_arrays():
-    answer = make_answer(targets=2, format_faults=("no thought is marked",))
-    data = json.loads(json.dumps(answer.to_json()))
-    assert data["found"] is True
-    assert data["instruction"] == "the “red” disc"
-    assert data["image_size"] == [HEIGHT, WIDTH]
-    assert data["mask_pixels"] == [int(mask.sum()) for mask in answer.masks]
-    assert data["format_faults"] == ["no thought is marked"]
-    assert data["timings"] == dataclasses.asdict(answer.timings)
-    assert data["masks"] == answer.rle()
-    left_out = {"prior_maps", "mask_maps", "image"}
-    assert {f.name for f in dataclasses.fields(SegmentationResult)} - left_out <= set(data)
+    def test_boxes_and_areas_are_those_of_the_masks(self):
+        masks = np.stack(
+            [
+                rectangle(0, HEIGHT, 0, WIDTH),
+                rectangle(3, 4, 7, 8),
+                rectangle(2, 5, 10, 20) | rectangle(20, 25, 5, 6),
+                rectangle(0, 0, 0, 0),
+            ]
+        )
+        result = make_result(masks=masks)
+        assert result.boxes.tolist() == [[0, 0, 50, 30], [7, 3, 8, 4], [5, 2, 20, 25], [0, 0, 0, 0]]
+        assert result.areas.tolist() == [1500, 1, 35, 0]
 
 
-@pytest.mark.parametrize("targets", [0, 1, 2])
-def test_what_is_saved_is_what_was_answered(tmp_path, targets):
-    answer = make_answer(targets)
-    directory = tmp_path / "new" / "answer"
-    written = answer.save(directory)
-    suffixes = [""] if targets < 2 else ["-1", "-2"]
-    names = {f"{kind}{suffix}" for kind in ("mask", "prior") for suffix in suffixes}
-    assert set(written) == {"overlay", "result", *names}
-    assert {path.name for path in directory.iterdir()} == {p.name for p in written.values()}
-    masks = answer.masks if targets else answer.mask[None]
-    for suffix, mask in zip(suffixes, masks, strict=True):
-        with Image.open(written[f"mask{suffix}"]) as picture:
-            assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
-            assert np.array_equal(np.asarray(picture), mask * np.uint8(255))
-        with Image.open(written[f"prior{suffix}"]) as picture:
-            assert picture.mode == "RGB"
-    text = written["result"].read_text(encoding="utf-8")
-    assert json.loads(text) == answer.to_json()
-    assert "“red”" in text  # letters are kept for people, not escaped
-    assert text.endswith("}\n")
+class TestScores:
+    def test_score_is_the_ratio_of_areas_above_both_offsets_inside_the_image(self):
+        side = GEOMETRY.mask_size  # 32 cells of 2 pixels; the image covers 64 x 38 pixels: 19 rows
+        logits = np.full((2, 1, side, side), -5.0, dtype=np.float32)
+        logits[0, 0, :4, :10] = 5.0
+        logits[0, 0, 4, :10] = 0.5  # above -1 only
+        logits[0, 0, 19:] = 5.0  # padding
+        logits[1, 0, :2] = 1.0  # not above 1
+        result = make_result(num_targets=2, _mask_logits=low_resolution(logits))
+        assert result.scores.tolist() == [40 / 50, 0.0]
+
+    def test_score_of_an_empty_mask_is_0(self):
+        side = GEOMETRY.mask_size
+        logits = low_resolution(np.full((1, 1, side, side), -5.0, dtype=np.float32))
+        assert logits.stability_scores.tolist() == [0.0]
+
+    def test_score_equals_the_definition_of_segment_anything(self):
+        logits = random_logits(np.random.default_rng(3), 4)
+        inside = logits.logits[:, 0, :19]
+        expected = (inside > 1.0).sum((1, 2)) / (inside > -1.0).sum((1, 2))
+        np.testing.assert_allclose(logits.stability_scores, expected)
+        assert logits.stability_scores is logits.stability_scores  # computed once
 
 
-def test_saving_again_replaces_the_files(tmp_path):
-    make_answer().save(tmp_path)
-    other = make_answer(reasoning="another thought")
-    other.save(str(tmp_path))
-    assert json.loads((tmp_path / "result.json").read_text())["reasoning"] == "another thought"
+class TestExporters:
+    @PYCOCOTOOLS_DECODES
+    @pytest.mark.parametrize("num_targets", [1, 2])
+    def test_to_json_masks_decode_to_the_masks(self, num_targets):
+        result = make_result(num_targets)
+        encoded = json.loads(json.dumps(result.to_json()))["masks"]
+        assert [entry["size"] for entry in encoded] == [[HEIGHT, WIDTH]] * num_targets
+        for entry, mask in zip(encoded, result.masks, strict=True):
+            assert np.array_equal(coco.decode(entry).astype(bool), mask)
+
+    @PYCOCOTOOLS_DECODES
+    @pytest.mark.parametrize("value", [False, True])
+    def test_to_json_holds_for_empty_and_full_masks(self, value):
+        masks = np.full((1, HEIGHT, WIDTH), value)
+        (encoded,) = make_result(masks=masks).to_json()["masks"]
+        assert np.array_equal(coco.decode(encoded).astype(bool), masks[0])
+
+    def test_to_json_holds_everything_but_the_arrays(self):
+        result = make_result(num_targets=2, format_violations=("no_reasoning",))
+        data = json.loads(json.dumps(result.to_json()))
+        assert data["found"] is True
+        assert data["instruction"] == "the “red” disc"
+        assert data["stop_reason"] == "targets_reached"
+        assert data["image_size"] == [HEIGHT, WIDTH]
+        assert data["areas"] == result.areas.tolist()
+        assert data["boxes"] == result.boxes.tolist()
+        assert data["scores"] == result.scores.tolist()
+        assert data["format_violations"] == ["no_reasoning"]
+        assert data["timings"] == dataclasses.asdict(result.timings)
+        omitted = {"_prior_logits", "_mask_logits", "image"}
+        assert {f.name for f in dataclasses.fields(SegmentationResult)} - omitted <= set(data)
+
+    @PYCOCOTOOLS_DECODES
+    def test_to_coco_gives_results_that_match_the_masks(self):
+        result = make_result(num_targets=2)
+        results = json.loads(json.dumps(result.to_coco(image_id=42, category_id=3)))
+        assert len(results) == 2
+        for entry, mask, score in zip(results, result.masks, result.scores, strict=True):
+            assert (entry["image_id"], entry["category_id"]) == (42, 3)
+            assert np.array_equal(coco.decode(entry["segmentation"]).astype(bool), mask)
+            assert entry["bbox"] == coco.toBbox(entry["segmentation"]).tolist()
+            assert entry["area"] == coco.area(entry["segmentation"])
+            assert entry["score"] == score
+
+    def test_to_coco_without_a_match_is_empty(self):
+        assert make_result(num_targets=0).to_coco() == []
+
+    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+    @pytest.mark.parametrize("num_targets", [0, 2])
+    def test_to_supervision_gives_detections(self, num_targets):
+        supervision = pytest.importorskip("supervision")
+        result = make_result(num_targets)
+        detections = result.to_supervision()
+        assert isinstance(detections, supervision.Detections)
+        assert len(detections) == num_targets
+        np.testing.assert_array_equal(detections.xyxy, result.boxes)
+        np.testing.assert_array_equal(detections.mask, result.masks)
+        np.testing.assert_allclose(detections.confidence, result.scores, rtol=1e-6)
+        assert list(detections.data["class_name"]) == [result.instruction] * num_targets
+
+    def test_to_supervision_without_the_package_names_the_pip_line(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "supervision", None)
+        with pytest.raises(MissingDependencyError, match=r"pip install 'coprs-deploy\[supervis"):
+            make_result().to_supervision()
+
+    def test_plot_is_the_overlay_with_the_instruction(self):
+        result = make_result(2)
+        expected = draw_overlay(result.image, result.masks, result.instruction)
+        np.testing.assert_array_equal(np.asarray(result.plot()), np.asarray(expected))
+
+
+class TestSave:
+    @pytest.mark.parametrize("num_targets", [0, 1, 2])
+    def test_save_writes_overlay_masks_priors_and_json(self, tmp_path, num_targets):
+        result = make_result(num_targets)
+        directory = tmp_path / "new" / "result"
+        written = result.save(directory)
+        suffixes = [""] if num_targets < 2 else ["-1", "-2"]
+        names = {f"{kind}{suffix}" for kind in ("mask", "prior") for suffix in suffixes}
+        assert set(written) == {"overlay", "result", *names}
+        assert {path.name for path in directory.iterdir()} == {p.name for p in written.values()}
+        masks = result.masks if num_targets else result.mask[None]
+        for suffix, mask in zip(suffixes, masks, strict=True):
+            with Image.open(written[f"mask{suffix}"]) as image:
+                assert (image.mode, image.size) == ("L", (WIDTH, HEIGHT))
+                assert np.array_equal(np.asarray(image), mask * np.uint8(255))
+            with Image.open(written[f"prior{suffix}"]) as image:
+                assert image.mode == "RGB"
+        text = written["result"].read_text(encoding="utf-8")
+        assert json.loads(text) == result.to_json()
+        assert "“red”" in text  # not escaped
+        assert text.endswith("}\n")
+
+    def test_save_twice_replaces_the_files(self, tmp_path):
+        make_result().save(tmp_path)
+        make_result(reasoning="another text").save(str(tmp_path))
+        saved = json.loads((tmp_path / "result.json").read_text())
+        assert saved["reasoning"] == "another text"
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"),
+    ("result", "text"),
     [
         (
-            make_answer(masks=np.ones((1, HEIGHT, WIDTH), dtype=bool)),
-            "SegmentationResult(1 mask covering 100.0% of 50x30, 12 ms, "
+            make_result(masks=np.ones((1, HEIGHT, WIDTH), dtype=bool)),
+            "SegmentationResult(1 mask covering 100.0% of 50x30, targets_reached, 12 ms, "
             "reasoning='the red disc is on the left')",
         ),
         (
-            make_answer(2, masks=np.zeros((2, HEIGHT, WIDTH), dtype=bool), reasoning="x" * 61),
-            f"SegmentationResult(2 masks covering 0.0%, 0.0% of 50x30, 12 ms, reasoning='{'x' * 57}...')",
+            make_result(2, masks=np.zeros((2, HEIGHT, WIDTH), dtype=bool), reasoning="x" * 61),
+            "SegmentationResult(2 masks covering 0.0%, 0.0% of 50x30, targets_reached, 12 ms, "
+            f"reasoning='{'x' * 57}...')",
         ),
         (
-            make_answer(0, reasoning="x" * 60),
-            "SegmentationResult(nothing found: no <REF_POS> was written: the policy ended its answer; 50x30, "
+            make_result(0, reasoning="x" * 60),
+            "SegmentationResult(nothing found in 50x30, end_of_text, 12 ms, "
             f"reasoning='{'x' * 60}')",
         ),
     ],
 )
-def test_an_answer_in_a_shell_is_one_short_line(answer, text):
-    assert repr(answer) == text
+def test_repr_is_one_short_line(result, text):
+    assert repr(result) == text
 
 
-def test_an_answer_cannot_be_changed():
+def test_result_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        make_answer().found = False
+        make_result().response = ""
 
 
 @pytest.mark.parametrize(
     "make",
-    [
-        make_answer,
-        lambda: PriorEvent(make_maps(np.random.default_rng(0))),
-    ],
-    ids=["answer", "prior"],
+    [make_result, lambda: PriorEvent(random_logits(np.random.default_rng(0)))],
+    ids=["result", "prior"],
 )
-def test_what_holds_arrays_is_compared_by_identity(make):
+def test_result_and_prior_are_compared_by_identity(make):
     first, second = make(), make()
     assert first == first
     assert first != second

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.server.app import build_app
 from coprs_deploy.server.events import EVENT_STREAM
-from tests.unit.runtime_fakes import WAIT, FakePolicy
+from tests.unit.runtime_fakes import WAIT, FakePolicy, join_stream_threads
 
 MAX_BYTES = 100_000
 
@@ -37,7 +37,7 @@ def connect(build):
     return builder
 
 
-def ask(client, image=None, headers=None, **fields):
+def post(client, image=None, headers=None, **fields):
     files = {"image": ("a.png", png() if image is None else image)}
     return client.post(
         "/segment", files=files, data={"instruction": "the cup", **fields}, headers=headers
@@ -52,15 +52,15 @@ def events_of(response):
     return [(name[len("event: ") :], json.loads(data[len("data: ") :])) for name, data in parts]
 
 
-class TestAnswers:
-    def test_an_answer_is_that_of_the_runtime(self, connect, build):
+class TestResults:
+    def test_segment_returns_the_result_of_the_runtime(self, connect, build):
         client, policy = connect()
-        response = ask(client, targets=2, max_new_tokens=5)
+        response = post(client, max_targets=2, max_new_tokens=5)
         assert response.status_code == 200
         expected = build()[0].segment(png(), "the cup", 2, 5).to_json()
-        for found in (answer := response.json()), expected:
-            del found["timings"]
-        assert answer == expected
+        for result in (received := response.json()), expected:
+            del result["timings"]
+        assert received == expected
         (request,) = policy.requests
         assert (request.instruction, request.max_targets, request.max_new_tokens) == (
             "the cup",
@@ -68,31 +68,35 @@ class TestAnswers:
             5,
         )
 
-    def test_nothing_found_is_an_answer(self, connect):
+    def test_segment_no_match_is_a_result(self, connect):
         client, _ = connect(FakePolicy(found=0))
-        response = ask(client)
+        response = post(client)
         assert (response.status_code, response.json()["found"]) == (200, False)
 
-    def test_events_come_in_their_order(self, connect):
+    def test_segment_streams_text_prior_and_result(self, connect):
         client, _ = connect()
-        response = ask(client, headers={"Accept": EVENT_STREAM})
+        response = post(client, headers={"Accept": EVENT_STREAM})
         assert response.headers["content-type"].startswith(EVENT_STREAM)
         events = events_of(response)
-        assert [name for name, _ in events] == ["words", "words", "prior", "answer"]
-        assert "".join(data["text"] for _, data in events[:2]) == "a thought"
+        assert [name for name, _ in events] == ["text", "text", "prior", "result"]
+        assert "".join(data["text"] for _, data in events[:2]) == "some text"
         for _, data in events[2:]:
             kind, _, content = data["image"].partition(",")
             assert kind == "data:image/jpeg;base64"
             assert Image.open(io.BytesIO(base64.b64decode(content))).size == (640, 427)
-        assert events[-1][1]["masks"][0]["size"] == [20, 30]
+        result = events[-1][1]
+        assert result["masks"][0]["size"] == result["image_size"] == [20, 30]
+        assert result["stop_reason"] == "targets_reached"
+        assert result["format_violations"] == []
+        assert len(result["scores"]) == len(result["boxes"]) == len(result["areas"]) == 1
 
-    def test_health_and_page(self, connect):
+    def test_health_and_page_are_served(self, connect):
         client, _ = connect()
         assert client.get("/health").json()["runtime"] == "graphs: fake graphs; policy: fake policy"
         page = client.get("/")
         assert page.headers["content-type"].startswith("text/html")
         assert "<form" in page.text
-        assert "://" not in page.text  # nothing is loaded from elsewhere
+        assert "://" not in page.text  # no external resources
 
 
 class TestRefusals:
@@ -100,111 +104,123 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("image", "fields", "kind", "part"),
         [
-            (b"no picture", {}, "ImageDecodeError", "not an image"),
+            (b"no image", {}, "ImageDecodeError", "not an image"),
             (None, {"instruction": " "}, "InstructionError", "instruction"),
-            (None, {"targets": 0}, "RequestError", "targets: Input should be greater"),
-            (None, {"targets": "many"}, "RequestError", "targets: Input should be a valid integer"),
+            (None, {"max_targets": 0}, "RequestError", "max_targets: Input should be greater"),
+            (
+                None,
+                {"max_targets": "many"},
+                "RequestError",
+                "max_targets: Input should be a valid integer",
+            ),
         ],
     )
-    def test_what_cannot_be_asked(self, connect, accepted, image, fields, kind, part):
+    def test_invalid_request_is_refused_with_422(
+        self, connect, accepted, image, fields, kind, part
+    ):
         client, policy = connect()
-        response = ask(client, image, {"Accept": accepted}, **fields)
+        response = post(client, image, {"Accept": accepted}, **fields)
         assert response.status_code == 422
         assert response.json()["type"] == kind
         assert part in response.json()["error"]
         assert policy.requests == [] or kind == "InstructionError"
 
-    def test_a_form_without_a_picture(self, connect):
+    def test_form_without_an_image_is_refused(self, connect):
         client, _ = connect()
         response = client.post("/segment", data={"instruction": "x"})
         assert response.status_code == 422
-        assert response.json()["error"].startswith("image: Field required; send a form with image")
+        assert response.json()["error"].startswith(
+            "image: Field required; accepted: a form with image"
+        )
 
-    def test_a_picture_that_is_text(self, connect):
+    def test_image_sent_as_text_is_refused(self, connect):
         client, _ = connect()
         response = client.post("/segment", data={"image": "a.png", "instruction": "x"})
         assert response.status_code == 422
-        assert response.json()["error"].startswith("image: 'a.png' is text, not a file (curl takes")
+        assert response.json()["error"].startswith(
+            "image is 'a.png', text instead of a file (curl: image=@FILE)"
+        )
 
-    def test_a_path_or_method_that_is_none(self, connect):
+    def test_unknown_path_or_method_lists_the_endpoints(self, connect):
         client, _ = connect()
-        for method, path, status in (("GET", "/segment", 405), ("POST", "/answer", 404)):
+        for method, path, status in (("GET", "/segment", 405), ("POST", "/result", 404)):
             response = client.request(method, path)
             assert response.status_code == status
-            error = response.json()["error"]
-            assert error.startswith(f"{method} {path}: ") and "POST /segment" in error
+            endpoints = "Not found. Endpoints: GET /, /health, /docs; POST /segment"
+            assert response.json() == {
+                "error": f"{method} {path}: {endpoints}",
+                "type": "RequestError",
+            }
         assert client.get("/segment").headers["allow"] == "POST"
 
-    def test_a_body_that_is_no_form(self, connect):
+    def test_malformed_multipart_is_refused(self, connect):
         client, _ = connect()
         kind = {"Content-Type": "multipart/form-data; boundary=x"}
         response = client.post("/segment", content=b"no form", headers=kind)
         assert response.status_code == 400
-        assert "send a form with image" in response.json()["error"]
+        assert "accepted: a form with image" in response.json()["error"]
 
-    def test_what_is_too_large_is_not_read(self, connect):
+    def test_body_above_the_limit_is_refused_with_413(self, connect):
         client, _ = connect()
-        response = ask(client, bytes(MAX_BYTES + 1))
+        response = post(client, bytes(MAX_BYTES + 1))
         assert response.status_code == 413
         assert "a larger --max-upload" in response.json()["error"]
 
-    def test_a_length_must_be_said(self, connect):
+    def test_body_without_a_length_is_refused_with_411(self, connect):
         client, _ = connect()
         response = client.post("/segment", content=iter([b"x"]))
         assert response.status_code == 411
 
-    def test_a_full_queue_says_when_to_come_again(self, connect):
+    def test_full_queue_returns_503_with_retry_after(self, connect):
         begun, release = threading.Event(), threading.Event()
         policy = FakePolicy(during=lambda: (begun.set(), release.wait(WAIT)))
         client, _ = connect(policy, max_queue_size=0)
-        first = threading.Thread(target=ask, args=(client,))
+        first = threading.Thread(target=post, args=(client,))
         first.start()
         assert begun.wait(WAIT)
-        response = ask(client)
+        response = post(client)
         release.set()
         first.join()
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
-    def test_time_that_runs_out(self, connect):
-        policy = FakePolicy()
-        policy.during = lambda: (threading.Event().wait(0.05), policy.requests[-1].remaining_s())
-        client, _ = connect(policy, timeout_s=0.01)
-        assert ask(client).status_code == 504
+    def test_request_past_its_deadline_returns_504(self, connect):
+        client, _ = connect(FakePolicy(checks_deadline=True), timeout_s=1e-9)
+        assert post(client).status_code == 504
 
-    def test_a_policy_that_fails(self, connect):
+    def test_failed_policy_returns_500(self, connect):
         def fail():
             raise PolicyError("out of memory")
 
         client, _ = connect(FakePolicy(during=fail))
-        response = ask(client)
+        response = post(client)
         assert response.status_code == 500
         assert response.json() == {"error": "out of memory", "type": "PolicyError"}
 
-    def test_a_failure_after_the_first_word_is_the_last_event(self, connect):
+    def test_failure_after_the_first_event_is_the_last_event(self, connect):
         steps = iter([None, PolicyError("out of memory")])
 
-        def fail_at_the_second():
+        def fail_at_the_second_delta():
             if error := next(steps):
                 raise error
 
-        client, _ = connect(FakePolicy(during=fail_at_the_second))
-        events = events_of(ask(client, headers={"Accept": EVENT_STREAM}))
-        assert events[0] == ("words", {"text": "a"})
+        client, _ = connect(FakePolicy(during=fail_at_the_second_delta))
+        events = events_of(post(client, headers={"Accept": EVENT_STREAM}))
+        assert events[0] == ("text", {"text": "some"})
         assert events[1:] == [("error", {"error": "out of memory", "type": "PolicyError"})]
 
 
 @pytest.mark.parametrize("accepted", ["application/json", EVENT_STREAM])
-@pytest.mark.parametrize("after_words", [0, 1])
-def test_a_client_that_goes_away_takes_its_question_with_it(build, accepted, after_words):
+@pytest.mark.parametrize("num_deltas", [0, 1])
+def test_disconnected_client_cancels_its_request(build, accepted, num_deltas):
     begun, release = threading.Event(), threading.Event()
-    words = iter(range(9))
+    deltas = iter(range(9))
 
     def during():
-        if next(words) >= after_words:
+        if next(deltas) >= num_deltas:
             begun.set()
             release.wait(WAIT)
 
-    policy = FakePolicy(words=("a",) * 4, during=during)
+    policy = FakePolicy(deltas=("a",) * 4, during=during)
     coprs, _ = build(policy)
     app = build_app(coprs, MAX_BYTES)
     body = (
@@ -219,7 +235,7 @@ def test_a_client_that_goes_away_takes_its_question_with_it(build, accepted, aft
         "accept": accepted,
     }
 
-    async def visit():
+    async def connect_and_leave():
         messages = [{"type": "http.request", "body": body}]
 
         async def receive():
@@ -242,17 +258,10 @@ def test_a_client_that_goes_away_takes_its_question_with_it(build, accepted, aft
         }
         await asyncio.wait_for(app(scope, receive, send), WAIT)
 
-    asyncio.run(visit())
+    asyncio.run(connect_and_leave())
     release.set()
-    deadline = threading.Event()
-    for _ in range(100 * WAIT):
-        if policy.abandoned:
-            break
-        deadline.wait(0.01)
-    assert policy.abandoned == 1
-    assert next(words) < 4  # the rest was not written
-    for _ in range(100 * WAIT):
-        if not coprs._admission.taken:
-            break
-        deadline.wait(0.01)
-    assert coprs._admission.taken == 0
+    assert policy.was_abandoned.wait(WAIT)
+    assert policy.num_abandoned == 1
+    assert next(deltas) < 4  # the remaining deltas were not written
+    join_stream_threads()
+    assert coprs.num_active_requests == 0
