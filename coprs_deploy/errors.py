@@ -126,3 +126,13 @@ class MissingDependencyError(EnvironmentNotReadyError, ImportError):
 
 class RuntimeUnavailableError(EnvironmentNotReadyError):
     """A runtime, provider or device was asked for and is not present."""
+
+
+def error_body(error: BaseException, message: str | None = None) -> dict[str, str]:
+    """Return an error as JSON, the same over HTTP and on the command line.
+
+    Args:
+        error: what was raised.
+        message: its text; None takes ``str(error)``.
+    """
+    return {"error": str(error) if message is None else message, "type": type(error).__name__}

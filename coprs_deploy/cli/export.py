@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.console import StepPrinter, equivalence_table
+from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import StepPrinter
 
 SUMMARY = "turn a checkpoint into a bundle of graphs"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import add_json_flag, add_plan_code_flag, print_json
-from coprs_deploy.console import StepPrinter, equivalence_table
+from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import StepPrinter
 
 if TYPE_CHECKING:
     from coprs_deploy.export.comparison import BackendComparison
