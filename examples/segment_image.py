@@ -1,4 +1,4 @@
-"""Segment one image and print what was found: ``python examples/segment_image.py [IMAGE INSTRUCTION]``."""
+"""Segment one image: ``python examples/segment_image.py [IMAGE INSTRUCTION]``."""
 
 import sys
 
@@ -13,9 +13,8 @@ def main(arguments: list[str]) -> int:
     print(result.reasoning)
     for box, score, area in zip(result.boxes, result.scores, result.areas, strict=True):
         print(f"box {box.tolist()}, score {score:.3f}, {area} pixels")
-    print(
-        f"{result.timings.total_ms:.0f} ms, {result.timings.image_encoder_ms:.0f} of them the image encoder"
-    )
+    timings = result.timings
+    print(f"{timings.total_ms:.0f} ms, image encoder {timings.image_encoder_ms:.0f} ms")
     result.save("result")
     return 0 if result.found else 1
 

@@ -1,4 +1,4 @@
-"""Show reasoning, heat map and mask as they become available: ``python examples/stream_reasoning.py``."""
+"""Show reasoning, prior and mask as they arrive: ``python examples/stream_reasoning.py``."""
 
 import sys
 
