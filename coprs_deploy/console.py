@@ -1,90 +1,84 @@
-"""Tables for people."""
+"""Tables and progress for people, drawn with rich."""
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from coprs_deploy.bundle import EquivalenceRecord
+if TYPE_CHECKING:
+    from rich.status import Status
+
+QUIET_SECONDS = 30
+"""Longest silence of a step in a log file."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows in columns; the first column is aligned left, the others right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (header, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    """Return rows as text in columns; the first column is left-aligned, the others right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-
-def equivalence_table(records: Sequence[EquivalenceRecord]) -> str:
-    """Show how far each graph is from PyTorch in float32."""
-    rows = [
-        (
-            record.graph,
-            f"{record.max_abs_error:.1e}",
-            f"{record.relative_error:.1e}",
-            f"{record.cosine:.8f}",
-            "-" if record.mask_iou is None else f"{record.mask_iou:.5f}",
-            str(record.inputs),
-            "FAILED" if not record.passed else "ok" if record.has_tolerance else "not judged",
-        )
-        for record in records
-    ]
-    header = ("graph", "max abs", "relative_error", "cosine", "mask IoU", "inputs", "")
-    return table(header, rows)
-
-
-QUIET_SECONDS = 30
-"""How long a step may say nothing in a log file."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for number, name in enumerate(header):
+        grid.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    width = sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(len(header)))
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
 class StepPrinter:
-    """Call it with the name of each step as it starts; leave the block when the last is done.
+    """Progress of a job on stderr: call it with the name of each step as the step starts.
 
-    On a terminal the running step is shown at once; elsewhere each step is one line when it ends.
+    On a terminal the running step is shown with a spinner; elsewhere a step is one line, written
+    when it ends. Leave the ``with`` block when the last step is done.
     """
 
     def __init__(self) -> None:
         self._step = ""
         self._since = 0.0
-        self._said = 0.0
-        self._is_terminal = sys.stderr.isatty()
+        self._last_line = 0.0
+        self._status: Status | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True, highlight=False).status("")
 
     def __call__(self, step: str) -> None:
         """End the running step and start another."""
         self._end("done")
         self._step, self._since = step, time.perf_counter()
-        if self._is_terminal:
-            print(f"  {step} ...", end="", file=sys.stderr, flush=True)
+        if self._status is not None:
+            self._status.update(step)
+            self._status.start()
 
-    def phase(self, text: str) -> None:
-        """Show what the running step does right now; elsewhere than on a terminal, now and then."""
+    def progress(self, text: str) -> None:
+        """Show what the running step is doing; elsewhere than on a terminal, every 30 seconds."""
         now = time.perf_counter()
-        if self._is_terminal:
-            print(f"\r  {self._step}: {text:<60.60}", end="", file=sys.stderr, flush=True)
-        elif now - max(self._since, self._said) >= QUIET_SECONDS:
-            self._said = now
-            print(f"  {self._step}: {text}", file=sys.stderr, flush=True)
+        if self._status is not None:
+            self._status.update(f"{self._step}: {text}")
+        elif now - max(self._since, self._last_line) >= QUIET_SECONDS:
+            self._last_line = now
+            self.note(f"{self._step}: {text}")
 
     def note(self, line: str) -> None:
         """Print a line that stays."""
-        start = f"\r{'':<80}\r" if self._is_terminal else ""
-        print(f"{start}  {line}", file=sys.stderr, flush=True)
+        if self._status is not None:
+            self._status.console.print(f"  {line}", markup=False)
+        else:
+            print(f"  {line}", file=sys.stderr, flush=True)
 
-    def _end(self, word: str) -> None:
-        if not self._step:
-            return
-        seconds = time.perf_counter() - self._since
-        start = f"\r{'':<80}\r" if self._is_terminal else ""
-        print(f"{start}  {self._step:<36} {word} {seconds:7.1f} s", file=sys.stderr, flush=True)
+    def _end(self, outcome: str) -> None:
+        if self._step:
+            seconds = time.perf_counter() - self._since
+            self.note(f"{self._step:<36} {outcome} {seconds:7.1f} s")
         self._step = ""
 
     def __enter__(self) -> Self:
@@ -96,4 +90,6 @@ class StepPrinter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end("done" if kind is None else "stop")
+        if self._status is not None:
+            self._status.stop()
+        self._end("done" if kind is None else "failed")

@@ -128,6 +128,11 @@ class RuntimeUnavailableError(EnvironmentNotReadyError):
     """A requested runtime, provider or device is not available."""
 
 
-def error_body(error: BaseException) -> dict[str, str]:
-    """Return the JSON form of an error: ``{"error": message, "type": class name}``."""
-    return {"error": str(error), "type": type(error).__name__}
+def error_body(error: BaseException, message: str | None = None) -> dict[str, str]:
+    """Return an error as JSON, the same over HTTP and on the command line.
+
+    Args:
+        error: the exception.
+        message: text of the error; None selects ``str(error)``.
+    """
+    return {"error": str(error) if message is None else message, "type": type(error).__name__}

@@ -12,13 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.parser import (
-    add_json_flag,
-    add_plan_code_flag,
-    add_runtime_arguments,
-    log,
-    print_json,
-)
+from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.runtime_arguments import GRAPHS, add_runtime_options, runtime_options
 from coprs_deploy.console import table
 
 if TYPE_CHECKING:
@@ -66,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC=VALUE",
         help="acceptance threshold, as in giou=0.93; may be repeated",
     )
-    add_runtime_arguments(parser)
-    parser.add_argument(
-        "--device", default="cpu", help="device of graphs and policy: cpu, cuda or cuda:N"
-    )
-    add_plan_code_flag(parser)
+    add_runtime_options(parser, GRAPHS)
     add_json_flag(parser)
 
 
@@ -80,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.evaluation.evaluator import evaluate, predict_with
     from coprs_deploy.evaluation.metrics import summarize
     from coprs_deploy.evaluation.report import write_evaluation
-    from coprs_deploy.runtime import CoPRS, RuntimeOptions
+    from coprs_deploy.runtime import CoPRS
 
     thresholds = _parse_thresholds(arguments.require)
     dataset = open_examples(
@@ -89,13 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.num_no_match,
         arguments.first_seed,
     )
-    options = RuntimeOptions(
-        device=arguments.device,
-        runtime=arguments.runtime,
-        retune=arguments.retune,
-        inference_precision=arguments.inference_precision,
-        allow_engine_host_code=arguments.allow_engine_host_code,
-    )
+    options = runtime_options(arguments, GRAPHS)
 
     def log_progress(done: int) -> None:
         if done % LOG_EVERY == 0:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from coprs_deploy.bundle import Bundle, EngineRecord, Manifest
 from coprs_deploy.cli.parser import add_json_flag, print_json
-from coprs_deploy.console import equivalence_table, table
+from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import table
 from coprs_deploy.specs import IMAGE_ENCODER
 
 SUMMARY = "show the contents of a bundle"

@@ -1,6 +1,7 @@
 """``coprs-deploy``: parse the arguments, run the verb, turn errors into exit codes.
 
-Exit codes: 0 done, 1 a check failed (or nothing was found), 2 wrong use.
+Exit codes: 0 done, 1 a check failed or nothing was found, 2 wrong use, 130 interrupted, 141 the
+reader of a pipe closed it.
 """
 
 from __future__ import annotations
@@ -13,55 +14,53 @@ import select
 import sys
 from collections.abc import Sequence
 
-from coprs_deploy.cli.parser import SuggestingParser
-from coprs_deploy.errors import CoPRSError
+from coprs_deploy.cli.parser import SuggestingParser, print_json
+from coprs_deploy.errors import CoPRSError, error_body
 from coprs_deploy.version import __version__
 
 VERBS = (
     "segment",
     "serve",
+    "convert",
     "export",
     "verify",
     "inspect",
-    "convert",
+    "doctor",
     "train",
     "features",
-    "synth",
     "evaluate",
     "bench",
-    "doctor",
+    "synth",
 )
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of SIGINT."""
 
 READER_GONE = 141
 """Exit code of a program whose reader closed the pipe: 128 and the number of SIGPIPE."""
 
-DESCRIPTION = """Reasoning segmentation with CoPRS, deployed: a picture and an instruction become
-reasoning, a heatmap and a mask, through exported graphs."""
+DESCRIPTION = """Reasoning segmentation with CoPRS: convert public weights, export verified graphs
+and engines, and serve masks with reasoning."""
 
 EPILOG = """examples:
-  coprs-deploy segment examples/scene.png "the largest red circle" --out answer
+  coprs-deploy segment examples/scene.png "the largest red circle" --out result
   coprs-deploy convert --policy DIR --sam sam_vit_h.pth --out checkpoint
   coprs-deploy export checkpoint --out bundle
-  coprs-deploy segment photo.jpg "the cup that is about to fall" --bundle bundle --out answer
+  coprs-deploy segment photo.jpg "the cup that is about to fall" --bundle bundle --out result
 
-exit codes: 0 done, 1 a check failed or nothing was found, 2 wrong use"""
+exit codes: 0 done, 1 a check failed or nothing was found, 2 wrong use, 130 interrupted"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Assemble the parser of all verbs; no heavy library is imported."""
-    parser = SuggestingParser(
-        prog="coprs-deploy",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Assemble the parser; the options of a verb are added when that verb is chosen."""
+    parser = SuggestingParser(prog="coprs-deploy", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"coprs-deploy {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS:
         module = importlib.import_module(f"coprs_deploy.cli.{name}")
-        verb = verbs.add_parser(name, help=module.SUMMARY, description=module.__doc__)
-        verb.formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(verb)
+        verb = verbs.add_parser(
+            name, help=module.SUMMARY, description=module.__doc__, fill=module.add_arguments
+        )
         verb.set_defaults(run=module.run)
     return parser
 
@@ -73,32 +72,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = parsed.run(parsed)
         sys.stdout.flush()
     except CoPRSError as error:
-        print(f"coprs-deploy {parsed.verb}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _report(parsed, error, str(error), error.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return READER_GONE
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"coprs-deploy {parsed.verb}: {reason}", file=sys.stderr)
-        return 2
+        return _report(parsed, error, reason, 2)
     except ValueError as error:
-        print(f"coprs-deploy {parsed.verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"coprs-deploy {parsed.verb}: interrupted", file=sys.stderr)
-        return 130
+        return _report(parsed, error, str(error), 2)
+    except KeyboardInterrupt as error:
+        return _report(parsed, error, "interrupted", INTERRUPTED)
     return code
 
 
-def _reader_is_gone() -> bool:
-    """Whether the broken pipe is that of stdout, whose reader has seen enough, as ``head`` has.
+def _report(parsed: argparse.Namespace, error: BaseException, message: str, exit_code: int) -> int:
+    """Print an error on stderr, and with ``--json`` as JSON on stdout; return the exit code."""
+    print(f"coprs-deploy {parsed.verb}: {message}", file=sys.stderr)
+    if getattr(parsed, "json", False):
+        print_json(error_body(error, message))
+    return exit_code
 
-    What is left goes nowhere then, for Python would flush it once more at the exit.
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe is that of stdout, whose reader has read enough, as ``head`` does.
+
+    The rest of the output is discarded then, because Python flushes it once more at exit.
     """
     try:
         stdout = sys.stdout.fileno()
     except io.UnsupportedOperation:
-        return False  # no file, hence no pipe
+        return False  # not a file, hence not a pipe
     poll = select.poll()
     poll.register(stdout, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -1,4 +1,4 @@
-"""An argument parser that answers a typo with the nearest name, and arguments that verbs share."""
+"""Argument parsers that are built when their verb is chosen, and suggest the nearest name."""
 
 from __future__ import annotations
 
@@ -7,19 +7,42 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+
+from coprs_deploy.errors import error_body
 
 _INVALID_CHOICE = re.compile(r"invalid choice: '([^']+)' \(choose from (.+)\)")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)")
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """``ArgumentParser`` whose errors name what was probably meant."""
+    """``ArgumentParser`` whose errors suggest the nearest name, as JSON where that was asked for.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    Args:
+        fill: adds the arguments, once, when the parser is first used; None adds none.
+        options: options of :class:`argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self, fill: Callable[[argparse.ArgumentParser], None] | None = None, **options: Any
+    ) -> None:
         options.setdefault("allow_abbrev", False)
-        super().__init__(*args, **options)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+        self.as_json = False
+        self._fill = fill
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Add the arguments of this parser if they are still missing, then parse."""
+        if self._fill is not None:
+            fill, self._fill = self._fill, None
+            fill(self)
+        given = list(sys.argv[1:] if args is None else args)
+        self.as_json = self.as_json or "--json" in given
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the message with a suggestion and exit with 2."""
@@ -30,8 +53,10 @@ class SuggestingParser(argparse.ArgumentParser):
             wrong = unknown[1].split("=")[0]
             known = sorted({flag for parser in self._family() for flag in parser.flags()})
         nearest = difflib.get_close_matches(wrong, known, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        self.exit(2, f"{self.prog}: {message}{hint}\nTry `{self.prog} --help`.\n")
+        text = f"{message}; did you mean {nearest[0]}?" if nearest else message
+        if self.as_json:
+            print_json(error_body(argparse.ArgumentError(None, text)))
+        self.exit(2, f"{self.prog}: {text}\nTry `{self.prog} --help`.\n")
 
     def flags(self) -> list[str]:
         """List the options of this parser."""
@@ -48,32 +73,9 @@ class SuggestingParser(argparse.ArgumentParser):
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json``: one JSON object on stdout instead of text for people."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--runtime``, ``--retune`` and ``--inference-precision``."""
+    """Add ``--json``: one JSON object on stdout, errors included."""
     parser.add_argument(
-        "--runtime",
-        help="of the graphs: onnxruntime, openvino, or auto, which measures once what is fastest "
-        "here (default: the one that the bundle was exported for)",
-    )
-    parser.add_argument("--retune", action="store_true", help="with --runtime auto: measure again")
-    parser.add_argument(
-        "--inference-precision",
-        default="fp32",
-        help="of float32 products: fp32 (default), or bf16 with openvino on processors that have "
-        "such units",
-    )
-
-
-def add_plan_code_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--allow-engine-host-code``: engines that carry code run only where that was said."""
-    parser.add_argument(
-        "--allow-engine-host-code",
-        action="store_true",
-        help="load version-compatible engines, which carry code: only from bundles that you trust",
+        "--json", action="store_true", help="print one JSON object on stdout, errors included"
     )
 
 

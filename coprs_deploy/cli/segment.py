@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import add_request_arguments, runtime_options
+from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, add_runtime_options, runtime_options
 
 SUMMARY = "segment what an instruction describes in an image"
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-targets", type=int, default=1, help="maximum number of targets (default 1)"
     )
     parser.add_argument("--max-new-tokens", type=int, help="token budget of the response")
-    add_request_arguments(parser)
+    add_runtime_options(parser, GRAPHS + POLICY)
     add_json_flag(parser)
 
 
@@ -39,9 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.runtime import CoPRS, SegmentationResult, TextDelta
     from coprs_deploy.runtime.loading import no_progress
 
-    options = runtime_options(arguments)
+    options = runtime_options(arguments, GRAPHS + POLICY)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
-    progress = log if arguments.policy == "vllm" else no_progress  # loading vLLM takes a while
+    progress = log if options.policy == "vllm" else no_progress  # loading vLLM takes a while
     with CoPRS.load(arguments.bundle, options, progress=progress) as coprs:
         for choice in coprs.runtime_choices:
             log(str(choice))

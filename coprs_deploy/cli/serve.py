@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import log
-from coprs_deploy.cli.runtime_arguments import add_request_arguments, runtime_options
+from coprs_deploy.cli.runtime_arguments import (
+    GRAPHS,
+    POLICY,
+    QUEUE,
+    add_runtime_options,
+    runtime_options,
+)
 from coprs_deploy.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
 SUMMARY = "serve segmentation over HTTP, with a web page"
 
 PORTS = range(1 << 16)
+
+OPTIONS = QUEUE + GRAPHS + POLICY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="size limit of a request (default 32)",
     )
-    parser.add_argument(
-        "--max-queue-size",
-        type=int,
-        default=256,
-        help="number of requests that may wait for the policy (default 256)",
-    )
-    parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="time limit of a request (default: none)"
-    )
-    add_request_arguments(parser)
+    add_runtime_options(parser, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,9 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--port is {arguments.port}; it must be from 0 to {PORTS[-1]}")
     if arguments.max_upload <= 0:
         raise ValueError(f"--max-upload is {arguments.max_upload}; it must be above 0 MiB")
-    options = runtime_options(
-        arguments, max_queue_size=arguments.max_queue_size, timeout_s=arguments.timeout
-    )
+    options = runtime_options(arguments, OPTIONS)
     try:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401

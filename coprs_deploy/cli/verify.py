@@ -10,26 +10,33 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.parser import add_json_flag, add_plan_code_flag, print_json
-from coprs_deploy.console import StepPrinter, equivalence_table
+from coprs_deploy.cli.options import Option
+from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy.cli.runtime_arguments import add_runtime_options, runtime_options
+from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import StepPrinter
 
 if TYPE_CHECKING:
     from coprs_deploy.export.comparison import BackendComparison
 
 SUMMARY = "compare a bundle with its checkpoint"
 
+OPTIONS = (
+    Option(
+        "runtime",
+        help="runtime of the graphs: onnxruntime or openvino (default: the one that the bundle was "
+        "exported for)",
+    ),
+    Option("device"),
+    Option("allow_engine_host_code"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--against", type=Path, required=True, metavar="CHECKPOINT")
-    parser.add_argument(
-        "--runtime",
-        help="runtime of the graphs: onnxruntime or openvino (default: the one that the bundle was "
-        "exported for)",
-    )
-    parser.add_argument("--device", default="cpu", help="device of the graphs: cpu, cuda, cuda:N")
-    add_plan_code_flag(parser)
+    add_runtime_options(parser, OPTIONS)
     parser.add_argument(
         "--report",
         type=Path,
@@ -44,16 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify; exit code 1 if a graph or backend is outside its tolerance."""
     from coprs_deploy.export import verify_bundle
 
+    options = runtime_options(arguments, OPTIONS)
     if arguments.report:
         _check_report(arguments.bundle)
     with StepPrinter() as progress:
         records = verify_bundle(
             arguments.bundle,
             arguments.against,
-            arguments.device,
+            options.device,
             progress,
-            runtime=arguments.runtime,
-            allow_engine_host_code=arguments.allow_engine_host_code,
+            runtime=options.runtime,
+            allow_engine_host_code=options.allow_engine_host_code,
         )
         comparisons = _compare_backends(arguments, progress) if arguments.report else ()
     passed = all(record.passed for record in records) and all(c.passed for c in comparisons)
