@@ -12,12 +12,35 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.status import Status
 
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as the lines of a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return lines + [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+    ]
+
+
+def format_ms(value: float) -> str:
+    """Format milliseconds with three digits and a unit."""
+    if value >= 10_000:
+        return f"{value / 1e3:.1f} s"
+    if value >= 1000:
+        return f"{value / 1e3:.2f} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def format_bytes(value: float) -> str:
+    """Format a size in megabytes or gigabytes."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
 QUIET_SECONDS = 30
 """Longest silence of a step in a log file."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as text in columns; the first column is left-aligned, the others right-aligned."""
+    """Return rows as text in columns; the first column is left-aligned, the others right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

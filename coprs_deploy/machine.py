@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coprs_deploy.specs import Record
+from coprs_deploy.version import __version__
 
 PACKAGES = (
     "torch",
@@ -78,9 +82,12 @@ def peak_memory_bytes() -> int:
     Linux's ``VmHWM`` counts this process alone; ``ru_maxrss``, the fallback, may include the
     parent process.
     """
-    peak = _kilobytes("/proc/self/status", "VmHWM")
-    if peak is not None:
-        return 1024 * peak
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        status = ""
+    if peak := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+        return 1024 * int(peak[1])
     import resource
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -88,31 +95,16 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory available without swapping, in bytes.
+    """Return the memory available without swapping, in bytes; caches count as available."""
+    import psutil
 
-    Caches that the kernel can drop count as available. If the system does not report it, half of
-    the physical memory.
-    """
-    available = _kilobytes("/proc/meminfo", "MemAvailable")
-    if available is not None:
-        return 1024 * available
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int(psutil.virtual_memory().available)
 
 
-def _kilobytes(file: str, field: str) -> int | None:
-    """Read a field of a ``/proc`` file; None if the system does not report it."""
-    try:
-        lines = Path(file).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]
-    return found[0] if found else None
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed ones among ``PACKAGES``."""
+def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of the installed ones among some packages."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -120,24 +112,114 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def environment() -> dict[str, Any]:
-    """Return package versions, machine and commit, for the record of a run."""
-    versions = {}
-    for package in TOOLCHAIN:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
+VECTOR_UNITS = (
+    "sse4_2",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "i8mm",
+    "sve",
+)
+"""Instruction sets that decide how fast matrix products are, by the kernel's names."""
+
+KINDS = (("amx_bf16", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "neon"))
+"""Vector units that name the kind of machine, widest first."""
+
+
+class Machine(Record, frozen=True):
+    """Record of the machine that something was measured on.
+
+    Attributes:
+        kind: short name for file names, as in ``cpu-2-cores-avx2``.
+        processor: product name.
+        vector_units: instruction sets that matter for matrix products, narrowest first.
+        cores: number of cores that this process may use.
+        memory_bytes: memory of the host.
+        gpu: name and compute capability; None without a GPU.
+        driver: version of the GPU driver.
+        system: kernel and architecture.
+        versions: versions of Python and of the packages that take part.
+        commit: commit of the checkout, with ``-dirty`` when files differ; None outside a checkout.
+    """
+
+    kind: str
+    processor: str
+    vector_units: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    gpu: str | None
+    driver: str | None
+    system: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+def machine_record(gpu: str | None = None, packages: Sequence[str] = PACKAGES) -> Machine:
+    """Describe this machine.
+
+    Args:
+        gpu: name and compute capability of the GPU in use, as in ``NVIDIA L4 (sm_89)``.
+        packages: packages whose versions are recorded.
+    """
+    import psutil
+
+    processor = describe_processor()
+    return Machine(
+        kind=_kind(processor, gpu),
+        processor=processor.name,
+        vector_units=tuple(unit for unit in VECTOR_UNITS if unit in processor.units),
+        cores=processor.cores,
+        memory_bytes=psutil.virtual_memory().total,
+        gpu=gpu,
+        driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        versions={**installed_versions(packages), "coprs-deploy": __version__},
+        commit=_checkout(),
     )
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine and commit, for the record of a training run."""
+    record = machine_record(packages=TOOLCHAIN)
+    python = record.versions.pop("python")
     return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
+        "versions": record.versions,
+        "python": python,
+        "machine": f"{platform.machine()}, {record.cores} cores",
+        "processor": record.processor,
+        "commit": record.commit or "unknown",
     }
+
+
+def _kind(processor: Processor, gpu: str | None) -> str:
+    if gpu is not None:
+        return re.sub(r"[^a-z0-9]+", "-", gpu.partition(" (")[0].lower()).strip("-")
+    units = (kind for unit, kind in KINDS if unit in processor.units)
+    cores = f"{processor.cores}-core{'s' if processor.cores > 1 else ''}"
+    return f"cpu-{cores}-{next(units, platform.machine())}"
+
+
+def _checkout() -> str | None:
+    """Return the commit of the checkout that this package runs from."""
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return None
+    return _first_line("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _first_line(*command: str) -> str | None:
+    """Return the first line that a program prints; None without the program or on failure."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None

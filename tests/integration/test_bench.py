@@ -1,4 +1,4 @@
-"""``coprs-deploy bench`` as a user runs it, on few rows."""
+"""``coprs-deploy bench`` as a user runs it, on few cases."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.benchmarks import suites
-from coprs_deploy.benchmarks.committed import replace_table, stale_files
-from coprs_deploy.benchmarks.measurement import Settings
-from coprs_deploy.benchmarks.report import read_report
-from coprs_deploy.benchmarks.run import Request, run_benchmark
-from coprs_deploy.benchmarks.suites import precision
+from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench.report import read_report
+from coprs_deploy.bench.run import run_benchmark
+from coprs_deploy.bench.suites import SUITES, precision
 from coprs_deploy.cli.main import main
-from tests import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    words = ["bench", "--limit", "300", *map(str, arguments)]
+    words = ["bench", "--case-timeout", "300", *map(str, arguments)]
     command = [sys.executable, "-m", "coprs_deploy.cli.main", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -30,29 +29,28 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_engines_of_the_shipped_model_are_timed_judged_and_reported(tmp_path):
-    only = "(encoder|three).*(onnxruntime .* cpu fp32|PyTorch .* eager cpu fp32)$"
-    done = bench("--suite", "engines", "--only", only, "--seconds", "0.2", "--out", tmp_path)
+def test_bench_engines_of_the_demo_model_are_timed_evaluated_and_reported(tmp_path):
+    pattern = "(encoder|three).*(onnxruntime .* cpu fp32|PyTorch .* eager cpu fp32)$"
+    done = bench("--suite", "engines", "--filter", pattern, "--min-time", "0.2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("shipped-*.json")
+    (path,) = tmp_path.glob("demo-*.json")
+    assert {p.suffix for p in tmp_path.iterdir()} == {".html", ".json", ".md"}
     report = read_report(path)
     assert report.machine.cores >= 1
-    assert report.ceilings[0].matmul_flops["fp32"] > 1e8
-    encoder, chain = report.groups
-    names = [row.name for row in encoder.rows]
+    encoder, graphs = report.groups
+    names = [case.name for case in encoder.cases]
     assert any("coprs-deploy graph, onnxruntime" in name for name in names)
     assert any("segment-anything" in name for name in names)
-    for group in (encoder, chain):
-        for row in group.rows:
-            if row.reason and "segment-anything" in row.name:
+    for group in (encoder, graphs):
+        for case in group.cases:
+            if case.error and "segment-anything" in case.name:
                 continue  # the peer need not be installed
-            assert row.reason == ""
-            assert row.latency.p50 > 0
-            assert row.memory.host > 10_000_000
-            assert row.accuracy.mask_iou > 0.999
-            assert row.accuracy.truth_iou > 0.85
-            assert 0 < row.work.share < 3
-    graph = encoder.rows[0]
+            assert case.error == ""
+            assert case.latency.ci_low <= case.latency.p50 <= case.latency.ci_high
+            assert case.memory.host > 10_000_000
+            assert case.accuracy.mask_iou_mean > 0.999
+            assert case.accuracy.giou > 0.85
+    graph = encoder.cases[0]
     assert graph.accuracy.embedding_cosine > 0.99999
     assert graph.ratio.baseline.startswith("coprs-deploy module, PyTorch")
     assert str(tmp_path) not in path.read_text()
@@ -60,52 +58,60 @@ def test_engines_of_the_shipped_model_are_timed_judged_and_reported(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_users_bundle_is_measured_without_its_checkpoint(tiny_bundle):
-    done = bench(tiny_bundle, "--suite", "engines", "--only", "prior", "--json", "--seconds", "0.1")
+def test_bench_bundle_without_checkpoint_is_its_own_reference(tiny_bundle):
+    done = bench(
+        tiny_bundle, "--suite", "engines", "--filter", "prior", "--json", "--min-time", "0.1"
+    )
     assert done.returncode == 0, done.stderr
     (group,) = json.loads(done.stdout)["groups"]
-    (row,) = group["rows"]
-    assert row["latency"]["n"] > 0
-    assert "no checkpoint was given" in row["accuracy"]["note"]
+    (case,) = group["cases"]
+    assert case["latency"]["n"] > 0
+    assert "no checkpoint was given" in case["accuracy"]["note"]
 
 
 @pytest.mark.slow
-def test_first_masks_policies_and_growth_are_judged_too(tmp_path):
-    only = "first mask|cpu float32|: 2 (targets|images|pictures|questions)|: 512 x"
+def test_bench_start_policy_and_scaling_are_evaluated(tmp_path):
+    pattern = "first mask|cpu float32|: 2 (targets|images|questions)|: 512 x"
     suites = "start,policy,scaling"
     done = bench(
-        "--suite", suites, "--only", only, "--seconds", "0.05", "--rounds", "1", "--out", tmp_path
+        "--suite",
+        suites,
+        "--filter",
+        pattern,
+        "--min-time",
+        "0.05",
+        "--rounds",
+        "1",
+        "--out",
+        tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    report = read_report(next(tmp_path.glob("shipped-*.json")))
+    report = read_report(next(tmp_path.glob("demo-*.json")))
     assert {group.suite for group in report.groups} == set(suites.split(","))
     for group in report.groups:
-        for row in group.rows:
-            assert row.reason == ""
-            assert row.accuracy.mask_iou > 0.999, row.name
-            assert row.accuracy.truth_iou > 0.85, row.name
-    (policy,) = (row for g in report.groups if g.suite == "policy" for row in g.rows)
+        for case in group.cases:
+            assert case.error == ""
+            assert case.accuracy.mask_iou_mean > 0.999, case.name
+            assert case.accuracy.giou > 0.85, case.name
+    (policy,) = (case for g in report.groups if g.suite == "policy" for case in g.cases)
     assert policy.accuracy.concentration_cosine > 0.99999
 
 
 @pytest.mark.slow
-def test_the_accuracy_of_half_precision_is_made_again(monkeypatch):
+def test_bench_precision_orders_the_precisions(monkeypatch):
     monkeypatch.setattr(precision, "SCENES", 4)
-    report = run_benchmark(Request(suites=("precision",), settings=Settings(limit_seconds=300)))
+    report = run_benchmark(BenchOptions(suites=("precision",), case_timeout_s=300))
     (group,) = report.groups
-    accuracy = {row.labels["precision"]: row.accuracy for row in group.rows}
-    assert accuracy["fp32"].mask_iou == 1
-    assert accuracy["fp32"].mask_error < 1e-5 < accuracy["fp16"].mask_error
-    assert accuracy["fp16"].mask_error < accuracy["bf16"].mask_error < 0.1
-    assert all(row.latency is None and row.reason == "" for row in group.rows)
+    accuracy = {case.labels["precision"]: case.accuracy for case in group.cases}
+    assert accuracy["fp32"].mask_iou_mean == 1
+    assert accuracy["fp32"].mask_relative_error < 1e-5 < accuracy["fp16"].mask_relative_error
+    assert accuracy["fp16"].mask_relative_error < accuracy["bf16"].mask_relative_error < 0.1
+    assert all(case.latency is None and case.error == "" for case in group.cases)
 
 
-def test_every_suite_can_be_imported_and_is_documented():
+def test_bench_suites_are_documented():
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    for name in suites.SUITES:
-        module = suites.suite(name)
-        assert name == module.NAME
-        assert module.SUMMARY
+    for name in SUITES:
         assert f"| `{name}` |" in page
 
 
@@ -113,27 +119,15 @@ def test_every_suite_can_be_imported_and_is_documented():
     ("arguments", "message"),
     [
         (["--suite", "engine"], "suite is 'engine'; accepted: engines"),
-        (["--sizes", "vit_b"], "--sizes goes with --full"),
-        (["--full", "--sizes", "vit_x"], "sizes names 'vit_x'"),
-        (["--checkpoint", "c"], "--checkpoint goes with BUNDLE"),
-        (["--prepare"], "name a folder with --work"),
-        (["--suite", "start", "--only", "nothing like it"], "fits no row"),
+        (["--sizes", "vit_x"], "sizes names 'vit_x'"),
+        (["--checkpoint", "c"], "--checkpoint needs BUNDLE"),
+        (["--prepare-only"], "name a folder with --work-dir"),
+        (["--filter", "("], "accepted: a regular expression"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--suite", "start", "--filter", "nothing like it"], "matches no case"),
         (["nowhere"], "there is no bundle"),
     ],
 )
-def test_wrong_use_is_answered(arguments, message, capsys):
+def test_bench_wrong_use_exits_with_2(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_tables_of_readme_and_docs_are_those_of_the_committed_reports():
-    assert dict(stale_files(ROOT)) == {}, "python -m coprs_deploy.benchmarks.committed"
-
-
-def test_a_table_is_replaced_between_its_marks():
-    text = "a\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nb\n"
-    new = replace_table(text, "speed", ["| x |"])
-    assert new == "a\n<!-- speed:begin -->\n\n| x |\n\n<!-- speed:end -->\nb\n"
-    assert replace_table(new, "speed", ["| x |"]) == new
-    with pytest.raises(ValueError, match="to write into"):
-        replace_table("nothing", "speed", [])

@@ -8,10 +8,10 @@ import re
 import msgspec
 import numpy as np
 import pytest
+from coprs_deploy.benchmarks.dropped_padding import judge_dropped_padding
 from PIL import Image
 
 from coprs_deploy import CoPRS, demo
-from coprs_deploy.benchmarks.dropped_padding import judge_dropped_padding
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.main import main

@@ -42,7 +42,7 @@ class TestLimits:
     def test_segment_past_its_deadline_is_abandoned(self, build):
         policy = FakePolicy(checks_deadline=True)
         coprs, _ = build(policy, timeout_s=1e-9)
-        with pytest.raises(RequestTimeoutError, match="'the cup' .* its deadline"):
+        with pytest.raises(RequestTimeoutError, match=r"'the cup' .* its deadline"):
             coprs.segment(image_of(), "the cup")
         assert policy.num_abandoned == 1
 

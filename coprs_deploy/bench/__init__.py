@@ -1,0 +1,1 @@
+"""Benchmarks: cases in isolated workers, statistics, accuracy, reports and their comparison."""

@@ -1,0 +1,130 @@
+"""Cases, groups and workloads: what a suite plans, and what a worker process opens and runs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coprs_deploy.bench.report import Accuracy, Skipped
+from coprs_deploy.closing import Closeable
+
+TOTAL = "total"
+"""Key of a run's own measurement, used instead of the worker's clock."""
+
+DEVICE = "device"
+"""Key of the time between two device events."""
+
+OUTPUT_FILE = "outputs.safetensors"
+"""What a workload leaves for the evaluation of its accuracy."""
+
+Values: TypeAlias = dict[str, NDArray[Any]]
+
+Evaluate: TypeAlias = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]
+"""Return the accuracy of cases by name, given the folders of their outputs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement; its name says exactly what is run.
+
+    Attributes:
+        target: ``module:function`` or ``path.py:function``; called in the worker process with
+            ``settings`` (plain data) as keywords, it returns a :class:`Workload`.
+        labels: properties, as ``runtime``, ``precision``, ``device``.
+        prepare: make what the case needs and return further settings; called once the filter has
+            selected the case, and may raise ``WorkerError``.
+        estimated_bytes: resident memory that the worker will need.
+        error: why the case cannot be run here; empty otherwise.
+    """
+
+    name: str
+    target: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[], Mapping[str, Any]] | None = None
+    estimated_bytes: int = 700_000_000
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that are compared with each other, in interleaved rounds.
+
+    Attributes:
+        baseline: name of the case whose time counts as 1; None compares nothing.
+        evaluate: measures accuracy; None where cases report their own, or there is none.
+        unit: what one run is.
+        parameter: label that the cases scale over.
+        runs: minimum number of long, cold runs, without warm-up; 0 measures accuracy only; None
+            measures by time.
+        timeout_s: limit of one run; None takes that of the options.
+    """
+
+    suite: str
+    name: str
+    cases: tuple[Case, ...]
+    baseline: str | None = None
+    evaluate: Evaluate | None = None
+    unit: str = "one run"
+    parameter: str = ""
+    runs: int | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """What a suite measures here, and what it skips."""
+
+    groups: tuple[Group, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Workload(Closeable):
+    """What a case opened in its worker process."""
+
+    @abstractmethod
+    def run(self) -> Mapping[str, float]:
+        """Do once what is measured, to its very end.
+
+        Returns:
+            Milliseconds by stage, if any; under :data:`TOTAL` or :data:`DEVICE` the time that
+            counts instead of the worker's clock.
+        """
+
+    def finish(self, folder: Path) -> Mapping[str, Any]:
+        """Write outputs for the evaluation into a folder, after the last run.
+
+        Returns:
+            ``metrics`` (numbers by name) and ``accuracy`` (an :class:`Accuracy` as JSON), if any.
+        """
+        return {}
+
+    def close(self) -> None:
+        """Free what was opened."""
+
+
+def write_arrays(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays by name."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path)
+
+
+def read_arrays(path: Path) -> Values:
+    """Read what :func:`write_arrays` wrote."""
+    from safetensors.numpy import load_file
+
+    values: Values = load_file(path)
+    return values
+
+
+def read_inputs(folder: str | Path) -> Iterator[Values]:
+    """Read the input files of a benchmark in order, see :mod:`coprs_deploy.bench.reference`."""
+    for index in range(len(list(Path(folder).glob("[0-9]*.safetensors")))):
+        yield read_arrays(Path(folder) / f"{index}.safetensors")

@@ -1,0 +1,227 @@
+"""A report as one HTML page: tables and SVG charts, light and dark, without anything loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from coprs_deploy.artifacts import write_json
+from coprs_deploy.bench.report import CaseResult, GroupResult, Latency, Report
+from coprs_deploy.bench.tables import Block, render_markdown, report_blocks
+from coprs_deploy.console import format_ms
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1d21; --faint: #b9bcc4; --paper: #fff; --card: #f6f7f9;
+  --c0: #2563eb; --c1: #d97706; --c2: #059669; --c3: #b91c1c; --c4: #7c3aed; --c5: #0e7490;
+  --c6: #be185d; --c7: #57606a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ee; --faint: #565b66; --paper: #14161a;
+  --card: #1d2026; --c0: #7aa7ff; --c1: #f5b25c; --c2: #4fd1a1; --c3: #ff8585; --c4: #b79bff;
+  --c5: #5cc8df; --c6: #ff8fc2; --c7: #a3abb8; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 1.05rem; }
+p { max-width: 60rem; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; }
+th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid var(--faint);
+  font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; min-width: 13rem; }
+.machine td, .errors td { text-align: left; } .machine td:first-child { min-width: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
+  gap: 1rem; margin-top: 1rem; }
+figure { margin: 0; padding: 0.8rem; background: var(--card); border-radius: 8px; }
+figcaption { font-size: 13px; font-weight: 600; } svg { display: block; width: 100%; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
+"""
+
+WIDTH, LEFT, RIGHT, ROW = 560, 12, 540, 36
+"""Sizes of a chart in units of its view box: readable at the width of a phone."""
+
+SMALLEST_ERROR = 1e-8
+"""Errors below are drawn here."""
+
+
+def write_outputs(folder: Path, report: Report) -> list[Path]:
+    """Write a report as JSON, Markdown and HTML under its own name; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{report.stem}.{ending}" for ending in ("json", "md", "html")]
+    write_json(paths[0], report.to_json())
+    paths[1].write_text(render_markdown(report), encoding="utf-8")
+    paths[2].write_text(render_html(report), encoding="utf-8")
+    return paths
+
+
+def render_html(report: Report) -> str:
+    """Render a report as a page."""
+    title = escape(f"Benchmark: {report.tag}, {report.machine.kind}")
+    body = "\n".join(_render_block(block) for block in report_blocks(report))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _render_block(block: Block) -> str:
+    if block.group is not None:
+        return f'<div class="charts">{"".join(charts(block.group))}</div>'
+    if not block.header:
+        return f"<{block.kind}>{escape(block.text)}</{block.kind}>"
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in block.header)
+    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in block.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table class="{block.kind}"><tr>{head}</tr>{body}</table></div>'
+
+
+def charts(group: GroupResult) -> list[str]:
+    """Draw what a group has numbers for."""
+    drawn = []
+    timed = [(case, case.latency) for case in group.cases if case.latency is not None]
+    if group.parameter and len(timed) > 1:
+        drawn.append(_figure(f"Scaling with {group.parameter}", *_scaling(group, timed)))
+    elif timed:
+        drawn.append(_figure("Every run, median and 95 % interval", *_runs(timed)))
+    if staged := [case for case in group.cases if case.stages]:
+        drawn.append(_figure("Stages, medians", *_stages(staged)))
+    pairs = [(case, latency, _loss(case)) for case, latency in timed]
+    compared = [(case, latency, loss) for case, latency, loss in pairs if loss is not None]
+    is_exact = all(loss <= SMALLEST_ERROR for *_, loss in compared)
+    if not (is_exact or group.parameter):  # cases of another size are no peers
+        drawn.append(_figure("Speed against accuracy", *_accuracy(compared)))
+    return drawn
+
+
+def _figure(caption: str, height: float, parts: Sequence[str]) -> str:
+    svg = f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(
+    x1: float, y1: float, x2: float, y2: float, *, color: str = "ink", width: float = 1
+) -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="var(--{color})" stroke-width="{width}"/>'
+
+
+def _dot(x: float, y: float, color: int, radius: float, opacity: float = 1) -> str:
+    fill = f'fill="var(--c{color % 8})" fill-opacity="{opacity}"'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {fill}/>'
+
+
+def _bar(x: float, y: float, width: float, height: float, color: int) -> str:
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height}"'
+    return f'<rect {size} fill="var(--c{color % 8})"/>'
+
+
+def _time_axis(
+    values: Sequence[float], bottom: float
+) -> tuple[Callable[[float], float], list[str]]:
+    """Return a logarithmic scale of milliseconds, and its grid with numbers."""
+    low, high = min(values) / 1.05, max(values) * 1.05
+    unit = (RIGHT - LEFT) / math.log(high / low)
+
+    def scale(value: float) -> float:
+        return LEFT + unit * math.log(value / low)
+
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 6 else (1, 2, 5) if high / low < 60 else (1,)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**e for e in exponents for step in steps]
+    parts = []
+    for tick in (tick for tick in ticks if low <= tick <= high):
+        parts += [_line(scale(tick), 0, scale(tick), bottom, color="faint", width=0.5)]
+        parts += [_text(scale(tick), bottom + 14, f"{tick:g}", "middle")]
+    return scale, [*parts, _text(RIGHT, bottom + 28, "milliseconds", "end")]
+
+
+def _runs(timed: Sequence[tuple[CaseResult, Latency]]) -> tuple[float, list[str]]:
+    """Draw every run of each case, with the median and its interval."""
+    bottom = ROW * len(timed)
+    scale, parts = _time_axis([run for _, q in timed for run in (*q.samples, q.p50)], bottom)
+    for row, (case, latency) in enumerate(timed):
+        y = ROW * row + 24
+        parts.append(_text(LEFT, y - 11, f"{case.name}: {format_ms(latency.p50)}"))
+        spread = (y + (5 * n % 11 - 5) * 0.8 for n in range(len(latency.samples)))
+        runs = zip(latency.samples, spread, strict=True)
+        parts += [_dot(scale(run), at, row, 1.8, 0.45) for run, at in runs]
+        parts.append(_line(scale(latency.p50), y - 7, scale(latency.p50), y + 7, width=2))
+        low, high = max(latency.ci_low, latency.minimum), min(latency.ci_high, max(latency.samples))
+        parts.append(_line(scale(low), y, scale(high), y, width=1.4))
+    return bottom + 32, parts
+
+
+def _stages(staged: Sequence[CaseResult]) -> tuple[float, list[str]]:
+    """Draw the medians of the stages of each case as one bar."""
+    names = list(dict.fromkeys(name for case in staged for name in case.stages))
+    unit = (RIGHT - LEFT) / max(sum(case.stages.values()) for case in staged)
+    parts = []
+    for row, case in enumerate(staged):
+        y, x = ROW * row + 14, float(LEFT)
+        total = format_ms(sum(case.stages.values()))
+        parts.append(_text(LEFT, y - 3, f"{case.name}: {total}"))
+        for color, name in enumerate(names):
+            width = unit * case.stages.get(name, 0.0)
+            parts.append(_bar(x, y, width, 12, color))
+            x += width
+    y = ROW * len(staged) + 12
+    for number, name in enumerate(names):
+        x, at = LEFT + number % 2 * 260, y + number // 2 * 16
+        parts += [_bar(x, at - 8, 9, 9, number), _text(x + 14, at, name)]
+    return y + 16 * ((len(names) + 1) // 2), parts
+
+
+def _loss(case: CaseResult) -> float | None:
+    """Return the finest measure of the distance from float32."""
+    accuracy = case.accuracy
+    if accuracy is None:
+        return None
+    if accuracy.mask_relative_error is not None:
+        return accuracy.mask_relative_error
+    return None if accuracy.mask_iou_mean is None else max(0.0, 1 - accuracy.mask_iou_mean)
+
+
+def _accuracy(compared: Sequence[tuple[CaseResult, Latency, float]]) -> tuple[float, list[str]]:
+    """Draw the distance of each case from float32 against its median."""
+    scale, parts = _time_axis([latency.p50 for _, latency, _ in compared], 180)
+    smallest = math.log10(SMALLEST_ERROR)
+    top = max(smallest + 1, *(math.log10(max(3 * loss, SMALLEST_ERROR)) for _, _, loss in compared))
+
+    def height(loss: float) -> float:
+        share = (math.log10(max(loss, SMALLEST_ERROR)) - smallest) / (top - smallest)
+        return 175 - 165 * share
+
+    for exponent in range(-8, math.floor(top) + 1, 2):
+        y = height(10.0**exponent)
+        parts += [_line(LEFT, y, RIGHT, y, color="faint", width=0.5)]
+        parts += [_text(LEFT, y - 2, f"1e{exponent}")]
+    for number, (case, latency, loss) in enumerate(compared):
+        x, y = scale(latency.p50), height(loss)
+        parts += [_dot(x, y, number, 5), _text(x + 6, y - 4, str(number + 1))]
+        parts.append(_text(LEFT, 224 + 15 * number, f"{number + 1}  {case.name}"))
+    title = "distance from float32: mask logits, or 1 - mask IoU"
+    return 230 + 15 * len(compared), [*parts, _text(LEFT, 208, title)]
+
+
+def _scaling(
+    group: GroupResult, timed: Sequence[tuple[CaseResult, Latency]]
+) -> tuple[float, list[str]]:
+    """Draw the median against the parameter, with the interval of each."""
+    values = [math.log(float(case.labels[group.parameter])) for case, _ in timed]
+    top, span = 1.15 * max(latency.ci_high for _, latency in timed), max(values) - min(values)
+    xs = [40 + 470 * (value - min(values)) / (span or 1) for value in values]
+    ends = [(q.p50, q.ci_low, q.ci_high) for _, q in timed]
+    ys = [[190 - 180 * value / top for value in each] for each in ends]
+    parts = [_line(LEFT, 190, RIGHT, 190, color="faint"), _text(RIGHT, 222, group.parameter, "end")]
+    for (x1, y1), (x2, y2) in pairwise((x, y[0]) for x, y in zip(xs, ys, strict=True)):
+        parts.append(_line(x1, y1, x2, y2, color="c0", width=1.6))
+    for x, (y, low, high), (case, latency) in zip(xs, ys, timed, strict=True):
+        parts += [_line(x, low, x, high), _dot(x, y, 0, 3.5)]
+        parts += [_text(x, y - 9, format_ms(latency.p50), "middle")]
+        parts += [_text(x, 205, case.labels[group.parameter], "middle")]
+    return 228, parts

@@ -1,1 +1,0 @@
-"""The parts of :mod:`coprs_deploy.benchmarks.policy_serving`."""

@@ -1,0 +1,54 @@
+"""Tables of README and docs, written from the committed reports."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coprs_deploy.bench.page import write_outputs
+from coprs_deploy.bench.report import read_report
+from coprs_deploy.bench.worker import load_script
+
+ROOT = Path(__file__).parents[2]
+update_tables = load_script(ROOT / "benchmarks/update_tables.py")
+
+
+def test_tables_of_readme_and_docs_are_those_of_the_committed_reports():
+    assert update_tables.stale_files(ROOT) == {}, "python benchmarks/update_tables.py"
+
+
+def test_readme_table_compares_with_a_peer_in_few_rows():
+    lines = update_tables.readme_table(ROOT, ROOT)
+    assert 6 <= len(lines) - 2 <= 8
+    assert any("segment-anything" in line for line in lines)
+
+
+def test_replace_table_keeps_the_text_around_the_markers():
+    text = "a\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nb\n"
+    new = update_tables.replace_table(text, "speed", ["| x |"])
+    assert new == "a\n<!-- speed:begin -->\n\n| x |\n\n<!-- speed:end -->\nb\n"
+    assert update_tables.replace_table(new, "speed", ["| x |"]) == new
+    with pytest.raises(ValueError, match="markers"):
+        update_tables.replace_table("nothing", "speed", [])
+
+
+def test_latest_takes_the_best_machine_and_its_newest_report(tmp_path):
+    folder = tmp_path / update_tables.REPORTS
+    (path,) = (ROOT / update_tables.REPORTS).glob("precision-*.json")
+    base = msgspec.structs.replace(read_report(path), tag="demo")
+
+    def made(kind, date, gpu=None):
+        machine = msgspec.structs.replace(base.machine, kind=kind, gpu=gpu)
+        return msgspec.structs.replace(base, machine=machine, date=date)
+
+    kinds = ("cpu-16-cores-avx512", "cpu-2-cores-avx2")
+    days = ("2026-01-01", "2026-02-02")
+    wide, narrow = ([made(kind, day) for day in days] for kind in kinds)
+    assert update_tables.latest(tmp_path, "demo") is None
+    for number, report in enumerate((narrow[1], narrow[0], wide[1], wide[0])):
+        write_outputs(folder, report)
+        assert update_tables.latest(tmp_path, "demo") == (narrow[1] if number < 2 else wide[1])
+    on_gpu = made("a-gpu", "2025-12-12", gpu="A GPU (sm_90)")
+    write_outputs(folder, on_gpu)
+    assert update_tables.latest(tmp_path, "demo") == on_gpu
+    assert update_tables.latest(tmp_path, "full-size") is None
