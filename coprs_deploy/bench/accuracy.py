@@ -19,7 +19,14 @@ from coprs_deploy.bench.report import Accuracy
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
 from coprs_deploy.engines.graphs import masks_at_original_size
-from coprs_deploy.evaluation.metrics import ExampleScore, MaskCounts, overlap, summarize
+from coprs_deploy.evaluation.metrics import (
+    EMPTY_IOU,
+    MaskCounts,
+    count_pixels,
+    giou,
+    iou,
+    precision_at,
+)
 from coprs_deploy.export.equivalence import cosine_similarity, relative_error
 from coprs_deploy.images import PreparedImage, mask_cells, prepare_image, resize_logits
 from coprs_deploy.specs import MASK_DECODER, PRIOR, Geometry
@@ -120,20 +127,22 @@ def _mask_metrics(masks: Masks, expected: Masks | None, ground_truth: Masks) -> 
     if expected:
         ious = [mask_agreement(*pair) for pair in zip(masks, expected, strict=True)]
         metrics = {"mask_iou_mean": float(np.mean(ious)), "mask_iou_min": float(np.min(ious))}
-    return metrics | gt_metrics([overlap(*p) for p in zip(masks, ground_truth, strict=False)])
+    return metrics | gt_metrics([count_pixels(*p) for p in zip(masks, ground_truth, strict=False)])
 
 
 def gt_metrics(counts: Sequence[MaskCounts]) -> dict[str, float]:
     """Return ``giou`` and ``precision_at_50``, if any; the IoU of two empty masks is 0."""
-    found = summarize([ExampleScore("", "", 1, 1, each, each) for each in counts])
-    names = {"giou": "mask_iou", "precision_at_50": "precision_at_half"}
-    return {name: found[key] for name, key in names.items() if counts}
+    if not counts:
+        return {}
+    return {
+        "giou": giou(counts, empty=EMPTY_IOU),
+        "precision_at_50": precision_at(counts, 0.5, empty=EMPTY_IOU),
+    }
 
 
 def mask_agreement(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
     """Return the IoU of two masks; two empty masks agree (1.0)."""
-    counts = overlap(found, expected)
-    return counts.iou if counts.union else 1.0
+    return iou(count_pixels(found, expected), empty=1.0)
 
 
 def last_mask(
@@ -188,7 +197,7 @@ def _compare(
         size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
         prepared = PreparedImage(sample["image"], sample["unpadded_size"], size)
         mask = np.any(resize_logits(ours, prepared, geometry) > 0, axis=0)
-        metrics["gt"] = overlap(mask, sample["ground_truth"].astype(np.bool_))
+        metrics["gt"] = count_pixels(mask, sample["ground_truth"].astype(np.bool_))
     return metrics
 
 

@@ -99,6 +99,6 @@ def test_installed_versions_contain_python_and_installed_packages():
 
 def test_environment_contains_versions_machine_and_commit():
     found = environment()
-    assert set(found) == {"versions", "python", "machine", "commit"}
-    assert set(found["versions"]) == set(TOOLCHAIN)
+    assert set(found) == {"versions", "python", "machine", "processor", "commit"}
+    assert set(found["versions"]) <= {*TOOLCHAIN, "coprs-deploy"}
     assert found["versions"]["numpy"] == np.__version__
