@@ -19,7 +19,7 @@ from coprs_deploy import demo
 from coprs_deploy.bench.accuracy import gt_metrics, last_mask, mask_agreement
 from coprs_deploy.bench.reference import ask, open_policy, open_torch_graphs, scenes
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.evaluation.metrics import MaskCounts, overlap, union
+from coprs_deploy.evaluation.metrics import MaskCounts, count_pixels, union
 from coprs_deploy.images import prepare_image
 
 ASPECT_RATIO = (16, 9)
@@ -59,8 +59,8 @@ def evaluate_dropped_padding(count: int) -> dict[str, float]:
             )
             target = union(example.masks)[:height]
             agreement.append(mask_agreement(without, with_padding))
-            counts["with_padding"].append(overlap(with_padding, target))
-            counts["without_padding"].append(overlap(without, target))
+            counts["with_padding"].append(count_pixels(with_padding, target))
+            counts["without_padding"].append(count_pixels(without, target))
     ious = {"mask_iou_mean": float(np.mean(agreement)), "mask_iou_min": float(np.min(agreement))}
     return {"scenes": len(agreement), **ious} | {
         f"{metric}_{name}": value

@@ -24,9 +24,9 @@ from coprs_deploy.bench.process import call_once
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
 from coprs_deploy.console import markdown_table
 from coprs_deploy.engines import RunnerOptions, open_graph
-from coprs_deploy.engines.cache import EngineCache
+from coprs_deploy.engines.cache import Cache
 from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes
-from coprs_deploy.engines.trt.cache import BuildCallbacks, graph_bytes
+from coprs_deploy.engines.trt.cache import graph_bytes
 from coprs_deploy.engines.trt.checks import describe_engine
 from coprs_deploy.export.calibration import MIN_IMAGES, find_calibration_images
 from coprs_deploy.export.equivalence import cosine_similarity, relative_error
@@ -180,11 +180,11 @@ def export_encoder(checkpoint: str, graph: str, precision: str) -> dict[str, Any
             {},
             rest=rest_precision(RUNTIME, precision),
             scratch=scratch,
-            pictures=find_calibration_images(Path(checkpoint).with_name(IMAGES)),
+            images=find_calibration_images(Path(checkpoint).with_name(IMAGES)),
             geometry=source.config.model.geometry,
-            cache=EngineCache(scratch / "cache"),
-            progress=lambda step: None,
-            watch=BuildCallbacks(),
+            cache=Cache(scratch / "cache"),
+            on_step=lambda step: None,
+            on_progress=lambda text: None,
         )
     else:
         write_graph(encoder, spec, path, {}, precision=precision, scratch=scratch)
@@ -205,10 +205,10 @@ def check_graph(checkpoint: str, graph: str, folder: str, precision: str) -> dic
         if rounded != path:
             for written in path.parent.glob("rounded.onnx*"):
                 written.unlink()
-    wanted = np.load(Path(folder) / REFERENCE)
+    expected = np.load(Path(folder) / REFERENCE)
     return {
-        "cosine": cosine_similarity(found, wanted),
-        "relative_error": relative_error(found, wanted),
+        "cosine": cosine_similarity(found, expected),
+        "relative_error": relative_error(found, expected),
     }
 
 
@@ -218,10 +218,10 @@ def build_engine(checkpoint: str, graph: str, compute_capabilities: list[str]) -
     built = build_engine_bytes(
         Path(graph), spec, BuildSettings(RUNTIME, tuple(compute_capabilities))
     )
-    text = describe_engine(built.plan)
+    text = describe_engine(built.data)
     return {
         "build_seconds": built.seconds,
-        "engine_bytes": len(memoryview(built.plan)),
+        "engine_bytes": len(memoryview(built.data)),
         "network_layers": built.network_layers,
         "tensor_types": None if text is None else dict(text.types),
         "build_peak_bytes": peak_memory_bytes(),
@@ -279,10 +279,12 @@ def failures(report: dict[str, Any]) -> list[str]:
     found = []
     for row in report["rows"]:
         allowed = TOLERANCES[RUNTIME, row["precision"]][IMAGE_ENCODER]
-        if not (row["cosine"] >= allowed.cosine and row["relative_error"] <= allowed.relative):
+        if not (
+            row["cosine"] >= allowed.cosine and row["relative_error"] <= allowed.relative_error
+        ):
             found.append(
                 f"{row['sam']} {row['precision']}: cosine {row['cosine']:.7f}, relative error "
-                f"{row['relative_error']:.1e} (allowed: {allowed.cosine}, {allowed.relative:.0e})"
+                f"{row['relative_error']:.1e} (allowed: {allowed.cosine}, {allowed.relative_error:.0e})"
             )
     return found
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from coprs_deploy.bench.report import CaseResult, GroupResult, Report, read_report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 from coprs_deploy.export.precision import BF16, FP32
-from coprs_deploy.machine import QUESTION_TYPES
+from coprs_deploy.machine import KINDS
 from coprs_deploy.specs import IMAGE_ENCODER
 
 REPORTS = Path("benchmarks/reports")
@@ -44,7 +44,7 @@ def latest(root: Path, tag: str) -> Report | None:
 
 
 def _rank(report: Report) -> tuple[bool, int, str]:
-    units = [kind for _, kind in reversed(QUESTION_TYPES)]
+    units = [kind for _, kind in reversed(KINDS)]
     unit = report.machine.kind.rpartition("-")[2]
     return report.machine.gpu is not None, units.index(unit) if unit in units else -1, report.date
 
@@ -121,7 +121,8 @@ def precision_table(root: Path, folder: Path) -> list[str]:
     report = latest(root, PRECISION_TAG)
     if report is None:
         return []
-    rows, inputs = [], 0
+    rows: list[tuple[str, ...]] = []
+    inputs = 0
     for case in (case for group in report.groups for case in group.cases):
         accuracy = case.accuracy
         if accuracy is None:

@@ -26,7 +26,8 @@ from typing import Any
 
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.bundle import Bundle, open_bundle
-from coprs_deploy.console import equivalence_table, table
+from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.console import table
 from coprs_deploy.engines import Runner, RunnerOptions, open_bundle_graph
 from coprs_deploy.engines.autotune import random_inputs
 from coprs_deploy.engines.cuda import current_gpu
@@ -157,7 +158,7 @@ def check_bundle(
 
 def measure_graphs(bundle: Bundle, options: RunnerOptions, num_runs: int) -> dict[str, Any]:
     """Measure the latency of each graph, and describe its engine."""
-    graphs = {}
+    graphs: dict[str, dict[str, Any]] = {}
     for name, graph in bundle.manifest.graphs.items():
         with open_bundle_graph(bundle, name, options) as runner:
             graphs[name] = {

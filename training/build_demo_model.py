@@ -51,7 +51,7 @@ def build_demo_model(run: Path, root: Path = demo.ROOT, reports: Path = REPORTS)
     _check_size(_size(source.path))
     with new_directory(root / "checkpoint", CONFIG_FILE, overwrite=True) as partial:
         shutil.copytree(source.path, partial, dirs_exist_ok=True)
-    options = ExportOptions(copy_policy=False, overwrite=True)
+    options = ExportOptions(external_policy=True, overwrite=True)
     export_checkpoint(root / "checkpoint", root / "bundle", options)
     total = _model_size(root)
     _check_size(total)

@@ -21,8 +21,8 @@ from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.result import SegmentationResult, Timings
 
 STAGES = {
-    "image decode": "image_ms",
-    "policy preprocessing": "policy_image_ms",
+    "image decode": "image_decode_ms",
+    "policy preprocessing": "policy_preprocess_ms",
     "image encoder, not overlapped": "",
     "policy prefill": "prefill_ms",
     "policy decode": "decode_ms",
@@ -138,7 +138,7 @@ class _BatchWorkload(RequestWorkload):
 def stage_times(timings: Timings) -> dict[str, float]:
     """Split the time of a request into stages that add up."""
     known = asdict(timings)
-    waited = max(0.0, timings.image_encoder_ms - timings.image_encoder_hidden_ms)
+    waited = max(0.0, timings.image_encoder_ms - timings.image_encoder_overlap_ms)
     stages = {name: float(known[key]) if key else waited for name, key in STAGES.items()}
     stages["other"] = max(0.0, timings.total_ms - sum(stages.values()))
     return {TOTAL: timings.total_ms, **stages}

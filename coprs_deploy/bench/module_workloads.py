@@ -66,7 +66,7 @@ def open_module(
     if segment_anything:
         modules = {IMAGE_ENCODER: segment_anything_encoder(source)}
     else:
-        modules = load_segmentation_model(source).stages()
+        modules = load_segmentation_model(source).graph_modules()
     specs = graph_specs(source.config.model.geometry, source.config.model.policy_hidden_size)
     runners = {}
     for name in modules if graph == ALL_GRAPHS else [graph]:

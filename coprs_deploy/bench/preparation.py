@@ -26,7 +26,7 @@ def export_bundle(
     calibration: str | None = None,
 ) -> dict[str, Any]:
     """Export a checkpoint with all checks and builds; return metrics and the check's accuracy."""
-    extra: dict[str, Any] = {} if calibration is None else {"calibration": Path(calibration)}
+    extra: dict[str, Any] = {} if calibration is None else {"calibration_images": Path(calibration)}
     options = ExportOptions(
         runtime=runtime,
         precision=precision,
@@ -34,9 +34,9 @@ def export_bundle(
         images=OptimizationProfile.parse(images, "images"),
         aspect_ratio=parse_aspect_ratio(aspect_ratio) if aspect_ratio else None,
         drop_padding=drop_padding,
-        copy_policy=False,
+        external_policy=True,
         overwrite=True,
-        gpus=tuple(compute_capabilities),
+        compute_capabilities=tuple(compute_capabilities),
         **extra,
     )
     report = export_checkpoint(checkpoint, out, options)
@@ -65,8 +65,8 @@ def export_bundle(
     accuracy = {
         "inputs": end.inputs,
         "embedding_cosine": records["image_encoder"].cosine,
-        "prior_relative_error": records["prior"].relative,
-        "mask_relative_error": end.relative,
+        "prior_relative_error": records["prior"].relative_error,
+        "mask_relative_error": end.relative_error,
         "mask_iou_min": end.mask_iou,
         "note": "the export's own check, random concentrations; worst of its inputs",
     }
@@ -138,7 +138,7 @@ def write_rounded_graphs(out: str, checkpoint: str, precision: str) -> None:
     source = read_checkpoint(checkpoint)
     specs = graph_specs(source.config.model.geometry, source.config.model.policy_hidden_size)
     Path(out).mkdir(exist_ok=True)
-    for name, module in load_segmentation_model(source).stages().items():
+    for name, module in load_segmentation_model(source).graph_modules().items():
         target = Path(out) / f"{name}.onnx"
         with tempfile.TemporaryDirectory(dir=out) as folder:
             path, scratch = (

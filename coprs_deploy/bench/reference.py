@@ -123,7 +123,7 @@ def open_reference(
     graph = manifest.graphs[IMAGE_ENCODER]
     own = f"the bundle's own graphs ({graph.runtime} {graph.precision})"
     note = f"against {own}, no checkpoint was given"
-    width = manifest.policy.width
+    width = manifest.policy.hidden_size
     return manifest.geometry, width, lambda name: open_bundle_graph(opened, name, options), note
 
 
@@ -137,7 +137,7 @@ def open_torch_graphs(
     model = load_segmentation_model(source)
     model.image_encoder.set_valid_region(valid_region)
     return SegmentationGraphs(
-        {n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.stages().items()}
+        {n: TorchRunner(m, specs[n], RunnerOptions()) for n, m in model.graph_modules().items()}
     )
 
 

@@ -167,5 +167,5 @@ def _runner_options(options: RuntimeOptions) -> RunnerOptions:
         allow_engine_host_code=options.allow_engine_host_code,
         cuda_graphs=options.cuda_graphs,
         inference_precision=options.inference_precision,
-        cache=options.cache_dir,
+        cache_dir=options.cache_dir,
     )

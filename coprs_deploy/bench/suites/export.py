@@ -13,7 +13,7 @@ from coprs_deploy.bench.preparation import export_bundle
 from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.bench.suites import labels_of
 from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE
-from coprs_deploy.engines.trt.variants import TRT_VARIANTS
+from coprs_deploy.engines.variants import TRT_VARIANTS
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.machine import peak_memory_bytes
 
@@ -71,8 +71,8 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     name = f"export, {runtime} {runtime_version(runtime)} {precision}"
     name += f" for {', '.join(gpus)}" if gpus else ""
     out = fixtures.folder / f"exported-{model.name}-{runtime}-{precision}"
-    settings = {"checkpoint": str(model.checkpoint), "out": str(out), "runtime": runtime}
-    settings |= {"precision": precision, "compute_capabilities": gpus}
+    settings: dict[str, Any] = {"checkpoint": str(model.checkpoint), "out": str(out)}
+    settings |= {"runtime": runtime, "precision": precision, "compute_capabilities": gpus}
 
     def prepare() -> dict[str, Any]:
         is_int8 = precision == "int8"
