@@ -284,7 +284,8 @@ def failures(report: dict[str, Any]) -> list[str]:
         ):
             found.append(
                 f"{row['sam']} {row['precision']}: cosine {row['cosine']:.7f}, relative error "
-                f"{row['relative_error']:.1e} (allowed: {allowed.cosine}, {allowed.relative_error:.0e})"
+                f"{row['relative_error']:.1e} (allowed: {allowed.cosine}, "
+                f"{allowed.relative_error:.0e})"
             )
     return found
 

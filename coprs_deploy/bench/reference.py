@@ -7,7 +7,6 @@ once into a folder that all workers read.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,13 +146,23 @@ def open_policy(
     library: str = "transformers",
     device: str = "cpu",
 ) -> Policy:
-    """Open the policy of a checkpoint by a library that ``policy.availability`` names."""
-    module = importlib.import_module(f"coprs_deploy.policy.{library}_policy")
-    kind, limits = getattr(module, f"{library.capitalize()}Policy"), checkpoint.config.policy_image
-    arguments = (checkpoint.policy_path, checkpoint.config.prompt)
-    pixels = (limits.min_pixels, limits.max_pixels)
-    opened: Policy = kind(*arguments, *pixels, device=device, dtype=dtype)
-    return opened
+    """Open the policy of a checkpoint with a library that ``policy.availability`` lists."""
+    if library == "vllm":
+        from coprs_deploy.policy.vllm_policy.policy import VllmPolicy as PolicyType
+    else:
+        from coprs_deploy.policy.transformers_policy import (  # type: ignore[assignment]
+            TransformersPolicy as PolicyType,
+        )
+
+    limits = checkpoint.config.policy_image
+    return PolicyType(
+        checkpoint.policy_path,
+        checkpoint.config.prompt,
+        limits.min_pixels,
+        limits.max_pixels,
+        device=device,
+        dtype=dtype,
+    )
 
 
 def ask(policy: Policy, example: Example) -> PolicyResult:

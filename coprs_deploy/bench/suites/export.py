@@ -13,7 +13,7 @@ from coprs_deploy.bench.preparation import export_bundle
 from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.bench.suites import labels_of
 from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE
-from coprs_deploy.engines.variants import TRT_VARIANTS
+from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.machine import peak_memory_bytes
 
