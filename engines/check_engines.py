@@ -157,7 +157,7 @@ def check_bundle(
 
 def measure_graphs(bundle: Bundle, options: RunnerOptions, num_runs: int) -> dict[str, Any]:
     """Measure the latency of each graph, and describe its engine."""
-    graphs = {}
+    graphs: dict[str, dict[str, Any]] = {}
     for name, graph in bundle.manifest.graphs.items():
         with open_bundle_graph(bundle, name, options) as runner:
             graphs[name] = {
