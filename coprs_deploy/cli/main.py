@@ -67,7 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed = build_parser().parse_args(arguments)
+    except SystemExit as stop:  # --help, --version, or wrong use
+        return int(stop.code or 0)
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Contact sheets: scenes with their questions on one page, for people to look at."""
+"""Contact sheets: examples with their targets outlined, and their texts, on one page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coprs_deploy.visualization import (
     wrap_text,
 )
 
-PICTURE_PX = 320
+TILE_PX = 320
 MARGIN_PX = 14
 OUTLINE_PX = 3
 
@@ -31,17 +31,17 @@ LABEL_FONT_PX, INSTRUCTION_FONT_PX, RESPONSE_FONT_PX = 12, 17, 13
 
 
 def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.Image:
-    """Draw examples in a grid: the picture with its targets outlined, the words below.
+    """Draw examples in a grid: the image with its targets outlined, instruction and response below.
 
     Args:
-        examples: at least one; a target is numbered where there are several.
-        columns: pictures side by side.
+        examples: at least one; several targets of one example are numbered.
+        columns: number of columns.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: there is no example, or columns is below 1.
+        ValueError: there are no examples, or columns is below 1.
     """
     if not examples or columns < 1:
         raise ValueError(
@@ -51,32 +51,32 @@ def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.I
     rows = [examples[i : i + columns] for i in range(0, len(examples), columns)]
     captions = [[_caption(example) for example in row] for row in rows]
     heights = [
-        PICTURE_PX + 2 * MARGIN_PX + max(sum(line.height for line in lines) for lines in row)
+        TILE_PX + 2 * MARGIN_PX + max(sum(line.height for line in lines) for lines in row)
         for row in captions
     ]
-    width = columns * (PICTURE_PX + MARGIN_PX) + MARGIN_PX
+    width = columns * (TILE_PX + MARGIN_PX) + MARGIN_PX
     page = Image.new("RGB", (width, sum(heights) + MARGIN_PX), PAPER)
     top = MARGIN_PX
     for row, row_captions, height in zip(rows, captions, heights, strict=True):
         for column, (example, lines) in enumerate(zip(row, row_captions, strict=True)):
-            left = MARGIN_PX + column * (PICTURE_PX + MARGIN_PX)
+            left = MARGIN_PX + column * (TILE_PX + MARGIN_PX)
             page.paste(draw_targets(example), (left, top))
-            draw_text(page, lines, left, top + PICTURE_PX + MARGIN_PX // 2)
+            draw_text(page, lines, left, top + TILE_PX + MARGIN_PX // 2)
         top += height
     return page
 
 
 def draw_targets(example: Example) -> Image.Image:
-    """Enlarge an example's picture and outline its targets.
+    """Resize an example's image and outline its targets.
 
     Returns:
-        A picture whose longer side is ``PICTURE_PX`` pixels.
+        An image whose longer side is ``TILE_PX`` pixels.
     """
     height, width = example.image.shape[:2]
-    factor = PICTURE_PX / max(height, width)
+    factor = TILE_PX / max(height, width)
     size = (round(width * factor), round(height * factor))
-    picture = Image.fromarray(example.image).resize(size, Image.Resampling.BICUBIC)
-    canvas = np.array(picture)
+    image = Image.fromarray(example.image).resize(size, Image.Resampling.BICUBIC)
+    canvas = np.array(image)
     for mask in example.masks:
         canvas[outline_band(mask, size, OUTLINE_PX + 2)] = WHITE
         canvas[outline_band(mask, size, OUTLINE_PX)] = OUTLINE
@@ -89,12 +89,12 @@ def draw_targets(example: Example) -> Image.Image:
 
 def _number(drawn: Image.Image, mask: NDArray[np.bool_], number: int, factor: float) -> None:
     rows, columns = np.nonzero(mask)
-    # The pixel of the mask nearest to its middle: a ring's middle is not its own.
-    middle = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
-    place = (float(columns[middle] * factor), float(rows[middle] * factor))
+    # The pixel of the mask nearest to its center, which may lie outside the mask, as for a ring.
+    center = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+    position = (float(columns[center] * factor), float(rows[center] * factor))
     font = ImageFont.load_default(INSTRUCTION_FONT_PX)
     ImageDraw.Draw(drawn).text(
-        place, str(number), font=font, fill=WHITE, anchor="mm", stroke_width=3, stroke_fill=INK
+        position, str(number), font=font, fill=WHITE, anchor="mm", stroke_width=3, stroke_fill=INK
     )
 
 
@@ -105,4 +105,4 @@ def _caption(example: Example) -> list[TextLine]:
 
 
 def _wrap(text: str, font_px: int, color: tuple[int, int, int]) -> list[TextLine]:
-    return [TextLine(line, font_px, color) for line in wrap_text(text, font_px, PICTURE_PX)]
+    return [TextLine(line, font_px, color) for line in wrap_text(text, font_px, TILE_PX)]

@@ -1,10 +1,10 @@
 """Processor, memory and versions, with and without ``/proc``."""
 
-import os
 import platform
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from coprs_deploy.machine import (
@@ -78,16 +78,8 @@ def test_peak_memory_without_proc_uses_resource_usage():
     assert peak_memory_bytes() > 2**20
 
 
-def test_available_memory_is_read_in_kibibytes(monkeypatch):
-    text = "MemTotal: 100 kB\nMemFree: 10 kB\nMemAvailable:     60 kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
-    assert available_memory_bytes() == 60 * 1024
-
-
-@pytest.mark.usefixtures("unreadable_proc")
-def test_available_memory_without_proc_is_half_of_physical():
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert available_memory_bytes() == pages // 2
+def test_available_memory_is_part_of_the_physical_memory():
+    assert 0 < available_memory_bytes() <= psutil.virtual_memory().total
 
 
 def test_installed_versions_contain_python_and_installed_packages():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint, write_checkpoint
-from coprs_deploy.conversion.random_policy import generate_policy
+from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, BundleIntegrityError
@@ -160,7 +160,7 @@ class TestNoMatch:
             root / "checkpoint",
             source.config,
             load_segmentation_model(source).state_dict(),
-            generate_policy("tiny", script=script).save,
+            build_random_policy("tiny", script=script).save,
         )
         bundle = open_bundle(tiny_bundle)
         graphs = SegmentationGraphs(

@@ -22,8 +22,8 @@ def measured(monkeypatch):
     """Fake measurement: OpenVINO for the image encoder; records the arguments of autotune."""
     arguments = {}
 
-    def autotune(bundle, options, retune, cache, report):
-        arguments.update(options=options, retune=retune, cache=cache)
+    def autotune(bundle, options, retune, progress):
+        arguments.update(options=options, retune=retune)
         return {
             name: RuntimeChoice(
                 name, "openvino" if name == IMAGE_ENCODER else "onnxruntime", "for a test"
@@ -60,7 +60,7 @@ def test_load_with_auto_opens_and_logs_the_measured_runtimes(
     assert result.runtime == coprs.description
     assert "image_encoder: openvino, for a test" in caplog.messages
     assert (measured["options"].num_threads, measured["retune"]) == (1, True)
-    assert measured["cache"].root == tmp_path
+    assert measured["options"].cache_dir == tmp_path
 
 
 @pytest.mark.parametrize("runtime", ["tensorrt", "openvin0"])
@@ -111,7 +111,7 @@ def test_load_passes_options_to_graphs_and_policy(tiny_bundle, scene, tmp_path, 
         assert coprs.segment(scene, "the red disc").found
         assert coprs.num_cached_images == 0
     assert len(opened) == 3
-    assert {(o.num_threads, o.cache) for o in opened} == {(1, tmp_path)}
+    assert {(o.num_threads, o.cache_dir) for o in opened} == {(1, tmp_path)}
 
 
 def test_load_reports_its_progress(tiny_bundle):
