@@ -7,7 +7,7 @@ import pytest
 
 from coprs_deploy.bench.process import WorkerError
 from coprs_deploy.bench.worker import load_script
-from coprs_deploy.export.equivalence import TOLERANCES
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER
 

@@ -89,7 +89,7 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, t
     policy = FixedPolicy(states)
     with CoPRS(stages, policy, bundle.manifest.geometry) as coprs:
         for image in scenes.images[:2]:
-            answer = coprs.segment(np.asarray(image), "anything", targets=2)
+            answer = coprs.segment(np.asarray(image), "anything", max_targets=2)
             with torch.no_grad():
                 priors, masks = evaluator._segment(
                     [np.asarray(image)], torch.zeros(2, dtype=torch.int64), torch.from_numpy(states)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coprs_deploy.data.contact_sheet import OUTLINE, PICTURE_PX, draw_contact_sheet, draw_targets
+from coprs_deploy.data.contact_sheet import OUTLINE, TILE_PX, draw_contact_sheet, draw_targets
 from coprs_deploy.data.synthetic import FULL, SceneExamples
 
 
@@ -11,10 +11,10 @@ def test_contact_sheet_outlines_the_targets():
     examples = SceneExamples(FULL, 12)
     for example in examples:
         drawn = np.asarray(draw_targets(example))
-        assert drawn.shape == (PICTURE_PX, PICTURE_PX, 3)
+        assert drawn.shape == (TILE_PX, TILE_PX, 3)
         assert (drawn == OUTLINE).all(axis=2).any() == bool(len(example.masks))
     sheet = draw_contact_sheet(examples[:5], columns=3)
-    assert sheet.width > 3 * PICTURE_PX and sheet.height > 2 * PICTURE_PX
+    assert sheet.width > 3 * TILE_PX and sheet.height > 2 * TILE_PX
     with pytest.raises(ValueError, match="0 examples"):
         draw_contact_sheet([])
     with pytest.raises(ValueError, match="0 columns"):

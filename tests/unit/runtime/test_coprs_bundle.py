@@ -134,7 +134,7 @@ class TestLoading:
         shutil.copytree(tiny_bundle, copied)
         with (copied / file).open("ab") as stream:
             stream.write(b"!")
-        with pytest.raises(BundleIntegrityError, match="was cut short or changed"):
+        with pytest.raises(BundleIntegrityError, match="was truncated or changed"):
             CoPRS.load(copied)
 
     def test_load_policy_of_another_hidden_size_is_refused(self, tiny_bundle, tmp_path):
