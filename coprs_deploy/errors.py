@@ -128,6 +128,11 @@ class RuntimeUnavailableError(EnvironmentNotReadyError):
     """A requested runtime, provider or device is not available."""
 
 
+def install_hint(extra: str) -> str:
+    """Return the pip command of an extra; it needs a checkout, as the package is not on PyPI."""
+    return f'pip install -e ".[{extra}]" (in the checkout)'
+
+
 def error_body(error: BaseException, message: str | None = None) -> dict[str, str]:
     """Return an error as JSON, the same over HTTP and on the command line.
 

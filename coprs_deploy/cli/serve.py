@@ -25,7 +25,7 @@ from coprs_deploy.cli.runtime_arguments import (
     add_runtime_options,
     runtime_options,
 )
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import MissingDependencyError, install_hint
 
 if TYPE_CHECKING:
     from coprs_deploy.runtime import RuntimeOptions
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         from fastapi import FastAPI  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"serving needs {error.name}; pip install 'coprs-deploy[serve]'"
+            f"serving needs {error.name}; {install_hint('serve')}"
         ) from error
     # SIGTERM, which stops a container, ends the server like Ctrl-C: running requests finish.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)

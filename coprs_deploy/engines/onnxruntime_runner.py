@@ -25,7 +25,12 @@ from coprs_deploy.engines.runner import (
     RunnerOptions,
     host_array,
 )
-from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
+from coprs_deploy.errors import (
+    BundleError,
+    MissingDependencyError,
+    RuntimeUnavailableError,
+    install_hint,
+)
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -33,8 +38,8 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INSTALL = {
-    "cpu": 'pip install "coprs-deploy[cpu]"',
-    "cuda": 'pip uninstall onnxruntime; pip install "coprs-deploy[gpu]"',
+    "cpu": install_hint("cpu"),
+    "cuda": "pip uninstall onnxruntime; " + install_hint("gpu"),
 }
 SAME_AS_REQUESTED = 1
 """ONNX Runtime's number for an arena that allocates exactly the requested size."""

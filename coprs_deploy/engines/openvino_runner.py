@@ -27,7 +27,12 @@ from coprs_deploy.engines.runner import (
     RunnerOptions,
     host_array,
 )
-from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
+from coprs_deploy.errors import (
+    BundleError,
+    MissingDependencyError,
+    RuntimeUnavailableError,
+    install_hint,
+)
 from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import GraphSpec
 
@@ -35,7 +40,7 @@ DEVICE = "CPU"
 OPENVINO_FOLDER = "openvino"
 """Folder of compiled graphs in the cache."""
 
-INSTALL = 'pip install "coprs-deploy[openvino]"'
+INSTALL = install_hint("openvino")
 
 CACHED_GRAPH_BYTES = 128_000_000
 """Size limit of cached graphs. A compiled graph contains a second copy of the weights, and ViT-B

@@ -75,9 +75,7 @@ def pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise MissingDependencyError(
-            "plots need matplotlib; pip install 'coprs-deploy[train]'"
-        ) from error
+        raise MissingDependencyError("plots need matplotlib; pip install matplotlib") from error
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.errors import EquivalenceError, MissingDependencyError
+from coprs_deploy.errors import EquivalenceError, MissingDependencyError, install_hint
 from coprs_deploy.specs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ STACK_TRACE = "pkg.torch.onnx.stack_trace"
 """Metadata key of a node's source lines. They contain paths of the machine and are removed, so
 that one checkpoint gives the same bytes everywhere."""
 
-INSTALL = 'pip install "coprs-deploy[cpu]"'
+INSTALL = install_hint("cpu")
 
 
 def export_onnx_graph(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.images import HasResize, RgbArray, mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
 from coprs_deploy.visualization import draw_heatmap, draw_overlay
@@ -266,7 +266,7 @@ class SegmentationResult:
             import supervision
         except ImportError as error:
             raise MissingDependencyError(
-                "to_supervision needs supervision; pip install 'coprs-deploy[supervision]'"
+                f"to_supervision needs supervision; {install_hint('supervision')}"
             ) from error
         return supervision.Detections(
             xyxy=self.boxes.astype(np.float32),

@@ -27,7 +27,7 @@ from coprs_deploy.data.examples import ExampleFile
 from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
@@ -168,7 +168,7 @@ def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
         from torch.utils import tensorboard  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"training needs {error.name}; pip install 'coprs-deploy[train]'"
+            f"training needs {error.name}; {install_hint('train')}"
         ) from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(recipe.num_threads)
@@ -223,9 +223,7 @@ def import_grpo() -> ModuleType:
     try:
         from coprs_deploy.training.grpo import stage
     except ImportError as error:
-        raise MissingDependencyError(
-            f"GRPO needs {error.name}; pip install 'coprs-deploy[train]'"
-        ) from error
+        raise MissingDependencyError(f"GRPO needs {error.name}; {install_hint('train')}") from error
     return stage
 
 

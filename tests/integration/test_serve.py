@@ -12,6 +12,7 @@ import pytest
 
 from coprs_deploy import CoPRS
 from coprs_deploy.cli.main import main
+from coprs_deploy.errors import install_hint
 from tests import ROOT
 
 SCENE = ROOT / "examples" / "scene.png"
@@ -82,4 +83,4 @@ def test_serve_arguments_out_of_range_are_refused(arguments, part, capsys):
 def test_serve_missing_library_names_the_pip_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 2
-    assert capsys.readouterr().err.strip().endswith("pip install 'coprs-deploy[serve]'")
+    assert capsys.readouterr().err.strip().endswith(install_hint("serve"))

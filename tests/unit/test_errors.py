@@ -3,11 +3,13 @@
 import inspect
 import pickle
 import re
+import tomllib
 
 import pytest
 
 from coprs_deploy import errors
-from coprs_deploy.errors import CoPRSError, error_body
+from coprs_deploy.errors import CoPRSError, error_body, install_hint
+from tests import ROOT
 
 CLASSES = [
     value
@@ -80,3 +82,15 @@ def test_every_error_can_be_pickled(error):
 def test_error_body_holds_message_and_class():
     error = errors.QueueFullError("2 requests are active")
     assert error_body(error) == {"error": "2 requests are active", "type": "QueueFullError"}
+
+
+def test_install_hints_name_extras_of_the_package():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = set(tomllib.load(file)["project"]["optional-dependencies"])
+    named = set()
+    for path in (ROOT / "coprs_deploy").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        named |= set(re.findall(r"""install_hint\(["'](.+?)["']\)""", text))
+        assert "coprs-deploy[" not in text, f"{path}: not on PyPI, use install_hint"
+    assert {"cpu", "serve", "train"} <= named <= extras
+    assert install_hint("serve") == 'pip install -e ".[serve]" (in the checkout)'

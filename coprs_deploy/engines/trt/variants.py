@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import MissingDependencyError, install_hint
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ TENSORRT = TrtVariant(
     name="tensorrt",
     module="tensorrt",
     title="TensorRT",
-    install='pip install "coprs-deploy[tensorrt]"',
+    install=install_hint("tensorrt"),
     builds_without_gpu=False,
 )
 TENSORRT_RTX = TrtVariant(
     name="tensorrt-rtx",
     module="tensorrt_rtx",
     title="TensorRT for RTX",
-    install='pip install "coprs-deploy[tensorrt-rtx]"',
+    install=install_hint("tensorrt-rtx"),
     builds_without_gpu=True,
 )
 TRT_VARIANTS: Mapping[str, TrtVariant] = {

@@ -14,7 +14,12 @@ from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, onnxruntime_runner
 from coprs_deploy.engines.onnxruntime_runner import OrtTensor
 from coprs_deploy.engines.torch_runner import TorchRunner
-from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
+from coprs_deploy.errors import (
+    BundleError,
+    MissingDependencyError,
+    RuntimeUnavailableError,
+    install_hint,
+)
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR
 
 RELATIVE_ERROR = 1e-4
@@ -184,7 +189,7 @@ def test_open_graph_without_the_provider_names_the_pip_command(open_tiny, monkey
         open_tiny(PRIOR, RunnerOptions(device="cuda"))
     message = str(caught.value)
     assert "has no CUDAExecutionProvider here (it has CPUExecutionProvider)" in message
-    assert message.endswith('pip install "coprs-deploy[gpu]"')
+    assert message.endswith(install_hint("gpu"))
 
 
 def test_open_graph_with_a_silent_fallback_raises(open_tiny, monkeypatch):
@@ -219,7 +224,7 @@ def test_open_graph_without_the_library_names_the_pip_command(
     with pytest.raises(MissingDependencyError) as caught:
         open_tiny(PRIOR, RunnerOptions(device=device))
     assert str(caught.value).startswith("ONNX Runtime is not installed; ")
-    assert str(caught.value).endswith(f'pip install "coprs-deploy[{extra}]"')
+    assert str(caught.value).endswith(install_hint(extra))
 
 
 def test_availability_reports_each_provider(monkeypatch):
@@ -227,7 +232,7 @@ def test_availability_reports_each_provider(monkeypatch):
     cpu, cuda = onnxruntime_runner.availability()
     assert (cpu.name, cpu.is_available, cpu.remedy) == ("onnxruntime cpu", True, "")
     assert (cuda.name, cuda.is_available) == ("onnxruntime cuda", False)
-    assert 'pip install "coprs-deploy[gpu]"' in cuda.remedy
+    assert install_hint("gpu") in cuda.remedy
     assert "is not included" in cuda.detail
 
 
@@ -235,4 +240,4 @@ def test_availability_without_the_library_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     (missing,) = onnxruntime_runner.availability()
     assert not missing.is_available
-    assert missing.remedy == 'pip install "coprs-deploy[cpu]"'
+    assert missing.remedy == install_hint("cpu")

@@ -16,7 +16,12 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, onnxruntime_runner, openvino_runner
 from coprs_deploy.engines.torch_runner import TorchRunner
-from coprs_deploy.errors import BundleError, MissingDependencyError, RuntimeUnavailableError
+from coprs_deploy.errors import (
+    BundleError,
+    MissingDependencyError,
+    RuntimeUnavailableError,
+    install_hint,
+)
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.machine import Processor
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
@@ -264,10 +269,10 @@ def test_open_graph_without_the_library_names_the_pip_command(open_tiny, monkeyp
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError) as caught:
         open_tiny(PRIOR)
-    assert str(caught.value) == 'OpenVINO is not installed; pip install "coprs-deploy[openvino]"'
+    assert str(caught.value) == f"OpenVINO is not installed; {install_hint('openvino')}"
     (missing,) = openvino_runner.availability()
     assert not missing.is_available
-    assert missing.remedy == 'pip install "coprs-deploy[openvino]"'
+    assert missing.remedy == install_hint("openvino")
 
 
 def test_availability_reports_version_and_precisions(monkeypatch):

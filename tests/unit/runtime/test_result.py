@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.images import prepare_image, resize_logits, sigmoid
 from coprs_deploy.runtime import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.result import LowResolutionLogits
@@ -209,7 +210,7 @@ class TestExporters:
 
     def test_to_supervision_without_the_package_names_the_pip_line(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "supervision", None)
-        with pytest.raises(MissingDependencyError, match=r"pip install 'coprs-deploy\[supervis"):
+        with pytest.raises(MissingDependencyError, match=re.escape(install_hint("supervision"))):
             make_result().to_supervision()
 
     def test_plot_is_the_overlay_with_the_instruction(self):

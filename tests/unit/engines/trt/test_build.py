@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from coprs_deploy.engines.trt.cache import (
 )
 from coprs_deploy.engines.trt.checks import describe_engine
 from coprs_deploy.engines.trt.variants import TENSORRT_RTX, parse_capabilities
-from coprs_deploy.errors import EngineBuildError, MissingDependencyError
+from coprs_deploy.errors import EngineBuildError, MissingDependencyError, install_hint
 from coprs_deploy.export.calibration import ProductRange
 from coprs_deploy.export.onnx_graph import export_onnx_graph
 from coprs_deploy.export.precision import OPSETS, rest_precision, type_graph
@@ -269,7 +270,7 @@ def test_resolve_target_without_capabilities_and_gpu_raises(monkeypatch):
 
 def test_resolve_target_without_the_library_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "coprs-deploy\[tensorrt\]"'):
+    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("tensorrt"))):
         resolve_target(BuildSettings("tensorrt"))
 
 
