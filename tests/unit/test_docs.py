@@ -151,6 +151,15 @@ def test_options_and_make_targets_in_prose_exist(capsys):
                 assert f"\n{words[1]}:" in makefile, (page.name, span)
 
 
+def test_extras_of_install_lines_exist_and_are_documented():
+    extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    for page in CURRENT:
+        named = re.findall(r"\.\[([\w,-]+)\]", read(page))
+        assert {extra for names in named for extra in names.split(",")} <= set(extras), page.name
+    table = read(ROOT / "docs" / "install.md")
+    assert all(f"| `{extra}` |" in table for extra in extras)
+
+
 def test_names_that_python_blocks_import_exist():
     for page in CURRENT:
         for code in blocks(page, "python"):
