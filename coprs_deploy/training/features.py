@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from coprs_deploy.artifacts import atomic_write, exclusive, write_json
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray, image_key, prepare_image
-from coprs_deploy.specs import Record
+from coprs_deploy.specs import Geometry, Record
 
 if TYPE_CHECKING:
     from coprs_deploy.models import SegmentationModel
@@ -117,6 +117,27 @@ class FeatureStore:
         if tuple(tensor.shape) != self.index.shape or _checksum(tensor) != checksum:
             raise _damaged(shard, f"checksum of {key} does not match")
         return tensor
+
+
+def load_images(
+    images: Sequence[RgbArray], geometry: Geometry, features: FeatureStore | None
+) -> tuple[Tensor, Tensor]:
+    """Prepare images for the image encoder, or read their precomputed embeddings.
+
+    Args:
+        images: (H, W, 3) uint8 each.
+        geometry: geometry of the segmentation path.
+        features: precomputed embeddings; None prepares the images.
+
+    Returns:
+        (B, 3, S, S) float32 images, or (B, C, G, G) float16 embeddings; and the unpadded sizes,
+        int64 (B, 2), height and width in pixels of each padded image.
+    """
+    prepared = [prepare_image(image, geometry) for image in images]
+    sizes = torch.from_numpy(np.stack([each.unpadded_size for each in prepared]))
+    if features is None:
+        return torch.from_numpy(np.concatenate([each.image for each in prepared])), sizes
+    return torch.stack([features.embedding(image) for image in images]), sizes
 
 
 @dataclass(frozen=True)

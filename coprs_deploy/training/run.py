@@ -202,15 +202,18 @@ def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState
                 enable_gradient_checkpointing(state.policy.model)
             results[name] = trainer.run(stage)
             continue
-        results[name] = load_finished_stage(directory, name, state) or _grpo_stage()(
-            run,
-            name,
-            settings,
-            state,
-            examples,
-            steps_before=sum(result["steps"] for result in results.values()),
-            policy_path=None if results else checkpoint.policy_path,
-        ).run()
+        results[name] = (
+            load_finished_stage(directory, name, state)
+            or _grpo_stage()(
+                run,
+                name,
+                settings,
+                state,
+                examples,
+                steps_before=sum(result["steps"] for result in results.values()),
+                policy_path=None if results else checkpoint.policy_path,
+            ).run()
+        )
     return results
 
 
@@ -252,7 +255,7 @@ def vision_tower(policy: Any) -> nn.Module:
 
 def enable_gradient_checkpointing(policy: Any) -> None:
     """Recompute activations in the backward pass instead of storing them."""
-    if hasattr(policy, "activation_checkpointing_enable"):  # transformers 5
+    if hasattr(policy, "activation_checkpointing_enable"):  # later versions of transformers
         policy.activation_checkpointing_enable()
     else:
         policy.gradient_checkpointing_enable()

@@ -100,10 +100,14 @@ def mean_metrics(
             batch = send_to_device(collect(mine[start : start + batch_size]), accelerator.device)
             output: StageOutput = objective(batch)
             for name, mean in output.metrics.items():
-                known = sums.get(name)
-                sums[name] = mean if known is None else Mean(*map(torch.add, known, mean))
+                add_mean(sums, name, mean)
     objective.train()
     return reduce_means(accelerator, sums)
+
+
+def add_mean(sums: dict[str, Mean], name: str, mean: Mean) -> None:
+    """Add a mean to the one of the same name, in place."""
+    sums[name] = Mean(*map(torch.add, sums[name], mean)) if name in sums else mean
 
 
 def reduce_means(accelerator: Accelerator, means: dict[str, Mean]) -> dict[str, float]:

@@ -94,8 +94,8 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
         read = parts.reader.read(responses[row])
         predictions.append(
             Prediction(
-                masks=_at_image_size(trainer, example, decoded.mask_logits[row][is_found]),
-                priors=_at_image_size(trainer, example, decoded.prior_logits[row][is_found]),
+                masks=at_image_size(trainer, example, decoded.mask_logits[row][is_found]) > 0,
+                priors=at_image_size(trainer, example, decoded.prior_logits[row][is_found]) > 0,
                 response=read.text,
                 extra={
                     "reward": rewards[row],
@@ -137,12 +137,12 @@ def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[l
     return responses
 
 
-def _at_image_size(
+def at_image_size(
     trainer: JointTrainer, example: Example, logits: torch.Tensor
-) -> NDArray[np.bool_]:
-    """Resize (N, M, M) logits to the image's size and threshold them: (N, H, W)."""
-    geometry = trainer.parts.collator.geometry
+) -> NDArray[np.float32]:
+    """Resize (N, M, M) logits to the size of the image: (N, H, W)."""
     if not len(logits):
-        return np.zeros((0, *example.image.shape[:2]), np.bool_)
+        return np.zeros((0, *example.image.shape[:2]), np.float32)
+    geometry = trainer.parts.collator.geometry
     prepared = prepare_image(example.image, geometry)
-    return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry) > 0
+    return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry)

@@ -18,6 +18,7 @@ from transformers import ProcessorMixin
 
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
+from coprs_deploy.training.batches import pad_tokens
 
 IMAGE_KEY = "coprs_example"
 """Key in an image's ``info`` that identifies its example, so that it is preprocessed once."""
@@ -85,10 +86,7 @@ class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
         self, prompts: Sequence[Sequence[int]], images: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
         """Pad prompts on the left and collect the tensors of their images."""
-        width = max(map(len, prompts))
-        pad = int(self.tokenizer.pad_token_id)
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, attended = pad_tokens(prompts, self.tokenizer.pad_token_id, "left")
         fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(images)}
         if self.vision_inputs(images[0]).marks_image_tokens:
             fields["mm_token_type_ids"] = (ids == self.image_token_id).int()
