@@ -310,7 +310,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 def _plot(path: Path, runs: Path, finished: Sequence[Experiment], rows: Sequence[Row]) -> None:
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    canvas, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     colors = {(row.start, row.label): f"C{number % 10}" for number, row in enumerate(rows)}
     kernel = np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS
     for experiment in finished:
@@ -339,9 +339,9 @@ def _plot(path: Path, runs: Path, finished: Sequence[Experiment], rows: Sequence
     right.set(xlabel="gain of the gIoU, held out", title="greedy, with standard errors")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=120)
+    plt.close(canvas)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,12 +16,7 @@ from coprs_deploy.training.stage import TrainingStage
 
 
 class EpochOrder:
-    """Order of the examples, shuffled in each epoch: position in the run to index of the example.
-
-    Args:
-        length: number of examples.
-        seed: seed of the order; nothing else determines it.
-    """
+    """Position in the run to index of the example; the seed alone determines the order."""
 
     def __init__(self, length: int, seed: int) -> None:
         self._length = length
@@ -55,14 +50,8 @@ def step_batches(
 ) -> Iterator[Any]:
     """Prepare the batches of the remaining steps, in order.
 
-    A batch depends on its step alone, so the number of workers changes no value.
-
-    Args:
-        stage: stage that prepares the batches.
-        first_step: first remaining step.
-        rank: rank of this process.
-        num_ranks: number of processes that train together.
-        num_workers: worker processes that prepare batches; 0 prepares each on demand in this one.
+    A batch depends on its step alone, so the number of worker processes changes no value; with 0,
+    this process prepares each batch on demand.
     """
     loader = DataLoader(
         _StepBatches(stage, rank, num_ranks),

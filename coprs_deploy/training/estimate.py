@@ -195,11 +195,6 @@ class Estimate(Record, frozen=True):
 def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str, Estimate]:
     """Estimate every stage of a recipe that starts from a checkpoint.
 
-    Args:
-        recipe: the recipe.
-        gpus: number of GPUs.
-        gpu: the GPU; None for the default :class:`GpuSpec`.
-
     Raises:
         ValueError: the recipe names no sizes of policy and SAM.
     """

@@ -55,10 +55,7 @@ class FeatureIndex(Record, frozen=True):
 
 
 class FeatureStore:
-    """Embeddings by image content, read one at a time.
-
-    Args:
-        path: directory written by :func:`compute_features`.
+    """Embeddings by image content in a directory, read one at a time.
 
     Raises:
         ArtifactError: no embeddings, or another schema version.
@@ -88,13 +85,7 @@ class FeatureStore:
             )
 
     def embedding(self, image: RgbArray) -> Tensor:
-        """Read the embedding of an image.
-
-        Args:
-            image: (H, W, 3) uint8.
-
-        Returns:
-            (C, G, G) float16.
+        """Read the embedding of an image, (H, W, 3) uint8 to (C, G, G) float16.
 
         Raises:
             ArtifactError: the embedding is missing or damaged.

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 class StageProgress:
     """Progress of a stage in its run directory; only the main process writes.
 
-    Args:
-        directory: run directory.
-        accelerator: accelerator of the run.
-        name: name of the stage in the recipe.
-        settings: settings of the stage.
-        steps_before: steps of earlier stages, the offset of the curves.
+    ``steps_before``, the steps of earlier stages, is the offset of the curves.
 
     Attributes:
         path: folder of the stage.
@@ -69,14 +64,7 @@ class StageProgress:
         return self._seconds_before + time.perf_counter() - self._started
 
     def log(self, step: int, line: Mapping[str, float], shown: str = "", **position: float) -> None:
-        """Log the metrics of a step.
-
-        Args:
-            step: number of finished steps.
-            line: metrics by name.
-            shown: their short form for the terminal.
-            position: further fields of the log that are no curves.
-        """
+        """Log the metrics of a step; ``position`` is written to the log and drawn as no curve."""
         if not self._accelerator.is_main_process:
             return
         seconds, max_steps = self.seconds(), self._settings.max_steps

@@ -117,13 +117,7 @@ def _comparison(
 
 
 def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Plot the log of a stage.
-
-    Args:
-        path: image file to write.
-        name: name of the stage.
-        lines: its lines of the log.
-    """
+    """Plot the lines of the log of a stage."""
     if not any("loss" in line for line in lines):
         return
     is_grpo = any("reward" in line for line in lines)

@@ -56,9 +56,9 @@ class Run(Generic[R]):
     """An open run.
 
     Attributes:
-        recipe: its recipe, with the precision of this machine.
+        recipe: recipe with the precision of this machine.
         accelerator: processes, device and precision.
-        directory: its directory.
+        directory: run directory.
         started: time of the start, as ``time.perf_counter`` gives it.
     """
 
@@ -70,10 +70,6 @@ class Run(Generic[R]):
 
 def train(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
-
-    Args:
-        recipe: the recipe.
-        out: run directory.
 
     Returns:
         The report: stages with their metrics and thresholds.
@@ -95,10 +91,6 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
 @contextmanager
 def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
     """Open a run directory, locked, with an accelerator for the recipe.
-
-    Args:
-        recipe: the recipe.
-        out: run directory; a run in it is resumed.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
@@ -141,13 +133,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Write ``report.json``, ``report.md`` and plots; all processes take part.
 
-    Args:
-        run: the run.
-        results: results of its stages.
-        evaluation: further entries of the report.
-
-    Returns:
-        The report.
+    ``evaluation`` has further entries of the report, which is returned.
     """
     report = {
         "recipe": run.recipe.to_json(),

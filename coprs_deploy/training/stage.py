@@ -80,15 +80,7 @@ def mean_metrics(
 ) -> dict[str, float]:
     """Average an objective's metrics over the first examples, without gradient.
 
-    Args:
-        accelerator: distributes the examples over the processes.
-        objective: module that gives the metrics.
-        collect: maps indices to a batch.
-        num_examples: number of examples.
-        batch_size: examples per forward pass.
-
-    Returns:
-        Metric to mean, the same in every process.
+    ``collect`` maps indices to a batch. All processes take part and return the same means.
     """
     from accelerate.utils import send_to_device
 

@@ -118,19 +118,10 @@ class ExampleObjective(nn.Module):
 
 
 class ExampleCollector:
-    """Collects examples into batches for one policy and one segmentation path.
-
-    Args:
-        state: the model.
-        vision: image preprocessing of the policy.
-        features: precomputed image embeddings.
-    """
+    """Collects examples into batches for one policy and one segmentation path."""
 
     def __init__(
-        self,
-        state: TrainingState,
-        vision: VisionProcessor,
-        features: FeatureStore | None = None,
+        self, state: TrainingState, vision: VisionProcessor, features: FeatureStore | None = None
     ) -> None:
         self._features = features
         self._tokenizer = state.policy.tokenizer
@@ -198,22 +189,12 @@ class ExampleCollector:
 class SupervisedStage(TrainingStage[SupervisedSettings]):
     """Cross-entropy on the response, and segmentation losses where they have a weight.
 
-    Args:
-        name: name of the stage in the recipe.
-        settings: settings of the stage.
-        state: the model.
-        examples: training and held-out examples.
-
     Raises:
         ValueError: the image encoder is trained on precomputed embeddings.
     """
 
     def __init__(
-        self,
-        name: str,
-        settings: SupervisedSettings,
-        state: TrainingState,
-        examples: ExampleSets,
+        self, name: str, settings: SupervisedSettings, state: TrainingState, examples: ExampleSets
     ) -> None:
         self.name = name
         self.settings = settings

@@ -23,14 +23,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Runs stages one after the other on one training state.
-
-    Args:
-        accelerator: processes, device and precision.
-        recipe: intervals of logging and saving, seed and workers.
-        directory: run directory.
-        state: the model.
-    """
+    """Runs stages one after the other on one training state."""
 
     def __init__(
         self,
@@ -46,11 +39,7 @@ class Trainer:
         self._steps_before = 0
 
     def run(self, stage: TrainingStage[Any]) -> dict[str, Any]:
-        """Run a stage to its end, from its last saved state if there is one.
-
-        Returns:
-            Its result: final metrics, thresholds, seconds.
-        """
+        """Run a stage to its end, from its last saved state if there is one; return its result."""
         result = load_finished_stage(self._directory, stage.name, self._state)
         if result is None:
             result = self._train(stage)

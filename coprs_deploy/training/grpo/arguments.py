@@ -66,14 +66,7 @@ def grpo_arguments(
     output_dir: Path,
     state: TrainingState,
 ) -> GRPOConfig:
-    """Build TRL's configuration of a stage.
-
-    Args:
-        settings: settings of the stage.
-        recipe: recipe of the run.
-        accelerator: accelerator of the run.
-        output_dir: directory of the training states.
-        state: model and prompt of the run.
+    """Build TRL's configuration of a stage, with training states in ``output_dir``.
 
     Raises:
         ValueError: the batch cannot be split evenly, or a resume would split a rollout.

@@ -70,13 +70,7 @@ class SegmentationHead(nn.Module):
 
 
 class Attachment:
-    """Attach a segmentation head to a policy; :meth:`detach` removes it.
-
-    Args:
-        policy: a plain transformers model, without a wrapper.
-        head: the segmentation head.
-        reference_id: token id of ``<REF_POS>``.
-    """
+    """Attach a segmentation head to a plain transformers model; :meth:`detach` removes it."""
 
     def __init__(self, policy: Any, head: SegmentationHead, reference_id: int) -> None:
         self._policy = policy

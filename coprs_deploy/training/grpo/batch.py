@@ -20,12 +20,7 @@ from coprs_deploy.training.state import TrainingState
 
 
 class PromptItem(NamedTuple):
-    """One prompt.
-
-    Attributes:
-        example: example with its ground truth.
-        image: image at the policy's size.
-    """
+    """One prompt: an example, and its image at the policy's size."""
 
     example: Example
     image: Image.Image
@@ -88,12 +83,7 @@ class PromptCollator:
         self._max_targets = max_targets
 
     def item(self, example: Example, key: Any) -> PromptItem:
-        """Resize the image of an example for the policy.
-
-        Args:
-            example: the example.
-            key: identifier of the image within the batch.
-        """
+        """Resize the image of an example for the policy; ``key`` identifies it in the batch."""
         limits = (self._limits.min_pixels, self._limits.max_pixels)
         image = fit_pixel_count(example.image, *limits)
         image.info[IMAGE_KEY] = key

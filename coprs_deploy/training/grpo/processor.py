@@ -25,13 +25,7 @@ IMAGE_KEY = "coprs_example"
 
 
 class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
-    """Prompts and images of one policy.
-
-    Args:
-        tokenizer: tokenizer of the policy.
-        vision: image preprocessing of the policy.
-        prompt: prompt template of the checkpoint.
-    """
+    """Prompts and images of one policy."""
 
     def __init__(self, tokenizer: Any, vision: VisionProcessor, prompt: PromptTemplate) -> None:
         # The constructor of ProcessorMixin accepts only parts that it can save and load.

@@ -27,13 +27,8 @@ TILE_PX = 160
 def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
     """Write the first completions of the last rollout: one sheet, and one JSON line each.
 
-    A row of the sheet is one completion: image with the ground truth, prior, mask.
-
-    Args:
-        trainer: trainer with the rollout.
-        directory: directory of ``step-N.png`` and ``completions.jsonl``.
-        step: step of the stage.
-        count: number of completions.
+    A row of the sheet is one completion: image with the ground truth, prior, mask. The directory
+    gets ``step-N.png`` and ``completions.jsonl``.
     """
     rollout = trainer.rollout
     decoded = rollout.decoded if rollout else None

@@ -40,17 +40,10 @@ HELD_OUT_FOLDER = "held_out"
 
 
 class GrpoStage:
-    """One GRPO stage.
+    """One GRPO stage of an open run.
 
-    Args:
-        run: open run.
-        name: name of the stage in the recipe.
-        settings: settings of the stage.
-        state: model with the weights that the stage starts from.
-        examples: training and held-out examples.
-        steps_before: steps of earlier stages, the offset of the curves.
-        policy_path: transformers directory with the policy's current weights, from which the frozen
-            reference is loaded; None writes one.
+    The frozen reference is loaded from ``policy_path``, a transformers directory with the policy's
+    current weights; None writes one.
     """
 
     def __init__(

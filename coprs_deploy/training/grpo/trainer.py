@@ -52,16 +52,7 @@ GROUND_TRUTH_KEYS = GroundTruth._fields
 
 @dataclass(frozen=True)
 class GrpoParts:
-    """Parts of a GRPO training.
-
-    Attributes:
-        policy: policy with its segmentation head attached.
-        processor: prompt and image preprocessing.
-        collator: conversion of examples to prompts and ground truth.
-        reader: parser of completions, and their format scores.
-        examples: training examples.
-        settings: settings of the stage.
-    """
+    """Parts of a GRPO training; the segmentation head is attached to the policy."""
 
     policy: Any
     processor: PolicyProcessor
