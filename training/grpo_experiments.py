@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from coprs_deploy import demo
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.specs import Record
@@ -255,28 +256,30 @@ def _page(rows: Sequence[Row], environment: Mapping[str, Any], missing: Sequence
         "reasoning often fails; *mature* is the demo model itself. A step learns from",
         f"{COMPLETIONS} completions.",
         "",
-        "| start | setting | seeds | steps | gIoU before | after | gain | by seed "
-        "| reward gain | KL | reward std | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    header = ("start", "setting", "seeds", "steps", "gIoU before", "after", "gain", "by seed")
+    header += ("reward gain", "KL", "reward std", "minutes")
+    cells = []
     for row in rows:
         giou, reward = row.giou, row.reward
-        columns = [
-            row.start,
-            row.label,
-            ", ".join(map(str, row.seeds)),
-            str(row.steps),
-            f"{giou.before:.4f}",
-            f"{giou.after:.4f}",
-            f"{giou.gain:+.4f} ± {giou.stderr:.4f}",
-            ", ".join(f"{gain:+.4f}" for gain in giou.by_seed),
-            f"{reward.gain:+.4f} ± {reward.stderr:.4f}",
-            f"{row.kl:.3f}",
-            f"{row.reward_std:.3f}",
-            ", ".join(f"{minutes:.0f}" for minutes in row.minutes),
-        ]
-        lines.append("| " + " | ".join(columns) + " |")
-    lines += ["", "![reward of the sampled completions, and gains](curves.png)", ""]
+        cells.append(
+            (
+                row.start,
+                row.label,
+                ", ".join(map(str, row.seeds)),
+                str(row.steps),
+                f"{giou.before:.4f}",
+                f"{giou.after:.4f}",
+                f"{giou.gain:+.4f} ± {giou.stderr:.4f}",
+                ", ".join(f"{gain:+.4f}" for gain in giou.by_seed),
+                f"{reward.gain:+.4f} ± {reward.stderr:.4f}",
+                f"{row.kl:.3f}",
+                f"{row.reward_std:.3f}",
+                ", ".join(f"{minutes:.0f}" for minutes in row.minutes),
+            )
+        )
+    lines += [*markdown_table(header, cells), ""]
+    lines += ["![reward of the sampled completions, and gains](curves.png)", ""]
     lines += [_summary(row) for row in rows]
     if missing:
         lines += ["", f"Planned and not finished: {', '.join(missing)}."]

@@ -1,4 +1,4 @@
-"""Progress of one stage: where it resumes, its clock, its lines of the log, its states and result.
+"""Progress of one stage: resume point, clock, log lines, saved states and result.
 
 Shared by :class:`~coprs_deploy.training.trainer.Trainer` and the GRPO stage.
 """

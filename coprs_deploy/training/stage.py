@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=StageSettings)
 
-EVAL_BATCH_SIZE = 32
-"""Default number of scenes per forward pass in an evaluation."""
-
 
 class StageOutput(NamedTuple):
     """Losses and metrics of one batch.
@@ -76,7 +73,7 @@ def mean_metrics(
     objective: nn.Module,
     collect: Callable[[list[int]], Any],
     num_examples: int,
-    batch_size: int = EVAL_BATCH_SIZE,
+    batch_size: int = 32,
 ) -> dict[str, float]:
     """Average an objective's metrics over the first examples, without gradient.
 

@@ -9,6 +9,7 @@ of the output itself: wrappers of distributed training search it for tensors tha
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -145,21 +146,15 @@ def reference_columns(
     return columns, is_found
 
 
-_EXTENDED: dict[Any, Any] = {}
-
-
+@cache
 def _output_with_masks(kind: Any) -> Any:
     """Extend a transformers output class by the fields of the masks.
 
     Sharded training rebuilds the output from its fields, so keys unknown to the class would be
     lost.
     """
-    if kind not in _EXTENDED:
-        added: list[tuple[str, Any, Any]] = [
-            (name, Tensor | None, dataclasses.field(default=None))
-            for name in ("prior_logits", "mask_logits", "is_found")
-        ]
-        _EXTENDED[kind] = dataclasses.make_dataclass(
-            f"{kind.__name__}WithMasks", added, bases=(kind,)
-        )
-    return _EXTENDED[kind]
+    added: list[tuple[str, Any, Any]] = [
+        (name, Tensor | None, dataclasses.field(default=None))
+        for name in ("prior_logits", "mask_logits", "is_found")
+    ]
+    return dataclasses.make_dataclass(f"{kind.__name__}WithMasks", added, bases=(kind,))

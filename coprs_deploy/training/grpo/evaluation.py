@@ -113,9 +113,7 @@ def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[l
     from trl.models import unwrap_model_for_generation
 
     processor = trainer.parts.processor
-    images = [question.image for question in questions]
-    prompts = [processor.encode(q.example.instruction, q.image) for q in questions]
-    fields = processor.tensors(prompts, images)
+    fields = processor([[q.image] for q in questions], [q.example.instruction for q in questions])
     device = trainer.accelerator.device
     ends = set(trainer.eos_token_ids)
     with (

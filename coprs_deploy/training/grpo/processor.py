@@ -74,15 +74,9 @@ class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
         """Return left-padded prompts and the tensors of their images."""
         flat = [image for (image,) in images]
         prompts = [self.encode(*pair) for pair in zip(text, flat, strict=True)]
-        return self.tensors(prompts, flat)
-
-    def tensors(
-        self, prompts: Sequence[Sequence[int]], images: Sequence[Image.Image]
-    ) -> dict[str, Tensor]:
-        """Pad prompts on the left and collect the tensors of their images."""
         ids, attended = pad_tokens(prompts, self.tokenizer.pad_token_id, "left")
-        fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(images)}
-        if self.vision_inputs(images[0]).marks_image_tokens:
+        fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(flat)}
+        if self.vision_inputs(flat[0]).marks_image_tokens:
             fields["mm_token_type_ids"] = (ids == self.image_token_id).int()
         return fields
 

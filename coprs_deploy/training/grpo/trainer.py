@@ -82,13 +82,8 @@ class ScoredRollout:
 class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     """GRPO trainer with the joint loss; see the module.
 
-    Args:
-        parts: parts of the training.
-        arguments: TRL's configuration.
-        order: prompts of the run, a ``datasets.Dataset`` of indices into ``parts.examples``.
-        peft_config: PEFT's configuration of the adapters; None trains whole weights.
-        on_log: callback for each line of the log, called in the main process.
-        callbacks: callbacks of transformers' trainer.
+    ``order`` is a ``datasets.Dataset`` of indices into ``parts.examples``; ``on_log`` is called in
+    the main process with each line of the log.
     """
 
     def __init__(
@@ -132,12 +127,9 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         processor, collator = self.parts.processor, self.parts.collator
         processor.clear_cache()
-        by_index: dict[int, PromptItem] = {}
-        for row in inputs:
-            index = row["index"]
-            if index not in by_index:
-                by_index[index] = collator.item(self.parts.examples[index], index)
-        items = [by_index[row["index"]] for row in inputs]
+        indices = [row["index"] for row in inputs]
+        distinct = {i: collator.item(self.parts.examples[i], i) for i in dict.fromkeys(indices)}
+        items = [distinct[i] for i in indices]
         gt = collator.ground_truth(items, self.accelerator.device)
         self.rollout = ScoredRollout(items, gt, [])
         batch: dict[str, Any] = super()._generate_and_score_completions(
@@ -196,9 +188,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         completions: Sequence[Sequence[int]],
     ) -> DecodedMasks:
         processor = self.parts.processor
-        images = [item.image for item in items]
-        prompts = [processor.encode(item.example.instruction, item.image) for item in items]
-        fields = processor.tensors(prompts, images)
+        fields = processor([[item.image] for item in items], [i.example.instruction for i in items])
         ids, attended = pad_tokens(completions, processor.tokenizer.pad_token_id)
         first_column = fields["input_ids"].shape[1]
         fields["input_ids"] = torch.cat([fields["input_ids"], ids], 1)
