@@ -257,8 +257,10 @@ def _page(rows: Sequence[Row], environment: Mapping[str, Any], missing: Sequence
         f"{COMPLETIONS} completions.",
         "",
     ]
-    header = ("start", "setting", "seeds", "steps", "gIoU before", "after", "gain", "by seed")
-    header += ("reward gain", "KL", "reward std", "minutes")
+    header = (
+        *("start", "setting", "seeds", "steps", "gIoU before", "after", "gain", "by seed"),
+        *("reward gain", "KL", "reward std", "minutes"),
+    )
     cells = []
     for row in rows:
         giou, reward = row.giou, row.reward

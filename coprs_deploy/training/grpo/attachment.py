@@ -115,7 +115,7 @@ class Attachment:
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         states = torch.where(is_found[..., None], hidden[rows, columns], 0.0)
         priors, masks = getattr(policy, ATTRIBUTE)(request, states)
-        return _output_with_masks(type(output))(
+        return _output_with_masks(output.__class__)(
             **output, prior_logits=priors, mask_logits=masks, is_found=is_found
         )
 

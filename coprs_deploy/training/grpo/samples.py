@@ -72,4 +72,5 @@ def _largest(
 ) -> NDArray[np.float32]:
     """Return the maximum of (K, M, M) logits over the found targets at the image size, (H, W)."""
     found = logits[is_found] if is_found.any() else torch.full_like(logits[:1], -1.0)
-    return at_image_size(trainer, example, found.float().amax(0)[None])[0]
+    largest: NDArray[np.float32] = at_image_size(trainer, example, found.float().amax(0)[None])[0]
+    return largest
