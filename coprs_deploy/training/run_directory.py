@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Lock the directory against other runs; the lock ends with the process.
 
         Raises:
@@ -60,8 +58,7 @@ class RunDirectory:
             f"another process trains in {self.path}; wait for it, stop it, or choose another "
             "directory with --out"
         )
-        with exclusive(self.path / LOCK_FILE, message):
-            yield
+        return exclusive(self.path / LOCK_FILE, message)
 
     def open(self, recipe: RunSettings) -> bool:
         """Start a run, or find the one to resume.

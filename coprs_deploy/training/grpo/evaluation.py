@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from coprs_deploy.training.rewards import total_reward
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
+    from coprs_deploy.training.grpo.batch import PromptItem
     from coprs_deploy.training.grpo.trainer import JointTrainer
 
 BATCH_SIZE = 32
@@ -77,11 +78,11 @@ def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
 
 def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Prediction]:
     parts = trainer.parts
-    questions = [parts.collator.item(example, i) for i, example in enumerate(examples)]
+    items = [parts.collator.item(example, i) for i, example in enumerate(examples)]
     parts.processor.clear_cache()
-    responses = generate_greedily(trainer, questions)
-    ground_truth = parts.collator.ground_truth(questions, trainer.accelerator.device)
-    decoded = trainer.decode(questions, ground_truth, responses)
+    responses = generate_greedily(trainer, items)
+    ground_truth = parts.collator.ground_truth(items, trainer.accelerator.device)
+    decoded = trainer.decode(items, ground_truth, responses)
     format_scores = parts.reader.format_scores(responses, ground_truth.num_targets.tolist())
     scores = mask_scores(decoded, ground_truth).float().cpu()
     rewards = total_reward(
@@ -108,12 +109,12 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
     return predictions
 
 
-def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[list[int]]:
+def generate_greedily(trainer: JointTrainer, items: Sequence[PromptItem]) -> list[list[int]]:
     """Generate one response per question: token ids without prompt and padding."""
     from trl.models import unwrap_model_for_generation
 
     processor = trainer.parts.processor
-    fields = processor([[q.image] for q in questions], [q.example.instruction for q in questions])
+    fields = processor([[i.image] for i in items], [i.example.instruction for i in items])
     device = trainer.accelerator.device
     ends = set(trainer.eos_token_ids)
     with (
