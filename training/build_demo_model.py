@@ -20,6 +20,7 @@ from typing import Any
 from coprs_deploy import demo
 from coprs_deploy.artifacts import new_directory, write_json
 from coprs_deploy.checkpoint import CONFIG_FILE, read_checkpoint
+from coprs_deploy.console import markdown_table
 from coprs_deploy.data.synthetic.presets import PRESETS, Preset
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.training.report import page
@@ -27,6 +28,11 @@ from coprs_deploy.training.run_directory import CHECKPOINT_FOLDER, REPORT_FILE, 
 
 MAX_BYTES = 12_000_000
 """Maximum size of checkpoint and bundle together in the wheel."""
+
+METRIC_COLUMNS = (
+    *("question type", "gIoU", "P@0.5"),
+    *("object accuracy", "prior gIoU", "gIoU, teacher-forced"),
+)
 
 REPORTS = Path(__file__).parent / "reports" / "demo-model"
 
@@ -126,9 +132,7 @@ def model_card(report: Mapping[str, Any], environment: Mapping[str, Any], size_b
         f"One greedy response on each of {data['num_held_out_scenes']:,} held-out scenes, with the "
         "stored weights:",
         "",
-        "| question type | gIoU | P@0.5 | object accuracy | prior gIoU | gIoU, teacher-forced |",
-        "|---|---|---|---|---|---|",
-        *_rows(report, preset),
+        *markdown_table(METRIC_COLUMNS, _rows(report, preset)),
         "",
         f"On {data['num_no_match_scenes']} no-match scenes the recall is "
         f"{100 * metrics['no_match_recall']:.1f} % and the precision "
@@ -155,15 +159,14 @@ def _read_finished(run: Path) -> dict[str, Any]:
     return read_report(run)
 
 
-def _rows(report: Mapping[str, Any], preset: Preset) -> list[str]:
+def _rows(report: Mapping[str, Any], preset: Preset) -> list[list[str]]:
     rows = []
     for question_type in ("all", *(t for t in preset.question_type_weights if t != "none")):
         prefix = "" if question_type == "all" else f"{question_type}."
         names = ("giou", "precision_at_50", "object_accuracy", "prior_giou")
         values = [report["generated"][prefix + name] for name in names]
         values.append(report["teacher_forced"][f"{prefix}giou"])
-        columns = " | ".join(f"{value:.3f}" for value in values)
-        rows.append(f"| {question_type.replace('_', ' ')} | {columns} |")
+        rows.append([question_type.replace("_", " "), *(f"{value:.3f}" for value in values)])
     return rows
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from coprs_deploy import demo
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.specs import Record
@@ -255,28 +256,32 @@ def _page(rows: Sequence[Row], environment: Mapping[str, Any], missing: Sequence
         "reasoning often fails; *mature* is the demo model itself. A step learns from",
         f"{COMPLETIONS} completions.",
         "",
-        "| start | setting | seeds | steps | gIoU before | after | gain | by seed "
-        "| reward gain | KL | reward std | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    header = (
+        *("start", "setting", "seeds", "steps", "gIoU before", "after", "gain", "by seed"),
+        *("reward gain", "KL", "reward std", "minutes"),
+    )
+    cells = []
     for row in rows:
         giou, reward = row.giou, row.reward
-        columns = [
-            row.start,
-            row.label,
-            ", ".join(map(str, row.seeds)),
-            str(row.steps),
-            f"{giou.before:.4f}",
-            f"{giou.after:.4f}",
-            f"{giou.gain:+.4f} ± {giou.stderr:.4f}",
-            ", ".join(f"{gain:+.4f}" for gain in giou.by_seed),
-            f"{reward.gain:+.4f} ± {reward.stderr:.4f}",
-            f"{row.kl:.3f}",
-            f"{row.reward_std:.3f}",
-            ", ".join(f"{minutes:.0f}" for minutes in row.minutes),
-        ]
-        lines.append("| " + " | ".join(columns) + " |")
-    lines += ["", "![reward of the sampled completions, and gains](curves.png)", ""]
+        cells.append(
+            (
+                row.start,
+                row.label,
+                ", ".join(map(str, row.seeds)),
+                str(row.steps),
+                f"{giou.before:.4f}",
+                f"{giou.after:.4f}",
+                f"{giou.gain:+.4f} ± {giou.stderr:.4f}",
+                ", ".join(f"{gain:+.4f}" for gain in giou.by_seed),
+                f"{reward.gain:+.4f} ± {reward.stderr:.4f}",
+                f"{row.kl:.3f}",
+                f"{row.reward_std:.3f}",
+                ", ".join(f"{minutes:.0f}" for minutes in row.minutes),
+            )
+        )
+    lines += [*markdown_table(header, cells), ""]
+    lines += ["![reward of the sampled completions, and gains](curves.png)", ""]
     lines += [_summary(row) for row in rows]
     if missing:
         lines += ["", f"Planned and not finished: {', '.join(missing)}."]
@@ -310,7 +315,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 def _plot(path: Path, runs: Path, finished: Sequence[Experiment], rows: Sequence[Row]) -> None:
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    canvas, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     colors = {(row.start, row.label): f"C{number % 10}" for number, row in enumerate(rows)}
     kernel = np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS
     for experiment in finished:
@@ -339,9 +344,9 @@ def _plot(path: Path, runs: Path, finished: Sequence[Experiment], rows: Sequence
     right.set(xlabel="gain of the gIoU, held out", title="greedy, with standard errors")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=120)
+    plt.close(canvas)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,9 @@ stage does not fit into memory.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,27 +89,25 @@ def _list(as_json: bool) -> int:
 
 
 def _train(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.launch import is_worker, launch
     from coprs_deploy.training.run_directory import read_report
 
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
     try:
-        if recipe.num_processes > 1 and not is_worker():
-            command = _command_line(arguments, out)
-            code = launch(command, recipe.num_processes, recipe.num_threads)
-            if code:
+        if recipe.num_processes > 1 and not is_worker:
+            if code := _launch(recipe, arguments, out):
                 return code
             report = read_report(out)
         else:
             report = _run_recipe(recipe, out, arguments.scenes_dir)
     except KeyboardInterrupt:
-        if not is_worker():
+        if not is_worker:
             log(
                 f"re-run the same command to resume from the last state in {out}; states are saved "
                 f"every {recipe.save_steps} steps"
             )
         raise
-    if is_worker():  # another exit code than 0 would end the other processes
+    if is_worker:  # another exit code than 0 would end the other processes
         return 0
     _show(report, out, arguments.json)
     return 0 if report["passed"] else 1
@@ -148,14 +149,17 @@ def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) 
     return 0 if all(each.fits for each in estimates.values()) else 1
 
 
-def _command_line(arguments: argparse.Namespace, out: Path) -> list[str]:
-    """Return the command of this run for its worker processes."""
-    command = ["train", arguments.recipe, "--out", str(out)]
+def _launch(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace, out: Path) -> int:
+    """Run this command in several processes that train together; return the exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={recipe.num_processes}", "-m", "coprs_deploy"]
+    command += ["train", arguments.recipe, "--out", str(out)]
     for setting in arguments.set:
         command += ["--set", setting]
     if arguments.scenes_dir:
         command += ["--scenes-dir", str(arguments.scenes_dir)]
-    return command
+    environment = {**os.environ, "OMP_NUM_THREADS": str(recipe.num_threads)}
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Record
 from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.run import build_on_meta, vision_tower
 from coprs_deploy.training.settings import ExampleData, GrpoSettings, StageSettings
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
@@ -25,7 +26,8 @@ HIDDEN_TENSORS = 10
 after the weights, and queries, keys, values and output of the attention."""
 
 MLP_TENSORS = 4
-"""MLP-size tensors that a layer keeps: gate before and after activation, up projection, product."""
+"""MLP-size tensors that a layer keeps: output of ``gate_proj`` before and after the activation,
+output of ``up_proj``, and their product."""
 
 AUTOCAST_RATIO = 0.75
 """Bytes of an activation in bf16 training relative to float32: norms keep float32 copies."""
@@ -64,15 +66,7 @@ class GpuSpec(Record, frozen=True):
 
 
 class TransformerSizes(NamedTuple):
-    """Sizes of a stack of transformer layers.
-
-    Attributes:
-        hidden_size: hidden size.
-        intermediate_size: hidden size of the MLPs.
-        kv_size: size of the keys (and of the values) of a token, all KV heads together.
-        num_layers: number of layers.
-        parameters: parameters of the stack.
-    """
+    """Sizes of a stack of transformer layers; ``kv_size`` is the size of the keys of a token."""
 
     hidden_size: int
     intermediate_size: int
@@ -80,43 +74,51 @@ class TransformerSizes(NamedTuple):
     num_layers: int
     parameters: int
 
-    def activation_bytes(self, tokens: float, checkpointing: bool, element: float) -> float:
-        """Return the bytes that a forward pass keeps for the backward pass.
-
-        Args:
-            tokens: tokens of the forward pass.
-            checkpointing: whether a layer keeps its input only and is recomputed.
-            element: bytes per number.
-        """
+    def activation_bytes(self, tokens: float, work: Workload) -> float:
+        """Return the bytes that a forward pass over ``tokens`` keeps for the backward pass."""
         per_token = HIDDEN_TENSORS * self.hidden_size + MLP_TENSORS * self.intermediate_size
-        layer = tokens * per_token * element
-        if not checkpointing:
+        layer = tokens * per_token * work.activation_size
+        if not work.checkpointing:
             return self.num_layers * layer
-        return self.num_layers * tokens * self.hidden_size * element + layer
+        return self.num_layers * tokens * self.hidden_size * work.activation_size + layer
 
     def cache_bytes(self, tokens: float) -> float:
         """Return the bytes of the KV cache in bf16."""
         return 2 * self.num_layers * self.kv_size * tokens * BFLOAT16_BYTES
 
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of rank-1 adapters on all layers."""
+        attention = 4 * self.hidden_size + 2 * (self.hidden_size + self.kv_size)
+        return self.num_layers * (attention + 3 * (self.hidden_size + self.intermediate_size))
 
-class PolicySizes(NamedTuple):
-    """Sizes of a policy.
+
+class ModelSizes(NamedTuple):
+    """Sizes of a policy and a segmentation path.
 
     Attributes:
         language: language layers.
         vision: vision tower.
-        parameters: parameters of the policy, tied embeddings counted once.
-        head_parameters: parameters of the output embeddings.
+        policy: parameters of the policy, tied embeddings counted once.
+        output_embeddings: parameters of the output embeddings.
         vocab_size: vocabulary size.
         patches_per_token: vision patches per image token.
+        image_encoder: parameters of the image encoder.
+        segmentation_head: parameters of prior, prompt encoder and mask decoder.
+        grid_cells: cells of an image embedding, G * G.
+        embedding_channels: channels of an image embedding, C.
     """
 
     language: TransformerSizes
     vision: TransformerSizes
-    parameters: int
-    head_parameters: int
+    policy: int
+    output_embeddings: int
     vocab_size: int
     patches_per_token: float
+    image_encoder: int
+    segmentation_head: int
+    grid_cells: int
+    embedding_channels: int
 
 
 class Workload(NamedTuple):
@@ -130,22 +132,44 @@ class Workload(NamedTuple):
         image_tokens: image tokens of a prompt.
         response_tokens: response length.
         max_targets: masks per row.
+        gpus: number of GPUs.
+        checkpointing: whether a layer keeps its input only and is recomputed.
+        activation_size: bytes per number of an activation.
+        has_features: whether image embeddings are precomputed.
         rollout: sampling backend, ``transformers``, ``colocate`` or ``server``; empty for a
             supervised stage.
+        engine_memory: share of GPU memory for a colocated engine.
+        engine_sleeps: whether a colocated engine frees its memory during the update.
         has_reference: whether a frozen reference is loaded.
         adapter_parameters: parameters of the adapters; 0 trains whole weights.
     """
 
     rows: int
     rows_per_pass: int
-    rows_per_prompt: int
-    prompt_tokens: int
-    image_tokens: int
-    response_tokens: int
-    max_targets: int
+    rows_per_prompt: int = 1
+    prompt_tokens: int = 1300  # paper, B.3 and section 3.3
+    image_tokens: int = 900
+    response_tokens: int = 2000
+    max_targets: int = 1
+    gpus: int = 1
+    checkpointing: bool = False
+    activation_size: float = FLOAT32_BYTES
+    has_features: bool = False
     rollout: Literal["", "transformers", "colocate", "server"] = ""
+    engine_memory: float = 0.0
+    engine_sleeps: bool = True
     has_reference: bool = False
     adapter_parameters: int = 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of prompt and response."""
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the policy is sharded; adapters are trained on a replicated one."""
+        return self.gpus > 1 and not self.adapter_parameters
 
 
 class Estimate(Record, frozen=True):
@@ -171,251 +195,174 @@ class Estimate(Record, frozen=True):
 def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str, Estimate]:
     """Estimate every stage of a recipe that starts from a checkpoint.
 
-    Args:
-        recipe: the recipe.
-        gpus: number of GPUs.
-        gpu: the GPU; None for the default :class:`GpuSpec`.
-
     Raises:
         ValueError: the recipe names no sizes of policy and SAM.
     """
-    from coprs_deploy.training.run import build_on_meta
-
     if not (recipe.model.policy and recipe.model.sam):
         raise ValueError(
             f"model.policy is {recipe.model.policy!r} and model.sam is {recipe.model.sam!r}; "
             "--estimate needs the names of both sizes, as in `coprs-deploy convert --random`"
         )
-    policy, segmentation = build_on_meta(recipe.model)
-    sizes = policy_sizes(policy)
+    sizes, gpu = model_sizes(*build_on_meta(recipe.model)), gpu or GpuSpec()
     estimates = {}
     for name, settings in recipe.stages.items():
-        stage = _StageEstimator(
-            recipe, settings, sizes, segmentation, gpus=gpus, gpu=gpu or GpuSpec()
+        work = workload(recipe, settings, sizes.language, gpus)
+        memory = memory_bytes(sizes, work, gpu)
+        fits = memory["peak"] < USABLE_MEMORY * gpu.memory_gb * GIGABYTE
+        notes: tuple[str, ...] = ()
+        if work.rollout == "transformers" and work.is_sharded:
+            notes = ("each sampled token gathers the sharded policy; use_vllm = true avoids it",)
+        estimates[name] = Estimate(
+            gpus, gpu, memory, step_seconds(sizes, work, gpu), fits=fits, notes=notes
         )
-        estimates[name] = stage.run()
     return estimates
 
 
-def policy_sizes(policy: nn.Module) -> PolicySizes:
-    """Count a policy of either family."""
+def model_sizes(policy: nn.Module, segmentation: SegmentationModel) -> ModelSizes:
+    """Count a policy of either family and a segmentation path."""
     config: Any = policy.config
     text, vision = config.text_config, config.vision_config
-    inner: Any = policy.model
-    tower = getattr(inner, "visual", None)
-    if tower is None:
-        tower = inner.vision_tower
-    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    head = policy.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    layers: Any = policy.model.language_model.layers  # type: ignore[union-attr]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = sum(p.numel() for p in inner.language_model.layers.parameters())
-    return PolicySizes(
+    geometry = segmentation.config.geometry
+    encoder = _count(segmentation.image_encoder)
+    return ModelSizes(
         language=TransformerSizes(
             text.hidden_size,
             text.intermediate_size,
             head_dim * text.num_key_value_heads,
             text.num_hidden_layers,
-            layers,
+            _count(layers),
         ),
         vision=TransformerSizes(
             vision.hidden_size,
             vision.intermediate_size,
             vision.hidden_size,
-            depth,
-            sum(p.numel() for p in tower.parameters()),
+            getattr(vision, "depth", None) or vision.num_hidden_layers,
+            _count(vision_tower(policy)),
         ),
-        parameters=sum(p.numel() for p in policy.parameters()),
-        head_parameters=head,
+        policy=_count(policy),
+        output_embeddings=policy.get_output_embeddings().weight.numel(),  # type: ignore[operator]
         vocab_size=text.vocab_size,
         patches_per_token=float(getattr(vision, "spatial_merge_size", 1) ** 2),
+        image_encoder=encoder,
+        segmentation_head=_count(segmentation) - encoder,
+        grid_cells=geometry.grid_size**2,
+        embedding_channels=geometry.out_chans,
     )
 
 
-def workload(settings: StageSettings, sizes: PolicySizes, gpus: int) -> Workload:
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def workload(
+    recipe: Recipe, settings: StageSettings, language: TransformerSizes, gpus: int
+) -> Workload:
     """Return the sizes of a step of a stage."""
-    prompt, response, image = 1300, 2000, 900  # paper, B.3 and section 3.3
+    rows = settings.global_batch_size
+    work = Workload(
+        rows=rows,
+        rows_per_pass=-(-rows // gpus),
+        gpus=gpus,
+        checkpointing=recipe.model.gradient_checkpointing,
+        activation_size=FLOAT32_BYTES * (1 if recipe.precision == "fp32" else AUTOCAST_RATIO),
+        has_features=isinstance(recipe.data, ExampleData) and bool(recipe.data.features),
+    )
     if not isinstance(settings, GrpoSettings):
-        rows = settings.global_batch_size
-        return Workload(rows, -(-rows // gpus), 1, prompt, image, response, 1)
-    rows = settings.global_batch_size * settings.num_generations
+        return work
+    rows *= settings.num_generations
     per_gpu = -(-rows // gpus)
-    return Workload(
+    return work._replace(
         rows=rows,
         rows_per_pass=min(per_gpu, settings.per_device_train_batch_size or per_gpu),
         rows_per_prompt=settings.num_generations,
-        prompt_tokens=prompt,
-        image_tokens=image,
-        response_tokens=settings.max_completion_length or response,
+        response_tokens=settings.max_completion_length or work.response_tokens,
         max_targets=settings.max_targets,
         rollout=settings.vllm_mode if settings.use_vllm else "transformers",
+        engine_memory=settings.vllm_gpu_memory_utilization,
+        engine_sleeps=settings.vllm_enable_sleep_mode,
         has_reference=settings.beta > 0 and not settings.lora.r,
-        adapter_parameters=settings.lora.r * _adapter_width(sizes.language),
+        adapter_parameters=settings.lora.r * language.adapter_parameters,
     )
 
 
-def _adapter_width(language: TransformerSizes) -> int:
-    """Return the adapter parameters of a rank-1 adapter on all layers."""
-    attention = 4 * language.hidden_size + 2 * (language.hidden_size + language.kv_size)
-    mlp = 3 * (language.hidden_size + language.intermediate_size)
-    return language.num_layers * (attention + mlp)
+def memory_bytes(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, float]:
+    """Return the bytes per GPU by part, and their peak."""
+    memory = resident_bytes(sizes, work)
+    resident = sum(memory.values())
+    update, rollout = activation_bytes(sizes, work), 0.0
+    if work.rollout == "colocate":
+        rollout = work.engine_memory * gpu.memory_gb * GIGABYTE
+    elif work.rollout == "transformers":
+        rollout = sizes.language.cache_bytes(work.rows / work.gpus * work.row_tokens)
+    is_kept = work.rollout == "colocate" and not work.engine_sleeps
+    memory |= {"activations": update, "rollout (KV cache, engine)": rollout}
+    memory["peak"] = resident + max(update + (rollout if is_kept else 0.0), rollout)
+    return memory
 
 
-def activation_bytes(
-    sizes: PolicySizes,
-    segmentation: SegmentationModel,
-    work: Workload,
-    checkpointing: bool,
-    element: float,
-) -> float:
+def activation_bytes(sizes: ModelSizes, work: Workload) -> float:
     """Return the bytes of the activations of a forward and backward pass on one GPU."""
     rows = work.rows_per_pass
-    tokens = rows * (work.prompt_tokens + work.response_tokens)
-    patches = rows * work.image_tokens * sizes.patches_per_token
-    geometry = segmentation.config.geometry
-    cells = geometry.out_chans * geometry.grid_size**2
+    embedding = sizes.embedding_channels * sizes.grid_cells
     return (
-        sizes.language.activation_bytes(tokens, checkpointing, element)
-        + sizes.vision.activation_bytes(patches, checkpointing, element)
+        sizes.language.activation_bytes(rows * work.row_tokens, work)
+        + sizes.vision.activation_bytes(rows * work.image_tokens * sizes.patches_per_token, work)
         + 3 * LOGIT_CHUNK * sizes.vocab_size * FLOAT32_BYTES
-        + rows * work.max_targets * DECODER_TENSORS * cells * element
+        + rows * work.max_targets * DECODER_TENSORS * embedding * work.activation_size
     )
 
 
-def resident_bytes(
-    sizes: PolicySizes,
-    segmentation: SegmentationModel,
-    work: Workload,
-    gpus: int,
-    has_features: bool,
-) -> dict[str, float]:
+def resident_bytes(sizes: ModelSizes, work: Workload) -> dict[str, float]:
     """Return the bytes held per GPU between steps by part; float32 except gathered layers."""
-    encoder = sum(p.numel() for p in segmentation.image_encoder.parameters())
-    head = sum(p.numel() for p in segmentation.parameters()) - encoder
-    shards = 1 if work.adapter_parameters else gpus
-    trainable = (work.adapter_parameters or sizes.parameters) / shards + head
+    head, adapters = sizes.segmentation_head, work.adapter_parameters
+    shards = work.gpus if work.is_sharded else 1
+    trainable = (adapters or sizes.policy) / shards + head
     layer = sizes.language.parameters / sizes.language.num_layers
+    gathered = 2 * BFLOAT16_BYTES * max(layer, sizes.output_embeddings)
     return {
-        "policy": FLOAT32_BYTES * (sizes.parameters / shards + work.adapter_parameters),
-        "segmentation": FLOAT32_BYTES * (head + (0 if has_features else encoder)),
-        "reference": FLOAT32_BYTES * sizes.parameters / shards if work.has_reference else 0.0,
+        "policy": FLOAT32_BYTES * (sizes.policy / shards + adapters),
+        "segmentation": FLOAT32_BYTES * (head + (0 if work.has_features else sizes.image_encoder)),
+        "reference": FLOAT32_BYTES * sizes.policy / shards if work.has_reference else 0.0,
         "gradients": FLOAT32_BYTES * trainable,
         "optimizer": 2 * FLOAT32_BYTES * trainable,
-        "gathered layers": 0.0
-        if shards == 1
-        else 2 * BFLOAT16_BYTES * max(layer, sizes.head_parameters),
+        "gathered layers": gathered if work.is_sharded else 0.0,
     }
 
 
-class _StageEstimator:
-    """Estimate of one stage; see :class:`Estimate`."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        settings: StageSettings,
-        sizes: PolicySizes,
-        segmentation: SegmentationModel,
-        *,
-        gpus: int,
-        gpu: GpuSpec,
-    ) -> None:
-        self._settings = settings
-        self._sizes = sizes
-        self._segmentation = segmentation
-        self._gpus = gpus
-        self._gpu = gpu
-        self._work = workload(settings, sizes, gpus)
-        self._checkpointing = recipe.model.gradient_checkpointing
-        self._element = FLOAT32_BYTES * (1 if recipe.precision == "fp32" else AUTOCAST_RATIO)
-        self._has_features = isinstance(recipe.data, ExampleData) and bool(recipe.data.features)
-        self._is_sharded = gpus > 1 and not self._work.adapter_parameters
-
-    def run(self) -> Estimate:
-        memory = self._memory()
-        notes = []
-        if self._work.rollout == "transformers" and self._is_sharded:
-            notes.append("each sampled token gathers the sharded policy; use_vllm = true avoids it")
-        return Estimate(
-            gpus=self._gpus,
-            gpu=self._gpu,
-            memory=memory,
-            seconds=self._seconds(),
-            fits=memory["peak"] < USABLE_MEMORY * self._gpu.memory_gb * GIGABYTE,
-            notes=tuple(notes),
-        )
-
-    def _memory(self) -> dict[str, float]:
-        sizes, work = self._sizes, self._work
-        memory = resident_bytes(sizes, self._segmentation, work, self._gpus, self._has_features)
-        resident = sum(memory.values())
-        update = activation_bytes(
-            sizes, self._segmentation, work, self._checkpointing, self._element
-        )
-        rollout, is_kept = self._rollout_bytes()
-        memory |= {"activations": update, "rollout (KV cache, engine)": rollout}
-        memory["peak"] = resident + max(update + (rollout if is_kept else 0.0), rollout)
-        return memory
-
-    def _rollout_bytes(self) -> tuple[float, bool]:
-        """Return the bytes of sampling per GPU, and whether they stay during the update."""
-        settings, work = self._settings, self._work
-        if not isinstance(settings, GrpoSettings) or work.rollout == "server":
-            return 0.0, False
-        if work.rollout == "colocate":
-            share = settings.vllm_gpu_memory_utilization * self._gpu.memory_gb * GIGABYTE
-            return share, not settings.vllm_enable_sleep_mode
-        tokens = work.rows / self._gpus * (work.prompt_tokens + work.response_tokens)
-        return self._sizes.language.cache_bytes(tokens), False
-
-    def _seconds(self) -> dict[str, float]:
-        """Return the computed seconds of a step by part."""
-        sizes, work, gpu = self._sizes, self._work, self._gpu
-        rows = work.rows / self._gpus
-        tokens = rows * (work.prompt_tokens + work.response_tokens)
-        patches = rows * work.image_tokens * sizes.patches_per_token
-        forward = 2 * (sizes.language.parameters * tokens + sizes.vision.parameters * patches)
-        logits = 2 * sizes.head_parameters * rows * work.response_tokens
-        flops = gpu.teraflops * 1e12 * gpu.flops_utilization
-        link = gpu.link_gb * GIGABYTE
-        passes = 4 if self._checkpointing else 3
-        seconds = {"update": (passes * forward + 3 * logits) / flops}
-        if not self._has_features:
-            encoder = sum(p.numel() for p in self._segmentation.image_encoder.parameters())
-            cells = self._segmentation.config.geometry.grid_size**2
-            images = max(1.0, rows / work.rows_per_prompt)
-            seconds["image encoder"] = 2 * encoder * cells * images / flops
-        if work.rollout:
-            seconds |= self._rollout_seconds(forward / flops, (forward + logits) / flops)
-        if self._is_sharded:
-            times = max(1.0, rows / work.rows_per_pass)
-            seconds["communication"] = 3 * BFLOAT16_BYTES * sizes.parameters * times / link
-        seconds["step"] = sum(seconds.values())
-        return seconds
-
-    def _rollout_seconds(self, forward: float, scoring: float) -> dict[str, float]:
-        """Return the computed seconds of sampling and scoring by part.
-
-        Args:
-            forward: seconds of a forward pass over all rows, without logits.
-            scoring: seconds of the same with logits.
-        """
-        sizes, work, gpu = self._sizes, self._work, self._gpu
-        link = gpu.link_gb * GIGABYTE
-        weights = BFLOAT16_BYTES * sizes.parameters
-        seconds = {"masks for the reward": forward}
+def step_seconds(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, float]:
+    """Return the computed seconds of a step by part, and their sum."""
+    rows = work.rows / work.gpus
+    patches = rows * work.image_tokens * sizes.patches_per_token
+    flops = gpu.teraflops * 1e12 * gpu.flops_utilization
+    link = gpu.link_gb * GIGABYTE
+    policy_bytes = BFLOAT16_BYTES * sizes.policy
+    layers = sizes.language.parameters * rows * work.row_tokens + sizes.vision.parameters * patches
+    forward = 2 * layers / flops
+    logits = 2 * sizes.output_embeddings * rows * work.response_tokens / flops
+    scoring = forward + logits
+    seconds = {"update": (4 if work.checkpointing else 3) * forward + 3 * logits}
+    if not work.has_features:
+        images = max(1.0, rows / work.rows_per_prompt)
+        seconds["image encoder"] = 2 * sizes.image_encoder * sizes.grid_cells * images / flops
+    if work.rollout:
+        seconds["masks for the reward"] = forward
         if work.has_reference or work.adapter_parameters:
             seconds["reference"] = scoring
         if work.rollout != "transformers":
             seconds["log probabilities of the rollout"] = scoring
-        read = weights / (gpu.bandwidth_gb * GIGABYTE * gpu.bandwidth_utilization)
-        flops = gpu.teraflops * 1e12 * gpu.flops_utilization
-        computed = 2 * sizes.parameters * work.rows / self._gpus / flops
-        seconds["rollout"] = forward + work.response_tokens * max(read, computed)
-        if work.rollout != "transformers":
-            seconds["weights to the engine"] = weights / link
-        elif self._is_sharded:
-            seconds["gathering in the rollout"] = work.response_tokens * weights / link
-        return seconds
+            seconds["weights to the engine"] = policy_bytes / link
+        elif work.is_sharded:
+            seconds["gathering in the rollout"] = work.response_tokens * policy_bytes / link
+        read = policy_bytes / (gpu.bandwidth_gb * GIGABYTE * gpu.bandwidth_utilization)
+        token = max(read, 2 * sizes.policy * rows / flops)
+        seconds["rollout"] = forward + work.response_tokens * token
+    if work.is_sharded:
+        passes = max(1.0, rows / work.rows_per_pass)
+        seconds["communication"] = 3 * policy_bytes * passes / link
+    seconds["step"] = sum(seconds.values())
+    return seconds
 
 
 def estimate_page(estimates: dict[str, Estimate]) -> str:
@@ -439,5 +386,4 @@ def _lines(name: str, one: Estimate) -> Iterator[str]:
         f"  assumed: {gpu.teraflops:g} TFLOP/s at {gpu.flops_utilization:.0%}, "
         f"{gpu.bandwidth_gb:g} GB/s at {gpu.bandwidth_utilization:.0%}, links {gpu.link_gb:g} GB/s"
     )
-    for note in one.notes:
-        yield f"  note: {note}"
+    yield from (f"  note: {note}" for note in one.notes)

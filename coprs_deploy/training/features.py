@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from coprs_deploy.artifacts import atomic_write, exclusive, write_json
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray, image_key, prepare_image
-from coprs_deploy.specs import Record
+from coprs_deploy.specs import Geometry, Record
 
 if TYPE_CHECKING:
     from coprs_deploy.models import SegmentationModel
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 INDEX_FILE = "features.json"
 LOCK_FILE = ".lock"
 SCHEMA_VERSION = 1
-DEFAULT_IMAGES_PER_SHARD = 256
 
 Progress = Callable[[int, int, float], None]
 """Callback with the images done, their total, and the seconds so far."""
@@ -55,19 +54,8 @@ class FeatureIndex(Record, frozen=True):
     shape: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """File of an embedding and checksum of its bytes."""
-
-    shard: Path
-    checksum: str
-
-
 class FeatureStore:
-    """Embeddings by image content, read one at a time.
-
-    Args:
-        path: directory written by :func:`compute_features`.
+    """Embeddings by image content in a directory, read one at a time.
 
     Raises:
         ArtifactError: no embeddings, or another schema version.
@@ -76,13 +64,13 @@ class FeatureStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = _read_index(self.path)
-        self._entries = _read_entries(self.path)
+        self._shards = _read_shards(self.path)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._shards)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._entries
+        return key in self._shards
 
     def require_encoder(self, model: SegmentationModel) -> None:
         """Check that the embeddings were computed with the image encoder of ``model``.
@@ -97,13 +85,7 @@ class FeatureStore:
             )
 
     def embedding(self, image: RgbArray) -> Tensor:
-        """Read the embedding of an image.
-
-        Args:
-            image: (H, W, 3) uint8.
-
-        Returns:
-            (C, G, G) float16.
+        """Read the embedding of an image, (H, W, 3) uint8 to (C, G, G) float16.
 
         Raises:
             ArtifactError: the embedding is missing or damaged.
@@ -111,21 +93,42 @@ class FeatureStore:
         from safetensors import SafetensorError, safe_open
 
         key = image_key(image)
-        entry = self._entries.get(key)
-        if entry is None:
+        if key not in self._shards:
             raise ArtifactError(
                 f"no embedding in {self.path} for the image {key} "
                 f"({image.shape[1]}x{image.shape[0]} pixels); `coprs-deploy features` with the "
                 "same --out adds missing embeddings"
             )
+        shard, checksum = self._shards[key]
         try:
-            with safe_open(entry.shard, framework="pt") as stored:
+            with safe_open(shard, framework="pt") as stored:
                 tensor: Tensor = stored.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(_damaged(entry.shard, str(error))) from error
-        if tuple(tensor.shape) != self.index.shape or _checksum(tensor) != entry.checksum:
-            raise ArtifactError(_damaged(entry.shard, f"checksum of {key} does not match"))
+            raise _damaged(shard, str(error)) from error
+        if tuple(tensor.shape) != self.index.shape or _checksum(tensor) != checksum:
+            raise _damaged(shard, f"checksum of {key} does not match")
         return tensor
+
+
+def load_images(
+    images: Sequence[RgbArray], geometry: Geometry, features: FeatureStore | None
+) -> tuple[Tensor, Tensor]:
+    """Prepare images for the image encoder, or read their precomputed embeddings.
+
+    Args:
+        images: (H, W, 3) uint8 each.
+        geometry: geometry of the segmentation path.
+        features: precomputed embeddings; None prepares the images.
+
+    Returns:
+        (B, 3, S, S) float32 images, or (B, C, G, G) float16 embeddings; and the unpadded sizes,
+        int64 (B, 2), height and width in pixels of each padded image.
+    """
+    prepared = [prepare_image(image, geometry) for image in images]
+    sizes = torch.from_numpy(np.stack([each.unpadded_size for each in prepared]))
+    if features is None:
+        return torch.from_numpy(np.concatenate([each.image for each in prepared])), sizes
+    return torch.stack([features.embedding(image) for image in images]), sizes
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def compute_features(
     num_images: int,
     out: Path,
     *,
-    images_per_shard: int = DEFAULT_IMAGES_PER_SHARD,
+    images_per_shard: int = 256,
     device: str = "cpu",
     progress: Progress = lambda done, total, seconds: None,
 ) -> FeatureReport:
@@ -181,17 +184,30 @@ def compute_features(
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard is {images_per_shard}; accepted: 1 or more")
+    started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out / LOCK_FILE, f"another process is writing to {out}; wait for it"):
-        return _compute(
-            checkpoint,
-            images,
-            num_images,
-            out,
-            images_per_shard=images_per_shard,
-            device=device,
-            progress=progress,
-        )
+        model = load_segmentation_model(checkpoint)
+        _open_index(out, model)
+        known = set(_read_shards(out))
+        _require_disk(out, max_feature_bytes(checkpoint, max(0, num_images - len(known))))
+        model.image_encoder.to(device)
+        requested, shard = set[str](), dict[str, Tensor]()
+        total = num_new = written = 0
+        for total, image in enumerate(images, start=1):
+            key = image_key(image)
+            requested.add(key)
+            if key not in known:
+                known.add(key)
+                num_new += 1
+                shard[key] = _encode(model, image, device)
+                if len(shard) == images_per_shard:
+                    written += _write_shard(out, shard)
+                    shard = {}
+            progress(total, num_images, time.perf_counter() - started)
+        written += _write_shard(out, shard)
+    seconds = time.perf_counter() - started
+    return FeatureReport(len(requested), num_new, total, written, seconds)
 
 
 def encoder_fingerprint(model: SegmentationModel) -> str:
@@ -204,53 +220,25 @@ def encoder_fingerprint(model: SegmentationModel) -> str:
     return digest.hexdigest()
 
 
-def _compute(
-    checkpoint: Checkpoint,
-    images: Iterable[RgbArray],
-    num_images: int,
-    out: Path,
-    *,
-    images_per_shard: int,
-    device: str,
-    progress: Progress,
-) -> FeatureReport:
-    started = time.perf_counter()
-    model = load_segmentation_model(checkpoint)
+def _open_index(out: Path, model: SegmentationModel) -> None:
+    """Write the index of a new directory; an existing one must be of the same encoder."""
     geometry = model.config.geometry
     shape = (geometry.out_chans, geometry.grid_size, geometry.grid_size)
     index = FeatureIndex(SCHEMA_VERSION, encoder_fingerprint(model), shape)
-    if (out / INDEX_FILE).is_file():
-        if _read_index(out) != index:
-            raise ValueError(
-                f"embeddings in {out} were computed with a different image encoder; choose another "
-                "directory with --out"
-            )
-    else:
+    if not (out / INDEX_FILE).is_file():
         write_json(out / INDEX_FILE, index.to_json())
-    known = set(_read_entries(out))
-    _require_disk(out, max_feature_bytes(checkpoint, max(0, num_images - len(known))))
-    model.image_encoder.to(device)
-    shard = _Shard(out)
-    requested, total, written = set[str](), 0, 0
-    for total, image in enumerate(images, start=1):
-        key = image_key(image)
-        requested.add(key)
-        if key not in known:
-            known.add(key)
-            shard.add(key, _encode(model, image, device))
-            if len(shard.tensors) == images_per_shard:
-                written += shard.write()
-        progress(total, num_images, time.perf_counter() - started)
-    written += shard.write()
-    seconds = time.perf_counter() - started
-    return FeatureReport(len(requested), shard.num_written, total, written, seconds)
+    elif _read_index(out) != index:
+        raise ValueError(
+            f"embeddings in {out} were computed with a different image encoder; choose another "
+            "directory with --out"
+        )
 
 
 def _encode(model: SegmentationModel, image: RgbArray, device: str) -> Tensor:
     prepared = prepare_image(image, model.config.geometry)
     with torch.inference_mode():
         embedding = model.image_encoder(torch.from_numpy(prepared.image).to(device))[0]
-    half: Tensor = embedding.to("cpu", torch.float16)
+    half: Tensor = embedding.to("cpu", torch.float16).contiguous()
     if not torch.isfinite(half).all():
         raise ArtifactError(
             f"an embedding has values up to {embedding.abs().max():.3g}, beyond the range of "
@@ -259,32 +247,18 @@ def _encode(model: SegmentationModel, image: RgbArray, device: str) -> Tensor:
     return half
 
 
-class _Shard:
-    """Embeddings that are written as one file."""
+def _write_shard(out: Path, tensors: dict[str, Tensor]) -> int:
+    """Write a shard, then its checksums; return its size in bytes."""
+    from safetensors.torch import save_file
 
-    def __init__(self, folder: Path) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.num_written = 0
-        self._folder = folder
-
-    def add(self, key: str, embedding: Tensor) -> None:
-        self.tensors[key] = embedding.contiguous()
-
-    def write(self) -> int:
-        """Write the shard, then its checksums; return its size in bytes."""
-        from safetensors.torch import save_file
-
-        if not self.tensors:
-            return 0
-        numbers = [int(path.stem.partition("-")[2]) for path in self._folder.glob("shard-*.json")]
-        path = self._folder / f"shard-{max(numbers, default=-1) + 1:05d}.safetensors"
-        with atomic_write(path) as partial:
-            save_file(self.tensors, partial)
-        checksums = {key: _checksum(tensor) for key, tensor in self.tensors.items()}
-        write_json(path.with_suffix(".json"), checksums)
-        self.num_written += len(self.tensors)
-        self.tensors = {}
-        return path.stat().st_size
+    if not tensors:
+        return 0
+    numbers = [int(path.stem.partition("-")[2]) for path in out.glob("shard-*.json")]
+    path = out / f"shard-{max(numbers, default=-1) + 1:05d}.safetensors"
+    with atomic_write(path) as partial:
+        save_file(tensors, partial)
+    write_json(path.with_suffix(".json"), {k: _checksum(tensor) for k, tensor in tensors.items()})
+    return path.stat().st_size
 
 
 def _read_index(path: Path) -> FeatureIndex:
@@ -306,8 +280,9 @@ def _read_index(path: Path) -> FeatureIndex:
     return index
 
 
-def _read_entries(path: Path) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
+def _read_shards(path: Path) -> dict[str, tuple[Path, str]]:
+    """Map the key of each embedding to its file and checksum."""
+    shards: dict[str, tuple[Path, str]] = {}
     for listing in sorted(path.glob("shard-*.json")):
         shard = listing.with_suffix(".safetensors")
         if not shard.is_file():
@@ -316,10 +291,10 @@ def _read_entries(path: Path) -> dict[str, _Entry]:
             )
         try:
             checksums: dict[str, Any] = json.loads(listing.read_text(encoding="utf-8"))
-            entries.update({key: _Entry(shard, str(value)) for key, value in checksums.items()})
+            shards.update({key: (shard, str(value)) for key, value in checksums.items()})
         except (ValueError, AttributeError) as error:
-            raise ArtifactError(_damaged(shard, f"{listing.name}: {error}")) from error
-    return entries
+            raise _damaged(shard, f"{listing.name}: {error}") from error
+    return shards
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -327,8 +302,8 @@ def _checksum(tensor: Tensor) -> str:
     return hashlib.blake2b(values.view(np.uint8).data, digest_size=16).hexdigest()
 
 
-def _damaged(shard: Path, reason: str) -> str:
-    return (
+def _damaged(shard: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
         f"{shard} is damaged ({reason}); remove it and {shard.stem}.json, and recompute with the "
         "same --out"
     )

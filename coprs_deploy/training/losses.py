@@ -105,7 +105,9 @@ def segmentation_losses(
     mask_logits: Tensor,
     target: Tensor,
     inside: Tensor,
-    weights: SegmentationLossWeights,
+    loss_weights: SegmentationLossWeights,
+    *,
+    target_weights: Tensor | None = None,
 ) -> dict[str, Mean]:
     """Compute the segmentation losses with a weight above 0, averaged over the targets.
 
@@ -114,23 +116,12 @@ def segmentation_losses(
         mask_logits: (N, 1, M, M).
         target: (N, 1, M, M), share of each cell that the object covers, in [0, 1].
         inside: (N, 1, M, M), 1 for cells of the image and 0 for padding.
-        weights: weights of the losses.
+        loss_weights: weights of the losses.
+        target_weights: (N,) weight of each target in the mean; 1 by default.
 
     Returns:
-        Loss name, as in ``weights``, to its mean over the targets.
+        Loss name, as in ``loss_weights``, to its mean over the targets.
     """
-    losses = target_losses(prior_logits, mask_logits, target, inside, weights)
-    return {name: Mean.of(loss) for name, loss in losses.items()}
-
-
-def target_losses(
-    prior_logits: Tensor,
-    mask_logits: Tensor,
-    target: Tensor,
-    inside: Tensor,
-    weights: SegmentationLossWeights,
-) -> dict[str, Tensor]:
-    """Compute the same losses per target, (N,) each."""
     losses = {
         "prior_bce": (binary_cross_entropy, prior_logits),
         "prior_dice": (dice, prior_logits),
@@ -139,9 +130,9 @@ def target_losses(
         "mask_bce": (binary_cross_entropy, mask_logits),
     }
     return {
-        name: loss(logits, target, inside)
+        name: Mean.of(loss(logits, target, inside), target_weights)
         for name, (loss, logits) in losses.items()
-        if getattr(weights, name) > 0
+        if getattr(loss_weights, name) > 0
     }
 
 

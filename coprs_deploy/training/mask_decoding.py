@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -108,24 +108,27 @@ def intersection_over_union(logits: Tensor, masks: Tensor) -> Tensor:
     return intersection / union.clamp(min=1)
 
 
-def fit_mask(mask: NDArray[np.bool_], unpadded: tuple[int, int], geometry: Geometry) -> Tensor:
+def fit_mask(
+    mask: NDArray[np.bool_], unpadded_size: Sequence[int] | Tensor, geometry: Geometry
+) -> Tensor:
     """Resize a mask to the mask grid: the share of each cell that it covers.
 
     Args:
         mask: (H, W) bool, at the original image size.
-        unpadded: height and width of the resized image in pixels of the padded image.
+        unpadded_size: height and width of the resized image in pixels of the padded image.
         geometry: geometry of the segmentation path.
 
     Returns:
         (1, M, M) float32 in [0, 1], 0 in the padding.
     """
+    height, width = map(int, unpadded_size)
     resized = F.interpolate(
         torch.from_numpy(mask).float()[None, None],
-        size=unpadded,
+        size=(height, width),
         mode="bilinear",
         align_corners=False,
         antialias=True,
     )
     size = geometry.image_size
-    padded = F.pad(resized, (0, size - unpadded[1], 0, size - unpadded[0]))
+    padded = F.pad(resized, (0, size - width, 0, size - height))
     return F.avg_pool2d(padded, geometry.mask_stride)[0]

@@ -27,14 +27,9 @@ _SMALLEST_NORM = 1e-7
 
 
 def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    """Build the optimizers of the trainable parameters of ``objective``.
+    """Build one or two optimizers of the trainable parameters of a stage's module.
 
-    Args:
-        objective: module of a stage.
-        settings: optimizer and learning-rate schedule.
-
-    Returns:
-        One or two optimizers; each group keeps its peak learning rate under ``"peak_lr"``.
+    Each group keeps its peak learning rate under ``"peak_lr"``.
     """
     # A sharded policy and the segmentation path, which is never sharded, must not share a group.
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -72,13 +67,7 @@ def is_hidden(name: str, weight: nn.Parameter) -> bool:
 
 
 def lr_factor(settings: Optimizer, step: int, max_steps: int) -> float:
-    """Return the learning rate of a step as a share of its peak: warm-up, plateau and decay.
-
-    Args:
-        settings: the schedule.
-        step: step of the stage, from 0.
-        max_steps: number of steps of the stage.
-    """
+    """Return the learning rate of a step, counted from 0, as a share of its peak."""
     warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     left = 1 - step / max_steps
     decay = min(1.0, left / settings.lr_decay_ratio) if settings.lr_decay_ratio else 1.0
@@ -155,14 +144,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
-    """Orthogonalize matrices by Newton-Schulz iterations: all singular values end near 1.
+    """Orthogonalize matrices by Newton-Schulz iterations, (N, R, C) float to float32.
 
-    Args:
-        matrices: (N, R, C) float.
-        num_iterations: number of quintic iterations.
-
-    Returns:
-        (N, R, C) float32.
+    All singular values end near 1.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.plots import plot_correlation, pyplot
 from coprs_deploy.training.run_directory import RunDirectory
 
@@ -65,66 +66,58 @@ def write_report(directory: RunDirectory, report: Mapping[str, Any]) -> None:
 
 def page(report: Mapping[str, Any]) -> str:
     """Format the metrics as Markdown."""
+    recipe, stages = report["recipe"], report["stages"]
     lines = [
-        f"# {report['recipe']['description']}",
+        f"# {recipe['description']}",
         "",
-        f"Seed {report['recipe']['seed']}, {report['minutes']:.1f} minutes of training.",
+        f"Seed {recipe['seed']}, {report['minutes']:.1f} minutes of training.",
         "",
-        "| stage | steps | minutes | threshold | required | value | |",
-        "|---|---|---|---|---|---|---|",
+        *markdown_table(
+            ("stage", "steps", "minutes", "threshold", "required", "value", ""),
+            [row for name, result in stages.items() for row in _stage_rows(name, result)],
+        ),
     ]
-    for name, result in report["stages"].items():
-        lines += _stage_rows(name, result)
-    for name, result in report["stages"].items():
-        if "before/reward" in result.get("init_metrics", {}):
-            lines += _before_and_after(name, result)
+    for name, result in stages.items():
+        before = result.get("init_metrics", {})
+        if "before/reward" in before:
+            lines += ["", f"Held-out examples, greedy decoding, before and after {name}:", ""]
+            after = {f"before/{metric}": value for metric, value in result["metrics"].items()}
+            lines += _comparison(("before", "after"), before, after)
     if "generated" in report:
-        lines += _final_metrics(report)
+        lines += ["", "Held-out scenes, weights as stored:", ""]
+        columns = ("generated", "teacher-forced")
+        lines += _comparison(columns, report["generated"], report["teacher_forced"])
     return "\n".join(lines) + "\n"
 
 
-def _stage_rows(name: str, result: Mapping[str, Any]) -> list[str]:
-    start = f"| {name} | {result['steps']} | {result['seconds'] / 60:.1f} |"
-    if not result["thresholds"]:
-        return [f"{start} | | | |"]
+def _stage_rows(name: str, result: Mapping[str, Any]) -> list[list[str]]:
+    start = [name, str(result["steps"]), f"{result['seconds'] / 60:.1f}"]
     rows = []
     for metric, threshold in result["thresholds"].items():
         value = "-" if threshold["value"] is None else f"{threshold['value']:.4f}"
         verdict = "passed" if threshold["passed"] else "**failed**"
-        rows.append(f"{start} {metric} | {threshold['required']:g} | {value} | {verdict} |")
-        start = "| | | |"
-    return rows
+        rows.append([*start, metric, f"{threshold['required']:g}", value, verdict])
+        start = ["", "", ""]
+    return rows or [[*start, "", "", "", ""]]
 
 
-def _before_and_after(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Format the metrics of a GRPO stage on held-out examples, before and after."""
-    lines = ["", f"Held-out examples, greedy decoding, before and after {name}:", ""]
-    lines += ["| | before | after |", "|---|---|---|"]
-    for metric, after in result["metrics"].items():
-        before = result["init_metrics"][f"before/{metric}"]
-        lines.append(f"| {_label(metric)} | {before:.4f} | {after:.4f} |")
-    return lines
-
-
-def _final_metrics(report: Mapping[str, Any]) -> list[str]:
-    """Format the metrics of the finished model on held-out scenes."""
-    lines = ["", "Held-out scenes, weights as stored:", ""]
-    lines += ["| | generated | teacher-forced |", "|---|---|---|"]
-    teacher_forced = report["teacher_forced"]
-    for metric, value in report["generated"].items():
-        other = f"{teacher_forced[metric]:.4f}" if metric in teacher_forced else "-"
-        lines.append(f"| {_label(metric)} | {value:.4f} | {other} |")
-    return lines
+def _comparison(
+    header: tuple[str, str], first: Mapping[str, float], second: Mapping[str, float]
+) -> list[str]:
+    """Format metrics side by side."""
+    rows = [
+        (
+            _label(metric.removeprefix("before/")),
+            f"{value:.4f}",
+            f"{second[metric]:.4f}" if metric in second else "-",
+        )
+        for metric, value in first.items()
+    ]
+    return markdown_table(("", *header), rows)
 
 
 def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Plot the log of a stage.
-
-    Args:
-        path: image file to write.
-        name: name of the stage.
-        lines: its lines of the log.
-    """
+    """Plot the lines of the log of a stage."""
     if not any("loss" in line for line in lines):
         return
     is_grpo = any("reward" in line for line in lines)

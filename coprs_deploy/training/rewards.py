@@ -18,14 +18,11 @@ from coprs_deploy.training.settings import ResponseFormat, RewardWeights
 SOFT_IOU_WEIGHT, SOFT_DICE_WEIGHT, HARD_IOU_WEIGHT = 0.5, 0.2, 0.3
 """Parts of the mask score (paper, B.2)."""
 
-
 HARD_THRESHOLD = 0.5
 """Probability threshold of the hard mask."""
 
-
 IMPERFECT_FORMAT_SCORE = 0.9
 """Format score of a response with a minor violation."""
-
 
 _MINOR_VIOLATIONS = {
     ResponseFormat.PAPER: FormatViolation.TEXT_AFTER_REFERENCE,
@@ -100,11 +97,8 @@ def format_score(
     return IMPERFECT_FORMAT_SCORE if violations & minor else 1.0
 
 
-def total_reward(
-    mask_scores: Tensor, format_scores: Tensor, weights: RewardWeights | None = None
-) -> Tensor:
+def total_reward(mask_scores: Tensor, format_scores: Tensor, weights: RewardWeights) -> Tensor:
     """Return the weighted sum of both scores; (N,) each, in [0, 1]."""
-    weights = weights or RewardWeights()
     return weights.mask * mask_scores + weights.format * format_scores
 
 

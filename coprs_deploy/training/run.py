@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
@@ -32,6 +31,7 @@ from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.features import FeatureStore
+from coprs_deploy.training.progress import load_finished_stage
 from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_directory import (
@@ -48,15 +48,17 @@ from coprs_deploy.training.trainer import Trainer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from coprs_deploy.training.grpo.stage import GrpoStage
+
 
 @dataclass(frozen=True)
 class Run(Generic[R]):
     """An open run.
 
     Attributes:
-        recipe: its recipe, with the precision of this machine.
+        recipe: recipe with the precision of this machine.
         accelerator: processes, device and precision.
-        directory: its directory.
+        directory: run directory.
         started: time of the start, as ``time.perf_counter`` gives it.
     """
 
@@ -68,10 +70,6 @@ class Run(Generic[R]):
 
 def train(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
-
-    Args:
-        recipe: the recipe.
-        out: run directory.
 
     Returns:
         The report: stages with their metrics and thresholds.
@@ -93,10 +91,6 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
 @contextmanager
 def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
     """Open a run directory, locked, with an accelerator for the recipe.
-
-    Args:
-        recipe: the recipe.
-        out: run directory; a run in it is resumed.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
@@ -139,13 +133,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Write ``report.json``, ``report.md`` and plots; all processes take part.
 
-    Args:
-        run: the run.
-        results: results of its stages.
-        evaluation: further entries of the report.
-
-    Returns:
-        The report.
+    ``evaluation`` has further entries of the report, which is returned.
     """
     report = {
         "recipe": run.recipe.to_json(),
@@ -193,38 +181,35 @@ def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState
         state.policy.model.requires_grad_(True)
         state.segmentation.requires_grad_(True)
         if recipe.model.freeze_vision_tower:
-            freeze_vision_tower(state.policy.model)
+            vision_tower(state.policy.model).requires_grad_(False)
         if isinstance(settings, SupervisedSettings):
             stage = SupervisedStage(name, settings, state, examples)
             if recipe.model.gradient_checkpointing:
                 enable_gradient_checkpointing(state.policy.model)
             results[name] = trainer.run(stage)
-        else:
-            grpo = import_grpo()
-            context = grpo.GrpoContext(
-                recipe=recipe,
-                accelerator=accelerator,
-                directory=directory,
-                state=state,
-                examples=examples,
+            continue
+        results[name] = (
+            load_finished_stage(directory, name, state)
+            or _grpo_stage()(
+                run,
+                name,
+                settings,
+                state,
+                examples,
                 steps_before=sum(result["steps"] for result in results.values()),
                 policy_path=None if results else checkpoint.policy_path,
-            )
-            results[name] = grpo.run_grpo_stage(name, settings, context)
+            ).run()
+        )
     return results
 
 
-def import_grpo() -> ModuleType:
-    """Import the GRPO stage, which needs TRL.
-
-    Raises:
-        MissingDependencyError: TRL is not installed.
-    """
+def _grpo_stage() -> type[GrpoStage]:
+    """Import the GRPO stage, which needs TRL."""
     try:
-        from coprs_deploy.training.grpo import stage
+        from coprs_deploy.training.grpo.stage import GrpoStage
     except ImportError as error:
         raise MissingDependencyError(f"GRPO needs {error.name}; {install_hint('train')}") from error
-    return stage
+    return GrpoStage
 
 
 def open_examples(recipe: Recipe, checkpoint: Checkpoint, state: TrainingState) -> ExampleSets:
@@ -246,18 +231,18 @@ def open_examples(recipe: Recipe, checkpoint: Checkpoint, state: TrainingState) 
     )
 
 
-def freeze_vision_tower(policy: Any) -> None:
-    """Freeze the vision tower of a policy of either family."""
-    tower = getattr(policy.model, "visual", None) or policy.model.vision_tower
-    tower.requires_grad_(False)
+def vision_tower(policy: Any) -> nn.Module:
+    """Return the vision tower of a policy of either family."""
+    tower: nn.Module = getattr(policy.model, "visual", None) or policy.model.vision_tower
+    return tower
 
 
 def enable_gradient_checkpointing(policy: Any) -> None:
     """Recompute activations in the backward pass instead of storing them."""
-    # Later versions of transformers have renamed the method.
-    name = "activation_checkpointing_enable"
-    enable = getattr(policy, name, policy.gradient_checkpointing_enable)
-    enable()
+    if hasattr(policy, "activation_checkpointing_enable"):  # later versions of transformers
+        policy.activation_checkpointing_enable()
+    else:
+        policy.gradient_checkpointing_enable()
 
 
 def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:

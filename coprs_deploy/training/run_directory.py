@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Lock the directory against other runs; the lock ends with the process.
 
         Raises:
@@ -60,8 +58,7 @@ class RunDirectory:
             f"another process trains in {self.path}; wait for it, stop it, or choose another "
             "directory with --out"
         )
-        with exclusive(self.path / LOCK_FILE, message):
-            yield
+        return exclusive(self.path / LOCK_FILE, message)
 
     def open(self, recipe: RunSettings) -> bool:
         """Start a run, or find the one to resume.
@@ -78,8 +75,7 @@ class RunDirectory:
             write_json(self.path / "environment.json", environment())
             write_json(file, recipe.to_json())
             return False
-        existing = json.loads(file.read_text(encoding="utf-8"))
-        changed = [k for k in changed_keys(existing, recipe.to_json()) if k not in FREE_KEYS]
+        changed = [k for k in changed_keys(_read(file), recipe.to_json()) if k not in FREE_KEYS]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); "
@@ -94,22 +90,15 @@ class RunDirectory:
     def stage_result(self, name: str) -> dict[str, Any] | None:
         """Read the result of a finished stage; None before its end."""
         file = self.stage(name) / RESULT_FILE
-        if not file.is_file():
-            return None
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return result
+        return _read(file) if file.is_file() else None
 
     def latest_state(self, name: str) -> tuple[Path, dict[str, Any]] | None:
         """Find the last complete state of a stage, with its progress."""
-        found = []
-        for state in self.stage(name).glob("state-*"):
-            if (state / PROGRESS_FILE).is_file():
-                progress = json.loads((state / PROGRESS_FILE).read_text(encoding="utf-8"))
-                found.append((progress["step"], state, progress))
-        if not found:
+        complete = [file.parent for file in self.stage(name).glob(f"state-*/{PROGRESS_FILE}")]
+        if not complete:
             return None
-        _, state, progress = max(found, key=lambda item: item[0])
-        return state, progress
+        state = max(complete, key=lambda folder: int(folder.name.removeprefix("state-")))
+        return state, _read(state / PROGRESS_FILE)
 
     def commit_state(self, name: str, partial: Path, progress: dict[str, Any]) -> None:
         """Make a written state the one to resume from; older states are removed."""
@@ -166,5 +155,9 @@ def all_passed(results: dict[str, Any]) -> bool:
 
 def read_report(path: Path) -> dict[str, Any]:
     """Read the report of a finished run."""
-    report: dict[str, Any] = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
-    return report
+    return _read(path / REPORT_FILE)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data

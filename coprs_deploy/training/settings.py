@@ -12,6 +12,12 @@ from typing import Literal
 from coprs_deploy.specs import Record
 
 
+def _check_minimum(record: Record, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(record, name) < least:
+            raise ValueError(f"{name} is {getattr(record, name)}; it must be at least {least}")
+
+
 class SegmentationLossWeights(Record, frozen=True):
     """Weights of the single segmentation losses (paper, eq. 8 and appendix B.3).
 
@@ -31,9 +37,7 @@ class SegmentationLossWeights(Record, frozen=True):
     mask_bce: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a loss weight is at least 0")
+        _check_minimum(self, 0, *self.__struct_fields__)
 
 
 class ResponseFormat(str, Enum):
@@ -167,9 +171,7 @@ class StageSettings(Record, frozen=True):
     thresholds: dict[str, float] = {}
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "num_eval_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_minimum(self, 1, "max_steps", "global_batch_size", "num_eval_examples")
 
 
 class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supervised"):
@@ -301,20 +303,11 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("num_generations", 2),
-            ("num_iterations", 1),
-            ("per_device_train_batch_size", 0),
-            ("max_targets", 1),
-            ("late_from_step", 0),
-            ("max_completion_length", 0),
-            ("beta", 0),
-            ("epsilon", 0),
-            ("epsilon_high", 0),
-            ("segmentation_loss_weight", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        _check_minimum(self, 2, "num_generations")
+        _check_minimum(self, 1, "num_iterations", "max_targets")
+        _check_minimum(self, 0, "per_device_train_batch_size", "max_completion_length")
+        _check_minimum(self, 0, "late_from_step", "segmentation_loss_weight")
+        _check_minimum(self, 0, "beta", "epsilon", "epsilon_high")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         if self.optimizer.name != "adamw":

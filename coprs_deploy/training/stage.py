@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=StageSettings)
 
-EVAL_BATCH_SIZE = 32
-"""Default number of scenes per forward pass in an evaluation."""
-
 
 class StageOutput(NamedTuple):
     """Losses and metrics of one batch.
@@ -76,19 +73,11 @@ def mean_metrics(
     objective: nn.Module,
     collect: Callable[[list[int]], Any],
     num_examples: int,
-    batch_size: int = EVAL_BATCH_SIZE,
+    batch_size: int = 32,
 ) -> dict[str, float]:
     """Average an objective's metrics over the first examples, without gradient.
 
-    Args:
-        accelerator: distributes the examples over the processes.
-        objective: module that gives the metrics.
-        collect: maps indices to a batch.
-        num_examples: number of examples.
-        batch_size: examples per forward pass.
-
-    Returns:
-        Metric to mean, the same in every process.
+    ``collect`` maps indices to a batch. All processes take part and return the same means.
     """
     from accelerate.utils import send_to_device
 
@@ -100,10 +89,14 @@ def mean_metrics(
             batch = send_to_device(collect(mine[start : start + batch_size]), accelerator.device)
             output: StageOutput = objective(batch)
             for name, mean in output.metrics.items():
-                known = sums.get(name)
-                sums[name] = mean if known is None else Mean(*map(torch.add, known, mean))
+                add_mean(sums, name, mean)
     objective.train()
     return reduce_means(accelerator, sums)
+
+
+def add_mean(sums: dict[str, Mean], name: str, mean: Mean) -> None:
+    """Add a mean to the one of the same name, in place."""
+    sums[name] = Mean(*map(torch.add, sums[name], mean)) if name in sums else mean
 
 
 def reduce_means(accelerator: Accelerator, means: dict[str, Mean]) -> dict[str, float]:

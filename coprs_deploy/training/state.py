@@ -48,12 +48,10 @@ class PolicyParts:
     prompt: PromptTemplate
 
     def save(self, directory: Path, dtype: str) -> None:
-        """Write the transformers directory.
+        """Write the transformers directory, with weights in a dtype that torch names ``dtype``.
 
-        Args:
-            directory: an existing empty directory.
-            dtype: dtype of the stored weights, as torch names it. The configuration keeps the
-                dtype of the training: weights stored in half precision compute in full precision.
+        The configuration keeps the dtype of the training: weights stored in half precision compute
+        in full precision.
         """
         trained_dtype = self.model.dtype
         self.model.to(getattr(torch, dtype))
@@ -100,14 +98,7 @@ class TrainingState:
     def save_checkpoint(
         self, path: Path, dtype: str, provenance: dict[str, Any], overwrite: bool = False
     ) -> Checkpoint:
-        """Write a checkpoint directory.
-
-        Args:
-            path: the directory.
-            dtype: dtype of the stored weights, as torch names it.
-            provenance: origin of the weights, for people.
-            overwrite: whether an existing checkpoint may be replaced.
-        """
+        """Write a checkpoint directory, with weights in a dtype that torch names ``dtype``."""
         tensors = {
             name: tensor.detach().to("cpu", getattr(torch, dtype))
             for name, tensor in self.segmentation.state_dict().items()

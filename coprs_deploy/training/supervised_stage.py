@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coprs_deploy.data.examples import Example
-from coprs_deploy.images import PreparedImage, fit_pixel_count, prepare_image
+from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
-from coprs_deploy.training.batches import EpochOrder
-from coprs_deploy.training.features import FeatureStore
+from coprs_deploy.training.batches import EpochOrder, pad_tokens
+from coprs_deploy.training.features import FeatureStore, load_images
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     inside_image,
@@ -104,7 +103,9 @@ class ExampleObjective(nn.Module):
         geometry = model.config.geometry
         trains_encoder = torch.is_grad_enabled() and self._settings.train_image_encoder
         with torch.set_grad_enabled(trains_encoder):
-            embedding = self._embed(batch)
+            embedding = (
+                batch.images.float() if batch.is_encoded else encode_images(model, batch.images)
+            )
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
@@ -115,27 +116,12 @@ class ExampleObjective(nn.Module):
         valid = [torch.where(inside > 0, x.float(), background) for x in (priors, masks)]
         return StageOutput(losses, mask_metrics(valid[0], valid[1], ground_truth))
 
-    def _embed(self, batch: ExampleBatch) -> Tensor:
-        """Run the image encoder, unless the batch holds embeddings."""
-        if batch.is_encoded:
-            return batch.images.float()
-        return encode_images(self.segmentation, batch.images)
-
 
 class ExampleCollector:
-    """Collects examples into batches for one policy and one segmentation path.
-
-    Args:
-        state: the model.
-        vision: image preprocessing of the policy.
-        features: precomputed image embeddings.
-    """
+    """Collects examples into batches for one policy and one segmentation path."""
 
     def __init__(
-        self,
-        state: TrainingState,
-        vision: VisionProcessor,
-        features: FeatureStore | None = None,
+        self, state: TrainingState, vision: VisionProcessor, features: FeatureStore | None = None
     ) -> None:
         self._features = features
         self._tokenizer = state.policy.tokenizer
@@ -154,30 +140,30 @@ class ExampleCollector:
             self._encode(example, vision.num_tokens)
             for example, vision in zip(examples, inputs_of, strict=True)
         ]
-        width = max(len(ids) for ids, _ in encoded)
-        shape = (len(examples), width)
-        ids = torch.full(shape, int(self._tokenizer.pad_token_id))
-        labels = torch.full(shape, IGNORED_LABEL)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        references = []
-        for row, (tokens, num_prompt) in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, num_prompt - 1 : len(tokens) - 1] = torch.tensor(tokens[num_prompt:])
-            attention_mask[row, : len(tokens)] = 1
-            references += [
-                (row, column)
-                for column, token in enumerate(tokens)
-                if token == self._reference_id and column >= num_prompt
-            ]
+        ids, attention_mask = pad_tokens(
+            [tokens for tokens, _ in encoded], self._tokenizer.pad_token_id
+        )
+        labels, _ = pad_tokens(
+            [
+                [IGNORED_LABEL] * (start - 1) + tokens[start:] + [IGNORED_LABEL]
+                for tokens, start in encoded
+            ],
+            IGNORED_LABEL,
+        )
+        references = [
+            (row, column)
+            for row, (tokens, start) in enumerate(encoded)
+            for column in range(start, len(tokens))
+            if tokens[column] == self._reference_id
+        ]
         inputs = {"input_ids": ids, "attention_mask": attention_mask}
         for name in inputs_of[0].tensors:
             inputs[name] = torch.cat([vision.tensors[name] for vision in inputs_of])
         if inputs_of[0].marks_image_tokens:
             inputs["mm_token_type_ids"] = (ids == self._image_id).int()
-        prepared = [prepare_image(example.image, self._geometry) for example in examples]
-        sizes = torch.from_numpy(np.stack([p.unpadded_size for p in prepared]))
+        images, sizes = load_images([e.image for e in examples], self._geometry, self._features)
         masks = [
-            fit_mask(mask, (int(size[0]), int(size[1])), self._geometry)
+            fit_mask(mask, size, self._geometry)
             for example, size in zip(examples, sizes, strict=True)
             for mask in example.masks
         ]
@@ -186,16 +172,11 @@ class ExampleCollector:
             inputs,
             labels,
             torch.tensor(references, dtype=torch.int64).reshape(-1, 2),
-            self._images(examples, prepared),
+            images,
             torch.stack(masks) if masks else torch.zeros(0, 1, grid, grid),
             sizes,
             is_encoded=self._features is not None,
         )
-
-    def _images(self, examples: Sequence[Example], prepared: Sequence[PreparedImage]) -> Tensor:
-        if self._features is None:
-            return torch.from_numpy(np.concatenate([p.image for p in prepared]))
-        return torch.stack([self._features.embedding(example.image) for example in examples])
 
     def _encode(self, example: Example, num_image_tokens: int) -> tuple[list[int], int]:
         """Encode prompt and response; return the tokens and the length of the prompt."""
@@ -208,22 +189,12 @@ class ExampleCollector:
 class SupervisedStage(TrainingStage[SupervisedSettings]):
     """Cross-entropy on the response, and segmentation losses where they have a weight.
 
-    Args:
-        name: name of the stage in the recipe.
-        settings: settings of the stage.
-        state: the model.
-        examples: training and held-out examples.
-
     Raises:
         ValueError: the image encoder is trained on precomputed embeddings.
     """
 
     def __init__(
-        self,
-        name: str,
-        settings: SupervisedSettings,
-        state: TrainingState,
-        examples: ExampleSets,
+        self, name: str, settings: SupervisedSettings, state: TrainingState, examples: ExampleSets
     ) -> None:
         self.name = name
         self.settings = settings

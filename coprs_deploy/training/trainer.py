@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +12,9 @@ from torch import Tensor
 from coprs_deploy.training.batches import step_batches
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.optim import build_optimizers, lr_factor, set_lr_factor
+from coprs_deploy.training.progress import StageProgress, load_finished_stage
 from coprs_deploy.training.recipe import RunSettings
-from coprs_deploy.training.run_directory import WEIGHTS_FILE, RunDirectory
+from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.stage import StageOutput, TrainingStage, reduce_means
 from coprs_deploy.training.state import TrainingState
 
@@ -24,14 +23,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Runs stages one after the other on one training state.
-
-    Args:
-        accelerator: processes, device and precision.
-        recipe: intervals of logging and saving, seed and workers.
-        directory: run directory.
-        state: the model.
-    """
+    """Runs stages one after the other on one training state."""
 
     def __init__(
         self,
@@ -47,54 +39,47 @@ class Trainer:
         self._steps_before = 0
 
     def run(self, stage: TrainingStage[Any]) -> dict[str, Any]:
-        """Run a stage to its end, from its last saved state if there is one.
-
-        Returns:
-            Its result: final metrics, thresholds, seconds.
-        """
-        result = self._directory.stage_result(stage.name)
-        weights = self._directory.stage(stage.name) / WEIGHTS_FILE
-        if result is not None:
-            self._state.load_state_dict(torch.load(weights, weights_only=True))
-        else:
+        """Run a stage to its end, from its last saved state if there is one; return its result."""
+        result = load_finished_stage(self._directory, stage.name, self._state)
+        if result is None:
             result = self._train(stage)
         self._steps_before += stage.settings.max_steps
         return result
 
     def _train(self, stage: TrainingStage[Any]) -> dict[str, Any]:
-        accelerator, settings = self._accelerator, stage.settings
-        torch.manual_seed(self._recipe.seed)
-        saved = self._directory.latest_state(stage.name)
-        init_metrics = stage.prepare(accelerator) if saved is None else saved[1]["init_metrics"]
+        accelerator, settings, recipe = self._accelerator, stage.settings, self._recipe
+        torch.manual_seed(recipe.seed)
+        progress = StageProgress(
+            self._directory, accelerator, stage.name, settings, self._steps_before
+        )
+        if progress.state is None:
+            progress.init_metrics = stage.prepare(accelerator)
         objective, *optimizers = accelerator.prepare(
             stage.objective, *build_optimizers(stage.objective, settings.optimizer)
         )
-        first_step, seconds = 0, 0.0
-        if saved is not None:
-            accelerator.load_state(str(saved[0]))
-            first_step, seconds = saved[1]["step"], saved[1]["seconds"]
-        if accelerator.is_main_process:
-            self._directory.stage(stage.name).mkdir(parents=True, exist_ok=True)
-            self._directory.rewind_log(stage.name, first_step)
-        clock = _Clock(seconds)
+        if progress.state is not None:
+            accelerator.load_state(str(progress.state))
+        progress.start()
         objective.train()
         ranks = (accelerator.process_index, accelerator.num_processes)
-        batches = step_batches(stage, first_step, *ranks, self._recipe.num_workers)
-        for step, batch in enumerate(batches, start=first_step):
+        batches = step_batches(stage, progress.step, *ranks, recipe.num_workers)
+        for step, batch in enumerate(batches, start=progress.step):
             factor = lr_factor(settings.optimizer, step, settings.max_steps)
             output = self._step(stage, objective, optimizers, batch, factor)
             done = step + 1
             is_last = done == settings.max_steps
-            if done % self._recipe.logging_steps == 0 or is_last:
-                self._log(stage, done, factor, output, clock)
+            if done % recipe.logging_steps == 0 or is_last:
+                self._log(stage, progress, done, factor, output)
             if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
-                self._evaluate(stage, done, clock)
+                progress.log_evaluation(done, self._evaluate(stage))
                 objective.train()
-            if done % self._recipe.save_steps == 0 and not is_last:
-                self._save(stage.name, done, clock.seconds(), init_metrics)
-        metrics = self._evaluate(stage, settings.max_steps, clock)
-        result = _result(stage, metrics, init_metrics, clock.seconds())
-        self._finish(stage.name, result)
+            if done % recipe.save_steps == 0 and not is_last:
+                self._save(progress, done)
+        metrics = self._evaluate(stage)
+        progress.log_evaluation(settings.max_steps, metrics)
+        num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
+        result = progress.finish(self._state, metrics, num_parameters)
+        accelerator.free_memory()
         return result
 
     def _step(
@@ -138,80 +123,30 @@ class Trainer:
     def _log(
         self,
         stage: TrainingStage[Any],
+        progress: StageProgress,
         step: int,
         factor: float,
         output: StageOutput,
-        clock: _Clock,
     ) -> None:
-        losses = reduce_means(self._accelerator, _detached(output.losses))
-        metrics = reduce_means(self._accelerator, _detached(output.metrics))
+        losses = reduce_means(self._accelerator, output.losses)
+        metrics = reduce_means(self._accelerator, output.metrics)
         coefficients = stage.loss_coefficients(factor)
         total = sum(loss_coefficient(name, coefficients) * value for name, value in losses.items())
-        if not self._accelerator.is_main_process:
-            return
         line = {"loss": total, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
-        seconds = clock.seconds()
-        self._write(stage.name, step, seconds, line, lr_factor=factor)
-        max_steps = stage.settings.max_steps
-        left = seconds / max(1, step) * (max_steps - step)
-        _print(
-            f"{stage.name:<14} {step:>6}/{max_steps}  loss {total:8.4f}  "
-            f"{seconds / 60:6.1f} min, {left / 60:.1f} left"
-        )
+        progress.log(step, line, f"loss {total:8.4f}", lr_factor=factor)
 
-    def _evaluate(self, stage: TrainingStage[Any], step: int, clock: _Clock) -> dict[str, float]:
-        """Evaluate the current weights and log the metrics."""
-        metrics = stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
-        if self._accelerator.is_main_process:
-            line = {f"eval/{k}": v for k, v in metrics.items()}
-            self._write(stage.name, step, clock.seconds(), line)
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if "." not in k)
-            _print(f"{stage.name:<14} {step:>6} eval: {shown}")
-        return metrics
+    def _evaluate(self, stage: TrainingStage[Any]) -> dict[str, float]:
+        return stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
 
-    def _write(
-        self, stage: str, step: int, seconds: float, line: Mapping[str, float], **position: float
-    ) -> None:
-        """Write a line to the log of the run and to TensorBoard."""
-        position = {"step": step, **position, "seconds": seconds}
-        self._directory.log({"stage": stage, **position, **line})
-        self._accelerator.log(
-            {f"{stage}/{k}": v for k, v in line.items()}, step=self._steps_before + step
-        )
-
-    def _save(self, stage: str, step: int, seconds: float, init_metrics: dict[str, float]) -> None:
+    def _save(self, progress: StageProgress, step: int) -> None:
         """Write a state under a temporary name, then rename it."""
-        accelerator = self._accelerator
-        partial = self._directory.stage(stage) / f".state-{step:06d}"
-        if accelerator.is_main_process:
+        partial = progress.path / f".state-{step:06d}"
+        if self._accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial), safe_serialization=False)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            progress = {"step": step, "seconds": seconds, "init_metrics": init_metrics}
-            self._directory.commit_state(stage, partial, progress)
-        accelerator.wait_for_everyone()
-
-    def _finish(self, stage: str, result: dict[str, Any]) -> None:
-        accelerator = self._accelerator
-        if accelerator.is_main_process:
-            torch.save(self._state.state_dict(), self._directory.stage(stage) / WEIGHTS_FILE)
-            self._directory.finish_stage(stage, result)
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
-
-
-class _Clock:
-    """Seconds of a stage over all its runs."""
-
-    def __init__(self, seconds_before: float) -> None:
-        self._before = seconds_before
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._start
+        self._accelerator.wait_for_everyone()
+        self._accelerator.save_state(str(partial), safe_serialization=False)
+        progress.commit(step, partial)
 
 
 def loss_coefficient(name: str, coefficients: Mapping[str, float]) -> float:
@@ -219,41 +154,3 @@ def loss_coefficient(name: str, coefficients: Mapping[str, float]) -> float:
     group = f"{name.partition('.')[0]}.*"
     assert name in coefficients or group in coefficients, f"the loss {name} has no coefficient"
     return coefficients[name] if name in coefficients else coefficients[group]
-
-
-def threshold_results(
-    thresholds: Mapping[str, float], metrics: Mapping[str, float]
-) -> dict[str, Any]:
-    """Compare the metrics of a stage with its acceptance thresholds."""
-    return {
-        name: {
-            "required": required,
-            "value": metrics.get(name),
-            "passed": metrics.get(name, float("-inf")) >= required,
-        }
-        for name, required in thresholds.items()
-    }
-
-
-def _detached(means: dict[str, Mean]) -> dict[str, Mean]:
-    return {name: Mean(mean.total.detach(), mean.weight.detach()) for name, mean in means.items()}
-
-
-def _result(
-    stage: TrainingStage[Any],
-    metrics: dict[str, float],
-    init_metrics: dict[str, float],
-    seconds: float,
-) -> dict[str, Any]:
-    return {
-        "steps": stage.settings.max_steps,
-        "seconds": seconds,
-        "metrics": metrics,
-        "init_metrics": init_metrics,
-        "thresholds": threshold_results(stage.settings.thresholds, metrics),
-        "parameters": sum(p.numel() for p in stage.objective.parameters() if p.requires_grad),
-    }
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -17,9 +17,19 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LORA_TARGETS = (
-    r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    r".*language_model\.layers\.\d+\."
+    r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate_proj|up_proj|down_proj))"
 )
 """Language-model matrices that get adapters, in both policy families."""
+
+TRL_SETTINGS = (
+    *("max_steps", "num_generations", "num_iterations", "temperature", "top_p", "top_k"),
+    *("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "beta", "entropy_coef"),
+    *("mask_truncated_completions", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"),
+    *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+    *("vllm_server_host", "vllm_server_port"),
+)
+"""Settings that TRL takes under the same name."""
 
 
 def split_batch(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
@@ -56,14 +66,7 @@ def grpo_arguments(
     output_dir: Path,
     state: TrainingState,
 ) -> GRPOConfig:
-    """Build TRL's configuration of a stage.
-
-    Args:
-        settings: settings of the stage.
-        recipe: recipe of the run.
-        accelerator: accelerator of the run.
-        output_dir: directory of the training states.
-        state: model and prompt of the run.
+    """Build TRL's configuration of a stage, with training states in ``output_dir``.
 
     Raises:
         ValueError: the batch cannot be split evenly, or a resume would split a rollout.
@@ -78,27 +81,14 @@ def grpo_arguments(
     max_completion_length = settings.max_completion_length or prompt.max_response_tokens
     return GRPOConfig(
         output_dir=str(output_dir),
-        max_steps=settings.max_steps,
         per_device_train_batch_size=per_pass,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
-        num_generations=settings.num_generations,
-        num_iterations=settings.num_iterations,
         shuffle_dataset=False,  # the prompts are shuffled already
         max_completion_length=max_completion_length,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        loss_type=settings.loss_type,
-        importance_sampling_level=settings.importance_sampling_level,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        beta=settings.beta,
         use_bias_correction_kl=False,  # the paper's k3 estimator
-        entropy_coef=settings.entropy_coef,
         scale_rewards="group",
         reward_weights=[settings.reward_weights.mask, settings.reward_weights.format],
-        mask_truncated_completions=settings.mask_truncated_completions,
         learning_rate=settings.optimizer.learning_rate,
         max_grad_norm=settings.optimizer.max_grad_norm,
         bf16=recipe.precision == "bf16",
@@ -111,7 +101,8 @@ def grpo_arguments(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **_vllm_arguments(settings, prompt.max_prompt_tokens + max_completion_length),
+        vllm_max_model_length=prompt.max_prompt_tokens + max_completion_length,
+        **{name: getattr(settings, name) for name in TRL_SETTINGS},
     )
 
 
@@ -127,18 +118,3 @@ def lora_config(settings: Lora) -> Any:
         lora_dropout=settings.lora_dropout,
         target_modules=LORA_TARGETS,
     )
-
-
-def _vllm_arguments(settings: GrpoSettings, max_model_length: int) -> dict[str, Any]:
-    if not settings.use_vllm:
-        return {"use_vllm": False}
-    return {
-        "use_vllm": True,
-        "vllm_mode": settings.vllm_mode,
-        "vllm_tensor_parallel_size": settings.vllm_tensor_parallel_size,
-        "vllm_gpu_memory_utilization": settings.vllm_gpu_memory_utilization,
-        "vllm_enable_sleep_mode": settings.vllm_enable_sleep_mode,
-        "vllm_max_model_length": max_model_length,
-        "vllm_server_host": settings.vllm_server_host,
-        "vllm_server_port": settings.vllm_server_port,
-    }

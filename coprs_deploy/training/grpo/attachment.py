@@ -9,6 +9,7 @@ of the output itself: wrappers of distributed training search it for tensors tha
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -70,13 +71,7 @@ class SegmentationHead(nn.Module):
 
 
 class Attachment:
-    """Attach a segmentation head to a policy; :meth:`detach` removes it.
-
-    Args:
-        policy: a plain transformers model, without a wrapper.
-        head: the segmentation head.
-        reference_id: token id of ``<REF_POS>``.
-    """
+    """Attach a segmentation head to a plain transformers model; :meth:`detach` removes it."""
 
     def __init__(self, policy: Any, head: SegmentationHead, reference_id: int) -> None:
         self._policy = policy
@@ -120,7 +115,7 @@ class Attachment:
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         states = torch.where(is_found[..., None], hidden[rows, columns], 0.0)
         priors, masks = getattr(policy, ATTRIBUTE)(request, states)
-        return _output_with_masks(type(output))(
+        return _output_with_masks(output.__class__)(
             **output, prior_logits=priors, mask_logits=masks, is_found=is_found
         )
 
@@ -151,21 +146,15 @@ def reference_columns(
     return columns, is_found
 
 
-_EXTENDED: dict[Any, Any] = {}
-
-
+@cache
 def _output_with_masks(kind: Any) -> Any:
     """Extend a transformers output class by the fields of the masks.
 
     Sharded training rebuilds the output from its fields, so keys unknown to the class would be
     lost.
     """
-    if kind not in _EXTENDED:
-        added: list[tuple[str, Any, Any]] = [
-            (name, Tensor | None, dataclasses.field(default=None))
-            for name in ("prior_logits", "mask_logits", "is_found")
-        ]
-        _EXTENDED[kind] = dataclasses.make_dataclass(
-            f"{kind.__name__}WithMasks", added, bases=(kind,)
-        )
-    return _EXTENDED[kind]
+    added: list[tuple[str, Any, Any]] = [
+        (name, Tensor | None, dataclasses.field(default=None))
+        for name in ("prior_logits", "mask_logits", "is_found")
+    ]
+    return dataclasses.make_dataclass(f"{kind.__name__}WithMasks", added, bases=(kind,))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from coprs_deploy.data.examples import Example
-from coprs_deploy.images import fit_pixel_count, prepare_image
-from coprs_deploy.training.features import FeatureStore
+from coprs_deploy.images import fit_pixel_count
+from coprs_deploy.training.features import FeatureStore, load_images
 from coprs_deploy.training.grpo.attachment import SegmentationRequest
 from coprs_deploy.training.grpo.processor import IMAGE_KEY
 from coprs_deploy.training.losses import inside_image
@@ -21,12 +20,7 @@ from coprs_deploy.training.state import TrainingState
 
 
 class PromptItem(NamedTuple):
-    """One prompt.
-
-    Attributes:
-        example: example with its ground truth.
-        image: image at the policy's size.
-    """
+    """One prompt: an example, and its image at the policy's size."""
 
     example: Example
     image: Image.Image
@@ -89,12 +83,7 @@ class PromptCollator:
         self._max_targets = max_targets
 
     def item(self, example: Example, key: Any) -> PromptItem:
-        """Resize the image of an example for the policy.
-
-        Args:
-            example: the example.
-            key: identifier of the image within the batch.
-        """
+        """Resize the image of an example for the policy; ``key`` identifies it in the batch."""
         limits = (self._limits.min_pixels, self._limits.max_pixels)
         image = fit_pixel_count(example.image, *limits)
         image.info[IMAGE_KEY] = key
@@ -109,18 +98,14 @@ class PromptCollator:
         distinct = list({id(item): item for item in items}.values())
         index = {id(item): number for number, item in enumerate(distinct)}
         order = torch.tensor([index[id(item)] for item in items], device=device)
-        prepared = [prepare_image(item.example.image, self.geometry) for item in distinct]
-        sizes = torch.from_numpy(np.stack([p.unpadded_size for p in prepared]))
-        masks = torch.stack(
-            [self._masks(item.example, size) for item, size in zip(distinct, sizes, strict=True)]
-        )
+        images = [item.example.image for item in distinct]
+        embedding, sizes = load_images(images, self.geometry, self._features)
+        embedding = embedding.to(device)
         if self._features is None:
-            pixels = torch.from_numpy(np.concatenate([p.image for p in prepared])).to(device)
             with torch.no_grad():
-                embedding = encode_images(self._segmentation, pixels)
-        else:
-            stored = [self._features.embedding(item.example.image) for item in distinct]
-            embedding = torch.stack(stored).to(device)
+                embedding = encode_images(self._segmentation, embedding)
+        pairs = zip(distinct, sizes, strict=True)
+        masks = torch.stack([self._masks(item.example, size) for item, size in pairs])
         inside = inside_image(sizes, self.geometry.mask_size, self.geometry.mask_stride)
         counts = torch.tensor([len(item.example.masks) for item in distinct])
         parts = (embedding, inside.to(device), masks.to(device), counts.to(device))
@@ -136,5 +121,5 @@ class PromptCollator:
         grid = self.geometry.mask_size
         masks = torch.zeros(most, grid, grid)
         for number, mask in enumerate(example.masks):
-            masks[number] = fit_mask(mask, (int(size[0]), int(size[1])), self.geometry)[0]
+            masks[number] = fit_mask(mask, size, self.geometry)[0]
         return masks

@@ -68,7 +68,7 @@ def average_gradients(replicated: nn.Module) -> None:
     """Average over the processes the gradients of a module that is replicated, not sharded."""
     from torch import distributed
 
-    count = distributed.get_world_size()
+    count = distributed.get_world_size()  # codespell:ignore world
     for weight in replicated.parameters():
         if not weight.requires_grad:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from coprs_deploy.training.rewards import total_reward
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
+    from coprs_deploy.training.grpo.batch import PromptItem
     from coprs_deploy.training.grpo.trainer import JointTrainer
 
 BATCH_SIZE = 32
@@ -77,11 +78,11 @@ def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
 
 def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Prediction]:
     parts = trainer.parts
-    questions = [parts.collator.item(example, i) for i, example in enumerate(examples)]
+    items = [parts.collator.item(example, i) for i, example in enumerate(examples)]
     parts.processor.clear_cache()
-    responses = generate_greedily(trainer, questions)
-    ground_truth = parts.collator.ground_truth(questions, trainer.accelerator.device)
-    decoded = trainer.decode(questions, ground_truth, responses)
+    responses = generate_greedily(trainer, items)
+    ground_truth = parts.collator.ground_truth(items, trainer.accelerator.device)
+    decoded = trainer.decode(items, ground_truth, responses)
     format_scores = parts.reader.format_scores(responses, ground_truth.num_targets.tolist())
     scores = mask_scores(decoded, ground_truth).float().cpu()
     rewards = total_reward(
@@ -94,8 +95,8 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
         read = parts.reader.read(responses[row])
         predictions.append(
             Prediction(
-                masks=_at_image_size(trainer, example, decoded.mask_logits[row][is_found]),
-                priors=_at_image_size(trainer, example, decoded.prior_logits[row][is_found]),
+                masks=at_image_size(trainer, example, decoded.mask_logits[row][is_found]) > 0,
+                priors=at_image_size(trainer, example, decoded.prior_logits[row][is_found]) > 0,
                 response=read.text,
                 extra={
                     "reward": rewards[row],
@@ -108,14 +109,12 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
     return predictions
 
 
-def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[list[int]]:
+def generate_greedily(trainer: JointTrainer, items: Sequence[PromptItem]) -> list[list[int]]:
     """Generate one response per question: token ids without prompt and padding."""
     from trl.models import unwrap_model_for_generation
 
     processor = trainer.parts.processor
-    images = [question.image for question in questions]
-    prompts = [processor.encode(q.example.instruction, q.image) for q in questions]
-    fields = processor.tensors(prompts, images)
+    fields = processor([[i.image] for i in items], [i.example.instruction for i in items])
     device = trainer.accelerator.device
     ends = set(trainer.eos_token_ids)
     with (
@@ -137,12 +136,12 @@ def generate_greedily(trainer: JointTrainer, questions: Sequence[Any]) -> list[l
     return responses
 
 
-def _at_image_size(
+def at_image_size(
     trainer: JointTrainer, example: Example, logits: torch.Tensor
-) -> NDArray[np.bool_]:
-    """Resize (N, M, M) logits to the image's size and threshold them: (N, H, W)."""
-    geometry = trainer.parts.collator.geometry
+) -> NDArray[np.float32]:
+    """Resize (N, M, M) logits to the size of the image: (N, H, W)."""
     if not len(logits):
-        return np.zeros((0, *example.image.shape[:2]), np.bool_)
+        return np.zeros((0, *example.image.shape[:2]), np.float32)
+    geometry = trainer.parts.collator.geometry
     prepared = prepare_image(example.image, geometry)
-    return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry) > 0
+    return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry)

@@ -18,19 +18,14 @@ from transformers import ProcessorMixin
 
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
+from coprs_deploy.training.batches import pad_tokens
 
 IMAGE_KEY = "coprs_example"
 """Key in an image's ``info`` that identifies its example, so that it is preprocessed once."""
 
 
 class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
-    """Prompts and images of one policy.
-
-    Args:
-        tokenizer: tokenizer of the policy.
-        vision: image preprocessing of the policy.
-        prompt: prompt template of the checkpoint.
-    """
+    """Prompts and images of one policy."""
 
     def __init__(self, tokenizer: Any, vision: VisionProcessor, prompt: PromptTemplate) -> None:
         # The constructor of ProcessorMixin accepts only parts that it can save and load.
@@ -79,18 +74,9 @@ class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
         """Return left-padded prompts and the tensors of their images."""
         flat = [image for (image,) in images]
         prompts = [self.encode(*pair) for pair in zip(text, flat, strict=True)]
-        return self.tensors(prompts, flat)
-
-    def tensors(
-        self, prompts: Sequence[Sequence[int]], images: Sequence[Image.Image]
-    ) -> dict[str, Tensor]:
-        """Pad prompts on the left and collect the tensors of their images."""
-        width = max(map(len, prompts))
-        pad = int(self.tokenizer.pad_token_id)
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(images)}
-        if self.vision_inputs(images[0]).marks_image_tokens:
+        ids, attended = pad_tokens(prompts, self.tokenizer.pad_token_id, "left")
+        fields = {"input_ids": ids, "attention_mask": attended, **self._vision_fields(flat)}
+        if self.vision_inputs(flat[0]).marks_image_tokens:
             fields["mm_token_type_ids"] = (ids == self.image_token_id).int()
         return fields
 

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from coprs_deploy.evaluation.metrics import count_pixels, iou, union
-from coprs_deploy.images import prepare_image, resize_logits, sigmoid
+from coprs_deploy.images import sigmoid
+from coprs_deploy.training.grpo.evaluation import at_image_size
 from coprs_deploy.visualization import draw_grid, draw_heatmap, draw_overlay
 
 if TYPE_CHECKING:
-    from coprs_deploy.training.grpo.trainer import JointTrainer, ScoredRollout
+    from coprs_deploy.data.examples import Example
+    from coprs_deploy.training.grpo.trainer import JointTrainer
 
 TILE_PX = 160
 """Side of one image on a sheet, in pixels."""
@@ -24,16 +27,12 @@ TILE_PX = 160
 def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
     """Write the first completions of the last rollout: one sheet, and one JSON line each.
 
-    A row of the sheet is one completion: image with the ground gt, prior, mask.
-
-    Args:
-        trainer: trainer with the rollout.
-        directory: directory of ``step-N.png`` and ``completions.jsonl``.
-        step: step of the stage.
-        count: number of completions.
+    A row of the sheet is one completion: image with the ground truth, prior, mask. The directory
+    gets ``step-N.png`` and ``completions.jsonl``.
     """
     rollout = trainer.rollout
-    if rollout is None or rollout.decoded is None or not count:
+    decoded = rollout.decoded if rollout else None
+    if rollout is None or decoded is None or not count:
         return
     directory.mkdir(parents=True, exist_ok=True)
     format_scores = trainer.parts.reader.format_scores(
@@ -42,7 +41,9 @@ def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int)
     rows, lines = [], []
     for number, format_score in enumerate(format_scores):
         example = rollout.items[number].example
-        prior, mask = _logits(trainer, rollout, number)
+        is_found = decoded.is_found[number]
+        prior = _largest(trainer, example, decoded.prior_logits[number], is_found)
+        mask = _largest(trainer, example, decoded.mask_logits[number], is_found)
         gt = union(example.masks)
         rows.append(
             [
@@ -66,20 +67,10 @@ def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int)
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _logits(
-    trainer: JointTrainer, rollout: ScoredRollout, number: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return prior and mask logits of one completion at the image size, maxima over its targets."""
-    assert rollout.decoded is not None
-    example = rollout.items[number].example
-    geometry = trainer.parts.collator.geometry
-    source = prepare_image(example.image, geometry)
-    is_found = rollout.decoded.is_found[number]
-    resized = []
-    for logits in (rollout.decoded.prior_logits, rollout.decoded.mask_logits):
-        chosen = logits[number][is_found].float().cpu()
-        if not len(chosen):
-            chosen = torch.full((1, *logits.shape[-2:]), -1.0)
-        largest = chosen.amax(0)[None, None].numpy()
-        resized.append(resize_logits(largest, source, geometry)[0])
-    return resized[0], resized[1]
+def _largest(
+    trainer: JointTrainer, example: Example, logits: Tensor, is_found: Tensor
+) -> NDArray[np.float32]:
+    """Return the maximum of (K, M, M) logits over the found targets at the image size, (H, W)."""
+    found = logits[is_found] if is_found.any() else torch.full_like(logits[:1], -1.0)
+    largest: NDArray[np.float32] = at_image_size(trainer, example, found.float().amax(0)[None])[0]
+    return largest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coprs_deploy.prompts import Response, read_response
 from coprs_deploy.training.grpo.batch import GroundTruth
-from coprs_deploy.training.losses import Mean, target_losses
+from coprs_deploy.training.losses import Mean, segmentation_losses
 from coprs_deploy.training.mask_decoding import intersection_over_union
 from coprs_deploy.training.rewards import format_score, mask_score
 from coprs_deploy.training.settings import ResponseFormat, SegmentationLossWeights
@@ -112,7 +112,5 @@ def row_losses(
     prior = decoded.prior_logits[is_target][:, None]
     mask = decoded.mask_logits[is_target][:, None]
     target = gt.masks[is_target][:, None]
-    return {
-        name: (loss * share).sum()
-        for name, loss in target_losses(prior, mask, target, inside, weights).items()
-    }
+    losses = segmentation_losses(prior, mask, target, inside, weights, target_weights=share)
+    return {name: mean.total for name, mean in losses.items()}

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
 from coprs_deploy.data.examples import Example
-from coprs_deploy.training.grpo.attachment import ATTRIBUTE, SegmentationRequest
+from coprs_deploy.training.batches import pad_tokens
+from coprs_deploy.training.grpo.attachment import ATTRIBUTE
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator, PromptItem
 from coprs_deploy.training.grpo.distribution import (
     average_gradients,
@@ -43,7 +44,7 @@ from coprs_deploy.training.grpo.scores import (
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.optim import build_optimizers, lr_factor
 from coprs_deploy.training.settings import GrpoSettings
-from coprs_deploy.training.stage import reduce_means
+from coprs_deploy.training.stage import add_mean, reduce_means
 
 GROUND_TRUTH_KEYS = GroundTruth._fields
 """Keys of a batch that hold its :class:`GroundTruth`, one row per completion."""
@@ -51,16 +52,7 @@ GROUND_TRUTH_KEYS = GroundTruth._fields
 
 @dataclass(frozen=True)
 class GrpoParts:
-    """Parts of a GRPO training.
-
-    Attributes:
-        policy: policy with its segmentation head attached.
-        processor: prompt and image preprocessing.
-        collator: conversion of examples to prompts and ground truth.
-        reader: parser of completions, and their format scores.
-        examples: training examples.
-        settings: settings of the stage.
-    """
+    """Parts of a GRPO training; the segmentation head is attached to the policy."""
 
     policy: Any
     processor: PolicyProcessor
@@ -90,13 +82,8 @@ class ScoredRollout:
 class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     """GRPO trainer with the joint loss; see the module.
 
-    Args:
-        parts: parts of the training.
-        arguments: TRL's configuration.
-        order: prompts of the run, a ``datasets.Dataset`` of indices into ``parts.examples``.
-        peft_config: PEFT's configuration of the adapters; None trains whole weights.
-        on_log: callback for each line of the log, called in the main process.
-        callbacks: callbacks of transformers' trainer.
+    ``order`` is a ``datasets.Dataset`` of indices into ``parts.examples``; ``on_log`` is called in
+    the main process with each line of the log.
     """
 
     def __init__(
@@ -119,10 +106,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         trainable = [p for p in head.parameters() if p.requires_grad]
         super().__init__(
             model=parts.policy,
-            reward_funcs=[
-                _Reward("mask", self._mask_rewards),
-                _Reward("format", self._format_rewards),
-            ],
+            reward_funcs=[self._mask_rewards, self._format_rewards],
             args=arguments,
             train_dataset=order,
             processing_class=parts.processor,
@@ -143,12 +127,9 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         processor, collator = self.parts.processor, self.parts.collator
         processor.clear_cache()
-        by_index: dict[int, PromptItem] = {}
-        for row in inputs:
-            index = row["index"]
-            if index not in by_index:
-                by_index[index] = collator.item(self.parts.examples[index], index)
-        items = [by_index[row["index"]] for row in inputs]
+        indices = [row["index"] for row in inputs]
+        distinct = {i: collator.item(self.parts.examples[i], i) for i in dict.fromkeys(indices)}
+        items = [distinct[i] for i in indices]
         gt = collator.ground_truth(items, self.accelerator.device)
         self.rollout = ScoredRollout(items, gt, [])
         batch: dict[str, Any] = super()._generate_and_score_completions(
@@ -167,15 +148,19 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         decoded = self.decode(rollout.items, rollout.ground_truth, rollout.completions)
         rollout.decoded = decoded
         for name, mean in grid_ious(decoded, rollout.ground_truth).items():
-            self._add(name, mean)
-        self._add("frac_with_reference", Mean.of(decoded.is_found.any(1).float()))
+            add_mean(self._means, name, mean)
+        add_mean(self._means, "frac_with_reference", Mean.of(decoded.is_found.any(1).float()))
         scores: list[float] = mask_scores(decoded, rollout.ground_truth).tolist()
         return scores
+
+    _mask_rewards.__name__ = "mask"  # TRL logs a reward under the name of its function
 
     def _format_rewards(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         assert self.rollout is not None
         counts = self.rollout.ground_truth.num_targets.tolist()
         return self.parts.reader.format_scores(completion_ids, counts)
+
+    _format_rewards.__name__ = "format"
 
     @torch.no_grad()
     def decode(
@@ -203,13 +188,8 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         completions: Sequence[Sequence[int]],
     ) -> DecodedMasks:
         processor = self.parts.processor
-        images = [item.image for item in items]
-        prompts = [processor.encode(item.example.instruction, item.image) for item in items]
-        fields = processor.tensors(prompts, images)
-        width = max(map(len, completions))
-        pad = int(processor.tokenizer.pad_token_id)
-        ids = torch.tensor([[*one, *[pad] * (width - len(one))] for one in completions])
-        attended = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in completions])
+        fields = processor([[item.image] for item in items], [i.example.instruction for i in items])
+        ids, attended = pad_tokens(completions, processor.tokenizer.pad_token_id)
         first_column = fields["input_ids"].shape[1]
         fields["input_ids"] = torch.cat([fields["input_ids"], ids], 1)
         fields["attention_mask"] = torch.cat([fields["attention_mask"], attended], 1)
@@ -236,18 +216,22 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Return the policy loss plus the segmentation loss of the same forward pass."""
-        settings = self.parts.settings
+        mode, outputs = self.parts.settings.mode, list[Any]()
         gt = GroundTruth(*(inputs[key] for key in GROUND_TRUTH_KEYS))
-        decoding = _DecodingModel(model, gt.request(inputs["prompt_ids"].shape[1]))
-        has_masks = settings.mode != "rl"
-        policy_loss: Tensor = super().compute_loss(decoding if has_masks else model, inputs)
-        self._add("loss/policy", Mean.of(policy_loss.detach() * self._accumulated))
-        if not has_masks:
+        request = gt.request(inputs["prompt_ids"].shape[1])
+
+        def decoding(**named: Any) -> Any:
+            """Call the model with a request for masks and keep its output."""
+            outputs.append(model(**named, segmentation=request))
+            return outputs[-1]
+
+        policy_loss: Tensor = super().compute_loss(model if mode == "rl" else decoding, inputs)
+        accumulated = int(self.current_gradient_accumulation_steps)
+        add_mean(self._means, "loss/policy", Mean.of(policy_loss.detach() * accumulated))
+        if mode == "rl":
             return policy_loss
-        segmentation_loss = self._segmentation_loss(decoding.decoded(), gt, inputs)
-        if settings.mode == "segmentation":
-            return segmentation_loss
-        return policy_loss + segmentation_loss
+        segmentation_loss = self._segmentation_loss(_decoded_masks(outputs[-1]), gt, inputs)
+        return segmentation_loss if mode == "segmentation" else policy_loss + segmentation_loss
 
     def _segmentation_loss(
         self, decoded: DecodedMasks, gt: GroundTruth, inputs: dict[str, Any]
@@ -263,12 +247,8 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         local_rows = (gt.num_targets > 0).sum().float()
         for name, loss in row_losses(decoded, gt, weights).items():
             total = total + getattr(weights, name) * loss / rows
-            self._add(f"loss/{name}", Mean(loss.detach(), local_rows))
+            add_mean(self._means, f"loss/{name}", Mean(loss.detach(), local_rows))
         return settings.segmentation_loss_weight * total
-
-    @property
-    def _accumulated(self) -> int:
-        return int(self.current_gradient_accumulation_steps)
 
     # Weights.
 
@@ -313,10 +293,6 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
 
     # The log.
 
-    def _add(self, name: str, mean: Mean) -> None:
-        before = self._means.get(name)
-        self._means[name] = mean if before is None else Mean(*map(torch.add, before, mean))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's metrics together with those of this class."""
         means = reduce_means(self.accelerator, self._means)
@@ -335,32 +311,5 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         return {f"learning_rate/{name}": rate for name, rate in rates.items()}
 
 
-class _DecodingModel:
-    """Call a model with a request for masks and keep its output."""
-
-    def __init__(self, model: nn.Module, request: SegmentationRequest) -> None:
-        self._model = model
-        self._request = request
-        self._output: Any = None
-
-    def __call__(self, **inputs: Any) -> Any:
-        self._output = self._model(**inputs, segmentation=self._request)
-        return self._output
-
-    def decoded(self) -> DecodedMasks:
-        return _decoded_masks(self._output)
-
-
 def _decoded_masks(output: Any) -> DecodedMasks:
     return DecodedMasks(output.prior_logits, output.mask_logits, output.is_found)
-
-
-class _Reward:
-    """A reward function with the name that TRL logs it under."""
-
-    def __init__(self, name: str, score: Callable[..., list[float]]) -> None:
-        self.__name__ = name
-        self._score = score
-
-    def __call__(self, **batch: Any) -> list[float]:
-        return self._score(**batch)

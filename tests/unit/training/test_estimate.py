@@ -13,12 +13,11 @@ from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.estimate import (
-    FLOAT32_BYTES,
     GpuSpec,
     Workload,
     activation_bytes,
     estimate,
-    policy_sizes,
+    model_sizes,
     resident_bytes,
 )
 from coprs_deploy.training.grpo.attachment import (
@@ -119,29 +118,28 @@ def measure(parts, segmentation, rows, length, checkpointing):
 )
 def test_estimated_peak_equals_the_measured_one(width, depth, rows, length, checkpointing):
     parts, segmentation = build(width, depth)
-    sizes = policy_sizes(parts.model)
+    sizes = model_sizes(parts.model, segmentation)
     measured = measure(parts, segmentation, rows, length, checkpointing)
     work = Workload(
         rows=rows,
         rows_per_pass=rows,
-        rows_per_prompt=1,
         prompt_tokens=66,
         image_tokens=64,
         response_tokens=length - 66,
-        max_targets=1,
+        checkpointing=checkpointing,
+        has_features=True,
     )
-    resident = resident_bytes(sizes, segmentation, work, gpus=1, has_features=True)
-    activations = activation_bytes(sizes, segmentation, work, checkpointing, FLOAT32_BYTES)
-    assert sum(resident.values()) + activations == pytest.approx(measured, rel=PEAK_TOLERANCE)
+    estimated = sum(resident_bytes(sizes, work).values()) + activation_bytes(sizes, work)
+    assert estimated == pytest.approx(measured, rel=PEAK_TOLERANCE)
 
 
 def test_cache_bytes_equal_the_measured_ones():
-    parts, _ = build(128, 4)
+    parts, segmentation = build(128, 4)
     cache = parts.model.model.language_model(
         inputs_embeds=torch.zeros(3, 50, 128), use_cache=True
     ).past_key_values
     measured = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert policy_sizes(parts.model).language.cache_bytes(150) == 2 * measured
+    assert model_sizes(parts.model, segmentation).language.cache_bytes(150) == 2 * measured
 
 
 def test_estimate_divides_only_sharded_memory_by_the_gpus():

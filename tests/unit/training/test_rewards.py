@@ -122,7 +122,7 @@ class TestFormatScore:
 
 def test_total_reward_is_the_weighted_sum():
     masks, formats = torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.0])
-    assert total_reward(masks, formats).tolist() == pytest.approx([0.97, 0.35])
+    assert total_reward(masks, formats, RewardWeights()).tolist() == pytest.approx([0.97, 0.35])
     weights = RewardWeights(mask=0, format=1)
     assert total_reward(masks, formats, weights).tolist() == pytest.approx([0.9, 0])
 

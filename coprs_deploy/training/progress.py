@@ -1,0 +1,132 @@
+"""Progress of one stage: resume point, clock, log lines, saved states and result.
+
+Shared by :class:`~coprs_deploy.training.trainer.Trainer` and the GRPO stage.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coprs_deploy.training.run_directory import WEIGHTS_FILE, RunDirectory
+from coprs_deploy.training.settings import StageSettings
+from coprs_deploy.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class StageProgress:
+    """Progress of a stage in its run directory; only the main process writes.
+
+    ``steps_before``, the steps of earlier stages, is the offset of the curves.
+
+    Attributes:
+        path: folder of the stage.
+        state: folder of the state to resume from; None starts from the first step.
+        step: number of steps in that state.
+        init_metrics: metrics before the first step.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        accelerator: Accelerator,
+        name: str,
+        settings: StageSettings,
+        steps_before: int,
+    ) -> None:
+        self._directory, self._accelerator = directory, accelerator
+        self._name, self._settings, self._steps_before = name, settings, steps_before
+        self.path = directory.stage(name)
+        self.state: Path | None = None
+        self.step, self.init_metrics, self._seconds_before = 0, dict[str, float](), 0.0
+        if latest := directory.latest_state(name):
+            self.state, saved = latest
+            self.step, self.init_metrics = saved["step"], saved["init_metrics"]
+            self._seconds_before = saved["seconds"]
+        self._started = time.perf_counter()
+
+    def start(self) -> None:
+        """Rewind the log to the state, and start the clock."""
+        if self._accelerator.is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._directory.rewind_log(self._name, self.step)
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds of the stage, interrupted runs included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def log(self, step: int, line: Mapping[str, float], shown: str = "", **position: float) -> None:
+        """Log the metrics of a step; ``position`` is written to the log and drawn as no curve."""
+        if not self._accelerator.is_main_process:
+            return
+        seconds, max_steps = self.seconds(), self._settings.max_steps
+        position = {"step": step, **position, "seconds": seconds}
+        self._directory.log({"stage": self._name, **position, **line})
+        curves = {f"{self._name}/{key}": value for key, value in line.items()}
+        self._accelerator.log(curves, step=self._steps_before + step)
+        left = seconds / max(1, step) * (max_steps - step)
+        times = f"{seconds / 60:6.1f} min, {left / 60:.1f} left"
+        text = f"{self._name:<14} {step:>6}/{max_steps}  {shown}  {times}"
+        print(text, file=sys.stderr, flush=True)
+
+    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of an evaluation, without those of single question types on stderr."""
+        shown = "  ".join(
+            f"{name} {value:.3f}"
+            for name, value in metrics.items()
+            if "." not in name and not name.endswith("_stderr")
+        )
+        self.log(step, {f"eval/{name}": value for name, value in metrics.items()}, f"eval: {shown}")
+
+    def commit(self, step: int, partial: Path) -> None:
+        """Make a folder that all processes have written the state to resume from."""
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            saved = {"step": step, "seconds": self.seconds(), "init_metrics": self.init_metrics}
+            self._directory.commit_state(self._name, partial, saved)
+        self._accelerator.wait_for_everyone()
+
+    def finish(
+        self, state: TrainingState, metrics: dict[str, float], num_parameters: int
+    ) -> dict[str, Any]:
+        """Write the weights and the result of the stage; return the result."""
+        thresholds = {
+            name: {
+                "required": required,
+                "value": metrics.get(name),
+                "passed": metrics.get(name, float("-inf")) >= required,
+            }
+            for name, required in self._settings.thresholds.items()
+        }
+        result = {
+            "steps": self._settings.max_steps,
+            "seconds": self.seconds(),
+            "metrics": metrics,
+            "init_metrics": self.init_metrics,
+            "thresholds": thresholds,
+            "parameters": num_parameters,
+        }
+        if self._accelerator.is_main_process:
+            torch.save(state.state_dict(), self.path / WEIGHTS_FILE)
+            self._directory.finish_stage(self._name, result)
+        self._accelerator.wait_for_everyone()
+        return result
+
+
+def load_finished_stage(
+    directory: RunDirectory, name: str, state: TrainingState
+) -> dict[str, Any] | None:
+    """Load the weights of a finished stage; return its result, or None before its end."""
+    result = directory.stage_result(name)
+    if result is not None:
+        file = directory.stage(name) / WEIGHTS_FILE
+        state.load_state_dict(torch.load(file, weights_only=True))
+    return result
