@@ -90,19 +90,6 @@ class _StoredRanges(Record, frozen=True):
     ranges: dict[str, ProductRange]
 
 
-@dataclass(frozen=True)
-class CalibrationResult:
-    """Calibration of an encoder.
-
-    Attributes:
-        images: calibration images, and those to check on.
-        ranges: measured ranges.
-    """
-
-    images: CalibrationImages
-    ranges: Ranges
-
-
 def find_calibration_images(directory: Path) -> CalibrationImages:
     """Collect the images in and below a directory.
 

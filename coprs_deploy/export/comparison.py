@@ -162,34 +162,39 @@ def compare_backends(
     graphs = bundle.manifest.graphs
     specs = {name: graph.spec for name, graph in graphs.items()}
     model = load_segmentation_model(checkpoint)
+    modules = model.graph_modules()
+    comparisons: list[BackendComparison] = []
+    float32 = TOLERANCES["onnxruntime", FP32]
+
     report(MODULE)
-    name, module = MODULE, _run_model(model, specs, samples)
-    comparisons = []
+    reference, module = MODULE, _run_model(model, specs, samples)
+    expected = module
+
+    def follow(name: str, outputs: Outputs, tolerances: Mapping[str, Tolerance]) -> None:
+        """Compare a backend with the one before it, whose place it takes."""
+        nonlocal reference, expected
+        comparisons.append(_compare(reference, name, expected, outputs, tolerances))
+        reference, expected = name, outputs
+
     valid_region = specs[IMAGE_ENCODER].valid_region
     if valid_region is not None:
         report(FIXED_ASPECT_MODULE)
         model.image_encoder.set_valid_region(valid_region)
-        restricted = _run_model(model, specs, samples)
-        allowed = _NO_TOLERANCES if valid_region.drops_padding else TOLERANCES["onnxruntime", FP32]
-        comparisons.append(_compare(MODULE, FIXED_ASPECT_MODULE, module, restricted, allowed))
-        name, module = FIXED_ASPECT_MODULE, restricted
+        module = _run_model(model, specs, samples)
+        allowed = _NO_TOLERANCES if valid_region.drops_padding else float32
+        follow(FIXED_ASPECT_MODULE, module, allowed)
     report(TRACED)
-    modules = model.graph_modules()
-    exact = _run(lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module)
-    comparisons.append(_compare(name, TRACED, module, exact, TRACING))
-    name = TRACED
+    traced = _run(lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module)
+    follow(TRACED, traced, TRACING)
     if graphs[IMAGE_ENCODER].precision != FP32:
         report(FLOAT32_GRAPH)
-        written = _run_float32_graphs(modules, specs, samples, module)
-        allowed = TOLERANCES["onnxruntime", FP32]
-        comparisons.append(_compare(TRACED, FLOAT32_GRAPH, exact, written, allowed))
-        name, exact = FLOAT32_GRAPH, written
+        follow(FLOAT32_GRAPH, _run_float32_graphs(modules, specs, samples, module), float32)
     backends = _run_runtimes(bundle, samples, module, report)
-    tolerances = TOLERANCES[graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision]
+    allowed = TOLERANCES[graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision]
     for runtime, outputs in backends.items():
-        comparisons.append(_compare(name, runtime, exact, outputs, tolerances))
+        comparisons.append(_compare(reference, runtime, expected, outputs, allowed))
     for first, second in pairwise(backends):
-        comparisons.append(_compare(first, second, backends[first], backends[second], tolerances))
+        comparisons.append(_compare(first, second, backends[first], backends[second], allowed))
     return tuple(comparisons)
 
 
@@ -264,15 +269,14 @@ def _run_float32_graphs(
     """Write the modules as float32 graphs, and run them in ONNX Runtime."""
     with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
         directory = Path(temporary)
-        for name, torch_module in modules.items():
-            path = directory / f"{name}.onnx"
-            write_graph(torch_module, specs[name], path, {}, precision=FP32, scratch=directory)
-
-        def opener(name: str) -> Runner:
-            path = directory / f"{name}.onnx"
-            return open_graph("onnxruntime", path, specs[name], RunnerOptions())
-
-        return _run(opener, samples, module)
+        paths = {name: directory / f"{name}.onnx" for name in modules}
+        for name, path in paths.items():
+            write_graph(modules[name], specs[name], path, {}, precision=FP32, scratch=directory)
+        return _run(
+            lambda name: open_graph("onnxruntime", paths[name], specs[name], RunnerOptions()),
+            samples,
+            module,
+        )
 
 
 def _run_runtimes(

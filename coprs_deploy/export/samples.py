@@ -6,16 +6,23 @@ Where masks are compared all together, concentrations are chosen by their masks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.bundle import Manifest
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, ValidRegion
+from coprs_deploy.model_config import SegmentationConfig
+from coprs_deploy.specs import (
+    IMAGE_ENCODER,
+    MASK_DECODER,
+    PRIOR,
+    Geometry,
+    GraphSpec,
+    ValidRegion,
+)
 
 RunnerOpener = Callable[[str], Runner]
 """Opens the runner of a graph by name; the caller closes it."""
@@ -86,26 +93,34 @@ def sample_inputs(
     return samples
 
 
-def draw_bundle_samples(
-    manifest: Manifest, reference: RunnerOpener, pools_masks: bool, seed: int
+def draw_samples(
+    config: SegmentationConfig,
+    specs: Mapping[str, GraphSpec],
+    reference: RunnerOpener,
+    *,
+    pools_masks: bool,
+    seed: int,
+    images: Sequence[PreparedImage] = (),
 ) -> tuple[list[SampleInput], dict[str, list[Array]]]:
-    """Draw samples that a bundle accepts: images in its valid region, its number of targets.
+    """Draw samples that the graphs accept: images in the valid region, the number of targets.
 
     Args:
-        manifest: manifest of the bundle.
+        config: sizes of the model.
+        specs: graph name to inputs and outputs.
         reference: opens PyTorch's modules.
         pools_masks: whether masks are compared all together, so that they must not be empty.
         seed: equal seeds give equal inputs.
+        images: images of the samples where masks are compared all together; empty draws some.
 
     Returns:
         The samples, and the reference's outputs by graph as far as they were computed.
     """
-    hidden_size, count = manifest.policy.hidden_size, manifest.graphs[PRIOR].spec.targets.opt
-    valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
-    samples = sample_inputs(manifest.geometry, hidden_size, count, seed, valid_region=valid_region)
+    hidden_size, count = config.policy_hidden_size, specs[PRIOR].targets.opt
+    valid_region = specs[IMAGE_ENCODER].valid_region
+    samples = sample_inputs(config.geometry, hidden_size, count, seed, valid_region=valid_region)
     if not pools_masks:
         return samples, {}
-    images = [sample.prepared for sample in samples]
+    images = images or [sample.prepared for sample in samples]
     return draw_masked_samples(images, reference, hidden_size, count, seed)
 
 
