@@ -31,7 +31,7 @@ from coprs_deploy.engines import (
     open_graph,
     runtime_module,
 )
-from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.engines.runner import Array
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.export.equivalence import run_graph, summarize
