@@ -3,7 +3,8 @@
     module -> traced program -> float32 graph -> typed graph on each runtime -> runtime to runtime
 
 The float32 graph is the bundle's own, or is written for the comparison if the bundle's is of lower
-precision. For a fixed aspect ratio, the module restricted to it follows the module.
+precision. For a fixed aspect ratio, the module restricted to it follows the module; if it drops
+padding, that comparison has no tolerance.
 
 All backends get the same inputs: each graph alone is fed with the module's outputs of the graph
 before it, and end to end each backend runs on its own outputs. Neighbors in the order above are
@@ -142,18 +143,13 @@ def compare_backends(
     samples: Sequence[SampleInput],
     report: Callable[[str], None] = lambda step: None,
 ) -> tuple[BackendComparison, ...]:
-    """Compare all backends that are available here.
+    """Compare all backends that are available here, in the order of this module's docstring.
 
     Args:
         bundle: ONNX graphs of ``checkpoint``.
         checkpoint: checkpoint that the bundle was exported from.
         samples: inputs.
         report: called with the name of each backend as it starts.
-
-    Returns:
-        Comparisons in order: module with the one of a fixed aspect ratio (without tolerance if it
-        drops padding), this with the traced program, traced program with the float32 graph, that
-        with the typed graph on each installed runtime, and the runtimes with each other.
 
     Raises:
         ValueError: the bundle contains engines, which only their own GPU can run.
@@ -188,7 +184,17 @@ def compare_backends(
     follow(TRACED, traced, TRACING)
     if graphs[IMAGE_ENCODER].precision != FP32:
         report(FLOAT32_GRAPH)
-        follow(FLOAT32_GRAPH, _run_float32_graphs(modules, specs, samples, module), float32)
+        with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
+            directory = Path(temporary)
+            paths = {name: directory / f"{name}.onnx" for name in modules}
+            for name, path in paths.items():
+                write_graph(modules[name], specs[name], path, {}, precision=FP32, scratch=directory)
+            written = _run(
+                lambda n: open_graph("onnxruntime", paths[n], specs[n], RunnerOptions()),
+                samples,
+                module,
+            )
+        follow(FLOAT32_GRAPH, written, float32)
     backends = _run_runtimes(bundle, samples, module, report)
     allowed = TOLERANCES[graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision]
     for runtime, outputs in backends.items():
@@ -258,25 +264,6 @@ def _run_model(
             _, mask_logits = model(*(torch.from_numpy(array) for array in inputs))
         masks.append(mask_logits.numpy())
     return {**outputs, END_TO_END: masks}
-
-
-def _run_float32_graphs(
-    modules: Mapping[str, torch.nn.Module],
-    specs: Mapping[str, GraphSpec],
-    samples: Sequence[SampleInput],
-    module: Outputs,
-) -> dict[str, list[Array]]:
-    """Write the modules as float32 graphs, and run them in ONNX Runtime."""
-    with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
-        directory = Path(temporary)
-        paths = {name: directory / f"{name}.onnx" for name in modules}
-        for name, path in paths.items():
-            write_graph(modules[name], specs[name], path, {}, precision=FP32, scratch=directory)
-        return _run(
-            lambda name: open_graph("onnxruntime", paths[name], specs[name], RunnerOptions()),
-            samples,
-            module,
-        )
 
 
 def _run_runtimes(

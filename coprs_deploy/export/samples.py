@@ -81,15 +81,10 @@ def sample_inputs(
     generator = np.random.default_rng(seed)
     samples = []
     shapes = _ANY_SHAPES if valid_region is None else _shapes_within(valid_region)
-    for (height, width), is_noise in zip(shapes, (False, True, False), strict=True):
-        if is_noise:
-            image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        else:
-            image = _draw_scene(generator, height, width)
-        concentration = generator.standard_normal(
-            (num_targets, policy_hidden_size), dtype=np.float32
-        )
-        samples.append(SampleInput(prepare_image(image, geometry), concentration))
+    size = (num_targets, policy_hidden_size)
+    for draw, (height, width) in zip((_draw_scene, _draw_noise, _draw_scene), shapes, strict=True):
+        image = prepare_image(draw(generator, height, width), geometry)
+        samples.append(SampleInput(image, generator.standard_normal(size, dtype=np.float32)))
     return samples
 
 
@@ -150,15 +145,13 @@ def draw_masked_samples(
         for image in images:
             embedding = encoder(image=image.image)["image_embedding"].numpy()
             known[IMAGE_ENCODER].append(embedding)
-    samples = []
+    samples, size = list[SampleInput](), (num_targets, policy_hidden_size)
     with reference(PRIOR) as prior, reference(MASK_DECODER) as decoder:
         for image, embedding in zip(images, known[IMAGE_ENCODER], strict=True):
             best: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * num_targets
             nearest = np.full(num_targets, np.inf)
             for _ in range(NUM_DRAWS):
-                drawn = generator.standard_normal(
-                    (num_targets, policy_hidden_size), dtype=np.float32
-                )
+                drawn = generator.standard_normal(size, dtype=np.float32)
                 _, masks = _decode(prior, decoder, image, embedding, drawn)
                 distances = np.abs((masks > 0).mean(axis=(1, 2, 3)) - PREFERRED_MASK_RATIO)
                 for target in np.flatnonzero(distances < nearest):
@@ -192,6 +185,10 @@ def _shapes_within(valid_region: ValidRegion) -> tuple[tuple[int, int], ...]:
     exact = unpadded_size(down, across, size)
     longer = (height // 2, width) if width > height else (height, width // 2)
     return exact, (height, width), (max(1, longer[0]), max(1, longer[1]))
+
+
+def _draw_noise(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
