@@ -27,7 +27,7 @@ from coprs_deploy.export.equivalence import (
 )
 from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.precision import FP32, rest_precision, write_rounded_graph
-from coprs_deploy.export.samples import RunnerOpener, draw_masked_samples, draw_samples
+from coprs_deploy.export.samples import RunnerOpener, draw_masked_samples, sample_inputs
 from coprs_deploy.export.tolerances import END_TO_END, Tolerance
 from coprs_deploy.images import PreparedImage, mask_cells
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
@@ -75,17 +75,21 @@ class GraphCheck:
         self._tolerances = tolerances
         self._report = report
         self._reference = reference_opener(checkpoint, specs)
-        pools_masks = tolerances[END_TO_END].pools_masks
-        if pools_masks:
-            report("reference")
-        self.samples, self._known = draw_samples(
-            checkpoint.config.model,
-            specs,
-            self._reference,
-            pools_masks=pools_masks,
-            seed=seed,
-            images=images,
+        self._known: dict[str, list[Array]] = {}
+        config, count = checkpoint.config.model, specs[PRIOR].targets.opt
+        self.samples = sample_inputs(
+            config.geometry,
+            config.policy_hidden_size,
+            count,
+            seed,
+            valid_region=specs[IMAGE_ENCODER].valid_region,
         )
+        if tolerances[END_TO_END].pools_masks:  # then the masks must not be empty
+            report("reference")
+            images = images or [sample.prepared for sample in self.samples]
+            self.samples, self._known = draw_masked_samples(
+                images, self._reference, config.policy_hidden_size, count, seed
+            )
 
     def compare(
         self, candidate: RunnerOpener, step_prefix: str = ""

@@ -6,7 +6,7 @@ Where masks are compared all together, concentrations are chosen by their masks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
-from coprs_deploy.model_config import SegmentationConfig
 from coprs_deploy.specs import (
     IMAGE_ENCODER,
     MASK_DECODER,
     PRIOR,
     Geometry,
-    GraphSpec,
     ValidRegion,
 )
 
@@ -86,37 +84,6 @@ def sample_inputs(
         image = prepare_image(draw(generator, height, width), geometry)
         samples.append(SampleInput(image, generator.standard_normal(size, dtype=np.float32)))
     return samples
-
-
-def draw_samples(
-    config: SegmentationConfig,
-    specs: Mapping[str, GraphSpec],
-    reference: RunnerOpener,
-    *,
-    pools_masks: bool,
-    seed: int,
-    images: Sequence[PreparedImage] = (),
-) -> tuple[list[SampleInput], dict[str, list[Array]]]:
-    """Draw samples that the graphs accept: images in the valid region, the number of targets.
-
-    Args:
-        config: sizes of the model.
-        specs: graph name to inputs and outputs.
-        reference: opens PyTorch's modules.
-        pools_masks: whether masks are compared all together, so that they must not be empty.
-        seed: equal seeds give equal inputs.
-        images: images of the samples where masks are compared all together; empty draws some.
-
-    Returns:
-        The samples, and the reference's outputs by graph as far as they were computed.
-    """
-    hidden_size, count = config.policy_hidden_size, specs[PRIOR].targets.opt
-    valid_region = specs[IMAGE_ENCODER].valid_region
-    samples = sample_inputs(config.geometry, hidden_size, count, seed, valid_region=valid_region)
-    if not pools_masks:
-        return samples, {}
-    images = images or [sample.prepared for sample in samples]
-    return draw_masked_samples(images, reference, hidden_size, count, seed)
 
 
 def draw_masked_samples(
