@@ -164,7 +164,7 @@ def compare_backends(
 
     report(MODULE)
     reference, module = MODULE, _run_model(model, specs, samples)
-    expected = module
+    expected: Outputs = module
 
     def follow(name: str, outputs: Outputs, tolerances: Mapping[str, Tolerance]) -> None:
         """Compare a backend with the one before it, whose place it takes."""
