@@ -279,10 +279,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def _check_files(
-    root: Path,
-    files: tuple[FileRecord, ...],
-    others: Collection[str] = (),
-    may_link: bool = False,
+    root: Path, files: tuple[FileRecord, ...], others: Collection[str] = (), may_link: bool = False
 ) -> None:
     """Check a directory against its list of files.
 

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coprs_deploy.artifacts import check_replaceable
-from coprs_deploy.checkpoint import (
-    CONFIG_FILE,
-    Checkpoint,
-    CheckpointConfig,
-    write_checkpoint,
-)
+from coprs_deploy.checkpoint import CONFIG_FILE, Checkpoint, CheckpointConfig, write_checkpoint
 from coprs_deploy.conversion.policy_files import (
     DEFAULT_PROMPTS,
     copy_policy_files,

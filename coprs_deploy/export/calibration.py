@@ -247,9 +247,7 @@ class _Magnitudes:
         best = int(np.argmin(errors))
         power = float((self._counts * values**2).sum())
         return ProductRange(
-            self.largest,
-            float(_LIMITS_TRIED[best]) * self.largest,
-            math.sqrt(errors[best] / power),
+            self.largest, float(_LIMITS_TRIED[best]) * self.largest, math.sqrt(errors[best] / power)
         )
 
     def _squared_error(self, values: NDArray[Any], limit: float) -> float:

@@ -267,10 +267,7 @@ def _run_model(
 
 
 def _run_runtimes(
-    bundle: Bundle,
-    samples: Sequence[SampleInput],
-    module: Outputs,
-    report: Callable[[str], None],
+    bundle: Bundle, samples: Sequence[SampleInput], module: Outputs, report: Callable[[str], None]
 ) -> dict[str, dict[str, list[Array]]]:
     """Run the bundle's graphs on each installed runtime, by name of the backend."""
     precision = bundle.manifest.graphs[IMAGE_ENCODER].precision

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 
 from coprs_deploy.engines.cache import Cache
 from coprs_deploy.engines.trt.cache import hash_graph
-from coprs_deploy.export.calibration import (
-    CalibrationImages,
-    Ranges,
-    cached_ranges,
-    calibrate,
-)
+from coprs_deploy.export.calibration import CalibrationImages, Ranges, cached_ranges, calibrate
 from coprs_deploy.export.onnx_graph import export_onnx_graph
 from coprs_deploy.export.precision import FP32, INT8, OPSETS, type_graph
 from coprs_deploy.export.quantization import product_names, quantize_graph

@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
-from coprs_deploy.specs import (
-    IMAGE_ENCODER,
-    MASK_DECODER,
-    PRIOR,
-    Geometry,
-    ValidRegion,
-)
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, ValidRegion
 
 RunnerOpener = Callable[[str], Runner]
 """Opens the runner of a graph by name; the caller closes it."""

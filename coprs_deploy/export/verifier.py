@@ -7,13 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.bundle import (
-    Bundle,
-    EngineRecord,
-    EquivalenceRecord,
-    open_bundle,
-    write_manifest,
-)
+from coprs_deploy.bundle import Bundle, EngineRecord, EquivalenceRecord, open_bundle, write_manifest
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError
