@@ -98,14 +98,10 @@ def file_lock(path: Path) -> FileLock:
 
 @contextmanager
 def exclusive(lock: Path, taken: str) -> Iterator[None]:
-    """Hold a lock file during a block; it is released if the process dies.
-
-    Args:
-        lock: lock file; it remains, empty.
-        taken: error message if another process holds the lock.
+    """Hold a lock file, which remains, during a block; it is released if the process dies.
 
     Raises:
-        ArtifactError: another process holds it.
+        ArtifactError: another process holds it; the message is ``taken``.
     """
     try:
         held = file_lock(lock).acquire(blocking=False)
@@ -140,9 +136,9 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_files(root: Path, below: str = "") -> tuple[FileRecord, ...]:
-    """Hash every file under ``root / below`` in parallel; sorted by path."""
-    paths = sorted(p for p in (root / below).rglob("*") if p.is_file())
+def record_files(root: Path) -> tuple[FileRecord, ...]:
+    """Hash every file below a directory in parallel; sorted by path."""
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
 
     def record(path: Path) -> FileRecord:
         name = path.relative_to(root).as_posix()

@@ -239,6 +239,11 @@ def read_manifest(path: str | Path) -> Manifest:
         manifest = Manifest.from_json(data)
     except (ValueError, OSError) as error:
         raise BundleError(f"{file} is not valid: {error}; export the checkpoint again") from error
+    _check_manifest(file, manifest)
+    return manifest
+
+
+def _check_manifest(file: Path, manifest: Manifest) -> None:
     listed = {record.path for record in manifest.files}
     for name in GRAPH_NAMES:
         graph = manifest.graphs.get(name)
@@ -255,7 +260,6 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{file} has its policy in {policy.path!r}; accepted: {POLICY_DIRECTORY!r}, a path "
             "that starts with '..', or an absolute path"
         )
-    return manifest
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -275,18 +279,12 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def _check_files(
-    root: Path,
-    files: tuple[FileRecord, ...],
-    others: Collection[str] = (),
-    may_link: bool = False,
+    root: Path, files: tuple[FileRecord, ...], others: Collection[str] = (), may_link: bool = False
 ) -> None:
     """Check a directory against its list of files.
 
-    Args:
-        root: the directory.
-        files: expected files.
-        others: top-level entries that the list does not cover.
-        may_link: whether links are allowed, as in a model cache outside the bundle.
+    ``others`` are top-level entries that the list does not cover; links are allowed with
+    ``may_link``, as in a model cache outside the bundle.
     """
     listed = {file.path for file in files}
     unsafe = [p for p in listed if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts]

@@ -130,18 +130,16 @@ def write_checkpoint(
     """
     from safetensors.torch import save_file
 
-    root = Path(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(shapes, expected_shapes(config.model), "the segmentation weights")
-    with new_directory(root, CONFIG_FILE, overwrite) as partial:
+    with new_directory(Path(path), CONFIG_FILE, overwrite) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / SEGMENTATION_FILE, metadata={"format": "pt"})
         del contiguous
-        policy = partial / POLICY_DIRECTORY
-        policy.mkdir()
-        save_policy(policy)
+        (partial / POLICY_DIRECTORY).mkdir()
+        save_policy(partial / POLICY_DIRECTORY)
         write_json(partial / CONFIG_FILE, config.to_json())
-    return Checkpoint(root, config)
+    return Checkpoint(Path(path), config)
 
 
 def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
@@ -155,16 +153,13 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from coprs_deploy.models import SegmentationModel
-
     file = checkpoint.path / SEGMENTATION_FILE
-    with torch.device("meta"):
-        model = SegmentationModel(checkpoint.config.model)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model = _empty_model(checkpoint.config.model)
+    wanted = _shapes(model)
     try:
         with safe_open(file, framework="pt") as stored:
-            names = list(stored.keys())
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+            names = stored.keys()
+            shapes = {name: stored.get_slice(name).get_shape() for name in names}
             check_tensors(shapes, wanted, str(file))
             tensors = {name: stored.get_tensor(name).to(torch.float32) for name in wanted}
     except (SafetensorError, OSError) as error:
@@ -175,13 +170,7 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
 
 def expected_shapes(config: SegmentationConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a segmentation model, without allocating memory."""
-    import torch
-
-    from coprs_deploy.models import SegmentationModel
-
-    with torch.device("meta"):
-        state = SegmentationModel(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return _shapes(_empty_model(config))
 
 
 def check_tensors(
@@ -192,18 +181,33 @@ def check_tensors(
     Raises:
         CheckpointError: tensors are missing, unexpected or have another shape; all are listed.
     """
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    misshaped = [
-        f"{name} is {tuple(found[name])}, not {tuple(wanted[name])}"
-        for name in wanted
-        if name in found and tuple(found[name]) != tuple(wanted[name])
-    ]
-    problems = [
-        f"{label}: {', '.join(names[:NAMES_SHOWN])}"
-        + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-        for label, names in (("missing", missing), ("unexpected", extra), ("misshaped", misshaped))
-        if names
-    ]
+    lists = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "misshaped": [
+            f"{name} is {tuple(found[name])}, not {tuple(shape)}"
+            for name, shape in wanted.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ],
+    }
+    problems = []
+    for label, names in lists.items():
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        if names:
+            problems.append(f"{label}: {', '.join(names[:NAMES_SHOWN])}{more}")
     if problems:
         raise CheckpointError(f"{where} do not match the configuration: " + "; ".join(problems))
+
+
+def _empty_model(config: SegmentationConfig) -> SegmentationModel:
+    """Build a model without memory for its weights."""
+    import torch
+
+    from coprs_deploy.models import SegmentationModel
+
+    with torch.device("meta"):
+        return SegmentationModel(config)
+
+
+def _shapes(model: SegmentationModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -62,11 +62,7 @@ class Processor(Record, frozen=True):
 def describe_processor() -> Processor:
     """Read the processor's description from ``/proc/cpuinfo`` or the ``platform`` module."""
     described: dict[str, str] = {}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
+    for line in _system_text("/proc/cpuinfo").splitlines():
         field, _, value = line.partition(":")
         described.setdefault(field.strip(), value.strip())
     return Processor(
@@ -82,10 +78,7 @@ def peak_memory_bytes() -> int:
     Linux's ``VmHWM`` counts this process alone; ``ru_maxrss``, the fallback, may include the
     parent process.
     """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        status = ""
+    status = _system_text("/proc/self/status")
     if peak := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
         return 1024 * int(peak[1])
     import resource
@@ -164,12 +157,7 @@ class Machine(Record, frozen=True):
 
 
 def machine_record(gpu: str | None = None, packages: Sequence[str] = PACKAGES) -> Machine:
-    """Describe this machine.
-
-    Args:
-        gpu: name and compute capability of the GPU in use, as in ``NVIDIA L4 (sm_89)``.
-        packages: packages whose versions are recorded.
-    """
+    """Describe this machine, the GPU in use (as in ``NVIDIA L4 (sm_89)``) and some packages."""
     import psutil
 
     processor = describe_processor()
@@ -198,6 +186,14 @@ def environment() -> dict[str, Any]:
         "processor": record.processor,
         "commit": record.commit or "unknown",
     }
+
+
+def _system_text(path: str) -> str:
+    """Read a file of Linux's ``/proc``; empty on other systems."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _kind(processor: Processor, gpu: str | None) -> str:

@@ -48,20 +48,10 @@ class SamConfig(Record, frozen=True):
     geometry: Geometry = Geometry()
 
     def __post_init__(self) -> None:
-        for name in (
-            "encoder_embed_dim",
-            "encoder_depth",
-            "encoder_num_heads",
-            "mask_in_chans",
-            "decoder_depth",
-            "decoder_num_heads",
-            "decoder_mlp_dim",
-            "num_mask_tokens",
-            "iou_head_hidden_dim",
-            "window_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         channels = self.geometry.out_chans
         for name, width, divisor in (
             ("encoder_embed_dim", self.encoder_embed_dim, self.encoder_num_heads),
@@ -93,9 +83,9 @@ class SamConfig(Record, frozen=True):
         """
         if not drops_padding and not self.num_local_blocks:
             raise ValueError(
-                f"aspect_ratio is {aspect_ratio}, but the first block of this encoder attends "
-                "globally, so that skipping any padding changes the result; accepted: no "
-                "aspect ratio, or one with drop_padding"
+                f"aspect_ratio is {aspect_ratio}, but this encoder attends globally from its first "
+                "block on, so that skipping padding changes the result; accepted: none, or "
+                "drop_padding with it"
             )
         grid, patch = self.geometry.grid_size, self.geometry.patch_size
         unit = patch if drops_padding else patch * self.window_size

@@ -129,11 +129,7 @@ class OptimizationProfile(Record, frozen=True):
 
     @classmethod
     def parse(cls, text: str, name: str = "targets") -> OptimizationProfile:
-        """Read ``"N"`` (static) or ``"min,opt,max"``.
-
-        Args:
-            text: the value of the option.
-            name: name of the option, for the error.
+        """Read ``"N"`` (static) or ``"min,opt,max"``; ``name`` is that of the option.
 
         Raises:
             ValueError: the text has another form, or the numbers are out of order.
@@ -141,9 +137,8 @@ class OptimizationProfile(Record, frozen=True):
         parts = text.split(",")
         if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
             raise ValueError(f"{name} is {text!r}; accepted: N, or min,opt,max (such as 1,4,16)")
-        numbers = [int(part) for part in parts]
         try:
-            return cls(*numbers) if len(numbers) == 3 else cls(numbers[0], numbers[0], numbers[0])
+            return cls(*map(int, parts if len(parts) == 3 else 3 * parts))
         except ValueError as error:
             raise ValueError(f"{name} is {text!r}: {error}") from error
 
@@ -205,14 +200,9 @@ class TensorSpec(Record, frozen=True):
 
     def accepts(self, dtype: str, shape: tuple[int, ...]) -> bool:
         """Return whether a tensor of this dtype and shape fits."""
-        return (
-            dtype == self.dtype
-            and len(shape) == len(self.shape)
-            and all(
-                isinstance(wanted, str) or wanted == found
-                for wanted, found in zip(self.shape, shape, strict=True)
-            )
-        )
+        if dtype != self.dtype or len(shape) != len(self.shape):
+            return False
+        return all(w == n or isinstance(w, str) for w, n in zip(self.shape, shape, strict=True))
 
     def shape_for(self, count: int) -> tuple[int, ...]:
         """Return the shape for a number of targets or images."""
@@ -257,11 +247,8 @@ class GraphSpec(Record, frozen=True):
         Args:
             shapes: input shapes by tensor name.
         """
-        for tensor in self.inputs:
-            for size, found in zip(tensor.shape, shapes[tensor.name], strict=True):
-                if isinstance(size, str):
-                    return found
-        return None
+        sizes = (pair for t in self.inputs for pair in zip(t.shape, shapes[t.name], strict=True))
+        return next((found for size, found in sizes if isinstance(size, str)), None)
 
 
 def graph_specs(

@@ -10,14 +10,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.console import StepPrinter
 
 SUMMARY = "convert SAM, policy or public training weights to a checkpoint"
 
 
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+OPTIONS = (
+    Option("prompt", "--prompt-template", parse=_read_text, metavar="FILE"),
+    Option("seed", parse=int),
+    Option("overwrite"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
+    from coprs_deploy.conversion import ConversionOptions
+
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--policy",
@@ -40,15 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy-size", help="with --random: tiny, tiny-llava, 3b, 7b, llava-7b or llava-13b"
     )
-    parser.add_argument(
-        "--prompt-template",
-        type=Path,
-        metavar="FILE",
-        help="prompt template that the policy was trained with; contains {instruction}",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random weights")
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    add_options(parser, ConversionOptions, OPTIONS)
     add_json_flag(parser)
 
 
@@ -56,19 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert from the given source."""
     if arguments.policy_size and not arguments.random:
         raise ValueError("--policy-size requires --random")
-    if arguments.prompt_template and arguments.random:
+    if hasattr(arguments, "prompt") and arguments.random:
         raise ValueError("--prompt-template cannot be combined with --random")
     if not arguments.random and not arguments.sam:
         raise ValueError("--sam is missing: name the sam_vit_*.pth file")
 
     from coprs_deploy import conversion
 
-    template = arguments.prompt_template
-    options = conversion.ConversionOptions(
-        prompt=template.read_text(encoding="utf-8") if template else None,
-        overwrite=arguments.overwrite,
-        seed=arguments.seed,
-    )
+    options = read_options(arguments, conversion.ConversionOptions, OPTIONS)
     with StepPrinter() as progress:
         if arguments.random:
             checkpoint = conversion.random_checkpoint(

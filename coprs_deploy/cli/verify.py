@@ -88,17 +88,10 @@ def _compare_backends(
     from coprs_deploy.checkpoint import read_checkpoint
     from coprs_deploy.export.comparison import compare_backends
     from coprs_deploy.export.comparison_page import write_comparison_page
-    from coprs_deploy.export.equivalence import reference_opener
-    from coprs_deploy.export.samples import draw_bundle_samples
-    from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES
-    from coprs_deploy.specs import IMAGE_ENCODER
+    from coprs_deploy.export.verifier import verification
 
     bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
-    graphs = bundle.manifest.graphs
-    encoder = graphs[IMAGE_ENCODER]
-    reference = reference_opener(checkpoint, {name: graph.spec for name, graph in graphs.items()})
-    pools_masks = TOLERANCES[encoder.runtime, encoder.precision][END_TO_END].pools_masks
-    samples, _ = draw_bundle_samples(bundle.manifest, reference, pools_masks, seed=1)
+    samples = verification(bundle, checkpoint, None, progress).samples
     comparisons = compare_backends(bundle, checkpoint, samples, progress)
     write_comparison_page(arguments.report, bundle, comparisons, len(samples))
     return comparisons

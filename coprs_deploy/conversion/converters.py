@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coprs_deploy.artifacts import check_replaceable
-from coprs_deploy.checkpoint import (
-    CONFIG_FILE,
-    Checkpoint,
-    CheckpointConfig,
-    PolicyImageLimits,
-    write_checkpoint,
-)
+from coprs_deploy.checkpoint import CONFIG_FILE, Checkpoint, CheckpointConfig, write_checkpoint
 from coprs_deploy.conversion.policy_files import (
     DEFAULT_PROMPTS,
     copy_policy_files,
@@ -24,6 +19,7 @@ from coprs_deploy.conversion.policy_files import (
     save_policy,
 )
 from coprs_deploy.conversion.weight_files import (
+    SHARD_FILE,
     find_shards,
     merge_shards,
     read_sam,
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
 
 PUBLIC_MODULES_FILE = "refseg_modules.pt"
 PUBLIC_POLICY_DIRECTORY = "huggingface"
-PUBLIC_PRIOR_PREFIX = "heatmap_head."
+PUBLIC_PRIOR = "heatmap_head"
 
 Progress = Callable[[str], None]
 
@@ -48,15 +44,15 @@ class ConversionOptions:
     """Options of all conversions.
 
     Attributes:
-        prompt: prompt template that the policy was trained with (contains ``{instruction}`` and
-            the image placeholder); None for this project's own.
-        overwrite: whether an existing checkpoint is replaced.
+        prompt: prompt template that the policy was trained with, containing ``{instruction}`` and
+            the image placeholder; None for this project's own.
         seed: seed of all random weights.
+        overwrite: replace an existing checkpoint.
     """
 
     prompt: str | None = None
-    overwrite: bool = False
     seed: int = 0
+    overwrite: bool = False
 
     def template(self, model_type: str) -> PromptTemplate:
         """Return the prompt template for a type of policy."""
@@ -96,20 +92,26 @@ def checkpoint_from_policy_and_sam(
     progress("load policy")
     model, tokenizer = load_policy(source)
     register_reference_token(model, tokenizer)
-    config = SegmentationConfig(policy_hidden_size=_hidden_size(model), sam=sam_config)
-    parts = _Parts(
-        config,
-        tensors | _untrained_prior(config, options.seed),
-        options.template(model.config.model_type),
-        lambda directory: save_policy(model, tokenizer, source, directory),
+    sizes = SegmentationConfig(policy_hidden_size=_hidden_size(model), sam=sam_config)
+    config = CheckpointConfig(
+        model=sizes,
+        prompt=options.template(model.config.model_type),
+        provenance={
+            "converter": "checkpoint_from_policy_and_sam",
+            "policy": source.name,
+            "sam": Path(sam).name,
+            "note": "the prior is untrained: masks are meaningless until it is trained",
+        },
     )
-    provenance = {
-        "converter": "checkpoint_from_policy_and_sam",
-        "policy": source.name,
-        "sam": Path(sam).name,
-        "note": "the prior is untrained: masks are meaningless until it is trained",
-    }
-    return _write(out, parts, provenance, options, progress)
+    tensors |= _untrained_prior(sizes, options.seed)
+    progress("write checkpoint")
+    return write_checkpoint(
+        out,
+        config,
+        tensors,
+        lambda directory: save_policy(model, tokenizer, source, directory),
+        options.overwrite,
+    )
 
 
 def checkpoint_from_public_training(
@@ -123,7 +125,7 @@ def checkpoint_from_public_training(
 
     Args:
         directory: has ``refseg_modules.pt`` and ``huggingface/``; if the latter has no weights,
-            the FSDP shards ``model_world_size_N_rank_R.pt`` beside it are merged.
+            the FSDP shards beside it are merged.
         sam: the ``sam_vit_*.pth`` file whose image encoder it was trained with.
         out: checkpoint directory to write.
         options: prompt template (pass the one it was trained with), overwriting.
@@ -138,24 +140,26 @@ def checkpoint_from_public_training(
     root = Path(directory)
     progress("read SAM and the trained modules")
     sam_config, tensors = read_sam(Path(sam))
-    config, trained = _read_trained_modules(root / PUBLIC_MODULES_FILE, sam_config)
+    sizes, trained = _read_trained_modules(root / PUBLIC_MODULES_FILE, sam_config)
     image_encoder = {n: t for n, t in tensors.items() if n.startswith("image_encoder.")}
     policy = _read_public_policy(root, progress)
-    if policy.hidden_size != config.policy_hidden_size:
+    if policy.hidden_size != sizes.policy_hidden_size:
         raise ConversionError(
             f"policy hidden size {policy.hidden_size} in {root / PUBLIC_POLICY_DIRECTORY} does not "
-            f"match prior input size {config.policy_hidden_size} in "
+            f"match prior input size {sizes.policy_hidden_size} in "
             f"{root / PUBLIC_MODULES_FILE}; use files of one training run"
         )
-    parts = _Parts(
-        config, image_encoder | trained, options.template(policy.model_type), policy.save
+    config = CheckpointConfig(
+        model=sizes,
+        prompt=options.template(policy.model_type),
+        provenance={
+            "converter": "checkpoint_from_public_training",
+            "policy": policy.origin,
+            "sam": Path(sam).name,
+        },
     )
-    provenance = {
-        "converter": "checkpoint_from_public_training",
-        "policy": "merged from FSDP shards" if policy.is_merged else "as it was saved",
-        "sam": Path(sam).name,
-    }
-    return _write(out, parts, provenance, options, progress)
+    progress("write checkpoint")
+    return write_checkpoint(out, config, image_encoder | trained, policy.save, options.overwrite)
 
 
 def random_checkpoint(
@@ -191,24 +195,23 @@ def random_checkpoint(
     progress(f"generate the {policy_size} policy")
     policy = build_random_policy(policy_size, options.seed)
     progress(f"generate the {sam_size} segmentation model")
-    config = SegmentationConfig(
-        policy_hidden_size=_hidden_size(policy.model), sam=SAM_SIZES[sam_size]
+    config = CheckpointConfig(
+        model=SegmentationConfig(
+            policy_hidden_size=_hidden_size(policy.model), sam=SAM_SIZES[sam_size]
+        ),
+        prompt=policy.prompt,
+        policy_image=policy.image_limits,
+        provenance={
+            "converter": "random_checkpoint",
+            "policy": policy_size,
+            "sam": sam_size,
+            "seed": options.seed,
+            "note": "random weights: the masks mean nothing",
+        },
     )
-    parts = _Parts(
-        config,
-        random_tensors(config, options.seed),
-        policy.prompt,
-        policy.save,
-        policy.image_limits,
-    )
-    provenance = {
-        "converter": "random_checkpoint",
-        "policy": policy_size,
-        "sam": sam_size,
-        "seed": options.seed,
-        "note": "random weights: the masks mean nothing",
-    }
-    return _write(out, parts, provenance, options, progress)
+    tensors = random_tensors(config.model, options.seed)
+    progress("write checkpoint")
+    return write_checkpoint(out, config, tensors, policy.save, options.overwrite)
 
 
 def random_tensors(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
@@ -224,37 +227,6 @@ def random_tensors(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
             if "pos" in name:
                 tensor.normal_(std=0.02)
     return model.state_dict()
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Parts of a converted checkpoint.
-
-    Attributes:
-        model: sizes of the segmentation model.
-        tensors: weights of the segmentation model.
-        prompt: prompt template.
-        save_policy: fills an empty directory with the policy.
-        policy_image: limits of the image area that the policy processes.
-    """
-
-    model: SegmentationConfig
-    tensors: Mapping[str, Tensor]
-    prompt: PromptTemplate
-    save_policy: Callable[[Path], object]
-    policy_image: PolicyImageLimits = field(default_factory=PolicyImageLimits)
-
-
-def _write(
-    out: str | Path,
-    parts: _Parts,
-    provenance: dict[str, Any],
-    options: ConversionOptions,
-    progress: Progress,
-) -> Checkpoint:
-    progress("write checkpoint")
-    config = CheckpointConfig(parts.model, parts.prompt, parts.policy_image, provenance)
-    return write_checkpoint(out, config, parts.tensors, parts.save_policy, options.overwrite)
 
 
 def _untrained_prior(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
@@ -273,15 +245,13 @@ def _read_trained_modules(
 ) -> tuple[SegmentationConfig, dict[str, Tensor]]:
     """Read prior, prompt encoder and mask decoder under the names of ``SegmentationModel``."""
     trained = {
-        "prior." + name.removeprefix(PUBLIC_PRIOR_PREFIX)
-        if name.startswith(PUBLIC_PRIOR_PREFIX)
-        else name: tensor
+        re.sub(rf"^{PUBLIC_PRIOR}\.", "prior.", name): tensor
         for name, tensor in read_state_dict(path).items()
     }
     for name in ("prior.q_proj.weight", "prior.fuser.0.weight"):
         if name not in trained:
             raise ConversionError(
-                f"{path} has no {name.replace('prior.', PUBLIC_PRIOR_PREFIX)}; accepted: the file "
+                f"{path} has no {name.replace('prior', PUBLIC_PRIOR)}; accepted: the file "
                 "written by the public CoPRS training code"
             )
     config = SegmentationConfig(
@@ -292,20 +262,12 @@ def _read_trained_modules(
     return config, trained
 
 
-@dataclass(frozen=True)
-class _PublicPolicy:
-    """Policy of a public training checkpoint.
-
-    Attributes:
-        hidden_size: D.
-        model_type: type in transformers.
-        is_merged: whether it was merged from FSDP shards.
-        save: fills an empty directory with the policy.
-    """
+class _PublicPolicy(NamedTuple):
+    """Policy of a public training checkpoint; ``save`` fills an empty directory with it."""
 
     hidden_size: int
     model_type: str
-    is_merged: bool
+    origin: str
     save: Callable[[Path], object]
 
 
@@ -320,7 +282,7 @@ def _read_public_policy(root: Path, progress: Progress) -> _PublicPolicy:
     if not shards and not has_weights(source):
         raise ConversionError(
             f"neither {source} has weights (*.safetensors) nor {root} FSDP shards "
-            "(model_world_size_N_rank_R.pt)"
+            f"({SHARD_FILE.format(size='N', rank='R')})"
         )
     progress(f"merge {len(shards)} FSDP shards" if shards else "load policy")
     model, tokenizer = load_policy(source, merge_shards(shards) if shards else None)
@@ -330,12 +292,16 @@ def _read_public_policy(root: Path, progress: Progress) -> _PublicPolicy:
             "generate it; accepted: a checkpoint of CoPRS training"
         )
     hidden_size, model_type = _hidden_size(model), model.config.model_type
-    if not shards:  # nothing keeps the loaded weights
+    if shards:
         return _PublicPolicy(
-            hidden_size, model_type, False, lambda d: copy_policy_files(source, d, True)
+            hidden_size,
+            model_type,
+            "merged from FSDP shards",
+            lambda out: save_policy(model, tokenizer, source, out),
         )
+    # Copied, so that nothing keeps the loaded weights.
     return _PublicPolicy(
-        hidden_size, model_type, True, lambda d: save_policy(model, tokenizer, source, d)
+        hidden_size, model_type, "as it was saved", lambda out: copy_policy_files(source, out, True)
     )
 
 

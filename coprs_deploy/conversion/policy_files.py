@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _REQUEST = (
-    "Find the part of the picture that this describes: {instruction}\n"
+    "Find the part of the picture that this describes: {instruction}\n"  # codespell:ignore picture
     "Think it through inside <think> and </think>, then write <REF_POS> once for it."
 )
 
@@ -82,13 +82,11 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
             else:
                 # The auto class accepts no state dict; the class that it selects does.
                 chosen = AutoModelForImageTextToText._model_mapping[type(config)]
-                model, info = chosen.from_pretrained(
-                    None, config=config, state_dict=weights, **options
-                )
+                options |= {"config": config, "state_dict": weights}
+                model, info = chosen.from_pretrained(None, **options)
                 if (path / "generation_config.json").is_file():
-                    model.generation_config = GenerationConfig.from_pretrained(
-                        path, local_files_only=True
-                    )
+                    stored = GenerationConfig.from_pretrained(path, local_files_only=True)
+                    model.generation_config = stored
     except (OSError, ValueError, SafetensorError) as error:
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -21,29 +21,15 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
 Family = Literal["qwen2_5_vl", "llava"]
 
 SCRIPT = (
-    "<think>",
-    " this",
-    " generated",
-    " policy",
-    " follows",
-    " a",
-    " script",
-    "</think>",
-    REFERENCE_TOKEN,
-    " and",
-    REFERENCE_TOKEN,
+    *("<think>", " this", " generated", " policy", " follows", " a", " script", "</think>"),
+    *(REFERENCE_TOKEN, " and", REFERENCE_TOKEN),
 )
 """Default text; after the first target it continues with another one, until generation stops."""
 
 SPECIAL_TOKENS: Mapping[Family, Sequence[str]] = {
     "qwen2_5_vl": (
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     ),
     "llava": ("<pad>", "</s>", "<image>"),
 }
@@ -63,9 +49,7 @@ class PolicySize:
     dtype: str = "bfloat16"
 
 
-def _qwen_text(
-    width: int, layers: int, heads: int, mlp: int, *, vocab: int, kv: int
-) -> dict[str, Any]:
+def _text(width: int, layers: int, heads: int, mlp: int, *, vocab: int, kv: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -73,28 +57,15 @@ def _qwen_text(
         "num_key_value_heads": kv,
         "intermediate_size": mlp,
         "vocab_size": vocab,
-        "max_position_embeddings": 32768,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24],
-        },
     }
 
 
-def _llama_text(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "intermediate_size": mlp,
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    }
+def _rope(theta: float, *sections: int) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
+    return {"rope_parameters": rope}
 
 
+_QWEN_TEXT = {"max_position_embeddings": 32768, **_rope(1e6, 16, 24, 24)}
 _QWEN_VISION = {
     "depth": 32,
     "hidden_size": 1280,
@@ -104,6 +75,7 @@ _QWEN_VISION = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+_LLAMA_TEXT = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _CLIP_VISION = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -115,58 +87,44 @@ _CLIP_VISION = {
 }
 _TINY_LIMITS = PolicyImageLimits(min_pixels=784, max_pixels=12_544)
 
+_TINY_TEXT = {**_text(64, 2, 2, 128, vocab=512, kv=2), "max_position_embeddings": 2048}
+
 POLICY_SIZES: Mapping[str, PolicySize] = {
     "tiny": PolicySize(
         "qwen2_5_vl",
-        {
-            **_qwen_text(64, 2, 2, 128, vocab=512, kv=2),
-            "max_position_embeddings": 2048,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 6, 6],
-            },
-        },
-        {
-            "depth": 2,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "intermediate_size": 128,
-            "patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-        },
+        _TINY_TEXT | _rope(1e4, 4, 6, 6),
+        _QWEN_VISION
+        | {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
+        | {"fullatt_block_indexes": [1]},
         image_limits=_TINY_LIMITS,
         is_scripted=True,
         dtype="float32",
     ),
     "tiny-llava": PolicySize(
         "llava",
-        {**_llama_text(64, 2, 2, 128), "vocab_size": 512, "max_position_embeddings": 2048},
-        {
-            "hidden_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 128,
-            "image_size": 56,
-            "patch_size": 14,
-            "projection_dim": 64,
-        },
+        _LLAMA_TEXT | _TINY_TEXT,
+        _CLIP_VISION
+        | {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+        | {"intermediate_size": 128, "image_size": 56, "projection_dim": 64},
         image_limits=_TINY_LIMITS,
         is_scripted=True,
         dtype="float32",
     ),
     "3b": PolicySize(
         "qwen2_5_vl",
-        _qwen_text(2048, 36, 16, 11008, vocab=151936, kv=2),
+        _QWEN_TEXT | _text(2048, 36, 16, 11008, vocab=151936, kv=2),
         _QWEN_VISION,
         tie_word_embeddings=True,
     ),
     "7b": PolicySize(
-        "qwen2_5_vl", _qwen_text(3584, 28, 28, 18944, vocab=152064, kv=4), _QWEN_VISION
+        "qwen2_5_vl", _QWEN_TEXT | _text(3584, 28, 28, 18944, vocab=152064, kv=4), _QWEN_VISION
     ),
-    "llava-7b": PolicySize("llava", _llama_text(4096, 32, 32, 11008), _CLIP_VISION),
-    "llava-13b": PolicySize("llava", _llama_text(5120, 40, 40, 13824), _CLIP_VISION),
+    "llava-7b": PolicySize(
+        "llava", _LLAMA_TEXT | _text(4096, 32, 32, 11008, vocab=32064, kv=32), _CLIP_VISION
+    ),
+    "llava-13b": PolicySize(
+        "llava", _LLAMA_TEXT | _text(5120, 40, 40, 13824, vocab=32064, kv=40), _CLIP_VISION
+    ),
 }
 """Real sizes (Qwen2.5-VL 3B and 7B, LLaVA-1.5 7B and 13B) and two tiny ones."""
 
@@ -216,14 +174,15 @@ def build_random_policy(
             config, dtype=getattr(torch, described.dtype)
         )
     model.requires_grad_(False).eval()
-    end = tokenizer.convert_tokens_to_ids(END_TOKENS[described.family])
-    model.generation_config.eos_token_id = end
+    ids = tokenizer.convert_tokens_to_ids
+    model.generation_config.eos_token_id = ids(END_TOKENS[described.family])
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     prompt = DEFAULT_PROMPTS[described.family]
     if described.is_scripted:
         last = encode_prompt(prompt, tokenizer, "anything", 1)[-1]
-        script_ids = [tokenizer.convert_tokens_to_ids(token) for token in _byte_level(script)]
-        _write_script(model, [last, *script_ids], seed)
+        # A byte-level vocabulary spells a leading space as a letter.
+        spelled = ("Ġ" + word[1:] if word.startswith(" ") else word for word in script)
+        _write_script(model, [last, *map(ids, spelled)], seed)
     return RandomPolicy(
         model, tokenizer, _image_processor(described), prompt, described.image_limits
     )
@@ -274,15 +233,11 @@ def build_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     corpus = [DEFAULT_PROMPTS[family].text] * 4 + ["x" + word for word in words] * 50
-    trainer = trainers.BpeTrainer(
-        vocab_size=480,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(corpus, trainer)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    if has_reference_token:
-        backend.add_special_tokens([AddedToken(REFERENCE_TOKEN, special=True, normalized=False)])
+    added = [*special, REFERENCE_TOKEN] if has_reference_token else special
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in added])
     marks = [t for t in ("<think>", "</think>") if t in script]
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in marks])
     return PreTrainedTokenizerFast(
@@ -291,11 +246,6 @@ def build_tokenizer(
         eos_token=END_TOKENS[family],
         extra_special_tokens=special[1:],
     )
-
-
-def _byte_level(script: Sequence[str]) -> list[str]:
-    """Spell words as in a byte-level vocabulary, where a leading space is one letter."""
-    return ["Ġ" + word[1:] if word.startswith(" ") else word for word in script]
 
 
 def _write_script(model: Any, tokens: Sequence[int], seed: int) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 PUBLIC_DECODER_HEADS = 8
 """Heads of SAM's mask decoder; the only size that no tensor shape shows."""
 
-_SHARD = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+SHARD_FILE = "model_world_size_{size}_rank_{rank}.pt"  # codespell:ignore world
+"""File of one rank of a sharded training state of FSDP."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -31,9 +32,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ConversionError: the file is missing, has another content, or would run code when read.
     """
-    data = _load(path)
     import torch
 
+    data = _load(path)
     if not isinstance(data, Mapping) or not data:
         raise ConversionError(
             f"{path} contains a {type(data).__name__}, not a dictionary of tensors"
@@ -59,26 +60,21 @@ def _load(path: Path) -> Any:
             if "mmap" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the old file format
-    except pickle.UnpicklingError as error:
-        if not _may_be_pytorch(path):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != b"\x80":  # a zip archive and a pickle: its two formats
             raise ConversionError(f"{path} is not a PyTorch file") from error
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ConversionError(
+                f"{path} is not a PyTorch file, or was truncated: {error}"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines()]
         named = next((n for n in lines if "GLOBAL" in n or n.startswith("Unsupported")), "pickle")
         raise ConversionError(
             f"{path} contains more than weights, and reading it could run code ({named}); load it "
             "where you trust it, and save its state dict alone"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        if not _may_be_pytorch(path):
-            raise ConversionError(f"{path} is not a PyTorch file, or was truncated") from error
-        raise ConversionError(f"{path} is not a PyTorch file, or was truncated: {error}") from error
-
-
-def _may_be_pytorch(path: Path) -> bool:
-    """Return whether a file starts like a zip archive or a pickle, PyTorch's two formats."""
-    with path.open("rb") as file:
-        start = file.read(2)
-    return start == b"PK" or start[:1] == b"\x80"
 
 
 def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
@@ -145,28 +141,24 @@ def find_shards(directory: Path) -> list[Path]:
     """List the rank files of a sharded training state in rank order.
 
     Raises:
-        ConversionError: ranks are missing, or the directory has files of several world sizes.
+        ConversionError: ranks are missing, or the directory has files of several numbers of ranks.
     """
+    pattern = SHARD_FILE.format(size=r"(\d+)", rank=r"(\d+)")
     found = {
         (int(match[1]), int(match[2])): path
-        for path in directory.glob("model_world_size_*_rank_*.pt")
-        if (match := _SHARD.fullmatch(path.name))
+        for path in directory.glob(SHARD_FILE.format(size="*", rank="*"))
+        if (match := re.fullmatch(pattern, path.name))
     }
-    if not found:
-        return []
-    sizes = {size for size, _ in found}
+    sizes = sorted({size for size, _ in found})
     if len(sizes) > 1:
-        raise ConversionError(
-            f"{directory} has shards of the world sizes {sorted(sizes)}: keep one set"
-        )
-    size = sizes.pop()
-    missing = [rank for rank in range(size) if (size, rank) not in found]
+        raise ConversionError(f"{directory} has shards of {sizes} ranks: keep one set")
+    ranks = [(size, rank) for size in sizes for rank in range(size)]
+    missing = [SHARD_FILE.format(size=n, rank=rank) for n, rank in ranks if (n, rank) not in found]
     if missing:
         raise ConversionError(
-            f"{directory} lacks model_world_size_{size}_rank_{missing[0]}.pt "
-            f"({len(missing)} of {size} ranks are missing)"
+            f"{directory} lacks {missing[0]} ({len(missing)} of {len(ranks)} ranks are missing)"
         )
-    return [found[size, rank] for rank in range(size)]
+    return [found[key] for key in ranks]
 
 
 def merge_shards(paths: list[Path]) -> dict[str, Tensor]:

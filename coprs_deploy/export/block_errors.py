@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.engines import RunnerOptions, open_graph
+from coprs_deploy.engines.runner import Array
 from coprs_deploy.export.calibration import Ranges
 from coprs_deploy.export.equivalence import relative_error
 from coprs_deploy.export.onnx_graph import SCOPES, module_of
@@ -24,80 +24,46 @@ if TYPE_CHECKING:
     from coprs_deploy.models.sam_encoder import SamImageEncoder
 
 
-@dataclass(frozen=True)
-class BlockError:
-    """Error of one block's output, including the errors of all blocks before it.
-
-    Attributes:
-        block: block number.
-        relative_error: norm of the difference over the norm of the float32 output.
-        product: matrix product of the block whose input has the largest rounding error.
-        input_error: relative rounding error of that input.
-    """
-
-    block: int
-    relative_error: float
-    product: str
-    input_error: float
-
-
-def block_errors(
+def describe_block_errors(
     encoder: SamImageEncoder,
     candidate: Path,
-    open_candidate: Callable[[Path, GraphSpec], Runner],
     spec: GraphSpec,
-    *,
-    images: Sequence[NDArray[np.float32]],
+    image: NDArray[np.float32],
     ranges: Ranges,
-) -> list[BlockError]:
-    """Compare the output of each block with float32.
+) -> str:
+    """Compare the output of each block with float32, one line per block.
 
-    The last block is measured after the neck, as the error of the embedding. Padding that joins
-    between two blocks is included.
+    A block's error includes those of the blocks before it. The last block is measured after the
+    neck, as the error of the embedding. Each line names the matrix product of the block whose input
+    has the largest rounding error.
 
     Args:
         encoder: float32 reference.
-        candidate: graph file with float32 tensors between its blocks.
-        open_candidate: opens a copy of it with additional outputs.
+        candidate: graph file that ONNX Runtime runs, with float32 tensors between its blocks.
         spec: inputs and outputs of the graph.
-        images: (1, 3, S, S) inputs.
+        image: (1, 3, S, S) input.
         ranges: calibration ranges of the candidate's matrix products.
-
-    Returns:
-        One error per block, worst case over the images; the last is that of the embedding.
     """
+    wanted = _run_reference(encoder, image)
     path = candidate.with_name(f"{candidate.stem}.blocks.onnx")
-    outputs = _tap_blocks(
-        candidate, path, [values.shape for values in _run_reference(encoder, images[0])[:-1]]
-    )
+    outputs = _tap_blocks(candidate, path, [values.shape for values in wanted[:-1]])
+    ordered = [*outputs, *spec.outputs]
     tapped = msgspec.structs.replace(spec, outputs=(*spec.outputs, *outputs))
-    names = [tensor.name for tensor in (*outputs, *spec.outputs)]
-    worst = [0.0] * len(names)
     try:
-        with open_candidate(path, tapped) as runner:
-            for image in images:
-                found = runner(image=image)
-                for number, wanted in enumerate(_run_reference(encoder, image)):
-                    error = relative_error(found[names[number]].numpy(), wanted, order=2)
-                    worst[number] = max(worst[number], error)
+        with open_graph("onnxruntime", path, tapped, RunnerOptions()) as runner:
+            found = runner(image=image)
     finally:
         path.unlink(missing_ok=True)
-    return [
-        BlockError(number, error, *_worst_product(ranges, number))
-        for number, error in enumerate(worst)
-    ]
-
-
-def describe(errors: Sequence[BlockError]) -> str:
-    """Format the errors, one line per block."""
-    lines = [
-        f"  block {error.block}: {error.relative_error:.2%}"
-        f"{', after the neck' if error is errors[-1] else ''}; rounding error of the input of "
-        f"{error.product}: {error.input_error:.2%}"
-        for error in errors
-    ]
-    header = "Relative error of each block's output against float32, blocks before it included:"
-    return "\n".join([header, *lines])
+    lines = ["Relative error of each block's output against float32, blocks before it included:"]
+    for number, (tensor, expected) in enumerate(zip(ordered, wanted, strict=True)):
+        error = relative_error(found[tensor.name].numpy(), expected, order=2)
+        prefix, neck = f"blocks.{number}.", ", after the neck" if tensor in spec.outputs else ""
+        product = max((n for n in ranges if n.startswith(prefix)), key=lambda n: ranges[n].error)
+        lines.append(
+            f"  block {number}: {error:.2%}{neck}; rounding error of the input of "
+            f"{product.removeprefix(prefix)}: {ranges[product].error:.2%}"
+        )
+    return "\n".join(lines)
 
 
 def _tap_blocks(source: Path, target: Path, shapes: Sequence[tuple[int, ...]]) -> list[TensorSpec]:
@@ -138,14 +104,3 @@ def _run_reference(encoder: SamImageEncoder, image: NDArray[np.float32]) -> list
         for hook in hooks:
             hook.remove()
     return [*seen, embedding]
-
-
-def _worst_product(ranges: Ranges, number: int) -> tuple[str, float]:
-    prefix = f"blocks.{number}."
-    inside: Mapping[str, float] = {
-        name.removeprefix(prefix): found.error
-        for name, found in ranges.items()
-        if name.startswith(prefix)
-    }
-    name = max(inside, key=lambda key: inside[key])
-    return name, inside[name]

@@ -9,7 +9,6 @@ with the number of images nor of products.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -86,23 +86,6 @@ Ranges = Mapping[str, ProductRange]
 """Range by the name of the product's module, such as ``blocks.0.attn.qkv``."""
 
 
-class _StoredRanges(Record, frozen=True):
-    ranges: dict[str, ProductRange]
-
-
-@dataclass(frozen=True)
-class CalibrationResult:
-    """Calibration of an encoder.
-
-    Attributes:
-        images: calibration images, and those to check on.
-        ranges: measured ranges.
-    """
-
-    images: CalibrationImages
-    ranges: Ranges
-
-
 def find_calibration_images(directory: Path) -> CalibrationImages:
     """Collect the images in and below a directory.
 
@@ -112,10 +95,11 @@ def find_calibration_images(directory: Path) -> CalibrationImages:
     if not directory.is_dir():
         raise ValueError(f"calibration is {directory}; accepted: a directory of images")
     suffixes = Image.registered_extensions()
-    files = (
-        p for p in sorted(directory.rglob("*")) if p.suffix.lower() in suffixes and p.is_file()
-    )
-    by_content = {hash_file(path): path for path in files}
+    by_content = {
+        hash_file(path): path
+        for path in sorted(directory.rglob("*"))
+        if path.suffix.lower() in suffixes and path.is_file()
+    }
     if len(by_content) < MIN_IMAGES:
         raise ValueError(
             f"calibration is {directory}, which has {len(by_content)} different images; accepted: "
@@ -217,19 +201,18 @@ def cached_ranges(
         cache: cache of engines and ranges.
         graph_sha256: hash of the float32 graph.
         images: calibration images.
-        measure: measures the ranges.
+        measure: called to measure the ranges.
     """
     key = f"{CALIBRATION_REVISION} {graph_sha256} {images.sha256}"
     name = f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     stored = cache.load_blob(CALIBRATION_FOLDER, name)
     if stored is not None:
         try:
-            return _StoredRanges.from_json(json.loads(stored)).ranges
+            return msgspec.json.decode(stored, type=dict[str, ProductRange])
         except ValueError:
             pass  # damaged from outside: measure again, and replace it
     ranges = measure()
-    text = json.dumps(_StoredRanges(ranges).to_json())
-    cache.save_blob(CALIBRATION_FOLDER, name, text.encode())
+    cache.save_blob(CALIBRATION_FOLDER, name, msgspec.json.encode(ranges))
     return ranges
 
 
@@ -264,9 +247,7 @@ class _Magnitudes:
         best = int(np.argmin(errors))
         power = float((self._counts * values**2).sum())
         return ProductRange(
-            self.largest,
-            float(_LIMITS_TRIED[best]) * self.largest,
-            math.sqrt(errors[best] / power),
+            self.largest, float(_LIMITS_TRIED[best]) * self.largest, math.sqrt(errors[best] / power)
         )
 
     def _squared_error(self, values: NDArray[Any], limit: float) -> float:

@@ -3,7 +3,8 @@
     module -> traced program -> float32 graph -> typed graph on each runtime -> runtime to runtime
 
 The float32 graph is the bundle's own, or is written for the comparison if the bundle's is of lower
-precision. For a fixed aspect ratio, the module restricted to it follows the module.
+precision. For a fixed aspect ratio, the module restricted to it follows the module; if it drops
+padding, that comparison has no tolerance.
 
 All backends get the same inputs: each graph alone is fed with the module's outputs of the graph
 before it, and end to end each backend runs on its own outputs. Neighbors in the order above are
@@ -31,7 +32,7 @@ from coprs_deploy.engines import (
     open_graph,
     runtime_module,
 )
-from coprs_deploy.engines.runner import Array, Runner
+from coprs_deploy.engines.runner import Array
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.export.equivalence import run_graph, summarize
@@ -142,18 +143,13 @@ def compare_backends(
     samples: Sequence[SampleInput],
     report: Callable[[str], None] = lambda step: None,
 ) -> tuple[BackendComparison, ...]:
-    """Compare all backends that are available here.
+    """Compare all backends that are available here, in the order of this module's docstring.
 
     Args:
         bundle: ONNX graphs of ``checkpoint``.
         checkpoint: checkpoint that the bundle was exported from.
         samples: inputs.
         report: called with the name of each backend as it starts.
-
-    Returns:
-        Comparisons in order: module with the one of a fixed aspect ratio (without tolerance if it
-        drops padding), this with the traced program, traced program with the float32 graph, that
-        with the typed graph on each installed runtime, and the runtimes with each other.
 
     Raises:
         ValueError: the bundle contains engines, which only their own GPU can run.
@@ -162,34 +158,49 @@ def compare_backends(
     graphs = bundle.manifest.graphs
     specs = {name: graph.spec for name, graph in graphs.items()}
     model = load_segmentation_model(checkpoint)
+    modules = model.graph_modules()
+    comparisons: list[BackendComparison] = []
+    float32 = TOLERANCES["onnxruntime", FP32]
+
     report(MODULE)
-    name, module = MODULE, _run_model(model, specs, samples)
-    comparisons = []
+    reference, module = MODULE, _run_model(model, specs, samples)
+    expected: Outputs = module
+
+    def follow(name: str, outputs: Outputs, tolerances: Mapping[str, Tolerance]) -> None:
+        """Compare a backend with the one before it, whose place it takes."""
+        nonlocal reference, expected
+        comparisons.append(_compare(reference, name, expected, outputs, tolerances))
+        reference, expected = name, outputs
+
     valid_region = specs[IMAGE_ENCODER].valid_region
     if valid_region is not None:
         report(FIXED_ASPECT_MODULE)
         model.image_encoder.set_valid_region(valid_region)
-        restricted = _run_model(model, specs, samples)
-        allowed = _NO_TOLERANCES if valid_region.drops_padding else TOLERANCES["onnxruntime", FP32]
-        comparisons.append(_compare(MODULE, FIXED_ASPECT_MODULE, module, restricted, allowed))
-        name, module = FIXED_ASPECT_MODULE, restricted
+        module = _run_model(model, specs, samples)
+        allowed = _NO_TOLERANCES if valid_region.drops_padding else float32
+        follow(FIXED_ASPECT_MODULE, module, allowed)
     report(TRACED)
-    modules = model.graph_modules()
-    exact = _run(lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module)
-    comparisons.append(_compare(name, TRACED, module, exact, TRACING))
-    name = TRACED
+    traced = _run(lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module)
+    follow(TRACED, traced, TRACING)
     if graphs[IMAGE_ENCODER].precision != FP32:
         report(FLOAT32_GRAPH)
-        written = _run_float32_graphs(modules, specs, samples, module)
-        allowed = TOLERANCES["onnxruntime", FP32]
-        comparisons.append(_compare(TRACED, FLOAT32_GRAPH, exact, written, allowed))
-        name, exact = FLOAT32_GRAPH, written
+        with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
+            directory = Path(temporary)
+            paths = {name: directory / f"{name}.onnx" for name in modules}
+            for name, path in paths.items():
+                write_graph(modules[name], specs[name], path, {}, precision=FP32, scratch=directory)
+            written = _run(
+                lambda n: open_graph("onnxruntime", paths[n], specs[n], RunnerOptions()),
+                samples,
+                module,
+            )
+        follow(FLOAT32_GRAPH, written, float32)
     backends = _run_runtimes(bundle, samples, module, report)
-    tolerances = TOLERANCES[graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision]
+    allowed = TOLERANCES[graphs[PRIOR].runtime, graphs[IMAGE_ENCODER].precision]
     for runtime, outputs in backends.items():
-        comparisons.append(_compare(name, runtime, exact, outputs, tolerances))
+        comparisons.append(_compare(reference, runtime, expected, outputs, allowed))
     for first, second in pairwise(backends):
-        comparisons.append(_compare(first, second, backends[first], backends[second], tolerances))
+        comparisons.append(_compare(first, second, backends[first], backends[second], allowed))
     return tuple(comparisons)
 
 
@@ -255,31 +266,8 @@ def _run_model(
     return {**outputs, END_TO_END: masks}
 
 
-def _run_float32_graphs(
-    modules: Mapping[str, torch.nn.Module],
-    specs: Mapping[str, GraphSpec],
-    samples: Sequence[SampleInput],
-    module: Outputs,
-) -> dict[str, list[Array]]:
-    """Write the modules as float32 graphs, and run them in ONNX Runtime."""
-    with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
-        directory = Path(temporary)
-        for name, torch_module in modules.items():
-            path = directory / f"{name}.onnx"
-            write_graph(torch_module, specs[name], path, {}, precision=FP32, scratch=directory)
-
-        def opener(name: str) -> Runner:
-            path = directory / f"{name}.onnx"
-            return open_graph("onnxruntime", path, specs[name], RunnerOptions())
-
-        return _run(opener, samples, module)
-
-
 def _run_runtimes(
-    bundle: Bundle,
-    samples: Sequence[SampleInput],
-    module: Outputs,
-    report: Callable[[str], None],
+    bundle: Bundle, samples: Sequence[SampleInput], module: Outputs, report: Callable[[str], None]
 ) -> dict[str, dict[str, list[Array]]]:
     """Run the bundle's graphs on each installed runtime, by name of the backend."""
     precision = bundle.manifest.graphs[IMAGE_ENCODER].precision

@@ -27,13 +27,13 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--bg);
   max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-p, figcaption { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
+p { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }
-figure { margin: 0; width: 176px; } figcaption { font-size: .8rem; line-height: 1.35; }
+.map { width: 176px; } .map p { margin: 0; font-size: .8rem; line-height: 1.35; }
 img { image-rendering: pixelated; width: 176px; height: 176px; border-radius: 4px; }
 """
 
@@ -89,7 +89,7 @@ def _section(comparison: BackendComparison) -> str:
         if not comparison.has_tolerance:
             mark = "deliberately a different function, no tolerance"
     rows = "".join(_row(difference) for difference in comparison.differences)
-    maps = "".join(_figure(difference) for difference in comparison.differences)
+    maps = "".join(_heatmap(difference) for difference in comparison.differences)
     names = f"{escape(comparison.reference)} &rarr; {escape(comparison.candidate)}"
     return (
         f'<h2>{names}: {mark}</h2><div class="wide"><table><tr><th>graph</th>'
@@ -113,13 +113,13 @@ def _row(difference: Difference) -> str:
     )
 
 
-def _figure(difference: Difference) -> str:
+def _heatmap(difference: Difference) -> str:
     largest = float(difference.heatmap.max())
     scale = f"maximum {largest:.1e}" if largest else "no difference"
     name = f"{difference.record.graph}: {difference.output}"
     return (
-        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,'
-        f'{_png(difference.heatmap)}"><figcaption>{escape(name)}<br>{scale}</figcaption></figure>'
+        f'<div class="map"><img alt="{escape(name)}" src="data:image/png;base64,'
+        f'{_png(difference.heatmap)}"><p>{escape(name)}<br>{scale}</p></div>'
     )
 
 

@@ -77,14 +77,10 @@ def compare_graphs(
             found = [run_graph(runner, values) for values in exact]
             follows = found if name == IMAGE_ENCODER else [run_graph(runner, v) for v in own]
             output = runner.spec.outputs[0].name
-            batched, batched_expected = _encode_batches(runner, exact, expected)
-        compared = ([*found, *batched], [*expected, *batched_expected])
-        records.append(summarize(name, *compared, tolerances[name]))
-        for exact_values, own_values, reference_output, own_output in zip(
-            exact, own, expected, follows, strict=True
-        ):
-            exact_values[output] = reference_output
-            own_values[output] = own_output
+            batched, wanted = _encode_batches(runner, exact, expected)
+        records.append(summarize(name, [*found, *batched], [*expected, *wanted], tolerances[name]))
+        for values, result in zip([*exact, *own], [*expected, *follows], strict=True):
+            values[output] = result
     last = [values["mask_logits"] for values in exact]
     final = _fused_masks(candidate, own) or [values["mask_logits"] for values in own]
     records.append(summarize(END_TO_END, final, last, tolerances[END_TO_END]))

@@ -10,11 +10,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
 from coprs_deploy.bundle import (
@@ -37,6 +35,7 @@ from coprs_deploy.checkpoint import (
     read_checkpoint,
 )
 from coprs_deploy.engines import openvino_runner
+from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.build import BuildCallbacks
 from coprs_deploy.engines.trt.cache import (
     BuildTarget,
@@ -45,22 +44,38 @@ from coprs_deploy.engines.trt.cache import (
     check_build_resources,
     resolve_target,
 )
+from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.export.block_errors import describe_block_errors
 from coprs_deploy.export.calibration import (
     CalibrationImages,
-    CalibrationResult,
+    Ranges,
     check_calibration_images,
     find_calibration_images,
 )
-from coprs_deploy.export.graph_check import GraphCheck, can_run_here
+from coprs_deploy.export.graph_check import GraphCheck
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.options import ExportOptions
-from coprs_deploy.export.precision import INT8, OPSETS, graph_precision, rest_precision
+from coprs_deploy.export.precision import (
+    FP32,
+    INT8,
+    OPSETS,
+    graph_precision,
+    rest_precision,
+    write_rounded_graph,
+)
+from coprs_deploy.export.tolerances import TOLERANCES
+from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.machine import installed_versions, peak_memory_bytes
-from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, GraphSpec, graph_specs
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, graph_specs
 from coprs_deploy.version import __version__
 
-if TYPE_CHECKING:
-    from coprs_deploy.models import SegmentationModel
+SEED = 0
+"""Seed of the samples; verify uses 1."""
+
+INT8_ADVICE = (
+    "What to try: more images in --calibration, of the kind that the model will see, or "
+    "--precision fp16"
+)
 
 Progress = Callable[[str], None]
 
@@ -110,260 +125,237 @@ def export_checkpoint(
         RuntimeUnavailableError: engines of this variant cannot be built here, or the processor
             cannot run the precision.
     """
-    timer = _StepTimer(progress)
-    job = _prepare(
-        checkpoint, Path(out), options or ExportOptions(), timer, callbacks or BuildCallbacks()
+    job = _Export(
+        checkpoint, Path(out), options or ExportOptions(), progress, callbacks or BuildCallbacks()
     )
-    with ExitStack() as stack:
-        bundle_dir = stack.enter_context(
-            new_directory(job.out, MANIFEST_FILE, job.options.overwrite)
-        )
+    with (
+        new_directory(job.out, MANIFEST_FILE, job.options.overwrite) as bundle_dir,
         # Beside the bundle rather than in a temporary directory, which may be in memory.
-        scratch = stack.enter_context(new_scratch(job.out))
-        graphs, calibration = _write_graphs(job, bundle_dir, scratch)
-        peak_bytes_export = peak_memory_bytes()
-        _release_weights(job.model)  # the check maps them again, one graph at a time
-        check = GraphCheck(
-            job.checkpoint,
-            job.specs,
-            job.options,
-            lambda step: timer.start(f"check {step}"),
-            scratch,
-            calibration=calibration,
-        )
-        records, engines = check.graphs(graphs), dict[str, EngineRecord]()
-        if job.target is not None:
-            engines = _build_engines(job, job.target, graphs, bundle_dir)
-            if can_run_here(job.target):
-                records, engines = check.engines(bundle_dir, engines)
-        records += check.dropped_padding()
-        timer.start("write bundle")
-        manifest = _write_manifest(job, bundle_dir, engines, records)
-    timer.stop()
+        tempfile.TemporaryDirectory(
+            prefix=f".{job.out.absolute().name}.graphs-", dir=job.out.absolute().parent
+        ) as scratch,
+    ):
+        manifest = job.write(bundle_dir, Path(scratch))
+    job.timer.stop()
     return ExportReport(
         bundle=Bundle(job.out, manifest),
-        seconds=timer.seconds,
+        seconds=job.timer.seconds,
         weights_bytes=job.weights_bytes,
-        peak_bytes_export=peak_bytes_export,
+        peak_bytes_export=job.peak_bytes_export,
         peak_bytes_total=peak_memory_bytes(),
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that the steps of one export share.
+class _Export:
+    """One export: what it needs, checked and loaded, and the steps that write the bundle."""
 
-    Attributes:
-        checkpoint: opened checkpoint.
-        fingerprint: hash of the checkpoint.
-        out: bundle directory.
-        options: export options.
-        target: what engines are built for; None for ONNX graphs.
-        images: calibration images; None unless int8.
-        model: segmentation model, its encoder restricted to the valid region.
-        specs: graph name to inputs and outputs.
-        precisions: graph name to precision.
-        cache: cache of engines and calibration ranges.
-        weights_bytes: size of the segmentation weights in float32.
-        timer: announces and times the steps.
-        callbacks: notes and progress of engine builds and calibration.
-    """
-
-    checkpoint: Checkpoint
-    fingerprint: str
-    out: Path
-    options: ExportOptions
-    target: BuildTarget | None
-    images: CalibrationImages | None
-    model: SegmentationModel
-    specs: dict[str, GraphSpec]
-    precisions: dict[str, str]
-    cache: EngineCache
-    weights_bytes: int
-    timer: _StepTimer
-    callbacks: BuildCallbacks
-
-
-def _prepare(
-    checkpoint: str | Path | Checkpoint,
-    out: Path,
-    options: ExportOptions,
-    timer: _StepTimer,
-    callbacks: BuildCallbacks,
-) -> _Job:
-    """Check everything that can be refused early, and load the model."""
-    target = None
-    if options.runtime in TRT_VARIANT_NAMES:
-        target = resolve_target(options.build_settings())
-    if (options.runtime, options.precision) == ("openvino", INT8):
-        openvino_runner.require_int8_units()
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
-    check_replaceable(out, MANIFEST_FILE, options.overwrite)
-    images = None
-    if options.calibration_images is not None:
-        images = find_calibration_images(options.calibration_images)
-    timer.start("load checkpoint")
-    model = load_segmentation_model(source)
-    sizes, valid_region = source.config.model, None
-    if options.aspect_ratio is not None:
-        valid_region = sizes.sam.valid_region(
-            options.aspect_ratio, drops_padding=options.drop_padding
+    def __init__(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        out: Path,
+        options: ExportOptions,
+        progress: Progress,
+        callbacks: BuildCallbacks,
+    ) -> None:
+        self.out, self.options, self.callbacks = out, options, callbacks
+        self.timer = _StepTimer(progress)
+        self.target: BuildTarget | None = None
+        if options.runtime in TRT_VARIANT_NAMES:
+            self.target = resolve_target(options.build_settings())
+        if (options.runtime, options.precision) == ("openvino", INT8):
+            openvino_runner.require_int8_units()
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = read_checkpoint(checkpoint)
+        check_replaceable(out, MANIFEST_FILE, options.overwrite)
+        self.images: CalibrationImages | None = None
+        if options.calibration_images is not None:
+            self.images = find_calibration_images(options.calibration_images)
+        self.timer.start("load checkpoint")
+        self.checkpoint, config = checkpoint, checkpoint.config.model
+        self.model = load_segmentation_model(checkpoint)
+        self.weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        valid_region = None
+        if options.aspect_ratio is not None:
+            valid_region = config.sam.valid_region(
+                options.aspect_ratio, drops_padding=options.drop_padding
+            )
+            self.model.image_encoder.set_valid_region(valid_region)
+        if self.images is not None:
+            check_calibration_images(self.images, config.geometry, valid_region)
+        self.specs = graph_specs(
+            config.geometry,
+            config.policy_hidden_size,
+            options.targets,
+            options.images,
+            valid_region,
         )
-        model.image_encoder.set_valid_region(valid_region)
-    if images is not None:
-        check_calibration_images(images, sizes.geometry, valid_region)
-    specs = graph_specs(
-        sizes.geometry, sizes.policy_hidden_size, options.targets, options.images, valid_region
-    )
-    timer.start("fingerprint checkpoint")
-    return _Job(
-        checkpoint=source,
-        fingerprint=source.fingerprint(),
-        out=out,
-        options=options,
-        target=target,
-        images=images,
-        model=model,
-        specs=specs,
-        precisions={
+        self.precisions = {
             name: graph_precision(name, options.runtime, options.precision) for name in GRAPH_NAMES
-        },
-        cache=EngineCache(options.cache_dir),
-        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        timer=timer,
-        callbacks=callbacks,
-    )
-
-
-def _write_graphs(
-    job: _Job, bundle_dir: Path, scratch: Path
-) -> tuple[dict[str, Path], CalibrationResult | None]:
-    """Write the ONNX graphs, into the scratch directory if engines are built from them."""
-    directory = bundle_dir if job.target is None else scratch
-    graphs = {name: directory / f"{name}.onnx" for name in GRAPH_NAMES}
-    calibration = None
-    for name, module in job.model.graph_modules().items():
-        job.timer.start(f"export {name}")
-        metadata = {
-            "graph": name,
-            "version": __version__,
-            "checkpoint": job.fingerprint,
-            "opset": str(OPSETS[job.precisions[name]]),
-            "precision": job.precisions[name],
         }
-        if job.images is not None and name == IMAGE_ENCODER:
-            calibration = write_int8_graph(
-                module,
-                job.specs[name],
-                graphs[name],
-                metadata,
-                rest=rest_precision(job.options.runtime, job.options.precision),
-                scratch=scratch,
-                images=job.images,
-                geometry=job.model.config.geometry,
-                cache=job.cache,
-                on_step=job.timer.start,
-                on_progress=job.callbacks.on_progress,
-            )
-            continue
-        # PyTorch's exporter keeps some small tensors alive, and one is enough to keep the whole
-        # weight file mapped: the small modules are copied.
-        write_graph(
-            module if name == IMAGE_ENCODER else copy.deepcopy(module),
-            job.specs[name],
-            graphs[name],
-            metadata,
-            precision=job.precisions[name],
-            scratch=scratch,
+        self.rest = rest_precision(options.runtime, options.precision)
+        self.cache = EngineCache(options.cache_dir)
+        self.peak_bytes_export = 0
+        self.timer.start("fingerprint checkpoint")
+        self.fingerprint = checkpoint.fingerprint()
+
+    def write(self, bundle_dir: Path, scratch: Path) -> Manifest:
+        """Write and check everything; ``scratch`` is for intermediate graphs."""
+        directory = bundle_dir if self.target is None else scratch
+        graphs = {name: directory / f"{name}.onnx" for name in GRAPH_NAMES}
+        ranges = self._write_graphs(graphs, scratch)
+        self.peak_bytes_export = peak_memory_bytes()
+        for parameter in self.model.parameters():  # the check maps them again, graph by graph
+            parameter.data = parameter.data.new_empty(0)
+        geometry = self.checkpoint.config.model.geometry
+        check = GraphCheck(
+            self.checkpoint,
+            self.specs,
+            TOLERANCES[self.options.runtime, self.options.precision],
+            lambda step: self.timer.start(f"check {step}"),
+            seed=SEED,
+            images=[
+                prepare_image(load_image(path), geometry)
+                for path in (self.images.held_out if self.images else ())
+            ],
         )
-    return graphs, calibration
+        records = self._check_graphs(check, graphs, ranges, scratch)
+        engines: dict[str, EngineRecord] = {}
+        if self.target is not None:
+            engines = self._build_engines(self.target, graphs, bundle_dir)
+            gpu = current_gpu()
+            if gpu is not None and gpu.compute_capability in self.target.compute_capabilities:
+                records, engines = check.require_engines(engines, self.options.runtime, bundle_dir)
+        records += check.dropped_padding()
+        self.timer.start("write bundle")
+        return self._write_manifest(bundle_dir, engines, records)
 
+    def _write_graphs(self, graphs: Mapping[str, Path], scratch: Path) -> Ranges:
+        """Write the ONNX graphs, and return the ranges of an int8 encoder."""
+        ranges: Ranges = {}
+        for name, module in self.model.graph_modules().items():
+            self.timer.start(f"export {name}")
+            metadata = {
+                "graph": name,
+                "version": __version__,
+                "checkpoint": self.fingerprint,
+                "opset": str(OPSETS[self.precisions[name]]),
+                "precision": self.precisions[name],
+            }
+            spec, path = self.specs[name], graphs[name]
+            if self.images is not None and name == IMAGE_ENCODER:
+                ranges = write_int8_graph(
+                    module,
+                    spec,
+                    path,
+                    metadata,
+                    rest=self.rest,
+                    scratch=scratch,
+                    images=self.images,
+                    geometry=self.model.config.geometry,
+                    cache=self.cache,
+                    on_step=self.timer.start,
+                    on_progress=self.callbacks.on_progress,
+                )
+                continue
+            # PyTorch's exporter keeps some small tensors alive, and one is enough to keep the whole
+            # weight file mapped: the small modules are copied.
+            copied = module if name == IMAGE_ENCODER else copy.deepcopy(module)
+            precision = self.precisions[name]
+            write_graph(copied, spec, path, metadata, precision=precision, scratch=scratch)
+        return ranges
 
-def _release_weights(model: SegmentationModel) -> None:
-    """Free the memory of all parameters."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.new_empty(0)
+    def _check_graphs(
+        self, check: GraphCheck, graphs: Mapping[str, Path], ranges: Ranges, scratch: Path
+    ) -> tuple[EquivalenceRecord, ...]:
+        """Compare the ONNX graphs; if an int8 encoder is refused, list the error of each block."""
+        try:
+            return check.require_graphs(graphs, self.options, scratch)
+        except EquivalenceError as error:
+            if not ranges:
+                raise
+            self.timer.start("check error of each block")
+            path, spec = graphs[IMAGE_ENCODER], self.specs[IMAGE_ENCODER]
+            if self.rest != FP32:
+                path = scratch / f"{IMAGE_ENCODER}.rounded.onnx"
+                write_rounded_graph(graphs[IMAGE_ENCODER], path)
+            encoder = load_segmentation_model(self.checkpoint).image_encoder
+            encoder.set_valid_region(spec.valid_region)
+            image = check.samples[0].prepared.image
+            lines = describe_block_errors(encoder, path, spec, image, ranges)
+            raise EquivalenceError(f"{error}\n{lines}\n{INT8_ADVICE}") from error
 
-
-def _build_engines(
-    job: _Job, target: BuildTarget, graphs: Mapping[str, Path], bundle_dir: Path
-) -> dict[str, EngineRecord]:
-    """Build the engine of every graph into the bundle."""
-    job.callbacks.on_note(check_build_resources(list(graphs.values()), bundle_dir, job.cache))
-    engines = {}
-    for name, graph in graphs.items():
-        job.timer.start(f"build {name}")
-        engines[name] = build_engine(
-            graph,
-            bundle_dir / f"{name}{ENGINE_SUFFIX}",
-            spec=job.specs[name],
-            precision=job.precisions[name],
-            target=target,
-            cache=job.cache,
-            callbacks=job.callbacks,
-        )
-    if job.options.max_cache_bytes is not None:
-        num_removed = job.cache.prune(job.options.max_cache_bytes)
-        job.callbacks.on_note(f"removed {num_removed} older engines from the cache")
-    return engines
-
-
-def _write_manifest(
-    job: _Job,
-    bundle_dir: Path,
-    engines: Mapping[str, EngineRecord],
-    records: tuple[EquivalenceRecord, ...],
-) -> Manifest:
-    """Copy the policy unless it is external, and write the manifest."""
-    files = record_files(bundle_dir)  # the policy's are recorded separately
-    policy = job.checkpoint.policy_path
-    if job.options.external_policy:
-        policy_path = Path(os.path.relpath(policy.resolve(), job.out.resolve())).as_posix()
-    else:
-        policy_path = POLICY_DIRECTORY
-        shutil.copytree(policy, bundle_dir / POLICY_DIRECTORY)
-    config = job.checkpoint.config
-    suffix = ".onnx" if job.target is None else ENGINE_SUFFIX
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        package_version=__version__,
-        checkpoint_fingerprint=job.fingerprint,
-        checkpoint_note=str(config.provenance.get("note", "")),
-        geometry=config.model.geometry,
-        graphs={
-            name: GraphRecord(
-                spec=job.specs[name],
-                runtime=job.options.runtime,
-                precision=job.precisions[name],
-                file=f"{name}{suffix}",
-                engine=engines.get(name),
-                calibration=job.images.record() if job.images and name == IMAGE_ENCODER else None,
+    def _build_engines(
+        self, target: BuildTarget, graphs: Mapping[str, Path], bundle_dir: Path
+    ) -> dict[str, EngineRecord]:
+        """Build the engine of every graph into the bundle."""
+        note = self.callbacks.on_note
+        note(check_build_resources(list(graphs.values()), bundle_dir, self.cache))
+        engines = {}
+        for name, graph in graphs.items():
+            self.timer.start(f"build {name}")
+            engines[name] = build_engine(
+                graph,
+                bundle_dir / f"{name}{ENGINE_SUFFIX}",
+                spec=self.specs[name],
+                precision=self.precisions[name],
+                target=target,
+                cache=self.cache,
+                callbacks=self.callbacks,
             )
-            for name in GRAPH_NAMES
-        },
-        policy=PolicyRecord(
-            path=policy_path,
-            prompt=config.prompt,
-            hidden_size=config.model.policy_hidden_size,
-            min_pixels=config.policy_image.min_pixels,
-            max_pixels=config.policy_image.max_pixels,
-            files=record_files(policy),
-        ),
-        files=files,
-        toolchain=installed_versions(),
-        gpu=job.target.gpu if job.target else None,
-        equivalence=records,
-    )
-    write_manifest(bundle_dir, manifest)
-    return manifest
+        if self.options.max_cache_bytes is not None:
+            num_removed = self.cache.prune(self.options.max_cache_bytes)
+            note(f"removed {num_removed} older engines from the cache")
+        return engines
 
-
-@contextmanager
-def new_scratch(out: Path) -> Iterator[Path]:
-    """Yield a hidden temporary directory beside the bundle, for intermediate graphs."""
-    parent = out.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=f".{out.absolute().name}.graphs-", dir=parent) as path:
-        yield Path(path)
+    def _write_manifest(
+        self,
+        bundle_dir: Path,
+        engines: Mapping[str, EngineRecord],
+        records: tuple[EquivalenceRecord, ...],
+    ) -> Manifest:
+        """Copy the policy unless it is external, and write the manifest."""
+        files = record_files(bundle_dir)  # the policy's are recorded separately
+        policy, policy_path = self.checkpoint.policy_path, POLICY_DIRECTORY
+        if self.options.external_policy:
+            policy_path = Path(os.path.relpath(policy.resolve(), self.out.resolve())).as_posix()
+        else:
+            shutil.copytree(policy, bundle_dir / POLICY_DIRECTORY)
+        config = self.checkpoint.config
+        suffix = ".onnx" if self.target is None else ENGINE_SUFFIX
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            package_version=__version__,
+            checkpoint_fingerprint=self.fingerprint,
+            checkpoint_note=str(config.provenance.get("note", "")),
+            geometry=config.model.geometry,
+            graphs={
+                name: GraphRecord(
+                    spec=self.specs[name],
+                    runtime=self.options.runtime,
+                    precision=self.precisions[name],
+                    file=f"{name}{suffix}",
+                    engine=engines.get(name),
+                    calibration=self.images.record()
+                    if self.images and name == IMAGE_ENCODER
+                    else None,
+                )
+                for name in GRAPH_NAMES
+            },
+            policy=PolicyRecord(
+                path=policy_path,
+                prompt=config.prompt,
+                hidden_size=config.model.policy_hidden_size,
+                min_pixels=config.policy_image.min_pixels,
+                max_pixels=config.policy_image.max_pixels,
+                files=record_files(policy),
+            ),
+            files=files,
+            toolchain=installed_versions(),
+            gpu=self.target.gpu if self.target else None,
+            equivalence=records,
+        )
+        write_manifest(bundle_dir, manifest)
+        return manifest
 
 
 class _StepTimer:

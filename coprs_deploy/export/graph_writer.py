@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 
 from coprs_deploy.engines.cache import Cache
 from coprs_deploy.engines.trt.cache import hash_graph
-from coprs_deploy.export.calibration import (
-    CalibrationImages,
-    CalibrationResult,
-    cached_ranges,
-    calibrate,
-)
+from coprs_deploy.export.calibration import CalibrationImages, Ranges, cached_ranges, calibrate
 from coprs_deploy.export.onnx_graph import export_onnx_graph
 from coprs_deploy.export.precision import FP32, INT8, OPSETS, type_graph
 from coprs_deploy.export.quantization import product_names, quantize_graph
@@ -65,7 +60,7 @@ def write_int8_graph(
     cache: Cache,
     on_step: Callable[[str], None],
     on_progress: Callable[[str], None],
-) -> CalibrationResult:
+) -> Ranges:
     """Write the image encoder as ONNX with int8 matrix products.
 
     Args:
@@ -80,6 +75,9 @@ def write_int8_graph(
         cache: keeps calibration ranges for the next export.
         on_step: called with the name of each step as it starts.
         on_progress: called with each calibration image.
+
+    Returns:
+        The calibration ranges.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         float32, quantized = (Path(directory) / f"{name}.onnx" for name in ("float32", "quantized"))
@@ -92,9 +90,7 @@ def write_int8_graph(
             lambda: calibrate(encoder, product_names(float32), images.used, geometry, on_progress),
         )
         on_step(f"quantize {spec.name}")
-        if rest == FP32:
-            quantize_graph(float32, path, spec, ranges, rest)
-        else:
-            quantize_graph(float32, quantized, spec, ranges, rest)
+        quantize_graph(float32, path if rest == FP32 else quantized, spec, ranges, rest)
+        if rest != FP32:
             type_graph(quantized, path, spec, rest)
-    return CalibrationResult(images, ranges)
+    return ranges

@@ -216,6 +216,16 @@ def convert_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTens
     return ir.LazyTensor(convert, dtype, shape, name=tensor.name)
 
 
+def _cast(value: ir.Value, dtype: ir.DataType, name: str, output: str) -> ir.Node:
+    """Make a cast of a value with the names of node and output; the caller inserts it."""
+    import onnx_ir as ir
+
+    node = ir.node("Cast", [value], {"to": dtype.value}, name=name)
+    (result,) = node.outputs
+    result.name, result.shape, result.type = output, value.shape, ir.TensorType(dtype)
+    return node
+
+
 class _Typing:
     """Sets the type of every node, with casts between different types."""
 
@@ -229,10 +239,9 @@ class _Typing:
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def apply(self, kept: set[ir.Node]) -> None:
-        ir = self._ir
-        original = {value: value.dtype for node in self._graph for value in node.outputs}
-        original |= {value: value.dtype for value in self._graph.inputs}
-        original |= {value: value.dtype for value in self._graph.initializers.values()}
+        values = [value for node in self._graph for value in node.outputs]
+        values += [*self._graph.inputs, *self._graph.initializers.values()]
+        original = {value: value.dtype for value in values}
         for node in list(self._graph):
             assert node.op_type not in ("Cast", "Constant"), node
             wanted = self._float32 if node in kept else self._low
@@ -241,62 +250,43 @@ class _Typing:
                     node.replace_input_with(index, self._as(value, wanted, node))
             for value in node.outputs:
                 if original[value] == self._float32:
-                    value.type = ir.TensorType(wanted)
-        self._drop_unused_weights()
+                    value.type = self._ir.TensorType(wanted)
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self._graph.initializers[name]
         self._keep_output_types(original)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """Return a value in a type: the value itself, a converted weight, or a cast."""
         if value.dtype == dtype:
             return value
-        known = self._casts.get((value, dtype))
-        if known is None:
+        if (value, dtype) not in self._casts:
             suffix = dtype.name.lower()
             if value.const_value is not None:
-                known = self._ir.Value(
+                converted = self._ir.Value(
                     name=f"{value.name}.{suffix}",
                     shape=value.shape,
                     type=self._ir.TensorType(dtype),
                     const_value=convert_tensor(value.const_value, dtype),
                 )
-                self._graph.register_initializer(known)
+                self._graph.register_initializer(converted)
             else:
-                known = self._cast(value, dtype, before)
-            self._casts[value, dtype] = known
-        return known
-
-    def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
-        suffix = dtype.name.lower()
-        node = self._ir.node(
-            "Cast",
-            [value],
-            {"to": dtype.value},
-            name=f"{value.name}.to_{suffix}",
-        )
-        (result,) = node.outputs
-        result.name, result.shape = f"{value.name}.{suffix}", value.shape
-        result.type = self._ir.TensorType(dtype)
-        if before is None:
-            self._graph.append(node)
-        else:
-            self._graph.insert_before(before, node)
-        return result
-
-    def _drop_unused_weights(self) -> None:
-        for name, value in list(self._graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del self._graph.initializers[name]
+                node = _cast(value, dtype, f"{value.name}.to_{suffix}", f"{value.name}.{suffix}")
+                self._graph.insert_before(before, node)
+                converted = node.outputs[0]
+            self._casts[value, dtype] = converted
+        return self._casts[value, dtype]
 
     def _keep_output_types(self, original: dict[ir.Value, ir.DataType | None]) -> None:
         for index, value in enumerate(self._graph.outputs):
-            wanted = original[value]
+            wanted, name = original[value], value.name
             if value.dtype == wanted or wanted is None:
                 continue
-            name = value.name
+            assert name is not None
             value.name = f"{name}.{self._low.name.lower()}"
-            result = self._cast(value, wanted, None)
-            result.name = name
-            self._graph.outputs[index] = result
+            node = _cast(value, wanted, f"{value.name}.to_{wanted.name.lower()}", name)
+            self._graph.append(node)
+            self._graph.outputs[index] = node.outputs[0]
 
 
 MOVES = frozenset(
@@ -341,11 +331,8 @@ def write_rounded_graph(source: Path, target: Path) -> int:
                 continue
             assert half is not None and not value.is_graph_output()
             uses = list(value.uses())
-            down = ir.node("Cast", [value], {"to": half.value}, name=f"{value.name}.down")
-            up = ir.node("Cast", [down.outputs[0]], {"to": float32.value}, name=f"{value.name}.up")
-            down.outputs[0].type, up.outputs[0].type = ir.TensorType(half), ir.TensorType(float32)
-            down.outputs[0].name, up.outputs[0].name = f"{value.name}.half", f"{value.name}.rounded"
-            down.outputs[0].shape = up.outputs[0].shape = value.shape
+            down = _cast(value, half, f"{value.name}.down", f"{value.name}.half")
+            up = _cast(down.outputs[0], float32, f"{value.name}.up", f"{value.name}.rounded")
             graph.insert_after(node, [down, up])
             for user, index in uses:
                 user.replace_input_with(index, up.outputs[0])

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.bundle import Manifest
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, Geometry, ValidRegion
@@ -74,39 +73,11 @@ def sample_inputs(
     generator = np.random.default_rng(seed)
     samples = []
     shapes = _ANY_SHAPES if valid_region is None else _shapes_within(valid_region)
-    for (height, width), is_noise in zip(shapes, (False, True, False), strict=True):
-        if is_noise:
-            image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        else:
-            image = _draw_scene(generator, height, width)
-        concentration = generator.standard_normal(
-            (num_targets, policy_hidden_size), dtype=np.float32
-        )
-        samples.append(SampleInput(prepare_image(image, geometry), concentration))
+    size = (num_targets, policy_hidden_size)
+    for draw, (height, width) in zip((_draw_scene, _draw_noise, _draw_scene), shapes, strict=True):
+        image = prepare_image(draw(generator, height, width), geometry)
+        samples.append(SampleInput(image, generator.standard_normal(size, dtype=np.float32)))
     return samples
-
-
-def draw_bundle_samples(
-    manifest: Manifest, reference: RunnerOpener, pools_masks: bool, seed: int
-) -> tuple[list[SampleInput], dict[str, list[Array]]]:
-    """Draw samples that a bundle accepts: images in its valid region, its number of targets.
-
-    Args:
-        manifest: manifest of the bundle.
-        reference: opens PyTorch's modules.
-        pools_masks: whether masks are compared all together, so that they must not be empty.
-        seed: equal seeds give equal inputs.
-
-    Returns:
-        The samples, and the reference's outputs by graph as far as they were computed.
-    """
-    hidden_size, count = manifest.policy.hidden_size, manifest.graphs[PRIOR].spec.targets.opt
-    valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
-    samples = sample_inputs(manifest.geometry, hidden_size, count, seed, valid_region=valid_region)
-    if not pools_masks:
-        return samples, {}
-    images = [sample.prepared for sample in samples]
-    return draw_masked_samples(images, reference, hidden_size, count, seed)
 
 
 def draw_masked_samples(
@@ -135,15 +106,13 @@ def draw_masked_samples(
         for image in images:
             embedding = encoder(image=image.image)["image_embedding"].numpy()
             known[IMAGE_ENCODER].append(embedding)
-    samples = []
+    samples, size = list[SampleInput](), (num_targets, policy_hidden_size)
     with reference(PRIOR) as prior, reference(MASK_DECODER) as decoder:
         for image, embedding in zip(images, known[IMAGE_ENCODER], strict=True):
             best: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * num_targets
             nearest = np.full(num_targets, np.inf)
             for _ in range(NUM_DRAWS):
-                drawn = generator.standard_normal(
-                    (num_targets, policy_hidden_size), dtype=np.float32
-                )
+                drawn = generator.standard_normal(size, dtype=np.float32)
                 _, masks = _decode(prior, decoder, image, embedding, drawn)
                 distances = np.abs((masks > 0).mean(axis=(1, 2, 3)) - PREFERRED_MASK_RATIO)
                 for target in np.flatnonzero(distances < nearest):
@@ -177,6 +146,10 @@ def _shapes_within(valid_region: ValidRegion) -> tuple[tuple[int, int], ...]:
     exact = unpadded_size(down, across, size)
     longer = (height // 2, width) if width > height else (height, width // 2)
     return exact, (height, width), (max(1, longer[0]), max(1, longer[1]))
+
+
+def _draw_noise(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:

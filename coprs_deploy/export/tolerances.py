@@ -72,7 +72,6 @@ _BFLOAT16 = {
     MASK_DECODER: Tolerance(5e-2, 5e-3, 0.999, 0.92, _BFLOAT16_MASK),
     END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.92, _BFLOAT16_MASK),
 }
-
 _INT8 = {
     IMAGE_ENCODER: Tolerance(0.1, 5e-3, 0.998, None, _INT8_ENCODER),
     PRIOR: Tolerance(2e-3, 2e-4, 0.9999, None, _HALF_PRIOR),
@@ -80,21 +79,12 @@ _INT8 = {
     END_TO_END: Tolerance(0.2, 2e-2, 0.995, 0.95, _INT8_END, pools_masks=True),
 }
 
+_BY_PRECISION = {"fp32": _FLOAT32, "bf16": _BFLOAT16, "fp16": _FLOAT16, "int8": _INT8}
+
 TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
-    ("onnxruntime", "fp32"): _FLOAT32,
-    ("onnxruntime", "fp16"): _FLOAT16,
-    ("onnxruntime", "int8"): _INT8,
-    ("openvino", "fp32"): _FLOAT32,
-    ("openvino", "bf16"): _BFLOAT16,
-    ("openvino", "fp16"): _FLOAT16,
-    ("openvino", "int8"): _INT8,
-    ("tensorrt", "fp32"): _FLOAT32,
-    ("tensorrt", "bf16"): _BFLOAT16,
-    ("tensorrt", "fp16"): _FLOAT16,
-    ("tensorrt", "int8"): _INT8,
-    ("tensorrt-rtx", "fp32"): _FLOAT32,
-    ("tensorrt-rtx", "bf16"): _BFLOAT16,
-    ("tensorrt-rtx", "fp16"): _FLOAT16,
-    ("tensorrt-rtx", "int8"): _INT8,
+    (runtime, precision): tolerances
+    for runtime in ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+    for precision, tolerances in _BY_PRECISION.items()
+    if (runtime, precision) != ("onnxruntime", "bf16")  # its CPU provider has no bfloat16
 }
 """The one table of tolerances, by runtime and precision."""

@@ -7,20 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.bundle import (
-    Bundle,
-    EngineRecord,
-    EquivalenceRecord,
-    open_bundle,
-    write_manifest,
-)
+from coprs_deploy.bundle import Bundle, EngineRecord, EquivalenceRecord, open_bundle, write_manifest
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.equivalence import compare_graphs, reference_opener
-from coprs_deploy.export.graph_check import measure_dropped_padding, open_unverified
-from coprs_deploy.export.samples import RunnerOpener, draw_bundle_samples
-from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES
+from coprs_deploy.export.graph_check import GraphCheck, open_unverified
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import IMAGE_ENCODER
 
 SEED = 1
@@ -75,10 +67,22 @@ def verify_bundle(
         )
         return runner
 
-    records = _compare(bundle, checkpoint, candidate, runtime, progress)
+    check = verification(bundle, checkpoint, runtime, progress)
+    records = check.compare(candidate)
+    records += check.dropped_padding()
     if engines:
         _record_verification(bundle, engines, records)
     return records
+
+
+def verification(
+    bundle: Bundle, checkpoint: Checkpoint, runtime: str | None, progress: Callable[[str], None]
+) -> GraphCheck:
+    """Return the equivalence check of a bundle's graphs; None is the runtime of their export."""
+    specs = {name: graph.spec for name, graph in bundle.manifest.graphs.items()}
+    encoder = bundle.manifest.graphs[IMAGE_ENCODER]
+    tolerances = TOLERANCES[runtime or encoder.runtime, encoder.precision]
+    return GraphCheck(checkpoint, specs, tolerances, progress, seed=SEED)
 
 
 def _check_fingerprint(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -88,37 +92,6 @@ def _check_fingerprint(bundle: Bundle, checkpoint: Checkpoint) -> None:
             f"{bundle.path} was exported from another checkpoint ({exported[:12]}) than "
             f"{checkpoint.path} ({found[:12]}): export it again, or name the right checkpoint"
         )
-
-
-def _compare(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    candidate: RunnerOpener,
-    runtime: str | None,
-    progress: Callable[[str], None],
-) -> tuple[EquivalenceRecord, ...]:
-    """Compare the graphs, and measure the effect of dropped padding if there is any."""
-    graphs = bundle.manifest.graphs
-    specs = {name: graph.spec for name, graph in graphs.items()}
-    reference = reference_opener(checkpoint, specs)
-    encoder = graphs[IMAGE_ENCODER]
-    tolerances = TOLERANCES[runtime or encoder.runtime, encoder.precision]
-    pools_masks = tolerances[END_TO_END].pools_masks
-    if pools_masks:
-        progress("reference")
-    samples, known = draw_bundle_samples(bundle.manifest, reference, pools_masks, SEED)
-    records = compare_graphs(
-        reference=reference,
-        candidate=candidate,
-        samples=samples,
-        tolerances=tolerances,
-        report=progress,
-        known=known,
-    )
-    if encoder.spec.drops_padding:
-        progress("dropped padding")
-        records += (measure_dropped_padding(checkpoint, specs, samples, known[IMAGE_ENCODER]),)
-    return records
 
 
 def _record_verification(

@@ -41,36 +41,21 @@ class RelativeAttention(nn.Module):
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, self.head_width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within each grid.
-
-        Args:
-            x: (B, R, K, C), R rows and K columns, at most G each.
-
-        Returns:
-            (B, R, K, C).
-        """
+        """Attend within each (B, R, K, C) grid of at most G rows R and columns K; same shape."""
         return self.proj(self.attend(self.qkv(x)))
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attend within each grid, between the two projections.
-
-        Args:
-            qkv: (B, R, K, 3 C), output of ``self.qkv``.
-
-        Returns:
-            (B, R, K, C), input of ``self.proj``.
-        """
+        """Map the output of ``self.qkv``, (B, R, K, 3 C), to the input of ``self.proj``."""
         batch, rows, columns = qkv.shape[:3]
         tokens = rows * columns
         qkv = qkv.reshape(batch, tokens, 3, self.heads, self.head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, head_width)
-        if not self.use_rel_pos:
-            out = F.scaled_dot_product_attention(query, key, value)
-        else:
+        bias = None
+        if self.use_rel_pos:
             by_row, by_column = self._position_scores(query, rows, columns)
             bias = by_row[..., :, None] + by_column[..., None, :]
             bias = bias.reshape(batch, self.heads, tokens, tokens)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return out.transpose(1, 2).reshape(batch, rows, columns, self.heads * self.head_width)
 
     def _position_scores(self, query: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -108,8 +93,7 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, R, K, C) to (B, R, K, C): the whole grid or its upper left part."""
-        attended = self._attend(self.norm1(x))
-        x = x + attended
+        x = x + self._attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -157,9 +141,6 @@ class PatchEmbedding(nn.Module):
 
 class SamImageEncoder(nn.Module):
     """Image encoder of CoPRS: one embedding of the padded image, shared by all targets.
-
-    Args:
-        config: sizes.
 
     Attributes:
         padding_from: index of the block before which the padding cells join the others; None if
@@ -214,13 +195,13 @@ class SamImageEncoder(nn.Module):
         self.padding_from = joins
 
     def forward(self, image: Tensor) -> Tensor:
-        """Encode a padded image.
+        """Encode padded images.
 
         Args:
             image: (B, 3, S, S) float, normalized RGB, zero where padded.
 
         Returns:
-            (B, C, G, G) image embedding.
+            (B, C, G, G) image embeddings.
         """
         x = self._cells(image)
         for number, block in enumerate(self.blocks):

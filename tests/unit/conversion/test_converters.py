@@ -24,7 +24,7 @@ from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN
-from tests.unit.conversion.test_weight_files import write_shards
+from tests.unit.conversion.test_weight_files import shard, write_shards
 
 PROMPT = (
     "<|im_start|>user\n<|image_pad|>\nSegment: {instruction}<|im_end|>\n<|im_start|>assistant\n"
@@ -232,10 +232,10 @@ def public_directory(tmp_path, trained_tensors, tuned_policy):
     return root
 
 
-def replace_weights_by_shards(root, tensors, world_size=2):
+def replace_weights_by_shards(root, tensors, num_ranks=2):
     for file in (root / "huggingface").glob("*.safetensors*"):
         file.unlink()
-    write_shards(root, tensors, world_size)
+    write_shards(root, tensors, num_ranks)
 
 
 class TestPublicTraining:
@@ -271,7 +271,7 @@ class TestPublicTraining:
         weights = policy.model.state_dict()
         if names == "on the hub":  # older versions of transformers train under these
             weights = load_file(public_directory / "huggingface" / "model.safetensors")
-        replace_weights_by_shards(public_directory, weights, world_size=3)
+        replace_weights_by_shards(public_directory, weights, num_ranks=3)
 
         checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 
@@ -333,15 +333,16 @@ class TestPublicTraining:
     ):
         weights = AutoModelForImageTextToText.from_pretrained(tuned_policy).state_dict()
         replace_weights_by_shards(public_directory, weights)
-        (public_directory / "model_world_size_2_rank_1.pt").unlink()
-        with pytest.raises(ConversionError, match=r"lacks model_world_size_2_rank_1\.pt"):
+        missing = shard(public_directory, 2, 1)
+        missing.unlink()
+        with pytest.raises(ConversionError, match=f"lacks {missing.name}"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
         assert not (tmp_path / "c").exists()
 
     def test_public_training_policy_without_weights_is_refused(
         self, public_directory, sam_file, tmp_path
     ):
-        replace_weights_by_shards(public_directory, {}, world_size=0)
+        replace_weights_by_shards(public_directory, {}, num_ranks=0)
         with pytest.raises(ConversionError, match=r"neither .*huggingface has weights"):
             checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,31 +210,37 @@ def test_read_sam_missing_part_is_refused(tmp_path, sam_tensors, name):
         read_sam(path)
 
 
+def shard(directory, num_ranks, rank):
+    """Path of FSDP's file of one rank."""
+    return directory / f"model_world_size_{num_ranks}_rank_{rank}.pt"  # codespell:ignore world
+
+
 @contextlib.contextmanager
-def rank_of(world_size, rank):
+def rank_of(num_ranks, rank):
     """Be one rank of a process group that never communicates."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    sizes = {"rank": rank, "world_size": num_ranks}  # codespell:ignore world
+    dist.init_process_group("fake", store=FakeStore(), **sizes)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def write_shards(directory, tensors, world_size, mesh_shape=None, placements=None):
+def write_shards(directory, tensors, num_ranks, mesh_shape=None, placements=None):
     """Write FSDP's file of each rank: DTensors with the rank's shard."""
-    mesh_shape = mesh_shape or (world_size,)
+    mesh_shape = mesh_shape or (num_ranks,)
     placements = placements or (*[Replicate()] * (len(mesh_shape) - 1), Shard(0))
-    for rank in range(world_size):
-        with rank_of(world_size, rank):
+    for rank in range(num_ranks):
+        with rank_of(num_ranks, rank):
             mesh = init_device_mesh("cpu", mesh_shape)
             state = {}
             for name, tensor in tensors.items():
                 local = tensor
-                for dimension, placement in enumerate(placements):
-                    if placement.is_shard():
+                for dimension, split in enumerate(placements):
+                    if split.is_shard():
                         count = mesh_shape[dimension]
-                        parts = list(local.chunk(count, placement.dim))
-                        parts += [parts[0].narrow(placement.dim, 0, 0)] * (count - len(parts))
+                        parts = list(local.chunk(count, split.dim))
+                        parts += [parts[0].narrow(split.dim, 0, 0)] * (count - len(parts))
                         local = parts[mesh.get_coordinate()[dimension]]
                 state[name] = DTensor.from_local(
                     local.clone(memory_format=torch.contiguous_format),
@@ -243,7 +250,7 @@ def write_shards(directory, tensors, world_size, mesh_shape=None, placements=Non
                     shape=tensor.shape,
                     stride=tensor.stride(),
                 )
-            torch.save(state, directory / f"model_world_size_{world_size}_rank_{rank}.pt")
+            torch.save(state, shard(directory, num_ranks, rank))
 
 
 @pytest.fixture
@@ -265,13 +272,11 @@ def assert_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_merge_shards_returns_whole_weights(tmp_path, weights, world_size):
-    write_shards(tmp_path, weights, world_size)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_merge_shards_returns_whole_weights(tmp_path, weights, num_ranks):
+    write_shards(tmp_path, weights, num_ranks)
     paths = find_shards(tmp_path)
-    assert [path.name for path in paths] == [
-        f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)
-    ]
+    assert paths == [shard(tmp_path, num_ranks, rank) for rank in range(num_ranks)]
     assert_same(merge_shards(paths), weights)
 
 
@@ -288,7 +293,7 @@ def test_merge_shards_replicas_are_merged_once(tmp_path, weights):
 
 def test_merge_shards_plain_tensors_come_from_first_rank(tmp_path, weights):
     for rank in range(2):
-        torch.save(weights, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+        torch.save(weights, shard(tmp_path, 2, rank))
     assert_same(merge_shards(find_shards(tmp_path)), weights)
     replicated = tmp_path / "replicated"
     replicated.mkdir()
@@ -313,28 +318,29 @@ def test_merge_shards_tensor_parallel_is_refused(tmp_path, weights):
 
 def test_find_shards_missing_rank_is_named(tmp_path, weights):
     write_shards(tmp_path, weights, 4)
-    (tmp_path / "model_world_size_4_rank_1.pt").unlink()
-    (tmp_path / "model_world_size_4_rank_3.pt").unlink()
-    with pytest.raises(ConversionError, match=r"lacks model_world_size_4_rank_1\.pt \(2 of 4"):
+    (shard(tmp_path, 4, 1)).unlink()
+    (shard(tmp_path, 4, 3)).unlink()
+    with pytest.raises(ConversionError, match=rf"lacks {shard(Path(), 4, 1)} \(2 of 4"):
         find_shards(tmp_path)
 
 
-def test_find_shards_two_world_sizes_are_refused(tmp_path, weights):
+def test_find_shards_two_numbers_of_ranks_are_refused(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
     write_shards(tmp_path, weights, 3)
-    with pytest.raises(ConversionError, match=r"world sizes \[2, 3\]: keep one set"):
+    with pytest.raises(ConversionError, match=r"shards of \[2, 3\] ranks: keep one set"):
         find_shards(tmp_path)
 
 
 def test_find_shards_without_files_returns_none(tmp_path):
-    (tmp_path / "optim_world_size_2_rank_0.pt").touch()
-    (tmp_path / "model_world_size_2_rank_0.pt.tmp").touch()
+    path = shard(tmp_path, 2, 0)
+    path.with_name(path.name.replace("model", "optim")).touch()
+    path.with_name(f"{path.name}.tmp").touch()
     assert find_shards(tmp_path) == []
 
 
 def test_merge_shards_rank_with_other_tensors_is_named(tmp_path, weights):
     write_shards(tmp_path, weights, 2)
-    torch.save({"even": torch.zeros(4, 3)}, tmp_path / "model_world_size_2_rank_1.pt")
+    torch.save({"even": torch.zeros(4, 3)}, shard(tmp_path, 2, 1))
     with pytest.raises(ConversionError, match=r"rank_1\.pt has other tensors than .*rank_0\.pt"):
         merge_shards(find_shards(tmp_path))
 
@@ -344,7 +350,7 @@ def test_merge_shards_short_part_is_refused(tmp_path, weights):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     write_shards(elsewhere, {"even": weights["even"][:4]}, 2)
-    (elsewhere / "model_world_size_2_rank_1.pt").replace(tmp_path / "model_world_size_2_rank_1.pt")
+    (shard(elsewhere, 2, 1)).replace(shard(tmp_path, 2, 1))
     with pytest.raises(
         ConversionError, match=r"even has shape \(6, 3\) after merging, not \(8, 3\)"
     ):
@@ -354,7 +360,7 @@ def test_merge_shards_short_part_is_refused(tmp_path, weights):
 @pytest.mark.parametrize("values", [([1], [1]), (3, 3)])
 def test_merge_shards_without_tensor_is_refused(tmp_path, values):
     for rank, value in enumerate(values):
-        torch.save({"weight": value}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+        torch.save({"weight": value}, shard(tmp_path, 2, rank))
     with pytest.raises(ConversionError, match=r"weight is a (list|int), which cannot be merged"):
         merge_shards(find_shards(tmp_path))
 
@@ -362,7 +368,7 @@ def test_merge_shards_without_tensor_is_refused(tmp_path, values):
 def test_merge_shards_malicious_file_is_refused_and_not_run(tmp_path):
     victim = tmp_path / "victim"
     for rank in range(2):
-        torch.save({"w": Malicious(victim)}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+        torch.save({"w": Malicious(victim)}, shard(tmp_path, 2, rank))
     with pytest.raises(ConversionError, match=r"rank_0\.pt contains more than weights"):
         merge_shards(find_shards(tmp_path))
     assert not victim.exists()
@@ -375,16 +381,14 @@ FSDP_SCRIPT = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    rank, directory = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2
-    )
+    rank, directory, shard = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", f"file://{directory}/store", None, 2, rank)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
     if rank == 0:
         torch.save(model.state_dict(), f"{directory}/whole.pt")
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    torch.save(model.state_dict(), f"{directory}/model_world_size_2_rank_{rank}.pt")
+    torch.save(model.state_dict(), shard)
     dist.destroy_process_group()
 """
 
@@ -393,7 +397,9 @@ FSDP_SCRIPT = """
 def test_merge_shards_of_two_fsdp_processes_returns_weights(tmp_path):
     script = textwrap.dedent(FSDP_SCRIPT)
     ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)])
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path), str(shard(tmp_path, 2, rank))]
+        )
         for rank in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]

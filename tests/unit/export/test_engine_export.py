@@ -69,8 +69,8 @@ def test_export_engines_are_described_in_manifest(
     assert "backends are compared on bundles of onnxruntime" in capsys.readouterr().err
     with pytest.raises(RuntimeUnavailableError, match="pass --device cuda"):
         open_bundle_graph(bundle, "prior", RunnerOptions())
-    plan = path / "prior.engine"
-    plan.write_bytes(plan.read_bytes()[:-100])
+    engine = path / "prior.engine"
+    engine.write_bytes(engine.read_bytes()[:-100])
     with pytest.raises(BundleIntegrityError, match="was truncated or changed"):
         open_bundle(path)
     assert msgspec.json.decode(msgspec.json.encode(read_manifest(path).to_json()))

@@ -16,7 +16,7 @@ from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.cli.main import main
 from coprs_deploy.engines import ONNX_RUNTIMES, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError, ImageSizeError
-from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_check
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter
 from coprs_deploy.export.comparison import FIXED_ASPECT_MODULE, MODULE, TRACED, compare_backends
 from coprs_deploy.export.comparison_page import comparison_page_html
 from coprs_deploy.export.graph_check import WITHOUT_PADDING
@@ -320,7 +320,7 @@ def test_export_refused_int8_fixed_aspect_encoder_lists_blocks(
     refused = TOLERANCES["onnxruntime", "int8"]
     encoder = refused[IMAGE_ENCODER]
     strict = {**refused, IMAGE_ENCODER: type(encoder)(0.0, 0.0, 1.0, None, "nothing passes")}
-    monkeypatch.setattr(graph_check, "TOLERANCES", {("onnxruntime", "int8"): strict})
+    monkeypatch.setattr(exporter, "TOLERANCES", {("onnxruntime", "int8"): strict})
     options = ExportOptions(
         precision="int8",
         calibration_images=images,

@@ -164,7 +164,7 @@ def test_valid_region_none_restores_encoder():
             GLOBAL_FIRST,
             (16, 9),
             False,
-            "first block of this encoder attends globally.*drop_padding",
+            "attends globally from its first block on.*drop_padding",
         ),
         (DEEP, (1, 1), False, "1:1 saves nothing: .* every attention window.*or drop_padding"),
         (DEEP, (64, 63), False, "every attention window of the square; accepted: a more elongated"),
