@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.status import Status
 
+QUIET_SECONDS = 30
+"""Longest silence of a step in a log file."""
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as the lines of a Markdown table."""
@@ -33,10 +36,6 @@ def format_ms(value: float) -> str:
 def format_bytes(value: float) -> str:
     """Format a size in megabytes or gigabytes."""
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
-
-
-QUIET_SECONDS = 30
-"""Longest silence of a step in a log file."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from coprs_deploy.images import unpadded_size
 from coprs_deploy.specs import Geometry, Record, ValidRegion
 
 
@@ -97,6 +96,8 @@ class SamConfig(Record, frozen=True):
                 "globally, so that skipping any padding changes the result; accepted: no "
                 "aspect ratio, or one with drop_padding"
             )
+        from coprs_deploy.images import unpadded_size  # here: recipes are listed without numpy
+
         grid, patch = self.geometry.grid_size, self.geometry.patch_size
         unit = patch if drops_padding else patch * self.window_size
         width, height = aspect_ratio

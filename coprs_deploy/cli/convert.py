@@ -13,8 +13,6 @@ from pathlib import Path
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.console import StepPrinter
 
-SUMMARY = "convert SAM, policy or public training weights to a checkpoint"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
@@ -46,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompt template that the policy was trained with; contains {instruction}",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random weights")
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of all random weights (default: 0)"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint to write"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     add_json_flag(parser)
 

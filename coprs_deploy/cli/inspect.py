@@ -15,12 +15,10 @@ from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import table
 from coprs_deploy.specs import IMAGE_ENCODER
 
-SUMMARY = "show the contents of a bundle"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
     parser.add_argument(
         "--cache-dir",
         type=Path,

@@ -19,7 +19,7 @@ R = TypeVar("R")
 GIB = 2**30
 
 _ATTRIBUTE = re.compile(r"^(\w+): (.*)$")
-_NONE = re.compile(r"; None (?:(?:selects|for) )?(.*)$")
+_NONE = re.compile(r"; (?:None|empty) (?:selects |for )?(.*)$")
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,19 @@ def read_options(
 
 
 def attribute_docs(record: type) -> dict[str, str]:
-    """Return the attribute descriptions in a class docstring, without markup."""
-    section = inspect.getdoc(record) or ""
-    section = section.partition("Attributes:\n")[2]
+    """Return the attribute descriptions in a class docstring and those of its bases."""
     documented: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(section).splitlines():
-        found = _ATTRIBUTE.match(line)
-        if found:
-            name = found[1]
-            documented[name] = found[2]
-        elif name and line.startswith(" "):
-            documented[name] += " " + line.strip()
-        else:
-            break
+    for base in reversed(record.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        name = ""
+        for line in inspect.cleandoc(section).splitlines():
+            found = _ATTRIBUTE.match(line)
+            if found:
+                name, documented[found[1]] = found[1], found[2]
+            elif name and line.startswith(" "):
+                documented[name] += " " + line.strip()
+            else:
+                break
     return {name: text.replace("``", "").rstrip(".") for name, text in documented.items()}
 
 
