@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -18,7 +19,7 @@ R = TypeVar("R")
 
 GIB = 2**30
 
-_ATTRIBUTE = re.compile(r"^(\w+): (.*)$")
+_ATTRIBUTE = re.compile(r"    (\w+): (.*)")
 _NONE = re.compile(r"; (?:None|empty) (?:selects |for )?(.*)$")
 
 
@@ -117,14 +118,11 @@ def attribute_docs(record: type) -> dict[str, str]:
     for base in reversed(record.__mro__):
         section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
         name = ""
-        for line in inspect.cleandoc(section).splitlines():
-            found = _ATTRIBUTE.match(line)
-            if found:
+        for line in itertools.takewhile(str.strip, section.splitlines()):
+            if found := _ATTRIBUTE.match(line):
                 name, documented[found[1]] = found[1], found[2]
-            elif name and line.startswith(" "):
-                documented[name] += " " + line.strip()
             else:
-                break
+                documented[name] += " " + line.strip()
     return {name: text.replace("``", "").rstrip(".") for name, text in documented.items()}
 
 

@@ -41,7 +41,7 @@ class SuggestingParser(argparse.ArgumentParser):
             fill, self._fill = self._fill, None
             fill(self)
         given = list(sys.argv[1:] if args is None else args)
-        self._as_json = self._as_json or "--json" in given
+        self._as_json = "--json" in given
         return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
