@@ -12,7 +12,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 R = TypeVar("R")
@@ -66,12 +66,12 @@ def add_options(
 
     Args:
         parser: the parser, or a group of it.
-        record: a dataclass whose docstring has an ``Attributes:`` section.
+        record: a dataclass with defaults, whose docstring has an ``Attributes:`` section.
         options: the fields to expose, in the order of the help text.
     """
-    documented, defaults = attribute_docs(record), _defaults(record)
+    documented, defaults = attribute_docs(record), record()
     for option in options:
-        default = defaults[option.field]
+        default = getattr(defaults, option.field)
         text = option.help or _NONE.sub(r" (default: \1)", documented[option.field])
         flag = option.flag or "--" + option.field.replace("_", "-")
         settings: dict[str, Any] = {"dest": option.field, "default": argparse.SUPPRESS}
@@ -92,10 +92,7 @@ def add_options(
 
 
 def read_options(
-    arguments: argparse.Namespace,
-    record: Callable[..., R],
-    options: Sequence[Option],
-    **others: Any,
+    arguments: argparse.Namespace, record: Callable[..., R], options: Sequence[Option]
 ) -> R:
     """Build a record from the options that were given.
 
@@ -103,13 +100,12 @@ def read_options(
         arguments: what the parser returned.
         record: the dataclass.
         options: those passed to :func:`add_options`.
-        **others: further fields, which are no options.
 
     Raises:
         ValueError: the record refuses a value or a combination.
     """
     given = {o.field: getattr(arguments, o.field) for o in options if hasattr(arguments, o.field)}
-    return record(**given, **others)
+    return record(**given)
 
 
 def attribute_docs(record: type) -> dict[str, str]:
@@ -142,14 +138,3 @@ def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return convert
-
-
-def _defaults(record: type) -> dict[str, Any]:
-    return {
-        field.name: field.default_factory()
-        if field.default_factory is not MISSING
-        else None
-        if field.default is MISSING
-        else field.default
-        for field in fields(record)
-    }

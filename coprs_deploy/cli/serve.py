@@ -89,12 +89,12 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: soc
     with open_runtime(arguments.bundle, options, log) as coprs:
         coprs.warm_up()
         app = build_app(coprs, int(arguments.max_upload * MIB))
-        listener.listen()  # connections are accepted from here on
-        address, port = listener.getsockname()[:2]
-        log(coprs.description)
-        log(f"http://{f'[{address}]' if ':' in address else address}:{port}")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         try:
+            listener.listen()  # connections are accepted from here on
+            address, port = listener.getsockname()[:2]
+            log(coprs.description)
+            log(f"http://{f'[{address}]' if ':' in address else address}:{port}")
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
             log("stopped")

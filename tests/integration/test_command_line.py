@@ -115,7 +115,7 @@ class TestVerbs:
             for graph in ("image_encoder", "prior", "mask_decoder"):
                 assert f"{graph}: o" in done.stderr.decode()
             again = run("segment", *request, "--runtime", runtime)
-            assert again.stderr.decode().count("(remembered from 20") == 3
+            assert again.stderr.decode().count("(cached on 20") == 3
 
     def test_verify_checks_another_runtime(self, model):
         verified = run_json(

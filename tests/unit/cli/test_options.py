@@ -107,11 +107,11 @@ def test_read_options_without_options_gives_the_defaults_of_the_record(parser):
     assert read_options(parser.parse_args([]), Record, OPTIONS) == Record()
 
 
-def test_read_options_takes_given_values_and_further_fields(parser):
+def test_read_options_takes_the_given_values(parser):
     given = "--num-threads 2 --no-cuda-graphs --overwrite --only-sizes 1,2 --tags a --tags b"
     arguments = parser.parse_args(given.split())
-    record = read_options(arguments, Record, OPTIONS, cache_dir=Path("there"))
-    assert record == Record(2, False, True, "plain", Path("there"), (1, 2), ["a", "b"])
+    record = read_options(arguments, Record, OPTIONS)
+    assert record == Record(2, False, True, "plain", None, (1, 2), ["a", "b"])
 
 
 def test_read_options_lets_the_record_refuse_a_value(parser):
