@@ -44,25 +44,15 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {
-    "CoPRS": "coprs_deploy.runtime",
-    "CoPRSError": "coprs_deploy.errors",
-    "ImageError": "coprs_deploy.errors",
-    "InstructionError": "coprs_deploy.errors",
-    "PolicyError": "coprs_deploy.errors",
-    "PriorEvent": "coprs_deploy.runtime",
-    "QueueFullError": "coprs_deploy.errors",
-    "RequestTimeoutError": "coprs_deploy.errors",
-    "RuntimeOptions": "coprs_deploy.runtime",
-    "SegmentationResult": "coprs_deploy.runtime",
-    "TextDelta": "coprs_deploy.runtime",
-    "Timings": "coprs_deploy.runtime",
-}
+_HOMES = ("coprs_deploy.errors", "coprs_deploy.runtime")
+"""Modules of the public names; errors can be imported without the runtime's libraries."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:
+        for home in map(importlib.import_module, _HOMES):
+            if hasattr(home, name):
+                return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

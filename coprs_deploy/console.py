@@ -6,11 +6,15 @@ import io
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-if TYPE_CHECKING:
-    from rich.status import Status
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+QUIET_SECONDS = 30
+"""Longest silence of a step in a log file."""
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -35,16 +39,8 @@ def format_bytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
-QUIET_SECONDS = 30
-"""Longest silence of a step in a log file."""
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows as text in columns; the first column is left-aligned, the others right."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for number, name in enumerate(header):
         grid.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
@@ -70,8 +66,6 @@ class StepPrinter:
         self._last_line = 0.0
         self._status: Status | None = None
         if sys.stderr.isatty():
-            from rich.console import Console
-
             self._status = Console(stderr=True, highlight=False).status("")
 
     def __call__(self, step: str) -> None:
@@ -79,14 +73,14 @@ class StepPrinter:
         self._end("done")
         self._step, self._since = step, time.perf_counter()
         if self._status is not None:
-            self._status.update(step)
+            self._status.update(Text(step))  # a plain string would be read as markup
             self._status.start()
 
     def progress(self, text: str) -> None:
         """Show what the running step is doing; elsewhere than on a terminal, every 30 seconds."""
         now = time.perf_counter()
         if self._status is not None:
-            self._status.update(f"{self._step}: {text}")
+            self._status.update(Text(f"{self._step}: {text}"))
         elif now - max(self._since, self._last_line) >= QUIET_SECONDS:
             self._last_line = now
             self.note(f"{self._step}: {text}")
@@ -107,12 +101,7 @@ class StepPrinter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._status is not None:
             self._status.stop()
         self._end("done" if kind is None else "failed")

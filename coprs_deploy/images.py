@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,35 +196,8 @@ def _check_size(width: int, height: int, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class PreparedImage:
-    """Input of the image encoder, with the sizes that map its outputs back to the image.
-
-    Attributes:
-        image: (1, 3, S, S) float32, normalized RGB, zero in the padding.
-        unpadded_size: int64 (2,), height and width of the resized image in pixels.
-        original_size: height and width of the original image in pixels.
-    """
-
-    image: NDArray[np.float32]
-    unpadded_size: NDArray[np.int64]
-    original_size: tuple[int, int]
-
-
-class HasResize(Protocol):
-    """Anything that knows the resized and the original size of an image."""
-
-    @property
-    def unpadded_size(self) -> NDArray[np.int64]:
-        """int64 (2,), height and width of the resized image in pixels."""
-
-    @property
-    def original_size(self) -> tuple[int, int]:
-        """Height and width of the original image in pixels."""
-
-
-@dataclass(frozen=True)
 class ResizeTransform:
-    """Resize of an image to the longer side S, computed from its size alone.
+    """Resize of an image to the longer side S, which maps outputs of the graphs back to the image.
 
     Attributes:
         unpadded_size: int64 (2,), height and width of the resized image in pixels.
@@ -236,10 +209,21 @@ class ResizeTransform:
 
     @classmethod
     def of(cls, rgb: RgbArray, geometry: Geometry) -> ResizeTransform:
-        """Compute the resize of an image, (H, W, 3)."""
+        """Compute the resize of an image, (H, W, 3), from its size alone."""
         height, width = rgb.shape[:2]
         resized = unpadded_size(height, width, geometry.image_size)
-        return cls(np.array(resized, dtype=np.int64), (height, width))
+        return ResizeTransform(np.array(resized, dtype=np.int64), (height, width))
+
+
+@dataclass(frozen=True)
+class PreparedImage(ResizeTransform):
+    """Input of the image encoder, with its resize.
+
+    Attributes:
+        image: (1, 3, S, S) float32, normalized RGB, zero in the padding.
+    """
+
+    image: NDArray[np.float32]
 
 
 def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -248,7 +232,7 @@ def unpadded_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def check_valid_region(resize: HasResize, valid_region: ValidRegion | None) -> None:
+def check_valid_region(resize: ResizeTransform, valid_region: ValidRegion | None) -> None:
     """Refuse an image that does not fit the valid region of an image encoder.
 
     Raises:
@@ -297,7 +281,7 @@ def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
     std = np.asarray(geometry.pixel_std, dtype=np.float32)[:, None, None]
     np.subtract(resized.transpose(2, 0, 1), mean, out=inside, dtype=np.float32)
     np.divide(inside, std, out=inside)
-    return PreparedImage(image, resize.unpadded_size, resize.original_size)
+    return PreparedImage(resize.unpadded_size, resize.original_size, image)
 
 
 def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Image:
@@ -338,7 +322,7 @@ def mask_cells(unpadded_size: NDArray[np.int64], geometry: Geometry) -> tuple[in
 
 
 def resize_logits(
-    logits: NDArray[np.float32], resize: HasResize, geometry: Geometry
+    logits: NDArray[np.float32], resize: ResizeTransform, geometry: Geometry
 ) -> NDArray[np.float32]:
     """Resize mask or prior logits to the original image size.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from coprs_deploy.images import unpadded_size
 from coprs_deploy.specs import Geometry, Record, ValidRegion
 
 
@@ -87,6 +86,8 @@ class SamConfig(Record, frozen=True):
                 "block on, so that skipping padding changes the result; accepted: none, or "
                 "drop_padding with it"
             )
+        from coprs_deploy.images import unpadded_size  # here: recipes are listed without numpy
+
         grid, patch = self.geometry.grid_size, self.geometry.patch_size
         unit = patch if drops_padding else patch * self.window_size
         width, height = aspect_ratio

@@ -78,7 +78,8 @@ def draw_overlay(image: RgbArray, masks: NDArray[np.bool_], caption: str = "") -
     for number, inside in enumerate(layers):
         color = TARGET_COLORS[number % len(TARGET_COLORS)]
         _blend(canvas, color, 0.35 * inside)
-        _paint_outline(canvas, inside, color, line_px)
+        _blend(canvas, WHITE, _edge(inside, 2 * line_px))
+        _blend(canvas, color, _edge(inside, line_px))
     drawn = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     return add_caption(drawn, caption) if caption else drawn
 
@@ -214,15 +215,6 @@ def _smooth_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.f
     coverage = np.asarray(resized, dtype=np.float32) / np.float32(255)
     inside: NDArray[np.float32] = np.clip((coverage - 0.5) * 4 + 0.5, 0, 1).astype(np.float32)
     return inside
-
-
-def _paint_outline(
-    canvas: NDArray[np.float32], inside: NDArray[np.float32], color: Color, line_px: int
-) -> None:
-    """Paint the edge of a smooth mask in place: a colored line between two lines of white."""
-    outline, halo = _edge(inside, line_px), _edge(inside, 2 * line_px)
-    _blend(canvas, WHITE, halo)
-    _blend(canvas, color, outline)
 
 
 def _edge(inside: NDArray[np.float32], line_px: int) -> NDArray[np.float32]:

@@ -28,7 +28,13 @@ from coprs_deploy.evaluation.metrics import (
     precision_at,
 )
 from coprs_deploy.export.equivalence import cosine_similarity, relative_error
-from coprs_deploy.images import PreparedImage, mask_cells, prepare_image, resize_logits
+from coprs_deploy.images import (
+    PreparedImage,
+    ResizeTransform,
+    mask_cells,
+    prepare_image,
+    resize_logits,
+)
 from coprs_deploy.specs import MASK_DECODER, PRIOR, Geometry
 
 Masks = Sequence[NDArray[np.bool_]]
@@ -195,7 +201,7 @@ def _compare(
     metrics["mask_iou"] = mask_agreement(ours[valid] > 0, theirs[valid] > 0)
     if "ground_truth" in sample:
         size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
-        prepared = PreparedImage(sample["image"], sample["unpadded_size"], size)
+        prepared = ResizeTransform(sample["unpadded_size"], size)
         mask = np.any(resize_logits(ours, prepared, geometry) > 0, axis=0)
         metrics["gt"] = count_pixels(mask, sample["ground_truth"].astype(np.bool_))
     return metrics

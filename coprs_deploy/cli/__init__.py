@@ -1,5 +1,5 @@
 """The command line: one file a verb.
 
-A verb's module defines ``SUMMARY``, ``add_arguments(parser)`` and ``run(arguments) -> int``. Heavy
-libraries are imported inside ``run``, so that help is instant.
+The module of a verb defines ``add_arguments(parser)`` and ``run(arguments) -> int``; its docstring
+is the description in the help text. It is imported when its verb is chosen.
 """

@@ -35,8 +35,6 @@ from coprs_deploy.console import StepPrinter
 if TYPE_CHECKING:
     from coprs_deploy.bench.options import BenchOptions
 
-SUMMARY = "measure speed, memory and accuracy"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""

@@ -14,8 +14,6 @@ from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.console import StepPrinter
 
-SUMMARY = "convert SAM, policy or public training weights to a checkpoint"
-
 
 def _read_text(path: str) -> str:
     try:
@@ -57,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy-size", help="with --random: tiny, tiny-llava, 3b, 7b, llava-7b or llava-13b"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint to write"
+    )
     add_options(parser, ConversionOptions, OPTIONS)
     add_json_flag(parser)
 

@@ -12,8 +12,6 @@ from coprs_deploy.cli.parser import add_json_flag, print_json
 from coprs_deploy.machine import installed_versions
 from coprs_deploy.version import __version__
 
-SUMMARY = "report which runtimes and policies can run on this machine"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""

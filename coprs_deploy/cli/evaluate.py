@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import GRAPHS, add_runtime_options, runtime_options
+from coprs_deploy.cli.runtime_arguments import (
+    GRAPHS,
+    add_bundle_argument,
+    add_runtime_options,
+    open_runtime,
+    runtime_options,
+)
 from coprs_deploy.console import table
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
     from coprs_deploy.runtime import CoPRS
-
-SUMMARY = "evaluate a bundle on held-out scenes or your own examples"
 
 LOG_EVERY = 50
 """Examples between two lines of progress."""
@@ -28,9 +32,7 @@ LOG_EVERY = 50
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="bundle (default: the demo model)"
-    )
+    add_bundle_argument(parser)
     parser.add_argument(
         "--examples", type=Path, help="example file, .parquet or .jsonl (default: held-out scenes)"
     )
@@ -71,7 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.evaluation.evaluator import evaluate, predict_with
     from coprs_deploy.evaluation.metrics import summarize
     from coprs_deploy.evaluation.report import write_evaluation
-    from coprs_deploy.runtime import CoPRS
 
     thresholds = _parse_thresholds(arguments.require)
     dataset = open_examples(
@@ -86,9 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         if done % LOG_EVERY == 0:
             log(f"{done} of {len(dataset.examples)} examples")
 
-    with CoPRS.load(arguments.bundle, options) as coprs:
-        for choice in coprs.runtime_choices:
-            log(str(choice))
+    with open_runtime(arguments.bundle, options) as coprs:
         _check_images(dataset.examples, coprs)
         predict = predict_with(coprs.segment, dataset.max_targets)
         evaluated = evaluate(predict, dataset.examples, on_progress=log_progress)
@@ -129,13 +128,13 @@ def _check_images(examples: Sequence[Example], coprs: CoPRS) -> None:
 def _parse_thresholds(settings: Sequence[str]) -> dict[str, float]:
     thresholds = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
+        name, _, value = setting.partition("=")
         try:
             thresholds[name.strip()] = float(value)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"--require is {setting!r}; accepted: METRIC=VALUE, as in giou=0.93")
+        except ValueError as error:
+            raise ValueError(
+                f"--require is {setting!r}; accepted: METRIC=VALUE, as in giou=0.93"
+            ) from error
     return thresholds
 
 

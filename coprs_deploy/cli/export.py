@@ -22,8 +22,6 @@ from coprs_deploy.specs import OptimizationProfile, parse_aspect_ratio
 if TYPE_CHECKING:
     from coprs_deploy.export import ExportReport
 
-SUMMARY = "export a checkpoint to a bundle of graphs"
-
 GRAPHS = (
     Option("runtime"),
     Option("precision"),
@@ -40,7 +38,13 @@ GRAPHS = (
 
 ENGINES = (
     Option("compute_capabilities", parse=parse_capabilities, metavar="SM,SM"),
-    Option("workspace_bytes", "--workspace", parse=gib, metavar="GIB"),
+    Option(
+        "workspace_bytes",
+        "--workspace",
+        parse=gib,
+        metavar="GIB",
+        help="scratch memory limit of an engine (default: TensorRT's)",
+    ),
     Option("version_compatible"),
     Option("hardware_compatible"),
     Option("cache_dir", parse=Path, metavar="DIR"),
@@ -52,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     from coprs_deploy.export.options import ExportOptions
 
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint directory")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle to write")
     add_options(parser, ExportOptions, GRAPHS)
     add_options(
         parser.add_argument_group("engines (tensorrt, tensorrt-rtx)"), ExportOptions, ENGINES

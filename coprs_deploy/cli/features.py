@@ -16,23 +16,23 @@ from coprs_deploy.cli.parser import add_json_flag, log, print_json
 if TYPE_CHECKING:
     from coprs_deploy.images import RgbArray
 
-SUMMARY = "precompute SAM's image embeddings for training"
-
 LOG_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint directory")
     parser.add_argument(
         "examples", metavar="EXAMPLES", type=Path, nargs="+", help=".parquet or .jsonl files"
     )
     parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument(
-        "--images-per-shard", type=int, default=256, help="images per file (default 256)"
+        "--images-per-shard", type=int, default=256, help="images per file (default: 256)"
     )
     parser.add_argument(
-        "--device", default="cpu", help="device of the image encoder: cpu, cuda, cuda:N"
+        "--device",
+        default="cpu",
+        help="device of the image encoder: cpu, cuda or cuda:N (default: cpu)",
     )
     add_json_flag(parser)
 

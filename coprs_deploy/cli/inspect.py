@@ -15,12 +15,10 @@ from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import table
 from coprs_deploy.specs import IMAGE_ENCODER
 
-SUMMARY = "show the contents of a bundle"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -62,9 +60,9 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
     engines = {name: graph.engine for name, graph in manifest.graphs.items() if graph.engine}
     if engines:
         yield ""
-        yield from (f"{name}: {engine_line(engine)}" for name, engine in engines.items())
+        yield from (f"{name}: {_engine_line(engine)}" for name, engine in engines.items())
     if engines or cache_dir:
-        yield cache_lines(cache_dir)
+        yield from _cache_lines(cache_dir)
     policy = manifest.policy
     yield (
         f"\npolicy: {bundle.policy_path}, "
@@ -88,14 +86,13 @@ def _graph_table(manifest: Manifest) -> str:
     return table(("graph", "runtime", "precision", "size"), rows)
 
 
-def engine_line(engine: EngineRecord) -> str:
-    """Describe an engine: library, GPUs, build time, and where it was verified."""
+def _engine_line(engine: EngineRecord) -> str:
     gpus = ", ".join(engine.compute_capabilities)
     if engine.hardware_compatible:
         gpus = "every GPU from sm_80 on"
-    verified = "never verified on a GPU"
-    if engine.verified_on:
-        verified = f"verified on {engine.verified_on}"
+    verified = (
+        f"verified on {engine.verified_on}" if engine.verified_on else "never verified on a GPU"
+    )
     code = ", carries host code (version-compatible)" if engine.version_compatible else ""
     return (
         f"{engine.variant} {engine.version} for {gpus}, "
@@ -103,20 +100,14 @@ def engine_line(engine: EngineRecord) -> str:
     )
 
 
-def cache_lines(cache_dir: Path | None = None) -> str:
-    """Describe the engine cache: folder, number of engines, size, kernel caches."""
+def _cache_lines(cache_dir: Path | None) -> Iterator[str]:
     from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
     from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
 
     cache = EngineCache(cache_dir)
-    lines = [
-        f"engine cache: {cache.root}, {len(cache.entries())} engines, "
-        f"{cache.size_bytes() / 1e6:,.1f} MB"
-    ]
-    for folder, title in (
-        (TIMING_FOLDER, "kernel timings"),
-        (KERNEL_CACHE_FOLDER, "kernels compiled on a GPU"),
-    ):
+    size = f"{cache.size_bytes() / 1e6:,.1f} MB"
+    yield f"engine cache: {cache.root}, {len(cache.entries())} engines, {size}"
+    titles = {TIMING_FOLDER: "kernel timings", KERNEL_CACHE_FOLDER: "kernels compiled on a GPU"}
+    for folder, title in titles.items():
         for blob in cache.blobs(folder):
-            lines.append(f"  {title}: {blob.name}, {blob.stat().st_size / 1e6:,.1f} MB")
-    return "\n".join(lines)
+            yield f"  {title}: {blob.name}, {blob.stat().st_size / 1e6:,.1f} MB"

@@ -13,25 +13,27 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from coprs_deploy.cli.parser import SuggestingParser, print_json
 from coprs_deploy.errors import CoPRSError, error_body
 from coprs_deploy.version import __version__
 
-VERBS = (
-    "segment",
-    "serve",
-    "convert",
-    "export",
-    "verify",
-    "inspect",
-    "doctor",
-    "train",
-    "features",
-    "evaluate",
-    "bench",
-    "synth",
-)
+VERBS = {
+    "segment": "segment what an instruction describes in an image",
+    "serve": "serve segmentation over HTTP, with a web page",
+    "convert": "convert SAM, policy or public training weights to a checkpoint",
+    "export": "export a checkpoint to a bundle of graphs",
+    "verify": "compare a bundle with its checkpoint",
+    "inspect": "show the contents of a bundle",
+    "doctor": "report which runtimes and policies can run on this machine",
+    "train": "train a model by a recipe",
+    "features": "precompute SAM's image embeddings for training",
+    "evaluate": "evaluate a bundle on held-out scenes or your own examples",
+    "bench": "measure speed, memory and accuracy",
+    "synth": "generate synthetic scenes: a contact sheet, or a file of examples",
+}
+"""Summary of each verb; its module is imported when it is chosen."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of SIGINT."""
@@ -56,13 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = SuggestingParser(prog="coprs-deploy", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"coprs-deploy {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name in VERBS:
-        module = importlib.import_module(f"coprs_deploy.cli.{name}")
-        verb = verbs.add_parser(
-            name, help=module.SUMMARY, description=module.__doc__, fill=module.add_arguments
-        )
-        verb.set_defaults(run=module.run)
+    for name, summary in VERBS.items():
+        verbs.add_parser(name, help=summary, fill=partial(_add_arguments, name))
     return parser
+
+
+def _add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
+    module = importlib.import_module(f"coprs_deploy.cli.{verb}")
+    parser.description = module.__doc__
+    parser.set_defaults(run=module.run)
+    module.add_arguments(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 R = TypeVar("R")
 
 GIB = 2**30
 
-_ATTRIBUTE = re.compile(r"^(\w+): (.*)$")
-_NONE = re.compile(r"; None (?:(?:selects|for) )?(.*)$")
+_ATTRIBUTE = re.compile(r"    (\w+): (.*)")
+_NONE = re.compile(r"; (?:None|empty) (?:selects |for )?(.*)$")
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def add_options(
 
     Args:
         parser: the parser, or a group of it.
-        record: a dataclass whose docstring has an ``Attributes:`` section.
+        record: a dataclass with defaults, whose docstring has an ``Attributes:`` section.
         options: the fields to expose, in the order of the help text.
     """
-    documented, defaults = attribute_docs(record), _defaults(record)
+    documented, defaults = attribute_docs(record), record()
     for option in options:
-        default = defaults[option.field]
+        default = getattr(defaults, option.field)
         text = option.help or _NONE.sub(r" (default: \1)", documented[option.field])
         flag = option.flag or "--" + option.field.replace("_", "-")
         settings: dict[str, Any] = {"dest": option.field, "default": argparse.SUPPRESS}
@@ -91,10 +92,7 @@ def add_options(
 
 
 def read_options(
-    arguments: argparse.Namespace,
-    record: Callable[..., R],
-    options: Sequence[Option],
-    **others: Any,
+    arguments: argparse.Namespace, record: Callable[..., R], options: Sequence[Option]
 ) -> R:
     """Build a record from the options that were given.
 
@@ -102,30 +100,25 @@ def read_options(
         arguments: what the parser returned.
         record: the dataclass.
         options: those passed to :func:`add_options`.
-        **others: further fields, which are no options.
 
     Raises:
         ValueError: the record refuses a value or a combination.
     """
     given = {o.field: getattr(arguments, o.field) for o in options if hasattr(arguments, o.field)}
-    return record(**given, **others)
+    return record(**given)
 
 
 def attribute_docs(record: type) -> dict[str, str]:
-    """Return the attribute descriptions in a class docstring, without markup."""
-    section = inspect.getdoc(record) or ""
-    section = section.partition("Attributes:\n")[2]
+    """Return the attribute descriptions in a class docstring and those of its bases."""
     documented: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(section).splitlines():
-        found = _ATTRIBUTE.match(line)
-        if found:
-            name = found[1]
-            documented[name] = found[2]
-        elif name and line.startswith(" "):
-            documented[name] += " " + line.strip()
-        else:
-            break
+    for base in reversed(record.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        name = ""
+        for line in itertools.takewhile(str.strip, section.splitlines()):
+            if found := _ATTRIBUTE.match(line):
+                name, documented[found[1]] = found[1], found[2]
+            else:
+                documented[name] += " " + line.strip()
     return {name: text.replace("``", "").rstrip(".") for name, text in documented.items()}
 
 
@@ -145,14 +138,3 @@ def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return convert
-
-
-def _defaults(record: type) -> dict[str, Any]:
-    return {
-        field.name: field.default_factory()
-        if field.default_factory is not MISSING
-        else None
-        if field.default is MISSING
-        else field.default
-        for field in fields(record)
-    }

@@ -17,7 +17,7 @@ _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)")
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """``ArgumentParser`` whose errors suggest the nearest name, as JSON where that was asked for.
+    """``ArgumentParser`` whose errors suggest the nearest name, and are JSON with ``--json``.
 
     Args:
         fill: adds the arguments, once, when the parser is first used; None adds none.
@@ -30,7 +30,7 @@ class SuggestingParser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
-        self.as_json = False
+        self._as_json = False
         self._fill = fill
 
     def parse_known_args(  # type: ignore[override]
@@ -41,7 +41,7 @@ class SuggestingParser(argparse.ArgumentParser):
             fill, self._fill = self._fill, None
             fill(self)
         given = list(sys.argv[1:] if args is None else args)
-        self.as_json = self.as_json or "--json" in given
+        self._as_json = "--json" in given
         return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -51,25 +51,20 @@ class SuggestingParser(argparse.ArgumentParser):
             wrong, known = choice[1], re.findall(r"[\w.-]+", choice[2])
         elif unknown := _UNRECOGNIZED.search(message):
             wrong = unknown[1].split("=")[0]
-            known = sorted({flag for parser in self._family() for flag in parser.flags()})
+            known = sorted(self._flags())
         nearest = difflib.get_close_matches(wrong, known, n=1)
         text = f"{message}; did you mean {nearest[0]}?" if nearest else message
-        if self.as_json:
+        if self._as_json:
             print_json(error_body(argparse.ArgumentError(None, text)))
         self.exit(2, f"{self.prog}: {text}\nTry `{self.prog} --help`.\n")
 
-    def flags(self) -> list[str]:
-        """List the options of this parser."""
-        return [flag for action in self._actions for flag in action.option_strings]
-
-    def _family(self) -> list[SuggestingParser]:
-        children = [
-            child
-            for action in self._actions
-            if isinstance(action, argparse._SubParsersAction)
-            for child in action.choices.values()
-        ]
-        return [self, *children]
+    def _flags(self) -> set[str]:
+        """Collect the options of this parser and of the chosen verb."""
+        flags = {flag for action in self._actions for flag in action.option_strings}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags.update(*(verb._flags() for verb in action.choices.values()))
+        return flags
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,20 @@
-"""Options of the verbs that run a bundle, from the fields of :class:`RuntimeOptions`."""
+"""Arguments of the verbs that run a bundle, and its opening.
+
+Options come from the fields of :class:`~coprs_deploy.runtime.RuntimeOptions`.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.options import Option, add_options, read_options
+from coprs_deploy.cli.parser import log
 
 if TYPE_CHECKING:
-    from coprs_deploy.runtime import RuntimeOptions
+    from coprs_deploy.runtime import CoPRS, RuntimeOptions
+    from coprs_deploy.runtime.loading import Progress
 
 GRAPHS = (
     Option("runtime"),
@@ -41,6 +47,17 @@ QUEUE = (
 """How many requests wait, and for how long."""
 
 
+def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the optional positional argument ``BUNDLE``."""
+    parser.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        type=Path,
+        nargs="?",
+        help="bundle directory (default: the demo model)",
+    )
+
+
 def add_runtime_options(parser: argparse.ArgumentParser, options: tuple[Option, ...]) -> None:
     """Add options of :class:`RuntimeOptions`."""
     from coprs_deploy.runtime.options import RuntimeOptions
@@ -60,3 +77,16 @@ def runtime_options(arguments: argparse.Namespace, options: tuple[Option, ...]) 
     if hasattr(arguments, "vllm"):
         arguments.vllm = read_settings(arguments.vllm)
     return read_options(arguments, RuntimeOptions, options)
+
+
+def open_runtime(
+    bundle: Path | None, options: RuntimeOptions, progress: Progress | None = None
+) -> CoPRS:
+    """Load a bundle, the demo model if None, and log which runtimes were measured as fastest."""
+    from coprs_deploy.runtime import CoPRS
+    from coprs_deploy.runtime.loading import no_progress
+
+    coprs = CoPRS.load(bundle, options, progress=progress or no_progress)
+    for choice in coprs.runtime_choices:
+        log(str(choice))
+    return coprs

@@ -11,9 +11,13 @@ import sys
 from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, add_runtime_options, runtime_options
-
-SUMMARY = "segment what an instruction describes in an image"
+from coprs_deploy.cli.runtime_arguments import (
+    GRAPHS,
+    POLICY,
+    add_runtime_options,
+    open_runtime,
+    runtime_options,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="directory for overlay, mask, prior and result.json"
     )
     parser.add_argument(
-        "--max-targets", type=int, default=1, help="maximum number of targets (default 1)"
+        "--max-targets", type=int, default=1, help="maximum number of targets (default: 1)"
     )
-    parser.add_argument("--max-new-tokens", type=int, help="token budget of the response")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="token budget of the response (default: the checkpoint's)",
+    )
     add_runtime_options(parser, GRAPHS + POLICY)
     add_json_flag(parser)
 
@@ -36,15 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Stream one request, print the response, save the result."""
     from coprs_deploy.policy import StopReason
     from coprs_deploy.prompts import FormatViolation
-    from coprs_deploy.runtime import CoPRS, SegmentationResult, TextDelta
-    from coprs_deploy.runtime.loading import no_progress
+    from coprs_deploy.runtime import SegmentationResult, TextDelta
 
     options = runtime_options(arguments, GRAPHS + POLICY)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
-    progress = log if options.policy == "vllm" else no_progress  # loading vLLM takes a while
-    with CoPRS.load(arguments.bundle, options, progress=progress) as coprs:
-        for choice in coprs.runtime_choices:
-            log(str(choice))
+    progress = log if options.policy == "vllm" else None  # loading vLLM takes a while
+    with open_runtime(arguments.bundle, options, progress) as coprs:
         result: SegmentationResult | None = None
         for event in coprs.stream(
             image, arguments.instruction, arguments.max_targets, arguments.max_new_tokens

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coprs_deploy.cli.parser import log
@@ -22,15 +21,15 @@ from coprs_deploy.cli.runtime_arguments import (
     GRAPHS,
     POLICY,
     QUEUE,
+    add_bundle_argument,
     add_runtime_options,
+    open_runtime,
     runtime_options,
 )
 from coprs_deploy.errors import MissingDependencyError, install_hint
 
 if TYPE_CHECKING:
     from coprs_deploy.runtime import RuntimeOptions
-
-SUMMARY = "serve segmentation over HTTP, with a web page"
 
 PORTS = range(1 << 16)
 
@@ -39,25 +38,19 @@ OPTIONS = QUEUE + GRAPHS + POLICY
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
+    add_bundle_argument(parser)
     parser.add_argument(
-        "bundle",
-        metavar="BUNDLE",
-        type=Path,
-        nargs="?",
-        help="bundle directory (default: the demo model)",
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, help="port (default 8000; 0 selects a free one)"
+        "--port", type=int, default=8000, help="port; 0 for a free one (default: 8000)"
     )
     parser.add_argument(
         "--max-upload",
         type=float,
         default=32,
         metavar="MIB",
-        help="size limit of a request (default 32)",
+        help="size limit of a request (default: 32)",
     )
     add_runtime_options(parser, OPTIONS)
 
@@ -90,21 +83,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: socket.socket) -> None:
     import uvicorn
 
-    from coprs_deploy.runtime import CoPRS
     from coprs_deploy.server.app import build_app
     from coprs_deploy.server.body_limit import MIB
 
-    with CoPRS.load(arguments.bundle, options, progress=log) as coprs:
-        for choice in coprs.runtime_choices:
-            log(str(choice))
+    with open_runtime(arguments.bundle, options, log) as coprs:
         coprs.warm_up()
         app = build_app(coprs, int(arguments.max_upload * MIB))
-        listener.listen()  # connections are accepted from here on
-        address, port = listener.getsockname()[:2]
-        log(coprs.description)
-        log(f"http://{f'[{address}]' if ':' in address else address}:{port}")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         try:
+            listener.listen()  # connections are accepted from here on
+            address, port = listener.getsockname()[:2]
+            log(coprs.description)
+            log(f"http://{f'[{address}]' if ':' in address else address}:{port}")
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
             log("stopped")

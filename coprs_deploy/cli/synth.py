@@ -11,8 +11,6 @@ from pathlib import Path
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 
-SUMMARY = "generate synthetic scenes: a contact sheet, or a file of examples"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""

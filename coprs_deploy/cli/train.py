@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from coprs_deploy.curriculum.recipe import CurriculumRecipe
     from coprs_deploy.training.recipe import Recipe
 
-SUMMARY = "train a model by a recipe"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""

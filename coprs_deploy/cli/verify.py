@@ -19,8 +19,6 @@ from coprs_deploy.console import StepPrinter
 if TYPE_CHECKING:
     from coprs_deploy.export.comparison import BackendComparison
 
-SUMMARY = "compare a bundle with its checkpoint"
-
 OPTIONS = (
     Option(
         "runtime",
@@ -34,8 +32,10 @@ OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    parser.add_argument("--against", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
+    parser.add_argument(
+        "--against", type=Path, required=True, metavar="CHECKPOINT", help="its checkpoint"
+    )
     add_runtime_options(parser, OPTIONS)
     parser.add_argument(
         "--report",

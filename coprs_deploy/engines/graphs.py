@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.cuda import CudaTensor
 from coprs_deploy.engines.runner import DeviceTensor, Runner
-from coprs_deploy.images import HasResize, PreparedImage, check_valid_region, resize_logits
+from coprs_deploy.images import PreparedImage, ResizeTransform, check_valid_region, resize_logits
 from coprs_deploy.specs import (
     IMAGE_ENCODER,
     MASK_DECODER,
@@ -161,7 +161,7 @@ def join_chunks(chunks: Sequence[DeviceTensor], num_targets: int) -> NDArray[np.
 
 
 def masks_at_original_size(
-    chunks: Sequence[DeviceTensor], num_targets: int, image: HasResize, geometry: Geometry
+    chunks: Sequence[DeviceTensor], num_targets: int, image: ResizeTransform, geometry: Geometry
 ) -> NDArray[np.bool_]:
     """Resize mask logits to the original image size and threshold them at 0.
 
@@ -188,7 +188,7 @@ def masks_at_original_size(
 
 
 def _masks_on_gpu(
-    chunks: Sequence[CudaTensor], num_targets: int, image: HasResize, geometry: Geometry
+    chunks: Sequence[CudaTensor], num_targets: int, image: ResizeTransform, geometry: Geometry
 ) -> NDArray[np.bool_] | None:
     """Compute the masks on the GPU; None if it runs out of memory."""
     import torch
@@ -218,7 +218,7 @@ def _mask_stream(device: torch.device) -> Any:
 
 
 def threshold_at_original_size(
-    logits: torch.Tensor, image: HasResize, geometry: Geometry
+    logits: torch.Tensor, image: ResizeTransform, geometry: Geometry
 ) -> torch.Tensor:
     """Resize logits as SAM does and threshold them at 0.
 

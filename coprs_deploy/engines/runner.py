@@ -71,13 +71,13 @@ class RunnerOptions:
     """Options of a runner.
 
     Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        num_threads: threads of one operator on the CPU; None leaves it to the runtime.
-        cuda_graphs: capture an engine's work once as a CUDA graph and replay it.
+        device: device of the graphs: ``cpu``, ``cuda`` or ``cuda:N``.
+        num_threads: CPU threads per graph operator; None selects the runtime's own number.
+        cuda_graphs: capture the kernels of an engine once as a CUDA graph and replay it.
         allow_engine_host_code: load version-compatible engines, which carry host code.
         inference_precision: precision of float32 products: ``fp32``, or ``bf16`` with OpenVINO on
             processors that support it.
-        cache_dir: cache folder; None selects the user's.
+        cache_dir: folder of compiled graphs and measured choices; None selects the user's.
     """
 
     device: str = "cpu"

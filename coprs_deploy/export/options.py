@@ -23,8 +23,8 @@ class ExportOptions:
         images: number of images per image encoder call, fixed or an optimization profile from 1.
         aspect_ratio: fixed aspect ratio (W, H) of all images: skip padding that they share, without
             changing the result; images may be more elongated than this.
-        drop_padding: with aspect_ratio: skip that padding in every block; about half the work for
-            16:9, but a different function whose masks have to be evaluated.
+        drop_padding: with a fixed aspect ratio: skip that padding in every block; about half the
+            work for 16:9, but a different function whose masks have to be evaluated.
         external_policy: refer to the policy by a relative path instead of copying it.
         overwrite: replace an existing bundle.
         compute_capabilities: compute capabilities to build engines for, such as sm_89; empty for
@@ -34,7 +34,7 @@ class ExportOptions:
         hardware_compatible: build engines that every GPU from sm_80 on can run, somewhat slower.
         cache_dir: directory of the engine and calibration cache; None for the user's cache.
         max_cache_bytes: remove the least recently used engines from the cache down to this size;
-            None keeps all.
+            None for no limit.
         calibration_images: directory of images to calibrate int8 on, 32 to 128 typical ones.
     """
 

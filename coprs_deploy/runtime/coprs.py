@@ -116,9 +116,7 @@ class CoPRS(Closeable):
             options = replace(options, policy=policy)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
-        choices = choose_runtimes(
-            opened, options
-        )  # before loading, so that timings are undisturbed
+        choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
         graphs, loaded_policy = load_parts(opened, options, choices, progress)
         coprs = cls(
             graphs,
@@ -304,31 +302,35 @@ class CoPRS(Closeable):
         *,
         stream_prior: bool,
     ) -> Generator[StreamEvent, None, None]:
-        start = time.perf_counter()
         with self._limit.slot():
-            image = self._decode(source)
-            request = PolicyRequest(
-                image.rgb, instruction, max_targets, max_new_tokens, self._deadline(start)
-            )
-            pending = self._cache.get_or_submit(image)
-            yield from self._run(image, request, pending, start, stream_prior=stream_prior)
+            started = self._start(source, instruction, max_targets, max_new_tokens)
+            yield from self._run(*started, stream_prior=stream_prior)
 
     def _submit(
         self, pool: ThreadPoolExecutor, source: ImageSource, instruction: str, max_targets: int
     ) -> Future[SegmentationResult]:
         """Start a request of :meth:`segment_many`; an invalid one fails when its turn comes."""
-        start = time.perf_counter()
         try:
-            image = self._decode(source)
-            request = PolicyRequest(
-                image.rgb, instruction, max_targets, deadline=self._deadline(start)
-            )
+            started = self._start(source, instruction, max_targets, None)
         except Exception as error:
             failed: Future[SegmentationResult] = Future()
             failed.set_exception(error)
             return failed
-        pending = self._cache.get_or_submit(image)
-        return pool.submit(_last, self._run(image, request, pending, start, stream_prior=False))
+        return pool.submit(_last, self._run(*started, stream_prior=False))
+
+    def _start(
+        self,
+        source: ImageSource,
+        instruction: str,
+        max_targets: int,
+        max_new_tokens: int | None,
+    ) -> tuple[float, DecodedImage, PolicyRequest, PendingEmbedding]:
+        """Decode the image, check the request, and submit the image to the encoder."""
+        start = time.perf_counter()
+        deadline = None if self._timeout_s is None else start + self._timeout_s
+        image = self._decode(source)
+        request = PolicyRequest(image.rgb, instruction, max_targets, max_new_tokens, deadline)
+        return start, image, request, self._cache.get_or_submit(image)
 
     def _decode(self, source: ImageSource) -> DecodedImage:
         start = time.perf_counter()
@@ -339,19 +341,16 @@ class CoPRS(Closeable):
         key = content_key(rgb) if self._cache.capacity else ""
         return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start))
 
-    def _deadline(self, start: float) -> float | None:
-        return None if self._timeout_s is None else start + self._timeout_s
-
     def _run(
         self,
+        start: float,
         image: DecodedImage,
         request: PolicyRequest,
         pending: PendingEmbedding,
-        start: float,
         *,
         stream_prior: bool,
     ) -> Generator[StreamEvent, None, None]:
-        """Run policy and graphs on a decoded image whose embedding was requested."""
+        """Run policy and graphs on what :meth:`_start` returned."""
         try:
             policy_start = time.perf_counter()
             result = yield from self._run_policy(request)

@@ -12,8 +12,8 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -78,13 +78,6 @@ def content_key(rgb: RgbArray) -> str:
     return digest.hexdigest()
 
 
-class Encoder(Protocol):
-    """Anything that computes image embeddings in the background."""
-
-    def submit(self, rgb: RgbArray, /) -> Future[ImageEmbedding]:
-        """Enqueue an image, (H, W, 3) uint8."""
-
-
 class EmbeddingCache:
     """LRU cache of image embeddings by image content; thread-safe.
 
@@ -97,7 +90,7 @@ class EmbeddingCache:
         encoder: computes the embeddings.
     """
 
-    def __init__(self, capacity: int, encoder: Encoder) -> None:
+    def __init__(self, capacity: int, encoder: EncoderQueue) -> None:
         self.capacity = capacity
         self._encoder = encoder
         self._entries: OrderedDict[str, Future[ImageEmbedding]] = OrderedDict()
@@ -175,10 +168,7 @@ class PendingEmbedding:
         self.cache.release(self.future)
 
 
-@dataclass(frozen=True)
-class _QueueItem:
-    rgb: RgbArray
-    future: Future[ImageEmbedding] = field(default_factory=Future)
+_Item: TypeAlias = tuple[RgbArray, Future[ImageEmbedding]]
 
 
 class EncoderQueue:
@@ -195,7 +185,7 @@ class EncoderQueue:
     def __init__(self, graphs: SegmentationGraphs, geometry: Geometry) -> None:
         self._graphs = graphs
         self._geometry = geometry
-        self._queue: deque[_QueueItem] = deque()
+        self._queue: deque[_Item] = deque()
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-encoder")
 
@@ -208,15 +198,15 @@ class EncoderQueue:
         Raises:
             CoPRSError: the queue was closed.
         """
-        item = _QueueItem(rgb)
+        future: Future[ImageEmbedding] = Future()
         with self._lock:
-            self._queue.append(item)
+            self._queue.append((rgb, future))
             try:
                 self._thread.submit(self._encode_next)
             except RuntimeError as error:
                 self._queue.clear()
                 raise CoPRSError("the runtime was closed") from error
-        return item.future
+        return future
 
     def _encode_next(self) -> None:
         """Encode the next batch; the queue is empty if an earlier batch included the item."""
@@ -225,34 +215,33 @@ class EncoderQueue:
         if failure is None:
             return
         # Retry a failed batch one by one: memory may suffice for one, or one image is broken.
-        for item in batch:
-            error = failure if len(batch) == 1 else self._encode([item])
+        for rgb, future in batch:
+            error = failure if len(batch) == 1 else self._encode([(rgb, future)])
             if error is not None:
-                item.future.set_exception(error)
+                future.set_exception(error)
 
-    def _next_batch(self) -> list[_QueueItem]:
+    def _next_batch(self) -> list[_Item]:
         with self._lock:
             size = self._graphs.images.size_for(len(self._queue)) if self._queue else 0
-            batch: list[_QueueItem] = []
+            batch: list[_Item] = []
             while self._queue and len(batch) < size:
-                item = self._queue.popleft()
-                if item.future.set_running_or_notify_cancel():
-                    batch.append(item)
+                rgb, future = self._queue.popleft()
+                if future.set_running_or_notify_cancel():
+                    batch.append((rgb, future))
         return batch
 
-    def _encode(self, batch: Sequence[_QueueItem]) -> Exception | None:
+    def _encode(self, batch: Sequence[_Item]) -> Exception | None:
         """Encode a batch and resolve its futures, or return the error."""
         start = time.perf_counter()
         try:
-            prepared = [prepare_image(item.rgb, self._geometry) for item in batch]
+            prepared = [prepare_image(rgb, self._geometry) for rgb, _ in batch]
             embeddings = self._graphs.encode_batch(prepared)
             assert len(embeddings) == len(batch), "one embedding per image"
         except Exception as error:
             return error  # any error, because the futures must be resolved
         finished = time.perf_counter()
-        for item, embedding in zip(batch, embeddings, strict=True):
-            result = ImageEmbedding(embedding, finished, 1e3 * (finished - start))
-            item.future.set_result(result)
+        for (_, future), embedding in zip(batch, embeddings, strict=True):
+            future.set_result(ImageEmbedding(embedding, finished, 1e3 * (finished - start)))
         return None
 
     def close(self) -> None:
@@ -261,6 +250,6 @@ class EncoderQueue:
         with self._lock:
             queued = list(self._queue)
             self._queue.clear()
-        for item in queued:
-            item.future.cancel()
+        for _, future in queued:
+            future.cancel()
         self._thread.shutdown(wait=True)

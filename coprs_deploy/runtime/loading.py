@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TypeAlias
 
 from coprs_deploy.bundle import Bundle
-from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
+from coprs_deploy.engines import SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.autotune import RuntimeChoice, autotune
 from coprs_deploy.errors import BundleError
 from coprs_deploy.policy import Policy
@@ -51,7 +52,7 @@ def load_parts(
     with ThreadPoolExecutor(1, thread_name_prefix="load-policy") as pool:
         start = time.perf_counter()
         progress(f"loading graphs and policy ({options.policy})")
-        loading = pool.submit(_load_policy, bundle, options, graphs_are_open)
+        loading = pool.submit(_open_policy, bundle, options, graphs_are_open)
         try:
             graphs = open_graphs(bundle, options, choices)
         except BaseException:
@@ -70,41 +71,22 @@ def load_parts(
     return graphs, policy
 
 
-def _load_policy(
-    bundle: Bundle, options: RuntimeOptions, graphs_are_open: threading.Event
-) -> Policy:
-    policy = _open_policy(bundle, options, graphs_are_open)
-    hidden_size = bundle.manifest.policy.hidden_size
-    if policy.hidden_size != hidden_size:
-        policy.close()
-        raise BundleError(
-            f"policy hidden size {policy.hidden_size} does not match prior input size "
-            f"{hidden_size}; use the policy that this bundle was exported with"
-        )
-    return policy
-
-
 def _open_policy(
     bundle: Bundle, options: RuntimeOptions, graphs_are_open: threading.Event
 ) -> Policy:
     record = bundle.manifest.policy
     device = options.policy_device or options.device
+    open_policy: Callable[..., Policy]
     if options.policy == "vllm":
         from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
-        return VllmPolicy(
-            bundle.policy_path,
-            record.prompt,
-            record.min_pixels,
-            record.max_pixels,
-            device=device,
-            dtype=options.policy_dtype,
-            settings=options.vllm,
-            memory_is_ready=graphs_are_open if device != "cpu" else None,
-        )
-    from coprs_deploy.policy.transformers_policy import TransformersPolicy
+        memory_is_ready = None if device == "cpu" else graphs_are_open
+        open_policy = partial(VllmPolicy, settings=options.vllm, memory_is_ready=memory_is_ready)
+    else:
+        from coprs_deploy.policy.transformers_policy import TransformersPolicy
 
-    return TransformersPolicy(
+        open_policy = TransformersPolicy
+    policy = open_policy(
         bundle.policy_path,
         record.prompt,
         record.min_pixels,
@@ -112,6 +94,13 @@ def _open_policy(
         device=device,
         dtype=options.policy_dtype,
     )
+    if policy.hidden_size != record.hidden_size:
+        policy.close()
+        raise BundleError(
+            f"policy hidden size {policy.hidden_size} does not match prior input size "
+            f"{record.hidden_size}; use the policy that this bundle was exported with"
+        )
+    return policy
 
 
 def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeChoice, ...]:
@@ -122,12 +111,7 @@ def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeCho
     """
     if options.runtime != AUTO:
         return ()
-    choices = autotune(
-        bundle,
-        _runner_options(options),
-        retune=options.retune,
-        progress=logger.info,
-    )
+    choices = autotune(bundle, options, retune=options.retune, progress=logger.info)
     for choice in choices.values():
         logger.info("%s", choice)
     return tuple(choices.values())
@@ -148,24 +132,12 @@ def open_graphs(
         EnvironmentNotReadyError: a requested library or device is not available.
     """
     chosen = {choice.graph: choice.runtime for choice in choices}
-    settings = _runner_options(options)
     with ExitStack() as opened:
         runners = {
             name: opened.enter_context(
-                open_bundle_graph(bundle, name, settings, chosen.get(name, options.runtime))
+                open_bundle_graph(bundle, name, options, chosen.get(name, options.runtime))
             )
             for name in bundle.manifest.graphs
         }
         opened.pop_all()
     return SegmentationGraphs(runners)
-
-
-def _runner_options(options: RuntimeOptions) -> RunnerOptions:
-    return RunnerOptions(
-        device=options.device,
-        num_threads=options.num_threads,
-        allow_engine_host_code=options.allow_engine_host_code,
-        cuda_graphs=options.cuda_graphs,
-        inference_precision=options.inference_precision,
-        cache_dir=options.cache_dir,
-    )

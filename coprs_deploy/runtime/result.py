@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.errors import MissingDependencyError, install_hint
-from coprs_deploy.images import HasResize, RgbArray, mask_cells, resize_logits, sigmoid
+from coprs_deploy.images import ResizeTransform, RgbArray, mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
 from coprs_deploy.visualization import draw_heatmap, draw_overlay
 
@@ -30,27 +30,18 @@ class LowResolutionLogits:
 
     Attributes:
         logits: (N, 1, M, M) float32, as the graph returns them.
-        unpadded_size: int64 (2,), height and width of the resized image in pixels.
-        original_size: height and width of the original image in pixels.
+        resize: sizes of the image.
         geometry: sizes of the model.
     """
 
     logits: NDArray[np.float32]
-    unpadded_size: NDArray[np.int64]
-    original_size: tuple[int, int]
+    resize: ResizeTransform
     geometry: Geometry
-
-    @classmethod
-    def of(
-        cls, logits: NDArray[np.float32], resize: HasResize, geometry: Geometry
-    ) -> LowResolutionLogits:
-        """Combine logits with the sizes of their image, without keeping its pixels."""
-        return cls(logits, resize.unpadded_size, resize.original_size, geometry)
 
     @cached_property
     def at_original_size(self) -> NDArray[np.float32]:
         """(N, H, W) float32 logits."""
-        return resize_logits(self.logits, self, self.geometry)
+        return resize_logits(self.logits, self.resize, self.geometry)
 
     @cached_property
     def stability_scores(self) -> NDArray[np.float64]:
@@ -59,7 +50,7 @@ class LowResolutionLogits:
         ``calculate_stability_score`` of segment-anything with mask threshold 0.0 and offset 1.0:
         area(logits > +1) / area(logits > -1).
         """
-        rows, columns = mask_cells(self.unpadded_size, self.geometry)
+        rows, columns = mask_cells(self.resize.unpadded_size, self.geometry)
         inside = self.logits[:, 0, :rows, :columns]
         high = np.count_nonzero(inside > STABILITY_OFFSET, axis=(1, 2))
         low = np.count_nonzero(inside > -STABILITY_OFFSET, axis=(1, 2))

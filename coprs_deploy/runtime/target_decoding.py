@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
-from coprs_deploy.images import HasResize
+from coprs_deploy.images import ResizeTransform
 from coprs_deploy.runtime.result import LowResolutionLogits, PriorEvent
 from coprs_deploy.specs import Geometry
 
@@ -52,10 +52,10 @@ class DecodedTargets:
     finished: float = 0.0
 
     @classmethod
-    def none(cls, resize: HasResize, geometry: Geometry) -> DecodedTargets:
+    def none(cls, resize: ResizeTransform, geometry: Geometry) -> DecodedTargets:
         """Return the arrays of a request without a target, all of length 0."""
         side = geometry.mask_size
-        logits = LowResolutionLogits.of(np.zeros((0, 1, side, side), np.float32), resize, geometry)
+        logits = LowResolutionLogits(np.zeros((0, 1, side, side), np.float32), resize, geometry)
         return cls(np.zeros((0, *resize.original_size), np.bool_), logits, logits)
 
 
@@ -63,7 +63,7 @@ def decode_targets(
     graphs: SegmentationGraphs,
     embedding: DeviceTensor,
     concentrations: NDArray[np.float32],
-    resize: HasResize,
+    resize: ResizeTransform,
     geometry: Geometry,
     *,
     stream_prior: bool = False,
@@ -86,7 +86,7 @@ def decode_targets(
     """
 
     def on_host(chunks: list[DeviceTensor]) -> LowResolutionLogits:
-        return LowResolutionLogits.of(join_chunks(chunks, len(concentrations)), resize, geometry)
+        return LowResolutionLogits(join_chunks(chunks, len(concentrations)), resize, geometry)
 
     clock = Clock()
     prior_ms = 0.0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprs_deploy.images import PreparedImage, resize_logits, sigmoid, unpadded_size
+from coprs_deploy.images import ResizeTransform, resize_logits, sigmoid, unpadded_size
 from tests.unit.image_samples import PROPERTY, SAM, TINY
 
 
@@ -19,7 +19,7 @@ def logits_of(count, size, seed=0):
 
 def prepared_of(height, width, geometry):
     inside = unpadded_size(height, width, geometry.image_size)
-    return PreparedImage(np.zeros(0, np.float32), np.array(inside), (height, width))
+    return ResizeTransform(np.array(inside), (height, width))
 
 
 def three_interpolations(logits, prepared, geometry):

@@ -78,11 +78,11 @@ def test_root_script_has_a_main_function(script):
     assert [a.arg for a in functions["main"].args.args] == ["arguments"]
 
 
-def test_verb_has_a_module_with_a_summary_and_arguments():
+def test_verb_has_a_module_with_a_description_and_arguments():
     from coprs_deploy.cli.main import VERBS
 
     for verb in VERBS:
         module = importlib.import_module(f"coprs_deploy.cli.{verb}")
-        assert module.SUMMARY
+        assert module.__doc__
         assert callable(module.add_arguments)
         assert callable(module.run)

@@ -13,7 +13,7 @@ from coprs_deploy.engines import graphs
 from coprs_deploy.engines.cuda import CudaTensor
 from coprs_deploy.engines.graphs import masks_at_original_size, threshold_at_original_size
 from coprs_deploy.engines.runner import HostTensor
-from coprs_deploy.images import PreparedImage, resize_logits, unpadded_size
+from coprs_deploy.images import ResizeTransform, resize_logits, unpadded_size
 from coprs_deploy.specs import Geometry
 
 TINY = Geometry(image_size=128, patch_size=8, out_chans=64)
@@ -22,7 +22,7 @@ SAM = Geometry()
 
 def image_of(height, width, geometry):
     inside = unpadded_size(height, width, geometry.image_size)
-    return PreparedImage(np.zeros(0, np.float32), np.array(inside), (height, width))
+    return ResizeTransform(np.array(inside), (height, width))
 
 
 def logits_of(count, geometry, seed=0):

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from coprs_deploy.errors import MissingDependencyError, install_hint
-from coprs_deploy.images import prepare_image, resize_logits, sigmoid
+from coprs_deploy.images import ResizeTransform, resize_logits, sigmoid
 from coprs_deploy.runtime import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.result import LowResolutionLogits
 from coprs_deploy.specs import Geometry
@@ -27,8 +27,8 @@ PYCOCOTOOLS_DECODES = pytest.mark.filterwarnings(
 
 
 def low_resolution(logits):
-    prepared = prepare_image(np.zeros((HEIGHT, WIDTH, 3), np.uint8), GEOMETRY)
-    return LowResolutionLogits.of(logits, prepared, GEOMETRY)
+    resize = ResizeTransform.of(np.zeros((HEIGHT, WIDTH, 3), np.uint8), GEOMETRY)
+    return LowResolutionLogits(logits, resize, GEOMETRY)
 
 
 def random_logits(generator, num_targets=1):

@@ -302,9 +302,9 @@ def test_segmentation_graphs_on_engines_equal_the_reference(machine, count):
     generator = np.random.default_rng(0)
     images = [
         PreparedImage(
-            generator.standard_normal((1, 3, 16, 16), dtype=np.float32),
             np.array([12, 16]),
             (24, 32),
+            generator.standard_normal((1, 3, 16, 16), dtype=np.float32),
         )
         for _ in range(3)
     ]

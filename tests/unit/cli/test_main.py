@@ -1,0 +1,118 @@
+"""``coprs-deploy``: imports, errors and exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from coprs_deploy.cli.main import INTERRUPTED, VERBS, main
+from coprs_deploy.errors import BundleIntegrityError, PolicyError, QueueFullError
+from coprs_deploy.version import __version__
+
+HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "transformers", "trl", "numpy", "PIL")
+
+
+@pytest.fixture
+def doctor(monkeypatch):
+    """Replace what the verb ``doctor`` does."""
+
+    def replace(function):
+        monkeypatch.setattr("coprs_deploy.cli.doctor.run", function)
+
+    return replace
+
+
+def failing(error):
+    def run(arguments):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--list"], ["serv"]])
+def test_main_without_work_imports_no_heavy_library(arguments):
+    program = (
+        "import sys\nfrom coprs_deploy.cli.main import main\n"
+        f"main({arguments!r})\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_main_help_lists_every_verb_with_its_summary(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for verb, summary in VERBS.items():
+        assert re.search(rf"^    {verb} +{summary}$", shown, re.MULTILINE), verb
+
+
+def test_main_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"coprs-deploy {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_main_help_of_a_verb_opens_with_its_description(verb, capsys):
+    module = __import__(f"coprs_deploy.cli.{verb}", fromlist=["run"])
+    assert main([verb, "--help"]) == 0
+    assert module.__doc__.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_main_returns_the_exit_code_of_the_verb(doctor, code):
+    doctor(lambda arguments: code)
+    assert main(["doctor"]) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (PolicyError("out of memory"), "out of memory", 2),
+        (QueueFullError("2 requests are active"), "2 requests are active", 2),
+        (BundleIntegrityError("prior.onnx was changed"), "prior.onnx was changed", 1),
+        (ValueError("device is 'x'; accepted: cpu"), "device is 'x'; accepted: cpu", 2),
+        (FileNotFoundError(2, "No such file", "a.png"), "a.png: No such file", 2),
+        (OSError("disk full"), "disk full", 2),
+        (KeyboardInterrupt(), "interrupted", INTERRUPTED),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_main_turns_an_error_into_a_message_and_an_exit_code(
+    doctor, capsys, error, message, code, as_json
+):
+    doctor(failing(error))
+    assert main(["doctor", *(["--json"] if as_json else [])]) == code
+    captured = capsys.readouterr()
+    assert captured.err == f"coprs-deploy doctor: {message}\n"
+    if as_json:
+        assert json.loads(captured.out) == {"error": message, "type": type(error).__name__}
+    else:
+        assert captured.out == ""
+
+
+def test_main_does_not_hide_a_bug(doctor):
+    doctor(failing(KeyError("name")))
+    with pytest.raises(KeyError):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing", "--json"], ["--json"], ["doctor", "--jso", "--json"]]
+)
+def test_main_wrong_use_with_json_is_one_object_and_exit_code_2(capsys, arguments):
+    assert main(arguments) == 2
+    body = json.loads(capsys.readouterr().out)
+    assert set(body) == {"error", "type"}
+    assert body["type"] == "ArgumentError"
+
+
+def test_main_broken_pipe_of_another_file_is_an_error(doctor, capfd):
+    doctor(failing(BrokenPipeError(32, "Broken pipe")))
+    assert main(["doctor"]) == 2
+    assert "coprs-deploy doctor: [Errno 32] Broken pipe" in capfd.readouterr().err
