@@ -69,7 +69,7 @@ def test_bench_bundle_without_checkpoint_is_its_own_reference(tiny_bundle):
     assert "no checkpoint was given" in case["accuracy"]["note"]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_bench_start_policy_and_scaling_are_evaluated(tmp_path):
     pattern = "first mask|cpu float32|: 2 (targets|images|questions)|: 512 x"
     suites = "start,policy,scaling"
@@ -97,7 +97,7 @@ def test_bench_start_policy_and_scaling_are_evaluated(tmp_path):
     assert policy.accuracy.concentration_cosine > 0.99999
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_bench_precision_orders_the_precisions(monkeypatch):
     monkeypatch.setattr(precision, "SCENES", 4)
     report = run_benchmark(BenchOptions(suites=("precision",), case_timeout_s=300))

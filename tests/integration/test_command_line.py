@@ -1,10 +1,14 @@
-"""Every verb through the command line, in fresh processes, on a generated model."""
+"""Every verb through the command line on generated models, and what only a process shows."""
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +16,44 @@ import pytest
 from PIL import Image
 
 from coprs_deploy import demo
-from coprs_deploy.cli.main import READER_GONE, main
+from coprs_deploy.cli.main import READER_GONE, VERBS, main
+from tests import ROOT
 
 
-def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
+@dataclass(frozen=True)
+class Finished:
+    """Exit code and output of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path) -> Finished:
+    """Run a command in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        code = main([*map(str, arguments)])
+    return Finished(code, stdout.getvalue(), stderr.getvalue())
 
 
 def run_json(*arguments: str | Path) -> dict:
     done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.code == 0, done.stderr
     return json.loads(done.stdout)
 
 
+def run_process(
+    *arguments: str | Path, stdin: bytes | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command in a fresh process."""
+    command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
+
+
 @pytest.fixture(scope="module", params=["tiny", "tiny-llava"])
-def road(request, tmp_path_factory) -> Path:
-    """Convert and export by the command line; the folder holds checkpoint, bundle and scene.png."""
+def workspace(request, tmp_path_factory) -> Path:
+    """Convert and export a model; the folder holds checkpoint, bundle and scene.png."""
     root = tmp_path_factory.mktemp(request.param)
     made = run_json(
         "convert", "--random", "--policy-size", request.param, "--out", root / "checkpoint"
@@ -42,9 +67,9 @@ def road(request, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-class TestTheMainRoad:
-    def test_verify_repeats_the_check(self, road):
-        verified = run_json("verify", road / "bundle", "--against", road / "checkpoint")
+class TestGeneratedModel:
+    def test_verify_repeats_the_check(self, workspace):
+        verified = run_json("verify", workspace / "bundle", "--against", workspace / "checkpoint")
         assert verified["passed"]
         assert [row["graph"] for row in verified["equivalence"]] == [
             "image_encoder",
@@ -53,13 +78,13 @@ class TestTheMainRoad:
             "end_to_end",
         ]
 
-    def test_segment_writes_its_files(self, road, tmp_path):
+    def test_segment_writes_its_files(self, workspace, tmp_path):
         done = run_json(
             "segment",
-            road / "scene.png",
+            workspace / "scene.png",
             "the red thing",
             "--bundle",
-            road / "bundle",
+            workspace / "bundle",
             "--out",
             tmp_path,
         )
@@ -74,7 +99,7 @@ class TestTheMainRoad:
             with Image.open(tmp_path / name) as picture:
                 assert picture.size[0] >= 640
 
-    def test_segment_mask_equals_pytorch(self, road):
+    def test_segment_mask_equals_pytorch(self, workspace):
         from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
         from coprs_deploy.engines import SegmentationGraphs
         from coprs_deploy.engines.torch_runner import TorchRunner
@@ -82,8 +107,10 @@ class TestTheMainRoad:
         from coprs_deploy.runtime import CoPRS
         from coprs_deploy.specs import graph_specs
 
-        done = run_json("segment", road / "scene.png", "the red thing", "--bundle", road / "bundle")
-        checkpoint = read_checkpoint(road / "checkpoint")
+        done = run_json(
+            "segment", workspace / "scene.png", "the red thing", "--bundle", workspace / "bundle"
+        )
+        checkpoint = read_checkpoint(workspace / "checkpoint")
         config = checkpoint.config
         specs = graph_specs(config.model.geometry, config.model.policy_hidden_size)
         modules = load_segmentation_model(checkpoint).graph_modules()
@@ -95,15 +122,15 @@ class TestTheMainRoad:
         )
         runners = {name: TorchRunner(module, specs[name]) for name, module in modules.items()}
         with CoPRS(SegmentationGraphs(runners), policy, config.model.geometry) as reference:
-            result = reference.segment(road / "scene.png", "the red thing")
+            result = reference.segment(workspace / "scene.png", "the red thing")
         assert result.to_json()["masks"] == done["masks"]
         assert result.response == done["response"]
 
     @pytest.mark.parametrize("runtime", ["openvino", "auto"])
-    def test_segment_gives_the_same_result_on_another_runtime(self, road, runtime):
-        request = (road / "scene.png", "the red thing", "--bundle", road / "bundle")
+    def test_segment_gives_the_same_result_on_another_runtime(self, workspace, runtime):
+        request = (workspace / "scene.png", "the red thing", "--bundle", workspace / "bundle")
         done = run("segment", *request, "--runtime", runtime, "--json")
-        assert done.returncode == 0, done.stderr.decode()
+        assert done.code == 0, done.stderr
         result, expected = json.loads(done.stdout), run_json("segment", *request)
         assert result["masks"] == expected["masks"]
         assert result["response"] == expected["response"]
@@ -111,26 +138,26 @@ class TestTheMainRoad:
             assert "graphs: openvino" in result["runtime"]
         else:
             for graph in ("image_encoder", "prior", "mask_decoder"):
-                assert f"{graph}: o" in done.stderr.decode()
+                assert f"{graph}: o" in done.stderr
             again = run("segment", *request, "--runtime", runtime)
-            assert again.stderr.decode().count("(remembered from 20") == 3
+            assert again.stderr.count("(cached on 20") == 3
 
-    def test_verify_checks_another_runtime(self, road):
+    def test_verify_checks_another_runtime(self, workspace):
         verified = run_json(
-            *("verify", road / "bundle", "--against", road / "checkpoint"),
+            *("verify", workspace / "bundle", "--against", workspace / "checkpoint"),
             *("--runtime", "openvino"),
         )
         assert verified["passed"]
         refused = run(
-            *("verify", road / "bundle", "--against", road / "checkpoint"),
+            *("verify", workspace / "bundle", "--against", workspace / "checkpoint"),
             *("--runtime", "tensorrt"),
         )
-        assert refused.returncode == 2
-        assert b"accepted: onnxruntime, openvino" in refused.stderr
+        assert refused.code == 2
+        assert "accepted: onnxruntime, openvino" in refused.stderr
 
-    def test_export_for_openvino_is_checked_with_it(self, road, tmp_path):
+    def test_export_for_openvino_is_checked_with_it(self, workspace, tmp_path):
         exported = run_json(
-            *("export", road / "checkpoint", "--out", tmp_path / "bundle"),
+            *("export", workspace / "checkpoint", "--out", tmp_path / "bundle"),
             *("--runtime", "openvino"),
         )
         assert all(row["passed"] for row in exported["equivalence"])
@@ -138,47 +165,35 @@ class TestTheMainRoad:
         assert {graph["runtime"] for graph in shown["graphs"].values()} == {"openvino"}
         assert "openvino" in shown["toolchain"]
 
-    def test_segment_reads_the_image_from_stdin(self, road):
-        done = run(
-            "segment",
-            "-",
-            "the red thing",
-            "--bundle",
-            road / "bundle",
-            stdin=(road / "scene.png").read_bytes(),
-        )
-        assert done.returncode == 0, done.stderr.decode()
-        assert done.stdout.decode().strip().endswith("<REF_POS>")
-
-    def test_segment_several_targets_give_numbered_files(self, road, tmp_path):
+    def test_segment_several_targets_give_numbered_files(self, workspace, tmp_path):
         done = run_json(
             "segment",
-            road / "scene.png",
+            workspace / "scene.png",
             "every thing",
             "--max-targets",
             "3",
             "--bundle",
-            road / "bundle",
+            workspace / "bundle",
             "--out",
             tmp_path,
         )
         assert len(done["masks"]) == 3
         assert (tmp_path / "mask-3.png").is_file()
 
-    def test_segment_no_match_is_exit_code_1(self, road, tmp_path):
+    def test_segment_no_match_is_exit_code_1(self, workspace, tmp_path):
         done = run(
             "segment",
-            road / "scene.png",
+            workspace / "scene.png",
             "the red thing",
             "--max-new-tokens",
             "3",
             "--bundle",
-            road / "bundle",
+            workspace / "bundle",
             "--out",
             tmp_path,
             "--json",
         )
-        assert done.returncode == 1
+        assert done.code == 1
         result = json.loads(done.stdout)
         assert not result["found"]
         assert result["masks"] == []
@@ -187,29 +202,27 @@ class TestTheMainRoad:
         assert result["reasoning"]
         assert not np.asarray(Image.open(tmp_path / "mask.png")).any()
 
-    def test_inspect_shows_graphs_and_equality(self, road):
-        shown = run("inspect", road / "bundle")
-        assert shown.returncode == 0
-        for part in (b"image_encoder", b"mask_logits (1, 1, 64, 64)", b"random weights", b"ok"):
+    def test_inspect_shows_graphs_and_equivalence(self, workspace):
+        shown = run("inspect", workspace / "bundle")
+        assert shown.code == 0
+        for part in ("image_encoder", "mask_logits (1, 1, 64, 64)", "random weights", "ok"):
             assert part in shown.stdout
 
-    def test_a_changed_graph_is_refused_by_name(self, road, tmp_path):
-        import shutil
-
-        changed = shutil.copytree(road / "bundle", tmp_path / "changed")
+    def test_segment_changed_graph_is_refused_by_name(self, workspace, tmp_path):
+        changed = shutil.copytree(workspace / "bundle", tmp_path / "changed")
         graph = changed / "prior.onnx"
         data = bytearray(graph.read_bytes())
         data[len(data) // 2] ^= 1
         graph.write_bytes(bytes(data))
-        done = run("segment", road / "scene.png", "x", "--bundle", changed)
-        assert done.returncode == 1
-        assert b"prior.onnx was changed" in done.stderr
+        done = run("segment", workspace / "scene.png", "x", "--bundle", changed)
+        assert done.code == 1
+        assert "prior.onnx was changed" in done.stderr
 
-    def test_verify_against_another_checkpoint_fails(self, road, tmp_path):
+    def test_verify_against_another_checkpoint_fails(self, workspace, tmp_path):
         run_json("convert", "--random", "--seed", "1", "--out", tmp_path / "other")
-        done = run("verify", road / "bundle", "--against", tmp_path / "other")
-        assert done.returncode == 1
-        assert b"another checkpoint" in done.stderr
+        done = run("verify", workspace / "bundle", "--against", tmp_path / "other")
+        assert done.code == 1
+        assert "another checkpoint" in done.stderr
 
 
 class TestWrongUse:
@@ -235,23 +248,36 @@ class TestWrongUse:
             (["convert", "--policy", "p", "--sam", "s.pth", "--out", "c"], "no file s.pth"),
         ],
     )
-    def test_it_ends_with_2_and_a_way_out(self, arguments, hint, tmp_path, monkeypatch):
+    def test_wrong_use_exits_with_2_and_names_the_fix(self, arguments, hint, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         done = run(*arguments)
-        assert done.returncode == 2
-        assert hint in done.stderr.decode()
-        assert b"Traceback" not in done.stderr
+        assert done.code == 2
+        assert hint in done.stderr
+        assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []
 
     def test_help_names_every_verb(self):
-        from coprs_deploy.cli.main import VERBS
-
-        shown = run("--help").stdout.decode()
+        shown = run("--help").stdout
         assert all(f"\n    {verb} " in shown for verb in VERBS)
 
 
+@pytest.mark.slow
+def test_process_reads_the_image_from_stdin():
+    scene = ROOT / "examples" / "scene.png"
+    done = run_process("segment", "-", "the largest red circle", stdin=scene.read_bytes())
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == run("segment", scene, "the largest red circle").stdout
+
+
+def test_process_exits_with_the_code_of_main(tmp_path):
+    done = run_process("inspect", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert b"there is no bundle at" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["sheet.png", "some.jsonl", "some.parquet"])
-def test_scenes_are_drawn_to_look_at_or_to_learn_from(name, tmp_path):
+def test_synth_writes_a_sheet_or_examples(name, tmp_path):
     done = run_json("synth", "--preset", "full", "--num-examples", "3", "--out", tmp_path / name)
     assert done["num_examples"] == 3
     if name == "sheet.png":
@@ -284,7 +310,7 @@ def test_doctor_with_runtimes_and_policies_is_ready():
 
 
 @pytest.mark.parametrize("arguments", [("inspect", demo.BUNDLE), ("train", "--list")])
-def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+def test_closed_pipe_of_the_reader_exits_quietly(arguments):
     command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -293,7 +319,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
         assert process.wait(timeout=60) == READER_GONE
 
 
-def test_another_pipe_that_breaks_is_an_error(monkeypatch, capfd):
+def test_other_broken_pipe_is_an_error(monkeypatch, capfd):
     def lose_the_engine(arguments):
         raise BrokenPipeError(32, "Broken pipe")
 

@@ -28,7 +28,7 @@ def vit_b(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 def test_vit_b_is_near_float32_and_compiles_for_all_gpus(vit_b, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

@@ -107,7 +107,7 @@ def measure(parts, segmentation, rows, length, checkpointing):
     return sum(total["Total"] for total in peak.values())
 
 
-@pytest.mark.slow  # the tracker intercepts every operator and module: a minute per case
+@pytest.mark.extended  # the tracker intercepts every operator and module: a minute per case
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("width", "depth", "rows", "length", "checkpointing"),
