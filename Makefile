@@ -19,7 +19,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 DEMO ?= demo-output
 
 # One process per core, four at most; the crash of one ends the run.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: demo test test-extended test-vllm lint check format demo-model report clean
 

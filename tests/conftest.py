@@ -15,6 +15,12 @@ from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.export import export_checkpoint
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first, so that the processes end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
     """Fail whatever reaches for another machine, even if the caller swallows the error."""
