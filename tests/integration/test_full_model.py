@@ -1,4 +1,4 @@
-"""The model of the preset ``full`` in ``examples/``: exported, then evaluated."""
+"""The model of the preset ``full`` in ``examples/``, exported and evaluated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tests import ROOT
 CHECKPOINT = ROOT / "examples/full/checkpoint"
 
 THRESHOLDS = {"giou": 0.8, "precision_at_50": 0.85, "no_match_recall": 0.75}
-"""What 48 scenes must reach: below the committed report by more than their standard error."""
+"""Required on 48 scenes: below the committed report by more than their standard error."""
 
 
 @pytest.mark.slow
-def test_its_answers_are_right(tmp_path):
+def test_full_model_reaches_the_thresholds(tmp_path):
     bundle = tmp_path / "bundle"
-    assert main(["export", str(CHECKPOINT), "--out", str(bundle), "--refer-to-policy"]) == 0
+    assert main(["export", str(CHECKPOINT), "--out", str(bundle), "--external-policy"]) == 0
     required = [f"--require={name}={value}" for name, value in THRESHOLDS.items()]
     options = ["--preset", "full", "--num-examples", "48", "--num-no-match", "16"]
     assert main(["evaluate", str(bundle), *options, *required]) == 0
