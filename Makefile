@@ -1,7 +1,15 @@
-# One command each: `make demo` shows the main job, `make test` runs the whole suite,
-# `make check` runs format, lint, types, import contracts and the fast tests.
-# `make test-vllm` runs the tests that need vLLM, in an environment beside the other.
-# Each sets up its own environment first; PYTHON, VENV and VLLM_VENV may be given.
+# make demo           export the demo model and segment one image
+# make test           all tests but the following two, in nine minutes on two cores
+# make test-extended  real sizes and long runs
+# make test-vllm      tests with a real vLLM engine, in an environment of its own
+# make lint           format, lint, types, import contracts, words
+# make check          lint and the fast tests: before every commit
+# make format         format the code and fix what ruff can fix
+# make demo-model     train the demo model, put it into the package, record its golden outputs
+# make report         the committed benchmark reports and tables; takes hours, needs an idle machine
+# make clean          remove environments and outputs
+#
+# Each target sets up its environment first. Variables: PYTHON, VENV, VLLM_VENV.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,10 +18,10 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 DEMO ?= demo-output
 
-# Test files side by side, a core each, on four at most; a crash of one ends the run.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
+# One process per core, four at most; the crash of one ends the run.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo test test-vllm lint check format demo-model report clean
+.PHONY: demo test test-extended test-vllm lint check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -26,14 +34,17 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.base
-	$(BIN)/python -m coprs_deploy.cli.main export coprs_deploy/demo/checkpoint --out $(DEMO)/bundle --overwrite
-	$(BIN)/python -m coprs_deploy.cli.main segment examples/scene.png "the largest red circle" \
-		--bundle $(DEMO)/bundle --out $(DEMO)/answer
+	$(BIN)/python -m coprs_deploy export coprs_deploy/demo/checkpoint --out $(DEMO)/bundle --overwrite
+	$(BIN)/python -m coprs_deploy segment examples/scene.png "the largest red circle" \
+		--bundle $(DEMO)/bundle --out $(DEMO)/result
 	@echo
-	@echo "Look at $(DEMO)/answer/overlay.png, prior.png, mask.png and result.json."
+	@echo "Results: $(DEMO)/result/overlay.png, prior.png, mask.png, result.json"
 
 test: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) -m "not extended"
+
+test-extended: $(VENV)/.dev
+	$(PYTEST) -m extended
 
 $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -50,9 +61,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 check: lint
-	$(PYTEST) -m "not slow" --quiet
+	$(PYTEST) -m "not slow and not extended" --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -63,19 +75,18 @@ demo-model: $(VENV)/.dev
 	$(BIN)/python training/build_demo_model.py runs/demo
 	$(BIN)/python export/record_golden.py tests/golden/demo.npz
 
-# Measures on this machine, which should have nothing else to do.
-REPORTS ?= docs/reports/benchmarks
+REPORTS ?= benchmarks/reports
 BENCH_WORK ?= benchmark-work
-BENCH := $(BIN)/python -m coprs_deploy.cli.main bench --work $(BENCH_WORK) --out $(REPORTS)
+BENCH := $(BIN)/python -m coprs_deploy bench --work-dir $(BENCH_WORK)
 
 report: $(VENV)/.dev
-	$(BENCH) --suite engines,answer,policy,start,scaling,export --theme shipped
-	$(BENCH) --suite precision --theme precision
-	$(BENCH) --suite engines --full --sizes vit_b,vit_h --theme full-size --rounds 2 \
-		--only 'vit_b: image_encoder(?!.*compile).*(fp32|bf16|int8)|vit_h: image_encoder.*(openvino.*cpu (fp32|int8)|eager cpu (fp32|bf16)|onnxruntime.*cpu fp32|anything.*openvino.*bf16)'
-	$(BIN)/python -m coprs_deploy.cli.main bench --suite full-size-export --out docs/reports
-	$(BIN)/python -m coprs_deploy.benchmarks.full_size_engines --out docs/reports --work $(BENCH_WORK)/engines
-	$(BIN)/python -m coprs_deploy.benchmarks.committed
+	$(BENCH) --suite engines,answer,policy,start,scaling --tag demo --out $(REPORTS)
+	$(BENCH) --suite precision --tag precision --out $(REPORTS)
+	$(BENCH) --suite engines --sizes vit_b,vit_h --tag full-size --rounds 2 --out $(REPORTS) \
+		--filter 'vit_b: image_encoder(?!.*compile).*(fp32|bf16|int8)|vit_h: image_encoder.*(openvino.*cpu (fp32|int8)|eager cpu (fp32|bf16)|onnxruntime.*cpu fp32|anything.*openvino.*bf16)'
+	$(BENCH) --suite export --sizes vit_b,vit_h --tag full-size-export --out export/reports
+	$(BIN)/python benchmarks/full_size_engines.py --out engines/records --work-dir $(BENCH_WORK)/engines
+	$(BIN)/python benchmarks/update_tables.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) $(BENCH_WORK) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,5 +1,6 @@
-"""What many tests share: a tiny checkpoint of each policy family, its bundle, and a picture."""
+"""Shared fixtures: a tiny checkpoint of each policy family, its bundle, an image, no network."""
 
+import os
 import socket
 from ipaddress import ip_address
 from pathlib import Path
@@ -9,8 +10,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from coprs_deploy.artifacts import file_lock
 from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.export import export_checkpoint
+
+
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first, so that the processes end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,46 +57,61 @@ def no_network():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_the_tests(tmp_path_factory):
-    """Keep compiled graphs and measured choices out of the user's cache folder."""
+def cache_folder(tmp_path_factory):
+    """Keep compiled graphs and autotune results out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COPRS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint with a tiny, scripted Qwen2.5-VL policy. Read it, never change it."""
-    return random_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "tiny").path
+def made_once(tmp_path_factory):
+    """Return a function that makes a folder once per run; the processes of a run share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name, function) -> Path:
+        path = shared / name
+        with file_lock(shared / f"{name}.lock"):
+            if not path.exists():
+                function(path)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_llava_checkpoint(tmp_path_factory) -> Path:
-    """The same with a LLaVA-1.5 policy."""
-    out = tmp_path_factory.mktemp("tiny-llava") / "checkpoint"
-    return random_checkpoint(out, "tiny-llava").path
+def tiny_checkpoint(made_once) -> Path:
+    """A checkpoint with a tiny scripted Qwen2.5-VL policy; read-only."""
+    return made_once("tiny-checkpoint", lambda path: random_checkpoint(path, "tiny"))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
-    """``tiny_checkpoint`` as a bundle. Read it, never change it."""
-    out = tmp_path_factory.mktemp("tiny-bundle") / "bundle"
-    return export_checkpoint(tiny_checkpoint, out).bundle.path
+def tiny_llava_checkpoint(made_once) -> Path:
+    """A checkpoint with a tiny scripted LLaVA-1.5 policy; read-only."""
+    return made_once("tiny-llava-checkpoint", lambda path: random_checkpoint(path, "tiny-llava"))
 
 
 @pytest.fixture(scope="session")
-def tiny_llava_bundle(tiny_llava_checkpoint, tmp_path_factory) -> Path:
-    """``tiny_llava_checkpoint`` as a bundle."""
-    out = tmp_path_factory.mktemp("tiny-llava-bundle") / "bundle"
-    return export_checkpoint(tiny_llava_checkpoint, out).bundle.path
+def tiny_bundle(made_once, tiny_checkpoint) -> Path:
+    """``tiny_checkpoint`` as a bundle; read-only."""
+    return made_once("tiny-bundle", lambda path: export_checkpoint(tiny_checkpoint, path))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_bundle(made_once, tiny_llava_checkpoint) -> Path:
+    """``tiny_llava_checkpoint`` as a bundle; read-only."""
+    return made_once(
+        "tiny-llava-bundle", lambda path: export_checkpoint(tiny_llava_checkpoint, path)
+    )
 
 
 @pytest.fixture
 def scene() -> NDArray[np.uint8]:
-    """(90, 140, 3) uint8 RGB: three shapes on grey, wider than high so that there is padding."""
-    picture = Image.new("RGB", (140, 90), (120, 124, 130))
-    draw = ImageDraw.Draw(picture)
+    """(90, 140, 3) uint8 RGB: three shapes on grey, wider than high, hence padded."""
+    image = Image.new("RGB", (140, 90), (120, 124, 130))
+    draw = ImageDraw.Draw(image)
     draw.ellipse((12, 20, 52, 60), fill=(214, 40, 40))
     draw.rectangle((70, 10, 100, 40), fill=(36, 90, 200))
     draw.polygon([(110, 80), (135, 80), (122, 50)], fill=(30, 160, 70))
-    return np.array(picture)
+    return np.array(image)

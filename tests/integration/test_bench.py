@@ -70,9 +70,18 @@ def test_bench_bundle_without_checkpoint_is_its_own_reference(tiny_bundle):
 
 
 @pytest.mark.slow
-def test_bench_start_policy_and_scaling_are_evaluated(tmp_path):
-    pattern = "first mask|cpu float32|: 2 (targets|images|questions)|: 512 x"
-    suites = "start,policy,scaling"
+@pytest.mark.parametrize(
+    ("suites", "pattern"),
+    [
+        ("policy,scaling", "cpu float32|: 2 targets"),
+        pytest.param(
+            "start,policy,scaling",
+            "first mask|cpu float32|: 2 (targets|images|questions)|: 512 x",
+            marks=pytest.mark.extended,
+        ),
+    ],
+)
+def test_bench_start_policy_and_scaling_are_evaluated(suites, pattern, tmp_path):
     done = bench(
         "--suite",
         suites,
@@ -98,6 +107,17 @@ def test_bench_start_policy_and_scaling_are_evaluated(tmp_path):
 
 
 @pytest.mark.slow
+def test_bench_precision_has_accuracy_without_latency(monkeypatch):
+    monkeypatch.setattr(precision, "SCENES", 1)
+    options = BenchOptions(suites=("precision",), filter="fp16", case_timeout_s=300)
+    (group,) = run_benchmark(options).groups
+    (case,) = group.cases
+    assert case.error == ""
+    assert case.latency is None
+    assert 1e-5 < case.accuracy.mask_relative_error < 0.1
+
+
+@pytest.mark.extended
 def test_bench_precision_orders_the_precisions(monkeypatch):
     monkeypatch.setattr(precision, "SCENES", 4)
     report = run_benchmark(BenchOptions(suites=("precision",), case_timeout_s=300))

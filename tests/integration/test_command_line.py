@@ -1,10 +1,14 @@
-"""Every verb through the command line, in fresh processes, on a generated model."""
+"""Every verb through the command line on generated models, and what only a process shows."""
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +16,44 @@ import pytest
 from PIL import Image
 
 from coprs_deploy import demo
-from coprs_deploy.cli.main import READER_GONE
+from coprs_deploy.cli.main import READER_GONE, main
+from tests import ROOT
 
 
-def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
+@dataclass(frozen=True)
+class Finished:
+    """Exit code and output of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path) -> Finished:
+    """Run a command in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        code = main([*map(str, arguments)])
+    return Finished(code, stdout.getvalue(), stderr.getvalue())
 
 
 def run_json(*arguments: str | Path) -> dict:
     done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.code == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def run_process(
+    *arguments: str | Path, stdin: bytes | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command in a fresh process."""
+    command = [sys.executable, "-m", "coprs_deploy", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-llava"])
 def model(request, tmp_path_factory) -> Path:
-    """Convert and export by the command line; the folder holds checkpoint, bundle and scene.png."""
+    """Convert and export a model; the folder holds checkpoint, bundle and scene.png."""
     root = tmp_path_factory.mktemp(request.param)
     made = run_json(
         "convert", "--random", "--policy-size", request.param, "--out", root / "checkpoint"
@@ -105,7 +130,7 @@ class TestVerbs:
     def test_segment_gives_the_same_result_on_another_runtime(self, model, runtime):
         request = (model / "scene.png", "the red thing", "--bundle", model / "bundle")
         done = run("segment", *request, "--runtime", runtime, "--json")
-        assert done.returncode == 0, done.stderr.decode()
+        assert done.code == 0, done.stderr
         result, expected = json.loads(done.stdout), run_json("segment", *request)
         assert result["masks"] == expected["masks"]
         assert result["response"] == expected["response"]
@@ -113,9 +138,9 @@ class TestVerbs:
             assert "graphs: openvino" in result["runtime"]
         else:
             for graph in ("image_encoder", "prior", "mask_decoder"):
-                assert f"{graph}: o" in done.stderr.decode()
+                assert f"{graph}: o" in done.stderr
             again = run("segment", *request, "--runtime", runtime)
-            assert again.stderr.decode().count("(cached on 20") == 3
+            assert again.stderr.count("(cached on 20") == 3
 
     def test_verify_checks_another_runtime(self, model):
         verified = run_json(
@@ -127,8 +152,8 @@ class TestVerbs:
             *("verify", model / "bundle", "--against", model / "checkpoint"),
             *("--runtime", "tensorrt"),
         )
-        assert refused.returncode == 2
-        assert b"accepted: onnxruntime, openvino" in refused.stderr
+        assert refused.code == 2
+        assert "accepted: onnxruntime, openvino" in refused.stderr
 
     def test_export_for_openvino_is_compared_with_pytorch(self, model, tmp_path):
         exported = run_json(
@@ -139,18 +164,6 @@ class TestVerbs:
         shown = run_json("inspect", tmp_path / "bundle")
         assert {graph["runtime"] for graph in shown["graphs"].values()} == {"openvino"}
         assert "openvino" in shown["toolchain"]
-
-    def test_segment_reads_the_image_from_stdin(self, model):
-        done = run(
-            "segment",
-            "-",
-            "the red thing",
-            "--bundle",
-            model / "bundle",
-            stdin=(model / "scene.png").read_bytes(),
-        )
-        assert done.returncode == 0, done.stderr.decode()
-        assert done.stdout.decode().strip().endswith("<REF_POS>")
 
     def test_segment_several_targets_give_numbered_files(self, model, tmp_path):
         done = run_json(
@@ -180,7 +193,7 @@ class TestVerbs:
             tmp_path,
             "--json",
         )
-        assert done.returncode == 1
+        assert done.code == 1
         result = json.loads(done.stdout)
         assert not result["found"]
         assert result["masks"] == []
@@ -191,27 +204,25 @@ class TestVerbs:
 
     def test_inspect_shows_graphs_and_equivalence(self, model):
         shown = run("inspect", model / "bundle")
-        assert shown.returncode == 0
-        for part in (b"image_encoder", b"mask_logits (1, 1, 64, 64)", b"random weights", b"ok"):
+        assert shown.code == 0
+        for part in ("image_encoder", "mask_logits (1, 1, 64, 64)", "random weights", "ok"):
             assert part in shown.stdout
 
     def test_segment_changed_graph_is_refused_by_name(self, model, tmp_path):
-        import shutil
-
         changed = shutil.copytree(model / "bundle", tmp_path / "changed")
         graph = changed / "prior.onnx"
         data = bytearray(graph.read_bytes())
         data[len(data) // 2] ^= 1
         graph.write_bytes(bytes(data))
         done = run("segment", model / "scene.png", "x", "--bundle", changed)
-        assert done.returncode == 1
-        assert b"prior.onnx was changed" in done.stderr
+        assert done.code == 1
+        assert "prior.onnx was changed" in done.stderr
 
     def test_verify_against_another_checkpoint_fails(self, model, tmp_path):
         run_json("convert", "--random", "--seed", "1", "--out", tmp_path / "other")
         done = run("verify", model / "bundle", "--against", tmp_path / "other")
-        assert done.returncode == 1
-        assert b"another checkpoint" in done.stderr
+        assert done.code == 1
+        assert "another checkpoint" in done.stderr
 
 
 class TestWrongUse:
@@ -242,10 +253,25 @@ class TestWrongUse:
     ):
         monkeypatch.chdir(tmp_path)
         done = run(*arguments)
-        assert done.returncode == 2
-        assert hint in done.stderr.decode()
-        assert b"Traceback" not in done.stderr
+        assert done.code == 2
+        assert hint in done.stderr
+        assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_process_reads_the_image_from_stdin():
+    scene = ROOT / "examples" / "scene.png"
+    done = run_process("segment", "-", "the largest red circle", stdin=scene.read_bytes())
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == run("segment", scene, "the largest red circle").stdout
+
+
+def test_process_exits_with_the_code_of_main(tmp_path):
+    done = run_process("inspect", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert b"there is no bundle at" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "some.jsonl", "some.parquet"])

@@ -12,6 +12,7 @@ from tests import ROOT
 PROGRAMS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_example_program_finds_its_object(program, tmp_path):
     scene = ROOT / "examples" / "scene.png"

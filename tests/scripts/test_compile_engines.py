@@ -62,6 +62,7 @@ def test_read_profiles_invalid_file_is_refused(text, message, tmp_path):
         SCRIPT.read_profiles(path)
 
 
+@pytest.mark.slow
 def test_main_compiles_rtx_and_reports_devices_that_build_elsewhere(
     tiny_checkpoint, tmp_path, monkeypatch, capsys
 ):

@@ -73,6 +73,7 @@ def test_variant_suffixes_differ():
     assert words == ["", "for 16:9", "for 16:9 without padding"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [WIDE, DROPPED])
 def test_variant_matches_its_own_export_only(variant, tiny_checkpoint, tmp_path):
     out = tmp_path / "bundle"

@@ -72,6 +72,7 @@ def state():
     )
 
 
+@pytest.mark.slow
 def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, tmp_path):
     state.save_checkpoint(tmp_path / "checkpoint", "float32", {})
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle

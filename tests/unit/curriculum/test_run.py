@@ -54,7 +54,9 @@ def whole_run(tmp_path_factory, write_recipe, scenes_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["segmentation", "joint"])
+@pytest.mark.parametrize(
+    "stage", ["segmentation", pytest.param("joint", marks=pytest.mark.extended)]
+)
 def test_train_killed_and_resumed_gives_identical_weights(
     stage, tmp_path, whole_run, write_recipe, scenes_dir
 ):

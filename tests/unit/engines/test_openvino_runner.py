@@ -94,6 +94,7 @@ def test_graph_outputs_equal_onnx_runtime(model, name, bundle):
     assert_close(found.numpy(), expected.numpy())
 
 
+@pytest.mark.slow
 def test_several_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
     options = ExportOptions(runtime="openvino", targets=OptimizationProfile(1, 2, 4))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options).bundle

@@ -43,6 +43,7 @@ def test_compare_backends_covers_module_to_every_runtime(comparisons):
         assert names == [*GRAPH_NAMES, "end_to_end"]
 
 
+@pytest.mark.slow
 def test_compare_backends_fp16_bundle_compares_float32_graph_first(
     tiny_checkpoint, samples, tmp_path
 ):

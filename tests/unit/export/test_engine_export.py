@@ -77,7 +77,10 @@ def test_export_engines_are_described_in_manifest(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16", *(pytest.param(name, marks=pytest.mark.extended) for name in ("fp32", "fp16"))],
+)
 def test_export_demo_model_compiles_for_every_capability(precision, tmp_path):
     options = ExportOptions(
         runtime="tensorrt-rtx",
@@ -98,7 +101,7 @@ def test_export_demo_model_compiles_for_every_capability(precision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drop_padding", [False, True])
+@pytest.mark.parametrize("drop_padding", [pytest.param(False, marks=pytest.mark.extended), True])
 def test_export_fixed_aspect_encoder_compiles(drop_padding, tiny_checkpoint, tmp_path):
     options = ExportOptions(
         runtime="tensorrt-rtx",
@@ -135,6 +138,7 @@ def test_export_overflowing_graph_stops_before_build(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_max_cache_size_removes_older_engines(tiny_checkpoint, tmp_path, written_graphs):
     def export(gpu, limit=None):
         options = ExportOptions(

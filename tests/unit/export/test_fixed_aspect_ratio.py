@@ -270,6 +270,7 @@ def test_evaluate_examples_outside_valid_region_are_refused_first(exact, capsys)
     assert "on --examples of that aspect ratio" in message
 
 
+@pytest.mark.slow
 def test_export_command_aspect_ratio_is_recorded(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "bundle"
     arguments = ["export", str(tiny_checkpoint), "--out", str(out), "--aspect-ratio", "9:16"]

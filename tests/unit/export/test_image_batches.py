@@ -93,6 +93,7 @@ def test_encode_batch_embedding_decodes_in_place(graphs, images):
         assert difference <= MASK_ROUNDING * np.abs(expected.numpy()).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_export_check_covers_every_batch_size(size, tiny_checkpoint, tmp_path, monkeypatch):
     """An error in one batch size only is found, and nothing is written."""

@@ -142,7 +142,7 @@ def test_image_encoder_tiny_equals_sam(segment_anything, use_rel_pos):
     assert_equal(ours(image), peer(image), "encoder")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_image_encoder_vit_b_equals_sam(segment_anything):
     config = SAM_SIZES["vit_b"]
     peer = draw(sam_encoder(segment_anything, config))
@@ -152,10 +152,12 @@ def test_image_encoder_vit_b_equals_sam(segment_anything):
     assert_equal(ours(image), peer(image), "encoder")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_global", [False, True], ids=["windowed", "global"])
-@pytest.mark.parametrize("size", ["vit_l", "vit_h"])
-def test_encoder_block_of_larger_sizes_equals_sam(segment_anything, size, is_global):
+@pytest.mark.parametrize(
+    "size",
+    ["tiny", *(pytest.param(size, marks=pytest.mark.extended) for size in ("vit_l", "vit_h"))],
+)
+def test_encoder_block_equals_sam(segment_anything, size, is_global):
     from segment_anything.modeling.image_encoder import Block
 
     config = SAM_SIZES[size]

@@ -94,6 +94,7 @@ def test_build_engine_of_every_graph_and_precision_compiles_for_three_gpus(
 PROFILE = OptimizationProfile(1, 2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_build_of_a_dynamic_graph_sets_min_opt_and_max_shapes(
     name, tiny_checkpoint, tmp_path, monkeypatch
