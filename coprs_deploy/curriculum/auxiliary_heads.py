@@ -1,19 +1,22 @@
 """Auxiliary heads: dense supervision from the objects of a scene, used in training only.
 
-They predict attributes of single cells or single objects from image tokens, image embeddings or
-hidden states. The finished checkpoint does not hold them.
+They predict attributes of cells or objects from image tokens, image embeddings or hidden states, and
+are no part of the finished checkpoint. ``sizes`` maps each
+attribute of an object to its number of values.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coprs_deploy.curriculum.scenes import ATTRIBUTES, SceneBatch
+from coprs_deploy.curriculum.scenes import SceneBatch
 from coprs_deploy.training.losses import Mean
+from coprs_deploy.training.stage import StageOutput
 
 MIN_OBJECT_RATIO = 0.2
 """Share of a cell's pixels from which the cell belongs to an object; a center always does."""
@@ -22,7 +25,7 @@ CENTER_WEIGHT = 4.0
 """Weight of a cell with an object's center, relative to the more frequent cells without."""
 
 NUM_APPEARANCE = 4
-"""Number of leading ``ATTRIBUTES`` that describe appearance; the others describe location."""
+"""Number of leading attributes that describe appearance; the others describe location."""
 
 
 class CellLabels(NamedTuple):
@@ -31,7 +34,7 @@ class CellLabels(NamedTuple):
     Attributes:
         is_center: float32 (B, T), 1 where the center of an object lies.
         is_object: bool (B, T), whether the cell belongs to an object.
-        attributes: int64 (B, T, 6), attributes of that object.
+        attributes: int64 (B, T, 6), attributes of that object, as in ``SceneBatch``.
         offsets: float32 (B, T, 2), from the middle of the cell to the object's center, in cells.
     """
 
@@ -39,13 +42,6 @@ class CellLabels(NamedTuple):
     is_object: Tensor
     attributes: Tensor
     offsets: Tensor
-
-
-class HeadOutput(NamedTuple):
-    """Losses and accuracies of a head, by name."""
-
-    losses: dict[str, Mean]
-    accuracies: dict[str, Mean]
 
 
 def cell_labels(scenes: SceneBatch, grid: int) -> CellLabels:
@@ -68,36 +64,36 @@ def cell_labels(scenes: SceneBatch, grid: int) -> CellLabels:
     is_center[image, center] = 1.0
     is_object[image, center] = True
     objects[image, center] = number.expand_as(row)[is_present]
-    attributes = scenes.attributes.gather(1, objects[..., None].expand(-1, -1, len(ATTRIBUTES)))
-    centers = scenes.centers.gather(1, objects[..., None].expand(-1, -1, 2)) / cell
+    attributes, centers = (
+        _of_objects(scenes.attributes, objects),
+        _of_objects(scenes.centers, objects),
+    )
     cells = torch.arange(grid * grid, device=pixels.device)
     middles = torch.stack([cells % grid, cells // grid], dim=-1) + 0.5
-    return CellLabels(is_center, is_object, attributes, centers - middles)
+    return CellLabels(is_center, is_object, attributes, centers / cell - middles)
+
+
+def _of_objects(values: Tensor, objects: Tensor) -> Tensor:
+    """Select the values (B, M, K) of objects (B, T): (B, T, K)."""
+    return values.gather(1, objects[..., None].expand(-1, -1, values.shape[-1]))
 
 
 class AttributeHead(nn.Module):
-    """Head that classifies attributes of one object from one vector.
+    """Head that classifies attributes of one object from one vector of size D."""
 
-    Args:
-        hidden_size: size D of the vectors.
-        sizes: number of values of each attribute.
-        names: names of the attributes.
-    """
-
-    def __init__(self, hidden_size: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> None:
+    def __init__(self, hidden_size: int, sizes: dict[str, int]) -> None:
         super().__init__()
         self.sizes = sizes
-        self.names = names
-        self.classify = nn.Linear(hidden_size, sum(sizes))
+        self.classify = nn.Linear(hidden_size, sum(sizes.values()))
 
-    def forward(self, states: Tensor, attributes: Tensor) -> HeadOutput:
+    def forward(self, states: Tensor, attributes: Tensor) -> StageOutput:
         """Classify (N, D) vectors; labels are int64 (N, len(sizes))."""
-        losses, accuracies = {}, {}
-        parts = self.classify(states).float().split(self.sizes, dim=-1)
-        for name, logits, label in zip(self.names, parts, attributes.unbind(-1), strict=True):
+        losses, metrics = {}, {}
+        parts = self.classify(states).float().split(list(self.sizes.values()), dim=-1)
+        for name, logits, label in zip(self.sizes, parts, attributes.unbind(-1), strict=True):
             losses[name] = Mean.of(F.cross_entropy(logits, label, reduction="none"))
-            accuracies[name] = Mean.of((logits.detach().argmax(-1) == label).float())
-        return HeadOutput(losses, accuracies)
+            metrics[name] = Mean.of((logits.detach().argmax(-1) == label).float())
+        return StageOutput(losses, metrics)
 
 
 class CellHead(nn.Module):
@@ -105,13 +101,13 @@ class CellHead(nn.Module):
 
     Args:
         hidden_size: size D of the tokens.
-        sizes: number of values of each of ``ATTRIBUTES``.
+        sizes: attribute to number of values.
         grid: cells along one side.
         has_location: whether the row and column of each token are predicted too.
     """
 
     def __init__(
-        self, hidden_size: int, sizes: tuple[int, ...], grid: int, has_location: bool
+        self, hidden_size: int, sizes: dict[str, int], grid: int, has_location: bool
     ) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size)
@@ -119,11 +115,10 @@ class CellHead(nn.Module):
         self.center = nn.Linear(hidden_size, 1)
         self.offset = nn.Linear(hidden_size, 2)
         self.grid = grid
-        self.location = (
-            AttributeHead(hidden_size, (grid, grid), ("row", "column")) if has_location else None
-        )
+        location_sizes = {"row": grid, "column": grid}
+        self.location = AttributeHead(hidden_size, location_sizes) if has_location else None
 
-    def forward(self, tokens: Tensor, labels: CellLabels) -> HeadOutput:
+    def forward(self, tokens: Tensor, labels: CellLabels) -> StageOutput:
         """Predict from (B, T, D) image tokens, T = grid * grid, row by row."""
         tokens = self.norm(tokens.float())
         at_object, at_center = labels.is_object, labels.is_center > 0
@@ -142,33 +137,53 @@ class CellHead(nn.Module):
         # Most cells show a part of their object only, so accuracies count the cells of centers.
         with torch.no_grad():
             centers = self.appearance(tokens[at_center], appearance[at_center])
-        accuracies = {
+        metrics = {
             "center": Mean.of(((center > 0) == at_center).float(), weights),
-            **centers.accuracies,
+            **centers.metrics,
         }
         if self.location is not None:
             cells = torch.arange(self.grid**2, device=tokens.device)
             own = torch.stack([cells // self.grid, cells % self.grid], dim=-1)
             location = self.location(tokens.flatten(0, 1), own.repeat(tokens.shape[0], 1))
             losses.update(location.losses)
-            accuracies.update(location.accuracies)
-        return HeadOutput(losses, accuracies)
+            metrics.update(location.metrics)
+        return StageOutput(losses, metrics)
+
+
+class CellHeads(nn.Module):
+    """Cell heads behind the vision tower and behind a language layer."""
+
+    def __init__(self, hidden_size: int, sizes: dict[str, int], grid: int) -> None:
+        super().__init__()
+        self.vision_head = CellHead(hidden_size, sizes, grid, has_location=False)
+        self.language_head = CellHead(hidden_size, sizes, grid, has_location=True)
+
+    def forward(self, features: Tensor, tokens: Tensor, labels: CellLabels) -> StageOutput:
+        """Predict from (B, T, D) image tokens of the vision tower and of the language layer.
+
+        Returns:
+            Losses ``vision_head.X`` and ``language_head.X``; metrics ``vision_head.X`` and, of the
+            language head, ``X``.
+        """
+        vision, language = self.vision_head(features, labels), self.language_head(tokens, labels)
+        return StageOutput(
+            {
+                **prefixed("vision_head", vision.losses),
+                **prefixed("language_head", language.losses),
+            },
+            {**prefixed("vision_head", vision.metrics), **language.metrics},
+        )
 
 
 class PatchHead(nn.Module):
-    """Head that predicts foreground and appearance from SAM's image embedding.
+    """Head that predicts foreground and appearance from SAM's image embedding, C channels."""
 
-    Args:
-        channels: channels C of the embedding.
-        sizes: number of values of each of ``ATTRIBUTES``.
-    """
-
-    def __init__(self, channels: int, sizes: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, sizes: dict[str, int]) -> None:
         super().__init__()
         self.foreground = nn.Conv2d(channels, 16, kernel_size=1)
         self.appearance = _appearance_head(channels, sizes)
 
-    def forward(self, image_embedding: Tensor, scenes: SceneBatch) -> HeadOutput:
+    def forward(self, image_embedding: Tensor, scenes: SceneBatch) -> StageOutput:
         """Predict from (B, C, G, G): foreground on the mask grid (4 G), appearance per patch."""
         grid = image_embedding.shape[-1]
         cell = scenes.instance_map.shape[1] // grid
@@ -177,16 +192,15 @@ class PatchHead(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, covered, reduction="none")
         number = scenes.instance_map[:, cell // 2 :: cell, cell // 2 :: cell].flatten(1).long()
         is_object = number > 0
-        index = (number - 1).clamp(min=0)[..., None].expand(-1, -1, len(ATTRIBUTES))
-        attributes = scenes.attributes.gather(1, index)[is_object]
+        attributes = _of_objects(scenes.attributes, (number - 1).clamp(min=0))[is_object]
         tokens = image_embedding.flatten(2).transpose(1, 2)[is_object]
         appearance = self.appearance(tokens, attributes[:, :NUM_APPEARANCE])
         losses = {"foreground": Mean.of(loss), **appearance.losses}
-        return HeadOutput(losses, appearance.accuracies)
+        return StageOutput(losses, appearance.metrics)
 
 
-def _appearance_head(hidden_size: int, sizes: tuple[int, ...]) -> AttributeHead:
-    return AttributeHead(hidden_size, sizes[:NUM_APPEARANCE], ATTRIBUTES[:NUM_APPEARANCE])
+def _appearance_head(hidden_size: int, sizes: dict[str, int]) -> AttributeHead:
+    return AttributeHead(hidden_size, dict(islice(sizes.items(), NUM_APPEARANCE)))
 
 
 class OracleQuery(nn.Module):
@@ -194,16 +208,12 @@ class OracleQuery(nn.Module):
 
     It replaces the policy's hidden state at ``<REF_POS>`` while the segmentation path is trained
     alone.
-
-    Args:
-        hidden_size: hidden size D of the policy.
-        sizes: number of values of each of ``ATTRIBUTES``.
     """
 
-    def __init__(self, hidden_size: int, sizes: tuple[int, ...]) -> None:
+    def __init__(self, hidden_size: int, sizes: dict[str, int]) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.embeddings = nn.ModuleList(nn.Embedding(size, hidden_size) for size in sizes)
+        self.embeddings = nn.ModuleList(nn.Embedding(size, hidden_size) for size in sizes.values())
 
     def forward(self, attributes: Tensor) -> Tensor:
         """Map int64 (N, 6) to (N, D)."""
@@ -217,15 +227,19 @@ class AuxiliaryHeads(nn.Module):
 
     Args:
         hidden_size: hidden size D of the policy.
-        channels: channels of SAM's image embedding.
-        sizes: number of values of each of ``ATTRIBUTES``.
+        channels: channels C of SAM's image embedding.
+        sizes: attribute to number of values.
         grid: image tokens along one side.
     """
 
-    def __init__(self, hidden_size: int, channels: int, sizes: tuple[int, ...], grid: int) -> None:
+    def __init__(self, hidden_size: int, channels: int, sizes: dict[str, int], grid: int) -> None:
         super().__init__()
-        self.vision = CellHead(hidden_size, sizes, grid, has_location=False)
-        self.language = CellHead(hidden_size, sizes, grid, has_location=True)
+        self.cells = CellHeads(hidden_size, sizes, grid)
         self.patches = PatchHead(channels, sizes)
         self.oracle = OracleQuery(hidden_size, sizes)
-        self.reference = AttributeHead(hidden_size, sizes, ATTRIBUTES)
+        self.reference = AttributeHead(hidden_size, sizes)
+
+
+def prefixed(prefix: str, means: dict[str, Mean]) -> dict[str, Mean]:
+    """Put a prefix and a dot before each name."""
+    return {f"{prefix}.{name}": mean for name, mean in means.items()}

@@ -24,7 +24,6 @@ class CurriculumContext:
         held_out: held-out scenes.
         packer: layout of questions behind an image.
         evaluator: evaluation of the model on held-out scenes.
-        image_size: side of the images in pixels.
         dtype: dtype of matrix products.
     """
 
@@ -33,7 +32,6 @@ class CurriculumContext:
     held_out: SceneSource
     packer: QuestionPacker
     evaluator: SceneEvaluator
-    image_size: int
     dtype: torch.dtype
 
     @property
@@ -45,5 +43,5 @@ class CurriculumContext:
 
     def forward(self, torch_compile: bool) -> PackedForward:
         """Build the policy's forward pass for training."""
-        model = self.state.policy.model
-        return PackedForward(model, self.image_size, self.dtype, torch_compile)
+        image_size = self.training.preset.image_size
+        return PackedForward(self.state.policy.model, image_size, self.dtype, torch_compile)

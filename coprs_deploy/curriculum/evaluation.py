@@ -22,11 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coprs_deploy.curriculum.packed_forward import PackedForward
-from coprs_deploy.curriculum.packing import InstructionResponse, QuestionPacker
+from coprs_deploy.curriculum.packing import PackedRows, QuestionPacker
 from coprs_deploy.curriculum.scenes import StoredScenes, policy_pixels
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.examples import Example
-from coprs_deploy.data.synthetic.examples import preset_with_target, with_question_types
+from coprs_deploy.data.synthetic.examples import (
+    example_from_question,
+    preset_with_target,
+    with_question_types,
+)
 from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.data.synthetic.questions import ask_questions
 from coprs_deploy.evaluation.evaluator import Evaluated, Prediction, evaluate
@@ -70,11 +74,7 @@ def held_out_questions(
 ) -> list[SceneExample]:
     """Ask one question about each of the first scenes, and no-match questions about the last ones.
 
-    Args:
-        preset: difficulty preset of the scenes; its question types are equally likely.
-        scenes: held-out scenes.
-        num_examples: number of questions with a target.
-        num_no_match: number of no-match questions.
+    Question types with a target are equally likely, whatever the weights of the preset.
     """
     count = len(scenes)
     with_target, no_match = preset_with_target(preset), with_question_types(preset, {"none": 1.0})
@@ -86,17 +86,8 @@ def held_out_questions(
 def _scene_example(scenes: StoredScenes, index: int, preset: Preset) -> SceneExample:
     scene = scenes.scene(index)
     question = ask_questions(scene, preset, QUESTION_SEED + index)[0]
-    return SceneExample(
-        id=f"{preset.name}-held-out-{index}",
-        image=scene.image,
-        instruction=question.instruction,
-        masks=scene.masks(question.targets),
-        response=question.response,
-        question_type=question.question_type,
-        source=preset.name,
-        index=index,
-        targets=question.targets,
-    )
+    example = example_from_question(scene, question, preset, f"held-out-{index}")
+    return SceneExample(**vars(example), index=index, targets=question.targets)
 
 
 class SceneEvaluator:
@@ -178,36 +169,26 @@ class SceneEvaluator:
         return [row[: row.index(end) + 1] if end in row else row for row in sequences]
 
     def _predict(self, questions: Sequence[SceneExample], teacher_forced: bool) -> list[Prediction]:
-        policy = self._state.policy
+        policy, packer = self._state.policy, self._packer
         images = [question.image for question in questions]
-        targets = [
-            policy.tokenizer(question.response + END_TOKEN)["input_ids"] for question in questions
-        ]
         instructions = [question.instruction for question in questions]
+        targets = [policy.tokenizer(each.response + END_TOKEN)["input_ids"] for each in questions]
         responses = targets if teacher_forced else self.generate(images, instructions)
-        pairs: list[list[InstructionResponse]] = [
-            [pair] for pair in zip(instructions, responses, strict=True)
-        ]
-        rows = self._packer.pack(pairs)
-        rows = type(rows)(*(tensor.to(self._device) for tensor in rows))
+        packed = packer.pack([[pair] for pair in zip(instructions, responses, strict=True)])
+        packed = PackedRows(*(tensor.to(self._device) for tensor in packed))
         pixels = policy_pixels(
             torch.from_numpy(np.stack(images)).to(self._device), policy.image_processor
         )
-        states = self._forward(pixels, rows, self._packer.image_start, 1).hidden
+        states = self._forward(pixels, packed, packer.image_start, 1).hidden
         assert states is not None
-        concentrations = states[rows.references[:, 0], rows.references[:, 1]]
-        priors, masks = self._segment(images, rows.references[:, 0], concentrations)
-        row_of_target = rows.references[:, 0].cpu().numpy()
-        return [
-            self._prediction(
-                question,
-                responses[i],
-                targets[i],
-                priors[row_of_target == i],
-                masks[row_of_target == i],
-            )
-            for i, question in enumerate(questions)
-        ]
+        rows, columns = packed.references.T
+        priors, masks = self._segment(images, rows, states[rows, columns])
+        predictions = []
+        for i, question in enumerate(questions):
+            own = rows.cpu().numpy() == i
+            parts = responses[i], targets[i], priors[own], masks[own]
+            predictions.append(self._prediction(question, *parts))
+        return predictions
 
     def _segment(
         self, images: Sequence[Any], rows: Tensor, concentrations: Tensor
@@ -216,22 +197,18 @@ class SceneEvaluator:
         model = self._state.segmentation
         geometry = model.config.geometry
         prepared = [prepare_image(image, geometry) for image in images]
-        shape = (0, *images[0].shape[:2])
         if not len(rows):
-            return np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+            nothing = np.zeros((0, *images[0].shape[:2]), np.bool_)
+            return nothing, nothing
         batch = torch.from_numpy(np.concatenate([p.image for p in prepared])).to(self._device)
         embedding = model.image_encoder(batch)
         inside = whole_images(len(rows), geometry, embedding.device)
         logits = decode_targets(model, embedding[rows], concentrations, inside)
-        sources = [prepared[row] for row in rows.tolist()]
 
         def at_image_size(tensor: Tensor) -> NDArray[np.bool_]:
-            array = tensor.float().cpu().numpy()
-            resized = [
-                resize_logits(array[n : n + 1], source, geometry)
-                for n, source in enumerate(sources)
-            ]
-            return np.concatenate(resized) > 0
+            maps = np.split(tensor.float().cpu().numpy(), len(rows))
+            pairs = zip(maps, rows.tolist(), strict=True)
+            return np.concatenate([resize_logits(m, prepared[i], geometry) for m, i in pairs]) > 0
 
         return at_image_size(logits[0]), at_image_size(logits[1])
 
@@ -253,16 +230,12 @@ class SceneEvaluator:
         ).text
         locations = {objects[i].location for i in question.targets}
         selected = self._selected_objects(question.index, masks)
-        return Prediction(
-            masks,
-            priors,
-            text,
-            extra={
-                "object_accuracy": float(len(masks) > 0 and selected == set(question.targets)),
-                "location_accuracy": float(named_locations(text) == locations),
-                "exact_match": float(list(response) == list(target)),
-            },
-        )
+        extra = {
+            "object_accuracy": float(len(masks) > 0 and selected == set(question.targets)),
+            "location_accuracy": float(named_locations(text) == locations),
+            "exact_match": float(list(response) == list(target)),
+        }
+        return Prediction(masks, priors, text, extra)
 
     def _selected_objects(self, index: int, masks: NDArray[np.bool_]) -> set[int]:
         """Return the object that each mask overlaps most, if it does so at all."""

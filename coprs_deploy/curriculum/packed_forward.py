@@ -152,7 +152,6 @@ class PackedForward:
         self._dtype = dtype
         self._patches = image_size // vision.patch_size
         self._vision_rotation = self._patch_rotation()
-        self._eager: Callable[..., Tensor] = transformer_block
         self._compiled: Callable[..., Tensor] = (
             torch.compile(transformer_block, dynamic=False) if torch_compile else transformer_block
         )
@@ -179,15 +178,8 @@ class PackedForward:
         eps = self._text.rms_norm_eps
         middle_states = hidden
         for number, layer in enumerate(layers[:middle] if stop else layers, start=1):
-            hidden = self._block()(
-                hidden,
-                rotation,
-                bias,
-                _language_weights(layer),
-                num_heads=self._text.num_attention_heads,
-                eps=eps,
-                dtype=self._dtype,
-            )
+            weights, num_heads = _language_weights(layer), self._text.num_attention_heads
+            hidden = self._run_block(hidden, rotation, bias, weights, num_heads=num_heads, eps=eps)
             if number == middle:
                 middle_states = hidden
         if stop:
@@ -197,26 +189,21 @@ class PackedForward:
 
     def image_features(self, images: Tensor) -> Tensor:
         """Run the vision tower, (B, 3, S, S) to (B, T, D)."""
-        visual, vision = self._visual, self._vision
         hidden = self._embed_patches(images)
-        for block in visual.blocks:
-            hidden = self._block()(
-                hidden,
-                self._vision_rotation,
-                None,
-                _vision_weights(block),
-                num_heads=vision.num_heads,
-                eps=VISION_EPS,
-                dtype=self._dtype,
+        for block in self._visual.blocks:
+            weights, num_heads = _vision_weights(block), self._vision.num_heads
+            hidden = self._run_block(
+                hidden, self._vision_rotation, None, weights, num_heads=num_heads, eps=VISION_EPS
             )
-        merger = visual.merger
+        merger = self._visual.merger
         merged = rms_norm(hidden, merger.ln_q.weight, VISION_EPS)
         merged = merged.reshape(hidden.shape[0], -1, merger.hidden_size)
         features: Tensor = merger.mlp(merged)
         return features.float()
 
-    def _block(self) -> Callable[..., Tensor]:
-        return self._compiled if torch.is_grad_enabled() else self._eager
+    def _run_block(self, *tensors: Any, **settings: Any) -> Tensor:
+        run = self._compiled if torch.is_grad_enabled() else transformer_block
+        return run(*tensors, **settings, dtype=self._dtype)
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """Embed patches in Qwen's order: the four of an image token are adjacent."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
@@ -71,17 +72,25 @@ class QuestionPacker:
         tokenizer: tokenizer of the policy.
         template: prompt template with the instruction behind the image.
         grid_size: image tokens along one side.
+
+    Attributes:
+        image_start: column of the first image token.
+        image_stop: column behind the last image token.
+        prefix: token ids up to the last image token.
+        reference_id: token id of ``<REF_POS>``.
     """
 
     def __init__(self, tokenizer: Any, template: PromptTemplate, grid_size: int) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self.grid_size = grid_size
         self._num_image_tokens = grid_size**2
         image_id = tokenizer.convert_tokens_to_ids(template.image_token)
         self.reference_id: int = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
         whole = encode_prompt(template, tokenizer, "x", self._num_image_tokens)
         self.image_start = whole.index(image_id)
-        self.prefix = whole[: self.image_start + self._num_image_tokens]
+        self.image_stop = self.image_start + self._num_image_tokens
+        self.prefix = whole[: self.image_stop]
         start, cells = self.image_start, np.arange(self._num_image_tokens)
         positions = np.zeros((3, len(self.prefix)), np.int64)
         positions[:, :start] = np.arange(start)
@@ -90,11 +99,6 @@ class QuestionPacker:
         positions[2, start:] = start + cells % grid_size
         self.prefix_positions = positions
         self._next_position = start + grid_size
-
-    @property
-    def image_stop(self) -> int:
-        """Column behind the last image token."""
-        return self.image_start + self._num_image_tokens
 
     def prefix_rows(self, num_rows: int) -> PackedRows:
         """Return rows of the prefix alone."""
@@ -117,16 +121,16 @@ class QuestionPacker:
         labels = np.full(shape, IGNORED_LABEL)
         blocks = np.full(shape, PADDING_BLOCK)
         positions = np.zeros((3, *shape), np.int64)
-        references, sources = [], []
+        references: list[tuple[int, int]] = []
+        sources: list[tuple[int, int]] = []
         for index, row in enumerate(rows):
             used = len(row.ids)
             ids[index, :used] = row.ids
             labels[index, :used] = row.labels
             blocks[index, :used] = row.blocks
-            positions[:, index, :used] = row.positions
-            for question, column in row.references:
-                references.append((index, column))
-                sources.append((index, question))
+            positions[:, index, :used] = np.concatenate(row.positions, axis=1)
+            references += [(index, column) for _, column in row.references]
+            sources += [(index, question) for question, _ in row.references]
         return PackedRows(
             torch.from_numpy(ids),
             torch.from_numpy(positions),
@@ -141,37 +145,32 @@ class QuestionPacker:
         return encode_prompt(self._template, self._tokenizer, instruction, self._num_image_tokens)
 
     def _row(self, pairs: Sequence[InstructionResponse], length: int | None) -> _Row:
+        num_prefix = len(self.prefix)
         row = _Row(
             list(self.prefix),
-            [IGNORED_LABEL] * len(self.prefix),
-            [PREFIX_BLOCK] * len(self.prefix),
-            self.prefix_positions,
+            [IGNORED_LABEL] * num_prefix,
+            [PREFIX_BLOCK] * num_prefix,
+            [self.prefix_positions],
             [],
         )
         for question, (instruction, response) in enumerate(pairs):
-            prompt = self.encode_prompt(instruction)[len(self.prefix) :]
+            prompt = self.encode_prompt(instruction)[num_prefix:]
             is_text = isinstance(response, str)
             ids = self._tokenizer(response)["input_ids"] if is_text else response
             tokens = [*prompt, *ids]
-            if length is not None and len(row.ids) + len(tokens) > length:
+            start = len(row.ids)
+            if length is not None and start + len(tokens) > length:
                 continue
-            row = self._append(row, question, tokens, len(prompt))
+            row.ids.extend(tokens)
+            row.labels.extend([IGNORED_LABEL] * (len(prompt) - 1) + [*ids, IGNORED_LABEL])
+            row.blocks.extend([question + 1] * len(tokens))
+            row.positions.append(np.tile(self._next_position + np.arange(len(tokens)), (3, 1)))
+            row.references.extend(
+                (question, column)
+                for column, token in enumerate(tokens, start)
+                if token == self.reference_id
+            )
         return row
-
-    def _append(self, row: _Row, question: int, tokens: list[int], num_prompt: int) -> _Row:
-        labels = [IGNORED_LABEL] * (num_prompt - 1) + [*tokens[num_prompt:], IGNORED_LABEL]
-        positions = self._next_position + np.arange(len(tokens))
-        start = len(row.ids)
-        references = [
-            (question, start + i) for i, token in enumerate(tokens) if token == self.reference_id
-        ]
-        return _Row(
-            row.ids + tokens,
-            row.labels + labels,
-            row.blocks + [question + 1] * len(tokens),
-            np.concatenate([row.positions, np.repeat(positions[None], 3, axis=0)], axis=1),
-            row.references + references,
-        )
 
 
 class _Row(NamedTuple):
@@ -180,5 +179,5 @@ class _Row(NamedTuple):
     ids: list[int]
     labels: list[int]
     blocks: list[int]
-    positions: Any
+    positions: list[NDArray[np.int64]]
     references: list[tuple[int, int]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from coprs_deploy.curriculum.auxiliary_heads import CellHead, CellLabels, HeadOutput, cell_labels
+from coprs_deploy.curriculum.auxiliary_heads import CellLabels, cell_labels
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.packing import PackedRows
 from coprs_deploy.curriculum.recipe import PerceptionSettings
@@ -43,8 +43,7 @@ class PerceptionObjective(nn.Module):
         self.visual = model.visual
         self.embedding = model.language_model.embed_tokens
         self.layers = model.language_model.layers[: settings.num_language_layers]
-        self.vision_head: CellHead = context.auxiliary_heads.vision
-        self.language_head: CellHead = context.auxiliary_heads.language
+        self.cell_heads = context.auxiliary_heads.cells
         self._forward = context.forward(settings.torch_compile)
         self._packer = context.packer
 
@@ -55,9 +54,8 @@ class PerceptionObjective(nn.Module):
             batch.images, batch.rows, packer.image_start, len(self.layers), stop=True
         )
         tokens = states.middle[:, packer.image_start : packer.image_stop]
-        return cell_head_output(
-            self.vision_head, self.language_head, states.image_features, tokens, batch.labels
-        )
+        output: StageOutput = self.cell_heads(states.image_features, tokens, batch.labels)
+        return output
 
 
 class PerceptionStage(TrainingStage[PerceptionSettings]):
@@ -93,34 +91,5 @@ class PerceptionStage(TrainingStage[PerceptionSettings]):
         scenes = source.batch(indices)
         images = policy_pixels(scenes.images, context.state.policy.image_processor)
         rows = context.packer.prefix_rows(len(indices))
-        labels = cell_labels(scenes, context.auxiliary_heads.language.grid)
+        labels = cell_labels(scenes, context.packer.grid_size)
         return PerceptionBatch(images, rows, labels)
-
-
-def cell_head_output(
-    vision_head: CellHead,
-    language_head: CellHead,
-    features: Tensor,
-    tokens: Tensor,
-    labels: CellLabels,
-) -> StageOutput:
-    """Compute losses and accuracies of the cell heads.
-
-    Args:
-        vision_head: head behind the vision tower.
-        language_head: head behind a language layer.
-        features: (B, T, D) image tokens of the vision tower.
-        tokens: (B, T, D) image tokens of the language layer.
-        labels: labels of the cells.
-
-    Returns:
-        Losses ``vision_head.X`` and ``language_head.X``; accuracies ``vision_head.X`` and, for the
-        language head, ``X``.
-    """
-    outputs: dict[str, HeadOutput] = {
-        "vision_head": vision_head(features, labels),
-        "language_head": language_head(tokens, labels),
-    }
-    losses = {f"{head}.{k}": v for head, out in outputs.items() for k, v in out.losses.items()}
-    metrics = {f"vision_head.{k}": v for k, v in outputs["vision_head"].accuracies.items()}
-    return StageOutput(losses, {**metrics, **outputs["language_head"].accuracies})

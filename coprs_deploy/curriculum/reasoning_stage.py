@@ -8,44 +8,25 @@ that the policy's states give the queries that the segmentation path was trained
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from coprs_deploy.curriculum.auxiliary_heads import (
-    AttributeHead,
-    CellHead,
-    CellLabels,
-    cell_labels,
-)
+from coprs_deploy.curriculum.auxiliary_heads import CellLabels, cell_labels, prefixed
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.evaluation import held_out_questions
-from coprs_deploy.curriculum.packing import InstructionResponse, PackedRows
-from coprs_deploy.curriculum.perception_stage import cell_head_output
+from coprs_deploy.curriculum.packing import PackedRows
 from coprs_deploy.curriculum.recipe import ReasoningSettings
-from coprs_deploy.curriculum.scenes import (
-    SceneBatch,
-    policy_pixels,
-    segmentation_pixels,
-    target_masks,
-)
+from coprs_deploy.curriculum.scenes import SceneBatch, policy_pixels, segmentation_pixels
+from coprs_deploy.curriculum.segmentation_stage import SegmentationBatch, mask_output
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.synthetic import vocabulary
 from coprs_deploy.evaluation.metrics import summarize
-from coprs_deploy.training.losses import (
-    IGNORED_LABEL,
-    Mean,
-    segmentation_losses,
-    token_cross_entropy,
-)
-from coprs_deploy.training.mask_decoding import (
-    decode_targets,
-    encode_images,
-    mask_metrics,
-    mask_targets,
-    whole_images,
-)
+from coprs_deploy.models import SegmentationModel
+from coprs_deploy.training.losses import IGNORED_LABEL, Mean, token_cross_entropy
+from coprs_deploy.training.mask_decoding import encode_images
 from coprs_deploy.training.stage import StageOutput, TrainingStage
 from coprs_deploy.training.state import freeze_unused
 
@@ -91,24 +72,14 @@ class ReasoningObjective(nn.Module):
     """The policy on packed rows; heads and segmentation path where their losses have a weight."""
 
     token_weights: Tensor
-    vision_head: CellHead
-    language_head: CellHead
-    reference_head: AttributeHead
 
     def __init__(self, context: CurriculumContext, settings: ReasoningSettings) -> None:
         super().__init__()
         state, heads = context.state, context.auxiliary_heads
         self.policy = state.policy.model
-        self.has_cell_heads = settings.auxiliary_loss_weight > 0
-        self.has_reference_head = settings.reference_head_loss_weight > 0
-        self.has_masks = settings.segmentation_loss_weight > 0
-        if self.has_cell_heads:
-            self.vision_head = heads.vision
-            self.language_head = heads.language
-        if self.has_reference_head:
-            self.reference_head = heads.reference
-        if self.has_masks:
-            self.segmentation = state.segmentation
+        self.cell_heads = heads.cells if settings.auxiliary_loss_weight > 0 else None
+        self.reference_head = heads.reference if settings.reference_head_loss_weight > 0 else None
+        self.segmentation = state.segmentation if settings.segmentation_loss_weight > 0 else None
         weights = token_weights(state.policy.tokenizer, settings.location_token_weight)
         self.register_buffer("token_weights", weights, persistent=False)
         self._settings, self._packer = settings, context.packer
@@ -121,34 +92,31 @@ class ReasoningObjective(nn.Module):
         assert states.hidden is not None
         losses, metrics = self._language(states.hidden, rows)
         metrics["frac_questions_dropped"] = Mean.of(batch.is_dropped)
-        at_reference = states.hidden[rows.references[:, 0], rows.references[:, 1]]
-        if self.has_cell_heads:
+        at_row, at_column = rows.references.T
+        references = states.hidden[at_row, at_column]
+        if self.cell_heads is not None:
             tokens = states.middle[:, packer.image_start : packer.image_stop]
-            cells = cell_head_output(
-                self.vision_head, self.language_head, states.image_features, tokens, batch.labels
-            )
-            losses.update({f"auxiliary.{k}": v for k, v in cells.losses.items()})
-            metrics.update(cells.metrics)
-        if self.has_reference_head:
-            attributes = batch.scenes.attributes[rows.references[:, 0], batch.targets]
-            reference = self.reference_head(at_reference, attributes)
-            losses.update({f"reference_head.{k}": v for k, v in reference.losses.items()})
-            metrics.update({f"reference_head.{k}": v for k, v in reference.accuracies.items()})
-        if self.has_masks:
-            masks = self._masks(batch, at_reference)
-            losses.update(masks.losses)
-            metrics.update(masks.metrics)
+            cells = self.cell_heads(states.image_features, tokens, batch.labels)
+            losses |= prefixed("auxiliary", cells.losses)
+            metrics |= cells.metrics
+        if self.reference_head is not None:
+            attributes = batch.scenes.attributes[at_row, batch.targets]
+            reference = self.reference_head(references, attributes)
+            losses |= prefixed("reference_head", reference.losses)
+            metrics |= prefixed("reference_head", reference.metrics)
+        if self.segmentation is not None:
+            masks = self._masks(self.segmentation, batch, references)
+            losses |= masks.losses
+            metrics |= masks.metrics
         return StageOutput(losses, metrics)
 
-    def _language(
-        self, hidden: Tensor, rows: PackedRows
-    ) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    def _language(self, hidden: Tensor, rows: PackedRows) -> StageOutput:
         has_label = rows.labels != IGNORED_LABEL
         labels = rows.labels[has_label]
         logits = self.policy.lm_head(hidden[has_label])
         is_location = (self.token_weights[labels] > 1).float()
         is_right = (logits.detach().argmax(-1) == labels).float()
-        return (
+        return StageOutput(
             {"language": token_cross_entropy(logits, labels, self.token_weights)},
             {
                 "token_accuracy": Mean.of(is_right),
@@ -156,20 +124,18 @@ class ReasoningObjective(nn.Module):
             },
         )
 
-    def _masks(self, batch: ReasoningBatch, at_reference: Tensor) -> StageOutput:
-        model, chosen = self.segmentation, batch.segmented
-        geometry = model.config.geometry
-        rows = batch.rows.references[chosen, 0]
-        pixels = segmentation_pixels(batch.scenes.images, geometry)
+    def _masks(
+        self, model: SegmentationModel, batch: ReasoningBatch, references: Tensor
+    ) -> StageOutput:
+        chosen, scenes = batch.segmented, batch.scenes
         trains_encoder = torch.is_grad_enabled() and self._settings.train_image_encoder
         with torch.set_grad_enabled(trains_encoder):
+            pixels = segmentation_pixels(scenes.images, model.config.geometry)
             embedding = encode_images(model, pixels)
-        inside = whole_images(len(chosen), geometry, pixels.device)
-        priors, logits = decode_targets(model, embedding[rows], at_reference[chosen], inside)
-        masks = target_masks(batch.scenes, rows, batch.targets[chosen])
-        target = mask_targets(masks, geometry.mask_size)
-        losses = segmentation_losses(priors, logits, target, inside, self._settings.loss_weights)
-        return StageOutput(losses, mask_metrics(priors, logits, masks))
+        rows = batch.rows.references[chosen, 0]
+        targets = SegmentationBatch(scenes, rows, batch.targets[chosen])
+        weights = self._settings.loss_weights
+        return mask_output(model, embedding, references[chosen], targets, weights)
 
 
 class ReasoningStage(TrainingStage[ReasoningSettings]):
@@ -206,14 +172,13 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
     def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
         """See :meth:`TrainingStage.loss_coefficients`."""
         settings = self.settings
-        weights = settings.loss_weights
+        weights = msgspec.structs.asdict(settings.loss_weights)
         return {
             "language": settings.language_loss_weight,
             "auxiliary.*": settings.auxiliary_loss_weight * lr_factor,
             "reference_head.*": settings.reference_head_loss_weight,
             **{
-                name: settings.segmentation_loss_weight * getattr(weights, name)
-                for name in weights.__struct_fields__
+                name: settings.segmentation_loss_weight * weight for name, weight in weights.items()
             },
         }
 
@@ -246,13 +211,13 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
             for step in range(-(-INIT_SCENES // size)):
                 indices = self._context.training.indices(step, size, 0, 1)
                 batch = send_to_device(self._collect(indices, step, {}), device)
-                references = batch.rows.references
+                rows, columns = batch.rows.references.T
                 hidden = self.objective.policy_states(
                     batch.images, batch.rows, self._context.packer.image_start, MIDDLE_LAYER
                 ).hidden
                 assert hidden is not None
-                states.append(hidden[references[:, 0], references[:, 1]])
-                queries.append(oracle(batch.scenes.attributes[references[:, 0], batch.targets]))
+                states.append(hidden[rows, columns])
+                queries.append(oracle(batch.scenes.attributes[rows, batch.targets]))
             solution, r2 = ridge_regression(torch.cat(states), torch.cat(queries))
             head = self._context.state.segmentation.prior.q_proj
             head.weight.copy_(head.weight @ solution.T)
@@ -267,19 +232,17 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
             source.questions(index, step, settings.questions_per_image, question_type_weights)
             for index in indices
         ]
-        pairs: list[list[InstructionResponse]] = [
+        pairs = [
             [(q.instruction, q.response + END_TOKEN) for q in of_image] for of_image in questions
         ]
         rows = context.packer.pack(pairs, settings.max_packed_length or None)
-        targets, counts = [], dict[tuple[int, int], int]()
-        for row, number in rows.sources.tolist():
-            count = counts.get((row, number), 0)
-            counts[row, number] = count + 1
-            targets.append(questions[row][number].targets[count])
+        sources = [(row, question) for row, question in rows.sources.tolist()]
+        packed = dict.fromkeys(sources)
+        targets = [target for row, q in packed for target in questions[row][q].targets]
         generators = {index: source.generator(step, index) for index in indices}
         segmented = [
             target
-            for target, (row, _) in enumerate(rows.sources.tolist())
+            for target, (row, _) in enumerate(sources)
             if generators[indices[row]].random() < settings.segmentation_ratio
         ]
         return ReasoningBatch(
@@ -289,7 +252,7 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
             torch.tensor(targets, dtype=torch.int64),
             torch.tensor(segmented, dtype=torch.int64),
             dropped_questions(rows, [len(of_image) for of_image in questions]),
-            cell_labels(scenes, context.auxiliary_heads.language.grid),
+            cell_labels(scenes, context.packer.grid_size),
         )
 
 
@@ -325,12 +288,12 @@ def ridge_regression(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, float]:
     return solution.float(), float(1 - residual / variance)
 
 
-def token_weights(tokenizer: object, location_token_weight: float) -> Tensor:
+def token_weights(tokenizer: Any, location_token_weight: float) -> Tensor:
     """Return the weight of each token as a label, (V,): rows and columns weigh more than others."""
-    weights = torch.ones(len(tokenizer))  # type: ignore[arg-type]
+    weights = torch.ones(len(tokenizer))
     for number in range(1, vocabulary.GRID_SIZE + 1):
         for word in (f" row{number}", f" col{number}"):
-            ids = tokenizer(word)["input_ids"]  # type: ignore[operator]
+            ids = tokenizer(word)["input_ids"]
             if len(ids) == 1:
                 weights[ids[0]] = location_token_weight
     return weights

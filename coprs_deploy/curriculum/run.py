@@ -31,6 +31,13 @@ from coprs_deploy.training.stage import TrainingStage
 from coprs_deploy.training.state import TrainingState
 from coprs_deploy.training.trainer import Trainer
 
+STAGES: dict[type[StageSettings], Any] = {
+    PerceptionSettings: PerceptionStage,
+    SegmentationSettings: SegmentationStage,
+    ReasoningSettings: ReasoningStage,
+}
+"""Settings to stage."""
+
 
 def train_curriculum(
     recipe: CurriculumRecipe, out: Path, scenes_dir: Path | None = None
@@ -76,16 +83,15 @@ def build_context(run: Run[CurriculumRecipe], scenes_dir: Path) -> CurriculumCon
     state = build_tiny_state(model, preset, lambda: corpus(preset), recipe.seed)
     for part in _parts(state):
         part.to(accelerator.device)
-    policy, size = state.policy, model.policy.image_size
+    policy = state.policy
     packer = QuestionPacker(policy.tokenizer, policy.prompt, model.policy.grid_size)
-    exact_forward = PackedForward(policy.model, size, torch.float32)
+    exact_forward = PackedForward(policy.model, preset.image_size, torch.float32)
     return CurriculumContext(
         state=state,
         training=SceneSource(preset, training, recipe.seed),
         held_out=SceneSource(preset, held_out, recipe.seed),
         packer=packer,
         evaluator=SceneEvaluator(state, held_out, exact_forward, packer),
-        image_size=size,
         dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
     )
 
@@ -96,12 +102,8 @@ def build_stage(
     """Build a stage; all parameters are trainable unless the stage freezes them."""
     for part in _parts(context.state):
         part.requires_grad_(True)
-    if isinstance(settings, PerceptionSettings):
-        return PerceptionStage(name, settings, context)
-    if isinstance(settings, SegmentationSettings):
-        return SegmentationStage(name, settings, context)
-    assert isinstance(settings, ReasoningSettings), f"stages.{name} is of no known kind"
-    return ReasoningStage(name, settings, context)
+    stage: TrainingStage[Any] = STAGES[type(settings)](name, settings, context)
+    return stage
 
 
 def round_weights(state: TrainingState, dtype: str) -> None:

@@ -30,9 +30,6 @@ from coprs_deploy.data.synthetic.scene import Scene, SceneObject, make_scene
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.batches import EpochOrder
 
-ATTRIBUTES = ("shape", "color", "texture", "size", "row", "column")
-"""Attributes of an object, in the order of the columns of ``SceneBatch.attributes``."""
-
 _MARKER, _IMAGES, _INSTANCE_MAP = "scenes.json", "images.npy", "instance_map.npy"
 
 _SCENES_PER_TASK = 500
@@ -44,7 +41,8 @@ class SceneBatch(NamedTuple):
     Attributes:
         images: uint8 (B, S, S, 3) RGB.
         instance_map: uint8 (B, S, S); 0 is background, n a pixel of object n - 1.
-        attributes: int64 (B, M, 6), values of ``ATTRIBUTES``, from 0; 0 beyond the last object.
+        attributes: int64 (B, M, 6), indices into the :func:`attribute_values` of each object; 0
+            beyond the last object.
         centers: float32 (B, M, 2), x and y in pixels.
         num_objects: int64 (B,).
     """
@@ -150,7 +148,24 @@ class SceneSource:
 
     def batch(self, indices: Sequence[int]) -> SceneBatch:
         """Collect scenes as tensors."""
-        return collect_scenes(self.preset, self.scenes, indices)
+        scenes, values = self.scenes, attribute_values(self.preset)
+        rows = [scenes.objects[i] for i in indices]
+        most = self.preset.num_objects[1]
+        attributes = np.zeros((len(rows), most, len(values)), np.int64)
+        centers = np.zeros((len(rows), most, 2), np.float32)
+        for row, objects in enumerate(rows):
+            for number, item in enumerate(objects):
+                attributes[row, number] = [
+                    known.index(getattr(item, name)) for name, known in values.items()
+                ]
+                centers[row, number] = item.center
+        return SceneBatch(
+            torch.from_numpy(np.stack([scenes.images[i] for i in indices])),
+            torch.from_numpy(np.stack([scenes.instance_map[i] for i in indices])),
+            torch.from_numpy(attributes),
+            torch.from_numpy(centers),
+            torch.tensor([len(objects) for objects in rows]),
+        )
 
     def questions(
         self, index: int, step: int, count: int, question_type_weights: Mapping[str, float]
@@ -172,47 +187,17 @@ class SceneSource:
         return np.random.default_rng([self._seed, step, index])
 
 
-def collect_scenes(preset: Preset, scenes: StoredScenes, indices: Sequence[int]) -> SceneBatch:
-    """Collect scenes as tensors."""
-    rows = [scenes.objects[i] for i in indices]
-    attributes = np.zeros((len(rows), preset.num_objects[1], len(ATTRIBUTES)), np.int64)
-    centers = np.zeros((len(rows), preset.num_objects[1], 2), np.float32)
-    for row, objects in enumerate(rows):
-        for number, item in enumerate(objects):
-            attributes[row, number] = encode_object(preset, item)
-            centers[row, number] = item.center
-    return SceneBatch(
-        torch.from_numpy(np.stack([scenes.images[i] for i in indices])),
-        torch.from_numpy(np.stack([scenes.instance_map[i] for i in indices])),
-        torch.from_numpy(attributes),
-        torch.from_numpy(centers),
-        torch.tensor([len(objects) for objects in rows]),
-    )
-
-
-def encode_object(preset: Preset, item: SceneObject) -> tuple[int, ...]:
-    """Return the values of an object's ``ATTRIBUTES`` as numbers from 0."""
-    return (
-        preset.shapes.index(item.shape),
-        list(vocabulary.COLORS).index(item.color),
-        preset.textures.index(item.texture),
-        vocabulary.SIZES.index(item.size),
-        item.row - 1,
-        item.column - 1,
-    )
-
-
-def attribute_sizes(preset: Preset) -> tuple[int, ...]:
-    """Return the number of values of each of ``ATTRIBUTES``."""
-    grid = vocabulary.GRID_SIZE
-    return (
-        len(preset.shapes),
-        len(vocabulary.COLORS),
-        len(preset.textures),
-        len(vocabulary.SIZES),
-        grid,
-        grid,
-    )
+def attribute_values(preset: Preset) -> dict[str, Sequence[Any]]:
+    """Return the known values of each attribute, in the order of ``SceneBatch.attributes``."""
+    grid = range(1, vocabulary.GRID_SIZE + 1)
+    return {
+        "shape": preset.shapes,
+        "color": list(vocabulary.COLORS),
+        "texture": preset.textures,
+        "size": vocabulary.SIZES,
+        "row": grid,
+        "column": grid,
+    }
 
 
 def corpus(preset: Preset, seed: int = 0, num_scenes: int = 2000) -> list[str]:
@@ -233,20 +218,19 @@ def target_masks(scenes: SceneBatch, rows: Tensor, targets: Tensor) -> Tensor:
     return scenes.instance_map[rows] == (targets + 1)[:, None, None]
 
 
-def normalize_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalize uint8 (B, S, S, 3) to float32 (B, 3, S, S); mean and std in 0..255."""
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
-
-
 def policy_pixels(images: Tensor, image_processor: Any) -> Tensor:
     """Normalize pixels as the policy's image processor does."""
-    mean = torch.tensor(image_processor.image_mean, device=images.device)
-    std = torch.tensor(image_processor.image_std, device=images.device)
-    return normalize_pixels(images, 255 * mean, 255 * std)
+    return _normalize(images, image_processor.image_mean, image_processor.image_std, 255)
 
 
 def segmentation_pixels(images: Tensor, geometry: Geometry) -> Tensor:
     """Normalize pixels as :func:`coprs_deploy.images.prepare_image` does."""
-    mean = torch.tensor(geometry.pixel_mean, device=images.device)
-    std = torch.tensor(geometry.pixel_std, device=images.device)
-    return normalize_pixels(images, mean, std)
+    return _normalize(images, geometry.pixel_mean, geometry.pixel_std)
+
+
+def _normalize(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], scale: int = 1
+) -> Tensor:
+    """Normalize uint8 (B, S, S, 3) to float32 (B, 3, S, S); mean and std times scale in 0..255."""
+    mean, std = (scale * torch.tensor(values, device=images.device) for values in (mean, std))
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)

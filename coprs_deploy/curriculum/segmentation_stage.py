@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
+from coprs_deploy.curriculum.auxiliary_heads import prefixed
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.recipe import SegmentationSettings
 from coprs_deploy.curriculum.scenes import (
@@ -15,6 +17,7 @@ from coprs_deploy.curriculum.scenes import (
     segmentation_pixels,
     target_masks,
 )
+from coprs_deploy.models import SegmentationModel
 from coprs_deploy.training.losses import segmentation_losses
 from coprs_deploy.training.mask_decoding import (
     decode_targets,
@@ -61,19 +64,37 @@ class SegmentationObjective(nn.Module):
     def forward(self, batch: SegmentationBatch) -> StageOutput:
         """Decode every target."""
         scenes, rows, targets = batch
-        geometry = self.segmentation.config.geometry
-        embedding = encode_images(self.segmentation, segmentation_pixels(scenes.images, geometry))
-        query = self.oracle(scenes.attributes[rows, targets])
-        masks = target_masks(scenes, rows, targets)
-        inside = whole_images(len(rows), geometry, masks.device)
-        prior_logits, mask_logits = decode_targets(
-            self.segmentation, embedding[rows], query, inside
-        )
-        target = mask_targets(masks, geometry.mask_size)
-        losses = segmentation_losses(prior_logits, mask_logits, target, inside, self._weights)
+        pixels = segmentation_pixels(scenes.images, self.segmentation.config.geometry)
+        embedding = encode_images(self.segmentation, pixels)
+        queries = self.oracle(scenes.attributes[rows, targets])
+        output = mask_output(self.segmentation, embedding, queries, batch, self._weights)
         auxiliary = self.patches(embedding, scenes).losses
-        losses.update({f"auxiliary.{name}": mean for name, mean in auxiliary.items()})
-        return StageOutput(losses, mask_metrics(prior_logits, mask_logits, masks))
+        return output._replace(losses={**output.losses, **prefixed("auxiliary", auxiliary)})
+
+
+def mask_output(
+    model: SegmentationModel,
+    embedding: Tensor,
+    queries: Tensor,
+    batch: SegmentationBatch,
+    weights: SegmentationLossWeights,
+) -> StageOutput:
+    """Decode every target of a batch; compute the segmentation losses and the IoU.
+
+    Args:
+        model: the segmentation path.
+        embedding: (B, C, G, G), image embedding of each scene.
+        queries: (N, D), hidden state or oracle query of each target.
+        batch: scenes and targets.
+        weights: weights of the losses; those without a weight are not computed.
+    """
+    geometry = model.config.geometry
+    masks = target_masks(batch.scenes, batch.rows, batch.targets)
+    inside = whole_images(len(masks), geometry, masks.device)
+    priors, logits = decode_targets(model, embedding[batch.rows], queries, inside)
+    target = mask_targets(masks, geometry.mask_size)
+    losses = segmentation_losses(priors, logits, target, inside, weights)
+    return StageOutput(losses, mask_metrics(priors, logits, masks))
 
 
 class SegmentationStage(TrainingStage[SegmentationSettings]):
@@ -102,7 +123,7 @@ class SegmentationStage(TrainingStage[SegmentationSettings]):
         """See :meth:`TrainingStage.loss_coefficients`."""
         weights, auxiliary = self.settings.loss_weights, self.settings.auxiliary_loss_weight
         return {
-            **{name: getattr(weights, name) for name in weights.__struct_fields__},
+            **msgspec.structs.asdict(weights),
             "auxiliary.foreground": auxiliary,
             "auxiliary.*": APPEARANCE_WEIGHT * auxiliary,
         }

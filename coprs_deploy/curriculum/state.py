@@ -11,7 +11,7 @@ from torch import nn
 from coprs_deploy.checkpoint import PolicyImageLimits, read_checkpoint
 from coprs_deploy.curriculum.auxiliary_heads import AuxiliaryHeads
 from coprs_deploy.curriculum.recipe import TinyModel
-from coprs_deploy.curriculum.scenes import attribute_sizes
+from coprs_deploy.curriculum.scenes import attribute_values
 from coprs_deploy.curriculum.tiny_policy import build_tiny_policy, prompt_template, tiny_config
 from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.models import SegmentationModel
@@ -75,7 +75,7 @@ def build_tiny_state(
         heads = AuxiliaryHeads(
             settings.policy.hidden_size,
             geometry.out_chans,
-            attribute_sizes(preset),
+            {name: len(values) for name, values in attribute_values(preset).items()},
             settings.policy.grid_size,
         )
     return replace(state, auxiliary_heads=heads)

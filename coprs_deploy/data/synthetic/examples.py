@@ -69,15 +69,14 @@ class SceneExamples(Sequence[Example]):
             return [self[i] for i in range(len(self))[index]]
         seed = self.seeds[index]
         scene = make_scene(self.preset, seed)
-        return example_from_question(
-            scene, ask_questions(scene, self.preset, seed)[0], self.preset, seed
-        )
+        question = ask_questions(scene, self.preset, seed)[0]
+        return example_from_question(scene, question, self.preset, str(seed))
 
 
-def example_from_question(scene: Scene, question: Question, preset: Preset, seed: int) -> Example:
-    """Build the example of a scene and one of its questions; masks are in reading order."""
+def example_from_question(scene: Scene, question: Question, preset: Preset, name: str) -> Example:
+    """Build the example ``PRESET-NAME`` of a scene and one of its questions."""
     return Example(
-        id=f"{preset.name}-{seed}",
+        id=f"{preset.name}-{name}",
         image=scene.image,
         instruction=question.instruction,
         masks=scene.masks(question.targets),

@@ -77,7 +77,7 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, t
     state.save_checkpoint(tmp_path / "checkpoint", "float32", {})
     bundle = export_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle").bundle
     bundle = open_bundle(bundle.path)
-    stages = SegmentationGraphs(
+    graphs = SegmentationGraphs(
         {
             name: open_graph(graph.runtime, bundle.graph_path(name), graph.spec, RunnerOptions())
             for name, graph in bundle.manifest.graphs.items()
@@ -88,15 +88,15 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, t
     evaluator = SceneEvaluator(state, scenes, forward, packer)
     states = np.random.default_rng(0).standard_normal((2, 128), dtype=np.float32)
     policy = FixedPolicy(states)
-    with CoPRS(stages, policy, bundle.manifest.geometry) as coprs:
+    with CoPRS(graphs, policy, bundle.manifest.geometry) as coprs:
         for image in scenes.images[:2]:
-            answer = coprs.segment(np.asarray(image), "anything", max_targets=2)
+            result = coprs.segment(np.asarray(image), "anything", max_targets=2)
             with torch.no_grad():
                 priors, masks = evaluator._segment(
                     [np.asarray(image)], torch.zeros(2, dtype=torch.int64), torch.from_numpy(states)
                 )
-            assert np.mean(masks != answer.masks) < 1e-3
-            assert np.mean(priors != (answer.priors > 0)) < 1e-3
+            assert np.mean(masks != result.masks) < 1e-3
+            assert np.mean(priors != (result.prior_logits > 0)) < 1e-3
 
 
 def test_teacher_forced_evaluation_scores_the_target_responses(state, scenes):

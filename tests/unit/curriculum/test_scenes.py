@@ -5,7 +5,7 @@ import pytest
 
 from coprs_deploy.curriculum.scenes import (
     SceneSource,
-    attribute_sizes,
+    attribute_values,
     store_scenes,
     target_masks,
 )
@@ -48,9 +48,9 @@ def test_scene_source_questions_depend_on_seed_and_step_alone(scenes):
 
 def test_scene_batch_numbers_attributes_within_their_sizes(scenes):
     batch = SceneSource(PLAIN, scenes, seed=0).batch(range(6))
-    for column, size in enumerate(attribute_sizes(PLAIN)):
+    for column, values in enumerate(attribute_values(PLAIN).values()):
         assert batch.attributes[..., column].min() >= 0
-        assert batch.attributes[..., column].max() < size
+        assert batch.attributes[..., column].max() < len(values)
 
 
 def test_target_masks_are_those_of_the_scene(scenes):
