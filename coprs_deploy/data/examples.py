@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -29,7 +30,7 @@ from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write
 from coprs_deploy.data.rle import decode_mask, encode_mask
-from coprs_deploy.data.rows import ExampleRow, RowSource, open_rows, row_writer
+from coprs_deploy.data.rows import ExampleRow, open_rows, row_writer
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray, load_image
 from coprs_deploy.prompts import REFERENCE_TOKEN, check_instruction
@@ -103,7 +104,26 @@ class RowProblem:
         return f"row {self.row}: {self.reason}"
 
 
-class ExampleFile(Sequence[Example]):
+class LazyExamples(Sequence[Example]):
+    """Sequence of examples that are decoded or generated on access."""
+
+    @abstractmethod
+    def load(self, index: int) -> Example:
+        """Return the example of an index, negative ones included."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.load(i) for i in range(len(self))[index]]
+        return self.load(index)
+
+
+class ExampleFile(LazyExamples):
     """The valid rows of a file, decoded on access.
 
     Holds no open file, so that it can be pickled for the worker processes of a data loader.
@@ -128,7 +148,7 @@ class ExampleFile(Sequence[Example]):
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
-        self._rows: RowSource = open_rows(self.path)
+        self._rows = open_rows(self.path)
         self._valid: list[int] = []
         problems: list[RowProblem] = []
         for index in range(len(self._rows)):
@@ -146,15 +166,8 @@ class ExampleFile(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._valid)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def load(self, index: int) -> Example:
+        """Decode a valid row; ArtifactError if the file has changed."""
         row = self._valid[index]
         try:
             return self._decode(row)
@@ -176,7 +189,38 @@ class ExampleFile(Sequence[Example]):
         )
 
     def _decode(self, index: int) -> Example:
-        return _example_from_row(self._rows.read(index), self.path.parent)
+        """Decode a row; every problem is a ValueError or a FileNotFoundError."""
+        row = self._rows.read(index)
+        if (row.image is None) == (row.image_path is None):
+            raise ValueError("the row must have exactly one of image and image_path")
+        if row.image is not None:
+            image = load_image(row.image)
+        else:
+            path = self.path.parent / str(row.image_path)
+            if not path.is_file():
+                raise FileNotFoundError(f"the image file {path} does not exist")
+            image = load_image(path)
+        height, width = image.shape[:2]
+        masks = np.zeros((len(row.masks), height, width), dtype=np.bool_)
+        for number, encoded in enumerate(row.masks):
+            if encoded.size != (height, width):
+                raise ValueError(
+                    f"mask {number + 1} is {encoded.size[0]} x {encoded.size[1]}, but the image is "
+                    f"{height} x {width} (height x width)"
+                )
+            try:
+                masks[number] = decode_mask(encoded)
+            except ValueError as error:
+                raise ValueError(f"mask {number + 1}: {error}") from error
+        return Example(
+            row.id,
+            image,
+            row.instruction,
+            masks,
+            response=row.response,
+            question_type=row.question_type,
+            source=row.source,
+        )
 
 
 def write_examples(
@@ -228,37 +272,3 @@ def _png_bytes(image: RgbArray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
-
-
-def _example_from_row(row: ExampleRow, directory: Path) -> Example:
-    """Decode a row; every problem is a ValueError or a FileNotFoundError."""
-    if (row.image is None) == (row.image_path is None):
-        raise ValueError("the row must have exactly one of image and image_path")
-    if row.image is not None:
-        image = load_image(row.image)
-    else:
-        path = directory / str(row.image_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"the image file {path} does not exist")
-        image = load_image(path)
-    height, width = image.shape[:2]
-    masks = np.zeros((len(row.masks), height, width), dtype=np.bool_)
-    for number, encoded in enumerate(row.masks):
-        if encoded.size != (height, width):
-            raise ValueError(
-                f"mask {number + 1} is {encoded.size[0]} x {encoded.size[1]}, but the image is "
-                f"{height} x {width} (height x width)"
-            )
-        try:
-            masks[number] = decode_mask(encoded)
-        except ValueError as error:
-            raise ValueError(f"mask {number + 1}: {error}") from error
-    return Example(
-        row.id,
-        image,
-        row.instruction,
-        masks,
-        response=row.response,
-        question_type=row.question_type,
-        source=row.source,
-    )

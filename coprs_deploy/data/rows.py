@@ -6,10 +6,10 @@ A row is text and bytes; :mod:`coprs_deploy.data.examples` decodes and validates
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -36,21 +36,10 @@ class ExampleRow(Record, frozen=True, omit_defaults=True):
     source: str = ""
 
 
-class RowSource(Protocol):
-    """Rows of an open file, by index from 0."""
-
-    def __len__(self) -> int:
-        """Return the number of rows, invalid ones included."""
-
-    def read(self, index: int) -> ExampleRow:
-        """Read a row.
-
-        Raises:
-            ValueError: the row does not match :class:`ExampleRow`.
-        """
+WriteRow: TypeAlias = Callable[[ExampleRow], None]
 
 
-def open_rows(path: Path) -> RowSource:
+def open_rows(path: Path) -> JsonRows | ParquetRows:
     """Open a file in the format of its suffix.
 
     Raises:
@@ -62,27 +51,18 @@ def open_rows(path: Path) -> RowSource:
     _check_suffix(path.suffix)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    return _ParquetRows(path) if path.suffix == ".parquet" else _JsonRows(path)
+    return ParquetRows(path) if path.suffix == ".parquet" else JsonRows(path)
 
 
-@contextmanager
-def row_writer(path: Path, suffix: str) -> Generator[Callable[[ExampleRow], None]]:
-    """Open a file for writing in the format of a suffix and yield a function that appends a row.
-
-    The file is removed if writing fails.
+def row_writer(path: Path, suffix: str) -> AbstractContextManager[WriteRow]:
+    """Open a file for writing in the format of a suffix; the result is a context manager.
 
     Raises:
         ValueError: the suffix is not in ``SUFFIXES``.
         MissingDependencyError: the format is Parquet and pyarrow is not installed.
     """
     _check_suffix(suffix)
-    writer = _parquet_writer if suffix == ".parquet" else _json_writer
-    try:
-        with writer(path) as write:
-            yield write
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    return _parquet_writer(path) if suffix == ".parquet" else _json_writer(path)
 
 
 def _check_suffix(suffix: str) -> None:
@@ -90,15 +70,8 @@ def _check_suffix(suffix: str) -> None:
         raise ValueError(f"suffix is {suffix!r}; accepted: {', '.join(SUFFIXES)}")
 
 
-def _converted(convert: Callable[[], ExampleRow]) -> ExampleRow:
-    try:
-        return convert()
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(str(error)) from error
-
-
-class _JsonRows:
-    """One JSON object per line; a blank line is an invalid row."""
+class JsonRows:
+    """Rows of a file with one JSON object per line; a blank line is an invalid row."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -113,23 +86,20 @@ class _JsonRows:
         return len(self._starts)
 
     def read(self, index: int) -> ExampleRow:
+        """Read a row; ValueError if it does not match :class:`ExampleRow`."""
         with self._path.open("rb") as file:
             file.seek(self._starts[index])
             line = file.readline()
-        return _converted(lambda: msgspec.json.decode(line, type=ExampleRow))
+        return msgspec.json.decode(line, type=ExampleRow)
 
 
 @contextmanager
-def _json_writer(path: Path) -> Generator[Callable[[ExampleRow], None]]:
+def _json_writer(path: Path) -> Iterator[WriteRow]:
     with path.open("wb") as file:
-
-        def write(row: ExampleRow) -> None:
-            file.write(msgspec.json.encode(row) + b"\n")
-
-        yield write
+        yield lambda row: file.writelines((msgspec.json.encode(row), b"\n"))
 
 
-class _ParquetRows:
+class ParquetRows:
     """Rows of a Parquet file; the last row group is cached."""
 
     def __init__(self, path: Path) -> None:
@@ -144,7 +114,7 @@ class _ParquetRows:
                 f"{path} has unknown columns ({', '.join(unknown) or 'none'}) or missing columns "
                 f"({', '.join(missing) or 'none'}); accepted: {', '.join(fields)}"
             )
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._locations = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
         self._group_number = -1
         self._group: Any = None
@@ -156,18 +126,19 @@ class _ParquetRows:
         return {**self.__dict__, "_group_number": -1, "_group": None}
 
     def read(self, index: int) -> ExampleRow:
+        """Read a row; ValueError if it does not match :class:`ExampleRow`."""
         group, row = self._locations[index]
         if group != self._group_number:
             self._group = _open_parquet(self._path).read_row_group(group)
             self._group_number = group
         data = self._group.slice(row, 1).to_pylist()[0]
         present = {name: value for name, value in data.items() if value is not None}
-        return _converted(lambda: msgspec.convert(present, ExampleRow))
+        return ExampleRow.from_json(present)
 
 
 @contextmanager
-def _parquet_writer(path: Path) -> Generator[Callable[[ExampleRow], None]]:
-    pyarrow, parquet = _import_pyarrow()
+def _parquet_writer(path: Path) -> Iterator[WriteRow]:
+    pyarrow = _import_pyarrow()
     text = pyarrow.string()
     rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int32())), ("counts", text)])
     schema = pyarrow.schema(
@@ -183,7 +154,7 @@ def _parquet_writer(path: Path) -> Generator[Callable[[ExampleRow], None]]:
         ]
     )
     pending: list[dict[str, Any]] = []
-    with parquet.ParquetWriter(path, schema) as file:
+    with pyarrow.parquet.ParquetWriter(path, schema) as file:
 
         def flush() -> None:
             file.write_table(pyarrow.Table.from_pylist(pending, schema=schema))
@@ -200,16 +171,17 @@ def _parquet_writer(path: Path) -> Generator[Callable[[ExampleRow], None]]:
 
 
 def _open_parquet(path: Path) -> Any:
-    pyarrow, parquet = _import_pyarrow()
+    pyarrow = _import_pyarrow()
     try:
-        return parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ArtifactError(f"{path} is not a Parquet file: {error}") from error
 
 
-def _import_pyarrow() -> tuple[Any, Any]:
+def _import_pyarrow() -> Any:
     try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow")
     except ImportError as error:
         raise MissingDependencyError(
             "Parquet files need pyarrow, which is not installed: pip install pyarrow"

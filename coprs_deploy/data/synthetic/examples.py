@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections.abc import Mapping
 
 import msgspec
 
-from coprs_deploy.data.examples import Example
+from coprs_deploy.data.examples import Example, LazyExamples
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, Preset
 from coprs_deploy.data.synthetic.questions import Question, ask_questions
 from coprs_deploy.data.synthetic.scene import Scene, make_scene
@@ -35,7 +34,7 @@ def held_out_examples(
     return examples
 
 
-class SceneExamples(Sequence[Example]):
+class SceneExamples(LazyExamples):
     """One generated example per seed, with the interface of an example file."""
 
     def __init__(self, preset: Preset, num_examples: int, first_seed: int = 0) -> None:
@@ -58,15 +57,8 @@ class SceneExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.seeds)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def load(self, index: int) -> Example:
+        """Generate the example of an index."""
         seed = self.seeds[index]
         scene = make_scene(self.preset, seed)
         question = ask_questions(scene, self.preset, seed)[0]

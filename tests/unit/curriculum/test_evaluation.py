@@ -35,7 +35,7 @@ class FixedPolicy(Policy):
     """Policy with fixed hidden states, so that only the segmentation path is compared."""
 
     description = "fixed"
-    width = 128
+    hidden_size = 128
 
     def __init__(self, states):
         self.states = states
