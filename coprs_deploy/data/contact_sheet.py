@@ -9,13 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from coprs_deploy.data.examples import Example
-from coprs_deploy.visualization import (
-    WHITE,
-    TextLine,
-    draw_text,
-    outline_band,
-    wrap_text,
-)
+from coprs_deploy.visualization import WHITE, TextLine, draw_text, outline_band, wrap_text
 
 TILE_PX = 320
 MARGIN_PX = 14
@@ -37,9 +31,6 @@ def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.I
         examples: at least one; several targets of one example are numbered.
         columns: number of columns.
 
-    Returns:
-        The page.
-
     Raises:
         ValueError: there are no examples, or columns is below 1.
     """
@@ -48,30 +39,24 @@ def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.I
             f"there are {len(examples)} examples and {columns} columns; both must be at least 1"
         )
     columns = min(columns, len(examples))
-    rows = [examples[i : i + columns] for i in range(0, len(examples), columns)]
-    captions = [[_caption(example) for example in row] for row in rows]
+    captions = [_caption(example) for example in examples]
     heights = [
         TILE_PX + 2 * MARGIN_PX + max(sum(line.height for line in lines) for lines in row)
-        for row in captions
+        for row in (captions[i : i + columns] for i in range(0, len(captions), columns))
     ]
     width = columns * (TILE_PX + MARGIN_PX) + MARGIN_PX
     page = Image.new("RGB", (width, sum(heights) + MARGIN_PX), PAPER)
-    top = MARGIN_PX
-    for row, row_captions, height in zip(rows, captions, heights, strict=True):
-        for column, (example, lines) in enumerate(zip(row, row_captions, strict=True)):
-            left = MARGIN_PX + column * (TILE_PX + MARGIN_PX)
-            page.paste(draw_targets(example), (left, top))
-            draw_text(page, lines, left, top + TILE_PX + MARGIN_PX // 2)
-        top += height
+    for number, (example, lines) in enumerate(zip(examples, captions, strict=True)):
+        row, column = divmod(number, columns)
+        left = MARGIN_PX + column * (TILE_PX + MARGIN_PX)
+        top = MARGIN_PX + sum(heights[:row])
+        page.paste(draw_targets(example), (left, top))
+        draw_text(page, lines, left, top + TILE_PX + MARGIN_PX // 2)
     return page
 
 
 def draw_targets(example: Example) -> Image.Image:
-    """Resize an example's image and outline its targets.
-
-    Returns:
-        An image whose longer side is ``TILE_PX`` pixels.
-    """
+    """Resize an example's image to a long side of ``TILE_PX``, and outline its targets."""
     height, width = example.image.shape[:2]
     factor = TILE_PX / max(height, width)
     size = (round(width * factor), round(height * factor))

@@ -8,7 +8,7 @@ bottom up:
     shapes, layout, rendering     outlines; positions and visible parts of objects; pixels
     scene                         the image with its instance map and its table of objects
     expressions, wording          referring expressions and their English
-    reasoning, questions          chain of thought; unambiguous questions with their targets
+    reasoning, questions          reasoning; unambiguous questions with their targets
     verifier                      an independent reading that checks questions and reasoning
     examples                      examples by seed
 """

@@ -31,17 +31,16 @@ MIN_CENTER_DISTANCE = 0.75
 
 
 @dataclass(frozen=True)
-class ObjectSpec:
-    """Attributes and position of an object before rendering.
+class ObjectAttributes:
+    """Attributes of one object, hidden parts included.
 
     Attributes:
-        shape: name of the shape.
-        color: name of the color.
-        texture: name of the texture.
-        size: name of the size.
-        center: x and y in pixels.
+        shape: name of the shape, as in "circle".
+        color: name of the color, as in "red".
+        texture: name of the texture, as in "striped".
+        size: "small", "medium" or "large".
+        center: x and y in pixels of the center of mass.
         radius: radius in pixels of a circle of the same area.
-        rotation: cosine and sine of the rotation angle.
     """
 
     shape: str
@@ -50,6 +49,12 @@ class ObjectSpec:
     size: str
     center: tuple[float, float]
     radius: float
+
+
+@dataclass(frozen=True)
+class ObjectSpec(ObjectAttributes):
+    """An object before rendering; ``rotation`` is the cosine and sine of its angle."""
+
     rotation: shapes.Rotation
 
     @property

@@ -62,7 +62,7 @@ class Question:
         instruction: the user's text.
         question_type: one of ``QUESTION_TYPES``.
         targets: indices into the scene's objects, in reading order; empty for "none".
-        reasoning: chain of thought, without ``<think>`` tags.
+        reasoning: text inside the ``<think>`` tags.
     """
 
     instruction: str

@@ -1,4 +1,4 @@
-"""Chain of thought from an instruction to its targets.
+"""Reasoning from an instruction to its targets.
 
 The order makes it learnable: the noun phrase is repeated, each candidate is listed with its
 location first and its attributes second, and the conclusion repeats the location of the target. A

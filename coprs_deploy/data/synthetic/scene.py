@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.data.synthetic.layout import Layout, cell_of, make_layout
+from coprs_deploy.data.synthetic.layout import Layout, ObjectAttributes, cell_of, make_layout
 from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.data.synthetic.rendering import render
 from coprs_deploy.data.synthetic.rng import PortableRng
@@ -16,28 +16,16 @@ from coprs_deploy.images import RgbArray
 
 
 @dataclass(frozen=True)
-class SceneObject:
-    """Attributes of one object of a scene.
+class SceneObject(ObjectAttributes):
+    """One object of a scene.
 
     Attributes:
-        shape: name of the shape, as in "circle".
-        color: name of the color, as in "red".
-        texture: name of the texture, as in "striped".
-        size: "small", "medium" or "large".
-        center: x and y in pixels of the center of mass, hidden parts included.
-        radius: radius in pixels of a circle of the same area, hidden parts included.
         row: row of the grid cell of the center, 1..8.
         column: column of the grid cell of the center, 1..8.
         box: left, top, right, bottom of the visible pixels; right and bottom are exclusive.
         visible_share: visible pixels over all pixels of the object.
     """
 
-    shape: str
-    color: str
-    texture: str
-    size: str
-    center: tuple[float, float]
-    radius: float
     row: int
     column: int
     box: tuple[int, int, int, int]
@@ -83,15 +71,7 @@ class Scene:
 
 
 def make_scene(preset: Preset, seed: int) -> Scene:
-    """Generate the scene of a seed: the same pixels on every machine.
-
-    Args:
-        preset: difficulty preset.
-        seed: any integer.
-
-    Returns:
-        The scene; it has at least one object.
-    """
+    """Generate the scene of a seed, with at least one object: the same pixels on every machine."""
     layout = make_layout(preset, PortableRng(f"{preset.name} layout", seed))
     image = render(layout, preset, PortableRng(f"{preset.name} paint", seed))
     numbered = [
@@ -111,13 +91,9 @@ def _describe(layout: Layout, number: int, image_size: int) -> SceneObject:
     rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
     top, left = footprint.rows.start, footprint.columns.start
     row, column = cell_of(spec.center, image_size)
+    attributes = {field.name: getattr(spec, field.name) for field in fields(ObjectAttributes)}
     return SceneObject(
-        shape=spec.shape,
-        color=spec.color,
-        texture=spec.texture,
-        size=spec.size,
-        center=spec.center,
-        radius=spec.radius,
+        **attributes,
         row=row,
         column=column,
         box=(

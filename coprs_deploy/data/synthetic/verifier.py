@@ -40,8 +40,9 @@ _SYNONYMS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("crescent", "half-moon"), "crescent"),
     },
 }
-_ANY_SHAPE = ("shape", "object", "figure", "thing")
+_ANY_SHAPE = ("shape", "object", "figure", "thing")  # codespell:ignore figure
 _FILLERS = ("the", "that", "which", "is", "are", "with")
+_NEAREST = ("nearest to", "closest to")
 _ALL = ("all", "each", "every", "both")
 _NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 _RANKS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6}
@@ -51,7 +52,7 @@ _CARRIER = re.compile(
     r"(?:segment|mark|where (?:is|are)|find|show me|highlight|outline|looking for|point out|need"
     r"|which pixels belong to|cut out|give me the mask of) "
 )
-_CLOSING = re.compile(r"(?: in this picture| please| only)*$")
+_CLOSING = re.compile(r"(?: in this picture| please| only)*$")  # codespell:ignore picture
 _RELATION = re.compile(
     r" (?:(?:that|which) (?:is|are) )?(?:and )?(?:(?:to|on) the )?"
     r"(left of|right of|above|higher up than|below|lower down than|nearest to|closest to) "
@@ -88,9 +89,7 @@ def read_instruction(instruction: str, objects: Sequence[SceneObject]) -> tuple[
     """
     text = re.sub(r"[.,?!]", "", instruction.lower()).strip()
     text = _CLOSING.sub("", _CARRIER.sub("", text))
-    text = re.sub(
-        r"\b(plus) (sign)|\b(half) (moon)", lambda m: "-".join(filter(None, m.groups())), text
-    )
+    text = re.sub(r"\b(plus|half) (?=sign|moon)", r"\1-", text)
     text = re.sub(r"\bfurthest (left|right)\b", r"\1most", text)
     return tuple(_read_phrase(text, objects))
 
@@ -116,10 +115,10 @@ def _read_phrase(text: str, objects: Sequence[SceneObject]) -> list[int]:
         pool = [i for i in pool if i not in anchor]
         steps.append((relation, objects[anchor[0]]))
     for relation, item in steps:
-        if relation not in ("nearest to", "closest to"):
+        if relation not in _NEAREST:
             pool = [i for i in pool if _is_in_direction(relation, objects[i], item)]
     for relation, item in steps:
-        if relation in ("nearest to", "closest to"):
+        if relation in _NEAREST:
             fitting = _select(head.split(), objects, pool)
             return sorted(fitting, key=lambda i: _squared_distance(objects[i], item))[:1]
     return _read_head(head, objects, pool)
@@ -136,9 +135,7 @@ def _read_head(text: str, objects: Sequence[SceneObject], pool: Sequence[int]) -
     extreme = next((word for word in words if word in _VALUES), None)
     if extreme:
         return sorted(fitting, key=lambda i: _VALUES[extreme](objects[i]))[:1]
-    number = next((_NUMBERS[word] for word in words if word in _NUMBERS), 0)
-    if "both" in words:
-        number = 2
+    number = next((_NUMBERS[word] for word in words if word in _NUMBERS), 2 * ("both" in words))
     if number and len(fitting) != number:
         raise AmbiguousError(f"{text!r} matches {len(fitting)} objects")
     is_plural = number or any(word in _ALL for word in words) or _has_plural_noun(words)
@@ -213,87 +210,85 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
     the targets are the candidates marked as matching.
 
     Args:
-        reasoning: chain of thought, without ``<think>`` tags.
+        reasoning: the text inside the ``<think>`` tags.
         objects: objects of the scene.
 
     Returns:
         One line per false statement.
     """
-    at_location = {f"row{item.row} col{item.column}": i for i, item in enumerate(objects)}
-    found: list[str] = []
-    anchors: set[int] = set()
-    listed_locations: list[str] = []
-    matching: list[str] = []
-    for sentence in filter(None, (part.strip() for part in reasoning.lower().split("."))):
-        for location, attributes in _LOCATION.findall(sentence):
-            if location not in at_location:
-                found.append(f"nothing is at {location}")
-                continue
-            item = objects[at_location[location]]
-            name = f"{item.size} {item.texture} {item.color} {item.shape}"
-            if attributes and attributes != name:
-                found.append(f"at {location} is a {name}, not a {attributes}")
-        located, listed = _STATED.match(sentence), _LISTED.match(sentence)
-        sized = _SIZED.match(sentence)
+    reader = _ReasoningReader(objects)
+    for sentence in reasoning.lower().split("."):
+        reader.read(sentence.strip())
+    return reader.found
+
+
+class _ReasoningReader:
+    """Reads a reasoning sentence by sentence and collects false statements in ``found``."""
+
+    def __init__(self, objects: Sequence[SceneObject]) -> None:
+        self.objects = objects
+        self.at_location = {f"row{item.row} col{item.column}": i for i, item in enumerate(objects)}
+        self.anchors: set[int] = set()
+        self.listed: list[str] = []  # locations of the candidates
+        self.matching: list[str] = []  # those marked as matching
+        self.found: list[str] = []
+
+    def read(self, sentence: str) -> None:
+        """Check a sentence against the objects and the sentences before it."""
+        locations = [location for location, _ in _LOCATION.findall(sentence)]
+        self._check_attributes(sentence)
         if _CONCLUDED.match(sentence):
-            concluded = [location for location, _ in _LOCATION.findall(sentence)]
-            if matching and concluded != matching:
-                found.append("the targets are not those that match")
-        elif sized:
-            known = [
-                objects[at_location[location]]
-                for location in listed_locations
-                if location in at_location
-            ]
+            if self.matching and locations != self.matching:
+                self.found.append("the targets are not those that match")
+        elif sized := _SIZED.match(sentence):
+            known = [self.objects[i] for i in self._at(self.listed)]
             meant = min(known, key=_VALUES[sized[1]], default=None)
             if meant is None or meant.size != sized[2]:
-                found.append(f"the {sized[1]} is not {sized[2]}")
-        elif located:
-            anchors |= _check_stated(located, objects, at_location, found)
-        elif listed:
-            listed_locations = [location for location, _ in _LOCATION.findall(sentence)]
-            matching = _MATCHING.findall(sentence)
-            named = {
-                at_location[location] for location in listed_locations if location in at_location
-            }
-            fitting = set(_select(listed[1].split(), objects, range(len(objects))))
-            if not fitting - anchors <= named <= fitting:
-                found.append(f"the {listed[1]} candidates are others")
-            found += _check_distances(sentence, objects, at_location, anchors)
-    return found
+                self.found.append(f"the {sized[1]} is not {sized[2]}")
+        elif stated := _STATED.match(sentence):
+            self._check_stated(stated)
+        elif listed := _LISTED.match(sentence):
+            self.listed, self.matching = locations, _MATCHING.findall(sentence)
+            fitting = set(_select(listed[1].split(), self.objects, range(len(self.objects))))
+            if not fitting - self.anchors <= set(self._at(locations)) <= fitting:
+                self.found.append(f"the {listed[1]} candidates are others")
+            self._check_distances(sentence)
 
+    def _at(self, locations: Sequence[str]) -> list[int]:
+        """Return the objects at locations; those without an object are left out."""
+        return [self.at_location[each] for each in locations if each in self.at_location]
 
-def _check_distances(
-    sentence: str, objects: Sequence[SceneObject], at_location: dict[str, int], anchors: set[int]
-) -> list[str]:
-    stated = [
-        (at_location[p], int(far)) for p, far in _DISTANT.findall(sentence) if p in at_location
-    ]
-    if not stated:
-        return []
-    if len(anchors) != 1:
-        return [f"distances from {len(anchors)} anchors"]
-    origin = objects[next(iter(anchors))]
-    stated.sort(key=lambda pair: _squared_distance(objects[pair[0]], origin))
-    return [
-        f"{objects[i].shape} {near} away is not nearer than {objects[j].shape} {far} away"
-        for (i, near), (j, far) in pairwise(stated)
-        if near > far
-    ]
+    def _check_attributes(self, sentence: str) -> None:
+        for location, attributes in _LOCATION.findall(sentence):
+            if location not in self.at_location:
+                self.found.append(f"nothing is at {location}")
+                continue
+            item = self.objects[self.at_location[location]]
+            name = f"{item.size} {item.texture} {item.color} {item.shape}"
+            if attributes and attributes != name:
+                self.found.append(f"at {location} is a {name}, not a {attributes}")
 
+    def _check_stated(self, sentence: re.Match[str]) -> None:
+        try:
+            meant = _read_phrase(sentence[1], self.objects)
+        except AmbiguousError as error:
+            self.found.append(str(error))
+            return
+        stated = self._at([sentence[2]])
+        if meant != stated and (sentence[3] or stated):
+            self.found.append(f"{sentence[1]} is not there")
+        self.anchors.update(meant)
 
-def _check_stated(
-    sentence: re.Match[str],
-    objects: Sequence[SceneObject],
-    at_location: dict[str, int],
-    found: list[str],
-) -> set[int]:
-    try:
-        meant = _read_phrase(sentence[1], objects)
-    except AmbiguousError as error:
-        found.append(str(error))
-        return set()
-    stated = [at_location[sentence[2]]] if sentence[2] in at_location else []
-    if meant != stated and (sentence[3] or stated):
-        found.append(f"{sentence[1]} is not there")
-    return set(meant)
+    def _check_distances(self, sentence: str) -> None:
+        stated = [(i, int(far)) for at, far in _DISTANT.findall(sentence) for i in self._at([at])]
+        if stated and len(self.anchors) != 1:
+            self.found.append(f"distances from {len(self.anchors)} anchors")
+        elif stated:
+            origin = self.objects[next(iter(self.anchors))]
+            stated.sort(key=lambda pair: _squared_distance(self.objects[pair[0]], origin))
+            self.found += [
+                f"{self.objects[i].shape} {near} away is not nearer than "
+                f"{self.objects[j].shape} {far} away"
+                for (i, near), (j, far) in pairwise(stated)
+                if near > far
+            ]

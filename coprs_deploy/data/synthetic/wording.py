@@ -17,7 +17,7 @@ Pick = Callable[[Sequence[str]], str]
 """Chooses one of several synonyms."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "shape": ("shape", "object", "figure", "thing"),
+    "shape": ("shape", "object", "figure", "thing"),  # codespell:ignore figure
     "circle": ("circle", "disc"),
     "cross": ("cross", "plus sign"),
     "diamond": ("diamond", "rhombus"),
@@ -58,7 +58,7 @@ _TEMPLATES = (
     "Please segment {phrase}.",
     "please mark {phrase}",
     "Where {be} {phrase}?",
-    "where {be} {phrase} in this picture?",
+    "where {be} {phrase} in this picture?",  # codespell:ignore picture
     "Find {phrase}.",
     "can you find {phrase}?",
     "Show me {phrase}.",
@@ -84,14 +84,7 @@ def write_instruction(
 ) -> str:
     """Write an instruction: the noun phrase, or a paraphrase if the preset has them.
 
-    Args:
-        expression: the objects to segment.
-        num_targets: number of targets, which a plural may state.
-        preset: difficulty preset.
-        rng: random stream.
-
-    Returns:
-        The instruction.
+    A plural may state ``num_targets``.
     """
     if not preset.has_paraphrases:
         return phrase(expression)
