@@ -1,8 +1,7 @@
 """Auxiliary heads: dense supervision from the objects of a scene, used in training only.
 
-They predict attributes of cells or objects from image tokens, image embeddings or hidden states, and
-are no part of the finished checkpoint. ``sizes`` maps each
-attribute of an object to its number of values.
+They predict attributes of cells or objects from image tokens, image embeddings or hidden states.
+The finished checkpoint does not hold them. ``sizes`` maps each attribute to its number of values.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class CellLabels(NamedTuple):
     """Labels of the cells of a grid, row by row.
 
     Attributes:
-        is_center: float32 (B, T), 1 where the center of an object lies.
+        is_center: float32 (B, T), 1 where an object has its center.
         is_object: bool (B, T), whether the cell belongs to an object.
         attributes: int64 (B, T, 6), attributes of that object, as in ``SceneBatch``.
         offsets: float32 (B, T, 2), from the middle of the cell to the object's center, in cells.
@@ -137,10 +136,8 @@ class CellHead(nn.Module):
         # Most cells show a part of their object only, so accuracies count the cells of centers.
         with torch.no_grad():
             centers = self.appearance(tokens[at_center], appearance[at_center])
-        metrics = {
-            "center": Mean.of(((center > 0) == at_center).float(), weights),
-            **centers.metrics,
-        }
+        is_right = ((center > 0) == at_center).float()
+        metrics = {"center": Mean.of(is_right, weights), **centers.metrics}
         if self.location is not None:
             cells = torch.arange(self.grid**2, device=tokens.device)
             own = torch.stack([cells // self.grid, cells % self.grid], dim=-1)
@@ -167,11 +164,8 @@ class CellHeads(nn.Module):
         """
         vision, language = self.vision_head(features, labels), self.language_head(tokens, labels)
         return StageOutput(
-            {
-                **prefixed("vision_head", vision.losses),
-                **prefixed("language_head", language.losses),
-            },
-            {**prefixed("vision_head", vision.metrics), **language.metrics},
+            prefixed("vision_head", vision.losses) | prefixed("language_head", language.losses),
+            prefixed("vision_head", vision.metrics) | language.metrics,
         )
 
 

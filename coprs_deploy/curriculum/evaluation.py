@@ -241,12 +241,10 @@ class SceneEvaluator:
         """Return the object that each mask overlaps most, if it does so at all."""
         scene = self._scenes.scene(index)
         objects = scene.masks(range(len(scene.objects)))
-        selected = set()
-        for mask in masks:
-            overlaps = [iou(count_pixels(mask, each), empty=EMPTY_IOU) for each in objects]
-            if max(overlaps) > MIN_OBJECT_IOU:
-                selected.add(int(np.argmax(overlaps)))
-        return selected
+        overlaps = [
+            [iou(count_pixels(mask, each), empty=EMPTY_IOU) for each in objects] for mask in masks
+        ]
+        return {int(np.argmax(row)) for row in overlaps if max(row) > MIN_OBJECT_IOU}
 
 
 def named_locations(response: str) -> set[str]:

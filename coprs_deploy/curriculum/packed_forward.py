@@ -82,19 +82,16 @@ def transformer_block(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run one block.
+    """Run one block on hidden states, (B, L, D) float32 to the same.
 
     Args:
-        hidden: (B, L, D) float32.
+        hidden: hidden states.
         rotation: rotary angles of queries and keys.
         bias: attention bias, broadcastable to (B, heads, L, L).
         weights: weights of the block, float32.
         num_heads: number of attention heads.
         eps: epsilon of the norms.
         dtype: dtype of matrix products.
-
-    Returns:
-        (B, L, D) float32.
     """
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

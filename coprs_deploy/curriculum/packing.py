@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate, encode_prompt
@@ -115,69 +114,55 @@ class QuestionPacker:
             length: length L of a row; questions that do not fit are dropped. None takes the
                 longest row.
         """
-        rows = [self._row(pairs, length) for pairs in questions]
-        shape = (len(rows), length or max(len(row.ids) for row in rows))
+        rows = [self._tokenize(pairs, length) for pairs in questions]
+        num_prefix = len(self.prefix)
+        longest = num_prefix + max(sum(len(each.ids) for each in row) for row in rows)
+        shape = (len(rows), length or longest)
         ids = np.full(shape, self._tokenizer.pad_token_id)
         labels = np.full(shape, IGNORED_LABEL)
         blocks = np.full(shape, PADDING_BLOCK)
         positions = np.zeros((3, *shape), np.int64)
-        references: list[tuple[int, int]] = []
-        sources: list[tuple[int, int]] = []
+        ids[:, :num_prefix] = self.prefix
+        blocks[:, :num_prefix] = PREFIX_BLOCK
+        positions[:, :, :num_prefix] = self.prefix_positions[:, None]
         for index, row in enumerate(rows):
-            used = len(row.ids)
-            ids[index, :used] = row.ids
-            labels[index, :used] = row.labels
-            blocks[index, :used] = row.blocks
-            positions[:, index, :used] = np.concatenate(row.positions, axis=1)
-            references += [(index, column) for _, column in row.references]
-            sources += [(index, question) for question, _ in row.references]
-        return PackedRows(
-            torch.from_numpy(ids),
-            torch.from_numpy(positions),
-            torch.from_numpy(blocks),
-            torch.from_numpy(labels),
-            torch.tensor(references, dtype=torch.int64).reshape(-1, 2),
-            torch.tensor(sources, dtype=torch.int64).reshape(-1, 2),
-        )
+            start = num_prefix
+            for block, tokens, num_prompt in row:
+                stop = start + len(tokens)
+                ids[index, start:stop] = tokens
+                labels[index, start + num_prompt - 1 : stop - 1] = tokens[num_prompt:]
+                blocks[index, start:stop] = block
+                positions[:, index, start:stop] = self._next_position + np.arange(len(tokens))
+                start = stop
+        references = np.argwhere(ids == self.reference_id)
+        sources = np.stack([references[:, 0], blocks[*references.T] - 1], axis=1)
+        arrays = (ids, positions, blocks, labels, references, sources)
+        return PackedRows(*map(torch.from_numpy, arrays))
 
     def encode_prompt(self, instruction: str) -> list[int]:
         """Encode a whole prompt, image tokens included."""
         return encode_prompt(self._template, self._tokenizer, instruction, self._num_image_tokens)
 
-    def _row(self, pairs: Sequence[InstructionResponse], length: int | None) -> _Row:
-        num_prefix = len(self.prefix)
-        row = _Row(
-            list(self.prefix),
-            [IGNORED_LABEL] * num_prefix,
-            [PREFIX_BLOCK] * num_prefix,
-            [self.prefix_positions],
-            [],
-        )
-        for question, (instruction, response) in enumerate(pairs):
-            prompt = self.encode_prompt(instruction)[num_prefix:]
+    def _tokenize(
+        self, pairs: Sequence[InstructionResponse], length: int | None
+    ) -> list[_QuestionTokens]:
+        """Tokenize the questions of one image, without those that do not fit."""
+        tokenized, left = [], None if length is None else length - len(self.prefix)
+        for block, (instruction, response) in enumerate(pairs, start=1):
+            prompt = self.encode_prompt(instruction)[len(self.prefix) :]
             is_text = isinstance(response, str)
-            ids = self._tokenizer(response)["input_ids"] if is_text else response
-            tokens = [*prompt, *ids]
-            start = len(row.ids)
-            if length is not None and start + len(tokens) > length:
-                continue
-            row.ids.extend(tokens)
-            row.labels.extend([IGNORED_LABEL] * (len(prompt) - 1) + [*ids, IGNORED_LABEL])
-            row.blocks.extend([question + 1] * len(tokens))
-            row.positions.append(np.tile(self._next_position + np.arange(len(tokens)), (3, 1)))
-            row.references.extend(
-                (question, column)
-                for column, token in enumerate(tokens, start)
-                if token == self.reference_id
-            )
-        return row
+            ids = [*prompt, *(self._tokenizer(response)["input_ids"] if is_text else response)]
+            if left is not None:
+                if len(ids) > left:
+                    continue
+                left -= len(ids)
+            tokenized.append(_QuestionTokens(block, ids, len(prompt)))
+        return tokenized
 
 
-class _Row(NamedTuple):
-    """One row in progress; ``references`` holds question and column of each ``<REF_POS>``."""
+class _QuestionTokens(NamedTuple):
+    """Block number and tokens of one question; the first ``num_prompt`` belong to the prompt."""
 
+    block: int
     ids: list[int]
-    labels: list[int]
-    blocks: list[int]
-    positions: list[NDArray[np.int64]]
-    references: list[tuple[int, int]]
+    num_prompt: int

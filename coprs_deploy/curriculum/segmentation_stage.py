@@ -69,7 +69,7 @@ class SegmentationObjective(nn.Module):
         queries = self.oracle(scenes.attributes[rows, targets])
         output = mask_output(self.segmentation, embedding, queries, batch, self._weights)
         auxiliary = self.patches(embedding, scenes).losses
-        return output._replace(losses={**output.losses, **prefixed("auxiliary", auxiliary)})
+        return output._replace(losses=output.losses | prefixed("auxiliary", auxiliary))
 
 
 def mask_output(

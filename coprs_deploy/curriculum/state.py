@@ -39,7 +39,7 @@ _POLICY_SIZES = {
 def build_tiny_state(
     settings: TinyModel, preset: Preset, corpus: Callable[[], list[str]], seed: int
 ) -> TrainingState:
-    """Build a tiny model from random weights or a checkpoint; its heads are always random.
+    """Build a tiny model from random weights or a checkpoint; auxiliary heads are always random.
 
     Args:
         settings: sizes and initial checkpoint of the model.
@@ -61,12 +61,12 @@ def build_tiny_state(
             raise ValueError(
                 f"{name} is {size}; accepted for the preset {preset.name!r}: {preset.image_size}"
             )
-    policy = None if settings.init_from else build_tiny_policy(settings.policy, corpus(), seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if policy is None:
+        if settings.init_from:
             state = _load_initial(settings)
         else:
+            policy = build_tiny_policy(settings.policy, corpus(), seed)
             segmentation = SegmentationModel(settings.segmentation)
             initialize_segmentation(segmentation)
             area = settings.policy.image_size**2

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from coprs_deploy.curriculum.recipe import TinyPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
 from coprs_deploy.training.state import PolicyParts
@@ -52,14 +54,7 @@ def prompt_template(sizes: TinyPolicy) -> PromptTemplate:
 
 
 def build_tiny_policy(sizes: TinyPolicy, corpus: Iterable[str], seed: int) -> PolicyParts:
-    """Build a policy with random weights.
-
-    Args:
-        sizes: sizes of the policy.
-        corpus: instructions and responses to train the tokenizer on.
-        seed: seed of the weights.
-    """
-    import torch
+    """Build a policy with random weights, and a tokenizer trained on the texts of ``corpus``."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     template = prompt_template(sizes)
@@ -141,32 +136,27 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
     ``<REF_POS>`` is one special token. ``<think>`` and ``</think>`` are added tokens that are not
     special, so that decoded text keeps them.
     """
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        trainers,
-    )
+    import tokenizers
+    from tokenizers import AddedToken, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     added = (*SPECIAL_TOKENS, *REASONING_TOKENS)
-    backend = Tokenizer(models.BPE())
+    # Added tokens must not take part in merges.
+    pattern = "|".join(map(re.escape, added))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - len(added),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in corpus for piece in _split(text, added))
+    pieces = (piece for text in corpus for piece in re.split(pattern, text))
     backend.train_from_iterator(pieces, trainer)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
@@ -181,8 +171,3 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
         padding_side="left",
     )
-
-
-def _split(text: str, tokens: Iterable[str]) -> list[str]:
-    """Split a text at its added tokens, which must not take part in merges."""
-    return re.split("|".join(map(re.escape, tokens)), text)

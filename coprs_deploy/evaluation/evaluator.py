@@ -1,7 +1,6 @@
-"""The evaluator: predict masks for examples and score them against the ground truth.
+"""Evaluator: predict masks for examples and score them against the ground truth.
 
-It opens no model. What predicts is a callable: a bundle's runtime, a server's client or a model in
-training.
+It opens no model. A callable predicts: a bundle's runtime or a model in training.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from coprs_deploy.evaluation.metrics import ExampleScore, count_pixels, union
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model predicts for one example.
+    """Prediction of a model for one example.
 
     Attributes:
         masks: (N, H, W) bool at the image's size; N is 0 for a no-match prediction.
@@ -85,12 +84,7 @@ Segment = Callable[[NDArray[np.uint8], str, int], Segmented]
 
 
 def predict_with(segment: Segment, max_targets: int) -> Predict[Example]:
-    """Turn a segment function into a predict callable.
-
-    Args:
-        segment: as ``CoPRS.segment``.
-        max_targets: maximum number of targets of each prediction.
-    """
+    """Turn ``CoPRS.segment``, with up to ``max_targets`` targets, into a predict callable."""
 
     def predict(examples: Sequence[Example]) -> list[Prediction]:
         results = [segment(each.image, each.instruction, max_targets) for each in examples]

@@ -128,23 +128,16 @@ def no_match_metrics(num_targets: Sequence[int], num_found: Sequence[int]) -> di
         ``no_match_recall`` if there are no-match examples, and ``no_match_precision`` if there are
         no-match predictions.
     """
-    num_no_match = sum(not count for count in num_targets)
-    predicted = [count for count, found in zip(num_targets, num_found, strict=True) if not found]
-    num_correct = sum(not count for count in predicted)
-    metrics = {}
-    if num_no_match:
-        metrics["no_match_recall"] = num_correct / num_no_match
-    if predicted:
-        metrics["no_match_precision"] = num_correct / len(predicted)
-    return metrics
+    num_correct = list(zip(num_targets, num_found, strict=True)).count((0, 0))
+    totals = {"no_match_recall": num_targets.count(0), "no_match_precision": num_found.count(0)}
+    return {name: num_correct / total for name, total in totals.items() if total}
 
 
 def mask_metrics(scores: Sequence[ExampleScore]) -> dict[str, float]:
-    """Average the mask metrics over examples that all have a target.
+    """Average the mask metrics over examples with a target; empty without examples.
 
     Returns:
-        ``giou``, ``ciou``, ``precision_at_50``, ``prior_giou`` and the means of ``extra``; empty
-        without examples.
+        ``giou``, ``ciou``, ``precision_at_50``, ``prior_giou`` and the means of ``extra``.
     """
     if not scores:
         return {}
@@ -154,10 +147,7 @@ def mask_metrics(scores: Sequence[ExampleScore]) -> dict[str, float]:
         "ciou": ciou(masks, empty=EMPTY_IOU),
         "precision_at_50": precision_at(masks, 0.5, empty=EMPTY_IOU),
         "prior_giou": giou(priors, empty=EMPTY_IOU),
-        **{
-            name: float(np.mean([score.extra[name] for score in scores]))
-            for name in scores[0].extra
-        },
+        **{key: float(np.mean([score.extra[key] for score in scores])) for key in scores[0].extra},
     }
 
 
@@ -174,14 +164,8 @@ def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
     for question_type in sorted({score.question_type for score in present} - {""}):
         part = mask_metrics([score for score in present if score.question_type == question_type])
         metrics.update({f"{question_type}.{name}": value for name, value in part.items()})
-    pearson = pearson_r(
-        [score.prior_iou for score in present], [score.mask_iou for score in present]
-    )
-    if pearson is not None:
+    priors, masks = [s.prior_iou for s in present], [s.mask_iou for s in present]
+    if (pearson := pearson_r(priors, masks)) is not None:
         metrics["pearson_r"] = pearson
-    metrics.update(
-        no_match_metrics(
-            [score.num_targets for score in scores], [score.num_found for score in scores]
-        )
-    )
-    return metrics
+    num_targets, num_found = [s.num_targets for s in scores], [s.num_found for s in scores]
+    return metrics | no_match_metrics(num_targets, num_found)

@@ -40,10 +40,7 @@ def write_evaluation(directory: Path, title: str, evaluated: Sequence[Evaluated]
     (directory / REPORT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     with (directory / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
         for each in evaluated:
-            row = {
-                name: round(value, 6) if isinstance(value, float) else value
-                for name, value in each.to_json().items()
-            }
+            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in each.to_json().items()}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

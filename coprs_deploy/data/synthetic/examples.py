@@ -17,17 +17,11 @@ def held_out_examples(
 ) -> list[Example]:
     """Generate held-out examples with a target, and no-match examples after them.
 
-    All question types that have a target are equally likely, whatever the weights of the preset.
-
-    Args:
-        preset: difficulty preset.
-        num_examples: number of examples with a target.
-        num_no_match: number of no-match examples; their seeds follow.
-        first_seed: seed of the first example, counted from ``HELD_OUT_SEED``.
+    Question types with a target are equally likely, whatever the weights of the preset.
+    ``first_seed`` is counted from ``HELD_OUT_SEED``.
     """
-    answerable = preset_with_target(preset)
     first = HELD_OUT_SEED + first_seed
-    examples = list(SceneExamples(answerable, num_examples, first))
+    examples = list(SceneExamples(preset_with_target(preset), num_examples, first))
     if num_no_match:
         no_match = with_question_types(preset, {"none": 1.0})
         examples += SceneExamples(no_match, num_no_match, first + num_examples)

@@ -28,16 +28,6 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }
 """Relation to axis (0 is x) and sign of the object's position minus the anchor's."""
 
-EXTREMES: dict[str, tuple[int, int]] = {
-    "leftmost": (0, 1),
-    "rightmost": (0, -1),
-    "topmost": (1, 1),
-    "bottommost": (1, -1),
-}
-"""Extreme of position to axis and sign; the extreme has the smallest signed value."""
-
-SIZE_EXTREMES: dict[str, int] = {"largest": -1, "smallest": 1}
-
 SIDES: dict[str, tuple[int, int]] = {
     "left": (0, 1),
     "right": (0, -1),
@@ -45,6 +35,11 @@ SIDES: dict[str, tuple[int, int]] = {
     "bottom": (1, -1),
 }
 """Side from which a rank counts to axis and sign of the count."""
+
+EXTREMES = {f"{side}most": direction for side, direction in SIDES.items()}
+"""Extreme of position to axis and sign; the extreme has the smallest signed value."""
+
+SIZE_EXTREMES: dict[str, int] = {"largest": -1, "smallest": 1}
 
 
 class UnclearError(Exception):

@@ -77,16 +77,13 @@ class Question:
 
 
 def ask_questions(scene: Scene, preset: Preset, seed: int, count: int = 1) -> list[Question]:
-    """Generate different questions about a scene.
+    """Generate at least one question about a scene, no two with the same instruction.
 
     Args:
         scene: a scene of the preset.
         preset: question types with their weights, and wording.
         seed: seed of the questions.
         count: maximum number of questions; a scene with few objects may have fewer.
-
-    Returns:
-        At least one question, no two with the same instruction.
 
     Raises:
         ValueError: count is below 1.
@@ -148,11 +145,9 @@ class _Drafter:
         self, question_type: str, expression: Expression, targets: tuple[int, ...]
     ) -> Question:
         instruction = write_instruction(expression, len(targets), self.preset, self.rng)
+        comparisons = self.preset.shows_comparisons
         reasoning = write_reasoning(
-            expression,
-            self.objects,
-            self.clear_px,
-            shows_comparisons=self.preset.shows_comparisons,
+            expression, self.objects, self.clear_px, shows_comparisons=comparisons
         )
         return Question(instruction, question_type, targets, reasoning)
 
@@ -181,9 +176,8 @@ class _Drafter:
         pair = self._pair()
         if not pair:
             return None
-        return self._related(
-            pair[0], Expression(self._describe(pair[1], _ATTRIBUTE_SHARES)), NEAREST
-        )
+        anchor = Expression(self._describe(pair[1], _ATTRIBUTE_SHARES))
+        return self._related(pair[0], anchor, NEAREST)
 
     def _two_step(self) -> Expression | None:
         return self._chain() if self.rng.chance(0.5) else self._conjunction()
@@ -214,19 +208,16 @@ class _Drafter:
 
     def _several(self) -> Expression | None:
         described = self._describe(self.rng.choice(self.objects), _BROAD_SHARES)
-        relation = self._relation() if self.rng.chance(0.3) else None
-        return Expression(
-            described, relations=relation.relations if relation else (), is_plural=True
-        )
+        related = self._relation() if self.rng.chance(0.3) else None
+        return Expression(described, related.relations if related else (), is_plural=True)
 
     def _no_match(self) -> Expression | None:
         """Draft a plausible no-match question: replace one part of an answerable one."""
         if self.rng.chance(0.2):
             return self._unknown_object()
         types = [name for name in _NARROWING if self.preset.question_type_weights.get(name)]
-        answerable = (
-            self.drafts[self.rng.choice(types)]() if types and self.rng.chance(0.7) else None
-        )
+        is_answerable = types and self.rng.chance(0.7)
+        answerable = self.drafts[self.rng.choice(types)]() if is_answerable else None
         if answerable is None:
             return Expression(self._mismatch())
         if self.rng.chance(0.35):
@@ -300,8 +291,7 @@ class _Drafter:
             pool = candidates(expression, self.objects, self.clear_px)
         except UnclearError:
             return None
-        if expression.extreme or expression.rank:
-            is_trivial = len(pool) < 2
-        else:
-            is_trivial = len(pool) < 2 and not self.rng.chance(LONE_CANDIDATE_SHARE)
-        return None if is_trivial else expression
+        if len(pool) > 1:
+            return expression
+        is_selected = expression.extreme or expression.rank
+        return expression if not is_selected and self.rng.chance(LONE_CANDIDATE_SHARE) else None

@@ -41,17 +41,13 @@ def write_reasoning(
     *,
     shows_comparisons: bool = False,
 ) -> str:
-    """Write the reasoning from an expression to its targets.
+    """Write the reasoning from an expression to its targets, without ``<think>`` tags.
 
     Args:
         expression: an unambiguous expression; see :func:`expressions.resolve`.
         objects: objects of the scene.
         clear_px: minimum difference in pixels of positions that are compared.
-        shows_comparisons: mark the candidates that fulfill a relation, and state the size of the
-            largest or smallest.
-
-    Returns:
-        Sentences in canonical terms, without ``<think>`` tags.
+        shows_comparisons: see :class:`~coprs_deploy.data.synthetic.presets.Preset`.
     """
     targets = [objects[i] for i in resolve(expression, objects, clear_px)]
     if not expression.is_known:

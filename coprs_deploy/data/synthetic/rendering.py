@@ -35,16 +35,7 @@ BACKGROUND_TINT = 20.0
 
 
 def render(layout: Layout, preset: Preset, rng: PortableRng) -> RgbArray:
-    """Render a layout.
-
-    Args:
-        layout: objects and their pixels.
-        preset: image size, backgrounds, textures and shading.
-        rng: random stream.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
+    """Render a layout, (H, W, 3) uint8 RGB."""
     canvas = _render_background(rng.choice(preset.backgrounds), preset.image_size, rng)
     for spec, footprint in zip(layout.specs, layout.footprints, strict=True):
         window = canvas[footprint.rows, footprint.columns]

@@ -101,16 +101,13 @@ def write_instruction(
 def phrase(
     expression: Expression, pick: Pick = first, determiner: str = "", is_anchor: bool = False
 ) -> str:
-    """Write an expression as a noun phrase with its article.
+    """Write an expression as a noun phrase, as in "the red circle left of the star".
 
     Args:
         expression: the expression.
         pick: chooses synonyms.
         determiner: replaces "the" or "all".
         is_anchor: whether the phrase is inside another phrase.
-
-    Returns:
-        As in "the red circle left of the star".
     """
     is_plural = expression.is_plural and determiner not in ("each", "every")
     words = [determiner or ("all" if expression.is_plural else "the")]
