@@ -91,14 +91,7 @@ def _scene_example(scenes: StoredScenes, index: int, preset: Preset) -> SceneExa
 
 
 class SceneEvaluator:
-    """Evaluates a model in training on questions about stored scenes.
-
-    Args:
-        state: policy and segmentation path.
-        scenes: scenes of the questions.
-        forward: forward pass of the policy in float32.
-        packer: tokenizes prompts and packs rows.
-    """
+    """Evaluates a model in training on questions about stored scenes; ``forward`` is in float32."""
 
     def __init__(
         self,
@@ -123,7 +116,7 @@ class SceneEvaluator:
 
         Args:
             questions: questions with their ground truth.
-            teacher_forced: use the target responses instead of generating responses.
+            teacher_forced: use the target responses instead of generated ones.
             accelerator: distributes the questions over its processes; each returns all results.
         """
         own = list(questions)
@@ -144,12 +137,7 @@ class SceneEvaluator:
         return evaluated
 
     def generate(self, images: Sequence[Any], instructions: Sequence[str]) -> list[list[int]]:
-        """Generate responses greedily: token ids without prompt and padding.
-
-        Args:
-            images: (S, S, 3) uint8 each.
-            instructions: one per image.
-        """
+        """Generate a response per (S, S, 3) uint8 image: token ids without prompt and padding."""
         policy = self._state.policy
         prompts = [self._packer.encode_prompt(text) for text in instructions]
         width, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id

@@ -7,6 +7,7 @@ token has the hidden state of an unpacked row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -91,12 +92,9 @@ class QuestionPacker:
         self.image_stop = self.image_start + self._num_image_tokens
         self.prefix = whole[: self.image_stop]
         start, cells = self.image_start, np.arange(self._num_image_tokens)
-        positions = np.zeros((3, len(self.prefix)), np.int64)
-        positions[:, :start] = np.arange(start)
-        positions[0, start:] = start
-        positions[1, start:] = start + cells // grid_size
-        positions[2, start:] = start + cells % grid_size
-        self.prefix_positions = positions
+        text = np.tile(np.arange(start), (3, 1))
+        image = start + np.stack([0 * cells, cells // grid_size, cells % grid_size])
+        self._prefix_positions = np.concatenate([text, image], axis=1)
         self._next_position = start + grid_size
 
     def prefix_rows(self, num_rows: int) -> PackedRows:
@@ -124,7 +122,7 @@ class QuestionPacker:
         positions = np.zeros((3, *shape), np.int64)
         ids[:, :num_prefix] = self.prefix
         blocks[:, :num_prefix] = PREFIX_BLOCK
-        positions[:, :, :num_prefix] = self.prefix_positions[:, None]
+        positions[:, :, :num_prefix] = self._prefix_positions[:, None]
         for index, row in enumerate(rows):
             start = num_prefix
             for block, tokens, num_prompt in row:
@@ -147,16 +145,14 @@ class QuestionPacker:
         self, pairs: Sequence[InstructionResponse], length: int | None
     ) -> list[_QuestionTokens]:
         """Tokenize the questions of one image, without those that do not fit."""
-        tokenized, left = [], None if length is None else length - len(self.prefix)
+        tokenized, left = [], math.inf if length is None else length - len(self.prefix)
         for block, (instruction, response) in enumerate(pairs, start=1):
             prompt = self.encode_prompt(instruction)[len(self.prefix) :]
             is_text = isinstance(response, str)
             ids = [*prompt, *(self._tokenizer(response)["input_ids"] if is_text else response)]
-            if left is not None:
-                if len(ids) > left:
-                    continue
+            if len(ids) <= left:
+                tokenized.append(_QuestionTokens(block, ids, len(prompt)))
                 left -= len(ids)
-            tokenized.append(_QuestionTokens(block, ids, len(prompt)))
         return tokenized
 
 

@@ -197,10 +197,7 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
     def _init_query_head(self, device: torch.device) -> float:
         """Fit the query head so that states at ``<REF_POS>`` give the oracle's queries.
 
-        The ridge regression is folded into the weight of the head; no other weight changes.
-
-        Returns:
-            R2, the share of the queries' variance that the states explain.
+        The ridge regression is folded into the weight of the head; returns its R2.
         """
         from accelerate.utils import send_to_device
 
@@ -259,11 +256,8 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
 def dropped_questions(rows: PackedRows, counts: Sequence[int]) -> Tensor:
     """Mark the questions, image by image, that are missing in the packed rows, bool (Q,).
 
-    Rows that are too short drop the long questions, and so bias the training.
-
-    Args:
-        rows: packed rows.
-        counts: number of questions of each image.
+    Rows that are too short drop the long questions, and so bias the training. ``counts`` is the
+    number of questions of each image.
     """
     return torch.cat(
         [
@@ -289,7 +283,7 @@ def ridge_regression(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, float]:
 
 
 def token_weights(tokenizer: Any, location_token_weight: float) -> Tensor:
-    """Return the weight of each token as a label, (V,): rows and columns weigh more than others."""
+    """Return the weight (V,) of each token as a label; others than rows and columns weigh 1."""
     weights = torch.ones(len(tokenizer))
     for number in range(1, vocabulary.GRID_SIZE + 1):
         for word in (f" row{number}", f" col{number}"):

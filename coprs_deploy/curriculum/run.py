@@ -121,9 +121,9 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
     questions = held_out_questions(
         held_out.preset, held_out.scenes, data.num_held_out_scenes, data.num_no_match_scenes
     )
-    generated = context.evaluator.evaluate(questions, accelerator=run.accelerator)
-    teacher_forced = context.evaluator.evaluate(
-        questions, teacher_forced=True, accelerator=run.accelerator
+    generated, teacher_forced = (
+        context.evaluator.evaluate(questions, is_forced, run.accelerator)
+        for is_forced in (False, True)
     )
     return {
         "generated": summarize([each.score for each in generated]),
@@ -133,11 +133,8 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
 
 
 def _provenance(recipe: CurriculumRecipe) -> dict[str, Any]:
-    provenance = {
-        "recipe": recipe.description,
-        "seed": recipe.seed,
-        "data": recipe.data.to_json(),
-    }
+    data = recipe.data.to_json()
+    provenance = {"recipe": recipe.description, "seed": recipe.seed, "data": data}
     if recipe.model.init_from:
         provenance["from"] = read_checkpoint(recipe.model.init_from).fingerprint()
     return provenance

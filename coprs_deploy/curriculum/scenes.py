@@ -79,14 +79,9 @@ class StoredScenes:
 def store_scenes(
     preset: Preset, first_seed: int, count: int, folder: Path, num_workers: int = 0
 ) -> StoredScenes:
-    """Render scenes of consecutive seeds into a folder, unless it holds them already.
+    """Render ``count`` scenes from a seed into a subfolder, unless it holds them already.
 
-    Args:
-        preset: difficulty preset.
-        first_seed: seed of the first scene.
-        count: number of scenes.
-        folder: parent of the folders of scenes.
-        num_workers: worker processes; 0 renders in this one.
+    0 workers render in this process.
     """
     path = folder / f"{preset.name}-{preset.image_size}-{first_seed}-{count}"
     if not (path / _MARKER).is_file():
@@ -170,13 +165,9 @@ class SceneSource:
     def questions(
         self, index: int, step: int, count: int, question_type_weights: Mapping[str, float]
     ) -> list[Question]:
-        """Generate questions about a scene; other questions in each step.
+        """Generate up to ``count`` questions about a scene; other questions in each step.
 
-        Args:
-            index: index of the scene.
-            step: step of the stage.
-            count: largest number of questions.
-            question_type_weights: sampling weight by question type; empty for the preset's own.
+        Empty ``question_type_weights`` take those of the preset.
         """
         seed = (self._seed * 1_000_003 + step) * 1_000_003 + index
         preset = with_question_types(self.preset, question_type_weights)

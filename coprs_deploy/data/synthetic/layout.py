@@ -140,14 +140,12 @@ def _add_object(layout: Layout, preset: Preset, rng: PortableRng) -> bool:
         if not _is_free(spec, layout, preset):
             continue
         footprint = _rasterize(spec, preset.image_size)
-        if preset.min_visible_share == 1 or _leaves_enough(
-            footprint, layout, preset.min_visible_share
-        ):
+        share = preset.min_visible_share
+        if share == 1 or _leaves_enough(footprint, layout, share):
             layout.specs.append(spec)
             layout.footprints.append(footprint)
-            layout.instance_map[footprint.rows, footprint.columns][footprint.mask] = len(
-                layout.specs
-            )
+            window = layout.instance_map[footprint.rows, footprint.columns]
+            window[footprint.mask] = len(layout.specs)
             return True
     return False
 

@@ -57,14 +57,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
     def masks(self, targets: Sequence[int]) -> NDArray[np.bool_]:
-        """Return the visible pixels of objects.
-
-        Args:
-            targets: N indices into ``objects``; N may be 0.
-
-        Returns:
-            (N, H, W) bool.
-        """
+        """Return the visible pixels of N objects, (N, H, W) bool; N may be 0."""
         numbers = np.asarray(targets, dtype=np.int64).reshape(-1, 1, 1) + 1
         masks: NDArray[np.bool_] = self.instance_map == numbers
         return masks
@@ -74,21 +67,17 @@ def make_scene(preset: Preset, seed: int) -> Scene:
     """Generate the scene of a seed, with at least one object: the same pixels on every machine."""
     layout = make_layout(preset, PortableRng(f"{preset.name} layout", seed))
     image = render(layout, preset, PortableRng(f"{preset.name} paint", seed))
-    numbered = [
-        (_describe(layout, number, preset.image_size), number)
-        for number in range(1, len(layout.specs) + 1)
-    ]
-    numbered.sort(key=lambda pair: (pair[0].row, pair[0].column))
-    new_numbers = np.zeros(len(numbered) + 1, dtype=np.uint8)
-    for position, (_, number) in enumerate(numbered, start=1):
-        new_numbers[number] = position
-    return Scene(image, new_numbers[layout.instance_map], tuple(item for item, _ in numbered))
+    items = [_describe(layout, n, preset.image_size) for n in range(1, len(layout.specs) + 1)]
+    order = sorted(range(len(items)), key=lambda i: (items[i].row, items[i].column))
+    numbers = np.zeros(len(items) + 1, dtype=np.uint8)
+    numbers[np.array(order) + 1] = np.arange(len(items)) + 1
+    return Scene(image, numbers[layout.instance_map], tuple(items[i] for i in order))
 
 
 def _describe(layout: Layout, number: int, image_size: int) -> SceneObject:
     spec, footprint = layout.specs[number - 1], layout.footprints[number - 1]
     visible = layout.instance_map[footprint.rows, footprint.columns] == number
-    rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+    rows, columns = (np.flatnonzero(visible.any(axis)).tolist() for axis in (1, 0))
     top, left = footprint.rows.start, footprint.columns.start
     row, column = cell_of(spec.center, image_size)
     attributes = {field.name: getattr(spec, field.name) for field in fields(ObjectAttributes)}
@@ -96,11 +85,6 @@ def _describe(layout: Layout, number: int, image_size: int) -> SceneObject:
         **attributes,
         row=row,
         column=column,
-        box=(
-            int(left + columns[0]),
-            int(top + rows[0]),
-            int(left + columns[-1] + 1),
-            int(top + rows[-1] + 1),
-        ),
+        box=(left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1),
         visible_share=float(np.count_nonzero(visible) / np.count_nonzero(footprint.mask)),
     )

@@ -75,11 +75,7 @@ class AmbiguousError(ValueError):
 
 
 def read_instruction(instruction: str, objects: Sequence[SceneObject]) -> tuple[int, ...]:
-    """Resolve an instruction to objects.
-
-    Args:
-        instruction: text in any wording of the generator.
-        objects: objects of the scene.
+    """Resolve an instruction, in any wording of the generator, to objects.
 
     Returns:
         Indices into ``objects``, ascending; empty if nothing matches.
@@ -208,10 +204,6 @@ def false_statements(reasoning: str, objects: Sequence[SceneObject]) -> list[str
     location of a noun phrase, that a list of candidates has all matching objects and no others
     except the anchors, that its distances are in the right order, the size of the largest, and that
     the targets are the candidates marked as matching.
-
-    Args:
-        reasoning: the text inside the ``<think>`` tags.
-        objects: objects of the scene.
 
     Returns:
         One line per false statement.
