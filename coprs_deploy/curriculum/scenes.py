@@ -79,9 +79,9 @@ class StoredScenes:
 def store_scenes(
     preset: Preset, first_seed: int, count: int, folder: Path, num_workers: int = 0
 ) -> StoredScenes:
-    """Render ``count`` scenes from a seed into a subfolder, unless it holds them already.
+    """Render ``count`` scenes from a first seed into a subfolder, unless it holds them.
 
-    0 workers render in this process.
+    Worker processes render; without workers, this process does.
     """
     path = folder / f"{preset.name}-{preset.image_size}-{first_seed}-{count}"
     if not (path / _MARKER).is_file():
@@ -91,7 +91,7 @@ def store_scenes(
             np.lib.format.open_memmap(partial / _INSTANCE_MAP, "w+", np.uint8, shape)
             render = functools.partial(_render, preset, first_seed, partial)
             starts = range(0, count, _SCENES_PER_TASK)
-            tasks = [range(start, min(start + _SCENES_PER_TASK, count)) for start in starts]
+            tasks = [range(count)[start : start + _SCENES_PER_TASK] for start in starts]
             if num_workers:
                 with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
                     objects = list(chain.from_iterable(pool.map(render, tasks)))

@@ -78,12 +78,7 @@ def union(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def iou(counts: MaskCounts, *, empty: float) -> float:
-    """Return intersection over union, in [0, 1].
-
-    Args:
-        counts: pixel counts of two masks.
-        empty: value for two empty masks.
-    """
+    """Return intersection over union, in [0, 1]; ``empty`` for two empty masks."""
     return counts.intersection / counts.union if counts.union else empty
 
 

@@ -19,12 +19,9 @@ POINT, LINE, INK = "#2563eb", "#b91c1c", "#18181b"
 
 
 def plot_correlation(path: Path, prior_iou: Sequence[float], mask_iou: Sequence[float]) -> None:
-    """Plot prior IoU against mask IoU with regression line, confidence band and Pearson R.
+    """Write a plot of prior IoU against mask IoU with regression line, band and Pearson R.
 
-    Args:
-        path: image file to write.
-        prior_iou: prior IoU of each example, in [0, 1].
-        mask_iou: mask IoU of each example, in [0, 1].
+    The values of each example are in [0, 1].
     """
     x, y = np.asarray(prior_iou), np.asarray(mask_iou)
     plt = pyplot()

@@ -122,24 +122,17 @@ class _Drafter:
     def question(self) -> Question:
         """Draw a question type, then drafts until one is clear; without one, draw another type."""
         weights = dict(self.preset.question_type_weights)
+        accepted = {"none": range(1), "several": range(2, self.preset.max_targets + 1)}
         while any(weights.values()):
             question_type = self.rng.weighted(list(weights), list(weights.values()))
+            num_targets = accepted.get(question_type, range(1, 2))
             for _ in range(DRAFTS_PER_TYPE):
-                question = self._try(question_type)
-                if question:
-                    return question
+                expression = self.drafts[question_type]()
+                targets = self._resolve(expression) if expression else None
+                if expression and targets is not None and len(targets) in num_targets:
+                    return self._finish(question_type, expression, targets)
             weights[question_type] = 0.0
         return self._finish("none", self._unknown_object(), ())
-
-    def _try(self, question_type: str) -> Question | None:
-        expression = self.drafts[question_type]()
-        targets = self._resolve(expression) if expression else None
-        if expression is None or targets is None:
-            return None
-        accepted = {"none": range(1), "several": range(2, self.preset.max_targets + 1)}
-        if len(targets) not in accepted.get(question_type, range(1, 2)):
-            return None
-        return self._finish(question_type, expression, targets)
 
     def _finish(
         self, question_type: str, expression: Expression, targets: tuple[int, ...]
