@@ -8,6 +8,7 @@ from coprs_deploy.runtime import CoPRS, RuntimeOptions
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"device": "tpu"}, "device is 'tpu'; accepted: 'cpu', 'cuda' or 'cuda:N'"),
         ({"policy": "gpt"}, "policy is 'gpt'; accepted: transformers, vllm"),
         ({"retune": True}, "retune is True and runtime is None; accepted: retune with the runtime"),
         ({"max_cached_images": -1}, "max_cached_images is -1; it must be at least 0"),
