@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,9 @@ class FileRecord(Record, frozen=True):
 def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden directory that replaces ``path`` when the block succeeds.
 
-    If the block raises, nothing is left behind and ``path`` is unchanged.
+    If the block raises, nothing is left behind and ``path`` is unchanged. What appears at ``path``
+    meanwhile is kept, and the block fails. Files and directories get the permissions that the umask
+    gives new ones. A mount point, or a directory in a read-only parent, is filled in place.
 
     Args:
         path: directory to create or replace.
@@ -39,30 +42,112 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
         overwrite: whether an existing directory is replaced.
 
     Raises:
-        ArtifactError: ``path`` exists, and ``overwrite`` is false or it has no marker.
+        ArtifactError: ``path`` exists, and ``overwrite`` is false or it has no marker; or another
+            process is writing it.
+        OSError: ``path`` cannot be written; its ``errno`` is ``ENOSPC`` on a full disk, whatever
+            the block raised.
     """
     path = path.absolute()  # "." has no name
     check_replaceable(path, marker, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    partial.chmod(0o755)
-    try:
-        yield partial
-        _sync(partial)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.rename(old / path.name)
+    with scratch_directory(path, "partial") as partial:
+        mode = partial.stat().st_mode & 0o777
+        try:
+            yield partial
+            _reset_modes(partial, mode)
+            _sync(partial)
+            check_replaceable(path, marker, overwrite)
+            _replace(path, partial, marker)
+        except Exception as error:
+            if _is_full_disk(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
+
+
+@contextmanager
+def scratch_directory(path: Path, kind: str) -> Iterator[Path]:
+    """Yield a hidden directory on the file system of ``path``, which is removed at the end.
+
+    Leftovers of killed processes are removed first, and an old directory that one of them moved
+    aside is moved back.
+
+    Args:
+        path: absolute path that the directory is made for.
+        kind: distinguishes several scratch directories of one path; part of the name.
+
+    Raises:
+        ArtifactError: another process has one of this kind.
+    """
+    inside = _is_filled_in_place(path)
+    parent = path if inside else path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.{kind}"
+    lock = parent / f"{prefix}.lock"
+    with exclusive(lock, f"{path} is being written by another process; wait for it to end"):
+        try:
+            for left in parent.glob(f"{glob.escape(f'.{path.name}.old')}-*"):
+                _recover(path, left)
+            for left in parent.glob(f"{glob.escape(prefix)}-*"):
+                _remove(left)
+            directory = parent / f"{prefix}-{os.getpid()}"
+            directory.mkdir()
             try:
-                partial.rename(path)
-            except BaseException:
-                (old / path.name).rename(path)
-                raise
+                yield directory
             finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
+                _remove(directory)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _is_filled_in_place(path: Path) -> bool:
+    """Whether a directory cannot be replaced by a rename in its parent."""
+    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+
+
+def _replace(path: Path, partial: Path, marker: str) -> None:
+    """Move a written directory to its place; the marker of one that is filled in place is last."""
+    old = partial.with_name(f".{path.name}.old-{os.getpid()}")
+    if partial.parent != path:
+        if not path.exists() or not any(path.iterdir()):
+            partial.rename(path)  # fails if files appear in ``path`` at this moment
+            return
+        old.mkdir()
+        path.rename(old / path.name)
+        try:
             partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        except BaseException:
+            (old / path.name).rename(path)
+            raise
+        finally:
+            _remove(old)
+        return
+    old.mkdir()
+    for entry in list(_entries(path)):
+        entry.rename(old / entry.name)
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == marker):
+        entry.rename(path / entry.name)
+    _remove(old)
+
+
+def _recover(path: Path, old: Path) -> None:
+    """Move a directory back that a killed process moved aside, unless it was replaced."""
+    moved = old / path.name
+    if moved.exists() and not path.exists():
+        moved.rename(path)
+    _remove(old)
+
+
+def _reset_modes(root: Path, mode: int) -> None:
+    """Give copied and library-written files the permissions of new ones."""
+    for path in (root, *root.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether an error, which need not be an ``OSError``, reports a full disk or quota."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
 
 
 @contextmanager
@@ -120,14 +205,22 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
     """
     if not path.exists() and not path.is_symlink():
         return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+    is_empty = path.is_dir() and not any(_entries(path))
+    if not is_empty and not (path / marker).is_file():
         raise ArtifactError(
             f"{path} exists and has no {marker}: it is not replaced; choose another name"
         )
-    if any(path.iterdir()) and not overwrite:
+    if not is_empty and not overwrite:
         raise ArtifactError(
             f"{path} exists; pass --overwrite to replace it, or choose another name"
         )
+
+
+def _entries(path: Path) -> Iterator[Path]:
+    """List a directory without what its file system or an unfinished write keeps there."""
+    for entry in path.iterdir():
+        if entry.name != "lost+found" and not entry.name.startswith(f".{path.name}."):
+            yield entry
 
 
 def hash_file(path: Path) -> str:
@@ -136,9 +229,22 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_files(root: Path) -> tuple[FileRecord, ...]:
-    """Hash every file below a directory in parallel; sorted by path."""
-    paths = sorted(p for p in root.rglob("*") if p.is_file())
+def record_files(root: Path, parts: Collection[str] | None = None) -> tuple[FileRecord, ...]:
+    """Hash the files below a directory in parallel; sorted by path.
+
+    Hidden files and directories do not count: a model hub keeps its own notes in them.
+
+    Args:
+        root: the directory.
+        parts: names of its files and directories to hash; None hashes all.
+    """
+
+    def counts(path: Path) -> bool:
+        names = path.relative_to(root).parts
+        is_hidden = any(name.startswith(".") for name in names)
+        return path.is_file() and not is_hidden and (parts is None or names[0] in parts)
+
+    paths = sorted(filter(counts, root.rglob("*")))
 
     def record(path: Path) -> FileRecord:
         name = path.relative_to(root).as_posix()
@@ -171,7 +277,13 @@ def _sync(written: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Remove a file or a directory, read-only ones included; nothing happens if it is missing."""
+    if path.is_dir() and not path.is_symlink():
+        path.chmod(0o700)
+        for top, names, _ in os.walk(path):
+            for name in names:
+                if not (directory := Path(top, name)).is_symlink():
+                    directory.chmod(0o700)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -267,24 +267,23 @@ def open_bundle(path: str | Path) -> Bundle:
 
     Raises:
         BundleError: there is no valid manifest.
-        BundleIntegrityError: a file is missing, truncated, changed, a link, or not listed.
+        BundleIntegrityError: a file is missing, truncated, changed, or not listed.
     """
     root = Path(path)
     manifest = read_manifest(root)
     policy = manifest.policy
     inside = {MANIFEST_FILE} if policy.is_external else {MANIFEST_FILE, policy.path}
     _check_files(root, manifest.files, others=inside)
-    _check_files(root / policy.path, policy.files, may_link=policy.is_external)
+    _check_files(root / policy.path, policy.files)
     return Bundle(root, manifest)
 
 
-def _check_files(
-    root: Path, files: tuple[FileRecord, ...], others: Collection[str] = (), may_link: bool = False
-) -> None:
+def _check_files(root: Path, files: tuple[FileRecord, ...], others: Collection[str] = ()) -> None:
     """Check a directory against its list of files.
 
-    ``others`` are top-level entries that the list does not cover; links are allowed with
-    ``may_link``, as in a model cache outside the bundle.
+    A link to a file is followed, as in a model cache: the content is what is hashed. Hidden entries
+    and a README, which a model hub adds, are never opened and may be there. ``others`` are
+    top-level entries that the list does not cover.
     """
     listed = {file.path for file in files}
     unsafe = [p for p in listed if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts]
@@ -293,10 +292,14 @@ def _check_files(
     if not root.is_dir():
         raise BundleIntegrityError(f"{root} is missing; export the checkpoint again")
     for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink() and not may_link:
-            raise BundleIntegrityError(f"{path} is a link; a bundle contains plain files only")
-        if path.is_file() and name not in listed and name.split("/")[0] not in others:
+        parts = path.relative_to(root).parts
+        if parts[0].startswith(".") or parts[0] in {"README.md", *others}:
+            continue
+        if path.is_symlink() and not path.is_file():
+            raise BundleIntegrityError(
+                f"{path} is a link, but not to a file; a bundle contains files and links to files"
+            )
+        if path.is_file() and "/".join(parts) not in listed:
             raise BundleIntegrityError(f"{path} is not a file of this bundle: remove it")
 
     def check(file: FileRecord) -> str | None:

@@ -78,8 +78,9 @@ class Checkpoint:
         return self.path / POLICY_DIRECTORY
 
     def fingerprint(self) -> str:
-        """Hash the contents of all files."""
-        return fingerprint(record_files(self.path))
+        """Hash configuration, segmentation weights and policy; other files do not count."""
+        parts = {CONFIG_FILE, SEGMENTATION_FILE, POLICY_DIRECTORY}
+        return fingerprint(record_files(self.path, parts))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -11,9 +11,14 @@ import importlib
 import io
 import os
 import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import NoReturn
 
 from coprs_deploy.cli.parser import SuggestingParser, print_json
 from coprs_deploy.errors import CoPRSError, error_body
@@ -72,12 +77,16 @@ def _add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    for name in ("stdout", "stderr"):  # None if the caller closed it, as ``>&-`` does
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     try:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or wrong use
         return int(stop.code or 0)
     try:
-        code: int = parsed.run(parsed)
+        with _exit_on_signals():
+            code: int = parsed.run(parsed)
         sys.stdout.flush()
     except CoPRSError as error:
         return _report(parsed, error, str(error), error.exit_code)
@@ -91,6 +100,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _report(parsed, error, "interrupted", INTERRUPTED)
     return code
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a verb as Ctrl-C does: what is unfinished is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _report(parsed: argparse.Namespace, error: BaseException, message: str, exit_code: int) -> int:

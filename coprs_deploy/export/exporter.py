@@ -8,13 +8,12 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coprs_deploy.artifacts import check_replaceable, new_directory, record_files
+from coprs_deploy.artifacts import check_replaceable, new_directory, record_files, scratch_directory
 from coprs_deploy.bundle import (
     ENGINE_SUFFIX,
     MANIFEST_FILE,
@@ -131,11 +130,9 @@ def export_checkpoint(
     with (
         new_directory(job.out, MANIFEST_FILE, job.options.overwrite) as bundle_dir,
         # Beside the bundle rather than in a temporary directory, which may be in memory.
-        tempfile.TemporaryDirectory(
-            prefix=f".{job.out.absolute().name}.graphs-", dir=job.out.absolute().parent
-        ) as scratch,
+        scratch_directory(job.out.absolute(), "graphs") as scratch,
     ):
-        manifest = job.write(bundle_dir, Path(scratch))
+        manifest = job.write(bundle_dir, scratch)
     job.timer.stop()
     return ExportReport(
         bundle=Bundle(job.out, manifest),

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -104,6 +106,100 @@ def test_new_directory_overwrite_replaces_all_files(tmp_path):
     assert names_in(tmp_path) == ["model"]
 
 
+def test_new_directory_gives_the_permissions_of_new_files(tmp_path):
+    target, source = tmp_path / "model", tmp_path / "source"
+    source.mkdir()
+    (source / "weights").write_text("x")
+    (source / "weights").chmod(0o400)
+    source.chmod(0o500)
+    with new_directory(target, MARKER) as partial:
+        (partial / MARKER).touch(mode=0o600)
+        shutil.copytree(source, partial / "policy")
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in target.rglob("*")}
+    assert modes == {MARKER: 0o644, "policy": 0o755, "weights": 0o644}
+
+
+def test_new_directory_read_only_old_directory_is_replaced(tmp_path):
+    target = write_kind(tmp_path / "model")
+    for path in (target / "weights", target / MARKER, target):
+        path.chmod(path.stat().st_mode & 0o555)
+    with new_directory(target, MARKER, overwrite=True) as partial:
+        (partial / MARKER).write_text("new")
+    assert contents(target) == {MARKER: "new"}
+    assert names_in(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_new_directory_keeps_what_appears_meanwhile(tmp_path, overwrite):
+    target = tmp_path / "model"
+    with (
+        pytest.raises(ArtifactError, match="it is not replaced"),
+        new_directory(target, MARKER, overwrite) as partial,
+    ):
+        (partial / MARKER).write_text("new")
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+    assert contents(tmp_path) == {"model/thesis.txt": "mine"}
+
+
+def test_new_directory_second_writer_is_refused(tmp_path):
+    target = tmp_path / "model"
+    with new_directory(target, MARKER) as partial:
+        (partial / MARKER).write_text("new")
+        with (
+            pytest.raises(ArtifactError, match="is being written by another process"),
+            new_directory(target, MARKER),
+        ):
+            pass
+    assert contents(tmp_path) == {f"model/{MARKER}": "new"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_new_directory_fills_a_mount_point_in_place(tmp_path, monkeypatch, overwrite):
+    target = tmp_path / "volume"
+    if overwrite:
+        write_kind(target)
+    else:
+        target.mkdir()
+    (target / "lost+found").mkdir()
+    inode = target.stat().st_ino
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    with new_directory(target, MARKER, overwrite) as partial:
+        assert partial.parent == target
+        (partial / MARKER).write_text("new")
+        (partial / "folder").mkdir()
+    assert target.stat().st_ino == inode
+    assert names_in(target) == [MARKER, "folder", "lost+found"]
+    assert names_in(tmp_path) == ["volume"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "weights"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+    ],
+)
+def test_new_directory_full_disk_is_one_os_error(tmp_path, error):
+    target = tmp_path / "model"
+    with pytest.raises(OSError, match="No space left") as caught, new_directory(target, MARKER):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(target))
+    assert names_in(tmp_path) == []
+
+
+def test_new_directory_moves_back_what_a_killed_process_moved_aside(tmp_path):
+    aside = tmp_path / ".model.old-1"
+    write_kind(aside / "model")
+    with (
+        pytest.raises(ValueError, match="the reason"),
+        new_directory(tmp_path / "model", MARKER, overwrite=True),
+    ):
+        raise ValueError("the reason")
+    assert contents(tmp_path) == {f"model/{name}": text for name, text in OLD.items()}
+
+
 KILLED_WRITER = """
 import os, sys
 from pathlib import Path
@@ -126,6 +222,7 @@ def test_new_directory_killed_process_leaves_target_unchanged(tmp_path, exists):
     with new_directory(target, MARKER, overwrite=True) as partial:
         (partial / MARKER).write_text("newer")
     assert contents(target) == {MARKER: "newer"}
+    assert names_in(tmp_path) == ["model"]  # what the killed process left is gone
 
 
 def test_new_directory_failed_rename_restores_old_directory(tmp_path, monkeypatch):
@@ -247,9 +344,9 @@ def test_record_files_returns_sorted_posix_paths(tmp_path):
         (tmp_path / name).write_text(name)
     (tmp_path / "empty").mkdir()
     records = record_files(tmp_path)
-    assert [record.path for record in records] == [".hidden", "a/y/x", "a/z", "b"]
-    assert [record.size_bytes for record in records] == [7, 5, 3, 1]
-    assert records[3].sha256 == hashlib.sha256(b"b").hexdigest()
+    assert [record.path for record in records] == ["a/y/x", "a/z", "b"]  # hidden ones do not count
+    assert [record.size_bytes for record in records] == [5, 3, 1]
+    assert records[2].sha256 == hashlib.sha256(b"b").hexdigest()
 
 
 def test_record_files_below_directory_keeps_paths_from_root(tmp_path):

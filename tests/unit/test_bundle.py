@@ -178,11 +178,26 @@ def test_open_bundle_directory_instead_of_file_is_refused(root, damaged):
         open_bundle(root)
 
 
-def test_open_bundle_link_to_same_content_is_refused(root, damaged, tmp_path):
-    damaged.rename(tmp_path / "outside")
-    damaged.symlink_to(tmp_path / "outside")
-    with pytest.raises(BundleIntegrityError, match=f"{damaged} is a link"):
+def test_open_bundle_link_to_the_same_content_is_followed(root, damaged, tmp_path):
+    damaged.rename(tmp_path / "blob")
+    damaged.symlink_to(tmp_path / "blob")
+    assert open_bundle(root).path == root
+
+
+def test_open_bundle_link_to_other_content_is_refused(root, damaged, tmp_path):
+    size = damaged.stat().st_size
+    damaged.unlink()
+    (tmp_path / "blob").write_bytes(b"x" * size)
+    damaged.symlink_to(tmp_path / "blob")
+    with pytest.raises(BundleIntegrityError, match=f"{damaged} was changed"):
         open_bundle(root)
+
+
+@pytest.mark.parametrize("name", [".gitattributes", ".cache/huggingface/lock", "README.md"])
+@pytest.mark.parametrize("folder", ["", "policy"])
+def test_open_bundle_files_of_a_model_hub_are_ignored(root, folder, name):
+    write_files(root / folder, [name])
+    assert open_bundle(root).path == root
 
 
 def test_open_bundle_several_damaged_files_are_all_named(root):
@@ -195,7 +210,7 @@ def test_open_bundle_several_damaged_files_are_all_named(root):
 
 @pytest.mark.parametrize(
     "name",
-    ["extra.onnx", "graphs/extra.onnx", ".hidden", "policy/extra.py", "policy/tokenizer/extra.bin"],
+    ["extra.onnx", "graphs/extra.onnx", "policy/extra.py", "policy/tokenizer/extra.bin"],
 )
 def test_open_bundle_extra_file_is_refused(root, name):
     write_files(root, [name])

@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from coprs_deploy import demo
 from coprs_deploy.cli.main import INTERRUPTED, VERBS, main
 from coprs_deploy.errors import BundleIntegrityError, PolicyError, QueueFullError
 from coprs_deploy.version import __version__
@@ -116,3 +118,31 @@ def test_main_broken_pipe_of_another_file_is_an_error(doctor, capfd):
     doctor(failing(BrokenPipeError(32, "Broken pipe")))
     assert main(["doctor"]) == 2
     assert "coprs-deploy doctor: [Errno 32] Broken pipe" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("stream", "code"), [(">&-", 0), ("2>&-", 0)])
+def test_main_with_a_closed_stream_ends_with_its_exit_code(stream, code):
+    command = f"{sys.executable} -m coprs_deploy inspect {demo.BUNDLE} {stream}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_main_error_with_closed_stderr_does_not_go_to_stdout(tmp_path):
+    command = f"{sys.executable} -m coprs_deploy inspect {tmp_path} 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_main_signal_during_an_export_leaves_nothing_behind(tmp_path, number):
+    command = ["export", demo.CHECKPOINT, "--out", tmp_path / "bundle"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coprs_deploy", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    assert b"load checkpoint" in process.stderr.readline()  # the graphs are being written
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, stderr.decode()
+    assert list(tmp_path.iterdir()) == []
