@@ -9,6 +9,7 @@ from PIL import Image
 from coprs_deploy.images import sigmoid
 from coprs_deploy.visualization import (
     HEAT_COLORS,
+    MAX_LONG_SIDE_PX,
     MIN_LONG_SIDE_PX,
     TARGET_COLORS,
     colorize,
@@ -43,18 +44,19 @@ def pixels(image):
 
 SIZES = [
     ((640, 480), (640, 480)),
-    ((900, 1200), (900, 1200)),
+    ((900, 1200), (768, 1024)),
     ((64, 32), (640, 320)),
     ((32, 64), (320, 640)),
     ((1, 1), (640, 640)),
     ((1, 700), (1, 700)),
+    ((3, 8500), (1, 1024)),
     ((700, 1), (700, 1)),
     ((2, 100), (13, 640)),
 ]
 
 
 @pytest.mark.parametrize(("size", "expected"), SIZES)
-def test_drawing_keeps_the_size_or_enlarges_a_small_image(size, expected):
+def test_drawing_enlarges_small_images_and_reduces_large_ones(size, expected):
     rgb = flat(*size)
     prior = np.zeros(size, dtype=np.float32)
     masks = np.ones((2, *size), dtype=bool)
@@ -258,3 +260,16 @@ def test_draw_grid_scales_images_into_square_tiles():
     assert (sheet[:25] == (255, 0, 0)).all()
     assert (sheet[50:75, :50] == (255, 0, 0)).all()
     assert not sheet[25:50].any() and not sheet[50:, 50:].any()
+
+
+@pytest.mark.parametrize("shape", [(2000, 3000), (9000, 30), (1, 4000)])
+def test_drawings_of_a_large_image_have_a_bounded_size(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    mask = np.zeros((1, *shape), np.bool_)
+    mask[:, : shape[0] // 2, : shape[1] // 2] = True
+    overlay, heatmap = draw_overlay(image, mask), draw_heatmap(image, mask[0].astype(np.float32))
+    assert overlay.size == heatmap.size
+    assert max(overlay.size) == MAX_LONG_SIDE_PX
+    last = (overlay.width - 1, overlay.height - 1)
+    assert overlay.getpixel(last) == (0, 0, 0)  # black, dimmed or not
+    assert mask.any() == (np.asarray(overlay).max() > 0)
