@@ -41,21 +41,10 @@ def current_gpu(index: int = 0) -> Gpu | None:
 
 
 @dataclass(frozen=True)
-class CudaTensor:
-    """A tensor in GPU memory, and the event after which its values are valid."""
+class CudaTensor(DeviceTensor):
+    """A torch tensor in GPU memory, and the event after which its values are valid."""
 
-    tensor: torch.Tensor
     ready: torch.cuda.Event
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions of the tensor."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Element type under numpy's name."""
-        return str(self.tensor.dtype).removeprefix("torch.")
 
     def numpy(self) -> Array:
         """Copy the values to the host, through pinned memory."""
@@ -72,8 +61,7 @@ class CudaTensor:
 
     def rows(self) -> list[CudaTensor]:
         """Split along the first dimension; the parts share the memory."""
-        whole = self.tensor
-        return [CudaTensor(whole[i : i + 1], self.ready) for i in range(len(whole))]
+        return [CudaTensor(self.tensor[i : i + 1], self.ready) for i in range(len(self.tensor))]
 
 
 class CudaDevice:
@@ -82,6 +70,11 @@ class CudaDevice:
     Args:
         index: index of the device.
         high_priority: whether its kernels run before those of other streams.
+
+    Attributes:
+        gpu: name and compute capability of the device.
+        stream: the stream as PyTorch's object.
+        stream_handle: the ``cudaStream_t`` as an integer, for TensorRT.
 
     Raises:
         RuntimeUnavailableError: PyTorch finds no such device.
@@ -102,17 +95,12 @@ class CudaDevice:
         self._high_priority = high_priority
         self.gpu = gpu
         self.stream = self._torch.cuda.Stream(self._device, priority=-1 if high_priority else 0)
+        self.stream_handle: int = self.stream.cuda_stream
         self._staging: dict[str, tuple[torch.Tensor, torch.cuda.Event]] = {}
 
     def sibling(self) -> CudaDevice:
         """Create another stream of the same device and priority, with buffers of its own."""
         return CudaDevice(self.index, self._high_priority)
-
-    @property
-    def stream_handle(self) -> int:
-        """The ``cudaStream_t`` as an integer, for TensorRT."""
-        handle: int = self.stream.cuda_stream
-        return handle
 
     def current(self) -> Any:
         """Make this device the thread's current one within a block, as TensorRT requires."""

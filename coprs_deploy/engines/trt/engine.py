@@ -44,7 +44,6 @@ class TrtEngine:
         path: Path,
         spec: GraphSpec,
         options: RunnerOptions,
-        *,
         engine: EngineRecord,
         device: CudaDevice,
     ) -> None:
@@ -61,8 +60,8 @@ class TrtEngine:
         del data
         if loaded is None:
             raise BundleError(
-                f"{variant.title} {library.__version__} refuses {path}: "
-                f"{'; '.join(logger.errors) or 'no reason given'}. {rebuild_advice(engine)}"
+                f"{variant.title} {library.__version__} refuses {path}: {logger}. "
+                f"{rebuild_advice(engine)}"
             )
         mismatch = signature_mismatch(spec, _io_tensors(loaded))
         if mismatch is not None:
@@ -81,11 +80,6 @@ class TrtEngine:
         self._cache = Cache(options.cache_dir)
         self._kernel_cache_name = f"{engine.sha256}-{device.gpu.compute_capability}"
         self._config, self._kernel_cache = self._open_kernel_cache(variant)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the engine has not been closed."""
-        return self._engine is not None
 
     def _open_kernel_cache(self, variant: TrtVariant) -> tuple[Any, Any]:
         """Load the kernels that TensorRT for RTX compiled on this GPU before."""
@@ -113,16 +107,12 @@ class TrtEngine:
             RuntimeUnavailableError: the GPU has too little free memory.
             BundleError: the engine refuses a shape or a tensor name.
         """
-        config = self._config
-        context = (
-            self._engine.create_execution_context()
-            if config is None
-            else self._engine.create_execution_context(config)
-        )
+        arguments = () if self._config is None else (self._config,)
+        context = self._engine.create_execution_context(*arguments)
         if context is None:
             raise RuntimeUnavailableError(
-                f"{self.description} cannot create a context for {self.spec.name}: "
-                f"{'; '.join(self._logger.errors) or 'no reason given'}; free GPU memory"
+                f"{self.description} cannot create a context for {self.spec.name}: {self._logger}; "
+                "free GPU memory"
             )
         for tensor in (*self.spec.inputs, *self.spec.outputs):
             shape = tensor.shape_for(count)
@@ -141,12 +131,11 @@ class TrtEngine:
         """
         if not context.execute_async_v3(stream_handle):
             raise RuntimeUnavailableError(
-                f"{self.description} could not run {self.spec.name}: "
-                f"{'; '.join(self._logger.errors[-3:]) or 'no reason given'}"
+                f"{self.description} could not run {self.spec.name}: {self._logger}"
             )
 
     def close(self) -> None:
-        """Free the engine and save its compiled kernels; all contexts must be gone."""
+        """Free the engine and save its compiled kernels; all contexts must be gone before."""
         kernels = None if self._kernel_cache is None else bytes(self._kernel_cache.serialize())
         self._config = self._kernel_cache = None
         self._engine = self._runtime = None
