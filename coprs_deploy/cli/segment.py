@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if result.found else 1
     print()
     log(repr(result))
-    log(f"stop reason: {StopReason(result.stop_reason).description}")
+    if not result.found:
+        log(f"stop reason: {StopReason(result.stop_reason).description}")
     for violation in result.format_violations:
         log(f"format violation: {FormatViolation(violation).description}")
     for path in written.values():

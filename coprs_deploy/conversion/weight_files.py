@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PUBLIC_DECODER_HEADS = 8
-"""Heads of SAM's mask decoder; the only size that no tensor shape shows."""
+"""Attention heads of SAM's mask decoder, which no tensor shape determines."""
 
 SHARD_FILE = "model_world_size_{size}_rank_{rank}.pt"  # codespell:ignore world
 """File of one rank of a sharded training state of FSDP."""
@@ -30,7 +30,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a flat state dict.
 
     Raises:
-        ConversionError: the file is missing, has another content, or would run code when read.
+        ConversionError: the file is missing, is of another kind, or would run code when read.
     """
     import torch
 
