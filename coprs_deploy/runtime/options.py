@@ -23,7 +23,7 @@ class RuntimeOptions(RunnerOptions):
         retune: with ``auto``, measure again instead of using the cached choice.
         policy: library that runs the policy: ``transformers`` or ``vllm``.
         policy_device: device of the policy; None selects that of the graphs.
-        policy_dtype: dtype of the weights of the policy: ``float32``, ``bfloat16`` or ``float16``; None
+        policy_dtype: dtype of the policy's weights: ``float32``, ``bfloat16`` or ``float16``; None
             selects the stored one.
         vllm: settings of the vLLM engine, used if ``policy`` is ``vllm``.
         max_cached_images: number of image embeddings kept for further requests; 0 disables the
