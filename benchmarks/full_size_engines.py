@@ -24,9 +24,8 @@ from coprs_deploy.bench.process import call_once
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
 from coprs_deploy.console import markdown_table
 from coprs_deploy.engines import RunnerOptions, open_graph
-from coprs_deploy.engines.cache import Cache
+from coprs_deploy.engines.cache import Cache, graph_bytes
 from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes
-from coprs_deploy.engines.trt.cache import graph_bytes
 from coprs_deploy.engines.trt.checks import describe_engine
 from coprs_deploy.export.calibration import MIN_IMAGES, find_calibration_images
 from coprs_deploy.export.equivalence import cosine_similarity, relative_error

@@ -8,10 +8,10 @@ imported when its runtime is used.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol, cast
 
 from coprs_deploy.bundle import Bundle, EngineRecord, GraphRecord
@@ -62,14 +62,6 @@ class RuntimeModule(Protocol):
         """Report which devices this runtime can use on this machine."""
 
 
-@dataclass(frozen=True)
-class _TrtRuntime:
-    """One TensorRT variant as a :class:`RuntimeModule`."""
-
-    open_graph: Callable[..., Runner]
-    availability: Callable[[], list[Availability]]
-
-
 def runtime_names() -> list[str]:
     """List all runtimes, whether or not they can run on this machine."""
     return list(RUNTIMES)
@@ -88,9 +80,11 @@ def runtime_module(name: str) -> RuntimeModule:
     if variant_name is None:
         return cast(RuntimeModule, module)
     variant = module.TRT_VARIANTS[variant_name]
-    return _TrtRuntime(
-        partial(module.open_engine, variant), partial(module.trt_availability, variant)
+    bound = SimpleNamespace(
+        open_graph=partial(module.open_engine, variant),
+        availability=partial(module.trt_availability, variant),
     )
+    return cast(RuntimeModule, bound)
 
 
 def open_graph(
@@ -111,6 +105,9 @@ def open_graph(
 
     Raises:
         ValueError: there is no such runtime, or it does not support the inference precision.
+        MissingDependencyError: the library is not installed.
+        RuntimeUnavailableError: the library cannot use the device or the precision here.
+        BundleError: the library cannot read the file, or an engine does not fit.
     """
     if options.inference_precision != "fp32" and name != "openvino":
         raise ValueError(
@@ -123,16 +120,10 @@ def open_graph(
 def open_bundle_graph(
     bundle: Bundle, name: str, options: RunnerOptions, runtime: str | None = None
 ) -> Runner:
-    """Open a graph of a bundle.
-
-    Args:
-        bundle: the bundle.
-        name: name of the graph.
-        options: how to run it.
-        runtime: runtime that runs it; None selects the one in the manifest.
+    """Open a graph of a bundle by name, with the runtime in its manifest unless one is given.
 
     Raises:
-        ValueError: the runtime cannot run the graph.
+        ValueError: the runtime cannot run the graph; see also :func:`open_graph`.
     """
     graph = bundle.manifest.graphs[name]
     if runtime is not None:

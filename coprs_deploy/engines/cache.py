@@ -137,6 +137,17 @@ class Cache:
         return file_lock(path)
 
 
+def graph_files(path: Path) -> list[Path]:
+    """List the files of an ONNX graph: itself, and its external weights if it has any."""
+    weights = path.with_name(f"{path.name}.data")
+    return [path, weights] if weights.exists() else [path]
+
+
+def graph_bytes(path: Path) -> int:
+    """Return the size of an ONNX graph, external weights included."""
+    return sum(file.stat().st_size for file in graph_files(path))
+
+
 def _last_use(entry: Path) -> float:
     try:
         return (entry / RECORD_FILE).stat().st_mtime

@@ -41,21 +41,10 @@ def current_gpu(index: int = 0) -> Gpu | None:
 
 
 @dataclass(frozen=True)
-class CudaTensor:
-    """A tensor in GPU memory, and the event after which its values are valid."""
+class CudaTensor(DeviceTensor):
+    """A torch tensor in GPU memory, and the event after which its values are valid."""
 
-    tensor: torch.Tensor
     ready: torch.cuda.Event
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions of the tensor."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Element type under numpy's name."""
-        return str(self.tensor.dtype).removeprefix("torch.")
 
     def numpy(self) -> Array:
         """Copy the values to the host, through pinned memory."""
@@ -72,8 +61,7 @@ class CudaTensor:
 
     def rows(self) -> list[CudaTensor]:
         """Split along the first dimension; the parts share the memory."""
-        whole = self.tensor
-        return [CudaTensor(whole[i : i + 1], self.ready) for i in range(len(whole))]
+        return [CudaTensor(self.tensor[i : i + 1], self.ready) for i in range(len(self.tensor))]
 
 
 class CudaDevice:

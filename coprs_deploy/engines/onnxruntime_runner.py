@@ -48,65 +48,45 @@ _ELEMENT_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
 @dataclass(frozen=True)
-class OrtTensor:
-    """An ``OrtValue`` as a :class:`DeviceTensor`."""
+class OrtTensor(DeviceTensor):
+    """An ``OrtValue``, or one row of it, as a :class:`DeviceTensor`.
 
-    value: onnxruntime.OrtValue
+    Attributes:
+        row: index along the first dimension; None for the whole value.
+    """
+
+    row: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Dimensions of the tensor."""
-        return tuple(self.value.shape())
+        count, *rest = self.tensor.shape()
+        return (count if self.row is None else 1, *rest)
 
     @property
     def dtype(self) -> str:
         """Element type under numpy's name."""
-        name: str = self.value.data_type()
+        name: str = self.tensor.data_type()
         return _ELEMENT_TYPES.get(name, name)
-
-    def numpy(self) -> Array:
-        """Copy the values to the host."""
-        array: Array = self.value.numpy()
-        return array
-
-    def rows(self) -> Sequence[DeviceTensor]:
-        """Split along the first dimension; on a GPU the parts share the memory."""
-        if self.value.device_name() == "cpu":
-            return HostTensor(self.numpy()).rows()
-        return [OrtRow(self, number) for number in range(self.shape[0])]
-
-
-@dataclass(frozen=True)
-class OrtRow:
-    """Row of an :class:`OrtTensor` in GPU memory, addressed in place."""
-
-    whole: OrtTensor
-    number: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions of the tensor."""
-        return (1, *self.whole.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        """Element type under numpy's name."""
-        return self.whole.dtype
 
     @property
     def address(self) -> int:
         """Device address of the first element."""
-        row_bytes = math.prod(self.shape) * np.dtype(self.dtype).itemsize
-        start: int = self.whole.value.data_ptr()
-        return start + self.number * row_bytes
+        row_bytes = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        return int(self.tensor.data_ptr()) + (self.row or 0) * row_bytes
 
     def numpy(self) -> Array:
         """Copy the values to the host."""
-        return self.whole.numpy()[self.number : self.number + 1]
+        array: Array = self.tensor.numpy()
+        return array if self.row is None else array[self.row : self.row + 1]
 
-    def rows(self) -> list[OrtRow]:
-        """Return the row itself."""
-        return [self]
+    def rows(self) -> Sequence[DeviceTensor]:
+        """Split along the first dimension; on a GPU the parts share the memory."""
+        if self.tensor.device_name() == "cpu":
+            return HostTensor(self.numpy()).rows()
+        if self.row is not None:
+            return [self]
+        return [OrtTensor(self.tensor, row) for row in range(self.shape[0])]
 
 
 class OrtRunner(Runner):
@@ -131,10 +111,9 @@ class OrtRunner(Runner):
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.num_threads is not None:
             settings.intra_op_num_threads = options.num_threads
+        provider_options = [_provider_options(options)]
         try:
-            session = ort.InferenceSession(
-                str(path), settings, [provider], [_provider_options(options)]
-            )
+            session = ort.InferenceSession(str(path), settings, [provider], provider_options)
         except Exception as error:  # ONNX Runtime raises classes of its own that share no base
             raise BundleError(f"ONNX Runtime cannot open {path}: {error}") from error
         if session.get_providers()[0] != provider:
@@ -151,25 +130,26 @@ class OrtRunner(Runner):
         assert self._session is not None, "the runner was closed"
         binding = self._session.io_binding()
         # A CPU OrtValue points into its numpy array; not every version lets the binding keep both.
-        bound = {name: self._bindable(value) for name, value in inputs.items()}
+        bound = {name: self._on_device(value) for name, value in inputs.items()}
         for name, value in bound.items():
-            if isinstance(value, OrtRow):
+            if value.row is None:
+                binding.bind_ortvalue_input(name, value.tensor)
+            else:
                 dtype = np.dtype(value.dtype)
                 binding.bind_input(name, *self._device, dtype, value.shape, value.address)
-            else:
-                binding.bind_ortvalue_input(name, value)
         for tensor in self.spec.outputs:
             binding.bind_output(tensor.name, *self._device)
         self._session.run_with_iobinding(binding)
         names = (tensor.name for tensor in self.spec.outputs)
         return {n: OrtTensor(v) for n, v in zip(names, binding.get_outputs(), strict=True)}
 
-    def _bindable(self, value: Array | DeviceTensor) -> onnxruntime.OrtValue | OrtRow:
-        if isinstance(value, OrtTensor):
-            return value.value
-        if isinstance(value, OrtRow) and value.whole.value.device_name() == self._device[0]:
+    def _on_device(self, value: Array | DeviceTensor) -> OrtTensor:
+        if isinstance(value, OrtTensor) and (
+            value.row is None or value.tensor.device_name() == self._device[0]
+        ):
             return value
-        return self._ort.OrtValue.ortvalue_from_numpy(host_array(value), *self._device)
+        array = host_array(value)
+        return OrtTensor(self._ort.OrtValue.ortvalue_from_numpy(array, *self._device))
 
     def close(self) -> None:
         """Free the session."""
@@ -204,13 +184,7 @@ def _share_arena() -> None:
 def open_graph(
     path: Path, spec: GraphSpec, options: RunnerOptions, engine: EngineRecord | None = None
 ) -> Runner:
-    """Open an ONNX file.
-
-    Raises:
-        MissingDependencyError: ONNX Runtime is not installed.
-        RuntimeUnavailableError: ONNX Runtime cannot use the device.
-        BundleError: ONNX Runtime cannot read the file.
-    """
+    """Open an ONNX file with ONNX Runtime; see :func:`coprs_deploy.engines.open_graph`."""
     return OrtRunner(path, spec, options)
 
 

@@ -8,8 +8,10 @@ instruction sets of the processor.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.cache import default_cache_dir
+from coprs_deploy.engines.cache import Cache, graph_bytes
 from coprs_deploy.engines.runner import (
     Array,
     Availability,
@@ -65,27 +67,31 @@ class OpenVinoRunner(Runner):
                 f"device is {options.device!r}; accepted for openvino: 'cpu'. Use device cpu, or "
                 "the runtime onnxruntime"
             )
-        core = openvino_core()
+        precision, supported = options.inference_precision, inference_precisions()
+        if precision not in supported:
+            raise RuntimeUnavailableError(
+                f"inference_precision is {precision!r}, which this processor does not support "
+                f"(bfloat16 needs AMX or AVX-512 BF16); accepted here: {', '.join(supported)}"
+            )
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": _HINTS[_supported_precision(core, options)],
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
         }
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.num_threads
-        if path.exists() and _graph_bytes(path) <= CACHED_GRAPH_BYTES:
+        if path.exists() and graph_bytes(path) <= CACHED_GRAPH_BYTES:
             # The cache key is the content of the model, weights included.
-            root = options.cache_dir or default_cache_dir()
-            settings["CACHE_DIR"] = str(root / OPENVINO_FOLDER)
-        precision = "" if options.inference_precision == "fp32" else ", bf16"
-        super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{precision}")
+            settings["CACHE_DIR"] = str(Cache(options.cache_dir).root / OPENVINO_FOLDER)
+        suffix = "" if precision == "fp32" else f", {precision}"
+        super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{suffix}")
         self._openvino = openvino
-        self._core = core
+        self._core = openvino_core()
         self._settings = settings
         self._compiled: dict[int, _CompiledGraph] = {}
         self._lock = threading.Lock()
         try:
-            self._model: Any = core.read_model(path)
+            self._model: Any = self._core.read_model(path)
             if _has_int8(self._model):
                 require_int8_units()
             self._compiled_for(spec.targets.opt)
@@ -128,37 +134,30 @@ class OpenVinoRunner(Runner):
         self._compiled = {}
 
 
+@dataclass(frozen=True)
 class _CompiledGraph:
-    """A static graph and its inference requests, each used by one call at a time."""
+    """A static graph and its idle inference requests; a request serves one call at a time."""
 
-    def __init__(self, compiled: Any) -> None:
-        self.compiled = compiled
-        self._idle: list[Any] = []
-        self._lock = threading.Lock()
+    compiled: Any
+    idle: deque[Any] = field(default_factory=deque)  # its append and pop are atomic
 
     @contextmanager
     def request(self) -> Iterator[Any]:
         """Lend an idle inference request; a new one is created if all are in use."""
-        with self._lock:
-            request = self._idle.pop() if self._idle else self.compiled.create_infer_request()
+        try:
+            request = self.idle.pop()
+        except IndexError:
+            request = self.compiled.create_infer_request()
         try:
             yield request
         finally:
-            with self._lock:
-                self._idle.append(request)
+            self.idle.append(request)
 
 
 def open_graph(
     path: Path, spec: GraphSpec, options: RunnerOptions, engine: EngineRecord | None = None
 ) -> Runner:
-    """Open an ONNX file.
-
-    Raises:
-        MissingDependencyError: OpenVINO is not installed.
-        RuntimeUnavailableError: OpenVINO cannot use the device, or the processor does not support
-            the precision.
-        BundleError: OpenVINO cannot read the file.
-    """
+    """Open an ONNX file with OpenVINO; see :func:`coprs_deploy.engines.open_graph`."""
     return OpenVinoRunner(path, spec, options)
 
 
@@ -174,11 +173,11 @@ def openvino_core() -> Any:
         MissingDependencyError: OpenVINO is not installed.
     """
     with _core_lock:
-        return _core()
+        return _cached_core()
 
 
 @cache
-def _core() -> Any:
+def _cached_core() -> Any:
     return _import_openvino().Core()
 
 
@@ -188,7 +187,8 @@ def inference_precisions() -> tuple[str, ...]:
     Raises:
         MissingDependencyError: OpenVINO is not installed.
     """
-    return tuple(_precisions(openvino_core()))
+    capabilities = openvino_core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
 
 
 def require_int8_units() -> None:
@@ -214,7 +214,7 @@ def availability() -> list[Availability]:
     except MissingDependencyError as error:
         return [Availability("openvino cpu", False, str(error), INSTALL)]
     int8 = ["int8"] if describe_processor().has_int8_units else []
-    precisions = ", ".join([*_precisions(openvino_core()), *int8])
+    precisions = ", ".join([*inference_precisions(), *int8])
     return [Availability("openvino cpu", True, f"{_version(openvino)}, {precisions}")]
 
 
@@ -232,29 +232,6 @@ def _version(openvino: Any) -> str:
     return version.partition("-")[0]
 
 
-def _precisions(core: Any) -> list[str]:
-    """List the precisions in which float32 products can be computed on this processor."""
-    capabilities = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-    return ["fp32", *(["bf16"] if "BF16" in capabilities else [])]
-
-
-def _supported_precision(core: Any, options: RunnerOptions) -> str:
-    precision, supported = options.inference_precision, _precisions(core)
-    if precision not in supported:
-        raise RuntimeUnavailableError(
-            f"inference_precision is {precision!r}, which this processor does not support "
-            f"(bfloat16 needs AMX or AVX-512 BF16); accepted here: {', '.join(supported)}"
-        )
-    return precision
-
-
 def _has_int8(model: Any) -> bool:
     """Whether a graph has int8 products (OpenVINO reads Q/DQ pairs as ``FakeQuantize``)."""
     return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-
-
-def _graph_bytes(path: Path) -> int:
-    """Return the size of a graph, external weights included."""
-    return sum(
-        file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists()
-    )

@@ -6,11 +6,11 @@ outputs of other runners, and returns its outputs by name as tensors that stay o
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,47 +23,46 @@ Array: TypeAlias = NDArray[Any]
 INFERENCE_PRECISIONS = ("fp32", "bf16")
 
 
-class DeviceTensor(Protocol):
-    """An output of a runner, in the memory of its device."""
+@dataclass(frozen=True)
+class DeviceTensor(ABC):
+    """An output of a runner, in the memory of its device.
+
+    Attributes:
+        tensor: the array or tensor of the library.
+    """
+
+    tensor: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Dimensions of the tensor."""
+        return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> str:
         """Element type under numpy's name, as in ``float32``."""
+        return str(self.tensor.dtype).removeprefix("torch.")
 
+    @abstractmethod
     def numpy(self) -> Array:
         """Copy the values to the host."""
 
+    @abstractmethod
     def rows(self) -> Sequence[DeviceTensor]:
         """Split along the first dimension into (1, ...) tensors on the same device."""
 
 
-@dataclass(frozen=True)
-class HostTensor:
+class HostTensor(DeviceTensor):
     """A host array as a :class:`DeviceTensor`."""
-
-    array: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions of the array."""
-        return self.array.shape
-
-    @property
-    def dtype(self) -> str:
-        """Element type under numpy's name."""
-        return str(self.array.dtype)
 
     def numpy(self) -> Array:
         """Return the array itself."""
-        return self.array
+        array: Array = self.tensor
+        return array
 
     def rows(self) -> list[HostTensor]:
         """Split along the first dimension; each part has memory of its own."""
-        return [HostTensor(self.array[i : i + 1].copy()) for i in range(len(self.array))]
+        return [HostTensor(self.tensor[i : i + 1].copy()) for i in range(len(self.tensor))]
 
 
 @dataclass(frozen=True)
@@ -167,10 +166,6 @@ class Runner(Closeable):
         """
         del following
         return None
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the graph's memory; the runner must not be called again."""
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) -> None:

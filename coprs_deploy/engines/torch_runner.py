@@ -6,7 +6,6 @@ The caller builds the modules; a bundle contains none, so opening a graph file i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,21 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class TorchTensor:
+class TorchTensor(DeviceTensor):
     """A torch tensor as a :class:`DeviceTensor`."""
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions of the tensor."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Element type under numpy's name."""
-        return str(self.tensor.dtype).removeprefix("torch.")
 
     def numpy(self) -> Array:
         """Copy the values to the host."""
@@ -91,11 +77,7 @@ class TorchRunner(Runner):
 def open_graph(
     path: Path, spec: GraphSpec, options: RunnerOptions, engine: EngineRecord | None = None
 ) -> Runner:
-    """Raise an error: PyTorch runs modules, not graph files.
-
-    Raises:
-        RuntimeUnavailableError: always.
-    """
+    """Raise :class:`RuntimeUnavailableError`: PyTorch runs modules, not graph files."""
     raise RuntimeUnavailableError(
         f"PyTorch cannot run {path.name}: it is the reference for other runtimes; export for one "
         "of those"

@@ -28,7 +28,7 @@ from coprs_deploy.engines.trt.variants import (
     make_logger,
 )
 from coprs_deploy.errors import EngineBuildError
-from coprs_deploy.specs import GraphSpec, OptimizationProfile, TensorSpec
+from coprs_deploy.specs import GraphSpec, OptimizationProfile, Record, TensorSpec
 
 BUILDER_REVISION = 1
 """Increase when this module builds another engine from the same graph; cached engines go stale."""
@@ -49,8 +49,7 @@ class BuildCallbacks:
     on_progress: Callable[[str], None] = lambda text: None
 
 
-@dataclass(frozen=True)
-class BuildSettings:
+class BuildSettings(Record, frozen=True):
     """Settings of an engine build.
 
     Attributes:

@@ -18,12 +18,19 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from coprs_deploy.artifacts import FileRecord, fingerprint, hash_file, new_directory, write_json
 from coprs_deploy.bundle import EngineRecord
-from coprs_deploy.engines.cache import ENGINE_FOLDER, RECORD_FILE, Cache
+from coprs_deploy.engines.cache import (
+    ENGINE_FOLDER,
+    RECORD_FILE,
+    Cache,
+    graph_bytes,
+    graph_files,
+)
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.build import (
     BUILDER_REVISION,
@@ -49,36 +56,40 @@ FIXED_MEMORY_BYTES = 500_000_000
 """Memory of the libraries before any graph is read."""
 
 
+class BuildTarget(Record, frozen=True):
+    """What engines are built for, resolved before anything is exported.
+
+    Attributes:
+        settings: build settings, with the compute capabilities filled in if the variant lists them.
+        version: version of the library.
+        gpu: name of the GPU that builds; None without one.
+        compute_capabilities: GPUs that run the engines.
+    """
+
+    settings: BuildSettings
+    version: str
+    gpu: str | None
+    compute_capabilities: tuple[str, ...]
+
+
 class EngineKey(Record, frozen=True):
     """Everything that determines an engine; equal keys mean the same engine.
 
     Attributes:
-        revision: :data:`BUILDER_REVISION`.
-        variant: ``tensorrt`` or ``tensorrt-rtx``.
-        version: version of the library.
+        target: settings, library version and GPUs.
         graph_sha256: hash of the ONNX graph, external weights included.
         spec: inputs, outputs and optimization profile.
         precision: precision of the graph.
-        workspace_bytes: limit of scratch memory.
-        version_compatible: whether later versions load the engine.
-        hardware_compatible: whether other GPUs run it.
-        compute_capabilities: GPUs that run it.
-        gpu: name of the GPU that builds; None without one.
         platform: operating system and processor architecture.
+        revision: :data:`BUILDER_REVISION`.
     """
 
-    revision: int
-    variant: str
-    version: str
+    target: BuildTarget
     graph_sha256: str
     spec: GraphSpec
     precision: str
-    workspace_bytes: int | None
-    version_compatible: bool
-    hardware_compatible: bool
-    compute_capabilities: tuple[str, ...]
-    gpu: str | None
     platform: str
+    revision: int = BUILDER_REVISION
 
     def digest(self) -> str:
         """Return the SHA-256 of the fields, in hexadecimal."""
@@ -163,23 +174,6 @@ def _read_entry(entry: Path) -> CacheEntry:
     return CacheEntry.from_json(json.loads((entry / RECORD_FILE).read_text(encoding="utf-8")))
 
 
-@dataclass(frozen=True)
-class BuildTarget:
-    """What engines are built for, resolved before anything is exported.
-
-    Attributes:
-        settings: build settings, with the compute capabilities filled in if the variant lists them.
-        version: version of the library.
-        gpu: name of the GPU that builds; None without one.
-        compute_capabilities: GPUs that run the engines.
-    """
-
-    settings: BuildSettings
-    version: str
-    gpu: str | None
-    compute_capabilities: tuple[str, ...]
-
-
 def resolve_target(settings: BuildSettings) -> BuildTarget:
     """Determine what to build for, and refuse early what cannot be built on this machine.
 
@@ -209,7 +203,7 @@ def resolve_target(settings: BuildSettings) -> BuildTarget:
             f"GPUs that will run the engines; accepted: {', '.join(supported)}"
         )
     capabilities = (gpu.compute_capability,)
-    filled = replace(settings, compute_capabilities=capabilities)
+    filled = msgspec.structs.replace(settings, compute_capabilities=capabilities)
     return BuildTarget(filled, library.__version__, None, capabilities)
 
 
@@ -239,52 +233,46 @@ def build_engine(
         KeyboardInterrupt: Ctrl-C; nothing is written.
     """
     callbacks = callbacks or BuildCallbacks()
-    settings = target.settings
-    key = EngineKey(
-        revision=BUILDER_REVISION,
-        variant=settings.variant,
-        version=target.version,
-        graph_sha256=hash_graph(graph),
-        spec=spec,
-        precision=precision,
-        workspace_bytes=settings.workspace_bytes,
-        version_compatible=settings.version_compatible,
-        hardware_compatible=settings.hardware_compatible,
-        compute_capabilities=target.compute_capabilities,
-        gpu=target.gpu,
-        platform=f"{platform.system()}-{platform.machine()}",
+    system = f"{platform.system()}-{platform.machine()}"
+    key = EngineKey(target, hash_graph(graph), spec, precision, system)
+    engine, was_cached = cache.get_or_build(
+        key,
+        out,
+        build=lambda path: _build(graph, path, key, cache, callbacks.on_progress),
+        on_wait=lambda: callbacks.on_note(f"another process is building {spec.name}: waiting"),
     )
-
-    def build(path: Path) -> EngineRecord:
-        name = _timing_name(target)
-        timing = cache.load_blob(TIMING_FOLDER, name) if target.gpu else None
-        built = build_engine_bytes(graph, spec, settings, timing, callbacks.on_progress)
-        if target.gpu and built.timing_cache:
-            cache.save_blob(TIMING_FOLDER, name, built.timing_cache)
-        with path.open("wb") as file:
-            file.write(built.data)
-        return EngineRecord(
-            variant=key.variant,
-            version=key.version,
-            compute_capabilities=key.compute_capabilities,
-            gpu=key.gpu,
-            hardware_compatible=key.hardware_compatible,
-            version_compatible=key.version_compatible,
-            workspace_bytes=key.workspace_bytes,
-            graph_sha256=key.graph_sha256,
-            sha256=hash_file(path),
-            size_bytes=path.stat().st_size,
-            build_seconds=built.seconds,
-            network_layers=built.network_layers,
-        )
-
-    def on_wait() -> None:
-        callbacks.on_note(f"another process is building {spec.name}: waiting")
-
-    engine, was_cached = cache.get_or_build(key, out, build, on_wait)
     source = f"from the cache in {cache.root}" if was_cached else f"{engine.build_seconds:.1f} s"
     callbacks.on_note(f"{out.name}: {engine.size_bytes / 1e6:,.1f} MB, {source}")
     return engine
+
+
+def _build(
+    graph: Path, out: Path, key: EngineKey, cache: Cache, on_progress: Callable[[str], None]
+) -> EngineRecord:
+    """Build an engine, with the kernel timings of earlier builds on the same GPU."""
+    target, settings = key.target, key.target.settings
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", target.gpu or "")
+    timing_name = f"{settings.variant}-{target.version}-{gpu}.cache"
+    timings = cache.load_blob(TIMING_FOLDER, timing_name) if gpu else None
+    built = build_engine_bytes(graph, key.spec, settings, timings, on_progress)
+    if gpu and built.timing_cache:
+        cache.save_blob(TIMING_FOLDER, timing_name, built.timing_cache)
+    with out.open("wb") as file:
+        file.write(built.data)
+    return EngineRecord(
+        variant=settings.variant,
+        version=target.version,
+        compute_capabilities=target.compute_capabilities,
+        gpu=target.gpu,
+        hardware_compatible=settings.hardware_compatible,
+        version_compatible=settings.version_compatible,
+        workspace_bytes=settings.workspace_bytes,
+        graph_sha256=key.graph_sha256,
+        sha256=hash_file(out),
+        size_bytes=out.stat().st_size,
+        build_seconds=built.seconds,
+        network_layers=built.network_layers,
+    )
 
 
 def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
@@ -304,11 +292,9 @@ def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
     sizes = [graph_bytes(graph) for graph in graphs]
     memory = FIXED_MEMORY_BYTES + MEMORY_FACTOR * max(sizes)
     cache.root.mkdir(parents=True, exist_ok=True)
-    required: dict[int, tuple[Path, int]] = {}  # by file system
-    for folder in (out, cache.root):
-        device = folder.stat().st_dev
-        required[device] = (folder, required.get(device, (folder, 0))[1] + 2 * sum(sizes))
-    for folder, needed in required.values():
+    devices = [folder.stat().st_dev for folder in (out, cache.root)]
+    for folder, device in zip((out, cache.root), devices, strict=True):
+        needed = 2 * sum(sizes) * devices.count(device)
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise EngineBuildError(
@@ -324,19 +310,7 @@ def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
 
 def hash_graph(graph: Path) -> str:
     """Return the SHA-256 of a graph, external weights included."""
-    weights = graph.with_name(f"{graph.name}.data")
-    if not weights.exists():
+    files = graph_files(graph)
+    if len(files) == 1:
         return hash_file(graph)
-    files = (FileRecord(f.name, f.stat().st_size, hash_file(f)) for f in (graph, weights))
-    return fingerprint(tuple(files))
-
-
-def graph_bytes(graph: Path) -> int:
-    """Return the size of a graph, external weights included."""
-    weights = graph.with_name(f"{graph.name}.data")
-    return graph.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
-
-
-def _timing_name(target: BuildTarget) -> str:
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", target.gpu or "none")
-    return f"{target.settings.variant}-{target.version}-{gpu}.cache"
+    return fingerprint(tuple(FileRecord(f.name, f.stat().st_size, hash_file(f)) for f in files))

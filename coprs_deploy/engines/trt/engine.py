@@ -82,11 +82,6 @@ class TrtEngine:
         self._kernel_cache_name = f"{engine.sha256}-{device.gpu.compute_capability}"
         self._config, self._kernel_cache = self._open_kernel_cache(variant)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the engine has not been closed."""
-        return self._engine is not None
-
     def _open_kernel_cache(self, variant: TrtVariant) -> tuple[Any, Any]:
         """Load the kernels that TensorRT for RTX compiled on this GPU before."""
         if variant.name != TENSORRT_RTX.name:
@@ -113,12 +108,8 @@ class TrtEngine:
             RuntimeUnavailableError: the GPU has too little free memory.
             BundleError: the engine refuses a shape or a tensor name.
         """
-        config = self._config
-        context = (
-            self._engine.create_execution_context()
-            if config is None
-            else self._engine.create_execution_context(config)
-        )
+        arguments = () if self._config is None else (self._config,)
+        context = self._engine.create_execution_context(*arguments)
         if context is None:
             raise RuntimeUnavailableError(
                 f"{self.description} cannot create a context for {self.spec.name}: "
@@ -146,7 +137,7 @@ class TrtEngine:
             )
 
     def close(self) -> None:
-        """Free the engine and save its compiled kernels; all contexts must be gone."""
+        """Free the engine and save its compiled kernels; all contexts must be gone before."""
         kernels = None if self._kernel_cache is None else bytes(self._kernel_cache.serialize())
         self._config = self._kernel_cache = None
         self._engine = self._runtime = None

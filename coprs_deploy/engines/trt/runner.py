@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.cuda import CudaDevice, current_gpu
 from coprs_deploy.engines.runner import Array, Availability, DeviceTensor, Runner, RunnerOptions
@@ -44,45 +46,43 @@ class _Binding:
     is_warm: bool = False
 
 
-class _Launcher:
-    """Engines that run in order on one stream; tensors of the same name share a buffer.
+class FusedRunner(Runner):
+    """Engines that run in order on one stream as one call, without copies in between.
+
+    Tensors of the same name share a buffer: an output of one engine that a later one takes is read
+    in place, and is an output of the runner too. Calls from several threads are serialized, because
+    a context runs one call at a time. Close the runner before those that own the engines.
 
     Args:
         engines: engines, in the order in which they run.
-        spec: inputs and outputs of all of them together.
         device: the stream and its buffers.
         cuda_graphs: whether the work is captured once and replayed.
-
-    Calls from several threads are serialized: a context runs one call at a time.
     """
 
-    def __init__(
-        self,
-        engines: Sequence[TrtEngine],
-        spec: GraphSpec,
-        device: CudaDevice,
-        cuda_graphs: bool,
-    ) -> None:
+    def __init__(self, engines: Sequence[TrtEngine], device: CudaDevice, cuda_graphs: bool) -> None:
+        outputs = tuple(tensor for engine in engines for tensor in engine.spec.outputs)
+        computed = {tensor.name for tensor in outputs}
+        inputs = {t.name: t for e in engines for t in e.spec.inputs if t.name not in computed}
+        spec = msgspec.structs.replace(
+            engines[0].spec,
+            name=" and ".join(engine.spec.name for engine in engines),
+            inputs=tuple(inputs.values()),
+            outputs=outputs,
+        )
+        super().__init__(spec, engines[0].description)
         self._engines = engines
-        self._spec = spec
         self._device = device
         self._cuda_graphs = cuda_graphs
         self._bindings: dict[int, _Binding] = {}
         self._is_closed = False
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
 
-    def run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        """Run all engines on checked inputs.
-
-        Raises:
-            CoPRSError: the runner was closed.
-            ValueError: the number of targets or images is outside the optimization profile.
-        """
-        with self.lock, self._device.current():
+    def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
+        with self._lock, self._device.current():
             if self._is_closed:
-                raise CoPRSError(f"{self._spec.name} was called after it was closed")
+                raise CoPRSError(f"{self.spec.name} was called after it was closed")
             binding = self._binding_for(inputs)
-            for tensor in self._spec.inputs:
+            for tensor in self.spec.inputs:
                 self._device.fill(tensor.name, binding.buffers[tensor.name], inputs[tensor.name])
             if binding.replay is not None:
                 binding.replay()
@@ -93,17 +93,21 @@ class _Launcher:
                     binding.replay = self._device.capture(lambda: self._execute(binding))
                 binding.is_warm = True
             return {
-                t.name: self._device.copy_out(binding.buffers[t.name]) for t in self._spec.outputs
+                t.name: self._device.copy_out(binding.buffers[t.name]) for t in self.spec.outputs
             }
 
     def _binding_for(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Binding:
-        """Return the binding for the number of targets or images in the inputs."""
-        count = self._spec.count_of({name: value.shape for name, value in inputs.items()})
-        profile = self._spec.profile
+        """Return the binding for the number of targets or images in the inputs.
+
+        Raises:
+            ValueError: the number is outside the optimization profile.
+        """
+        count = self.spec.count_of({name: value.shape for name, value in inputs.items()})
+        profile = self.spec.profile
         if count is not None and not profile.min <= count <= profile.max:
-            what = "targets" if self._spec.images.is_static else "images"
+            what = "targets" if self.spec.images.is_static else "images"
             raise ValueError(
-                f"{self._spec.name} was given {count} {what}; its engine was built for "
+                f"{self.spec.name} was given {count} {what}; its engine was built for "
                 f"{profile.min} to {profile.max}: split the call, or export with --{what}"
             )
         count = count or profile.opt
@@ -124,14 +128,15 @@ class _Launcher:
         for engine, context in zip(self._engines, binding.contexts, strict=True):
             engine.execute(context, self._device.stream_handle)
 
-    def free(self) -> None:
-        """Wait for the GPU and drop all bindings; needs the lock and the current device."""
-        self._is_closed = True
-        self._device.synchronize()
-        self._bindings.clear()
+    def close(self) -> None:
+        """Wait for the GPU and drop the contexts."""
+        with self._lock, self._device.current():
+            self._is_closed = True
+            self._device.synchronize()
+            self._bindings.clear()
 
 
-class TrtRunner(Runner):
+class TrtRunner(FusedRunner):
     """One engine on one GPU.
 
     Attributes:
@@ -150,16 +155,10 @@ class TrtRunner(Runner):
         device: CudaDevice,
     ) -> None:
         self._engine = TrtEngine(path, spec, options, engine=engine, device=device)
-        super().__init__(spec, self._engine.description)
-        self._device = device
-        self._cuda_graphs = options.cuda_graphs
-        self._launcher = _Launcher([self._engine], spec, device, options.cuda_graphs)
+        super().__init__([self._engine], device, options.cuda_graphs)
         self.gpu_name: str = device.gpu.name
         self.layers = self._engine.layers
         self.device_memory_bytes = self._engine.device_memory_bytes
-
-    def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        return self._launcher.run(inputs)
 
     def fused_with(self, following: Runner) -> Runner | None:
         """See :meth:`Runner.fused_with`; engines on one GPU can be fused."""
@@ -176,41 +175,9 @@ class TrtRunner(Runner):
 
     def close(self) -> None:
         """Wait for the GPU, save compiled kernels, and free the engine."""
-        with self._launcher.lock, self._device.current():
-            if not self._engine.is_open:
-                return
-            self._launcher.free()
+        super().close()
+        with self._lock, self._device.current():
             self._engine.close()
-
-
-class FusedRunner(Runner):
-    """Engines of several runners as one call, without copies in between.
-
-    An output of one engine that a later one takes is read in place, and is an output of the fused
-    runner too. Close it before the runners that own the engines.
-    """
-
-    def __init__(self, engines: Sequence[TrtEngine], device: CudaDevice, cuda_graphs: bool) -> None:
-        outputs = tuple(tensor for engine in engines for tensor in engine.spec.outputs)
-        computed = {tensor.name for tensor in outputs}
-        inputs = {t.name: t for e in engines for t in e.spec.inputs if t.name not in computed}
-        spec = GraphSpec(
-            name=" and ".join(engine.spec.name for engine in engines),
-            inputs=tuple(inputs.values()),
-            outputs=outputs,
-            targets=engines[0].spec.targets,
-        )
-        super().__init__(spec, engines[0].description)
-        self._device = device
-        self._launcher = _Launcher(engines, spec, device, cuda_graphs)
-
-    def _run(self, inputs: Mapping[str, Array | DeviceTensor]) -> dict[str, DeviceTensor]:
-        return self._launcher.run(inputs)
-
-    def close(self) -> None:
-        """Wait for the GPU and drop the contexts."""
-        with self._launcher.lock, self._device.current():
-            self._launcher.free()
 
 
 def open_engine(
@@ -220,11 +187,9 @@ def open_engine(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> TrtRunner:
-    """Open an engine file.
+    """Open an engine file; see :func:`coprs_deploy.engines.open_graph`.
 
     Raises:
-        MissingDependencyError: the library is not installed.
-        RuntimeUnavailableError: there is no such GPU.
         EngineMismatchError: the engine is for another variant, version or GPU.
         BundleError: it has no record, or is not the file that was built.
     """
@@ -266,14 +231,17 @@ def trt_availability(variant: TrtVariant) -> list[Availability]:
         library = variant.load()
     except MissingDependencyError:
         return [Availability(variant.name, False, "not installed", variant.install)]
+    detail, remedy = library.__version__, ""
     supported = supported_capabilities(library)
     gpu = current_gpu()
     if gpu is None:
-        detail = f"{library.__version__}, no GPU to run engines"
+        remedy = "run the engines on a machine with one"
+        detail += ", no GPU to run engines"
         if variant.builds_without_gpu:
             detail += f"; builds for {', '.join(supported)}"
-        return [Availability(variant.name, False, detail, "run the engines on a machine with one")]
-    if variant.builds_without_gpu and gpu.compute_capability not in supported:
-        detail = f"{library.__version__} does not support {gpu.name} ({gpu.compute_capability})"
-        return [Availability(variant.name, False, detail, "export with --runtime tensorrt")]
-    return [Availability(variant.name, True, f"{library.__version__} on {gpu.name}")]
+    elif variant.builds_without_gpu and gpu.compute_capability not in supported:
+        remedy = "export with --runtime tensorrt"
+        detail += f" does not support {gpu.name} ({gpu.compute_capability})"
+    else:
+        detail += f" on {gpu.name}"
+    return [Availability(variant.name, not remedy, detail, remedy)]

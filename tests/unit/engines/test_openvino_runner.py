@@ -161,7 +161,7 @@ def test_the_description_names_runtime_version_and_device(open_tiny):
 
 
 def test_an_unsupported_precision_raises(open_tiny, monkeypatch):
-    monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32"])
+    monkeypatch.setattr(openvino_runner, "inference_precisions", lambda: ["fp32"])
     with pytest.raises(
         RuntimeUnavailableError, match=r"'bf16'.*does not support.*accepted here: fp32"
     ):
@@ -169,7 +169,7 @@ def test_an_unsupported_precision_raises(open_tiny, monkeypatch):
 
 
 def test_bfloat16_on_a_supporting_processor_is_set(open_tiny, monkeypatch):
-    monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32", "bf16"])
+    monkeypatch.setattr(openvino_runner, "inference_precisions", lambda: ["fp32", "bf16"])
     with open_tiny(PRIOR, RunnerOptions(inference_precision="bf16")) as runner:
         assert runner._settings["INFERENCE_PRECISION_HINT"] == "bf16"
         assert runner.description.endswith(", bf16")
@@ -278,7 +278,7 @@ def test_open_graph_without_the_library_names_the_pip_command(open_tiny, monkeyp
 
 def test_availability_reports_version_and_precisions(monkeypatch):
     version = openvino.__version__.split("-")[0]
-    monkeypatch.setattr(openvino_runner, "_precisions", lambda core: ["fp32", "bf16"])
+    monkeypatch.setattr(openvino_runner, "inference_precisions", lambda: ["fp32", "bf16"])
     for units, precisions in ((("avx2",), "fp32, bf16"), (("avx_vnni",), "fp32, bf16, int8")):
         processor = Processor("a processor", units, 2)
         monkeypatch.setattr(openvino_runner, "describe_processor", lambda it=processor: it)
