@@ -35,7 +35,7 @@ from coprs_deploy.images import RgbArray, prepare_image
 from coprs_deploy.machine import machine_record
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
-from coprs_deploy.policy.vllm_policy.policy import VllmPolicy, _Progress
+from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 from coprs_deploy.policy.vllm_policy.transport import HiddenStateTransport
 from coprs_deploy.runtime import CoPRS, Timings
 from coprs_deploy.runtime.target_decoding import decode_targets
@@ -98,29 +98,29 @@ class PlainVllmPolicy(VllmPolicy):
     """The same engine without the hidden-state capture: its results have no concentrations."""
 
     @staticmethod
-    def _plug_ins() -> dict[str, Any]:
-        return {}
+    def _logits_processors() -> list[type]:
+        return []
 
 
-def decode(policy: VllmPolicy, request: PolicyRequest, asks: bool = True) -> tuple[float, int]:
+def decode(policy: VllmPolicy, request: PolicyRequest, captures: bool = True) -> tuple[float, int]:
     """Decode one response; return milliseconds from the first token to the vector, and tokens.
 
-    ``asks`` says whether the request asks for its vector. The public ``stream`` always does, so
+    ``captures`` says whether the request is captured. The public ``stream`` always captures, so
     this is the one place that uses private members of :class:`VllmPolicy`.
     """
+    engine = policy._open_engine()
 
     async def decoded() -> tuple[float, int]:
-        progress = _Progress()
-        with policy._files.for_request() as vectors:
-            prompt = policy._encode(request, vectors)
-            if not asks:
-                prompt.params.extra_args = None
-            async for _ in policy._tokens_of(prompt, progress):
+        with policy._transport.for_request() as path:
+            running = policy._encode(request, path)
+            if not captures:
+                running.params.extra_args = None
+            async for _ in policy._new_tokens(engine.engine, running):
                 pass
-            policy._files.take(vectors)
-        return 1e3 * (time.perf_counter() - progress.first_token), len(progress.token_ids)
+            policy._transport.take(path)
+        return 1e3 * (time.perf_counter() - running.first_token), len(running.token_ids)
 
-    return policy._run(decoded())
+    return engine.run(decoded())
 
 
 def measure_capture(rounds: int) -> dict[str, Any]:

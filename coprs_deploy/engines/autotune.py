@@ -112,8 +112,7 @@ def autotune(
     choices = {}
     for name, graph in bundle.manifest.graphs.items():
         if graph.runtime not in ONNX_RUNTIMES:
-            reason = "the only runtime of an engine"
-            choices[name] = RuntimeChoice(name, graph.runtime, reason)
+            choices[name] = RuntimeChoice(name, graph.runtime, "the only runtime of an engine")
             continue
         key = choice_key(bundle, name, options)
         choice = None if retune else _load_choice(cache, key)
@@ -127,13 +126,12 @@ def autotune(
 def choice_key(bundle: Bundle, name: str, options: RunnerOptions) -> str:
     """Hash everything that a choice depends on: graph, versions, processor, options."""
     graph = bundle.manifest.graphs[name]
+    files = (file for file in bundle.manifest.files if file.path.startswith(graph.file))
     parts = {
         "revision": REVISION,
         "graph": graph.to_json(),
-        "files": sorted(
-            file.sha256 for file in bundle.manifest.files if file.path.startswith(graph.file)
-        ),
-        "versions": {k: v for k, v in installed_versions().items() if k in PACKAGES},
+        "files": sorted(file.sha256 for file in files),
+        "versions": installed_versions(PACKAGES),
         "processor": describe_processor().to_json(),
         "device": options.device,
         "num_threads": options.num_threads,
@@ -144,9 +142,7 @@ def choice_key(bundle: Bundle, name: str, options: RunnerOptions) -> str:
 
 def _load_choice(cache: Cache, key: str) -> RuntimeChoice | None:
     """Read a cached choice; None if there is none that can be read."""
-    data = cache.load_blob(AUTOTUNE_FOLDER, key)
-    if data is None:
-        return None
+    data = cache.load_blob(AUTOTUNE_FOLDER, key) or b""
     try:
         choice = RuntimeChoice.from_json(json.loads(data))
     except ValueError:

@@ -71,6 +71,11 @@ class CudaDevice:
         index: index of the device.
         high_priority: whether its kernels run before those of other streams.
 
+    Attributes:
+        gpu: name and compute capability of the device.
+        stream: the stream as PyTorch's object.
+        stream_handle: the ``cudaStream_t`` as an integer, for TensorRT.
+
     Raises:
         RuntimeUnavailableError: PyTorch finds no such device.
     """
@@ -90,17 +95,12 @@ class CudaDevice:
         self._high_priority = high_priority
         self.gpu = gpu
         self.stream = self._torch.cuda.Stream(self._device, priority=-1 if high_priority else 0)
+        self.stream_handle: int = self.stream.cuda_stream
         self._staging: dict[str, tuple[torch.Tensor, torch.cuda.Event]] = {}
 
     def sibling(self) -> CudaDevice:
         """Create another stream of the same device and priority, with buffers of its own."""
         return CudaDevice(self.index, self._high_priority)
-
-    @property
-    def stream_handle(self) -> int:
-        """The ``cudaStream_t`` as an integer, for TensorRT."""
-        handle: int = self.stream.cuda_stream
-        return handle
 
     def current(self) -> Any:
         """Make this device the thread's current one within a block, as TensorRT requires."""

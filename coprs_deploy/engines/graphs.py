@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,10 +93,9 @@ class SegmentationGraphs(Closeable):
             (n, 1, M, M) prior logits in chunks of as many targets as the graph takes. The last
             chunk may repeat its last target to fill the graph's fixed number.
         """
+        prior = self.runners[PRIOR]
         return [
-            self.runners[PRIOR](image_embedding=image_embedding, concentration=chunk)[
-                "prior_logits"
-            ]
+            prior(image_embedding=image_embedding, concentration=chunk)["prior_logits"]
             for chunk in self._chunks(concentrations)
         ]
 
@@ -107,14 +106,10 @@ class SegmentationGraphs(Closeable):
         unpadded_size: NDArray[np.int64],
     ) -> list[DeviceTensor]:
         """Decode the chunks of :meth:`priors` into (n, 1, M, M) mask logits, chunk by chunk."""
-        return [
-            self.runners[MASK_DECODER](
-                image_embedding=image_embedding,
-                prior_logits=chunk,
-                unpadded_size=unpadded_size,
-            )["mask_logits"]
-            for chunk in prior_chunks
-        ]
+        decode = partial(
+            self.runners[MASK_DECODER], image_embedding=image_embedding, unpadded_size=unpadded_size
+        )
+        return [decode(prior_logits=chunk)["mask_logits"] for chunk in prior_chunks]
 
     def priors_and_masks(
         self,
@@ -130,12 +125,8 @@ class SegmentationGraphs(Closeable):
         if self._fused is None:
             priors = self.priors(image_embedding, concentrations)
             return priors, self.masks(image_embedding, priors, unpadded_size)
-        outputs = [
-            self._fused(
-                image_embedding=image_embedding, concentration=chunk, unpadded_size=unpadded_size
-            )
-            for chunk in self._chunks(concentrations)
-        ]
+        decode = partial(self._fused, image_embedding=image_embedding, unpadded_size=unpadded_size)
+        outputs = [decode(concentration=chunk) for chunk in self._chunks(concentrations)]
         return [o["prior_logits"] for o in outputs], [o["mask_logits"] for o in outputs]
 
     def _chunks(self, concentrations: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
@@ -199,8 +190,7 @@ def _masks_on_gpu(
             for chunk in chunks:
                 stream.wait_event(chunk.ready)
                 chunk.tensor.record_stream(stream)
-            tensors = [chunk.tensor for chunk in chunks]
-            targets = [t[i : i + 1] for t in tensors for i in range(len(t))]
+            targets = [row.tensor for chunk in chunks for row in chunk.rows()]
             masks = [threshold_at_original_size(t, image, geometry) for t in targets[:num_targets]]
             array: NDArray[np.bool_] = torch.cat(masks).cpu().numpy()
             return array
@@ -234,11 +224,7 @@ def threshold_at_original_size(
     """
     from torch.nn import functional as F
 
-    size = (geometry.image_size, geometry.image_size)
-    padded = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+    padded = resize(logits.float(), size=(geometry.image_size, geometry.image_size))
     height, width = (int(side) for side in image.unpadded_size)
-    cropped = padded[..., :height, :width]
-    original = F.interpolate(
-        cropped, size=image.original_size, mode="bilinear", align_corners=False
-    )
-    return original[:, 0] > 0
+    return resize(padded[..., :height, :width], size=image.original_size)[:, 0] > 0

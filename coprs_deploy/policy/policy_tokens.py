@@ -40,12 +40,11 @@ class PolicyTokens:
             )
         self.tokenizer: Any = tokenizer
         self.reference_id: int = reference_id
-        configured = (
-            [configured_end_ids]
-            if configured_end_ids is None or isinstance(configured_end_ids, int)
-            else configured_end_ids
+        end_ids = [tokenizer.eos_token_id]
+        end_ids += (
+            configured_end_ids if isinstance(configured_end_ids, Sequence) else [configured_end_ids]
         )
-        self.end_ids = frozenset(i for i in (*configured, tokenizer.eos_token_id) if i is not None)
+        self.end_ids = frozenset(i for i in end_ids if i is not None)
         if not self.end_ids:
             raise PolicyError(
                 f"{path} has no end token; set eos_token_id in its generation config or tokenizer"

@@ -63,88 +63,86 @@ class VisionProcessor:
             raise PolicyError(
                 f"the image processor in {policy_path} cannot be loaded: {error}"
             ) from error
-        self._config = config
-        self._family = _FAMILIES[config.model_type]
+        self._family = _FAMILIES[config.model_type](self.image_processor, config)
 
     def __call__(self, image: Image.Image) -> VisionInputs:
         """Preprocess one RGB image that was already scaled to the pixel limits of the policy."""
-        processed = self.image_processor(images=[image], return_tensors="pt")
-        return self._family.read(processed, self._config)
+        return self._family.read(self.image_processor(images=[image], return_tensors="pt"))
 
     def num_tokens(self, width: int, height: int) -> int:
         """Return the number of vision tokens of an image from its size in pixels."""
-        return self._family.num_tokens(self.image_processor, self._config, width, height)
+        return self._family.num_tokens(width, height)
 
     def largest_image(self, num_tokens: int) -> tuple[int, int]:
         """Return width and height of an image with nearly, and at most, ``num_tokens`` tokens."""
-        return self._family.largest_image(self.image_processor, self._config, num_tokens)
+        return self._family.largest_image(num_tokens)
 
     @property
     def max_tokens(self) -> int:
         """Number of vision tokens of the largest image that the image processor returns."""
-        return self._family.max_tokens(self.image_processor, self._config)
+        return self._family.max_tokens
 
 
+@dataclass(frozen=True)
 class _Qwen25Vl:
     """Qwen2.5-VL: one token per square of merged patches."""
 
-    @staticmethod
-    def read(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
+    processor: Any
+    config: Any
+
+    def read(self, processed: Mapping[str, torch.Tensor]) -> VisionInputs:
         grid = processed["image_grid_thw"]
         tensors = {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
-        return VisionInputs(
-            tensors, int(grid.prod()) // config.vision_config.spatial_merge_size**2, True
-        )
+        merged = int(self.config.vision_config.spatial_merge_size) ** 2
+        return VisionInputs(tensors, int(grid.prod()) // merged, marks_image_tokens=True)
 
-    @staticmethod
-    def num_tokens(processor: Any, config: Any, width: int, height: int) -> int:
-        patches: int = processor.get_number_of_image_patches(height, width)
-        return patches // int(config.vision_config.spatial_merge_size) ** 2
+    def num_tokens(self, width: int, height: int) -> int:
+        patches: int = self.processor.get_number_of_image_patches(height, width)
+        return patches // int(self.config.vision_config.spatial_merge_size) ** 2
 
-    @staticmethod
-    def largest_image(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
-        unit = _merged_side(config)
+    def largest_image(self, num_tokens: int) -> tuple[int, int]:
         side = math.isqrt(num_tokens)
-        return unit * (num_tokens // side), unit * side
+        return self._token_side * (num_tokens // side), self._token_side * side
 
-    @staticmethod
-    def max_tokens(processor: Any, config: Any) -> int:
-        return int(processor.size["longest_edge"]) // _merged_side(config) ** 2
+    @property
+    def max_tokens(self) -> int:
+        return int(self.processor.size["longest_edge"]) // self._token_side**2
+
+    @property
+    def _token_side(self) -> int:
+        """Side, in pixels, of the square behind one token."""
+        vision = self.config.vision_config
+        return int(vision.patch_size * vision.spatial_merge_size)
 
 
-def _merged_side(config: Any) -> int:
-    """Return the side, in pixels, of the square behind one token of Qwen2.5-VL."""
-    return int(config.vision_config.patch_size * config.vision_config.spatial_merge_size)
-
-
+@dataclass(frozen=True)
 class _Llava:
     """LLaVA-1.5: one square input size and a constant number of tokens."""
 
-    @staticmethod
-    def read(processed: Mapping[str, torch.Tensor], config: Any) -> VisionInputs:
+    processor: Any
+    config: Any
+
+    def read(self, processed: Mapping[str, torch.Tensor]) -> VisionInputs:
         pixels = processed["pixel_values"]
-        return VisionInputs(
-            {"pixel_values": pixels}, _llava_tokens(config, *pixels.shape[-2:]), False
-        )
+        num_tokens = self._count_tokens(*pixels.shape[-2:])
+        return VisionInputs({"pixel_values": pixels}, num_tokens, marks_image_tokens=False)
 
-    @staticmethod
-    def num_tokens(processor: Any, config: Any, width: int, height: int) -> int:
-        crop = processor.crop_size
-        return _llava_tokens(config, int(crop["height"]), int(crop["width"]))
+    def num_tokens(self, width: int, height: int) -> int:
+        return self.max_tokens
 
-    @staticmethod
-    def largest_image(processor: Any, config: Any, num_tokens: int) -> tuple[int, int]:
-        return int(processor.crop_size["width"]), int(processor.crop_size["height"])
+    def largest_image(self, num_tokens: int) -> tuple[int, int]:
+        crop = self.processor.crop_size
+        return int(crop["width"]), int(crop["height"])
 
-    @staticmethod
-    def max_tokens(processor: Any, config: Any) -> int:
-        return _Llava.num_tokens(processor, config, 0, 0)
+    @property
+    def max_tokens(self) -> int:
+        width, height = self.largest_image(0)
+        return self._count_tokens(height, width)
 
-
-def _llava_tokens(config: Any, height: int, width: int) -> int:
-    patch = int(config.vision_config.patch_size)
-    keeps_class_token = config.vision_feature_select_strategy == "full"
-    return (height // patch) * (width // patch) + int(keeps_class_token)
+    def _count_tokens(self, height: int, width: int) -> int:
+        patch = int(self.config.vision_config.patch_size)
+        keeps_class_token = self.config.vision_feature_select_strategy == "full"
+        return (height // patch) * (width // patch) + int(keeps_class_token)
 
 
 _FAMILIES: Mapping[str, type[_Qwen25Vl | _Llava]] = {"qwen2_5_vl": _Qwen25Vl, "llava": _Llava}

@@ -31,5 +31,5 @@ class MutantCapture(HiddenStateCapture):
 
 class MutantPolicy(VllmPolicy):
     @staticmethod
-    def _logits_processor():
-        return MutantCapture
+    def _logits_processors():
+        return [MutantCapture]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -23,7 +23,6 @@ from coprs_deploy.engines.trt.checks import (
 from coprs_deploy.engines.trt.variants import (
     TENSORRT,
     TRT_VARIANTS,
-    TrtVariant,
     check_capabilities,
     make_logger,
 )
@@ -122,46 +121,31 @@ def build_engine_bytes(
         EngineBuildError: the graph cannot be parsed or compiled.
         KeyboardInterrupt: Ctrl-C; the build has ended.
     """
-    variant = TRT_VARIANTS[settings.variant]
-    library = variant.load()
-    check_capabilities(library, variant, settings.compute_capabilities)
+    build = _Build(graph, spec, settings)
     cancelled = Event()
     with ThreadPoolExecutor(1, thread_name_prefix="engine-build") as pool:
-        build = _Build(library, variant, graph, spec, settings)
         future = pool.submit(build.run, timing_cache, on_progress, cancelled)
         try:
-            return _wait(future)
+            while not future.done():
+                # On some platforms a signal does not interrupt a wait without a timeout.
+                wait([future], timeout=0.5)
+            return future.result()
         except BaseException:
             cancelled.set()
             raise
 
 
-def _wait(future: Future[BuiltEngine]) -> BuiltEngine:
-    while True:  # on some platforms a signal does not interrupt a wait without a timeout
-        try:
-            return future.result(timeout=0.5)
-        except TimeoutError:
-            if future.done():
-                raise
-
-
 class _Build:
     """One build; the library's objects are freed when it ends."""
 
-    def __init__(
-        self,
-        library: Any,
-        variant: TrtVariant,
-        graph: Path,
-        spec: GraphSpec,
-        settings: BuildSettings,
-    ) -> None:
-        self._library = library
-        self._variant = variant
+    def __init__(self, graph: Path, spec: GraphSpec, settings: BuildSettings) -> None:
+        variant = TRT_VARIANTS[settings.variant]
+        self._library = variant.load()
         self._graph = graph
         self._spec = spec
         self._settings = settings
-        self._name = f"{variant.title} {library.__version__}"
+        self._name = f"{variant.title} {self._library.__version__}"
+        check_capabilities(self._library, variant, settings.compute_capabilities)
 
     def run(
         self, timing_cache: bytes | None, on_progress: Callable[[str], None], cancelled: Event
@@ -195,11 +179,9 @@ class _Build:
 
     def _parse(self, builder: Any, logger: Any) -> Any:
         library = self._library
-        flags = 0
         typed = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        if typed is not None:  # TensorRT 11 has no other networks
-            flags = 1 << int(typed)
-        network = builder.create_network(flags)
+        # TensorRT 11 has no flag: all its networks are strongly typed.
+        network = builder.create_network(0 if typed is None else 1 << int(typed))
         parser = library.OnnxParser(network, logger)
         if not parser.parse_from_file(str(self._graph)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -262,7 +244,7 @@ class _Build:
         if not self._spec.profile.is_static:
             config.add_optimization_profile(self._profile(builder))
         timing = None
-        if self._variant.name == TENSORRT.name:
+        if settings.variant == TENSORRT.name:
             timing = config.create_timing_cache(timing_cache or b"")
             if not config.set_timing_cache(timing, ignore_mismatch=False):
                 timing = config.create_timing_cache(b"")
@@ -314,18 +296,20 @@ def _make_monitor(library: Any, on_progress: Callable[[str], None], cancelled: E
             self._num_steps: dict[str, int] = {}
             self.failure: Exception | None = None
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._num_steps[phase_name] = num_steps
-            self._report(phase_name)
+        def phase_start(  # codespell:ignore phase
+            self, name: str, parent: str | None, num_steps: int
+        ) -> None:
+            self._num_steps[name] = num_steps
+            self._report(name)
 
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            total = self._num_steps.get(phase_name, 0)
+        def step_complete(self, name: str, step: int) -> bool:
+            total = self._num_steps.get(name, 0)
             if total > 1:
-                self._report(f"{phase_name} {step + 1}/{total}")
+                self._report(f"{name} {step + 1}/{total}")
             return self.failure is None and not cancelled.is_set()
 
-        def phase_finish(self, phase_name: str) -> None:
-            self._num_steps.pop(phase_name, None)
+        def phase_finish(self, name: str) -> None:  # codespell:ignore phase
+            self._num_steps.pop(name, None)
 
         def _report(self, text: str) -> None:
             try:

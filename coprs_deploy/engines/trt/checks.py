@@ -21,14 +21,8 @@ from coprs_deploy.engines.trt.variants import TRT_VARIANTS, supported_capabiliti
 from coprs_deploy.errors import BundleError, BundleIntegrityError, EngineMismatchError
 from coprs_deploy.specs import GraphSpec, TensorSpec
 
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-}
+_DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
+"""Names of numpy by those of TensorRT, where they differ by more than the case."""
 
 # The description of the compiled network inside the engine file of TensorRT for RTX.
 _HEADER = re.compile(
@@ -38,12 +32,12 @@ _ACCELERATORS = re.compile(rb"\n  accelerators=\{([^\n}]*)\}")
 _TENSOR = re.compile(
     rb"tensor=\{[^\n]*? dims=\{([^\n}]*)\}[^\n]*? name=\"([^\n\"]*)\"[^\n]*? type=(\w+) \}"
 )
-_TYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 
 
 def tensor_spec(name: str, dtype: Any, shape: Sequence[int]) -> TensorSpec:
     """Describe a tensor of the library; dynamic sizes are -1."""
-    return TensorSpec(name, _DTYPES.get(dtype.name, dtype.name.lower()), tuple(shape))
+    library_name = dtype.name.lower()
+    return TensorSpec(name, _DTYPES.get(library_name, library_name), tuple(shape))
 
 
 def with_wildcards(tensor: TensorSpec) -> TensorSpec:
@@ -97,7 +91,7 @@ def describe_engine(data: Any) -> EngineDescription | None:
     types: Counter[str] = Counter()
     for match in _TENSOR.finditer(buffer):
         dims, name, dtype = (group.decode() for group in match.groups())
-        dtype = _TYPES.get(dtype, dtype)
+        dtype = _DTYPES.get(dtype, dtype)
         types[dtype] += 1
         if name in names and name not in found:
             shape = tuple(int(size) if size.isdigit() else -1 for size in dims.split())

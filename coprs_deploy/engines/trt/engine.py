@@ -44,7 +44,6 @@ class TrtEngine:
         path: Path,
         spec: GraphSpec,
         options: RunnerOptions,
-        *,
         engine: EngineRecord,
         device: CudaDevice,
     ) -> None:
@@ -61,8 +60,8 @@ class TrtEngine:
         del data
         if loaded is None:
             raise BundleError(
-                f"{variant.title} {library.__version__} refuses {path}: "
-                f"{'; '.join(logger.errors) or 'no reason given'}. {rebuild_advice(engine)}"
+                f"{variant.title} {library.__version__} refuses {path}: {logger}. "
+                f"{rebuild_advice(engine)}"
             )
         mismatch = signature_mismatch(spec, _io_tensors(loaded))
         if mismatch is not None:
@@ -112,8 +111,8 @@ class TrtEngine:
         context = self._engine.create_execution_context(*arguments)
         if context is None:
             raise RuntimeUnavailableError(
-                f"{self.description} cannot create a context for {self.spec.name}: "
-                f"{'; '.join(self._logger.errors) or 'no reason given'}; free GPU memory"
+                f"{self.description} cannot create a context for {self.spec.name}: {self._logger}; "
+                "free GPU memory"
             )
         for tensor in (*self.spec.inputs, *self.spec.outputs):
             shape = tensor.shape_for(count)
@@ -132,8 +131,7 @@ class TrtEngine:
         """
         if not context.execute_async_v3(stream_handle):
             raise RuntimeUnavailableError(
-                f"{self.description} could not run {self.spec.name}: "
-                f"{'; '.join(self._logger.errors[-3:]) or 'no reason given'}"
+                f"{self.description} could not run {self.spec.name}: {self._logger}"
             )
 
     def close(self) -> None:

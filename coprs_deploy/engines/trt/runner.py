@@ -145,20 +145,12 @@ class TrtRunner(FusedRunner):
         device_memory_bytes: scratch memory of one execution context.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        spec: GraphSpec,
-        options: RunnerOptions,
-        *,
-        engine: EngineRecord,
-        device: CudaDevice,
-    ) -> None:
-        self._engine = TrtEngine(path, spec, options, engine=engine, device=device)
-        super().__init__([self._engine], device, options.cuda_graphs)
+    def __init__(self, engine: TrtEngine, device: CudaDevice, cuda_graphs: bool) -> None:
+        super().__init__([engine], device, cuda_graphs)
+        self._engine = engine
         self.gpu_name: str = device.gpu.name
-        self.layers = self._engine.layers
-        self.device_memory_bytes = self._engine.device_memory_bytes
+        self.layers = engine.layers
+        self.device_memory_bytes = engine.device_memory_bytes
 
     def fused_with(self, following: Runner) -> Runner | None:
         """See :meth:`Runner.fused_with`; engines on one GPU can be fused."""
@@ -211,7 +203,8 @@ def open_engine(
         )
     variant.load()
     device = CudaDevice(options.device_index, high_priority=spec.name != IMAGE_ENCODER)
-    runner = TrtRunner(path, spec, options, engine=engine, device=device)
+    opened = TrtEngine(path, spec, options, engine, device)
+    runner = TrtRunner(opened, device, options.cuda_graphs)
     if engine.verified_on != device.gpu.name:
         where = "on a GPU"
         if engine.verified_on is not None:

@@ -20,18 +20,19 @@ class TrtVariant:
     """One of the two TensorRT libraries.
 
     Attributes:
-        name: value of ``--runtime``.
-        module: Python module of the library.
+        name: value of ``--runtime``, and the extra that installs it.
         title: product name in messages.
-        install: pip command that installs it.
         builds_without_gpu: whether ``--compute-capabilities`` may list GPUs that are not present.
     """
 
     name: str
-    module: str
     title: str
-    install: str
     builds_without_gpu: bool
+
+    @property
+    def install(self) -> str:
+        """The pip command that installs it."""
+        return install_hint(self.name)
 
     def load(self) -> Any:
         """Import the library; it has no type annotations.
@@ -40,37 +41,22 @@ class TrtVariant:
             MissingDependencyError: it is not installed, or its shared libraries do not load.
         """
         try:
-            return importlib.import_module(self.module)
+            return importlib.import_module(self.name.replace("-", "_"))
         except (ImportError, OSError) as error:
             raise MissingDependencyError(
                 f"{self.title} cannot be imported ({error}); {self.install}"
             ) from error
 
 
-TENSORRT = TrtVariant(
-    name="tensorrt",
-    module="tensorrt",
-    title="TensorRT",
-    install=install_hint("tensorrt"),
-    builds_without_gpu=False,
-)
-TENSORRT_RTX = TrtVariant(
-    name="tensorrt-rtx",
-    module="tensorrt_rtx",
-    title="TensorRT for RTX",
-    install=install_hint("tensorrt-rtx"),
-    builds_without_gpu=True,
-)
-TRT_VARIANTS: Mapping[str, TrtVariant] = {
-    variant.name: variant for variant in (TENSORRT, TENSORRT_RTX)
-}
+TENSORRT = TrtVariant("tensorrt", "TensorRT", builds_without_gpu=False)
+TENSORRT_RTX = TrtVariant("tensorrt-rtx", "TensorRT for RTX", builds_without_gpu=True)
+TRT_VARIANTS: Mapping[str, TrtVariant] = {v.name: v for v in (TENSORRT, TENSORRT_RTX)}
 
 
 def supported_capabilities(library: Any) -> list[str]:
     """List the compute capabilities that a library builds for without a GPU, as ``sm_89``."""
     members = getattr(library, "ComputeCapability", None)
-    names = dir(members) if members is not None else []
-    found = [match[1] for name in names if (match := re.fullmatch(r"SM(\d+)", name))]
+    found = [match[1] for name in dir(members) if (match := re.fullmatch(r"SM(\d+)", name))]
     return [f"sm_{number}" for number in sorted(found, key=int)]
 
 
@@ -114,7 +100,7 @@ def parse_capabilities(text: str | None) -> tuple[str, ...]:
 
 
 def make_logger(library: Any) -> Any:
-    """Create a logger that collects error messages in ``errors`` and prints nothing."""
+    """Create a logger that collects error messages and prints nothing; ``str`` joins the last."""
 
     class Logger(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -124,5 +110,8 @@ def make_logger(library: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR):
                 self.errors.append(" ".join(message.split()))
+
+        def __str__(self) -> str:
+            return "; ".join(self.errors[-3:]) or "no reason given"
 
     return Logger()

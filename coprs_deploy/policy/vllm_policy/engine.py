@@ -55,10 +55,14 @@ class EngineThread(Closeable):
         self._tasks: set[Future[None]] = set()
         self._lock = threading.Lock()
         try:
-            self.engine = self._run(_start_engine(arguments))
+            self.engine = self.run(_start_engine(arguments))
         except BaseException:
             self._stop_loop()
             raise
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine in the event loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def submit(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         """Run a coroutine in the event loop without waiting for it; closing cancels it."""
@@ -77,12 +81,9 @@ class EngineThread(Closeable):
         for task in running:
             task.cancel()
         try:
-            self._run(_stop_engine(self.engine))
+            self.run(_stop_engine(self.engine))
         finally:
             self._stop_loop()
-
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _forget(self, task: Future[None]) -> None:
         with self._lock:
@@ -166,16 +167,12 @@ def registered_architecture(model_type: str) -> str:
     Raises:
         PolicyError: the model type is unsupported.
     """
-    from vllm import ModelRegistry
-
-    name = ARCHITECTURES.get(model_type)
-    if name is None:
+    if model_type not in ARCHITECTURES:
         raise PolicyError(
             f"the policy is of type {model_type!r}; supported: {', '.join(ARCHITECTURES)}"
         )
     register_architectures()
-    assert name in ModelRegistry.get_supported_archs()
-    return name
+    return ARCHITECTURES[model_type]
 
 
 def register_architectures() -> None:
@@ -197,10 +194,10 @@ def engine_environment(num_threads: int | None) -> Iterator[None]:
     """
     values = {name: value for name, value in _DEFAULT_ENVIRONMENT.items() if name not in os.environ}
     values |= _ENVIRONMENT
-    # Without a core of its own the engine's loop would wait for the worker's threads.
-    threads = str(num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
     if num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        values["OMP_NUM_THREADS"] = threads
+        # Without a core of its own the engine's loop would wait for the worker's threads.
+        cores = len(os.sched_getaffinity(0))
+        values["OMP_NUM_THREADS"] = str(num_threads or max(1, cores - 1))
     with _replaced_environment(values):
         yield
 
@@ -208,9 +205,8 @@ def engine_environment(num_threads: int | None) -> Iterator[None]:
 @contextmanager
 def visible_device(device_type: str, index: str) -> Iterator[None]:
     """Restrict the engine's processes to one GPU if the device has an index."""
-    with _replaced_environment(
-        {"CUDA_VISIBLE_DEVICES": index} if device_type == "cuda" and index else {}
-    ):
+    has_index = device_type == "cuda" and index
+    with _replaced_environment({"CUDA_VISIBLE_DEVICES": index} if has_index else {}):
         yield
 
 

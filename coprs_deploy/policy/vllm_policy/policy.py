@@ -54,22 +54,11 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _Events: TypeAlias = "queue.SimpleQueue[list[int] | NDArray[np.float32] | BaseException]"
-"""Events of a request: lists of new tokens, then its hidden states or an error."""
 
 
 @dataclass
-class _Progress:
-    """Progress of a request in the engine; times are ``time.perf_counter()`` values."""
-
-    token_ids: list[int] = field(default_factory=list)
-    first_token: float = 0.0
-    queue_ms: float = 0.0
-    num_cached_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class _EncodedRequest:
-    """Request as engine inputs.
+class _EngineRequest:
+    """Request as engine inputs, and its progress in the engine.
 
     Attributes:
         prompt: prompt token ids and image, as vLLM takes them.
@@ -77,8 +66,12 @@ class _EncodedRequest:
         path: file of the request's hidden states.
         num_prompt_tokens: prompt length, vision tokens included.
         token_budget: maximum response length.
-        max_targets: maximum number of ``<REF_POS>``.
         preprocess_ms: image preprocessing time.
+        events: lists of new tokens, then the hidden states or an error.
+        token_ids: tokens of the response so far.
+        first_token: ``time.perf_counter()`` value of the first token.
+        queue_ms: waiting time before the prefill.
+        num_cached_tokens: prompt tokens read from the prefix cache.
     """
 
     prompt: Any
@@ -86,8 +79,12 @@ class _EncodedRequest:
     path: Path
     num_prompt_tokens: int
     token_budget: int
-    max_targets: int
     preprocess_ms: float
+    events: _Events = field(default_factory=queue.SimpleQueue)
+    token_ids: list[int] = field(default_factory=list)
+    first_token: float = 0.0
+    queue_ms: float = 0.0
+    num_cached_tokens: int = 0
 
 
 class VllmPolicy(Policy):
@@ -191,15 +188,15 @@ class VllmPolicy(Policy):
             "seed": 0,
             "disable_log_stats": True,
             "enable_log_requests": False,
-            "logits_processors": [self._logits_processor()],
+            "logits_processors": self._logits_processors(),
         }
 
     @staticmethod
-    def _logits_processor() -> type:
+    def _logits_processors() -> list[type]:
         """Return the logits processor that captures hidden states."""
         from coprs_deploy.policy.vllm_policy.capture import HiddenStateCapture
 
-        return HiddenStateCapture
+        return [HiddenStateCapture]
 
     def _start(self, arguments: dict[str, Any]) -> None:
         """Start the engine and the hidden-state transport."""
@@ -229,23 +226,26 @@ class VllmPolicy(Policy):
         engine = self._open_engine()
         start = time.perf_counter()
         text_stream = TextStream(self._tokens)
-        progress = _Progress()
-        events: _Events = queue.SimpleQueue()
         with self._transport.for_request() as path:
-            encoded = self._encode(request, path)
-            task = engine.submit(self._decode(engine.engine, encoded, progress, events))
+            running = self._encode(request, path)
+            task = engine.submit(self._decode(engine.engine, running))
             try:
-                while not isinstance(event := _next_event(events, request), np.ndarray):
+                while not isinstance(event := _next_event(running.events, request), np.ndarray):
                     for token in event:
                         if token not in self._tokens.end_ids and (text := text_stream.add(token)):
                             yield TextDelta(text)
             finally:
                 task.cancel()  # no effect on a request that has ended
         end = time.perf_counter()
-        stop_reason = self._stop_reason(progress.token_ids, encoded)
+        token_ids = running.token_ids  # the last is an end token, written or forced
+        stop_reason = StopReason.END_OF_TEXT
+        if token_ids.count(self._tokens.reference_id) >= request.max_targets:
+            stop_reason = StopReason.TARGETS_REACHED
+        elif len(token_ids) > running.token_budget:
+            stop_reason = StopReason.TOKEN_BUDGET
         if stop_reason is not StopReason.END_OF_TEXT:
-            progress.token_ids.pop()  # the forced end
-        response = self._tokens.read(progress.token_ids)
+            token_ids.pop()  # the forced end
+        response = self._tokens.read(token_ids)
         if stop_reason is StopReason.TOKEN_BUDGET and (text := text_stream.rest(response)):
             yield TextDelta(text)
         if len(event) != len(response.reference_positions):
@@ -254,18 +254,18 @@ class VllmPolicy(Policy):
                 f"returned {len(event)} hidden states; its reasoning was: {response.reasoning}",
                 response.reasoning,
             )
-        prefill_ms = 1e3 * (progress.first_token - start) - progress.queue_ms
+        waiting_ms = running.queue_ms + running.preprocess_ms
         yield PolicyResult(
             response=response,
             concentrations=event,
             stop_reason=stop_reason,
-            token_ids=tuple(progress.token_ids),
-            num_prompt_tokens=encoded.num_prompt_tokens,
-            num_cached_tokens=progress.num_cached_tokens,
-            queue_ms=progress.queue_ms,
-            preprocess_ms=encoded.preprocess_ms,
-            prefill_ms=max(0.0, prefill_ms - encoded.preprocess_ms),
-            decode_ms=1e3 * (end - progress.first_token),
+            token_ids=tuple(token_ids),
+            num_prompt_tokens=running.num_prompt_tokens,
+            num_cached_tokens=running.num_cached_tokens,
+            queue_ms=running.queue_ms,
+            preprocess_ms=running.preprocess_ms,
+            prefill_ms=max(0.0, 1e3 * (running.first_token - start) - waiting_ms),
+            decode_ms=1e3 * (end - running.first_token),
         )
 
     def _open_engine(self) -> EngineThread:
@@ -273,7 +273,7 @@ class VllmPolicy(Policy):
             raise PolicyError("the policy was closed")
         return self._engine
 
-    def _encode(self, request: PolicyRequest, path: Path) -> _EncodedRequest:
+    def _encode(self, request: PolicyRequest, path: Path) -> _EngineRequest:
         """Encode a request as engine inputs; the engine writes its hidden states to ``path``."""
         start = time.perf_counter()
         image = fit_pixel_count(request.image, *self._pixels)
@@ -298,9 +298,7 @@ class VllmPolicy(Policy):
             "multi_modal_uuids": {"image": [key]},
         }
         params = self._sampling_params(path, request.max_targets, budget)
-        return _EncodedRequest(
-            prompt, params, path, len(ids), budget, request.max_targets, preprocess_ms
-        )
+        return _EngineRequest(prompt, params, path, len(ids), budget, preprocess_ms)
 
     def _sampling_params(self, path: Path, max_targets: int, token_budget: int) -> Any:
         """Return parameters for greedy decoding with hidden-state capture."""
@@ -325,45 +323,35 @@ class VllmPolicy(Policy):
             extra_args=capture.extra_args(),
         )
 
-    def _stop_reason(self, token_ids: list[int], encoded: _EncodedRequest) -> StopReason:
-        """Return why a response ended; its last token is an end token, written or forced."""
-        if token_ids.count(self._tokens.reference_id) >= encoded.max_targets:
-            return StopReason.TARGETS_REACHED
-        if len(token_ids) > encoded.token_budget:
-            return StopReason.TOKEN_BUDGET
-        return StopReason.END_OF_TEXT
-
-    async def _decode(
-        self, engine: AsyncLLM, encoded: _EncodedRequest, progress: _Progress, events: _Events
-    ) -> None:
-        """Run one request in the engine's event loop and put its events into the queue."""
+    async def _decode(self, engine: AsyncLLM, running: _EngineRequest) -> None:
+        """Run one request in the engine's event loop and put its events into its queue."""
         try:
-            async for token_ids in self._new_tokens(engine, encoded, progress):
-                events.put(token_ids)
-            events.put(self._transport.take(encoded.path))
+            async for token_ids in self._new_tokens(engine, running):
+                running.events.put(token_ids)
+            running.events.put(self._transport.take(running.path))
         except asyncio.CancelledError:
-            events.put(PolicyError("the policy was closed during the request"))
+            running.events.put(PolicyError("the policy was closed during the request"))
             raise
         except Exception as error:
             failure = PolicyError(f"{self.description} failed on the request: {error}")
             failure.__cause__ = error
-            events.put(failure)
+            running.events.put(failure)
 
     async def _new_tokens(
-        self, engine: AsyncLLM, encoded: _EncodedRequest, progress: _Progress
+        self, engine: AsyncLLM, running: _EngineRequest
     ) -> AsyncIterator[list[int]]:
-        outputs = engine.generate(encoded.prompt, encoded.params, encoded.path.name)
+        outputs = engine.generate(running.prompt, running.params, running.path.name)
         async for output in outputs:
             (completion,) = output.outputs
             token_ids = list(completion.token_ids)
-            if not progress.token_ids:
-                progress.first_token = time.perf_counter()
-                progress.num_cached_tokens = output.num_cached_tokens or 0
+            if not running.token_ids:
+                running.first_token = time.perf_counter()
+                running.num_cached_tokens = output.num_cached_tokens or 0
                 if output.metrics is not None:
                     # Both are readings of the engine's own clock.
                     waited = output.metrics.scheduled_ts - output.metrics.queued_ts
-                    progress.queue_ms = max(0.0, 1e3 * waited)
-            progress.token_ids.extend(token_ids)
+                    running.queue_ms = max(0.0, 1e3 * waited)
+            running.token_ids.extend(token_ids)
             if output.finished and output.metrics is not None:
                 self.num_preemptions += output.metrics.num_preemptions
             yield token_ids

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import types
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+import msgspec
+
 from coprs_deploy.errors import RuntimeUnavailableError
-from coprs_deploy.machine import available_memory_bytes
 
 GIB = 1 << 30
 
@@ -21,6 +21,9 @@ MAX_CPU_SHARE = 0.5
 
 MIN_CPU_KV_BYTES = 64 << 20
 """Minimum memory for keys and values on a CPU, if the host has it available."""
+
+
+_VALUES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -94,39 +97,21 @@ def read_settings(assignments: Sequence[str]) -> VllmSettings:
     Raises:
         ValueError: a setting is unknown, or its value is not accepted.
     """
-    kinds = _value_types()
+    types = get_type_hints(VllmSettings)
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or name not in kinds:
+        if not equals or name not in types:
             raise ValueError(
                 f"the vLLM setting {assignment!r} is unknown; accepted: name=value with "
-                f"{', '.join(kinds)}"
+                f"{', '.join(types)}"
             )
-        values[name] = _read_value(name, text, kinds[name])
+        try:
+            values[name] = msgspec.convert(json.loads(text), types[name])
+        except ValueError as error:
+            (kind, *_) = get_args(types[name]) or (types[name],)
+            raise ValueError(f"{name} is {text!r}; accepted: {_VALUES[kind]}") from error
     return VllmSettings(**values)
-
-
-def _value_types() -> dict[str, type]:
-    """Return the type of each setting (int, float or bool), without None."""
-    hints = get_type_hints(VllmSettings)
-    return {
-        name: get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-        for name, hint in hints.items()
-    }
-
-
-def _read_value(name: str, text: str, kind: type) -> int | float | bool:
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError(f"{name} is {text!r}; accepted: true or false")
-        return text == "true"
-    try:
-        value: int | float = kind(text)
-    except ValueError as error:
-        accepted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} is {text!r}; accepted: {accepted}") from error
-    return value
 
 
 @dataclass(frozen=True)
@@ -152,8 +137,10 @@ def device_memory(device: str) -> DeviceMemory:
         RuntimeUnavailableError: torch finds no GPU.
     """
     if device == "cpu":
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return DeviceMemory(available_memory_bytes(), physical)
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return DeviceMemory(memory.available, memory.total)
     import torch
 
     if not torch.cuda.is_available():

@@ -102,7 +102,7 @@ def test_choice_key_changes_with_everything_that_changes_latency(bundle, monkeyp
         choice_key(bundle, IMAGE_ENCODER, RunnerOptions(inference_precision="bf16")),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(autotuning, "installed_versions", lambda: {"openvino": "1"})
+        patch.setattr(autotuning, "installed_versions", lambda packages: {"openvino": "1"})
         keys.append(choice_key(bundle, IMAGE_ENCODER, RunnerOptions()))
     with monkeypatch.context() as patch:
         other = Processor("another", (), 2)

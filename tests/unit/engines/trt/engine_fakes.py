@@ -21,6 +21,7 @@ from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines import RunnerOptions
 from coprs_deploy.engines.cuda import Gpu
 from coprs_deploy.engines.runner import HostTensor
+from coprs_deploy.engines.trt.engine import TrtEngine
 from coprs_deploy.engines.trt.runner import TrtRunner
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.specs import Geometry, OptimizationProfile, graph_specs
@@ -397,10 +398,6 @@ class FakeMachine:
         return RunnerOptions(device="cuda", cache_dir=self.folder / "cache", **changes)
 
     def open(self, name="prior", engine=None, device=None, **options):
-        return TrtRunner(
-            self.path(name),
-            SPECS[name],
-            self.options(**options),
-            engine=engine or record(name),
-            device=device or FakeDevice(self.gpu),
-        )
+        options, device = self.options(**options), device or FakeDevice(self.gpu)
+        engine = TrtEngine(self.path(name), SPECS[name], options, engine or record(name), device)
+        return TrtRunner(engine, device, options.cuda_graphs)
