@@ -189,8 +189,7 @@ def register_architectures() -> None:
 def engine_environment(num_threads: int | None) -> Iterator[None]:
     """Set the environment variables of vLLM's start, and restore them after the block.
 
-    Args:
-        num_threads: CPU threads of the worker; None leaves one core to the engine's loop.
+    ``num_threads`` CPU threads are the worker's; None leaves one core to the engine's loop.
     """
     values = {name: value for name, value in _DEFAULT_ENVIRONMENT.items() if name not in os.environ}
     values |= _ENVIRONMENT
