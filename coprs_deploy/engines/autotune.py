@@ -94,16 +94,13 @@ def autotune(
     retune: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, RuntimeChoice]:
-    """Choose the fastest runtime of each graph on this machine.
+    """Choose the fastest runtime of each graph, by name, on this machine.
 
     Args:
         bundle: the bundle.
         options: how its graphs will be run; ``cache_dir`` holds the choices.
         retune: measure again even if a choice is cached.
         progress: called with the name of each measurement as it starts.
-
-    Returns:
-        The choice for each graph, by graph name.
 
     Raises:
         CoPRSError: no runtime can run a graph; the error of its own runtime.

@@ -76,13 +76,10 @@ class Cache:
         return total
 
     def prune(self, max_bytes: int) -> int:
-        """Remove the least recently used engines until the cache fits in a limit.
+        """Remove the least recently used engines until the cache, blobs included, fits in a limit.
 
         Leftovers of killed builds are removed as well; engines that another process is building or
         copying are not.
-
-        Args:
-            max_bytes: size limit of the whole cache, blobs included.
 
         Returns:
             Number of removed engines.
@@ -105,12 +102,7 @@ class Cache:
 
     @contextmanager
     def lock(self, name: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold a lock between processes.
-
-        Args:
-            name: name of the lock.
-            on_wait: called once if another process holds it.
-        """
+        """Hold a lock between processes; ``on_wait`` is called once if another one holds it."""
         lock = self._lock_of(name)
         try:
             held = lock.acquire(blocking=False)

@@ -112,12 +112,9 @@ class CudaDevice:
             return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._device)
 
     def fill(self, name: str, buffer: Any, value: Array | DeviceTensor) -> None:
-        """Copy a value into a buffer, on the stream; host arrays go through pinned memory.
+        """Copy a value into a buffer of the same shape and dtype, on the stream.
 
-        Args:
-            name: tensor name, which selects the pinned staging memory.
-            buffer: destination, of the same shape and dtype.
-            value: source.
+        Host arrays go through pinned staging memory, one for each tensor name.
         """
         with self._torch.cuda.stream(self.stream):
             if isinstance(value, CudaTensor):
@@ -125,10 +122,9 @@ class CudaDevice:
                 value.tensor.record_stream(self.stream)
                 buffer.copy_(value.tensor, non_blocking=True)
                 return
-            array = host_array(value)
             pinned, used = self._pinned(name, buffer)
             used.synchronize()  # the previous copy may still read it
-            np.copyto(pinned.numpy(), array)
+            np.copyto(pinned.numpy(), host_array(value))
             buffer.copy_(pinned, non_blocking=True)
             used.record(self.stream)
 

@@ -83,11 +83,7 @@ class SegmentationGraphs(Closeable):
     def priors(
         self, image_embedding: DeviceTensor, concentrations: NDArray[np.float32]
     ) -> list[DeviceTensor]:
-        """Compute the positional priors of N concentrations on an image.
-
-        Args:
-            image_embedding: (1, C, G, G) result of :meth:`encode`.
-            concentrations: (N, D) float32, N at least 1.
+        """Compute the positional priors of (N, D) concentrations on a (1, C, G, G) embedding.
 
         Returns:
             (n, 1, M, M) prior logits in chunks of as many targets as the graph takes. The last
@@ -117,11 +113,7 @@ class SegmentationGraphs(Closeable):
         concentrations: NDArray[np.float32],
         unpadded_size: NDArray[np.int64],
     ) -> tuple[list[DeviceTensor], list[DeviceTensor]]:
-        """Compute priors and masks of N concentrations; one launch a chunk if they are fused.
-
-        Returns:
-            The results of :meth:`priors` and :meth:`masks`.
-        """
+        """Compute :meth:`priors` and :meth:`masks`, in one launch a chunk if they are fused."""
         if self._fused is None:
             priors = self.priors(image_embedding, concentrations)
             return priors, self.masks(image_embedding, priors, unpadded_size)
@@ -210,14 +202,9 @@ def _mask_stream(device: torch.device) -> Any:
 def threshold_at_original_size(
     logits: torch.Tensor, image: ResizeTransform, geometry: Geometry
 ) -> torch.Tensor:
-    """Resize logits as SAM does and threshold them at 0.
+    """Resize (n, 1, M, M) logits as SAM does and threshold them at 0.
 
     Bilinear to the padded image, crop of the padding, bilinear to the original size.
-
-    Args:
-        logits: (n, 1, M, M).
-        image: original and unpadded size of the image.
-        geometry: sizes of the model.
 
     Returns:
         (n, H, W) bool on the same device.

@@ -149,7 +149,3 @@ class Policy(Closeable):
             PolicyError: decoding failed.
             RequestTimeoutError: the request passed its deadline.
         """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release the model; the policy must not be used afterwards."""

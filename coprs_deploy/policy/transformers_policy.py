@@ -161,21 +161,6 @@ class TransformersPolicy(Policy):
             preprocess_ms=preprocess_ms,
         )
 
-    def hidden_states(self, request: PolicyRequest, token_ids: tuple[int, ...]) -> torch.Tensor:
-        """Compute the hidden states of a response in one uncached forward pass.
-
-        This is the slow reference for the states that :meth:`stream` collects step by step.
-
-        Returns:
-            (len(token_ids), D) post-norm hidden states at the tokens of the response.
-        """
-        vision = self._vision(fit_pixel_count(request.image, *self._pixels))
-        prompt_ids = encode_prompt(
-            self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
-        )
-        hidden, _ = self._prefill([*prompt_ids, *token_ids], vision)
-        return hidden[0, len(prompt_ids) :]
-
     def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _DecodingState]:
         """Read a prompt; return its post-norm hidden states (1, L, D) and the decoding state."""
         import torch

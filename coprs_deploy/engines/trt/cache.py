@@ -116,16 +116,13 @@ class EngineCache(Cache):
     ) -> tuple[EngineRecord, bool]:
         """Write the engine of a key to a file; build it unless a valid one is in the cache.
 
-        Args:
-            key: what determines the engine.
-            out: where the engine is copied to.
-            build: writes the engine to a path and returns its record.
-            on_wait: called if another process is building this engine.
+        ``build`` writes the engine to a path and returns its record; ``on_wait`` is called if
+        another process is building this engine.
 
         Returns:
             The engine's record, and whether it was in the cache.
         """
-        entry = self._entry_path(key)
+        entry = self.root / ENGINE_FOLDER / key.digest()
         with self.lock(key.digest(), on_wait):
             found = self._find(entry, key)
             if found is None:
@@ -142,9 +139,6 @@ class EngineCache(Cache):
             with suppress(ValueError, OSError):
                 found.append(_read_entry(entry))
         return found
-
-    def _entry_path(self, key: EngineKey) -> Path:
-        return self.root / ENGINE_FOLDER / key.digest()
 
     def _find(self, entry: Path, key: EngineKey) -> EngineRecord | None:
         """Read an entry; an invalid one is removed with a warning."""
@@ -217,19 +211,10 @@ def build_engine(
     cache: EngineCache,
     callbacks: BuildCallbacks | None = None,
 ) -> EngineRecord:
-    """Write the engine of a graph, from the cache if it was built before.
-
-    Args:
-        graph: an ONNX file; its external weights are in the same folder.
-        out: the engine file to write.
-        spec: inputs and outputs of the graph.
-        precision: precision of its tensors.
-        target: what to build for.
-        cache: cached engines and kernel timings.
-        callbacks: receive notes and progress.
+    """Write the engine of an ONNX file, from the cache if it was built before.
 
     Raises:
-        EngineBuildError: the engine cannot be built, or there is too little disk space.
+        EngineBuildError: the graph cannot be parsed or compiled.
         KeyboardInterrupt: Ctrl-C; nothing is written.
     """
     callbacks = callbacks or BuildCallbacks()
@@ -276,12 +261,7 @@ def _build(
 
 
 def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
-    """Check the free disk space for the builds of these graphs, one after the other.
-
-    Args:
-        graphs: ONNX files.
-        out: folder of the engines.
-        cache: the cache that gets a copy.
+    """Check the free disk space for building ONNX files into a folder and the cache.
 
     Returns:
         A sentence with the memory and disk space that the builds take.

@@ -77,11 +77,7 @@ class EngineDescription:
 
 
 def describe_engine(data: Any) -> EngineDescription | None:
-    """Read the description in an engine file; None if it has none.
-
-    Args:
-        data: bytes, or a buffer of them.
-    """
+    """Read the description in the bytes of an engine file; None if it has none."""
     buffer = memoryview(data)
     header, accelerators = _HEADER.search(buffer), _ACCELERATORS.search(buffer)
     if header is None or accelerators is None:
@@ -121,7 +117,12 @@ def check_loadable(
             "source of the bundle, allow it with --allow-engine-host-code (in Python: "
             "RuntimeOptions(allow_engine_host_code=True))"
         )
-    if not _matches_version(engine, version):
+    built, installed = (
+        tuple(int(part) for part in text.split(".") if part.isdigit())
+        for text in (engine.version, version)
+    )
+    is_later = engine.version_compatible and built[:1] == installed[:1] and installed >= built
+    if version != engine.version and not is_later:
         raise EngineMismatchError(
             f"{name} was built by {title} {engine.version}, and {version} is installed. Install "
             f"that version, or rebuild: {_rebuild_command(engine)}"
@@ -134,17 +135,6 @@ def check_loadable(
             f"({gpu.name}) is {capability}. Build it for this GPU: "
             f"{_rebuild_command(engine, capability)}"
         )
-
-
-def _matches_version(engine: EngineRecord, version: str) -> bool:
-    if version == engine.version:
-        return True
-    built, installed = (_numbers(text) for text in (engine.version, version))
-    return engine.version_compatible and built[:1] == installed[:1] and installed >= built
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:

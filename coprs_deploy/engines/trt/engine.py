@@ -97,11 +97,7 @@ class TrtEngine:
         return config, kernel_cache
 
     def make_context(self, buffers: dict[str, Any], count: int) -> Any:
-        """Create an execution context for a fixed number of targets or images.
-
-        Args:
-            buffers: device buffers by tensor name.
-            count: number of targets or images.
+        """Create an execution context on device buffers for a number of targets or images.
 
         Raises:
             RuntimeUnavailableError: the GPU has too little free memory.

@@ -52,8 +52,7 @@ class EngineThread(Closeable):
             target=self._loop.run_forever, name="vllm-policy", daemon=True
         )
         self._thread.start()
-        self._tasks: set[Future[None]] = set()
-        self._lock = threading.Lock()
+        self._tasks: set[Future[None]] = set()  # its methods are atomic
         try:
             self.engine = self.run(_start_engine(arguments))
         except BaseException:
@@ -67,27 +66,20 @@ class EngineThread(Closeable):
     def submit(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         """Run a coroutine in the event loop without waiting for it; closing cancels it."""
         task = asyncio.run_coroutine_threadsafe(work, self._loop)
-        with self._lock:
-            self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def close(self) -> None:
         """Cancel the submitted coroutines and end the engine's processes and the thread."""
         if self._loop.is_closed():
             return
-        with self._lock:
-            running = list(self._tasks)
-        for task in running:
+        for task in list(self._tasks):
             task.cancel()
         try:
             self.run(_stop_engine(self.engine))
         finally:
             self._stop_loop()
-
-    def _forget(self, task: Future[None]) -> None:
-        with self._lock:
-            self._tasks.discard(task)
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -189,8 +181,7 @@ def register_architectures() -> None:
 def engine_environment(num_threads: int | None) -> Iterator[None]:
     """Set the environment variables of vLLM's start, and restore them after the block.
 
-    Args:
-        num_threads: CPU threads of the worker; None leaves one core to the engine's loop.
+    ``num_threads`` CPU threads are the worker's; None leaves one core to the engine's loop.
     """
     values = {name: value for name, value in _DEFAULT_ENVIRONMENT.items() if name not in os.environ}
     values |= _ENVIRONMENT

@@ -56,11 +56,10 @@ class _ImageInfo:
 
     def get_hf_processor(self, **options: object) -> Any:
         """Return the attributes of a multimodal processor that vLLM reads."""
-        image_processor = self.vision.image_processor
-        return SimpleNamespace(image_processor=image_processor, image_token="", video_token="")
+        processor = self.vision.image_processor
+        return SimpleNamespace(image_processor=processor, image_token="", video_token="")
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Return the limits: one image per request, no video."""
         return {"image": 1}
 
     def get_mm_max_tokens_per_item(

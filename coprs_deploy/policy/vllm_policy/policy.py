@@ -147,12 +147,9 @@ class VllmPolicy(Policy):
             arguments |= settings.engine_arguments(device_type) | memory
             with visible_device(device_type, index):
                 self._start(arguments)
-        self.description = ", ".join(
-            [
-                f"vllm {vllm.__version__} {config.model_type} on {device}",
-                *_describe(self._open_engine().engine.vllm_config, memory),
-            ]
-        )
+        settings_in_use = _describe(self._open_engine().engine.vllm_config, memory)
+        library = f"vllm {vllm.__version__} {config.model_type} on {device}"
+        self.description = ", ".join([library, *settings_in_use])
 
     def _read_directory(self, path: Path) -> Any:
         """Read everything but the weights of a policy directory; return its transformers config."""

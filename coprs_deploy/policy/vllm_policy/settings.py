@@ -116,22 +116,14 @@ def read_settings(assignments: Sequence[str]) -> VllmSettings:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Current memory of a device.
-
-    Attributes:
-        free: available memory, in bytes.
-        total: physical memory, in bytes.
-    """
+    """Available and physical memory of a device, in bytes."""
 
     free: int
     total: int
 
 
 def device_memory(device: str) -> DeviceMemory:
-    """Return the current memory of a device.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the current memory of ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         RuntimeUnavailableError: torch finds no GPU.

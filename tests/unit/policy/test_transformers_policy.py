@@ -99,6 +99,16 @@ def reference_positions(policy, result):
     return [i for i, t in enumerate(result.token_ids) if t == token]
 
 
+def uncached_states(policy, request, token_ids):
+    """Hidden states of a response in one forward pass, the reference for cached decoding."""
+    vision = policy._vision(fit_pixel_count(request.image, LIMITS.min_pixels, LIMITS.max_pixels))
+    prompt_ids = encode_prompt(
+        policy._prompt, policy._tokens.tokenizer, request.instruction, vision.num_tokens
+    )
+    hidden, _ = policy._prefill([*prompt_ids, *token_ids], vision)
+    return hidden[0, len(prompt_ids) :]
+
+
 def relative_error(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
@@ -111,7 +121,7 @@ def test_stream_concentrations_equal_the_uncached_states_at_the_reference_tokens
     image = request.getfixturevalue(image_name)
     _, result = ask(policy, image=image, max_targets=max_targets)
     policy_request = PolicyRequest(image, "the red disc", max_targets)
-    states = policy.hidden_states(policy_request, result.token_ids).numpy()
+    states = uncached_states(policy, policy_request, result.token_ids).numpy()
     positions = reference_positions(policy, result)
     assert states.shape == (len(result.token_ids), policy.hidden_size)
     assert result.concentrations.dtype == np.float32
@@ -124,9 +134,9 @@ def test_stream_concentrations_equal_the_uncached_states_at_the_reference_tokens
         assert min(relative_error(concentration, states[i]) for i in others) > 0.01
 
 
-def test_hidden_states_are_those_after_the_final_norm(policy, ask, scene):
+def test_uncached_states_are_those_after_the_final_norm(policy, ask, scene):
     _, result = ask(policy)
-    states = policy.hidden_states(PolicyRequest(scene, "the red disc"), result.token_ids)
+    states = uncached_states(policy, PolicyRequest(scene, "the red disc"), result.token_ids)
     # The weights of the norm are one, so the mean square of every state is one.
     means = states.square().mean(dim=-1)
     torch.testing.assert_close(means, torch.ones_like(means), rtol=1e-3, atol=0)  # its epsilon
@@ -229,7 +239,7 @@ def test_stream_token_budget_ends_the_response_after_reading_the_reference_token
     assert len(result.token_ids) == budget == len(pieces)
     assert len(result.concentrations) == num_targets
     if budget == 9:  # the ninth token is <REF_POS> itself
-        states = policy.hidden_states(PolicyRequest(scene, "the red disc"), result.token_ids)
+        states = uncached_states(policy, PolicyRequest(scene, "the red disc"), result.token_ids)
         assert relative_error(result.concentrations[0], states[-1].numpy()) < STATE_TOLERANCE
 
 
