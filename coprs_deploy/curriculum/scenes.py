@@ -223,5 +223,5 @@ def _normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], scale: int = 1
 ) -> Tensor:
     """Normalize uint8 (B, S, S, 3) to float32 (B, 3, S, S); mean and std times scale in 0..255."""
-    mean, std = (scale * torch.tensor(values, device=images.device) for values in (mean, std))
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    offset, divisor = (scale * torch.tensor(each, device=images.device) for each in (mean, std))
+    return ((images.float() - offset) / divisor).permute(0, 3, 1, 2)
