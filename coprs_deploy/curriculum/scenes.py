@@ -223,5 +223,5 @@ def _normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], scale: int = 1
 ) -> Tensor:
     """Normalize uint8 (B, S, S, 3) to float32 (B, 3, S, S); mean and std times scale in 0..255."""
-    offset, divisor = (scale * torch.tensor(v, device=images.device) for v in (mean, std))
+    offset, divisor = (scale * torch.tensor(each, device=images.device) for each in (mean, std))
     return ((images.float() - offset) / divisor).permute(0, 3, 1, 2)
