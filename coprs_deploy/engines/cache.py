@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,9 +35,16 @@ RECORD_FILE = "record.json"
 
 
 def default_cache_dir() -> Path:
-    """Return ``$COPRS_DEPLOY_CACHE``, or ``coprs-deploy`` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else platformdirs.user_cache_path("coprs-deploy", appauthor=False)
+    """Return ``$COPRS_DEPLOY_CACHE``, or ``coprs-deploy`` in the user's cache folder.
+
+    A user without a home directory, as in a container, gets a folder in the temporary directory.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    try:
+        return platformdirs.user_cache_path("coprs-deploy", appauthor=False)
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"coprs-deploy-{os.getuid()}"
 
 
 class Cache:
@@ -49,19 +58,38 @@ class Cache:
         self.root = (root or default_cache_dir()).absolute()
 
     def load_blob(self, folder: str, name: str) -> bytes | None:
-        """Read a blob; None if it is not in the cache."""
+        """Read a blob; None if it is not in the cache or cannot be read."""
         try:
             return (self.root / folder / name).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return None
 
     def save_blob(self, folder: str, name: str, data: bytes) -> None:
-        """Write or replace a blob; concurrent readers see the old or the new one."""
+        """Write or replace a blob; concurrent readers see the old or the new one.
+
+        Nothing that can be computed again depends on the cache: one that cannot be written is
+        reported as a warning.
+        """
         path = self.root / folder / name
-        with self.lock(f"{folder}-{name}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as partial:
-                partial.write_bytes(data)
+        try:
+            with self.lock(f"{folder}-{name}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as partial:
+                    partial.write_bytes(data)
+        except OSError as error:
+            warnings.warn(
+                f"the cache {self.root} cannot be written ({error.strerror or error}); set "
+                f"{CACHE_VARIABLE} to another folder",
+                stacklevel=2,
+            )
+
+    def is_writable(self) -> bool:
+        """Whether files can be added; the folder is created if it is missing."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.root, os.W_OK | os.X_OK)
 
     def blobs(self, folder: str) -> list[Path]:
         """List the files in a folder of the cache."""

@@ -7,6 +7,8 @@ instruction sets of the processor.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -82,7 +84,9 @@ class OpenVinoRunner(Runner):
             settings["INFERENCE_NUM_THREADS"] = options.num_threads
         if path.exists() and graph_bytes(path) <= CACHED_GRAPH_BYTES:
             # The cache key is the content of the model, weights included.
-            settings["CACHE_DIR"] = str(Cache(options.cache_dir).root / OPENVINO_FOLDER)
+            cache = Cache(options.cache_dir)
+            if cache.is_writable():
+                settings["CACHE_DIR"] = str(cache.root / OPENVINO_FOLDER)
         suffix = "" if precision == "fp32" else f", {precision}"
         super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{suffix}")
         self._openvino = openvino
@@ -219,6 +223,10 @@ def availability() -> list[Availability]:
 
 
 def _import_openvino() -> Any:
+    try:
+        Path.home()
+    except RuntimeError:  # importing OpenVINO fails without a home directory
+        os.environ["HOME"] = tempfile.gettempdir()
     try:
         import openvino
     except ImportError as error:

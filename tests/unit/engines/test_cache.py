@@ -1,8 +1,11 @@
 """The cache folder: its location, blobs and locks."""
 
 import multiprocessing
+import os
+import tempfile
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from coprs_deploy.engines.cache import CACHE_VARIABLE, Cache, default_cache_dir
@@ -73,3 +76,22 @@ def test_lock_of_another_name_is_free(cache):
     announced = []
     with cache.lock("one"), cache.lock("two", lambda: announced.append("waiting")):
         assert announced == []
+
+
+def test_default_cache_dir_without_a_home_is_in_the_temporary_directory(monkeypatch, tmp_path):
+    def no_home(*names, **options):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_path", no_home)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert default_cache_dir() == tmp_path / f"coprs-deploy-{os.getuid()}"
+
+
+def test_cache_that_cannot_be_written_warns_and_holds_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    cache = Cache(tmp_path / "file" / "cache")
+    assert not cache.is_writable()
+    with pytest.warns(UserWarning, match=f"{CACHE_VARIABLE} to another folder"):
+        cache.save_blob("timing", "one", b"data")
+    assert cache.load_blob("timing", "one") is None
