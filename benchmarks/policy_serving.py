@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/policy_serving.py --out benchmarks/reports --part capture
 
-Each part adds its numbers to ``policy-serving.json`` and writes ``policy-serving.md`` anew. Parts
+Each part adds its numbers to ``policy-serving.json`` and writes ``policy-serving.md`` again. Parts
 that compare keep both sides open and interleave them, so that other load on the machine meets both.
 On a CPU the demo model is so small that vLLM's own bookkeeping dominates: the shares say little
 about a large policy on a GPU. The part ``load`` needs psutil (pip install psutil).
@@ -227,7 +227,7 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
         for kind, last in (("writing", 5), ("reading_reference", reference)):
             with HiddenStateTransport(width) as files:
                 capture = HiddenStateCapture(config, torch.device("cpu"), False)
-                paths = [files.open() for _ in range(requests)]
+                paths = [files.create() for _ in range(requests)]
                 added = []
                 for row, path in enumerate(paths):
                     order = CaptureRequest(str(path), reference, stop, 1, 2000)
@@ -236,7 +236,7 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
                     )
                     added.append((row, params, None, [4] * 300 + [last]))
                 capture.update_state(BatchUpdate(requests, [], added, []))
-                STEP.rows = torch.zeros(requests, width)
+                STEP.hidden_states = torch.zeros(requests, width)
                 logits = torch.zeros(requests, vocabulary)
                 times = []
                 for _ in range(100 * rounds):
@@ -268,7 +268,7 @@ def measure_answers(rounds: int) -> dict[str, Any]:
             timings: list[Timings] = []
             for number, request in enumerate(questions(rounds + 2, skip=100)):
                 ways: dict[str, Callable[[], Any]] = {
-                    "answer": partial(coprs.segment, request.rgb, request.instruction),
+                    "answer": partial(coprs.segment, request.image, request.instruction),
                     "policy": partial(ask, policy, request),
                     "one_by_one": partial(_one_by_one, stages, policy, geometry, request),
                 }
@@ -300,7 +300,7 @@ def _answer_row(
         "answer_over_policy_interval": interval(over_policy),
         "answer_over_one_by_one": median(over_one_by_one),
         "image_encoder_ms": median([t.image_encoder_ms for t in timings]),
-        "image_encoder_hidden_ms": median([t.image_encoder_hidden_ms for t in timings]),
+        "image_encoder_overlap_ms": median([t.image_encoder_overlap_ms for t in timings]),
         "reference_to_mask_ms": median([t.reference_to_mask_ms for t in timings]),
     }
 
@@ -323,7 +323,7 @@ def _one_by_one(
     stages: SegmentationGraphs, policy: Policy, geometry: Any, request: PolicyRequest
 ) -> None:
     """Answer without overlap: image encoder, policy, mask decoder."""
-    prepared = prepare_image(request.rgb, geometry)
+    prepared = prepare_image(request.image, geometry)
     embedding = stages.encode(prepared)
     _, result = ask(policy, request)
     if len(result.concentrations):
@@ -352,7 +352,7 @@ def measure_questions(rounds: int) -> dict[str, Any]:
         requests = questions(rounds + 3, skip=200)
         for number, (request, other) in enumerate(pairwise(requests)):
             texts = (request.instruction, other.instruction)
-            one, two = (coprs.segment(request.rgb, text).timings for text in texts)
+            one, two = (coprs.segment(request.image, text).timings for text in texts)
             if number >= 2:
                 first.append(one)
                 second.append(two)
@@ -407,7 +407,7 @@ def measure_load(rounds: int) -> dict[str, Any]:
     # Twenty-five images, eight questions on each; one in three is about another scene.
     requests = [
         (
-            scenes[(7 * i) % 25].rgb,
+            scenes[(7 * i) % 25].image,
             scenes[(7 * i + i % 3 // 2) % 25].instruction,
             1 + i % 2,
         )
@@ -567,7 +567,7 @@ def _answer_lines(part: dict[str, Any]) -> list[str]:
         f"| {row['policy_threads']} + {row['graph_threads']} | {row['answer_ms']:.0f} ms | "
         f"{row['policy_ms']:.0f} ms | {row['one_by_one_ms']:.0f} ms | "
         f"{percent(row['answer_over_policy'])} | {percent(row['answer_over_one_by_one'])} | "
-        f"{row['image_encoder_ms']:.1f} ms ({row['image_encoder_hidden_ms']:.1f}) | "
+        f"{row['image_encoder_ms']:.1f} ms ({row['image_encoder_overlap_ms']:.1f}) | "
         f"{row['reference_to_mask_ms']:.1f} ms |"
         for row in part["rows"]
     ]

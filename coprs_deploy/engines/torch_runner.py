@@ -66,7 +66,8 @@ class TorchRunner(Runner):
         import torch
 
         if isinstance(value, TorchTensor):
-            return value.tensor.to(self._device)
+            moved: torch.Tensor = value.tensor.to(self._device)
+            return moved
         return torch.from_numpy(host_array(value)).to(self._device)
 
     def close(self) -> None:
