@@ -161,7 +161,7 @@ class Fixtures(Closeable):
         self._reference: Worker | None = None
 
     def models(self) -> list[Model]:
-        """Return the sizes with random weights, or else the model that was asked for."""
+        """Return the sizes with random weights, or else the requested model."""
         return [self._random(size) for size in self.options.sizes] or [self.model]
 
     def _random(self, size: str) -> Model:

@@ -1,8 +1,7 @@
 """Measurement of a group: warm-up, interleaved rounds, peak memory, accuracy.
 
 The cases of a group are open side by side in a worker process each, and all but one are stopped, so
-that none takes another's time. Where their memory does not fit, each is opened anew for its turn in
-every round.
+that none takes another's time. Where their memory does not fit, each is opened again in every round.
 """
 
 from __future__ import annotations
@@ -216,7 +215,7 @@ class _Measurement:
         """Summarize what was measured."""
         group = self._group
         method = "interleaved rounds, " + (
-            "side by side" if self._side_by_side else "each case opened anew"
+            "side by side" if self._side_by_side else "each case opened again"
         )
         if group.runs == 0:
             method = "one case after the other, no time is measured"

@@ -32,8 +32,8 @@ th:first-child, td:first-child { text-align: left; min-width: 13rem; }
 .machine td, .errors td { text-align: left; } .machine td:first-child { min-width: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
   gap: 1rem; margin-top: 1rem; }
-figure { margin: 0; padding: 0.8rem; background: var(--card); border-radius: 8px; }
-figcaption { font-size: 13px; font-weight: 600; } svg { display: block; width: 100%; }
+.chart { margin: 0; padding: 0.8rem; background: var(--card); border-radius: 8px; }
+.chart p { font-size: 13px; font-weight: 600; } svg { display: block; width: 100%; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
 """
 
@@ -81,22 +81,22 @@ def charts(group: GroupResult) -> list[str]:
     drawn = []
     timed = [(case, case.latency) for case in group.cases if case.latency is not None]
     if group.parameter and len(timed) > 1:
-        drawn.append(_figure(f"Scaling with {group.parameter}", *_scaling(group, timed)))
+        drawn.append(_chart(f"Scaling with {group.parameter}", *_scaling(group, timed)))
     elif timed:
-        drawn.append(_figure("Every run, median and 95 % interval", *_runs(timed)))
+        drawn.append(_chart("Every run, median and 95 % interval", *_runs(timed)))
     if staged := [case for case in group.cases if case.stages]:
-        drawn.append(_figure("Stages, medians", *_stages(staged)))
+        drawn.append(_chart("Stages, medians", *_stages(staged)))
     pairs = [(case, latency, _loss(case)) for case, latency in timed]
     compared = [(case, latency, loss) for case, latency, loss in pairs if loss is not None]
     is_exact = all(loss <= SMALLEST_ERROR for *_, loss in compared)
     if not (is_exact or group.parameter):  # cases of another size are no peers
-        drawn.append(_figure("Speed against accuracy", *_accuracy(compared)))
+        drawn.append(_chart("Speed against accuracy", *_accuracy(compared)))
     return drawn
 
 
-def _figure(caption: str, height: float, parts: Sequence[str]) -> str:
+def _chart(caption: str, height: float, parts: Sequence[str]) -> str:
     svg = f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+    return f'<div class="chart"><p>{escape(caption)}</p>{svg}</div>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:

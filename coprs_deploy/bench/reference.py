@@ -73,7 +73,7 @@ def write_inputs(
         assert checkpoint is not None
         samples = list(_scene_inputs(read_checkpoint(checkpoint), geometry, count))
     else:
-        drawn = sample_inputs(geometry, width, valid_region=_extent(aspect_ratio, geometry))[:count]
+        drawn = sample_inputs(geometry, width, valid_region=_region(aspect_ratio, geometry))[:count]
         samples = [_input(sample.prepared, sample.concentration) for sample in drawn]
     for name in GRAPH_NAMES:
         with opener(name) as runner:
@@ -85,7 +85,7 @@ def write_inputs(
     write_json(made, complete)
 
 
-def _extent(aspect_ratio: str, geometry: Geometry) -> ValidRegion | None:
+def _region(aspect_ratio: str, geometry: Geometry) -> ValidRegion | None:
     if not aspect_ratio:
         return None
     width, height = parse_aspect_ratio(aspect_ratio)

@@ -26,7 +26,7 @@ from coprs_deploy.machine import machine_record
 def run_benchmark(
     options: BenchOptions, progress: Callable[[str], None] = lambda step: None
 ) -> Report:
-    """Plan, filter, prepare and measure; ``progress`` is called with the name of each step.
+    """Select, filter, prepare and measure; ``progress`` is called with the name of each step.
 
     Raises:
         ValueError: there is no such suite, or no case to measure.
@@ -40,9 +40,13 @@ def run_benchmark(
             folder = options.work_dir
             folder.mkdir(parents=True, exist_ok=True)
         fixtures = stack.enter_context(Fixtures(folder, options, progress))
-        plans = [plan_suite(each, fixtures) for each in suites]
-        skipped = [entry for plan in plans for entry in plan.skipped]
-        groups = [select(group, options.filter) for plan in plans for group in plan.groups]
+        suite_plans = [suite_plan_of(each, fixtures) for each in suites]
+        skipped = [entry for suite_plan in suite_plans for entry in suite_plan.skipped]
+        groups = [
+            select(group, options.filter)
+            for suite_plan in suite_plans
+            for group in suite_plan.groups
+        ]
         groups = [prepare(group) for group in groups if group.cases]
         if not groups:
             reasons = "; ".join(entry.reason for entry in skipped) or "no suite has a case for it"
@@ -62,11 +66,11 @@ def run_benchmark(
         )
 
 
-def plan_suite(planner: Suite, fixtures: Fixtures) -> SuitePlan:
-    """Plan a suite, unless it needs square scenes and the bundle has another aspect ratio."""
+def suite_plan_of(planner: Suite, fixtures: Fixtures) -> SuitePlan:
+    """List the cases of a suite; none if it needs square scenes and the bundle takes others."""
     model = fixtures.model
     if not model.variant.aspect_ratio or planner.NAME not in SCENE_SUITES:
-        return planner.plan(fixtures)
+        return planner.suite_plan(fixtures)
     reason = f"its scenes are square, and the bundle is {model.variant.description}"
     return SuitePlan((), (Skipped(planner.NAME, model.name, reason),))
 

@@ -38,7 +38,7 @@ def test_vit_b_is_near_float32_and_compiles_for_all_gpus(vit_b, precision, tmp_p
     allowed = TOLERANCES["tensorrt-rtx", precision][IMAGE_ENCODER]
     assert found["cosine"] >= allowed.cosine
     assert (1e-4 if precision != "fp32" else 0) < found["relative_error"] <= allowed.relative_error
-    # build_plan() compares the tensors and the GPUs that the engine names with what was asked for.
+    # build_engine() compares the engine's tensors and GPUs with the requested ones.
     built = full_size_engines.build_engine(checkpoint, graph, GPUS)
     share = {"fp32": 1, "bf16": 2, "fp16": 2, "int8": 4}[precision]
     assert 0.8 / share < built["engine_bytes"] / (375e6 - 15e6) < 1.4 / share

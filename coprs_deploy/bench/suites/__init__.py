@@ -1,4 +1,4 @@
-"""Suites: one module each, which plans what is measured; a new one is a line below."""
+"""Suites: one module each, which lists what is measured; a new one is a line below."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Suite(Protocol):
     NAME: str
     SUMMARY: str
 
-    def plan(self, fixtures: Fixtures) -> SuitePlan:
-        """Plan what is to be measured, and say what cannot be measured here."""
+    def suite_plan(self, fixtures: Fixtures) -> SuitePlan:
+        """List what is to be measured, and what cannot be measured here."""
 
 
 def suite(name: str) -> Suite:

@@ -19,8 +19,8 @@ COUNT, QUICK_COUNT = 16, 8
 """Number of scenes, used in turn."""
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan a case for each runtime and precision that a bundle exists for or is made for."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List a case for each runtime and precision that a bundle exists for or is made for."""
     model, is_quick = fixtures.model, fixtures.options.is_quick
     present, skipped = runtimes_here(NAME, fixtures.options.devices)
     count, memory = QUICK_COUNT if is_quick else COUNT, model.request_bytes

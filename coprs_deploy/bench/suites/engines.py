@@ -34,14 +34,14 @@ EXPORTED_TARGETS = {
 }
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan a group for each model, device and graph."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List a group for each model, device and graph."""
     devices, is_quick = fixtures.options.devices, fixtures.options.is_quick
     present, skipped = runtimes_here(NAME, devices)
     graphs = (IMAGE_ENCODER, ALL_GRAPHS) if is_quick else (*GRAPH_NAMES, ALL_GRAPHS)
     groups = []
     for model, device, graph in itertools.product(fixtures.models(), devices, graphs):
-        planned = _GroupPlan(fixtures, model, graph, device)
+        planned = _GroupCases(fixtures, model, graph, device)
         runtimes = [runtime for runtime, where in present if where == device]
         cases = (*planned.graph_cases(runtimes), *planned.peer_cases())
         name, base = f"{model.name}: {graph} on {device}", planned.torch_name("eager", FP32)
@@ -72,7 +72,7 @@ def variants(model: Model, graph: str, precision: str) -> tuple[ExportVariant, .
     return (ExportVariant(), wide, ExportVariant(aspect_ratio=WIDE, drop_padding=True))
 
 
-class _GroupPlan:
+class _GroupCases:
     """The cases of one graph of one model on one device."""
 
     def __init__(self, fixtures: Fixtures, model: Model, graph: str, device: str) -> None:
@@ -90,7 +90,7 @@ class _GroupPlan:
         return {"inputs": self._fixtures.inputs(self._model)}
 
     def graph_cases(self, runtimes: list[str]) -> Iterator[Case]:
-        """Plan a case for each runtime, precision, matmul precision and variant."""
+        """List a case for each runtime, precision, matmul precision and variant."""
         target = "coprs_deploy.bench.graph_workloads:open_bundle_graphs"
         settings = {"graph": self._graph, "device": self._device}
         memory = self._model.estimated_bytes + RUNTIME_BYTES
@@ -121,7 +121,7 @@ class _GroupPlan:
                     )
 
     def peer_cases(self) -> Iterator[Case]:
-        """Plan PyTorch for every graph; for the image encoder also segment-anything's own."""
+        """List PyTorch for every graph; for the image encoder also segment-anything's own."""
         if self._model.checkpoint is None:
             return
         yield self._torch("eager", FP32)

@@ -35,8 +35,8 @@ LIMITS = {
 smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan a conversion of SAM's real sizes, and an export for each runtime and precision."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List a conversion of SAM's real sizes, and an export for each runtime and precision."""
     groups, skipped = [], missing_builders(NAME, fixtures.options.devices)
     missing = {entry.name for entry in skipped}
     for model in fixtures.models():
@@ -95,7 +95,7 @@ def limit_violations(report: Report) -> list[str]:
 
 
 def open_export(**arguments: Any) -> Workload:
-    """Open an export; each run makes the bundle anew."""
+    """Open an export; each run makes the bundle again."""
     return _Export(arguments)
 
 

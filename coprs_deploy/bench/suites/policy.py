@@ -20,8 +20,8 @@ COUNT = 8
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan a case for each library that is here, on each device in each dtype."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List a case for each library that is here, on each device in each dtype."""
     model = fixtures.model
     if model.checkpoint is None:
         reason = "the policy is measured from its checkpoint; name it with --checkpoint"

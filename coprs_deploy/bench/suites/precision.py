@@ -20,8 +20,8 @@ SUMMARY = "accuracy of fp16 and bf16 with every rounding explicit, no time"
 SCENES = 128
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan a case for each precision of the model that was asked for."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List a case for each precision of the requested model."""
     model, checkpoint = fixtures.model, str(fixtures.model.checkpoint)
     if model.checkpoint is None:
         reason = "the graphs are made from a checkpoint; name it with --checkpoint"

@@ -84,8 +84,8 @@ class _Sweep:
         return Group(NAME, name, cases, cases[0].name, evaluate, unit, self.parameter)
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan a group for each sweep on each device."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List a group for each sweep on each device."""
     present, skipped = runtimes_here(NAME, fixtures.options.devices, RUNTIME)
     groups = [group for _, device in present for group in _groups(fixtures, device)]
     return SuitePlan(tuple(groups), tuple(skipped))

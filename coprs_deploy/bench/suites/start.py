@@ -54,8 +54,8 @@ np.save(mask, result.mask)
 """
 
 
-def plan(fixtures: Fixtures) -> SuitePlan:
-    """Plan the start without a model, and the first mask on each device."""
+def suite_plan(fixtures: Fixtures) -> SuitePlan:
+    """List the start without a model, and the first mask on each device."""
     model, options = fixtures.model, fixtures.options
     bundle = str(model.bundle)
     graph = read_manifest(bundle).graphs[IMAGE_ENCODER]

@@ -56,11 +56,13 @@ def test_suites_resolve_by_their_name():
         assert suite(name).SUMMARY
 
 
-def test_plans_of_the_demo_model_name_functions_that_resolve(tmp_path):
+def test_suite_plans_of_the_demo_model_name_functions_that_resolve(tmp_path):
     options = BenchOptions()
     with Fixtures(tmp_path, options) as fixtures:
-        plans = [suite(name).plan(fixtures) for name in SUITES]
-    cases = [case for plan in plans for group in plan.groups for case in group.cases]
+        suite_plans = [suite(name).suite_plan(fixtures) for name in SUITES]
+    cases = [
+        case for suite_plan in suite_plans for group in suite_plan.groups for case in group.cases
+    ]
     assert len(cases) > 40
     assert all(callable(load_target(target)) for target in {case.target for case in cases})
     assert list(tmp_path.iterdir()) == []
@@ -134,9 +136,9 @@ def test_make_error_is_raised_again(tmp_path):
 def test_suite_of_square_scenes_is_skipped_for_an_aspect_ratio(tmp_path):
     with Fixtures(tmp_path, BenchOptions()) as fixtures:
         fixtures.model = Model("mine", None, None, variant=WIDE)
-        plan = run.plan_suite(suite("answer"), fixtures)
-    assert not plan.groups
-    assert plan.skipped[0].reason == "its scenes are square, and the bundle is for 16:9"
+        suite_plan = run.suite_plan_of(suite("answer"), fixtures)
+    assert not suite_plan.groups
+    assert suite_plan.skipped[0].reason == "its scenes are square, and the bundle is for 16:9"
 
 
 def test_select_without_the_baseline_takes_the_first_case():

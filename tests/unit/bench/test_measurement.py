@@ -37,9 +37,9 @@ def test_measure_side_by_side_compares_rounds_with_the_baseline():
     assert base.memory.host > 1_000_000
 
 
-def test_measure_without_memory_opens_each_case_anew():
+def test_measure_without_memory_opens_each_case_again():
     result = measure(case("a"), case("b"), options=SMALL)
-    assert result.method == "interleaved rounds, each case opened anew"
+    assert result.method == "interleaved rounds, each case opened again"
     assert [len(found.latency.round_medians) for found in result.cases] == [2, 2]
 
 

@@ -47,7 +47,7 @@ def test_the_interval_covers_the_median_as_often_as_it_says():
     assert 940 <= hits <= 990
 
 
-def test_stability_is_judged_over_all_rounds():
+def test_stability_covers_all_rounds():
     assert is_stable([[10.0] * 5, [10.1] * 5], within=0.01)
     assert not is_stable([[10.0] * 5, [12.0] * 5], within=0.01)
     assert not is_stable([], within=0.5)
