@@ -1,7 +1,8 @@
 """Measurement of a group: warm-up, interleaved rounds, peak memory, accuracy.
 
 The cases of a group are open side by side in a worker process each, and all but one are stopped, so
-that none takes another's time. Where their memory does not fit, each is opened again in every round.
+that none takes another one's time. Where their memory does not fit, each is opened again in every
+round.
 """
 
 from __future__ import annotations

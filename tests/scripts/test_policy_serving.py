@@ -45,7 +45,8 @@ def test_run_adds_parts_to_the_report(tmp_path, monkeypatch):
     policy_serving.run(tmp_path, ["capture"], 7)
     report = policy_serving.run(tmp_path, ["load"], 3)
     assert rounds == [7]
-    assert json.loads((tmp_path / "policy-serving.json").read_text()) == report
+    written = json.loads((tmp_path / "policy-serving.json").read_text())
+    assert written == json.loads(json.dumps(report))
     assert report["capture"]["pairs"] == 120
     text = (tmp_path / "policy-serving.md").read_text()
     assert "+0.4% [-0.2%, +0.9%] of 100.0 ms decoding" in text
@@ -65,7 +66,7 @@ def test_render_compares_with_the_limit(share, verdict):
 
 def test_questions_differ_and_can_be_skipped():
     requests = policy_serving.questions(4)
-    assert len({request.rgb.tobytes() for request in requests}) == 4
+    assert len({request.image.tobytes() for request in requests}) == 4
     assert policy_serving.questions(2, skip=2)[0].instruction == requests[2].instruction
 
 
