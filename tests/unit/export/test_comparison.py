@@ -89,7 +89,7 @@ def test_compare_backends_wrong_runtime_fails_its_comparisons(
 
             def shifted(inputs):
                 outputs = run(inputs)
-                outputs["mask_logits"].array[..., 10, 20] += 1
+                outputs["mask_logits"].tensor[..., 10, 20] += 1
                 return outputs
 
             monkeypatch.setattr(runner, "_run", shifted)

@@ -150,7 +150,8 @@ def test_export_max_cache_size_removes_older_engines(tiny_checkpoint, tmp_path, 
         )
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
         return {
-            entry.key.compute_capabilities for entry in EngineCache(tmp_path / "cache").entries()
+            entry.key.target.compute_capabilities
+            for entry in EngineCache(tmp_path / "cache").entries()
         }
 
     assert export("sm_80") == {("sm_80",)}

@@ -1,6 +1,7 @@
 """Several processes on a CPU: equal losses and gradients, weights of states and rollout engines."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -22,6 +23,7 @@ from coprs_deploy.training.grpo.distribution import (
     trainable_weights,
 )
 from coprs_deploy.training.settings import PAPER_OPTIMIZER, GrpoSettings, Lora
+from tests import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -43,7 +45,11 @@ def run_task(task, out, processes):
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, str(WORKER), task, str(out)], capture_output=True, text=True, check=False
+        [*command, str(WORKER), task, str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
