@@ -54,7 +54,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.ready
-	PYTHONPATH=$(CURDIR)/tests/vllm_engine/site $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
+	PYTHONPATH=$(CURDIR)/tests/vllm_engine/site:$(CURDIR) $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
