@@ -7,6 +7,7 @@ a worker thread, so that Ctrl-C reaches the main thread and stops the build at i
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -148,6 +149,17 @@ class _Build:
         check_capabilities(self._library, variant, settings.compute_capabilities)
 
     def run(
+        self, timing_cache: bytes | None, on_progress: Callable[[str], None], cancelled: Event
+    ) -> BuiltEngine:
+        """Build the engine; see :func:`build_engine_bytes`."""
+        try:
+            return self._build(timing_cache, on_progress, cancelled)
+        except BaseException as error:
+            # They hold the builder, and TensorRT for RTX waits for ever to create a second one.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    def _build(
         self, timing_cache: bytes | None, on_progress: Callable[[str], None], cancelled: Event
     ) -> BuiltEngine:
         start = time.perf_counter()

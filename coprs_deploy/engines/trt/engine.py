@@ -135,16 +135,8 @@ class TrtEngine:
         kernels = None if self._kernel_cache is None else bytes(self._kernel_cache.serialize())
         self._config = self._kernel_cache = None
         self._engine = self._runtime = None
-        if kernels is None:
-            return
-        try:
+        if kernels is not None:
             self._cache.save_blob(KERNEL_CACHE_FOLDER, self._kernel_cache_name, kernels)
-        except OSError as error:
-            warnings.warn(
-                f"the kernels that {self.spec.name} compiled on this GPU could not be saved and "
-                f"will be compiled again: {error}; set COPRS_DEPLOY_CACHE to a writable folder",
-                stacklevel=3,
-            )
 
 
 def _io_tensors(engine: Any) -> list[TensorSpec]:

@@ -195,6 +195,16 @@ def test_a_builder_error_names_what_to_try(prior, specs):
         build_engine_bytes(prior, specs["prior"], turing)
 
 
+def test_a_failed_build_holds_no_builder_and_the_next_one_ends(prior, specs):
+    turing = BuildSettings("tensorrt-rtx", ("sm_75",))
+    with pytest.raises(EngineBuildError) as failed:  # keeps the traceback and its frames
+        build_engine_bytes(prior, specs["prior"], turing)
+    held = [name for frame in failed.traceback for name in frame.locals]
+    assert "cancelled" in held
+    assert not {"builder", "network", "config"} & set(held)
+    assert build_engine_bytes(prior, specs["prior"], RTX).network_layers > 0
+
+
 def test_an_error_in_the_progress_callback_ends_the_build(prior, specs):
     def fail(text):
         raise RuntimeError("callback")

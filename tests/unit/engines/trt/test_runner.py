@@ -187,7 +187,7 @@ class TestKernelCache:
         runner = machine.open(engine=record(variant="tensorrt-rtx"))
         runner(**random_inputs(SPEC, 1))
         (machine.folder / "cache").write_text("a file, not a folder")
-        with pytest.warns(UserWarning, match=r"compiled again.*COPRS_DEPLOY_CACHE"):
+        with pytest.warns(UserWarning, match=r"cannot be written.*COPRS_DEPLOY_CACHE"):
             runner.close()
         with pytest.raises(CoPRSError, match="after it was closed"):
             runner(**random_inputs(SPEC, 1))
