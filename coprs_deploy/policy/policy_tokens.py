@@ -14,25 +14,22 @@ class PolicyTokens:
     """Tokenizer, ``<REF_POS>`` and end tokens of a policy.
 
     Args:
-        path: policy directory.
+        tokenizer: tokenizer of transformers, or one with the same methods.
+        path: policy directory, for messages.
         configured_end_ids: ``eos_token_id`` of the generation config.
 
     Attributes:
-        tokenizer: tokenizer of transformers.
+        tokenizer: the tokenizer.
         reference_id: id of ``<REF_POS>``.
         end_ids: ids of the tokens that end a response; at least one.
 
     Raises:
-        PolicyError: the tokenizer cannot be loaded, or lacks ``<REF_POS>`` or an end token.
+        PolicyError: the tokenizer lacks ``<REF_POS>`` or an end token.
     """
 
-    def __init__(self, path: Path, configured_end_ids: int | Sequence[int] | None) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
+    def __init__(
+        self, tokenizer: Any, path: Path, configured_end_ids: int | Sequence[int] | None
+    ) -> None:
         reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
         if reference_id is None or reference_id == tokenizer.unk_token_id:
             raise PolicyError(
@@ -49,6 +46,23 @@ class PolicyTokens:
             raise PolicyError(
                 f"{path} has no end token; set eos_token_id in its generation config or tokenizer"
             )
+
+    @classmethod
+    def from_directory(
+        cls, path: Path, configured_end_ids: int | Sequence[int] | None
+    ) -> PolicyTokens:
+        """Load the tokenizer of a transformers directory.
+
+        Raises:
+            PolicyError: it cannot be loaded, or lacks a token.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
+        return cls(tokenizer, path, configured_end_ids)
 
     def read(self, token_ids: Sequence[int]) -> Response:
         """Parse a response from its token ids."""

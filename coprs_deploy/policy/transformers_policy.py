@@ -7,24 +7,19 @@ The hidden state of ``<REF_POS>`` is the post-norm output at the position where 
 from __future__ import annotations
 
 import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coprs_deploy.errors import MissingDependencyError, PolicyError
 from coprs_deploy.images import fit_pixel_count
-from coprs_deploy.policy.policy import (
-    Policy,
-    PolicyRequest,
-    PolicyResult,
-    PolicyStream,
-    StopReason,
-    TextDelta,
-)
-from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
+from coprs_deploy.policy.greedy import GreedyPolicy
+from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.policy.policy_tokens import PolicyTokens
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
@@ -33,21 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class _DecodingState:
-    """State of a request between its decoding steps.
-
-    Attributes:
-        cache: keys and values of all tokens so far.
-        position_offsets: Qwen2.5-VL's offset of the text positions after an image. transformers
-            stores it on the model, where the next request overwrites it; each step restores it.
-    """
-
-    cache: Any
-    position_offsets: Any
-
-
-class TransformersPolicy(Policy):
+class TransformersPolicy(GreedyPolicy):
     """Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
 
     Requests from several threads alternate token by token: a stream that is not read blocks no
@@ -94,7 +75,7 @@ class TransformersPolicy(Policy):
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
-        self._tokens = PolicyTokens(path, model.generation_config.eos_token_id)
+        self._tokens = PolicyTokens.from_directory(path, model.generation_config.eos_token_id)
         self._model = model.to(device).requires_grad_(False).eval()
         self._vision = VisionProcessor(path, model.config)
         self._prompt = prompt
@@ -103,66 +84,39 @@ class TransformersPolicy(Policy):
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
         self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
 
-    def stream(self, request: PolicyRequest) -> PolicyStream:
-        """See :meth:`Policy.stream`."""
-        import torch
-
-        received = time.perf_counter()
+    @contextmanager
+    def _start(self, request: PolicyRequest) -> Iterator[_Decoding]:
         vision = self._vision(fit_pixel_count(request.image, *self._pixels))
-        preprocess_ms = 1e3 * (time.perf_counter() - received)
         prompt_ids = encode_prompt(
             self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
         )
-        budget = request.max_new_tokens or self._prompt.max_response_tokens
-        text_stream = TextStream(self._tokens)
-        token_ids: list[int] = []
-        concentrations: list[torch.Tensor] = []
-        stop: StopReason | None = None
-        start = time.perf_counter()
-        hidden, state = self._prefill(prompt_ids, vision)
-        token = self._next_token(hidden)
-        first_token = time.perf_counter()
-        while stop is None:
-            request.remaining_s()
-            token_ids.append(token)
-            if token in self._tokens.end_ids:
-                stop = StopReason.END_OF_TEXT
-                break
-            is_reference = token == self._tokens.reference_id
-            if text := text_stream.add(token):
-                yield TextDelta(text)
-            if len(token_ids) >= budget:
-                stop = StopReason.TOKEN_BUDGET
-                if not is_reference:
-                    break
-            hidden = self._step(token, state)
-            if is_reference:
-                concentrations.append(hidden)
-                if len(concentrations) == request.max_targets:
-                    stop = StopReason.TARGETS_REACHED
-            if stop is None:
-                token = self._next_token(hidden)
-        end = time.perf_counter()
-        response = self._tokens.read(token_ids)
-        if stop is StopReason.TOKEN_BUDGET and (text := text_stream.rest(response)):
-            yield TextDelta(text)
-        yield PolicyResult(
-            response=response,
-            concentrations=(
-                torch.cat(concentrations).float().cpu().numpy()
-                if concentrations
-                else np.zeros((0, self.hidden_size), dtype=np.float32)
-            ),
-            stop_reason=stop,
-            token_ids=tuple(token_ids),
-            num_prompt_tokens=len(prompt_ids),
-            prefill_ms=1e3 * (first_token - start),
-            decode_ms=1e3 * (end - first_token),
-            preprocess_ms=preprocess_ms,
-        )
+        yield _Decoding(self._model, self._lock, prompt_ids, vision)
 
-    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _DecodingState]:
-        """Read a prompt; return its post-norm hidden states (1, L, D) and the decoding state."""
+    def close(self) -> None:
+        """Release the model."""
+        self._model = None
+
+
+class _Decoding:
+    """One request in progress; see :class:`~coprs_deploy.policy.greedy.Decoding`."""
+
+    num_cached_tokens = 0
+
+    def __init__(
+        self, model: Any, lock: threading.Lock, prompt_ids: list[int], vision: VisionInputs
+    ) -> None:
+        self._model = model
+        self._lock = lock
+        self._prompt_ids = prompt_ids
+        self._vision = vision
+        self.num_prompt_tokens = len(prompt_ids)
+
+    def prefill(self) -> int:
+        """Read the prompt; return the most likely first token."""
+        return self._next_token(self.read(self._prompt_ids)[0, -1])
+
+    def read(self, ids: list[int]) -> torch.Tensor:
+        """Read tokens, the prompt first; return their post-norm hidden states (1, L, D)."""
         import torch
         from transformers import DynamicCache
 
@@ -170,9 +124,9 @@ class TransformersPolicy(Policy):
         input_ids = torch.tensor([ids], device=device)
         inputs = {
             name: t.to(device, self._model.dtype if t.is_floating_point() else t.dtype)
-            for name, t in vision.tensors.items()
+            for name, t in self._vision.tensors.items()
         }
-        if vision.marks_image_tokens:
+        if self._vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
         with self._lock, torch.inference_mode():
@@ -183,32 +137,31 @@ class TransformersPolicy(Policy):
                 use_cache=True,
                 **inputs,
             )
-            offsets = getattr(self._model.model, "rope_deltas", None)
-        return output.last_hidden_state, _DecodingState(output.past_key_values, offsets)
+            # Qwen2.5-VL's offset of the text positions after an image is stored on the model, where
+            # the next request overwrites it; each step restores it.
+            self._position_offsets = getattr(self._model.model, "rope_deltas", None)
+        self._cache = output.past_key_values
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
 
-    def _step(self, token: int, state: _DecodingState) -> torch.Tensor:
-        """Feed one token; return its post-norm hidden state (1, D)."""
+    def feed(self, token: int) -> tuple[int, NDArray[np.float32]]:
+        """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
         import torch
 
         with self._lock, torch.inference_mode():
-            if state.position_offsets is not None:
-                self._model.model.rope_deltas = state.position_offsets
+            if self._position_offsets is not None:
+                self._model.model.rope_deltas = self._position_offsets
             output = self._model.model(
                 input_ids=torch.tensor([[token]], device=self._model.device),
-                past_key_values=state.cache,
+                past_key_values=self._cache,
                 use_cache=True,
             )
-        hidden: torch.Tensor = output.last_hidden_state[:, -1]
-        return hidden
+        hidden = output.last_hidden_state[0, -1]
+        return self._next_token(hidden), hidden.float().cpu().numpy()
 
     def _next_token(self, hidden: torch.Tensor) -> int:
-        """Return the most likely token after the last hidden state of (1, L, D) or (1, D)."""
+        """Return the most likely token after a (D,) hidden state."""
         import torch
 
         with torch.inference_mode():
-            last = hidden.reshape(-1, hidden.shape[-1])[-1:]
-            return int(self._model.get_output_embeddings()(last).argmax())
-
-    def close(self) -> None:
-        """Release the model."""
-        self._model = None
+            return int(self._model.get_output_embeddings()(hidden[None]).argmax())

@@ -161,7 +161,7 @@ class VllmPolicy(Policy):
         except (OSError, ValueError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
         self._vision = VisionProcessor(path, config)
-        self._tokens = PolicyTokens(path, generation.eos_token_id)
+        self._tokens = PolicyTokens.from_directory(path, generation.eos_token_id)
         self._image_id = config.image_token_id
         text = config.get_text_config()
         self.hidden_size = int(text.hidden_size)

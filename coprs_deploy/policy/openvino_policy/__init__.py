@@ -1,0 +1,1 @@
+"""Policy as OpenVINO graphs, without torch and transformers."""

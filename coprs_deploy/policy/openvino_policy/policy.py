@@ -1,0 +1,196 @@
+"""Policy in OpenVINO on the CPU: graphs, numpy and ``tokenizers``; no torch, no transformers.
+
+Requests from several threads alternate token by token. What the previous requests have read of the
+same image, and of the prompt up to the instruction, is not read again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coprs_deploy.errors import PolicyError, RuntimeUnavailableError
+from coprs_deploy.images import fit_pixel_count, image_key
+from coprs_deploy.policy.greedy import GreedyPolicy
+from coprs_deploy.policy.openvino_policy.graphs import (
+    COMPRESSED,
+    EXACT,
+    Decoder,
+    DecoderRequest,
+    VisionTower,
+    read_description,
+)
+from coprs_deploy.policy.openvino_policy.positions import common_prefix
+from coprs_deploy.policy.openvino_policy.tokenizer import FileTokenizer
+from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.policy.policy_tokens import PolicyTokens
+from coprs_deploy.prompts import PromptTemplate, encode_prompt
+
+MAX_CACHED_PROMPTS = 2
+"""Images whose vision tokens, keys and values are kept; a 3B policy needs 50 MB for each."""
+
+
+@dataclass(frozen=True)
+class _CachedPrompt:
+    """What is known of an image after its first request.
+
+    Attributes:
+        vision_tokens: (V, D).
+        token_ids: the prompt.
+        state: keys and values after the prompt.
+    """
+
+    vision_tokens: NDArray[np.float32]
+    token_ids: list[int]
+    state: dict[str, NDArray[np.float32]]
+
+
+class OpenVinoPolicy(GreedyPolicy):
+    """Qwen2.5-VL or LLaVA-1.5 policy from graphs that ``export --policy-runtime openvino`` wrote.
+
+    Args:
+        path: directory of the graphs.
+        prompt: prompt template.
+        min_pixels: minimum image area, in pixels.
+        max_pixels: maximum image area, in pixels.
+        device: ``cpu``.
+        dtype: None; the precision was chosen at export.
+        num_threads: CPU threads; None for all cores.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        PolicyError: the directory holds no usable graphs.
+        RuntimeUnavailableError: the device is not the CPU.
+        ValueError: a dtype is given.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prompt: PromptTemplate,
+        min_pixels: int,
+        max_pixels: int,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        if device != "cpu":
+            raise RuntimeUnavailableError(
+                f"the policy's device is {device!r}, and the openvino policy runs on 'cpu': pass "
+                "--policy-device cpu, or --policy transformers"
+            )
+        if dtype is not None:
+            raise ValueError(
+                f"policy_dtype is {dtype!r}; the openvino policy has the precision that it was "
+                "exported with: leave it out, or export with another --policy-precision"
+            )
+        description = read_description(path)
+        compressed = description.precision in ("int8", "int4")
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        settings |= COMPRESSED if compressed else EXACT
+        if num_threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = num_threads
+        ends = description.end_token_ids
+        self._tokens = PolicyTokens(FileTokenizer(path, ends[0] if ends else None), path, ends)
+        try:
+            self._vision = VisionTower(path, description, settings)
+            self._decoder = Decoder(path, settings)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
+        self._image_token_id = description.image_token_id
+        self._prompt = prompt
+        self._pixels = (min_pixels, max_pixels)
+        self._cache: OrderedDict[str, _CachedPrompt] = OrderedDict()
+        self._lock = Lock()
+        self._is_closed = False
+        self.hidden_size = description.hidden_size
+        self.description = f"openvino {description.family} on cpu, {description.precision}"
+
+    @contextmanager
+    def _start(self, request: PolicyRequest) -> Iterator[_Decoding]:
+        if self._is_closed:
+            raise PolicyError("the policy was closed")
+        image = fit_pixel_count(request.image, *self._pixels)
+        grid = self._vision.grid(image)
+        ids = encode_prompt(
+            self._prompt,
+            self._tokens.tokenizer,
+            request.instruction,
+            self._vision.num_tokens(grid),
+        )
+        is_image = np.asarray(ids) == self._image_token_id
+        positions = self._vision.positions(is_image, grid)
+        with self._decoder.request() as decoder:
+            yield _Decoding(self, decoder, image, ids, positions)
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._is_closed = True
+        del self._vision, self._decoder
+        self._cache.clear()
+
+    def _cached(self, key: str) -> _CachedPrompt | None:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
+
+    def _keep(self, key: str, prompt: _CachedPrompt) -> None:
+        with self._lock:
+            self._cache[key] = prompt
+            while len(self._cache) > MAX_CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+
+
+class _Decoding:
+    """One request in progress; see :class:`~coprs_deploy.policy.greedy.Decoding`."""
+
+    def __init__(
+        self,
+        policy: OpenVinoPolicy,
+        decoder: DecoderRequest,
+        image: Image.Image,
+        ids: list[int],
+        positions: NDArray[np.int64],
+    ) -> None:
+        self._policy = policy
+        self._decoder = decoder
+        self._image = image
+        self._ids = ids
+        self._positions = positions
+        self.num_prompt_tokens = len(ids)
+        self.num_cached_tokens = 0
+
+    def prefill(self) -> int:
+        """Read the prompt; return the most likely first token."""
+        policy, ids = self._policy, self._ids
+        key = image_key(np.asarray(self._image))
+        known = policy._cached(key)
+        vision_tokens = policy._vision(self._image) if known is None else known.vision_tokens
+        embeddings = np.array(policy._decoder.embed(ids))
+        embeddings[np.asarray(ids) == policy._image_token_id] = vision_tokens
+        start = 0
+        if known is not None:
+            start = min(common_prefix(known.token_ids, ids), len(ids) - 1)
+            self._decoder.restore(known.state, start)
+        self.num_cached_tokens = start
+        token, _ = self._decoder.feed(embeddings[start:], self._positions[:, start:])
+        policy._keep(key, _CachedPrompt(vision_tokens, ids, self._decoder.state()))
+        self._next_position = int(self._positions.max()) + 1
+        return token
+
+    def feed(self, token: int) -> tuple[int, NDArray[np.float32]]:
+        """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
+        positions = np.full((len(self._positions), 1), self._next_position)
+        self._next_position += 1
+        return self._decoder.feed(self._policy._decoder.embed([token]), positions)
