@@ -76,15 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
         _check_images(dataset.examples, coprs)
         predict = predict_with(coprs.segment, dataset.max_targets)
         steps("evaluate")
-        evaluated = evaluate(
+        scores = evaluate(
             predict,
             dataset.examples,
             on_progress=lambda done: steps.progress(f"{done} of {count} examples"),
         )
-    metrics = summarize([each.score for each in evaluated])
+    metrics = summarize(scores)
     failed = _failed_thresholds(metrics, thresholds)
     if arguments.out:
-        write_evaluation(arguments.out, dataset.description, evaluated)
+        write_evaluation(arguments.out, dataset.description, scores)
     report = {"dataset": dataset.description, "metrics": metrics, "failed_thresholds": failed}
     rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
     print_result(arguments, report, table((dataset.description, ""), rows))
