@@ -129,7 +129,7 @@ def _run_recipe(
 
 
 def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
+    from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_lines
     from coprs_deploy.training.recipe import Recipe
 
     if arguments.gpus < 1:
@@ -143,7 +143,8 @@ def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) 
     if arguments.json:
         print_json({name: each.to_json() for name, each in estimates.items()})
     else:
-        print(estimate_page(estimates))
+        for name, each in estimates.items():
+            print(*estimate_lines(name, each), sep="\n")
     return 0 if all(each.fits for each in estimates.values()) else 1
 
 
