@@ -152,12 +152,12 @@ def step_batches(
     A batch depends on its step alone, so the number of worker processes changes no value.
     """
     steps = range(stage.settings.max_steps)
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         steps,  # type: ignore[arg-type]
         batch_size=None,
         sampler=steps[first_step:],
         num_workers=num_workers,
-        collate_fn=lambda step: stage.batch(step, rank, num_ranks),
+        collate_fn=lambda step: stage.batch(step, rank, num_ranks),  # type: ignore[arg-type]
         # A stage holds the model: forking avoids a copy of it, which no batch needs.
         multiprocessing_context="fork" if num_workers else None,
         # Otherwise the loader's seed would be drawn from the random stream of the training.
