@@ -340,8 +340,12 @@ def step_seconds(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, f
     return seconds
 
 
-def estimate_lines(name: str, one: Estimate) -> Iterator[str]:
-    """Format the estimate of a stage as text."""
+def estimate_page(estimates: dict[str, Estimate]) -> str:
+    """Format estimates as text."""
+    return "\n".join(line for name, one in estimates.items() for line in _lines(name, one))
+
+
+def _lines(name: str, one: Estimate) -> Iterator[str]:
     gpu, peak = one.gpu, one.memory["peak"] / GIGABYTE
     verdict = "fits" if one.fits else "DOES NOT FIT"
     yield f"{name}: {one.gpus} GPUs of {gpu.memory_gb:g} GB, {verdict} (peak {peak:.1f} GB per GPU)"
