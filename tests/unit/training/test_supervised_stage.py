@@ -125,7 +125,7 @@ def test_stage_with_precomputed_embeddings_gives_the_losses_of_the_encoder(
         batch = stage.batch(0, 0, 1)
         assert (batch.images.shape[1:] == store.index.shape) == (features is not None)
         means = stage.objective(batch).losses
-        losses.append({name: float(mean.total / mean.weight) for name, mean in means.items()})
+        losses.append({name: (mean.total / mean.weight).item() for name, mean in means.items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     settings = msgspec.structs.replace(SETTINGS, train_image_encoder=True)
     with pytest.raises(ValueError, match="leave one of them out"):
