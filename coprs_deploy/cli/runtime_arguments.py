@@ -80,13 +80,12 @@ def runtime_options(arguments: argparse.Namespace, options: tuple[Option, ...]) 
 
 
 def open_runtime(
-    bundle: Path | None, options: RuntimeOptions, progress: Progress | None = None
+    bundle: Path | None, options: RuntimeOptions, progress: Progress = lambda step: None
 ) -> CoPRS:
     """Load a bundle, the demo model if None, and log which runtimes were measured as fastest."""
     from coprs_deploy.runtime import CoPRS
-    from coprs_deploy.runtime.loading import no_progress
 
-    coprs = CoPRS.load(bundle, options, progress=progress or no_progress)
+    coprs = CoPRS.load(bundle, options, progress=progress)
     for choice in coprs.runtime_choices:
         log(str(choice))
     return coprs

@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = runtime_options(arguments, GRAPHS + POLICY)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
-    progress = log if options.policy == "vllm" else None  # loading vLLM takes a while
-    with open_runtime(arguments.bundle, options, progress) as coprs:
+    waits = options.policy == "vllm"  # loading it takes a while
+    with open_runtime(arguments.bundle, options, log if waits else lambda step: None) as coprs:
         result: SegmentationResult | None = None
         for event in coprs.stream(
             image, arguments.instruction, arguments.max_targets, arguments.max_new_tokens
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not result.found:
         log(f"stop reason: {StopReason(result.stop_reason).description}")
     for violation in result.format_violations:
-        log(f"format violation: {FormatViolation(violation).description}")
+        log(f"format violation: {FormatViolation[violation.upper()].description}")
     for path in written.values():
         log(f"  {path}")
     return 0 if result.found else 1
