@@ -10,24 +10,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import (
-    GRAPHS,
-    add_bundle_argument,
-    add_runtime_options,
-    open_runtime,
-    runtime_options,
-)
-from coprs_deploy.console import table
-
-if TYPE_CHECKING:
-    from coprs_deploy.data.examples import Example
-    from coprs_deploy.runtime import CoPRS
-
-LOG_EVERY = 50
-"""Examples between two lines of progress."""
+from coprs_deploy.cli.options import add_options, read_options
+from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.cli.runtime_arguments import GRAPHS, add_bundle_argument, open_runtime
+from coprs_deploy.console import StepPrinter, table
+from coprs_deploy.data.examples import Example
+from coprs_deploy.data.sources import SYNTHETIC, open_examples
+from coprs_deploy.errors import ImageSizeError
+from coprs_deploy.evaluation.evaluator import evaluate, predict_with
+from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.report import write_evaluation
+from coprs_deploy.runtime import CoPRS, RuntimeOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,17 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC=VALUE",
         help="acceptance threshold, as in giou=0.93; may be repeated",
     )
-    add_runtime_options(parser, GRAPHS)
-    add_json_flag(parser)
+    add_options(parser, RuntimeOptions, GRAPHS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the metrics, and check the thresholds."""
-    from coprs_deploy.data.sources import SYNTHETIC, open_examples
-    from coprs_deploy.evaluation.evaluator import evaluate, predict_with
-    from coprs_deploy.evaluation.metrics import summarize
-    from coprs_deploy.evaluation.report import write_evaluation
-
     thresholds = _parse_thresholds(arguments.require)
     dataset = open_examples(
         arguments.examples or f"{SYNTHETIC}{arguments.preset}",
@@ -81,27 +69,25 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.num_no_match,
         arguments.first_seed,
     )
-    options = runtime_options(arguments, GRAPHS)
+    options = read_options(arguments, RuntimeOptions, GRAPHS)
 
-    def log_progress(done: int) -> None:
-        if done % LOG_EVERY == 0:
-            log(f"{done} of {len(dataset.examples)} examples")
-
-    with open_runtime(arguments.bundle, options) as coprs:
+    count = len(dataset.examples)
+    with open_runtime(arguments.bundle, options) as coprs, StepPrinter() as steps:
         _check_images(dataset.examples, coprs)
         predict = predict_with(coprs.segment, dataset.max_targets)
-        evaluated = evaluate(predict, dataset.examples, on_progress=log_progress)
-    metrics = summarize([each.score for each in evaluated])
+        steps("evaluate")
+        scores = evaluate(
+            predict,
+            dataset.examples,
+            on_progress=lambda done: steps.progress(f"{done} of {count} examples"),
+        )
+    metrics = summarize(scores)
     failed = _failed_thresholds(metrics, thresholds)
     if arguments.out:
-        write_evaluation(arguments.out, dataset.description, evaluated)
-    if arguments.json:
-        print_json(
-            {"dataset": dataset.description, "metrics": metrics, "failed_thresholds": failed}
-        )
-    else:
-        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-        print(table((dataset.description, ""), rows))
+        write_evaluation(arguments.out, dataset.description, scores)
+    report = {"dataset": dataset.description, "metrics": metrics, "failed_thresholds": failed}
+    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    print_result(arguments, report, table((dataset.description, ""), rows))
     for line in failed:
         log(line)
     return 1 if failed else 0
@@ -109,8 +95,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_images(examples: Sequence[Example], coprs: CoPRS) -> None:
     """Check all images against the bundle's valid region before the first prediction."""
-    from coprs_deploy.errors import ImageSizeError
-
     refused = []
     for example in examples:
         try:

@@ -319,9 +319,7 @@ def _decoder_graph(model: Any) -> Any:
         port.get_tensor().set_names({name})
     _insert_beam_order(graph, len(names))
     graph.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(
-        graph, {f"past.{name}": f"present.{name}" for name in names}
-    )
+    apply_make_stateful_transformation(graph, {f"past.{name}": f"present.{name}" for name in names})
     _set_initial_states(graph, (1, heads, 0, width))
     graph.validate_nodes_and_infer_types()
     return graph

@@ -37,8 +37,7 @@ class TransformersPolicy(GreedyPolicy):
     Args:
         path: policy directory of a checkpoint or a bundle.
         prompt: prompt template.
-        min_pixels: minimum image area, in pixels.
-        max_pixels: maximum image area, in pixels.
+        min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
         dtype: torch dtype of the weights (``float32``, ``bfloat16``); None keeps the stored one.
 
