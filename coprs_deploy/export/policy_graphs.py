@@ -215,7 +215,7 @@ class _QwenVisionModule(nn.Module):
             "image_order": torch.arange(8),
         }
 
-    def forward(
+    def forward(  # noqa: PLR0917: the tracer passes inputs by position
         self,
         patches: Tensor,
         positions: Tensor,
@@ -258,8 +258,7 @@ class _LlavaVisionModule(nn.Module):
         return {"pixel_values": torch.randn(1, 3, self.side, self.side)}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        embedded = self.tower.embeddings(pixel_values)
-        x = getattr(self.tower, "pre_layrnorm")(embedded)  # transformers' spelling
+        x = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values))
         states = [x]
         for layer in self.tower.encoder.layers:
             x = layer(x, attention_mask=None)
@@ -354,11 +353,11 @@ def _set_initial_states(graph: Any, shape: tuple[int, ...]) -> None:
 
 def _convert(module: nn.Module, example: Any) -> Any:
     import openvino as ov
-    from openvino.frontend.pytorch import patch_model
+    from openvino.frontend.pytorch.patch_model import __make_16bit_traceable as keep_16bit
 
     if any(p.dtype != torch.float32 for p in module.parameters()):
         # Constants stay 16-bit, everything is computed in float32.
-        getattr(patch_model, "__make_16bit_traceable")(module)
+        keep_16bit(module)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing fixes sizes that are constants of a policy
         return ov.convert_model(module.eval(), example_input=example)

@@ -19,6 +19,7 @@ from coprs_deploy.errors import MissingDependencyError, PolicyError
 from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
@@ -39,7 +40,7 @@ class TransformersPolicy(GreedyPolicy):
         prompt: prompt template.
         min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
-        dtype: torch dtype of the weights (``float32``, ``bfloat16``); None keeps the stored one.
+        dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
@@ -58,19 +59,17 @@ class TransformersPolicy(GreedyPolicy):
         dtype: str | None = None,
     ) -> None:
         try:
-            import torch
             from safetensors import SafetensorError
             from transformers import AutoModelForImageTextToText
         except ImportError as error:
             raise MissingDependencyError(
                 f"the transformers policy needs {error.name}; pip install torch transformers"
             ) from error
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16, float16 or None")
+        chosen = choose_dtype(path, device, dtype)
         try:
             with without_progress_bars():
                 model = AutoModelForImageTextToText.from_pretrained(
-                    path, dtype=dtype or "auto", local_files_only=True
+                    path, dtype=chosen.dtype, local_files_only=True
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
@@ -81,7 +80,7 @@ class TransformersPolicy(GreedyPolicy):
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
-        self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
+        self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
     @contextmanager
     def _start(self, request: PolicyRequest) -> Iterator[_Decoding]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -18,7 +20,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.autotune import RuntimeChoice
-from coprs_deploy.errors import PolicyError
+from coprs_deploy.errors import CoPRSError, PolicyError, check_type
 from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
@@ -76,6 +78,8 @@ class CoPRS(Closeable):
         self._graphs = graphs
         self._policy = policy
         self._geometry = geometry
+        self._process = os.getpid()
+        self._is_closed = False
         self._timeout_s = options.timeout_s
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
@@ -109,9 +113,11 @@ class CoPRS(Closeable):
             BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
             EnvironmentNotReadyError: a requested library or device is not available.
         """
+        check_type("options", options, RuntimeOptions, NoneType)
         options = options or RuntimeOptions()
         if policy is not None:
             options = replace(options, policy=policy)
+        check_type("bundle", bundle, str, Path, NoneType)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
         choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
@@ -142,7 +148,10 @@ class CoPRS(Closeable):
             PolicyError: the policy failed.
             QueueFullError: the queue is full.
             RequestTimeoutError: the time limit passed.
+            ValueError: another argument is not accepted.
+            CoPRSError: the runtime was closed, or loaded before this process was forked.
         """
+        self._check_usable()
         with self._limit.slot():
             return _last(self._start(image, instruction, max_targets, max_new_tokens))
 
@@ -159,6 +168,7 @@ class CoPRS(Closeable):
             ``TextDelta`` as the policy writes, ``PriorEvent`` (unless nothing was found), and the
             ``SegmentationResult``. Closing the generator abandons the request.
         """
+        self._check_usable()
         with self._limit.slot():
             yield from self._start(image, instruction, max_targets, max_new_tokens, True)
 
@@ -205,6 +215,7 @@ class CoPRS(Closeable):
         Yields:
             One result per request. The first request that fails raises, as in :meth:`segment`.
         """
+        self._check_usable()
         concurrency = self._policy.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
@@ -231,6 +242,7 @@ class CoPRS(Closeable):
         Returns:
             Prefill, decode and total time of the policy.
         """
+        self._check_usable()
         size, region = self._geometry.image_size, self.valid_region
         height, width = (region.height, region.width) if region else (size, size)
         image = self._decode(np.full((height, width, 3), 128, dtype=np.uint8))
@@ -261,13 +273,33 @@ class CoPRS(Closeable):
         check_valid_region(ResizeTransform.of(image, self._geometry), self.valid_region)
 
     def close(self) -> None:
-        """Free graphs and policy; running requests end with an error."""
+        """Free graphs and policy; running requests end with an error.
+
+        In a fork of the process that loaded them it does nothing: they belong to the other process.
+        """
+        self._is_closed = True
+        if os.getpid() != self._process:
+            return
         self._queue.close()
         self._policy.close()
         self._graphs.close()
 
     def __repr__(self) -> str:
         return f"CoPRS({self.description})"
+
+    def _check_usable(self) -> None:
+        """Check that the runtime is open and belongs to this process.
+
+        Threads and devices do not survive a fork: a request would wait for ever.
+        """
+        if os.getpid() != self._process:
+            raise CoPRSError(
+                f"CoPRS was loaded in process {self._process} and is used in its fork "
+                f"{os.getpid()}; load it after the fork instead, or start processes with "
+                'multiprocessing.get_context("spawn") and load it in each'
+            )
+        if self._is_closed:
+            raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
 
     def _start(
         self,
@@ -352,6 +384,10 @@ class CoPRS(Closeable):
                 _mask_logits=decoded.mask_logits,
                 _prior_logits=decoded.prior_logits,
             )
+        except Exception as error:
+            if self._is_closed and not isinstance(error, CoPRSError):
+                raise CoPRSError("CoPRS was closed during the request") from error
+            raise
         finally:
             pending.release()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import msgspec
 import psutil
 
-from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.errors import RuntimeUnavailableError, check_number, check_type
 
 GIB = 1 << 30
 
@@ -69,11 +69,13 @@ class VllmSettings:
         }
         for name, minimum in minimums.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+            if value is not None:
+                check_number(name, value, least=minimum, is_whole=name != "mm_processor_cache_gb")
         share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization is {share}; accepted: above 0, at most 1")
+        if share is not None:
+            check_number("gpu_memory_utilization", share, above=0, most=1, is_whole=False)
+        check_type("enable_prefix_caching", self.enable_prefix_caching, bool)
+        check_type("enforce_eager", self.enforce_eager, bool, type(None))
 
     def engine_arguments(self, device_type: str) -> dict[str, Any]:
         """Return vLLM's engine arguments, except for those of :func:`memory_arguments`."""

@@ -27,8 +27,14 @@ from coprs_deploy.policy.vllm_policy.settings import (
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
         ({"mm_processor_cache_gb": -1}, "mm_processor_cache_gb is -1; it must be at least 0"),
-        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0; accepted: above 0"),
-        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization is 1.1; accepted: above 0"),
+        (
+            {"gpu_memory_utilization": 0},
+            "gpu_memory_utilization is 0; it must be above 0 and at most 1",
+        ),
+        (
+            {"gpu_memory_utilization": 1.1},
+            "gpu_memory_utilization is 1.1; it must be above 0 and at most 1",
+        ),
     ],
 )
 def test_vllm_settings_value_out_of_range_is_refused(changes, message):
