@@ -24,6 +24,7 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
 
 POLICY_DIRECTORY = "policy"
+POLICY_GRAPHS_DIRECTORY = "policy_openvino"
 ENGINE_SUFFIX = ".engine"
 
 TRT_VARIANT_NAMES = ("tensorrt", "tensorrt-rtx")
@@ -114,7 +115,7 @@ class PolicyRecord(Record, frozen=True):
 
     Attributes:
         path: ``policy`` inside the bundle; for an external policy an absolute path, or one that
-            is relative to the bundle and starts with ``..``.
+            is relative to the bundle and starts with ``..``; None if there are only graphs.
         prompt: prompt template.
         hidden_size: D, the policy's hidden size.
         min_pixels: smallest image area in pixels that the policy processes.
@@ -122,7 +123,7 @@ class PolicyRecord(Record, frozen=True):
         files: files of the policy with paths below ``path``.
     """
 
-    path: str
+    path: str | None
     prompt: PromptTemplate
     hidden_size: int
     min_pixels: int
@@ -132,8 +133,55 @@ class PolicyRecord(Record, frozen=True):
     @property
     def is_external(self) -> bool:
         """Whether the policy lies outside the bundle."""
-        path = PurePosixPath(self.path)
+        path = PurePosixPath(self.path or "")
         return path.is_absolute() or path.parts[:1] == ("..",)
+
+
+class PolicyEquivalence(Record, frozen=True):
+    """Difference between a policy's graphs and PyTorch in float32, over questions on scenes.
+
+    Attributes:
+        relative_error: largest absolute difference of a hidden state at ``<REF_POS>``, over the
+            largest absolute value of the reference.
+        mean_error: mean signed difference on the same scale.
+        cosine: smallest cosine similarity of two such states.
+        token_agreement: share of the tokens that the graphs wrote and PyTorch would have written.
+        mask_iou: cIoU of the masks that PyTorch decodes from both.
+        inputs: number of questions.
+        tokens: number of tokens compared.
+        passed: whether every value is within the tolerance.
+    """
+
+    relative_error: float
+    mean_error: float
+    cosine: float
+    token_agreement: float
+    mask_iou: float
+    inputs: int
+    tokens: int
+    passed: bool
+
+    def __str__(self) -> str:
+        """Return the values in one line."""
+        return (
+            f"{self.token_agreement:.1%} of {self.tokens} tokens equal, hidden state cosine "
+            f"{self.cosine:.6f}, relative error {self.relative_error:.1e}, mask IoU "
+            f"{self.mask_iou:.4f}{'' if self.passed else ' (outside the tolerance)'}"
+        )
+
+
+class PolicyGraphsRecord(Record, frozen=True):
+    """Policy of a bundle as graphs that run without PyTorch.
+
+    Attributes:
+        runtime: runtime of the graphs: ``openvino``.
+        precision: precision of the weights: ``fp32``, ``bf16``, ``int8`` or ``int4``.
+        equivalence: measured difference from PyTorch.
+    """
+
+    runtime: str
+    precision: str
+    equivalence: PolicyEquivalence
 
 
 class EquivalenceRecord(Record, frozen=True):
@@ -179,6 +227,7 @@ class Manifest(Record, frozen=True):
         toolchain: package versions at export.
         gpu: name of the GPU that built the engines; None without engines or GPU.
         equivalence: measured difference from PyTorch.
+        policy_graphs: the policy as graphs; None if there are none.
     """
 
     schema_version: int
@@ -192,6 +241,7 @@ class Manifest(Record, frozen=True):
     toolchain: dict[str, str]
     gpu: str | None
     equivalence: tuple[EquivalenceRecord, ...]
+    policy_graphs: PolicyGraphsRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -207,8 +257,32 @@ class Bundle:
 
     @property
     def policy_path(self) -> Path:
-        """Path of the policy's transformers directory."""
-        return self.path / self.manifest.policy.path  # an absolute path replaces the rest
+        """Path of the policy's transformers directory.
+
+        Raises:
+            BundleError: the bundle has the policy's graphs only.
+        """
+        path = self.manifest.policy.path
+        if path is None:
+            raise BundleError(
+                f"{self.path} has its policy as OpenVINO graphs only: pass --policy openvino, or "
+                "export it with --policy-runtime both"
+            )
+        return self.path / path  # an absolute path replaces the rest
+
+    @property
+    def policy_graphs_path(self) -> Path:
+        """Path of the policy's graphs.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        if self.manifest.policy_graphs is None:
+            raise BundleError(
+                f"{self.path} has no graphs of its policy: pass --policy transformers, or export "
+                "it with --policy-runtime openvino"
+            )
+        return self.path / POLICY_GRAPHS_DIRECTORY
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -255,7 +329,10 @@ def _check_manifest(file: Path, manifest: Manifest) -> None:
                 "is not one of its files; export the checkpoint again"
             )
     policy = manifest.policy
-    if not policy.is_external and policy.path != POLICY_DIRECTORY:
+    if policy.path is None:
+        if manifest.policy_graphs is None:
+            raise BundleError(f"{file} lists no policy; export the checkpoint again")
+    elif not policy.is_external and policy.path != POLICY_DIRECTORY:
         raise BundleError(
             f"{file} has its policy in {policy.path!r}; accepted: {POLICY_DIRECTORY!r}, a path "
             "that starts with '..', or an absolute path"
@@ -272,9 +349,12 @@ def open_bundle(path: str | Path) -> Bundle:
     root = Path(path)
     manifest = read_manifest(root)
     policy = manifest.policy
-    inside = {MANIFEST_FILE} if policy.is_external else {MANIFEST_FILE, policy.path}
+    inside = {MANIFEST_FILE}
+    if policy.path is not None and not policy.is_external:
+        inside.add(policy.path)
     _check_files(root, manifest.files, others=inside)
-    _check_files(root / policy.path, policy.files)
+    if policy.path is not None:
+        _check_files(root / policy.path, policy.files)
     return Bundle(root, manifest)
 
 

@@ -27,6 +27,9 @@ GRAPHS = (
     Option("images", parse=OptimizationProfile.parse, metavar="1 | 1,OPT,MAX"),
     Option("aspect_ratio", parse=parse_aspect_ratio, metavar="W:H"),
     Option("drop_padding"),
+    Option("policy_runtime"),
+    Option("policy_precision"),
+    Option("allow_inexact_policy"),
     Option("external_policy"),
     Option("overwrite"),
 )

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from coprs_deploy.bundle import Bundle, EngineRecord, Manifest, open_bundle
+from coprs_deploy.bundle import POLICY_GRAPHS_DIRECTORY, Bundle, EngineRecord, Manifest, open_bundle
 from coprs_deploy.cli.parser import print_json
 from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import table
@@ -63,11 +63,22 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
         yield from _cache_lines(cache_dir)
     policy = manifest.policy
     yield (
-        f"\npolicy: {bundle.policy_path}, "
-        f"{sum(file.size_bytes for file in policy.files) / 1e6:,.1f} MB, "
-        f"hidden size {policy.hidden_size}, "
+        f"\npolicy: hidden size {policy.hidden_size}, "
         f"{policy.min_pixels:,} to {policy.max_pixels:,} pixels"
     )
+    if policy.path is not None:
+        stored = sum(file.size_bytes for file in policy.files)
+        yield f"  weights: {bundle.policy_path}, {stored / 1e6:,.1f} MB"
+    if manifest.policy_graphs is not None:
+        stored = sum(
+            file.size_bytes
+            for file in manifest.files
+            if file.path.startswith(f"{POLICY_GRAPHS_DIRECTORY}/")
+        )
+        yield (
+            f"  graphs: {manifest.policy_graphs.runtime} {manifest.policy_graphs.precision}, "
+            f"{stored / 1e6:,.1f} MB; {manifest.policy_graphs.equivalence}"
+        )
     yield f"\n{equivalence_table(manifest.equivalence)}"
     yield "\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
 

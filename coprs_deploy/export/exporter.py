@@ -17,6 +17,7 @@ from coprs_deploy.artifacts import check_replaceable, new_directory, record_file
 from coprs_deploy.bundle import (
     ENGINE_SUFFIX,
     MANIFEST_FILE,
+    POLICY_GRAPHS_DIRECTORY,
     SCHEMA_VERSION,
     TRT_VARIANT_NAMES,
     Bundle,
@@ -24,6 +25,7 @@ from coprs_deploy.bundle import (
     EquivalenceRecord,
     GraphRecord,
     Manifest,
+    PolicyGraphsRecord,
     PolicyRecord,
     write_manifest,
 )
@@ -62,7 +64,7 @@ from coprs_deploy.export.precision import (
     rest_precision,
     write_rounded_graph,
 )
-from coprs_deploy.export.tolerances import TOLERANCES
+from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
 from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.machine import installed_versions, peak_memory_bytes
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, graph_specs
@@ -223,8 +225,9 @@ class _Export:
             if gpu is not None and gpu.compute_capability in self.target.compute_capabilities:
                 records, engines = check.require_engines(engines, self.options.runtime, bundle_dir)
         records += check.dropped_padding()
+        policy_graphs = self._write_policy_graphs(bundle_dir)
         self.timer.start("write bundle")
-        return self._write_manifest(bundle_dir, engines, records)
+        return self._write_manifest(bundle_dir, engines, records, policy_graphs)
 
     def _write_graphs(self, graphs: Mapping[str, Path], scratch: Path) -> Ranges:
         """Write the ONNX graphs, and return the ranges of an int8 encoder."""
@@ -304,16 +307,42 @@ class _Export:
             note(f"removed {num_removed} older engines from the cache")
         return engines
 
+    def _write_policy_graphs(self, bundle_dir: Path) -> PolicyGraphsRecord | None:
+        """Convert the policy and compare it with PyTorch, if the options say so."""
+        if self.options.policy_runtime == "transformers":
+            return None
+        from coprs_deploy.export.policy_check import compare_policy
+        from coprs_deploy.export.policy_graphs import export_policy_graphs
+
+        precision = self.options.policy_precision
+        graphs = bundle_dir / POLICY_GRAPHS_DIRECTORY
+        export_policy_graphs(self.checkpoint.policy_path, graphs, precision, self.timer.start)
+        tolerance = POLICY_TOLERANCES[precision]
+        equivalence = compare_policy(self.checkpoint, graphs, tolerance, self.timer.start)
+        if not equivalence.passed:
+            message = f"the policy's {precision} graphs: {equivalence}; accepted: {tolerance}"
+            if not self.options.allow_inexact_policy:
+                raise EquivalenceError(
+                    f"{message}. What to try: a higher --policy-precision; or, to measure speed "
+                    "only, --allow-inexact-policy"
+                )
+            self.callbacks.on_note(message)
+        return PolicyGraphsRecord(runtime="openvino", precision=precision, equivalence=equivalence)
+
     def _write_manifest(
         self,
         bundle_dir: Path,
         engines: Mapping[str, EngineRecord],
         records: tuple[EquivalenceRecord, ...],
+        policy_graphs: PolicyGraphsRecord | None,
     ) -> Manifest:
         """Copy the policy unless it is external, and write the manifest."""
         files = record_files(bundle_dir)  # the policy's are recorded separately
-        policy, policy_path = self.checkpoint.policy_path, POLICY_DIRECTORY
-        if self.options.external_policy:
+        policy = self.checkpoint.policy_path
+        policy_path: str | None = POLICY_DIRECTORY
+        if self.options.policy_runtime == "openvino":
+            policy_path = None
+        elif self.options.external_policy:
             policy_path = Path(os.path.relpath(policy.resolve(), self.out.resolve())).as_posix()
         else:
             shutil.copytree(policy, bundle_dir / POLICY_DIRECTORY)
@@ -344,12 +373,13 @@ class _Export:
                 hidden_size=config.model.policy_hidden_size,
                 min_pixels=config.policy_image.min_pixels,
                 max_pixels=config.policy_image.max_pixels,
-                files=record_files(policy),
+                files=record_files(policy) if policy_path else (),
             ),
             files=files,
             toolchain=installed_versions(),
             gpu=self.target.gpu if self.target else None,
             equivalence=records,
+            policy_graphs=policy_graphs,
         )
         write_manifest(bundle_dir, manifest)
         return manifest

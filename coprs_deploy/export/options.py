@@ -8,8 +8,10 @@ from pathlib import Path
 from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines.trt.build import BuildSettings
 from coprs_deploy.export.precision import INT8, check_precision
-from coprs_deploy.export.tolerances import TOLERANCES
+from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
 from coprs_deploy.specs import OptimizationProfile
+
+POLICY_RUNTIMES = ("transformers", "openvino", "both")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class ExportOptions:
             changing the result; images may be more elongated than this.
         drop_padding: with a fixed aspect ratio: skip that padding in every block; about half the
             work for 16:9, but a different function whose masks have to be evaluated.
+        policy_runtime: form of the policy in the bundle: transformers (its weights), openvino
+            (graphs that run on a CPU without PyTorch), or both.
+        policy_precision: precision of the policy's graphs: fp32 (as stored), bf16, int8 or int4.
+        allow_inexact_policy: write the bundle although its policy's graphs are outside their
+            tolerance, as random weights of real size are.
         external_policy: refer to the policy by a relative path instead of copying it.
         overwrite: replace an existing bundle.
         compute_capabilities: compute capabilities to build engines for, such as sm_89; empty for
@@ -44,6 +51,9 @@ class ExportOptions:
     images: OptimizationProfile = field(default_factory=OptimizationProfile)
     aspect_ratio: tuple[int, int] | None = None
     drop_padding: bool = False
+    policy_runtime: str = "transformers"
+    policy_precision: str = "int8"
+    allow_inexact_policy: bool = False
     external_policy: bool = False
     overwrite: bool = False
     compute_capabilities: tuple[str, ...] = ()
@@ -57,6 +67,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         self._check_precision()
         self._check_padding()
+        self._check_policy()
         if self.images.min != 1:
             raise ValueError(
                 f"images starts at {self.images.min}; accepted: 1, or 1,opt,max, because a single "
@@ -95,6 +106,22 @@ class ExportOptions:
             raise ValueError(
                 "int8 is calibrated on images of the kind that the model will see: pass "
                 "--calibration DIR with --precision int8, and with no other precision"
+            )
+
+    def _check_policy(self) -> None:
+        if self.policy_runtime not in POLICY_RUNTIMES:
+            raise ValueError(
+                f"policy_runtime is {self.policy_runtime!r}; accepted: {', '.join(POLICY_RUNTIMES)}"
+            )
+        if self.policy_precision not in POLICY_TOLERANCES:
+            raise ValueError(
+                f"policy_precision is {self.policy_precision!r}; accepted: "
+                f"{', '.join(POLICY_TOLERANCES)}"
+            )
+        if self.external_policy and self.policy_runtime == "openvino":
+            raise ValueError(
+                "external_policy refers to the weights, and policy_runtime is 'openvino', whose "
+                "bundle has none; accepted: --policy-runtime both, or no --external-policy"
             )
 
     def _check_padding(self) -> None:

@@ -26,7 +26,6 @@ from coprs_deploy.policy.openvino_policy.graphs import (
     PREPROCESSOR_FILE,
     VISION_FILE,
     PolicyGraphs,
-    Precision,
 )
 from coprs_deploy.policy.openvino_policy.positions import MASKED, QwenVision
 from coprs_deploy.policy.openvino_policy.tokenizer import TOKENIZER_FILE
@@ -37,7 +36,7 @@ GROUP_SIZE = 128
 
 
 def export_policy_graphs(
-    policy: Path, out: Path, precision: Precision, report: Callable[[str], None]
+    policy: Path, out: Path, precision: str, report: Callable[[str], None]
 ) -> PolicyGraphs:
     """Convert a transformers directory.
 
@@ -99,7 +98,7 @@ def load_policy(policy: Path) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _write_description(policy: Path, out: Path, model: Any, precision: Precision) -> PolicyGraphs:
+def _write_description(policy: Path, out: Path, model: Any, precision: str) -> PolicyGraphs:
     """Write what the runtime reads besides the graphs, all defaults filled in."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -215,7 +214,7 @@ class _QwenVisionModule(nn.Module):
             "image_order": torch.arange(8),
         }
 
-    def forward(  # noqa: PLR0917: the tracer passes inputs by position
+    def forward(  # noqa: PLR0917
         self,
         patches: Tensor,
         positions: Tensor,
@@ -231,16 +230,18 @@ class _QwenVisionModule(nn.Module):
             y = block.attn.qkv(block.norm1(x)).reshape(x.shape[0], 3, heads, -1)
             parts = _rotate(y[:, 0], *rotation), _rotate(y[:, 1], *rotation), y[:, 2]
             if i in self.config.fullatt_block_indexes:
-                whole = (t.transpose(0, 1).unsqueeze(0) for t in parts)
-                y = F.scaled_dot_product_attention(*whole)
+                q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in parts)
+                y = F.scaled_dot_product_attention(q, k, v)
                 y = y.squeeze(0).transpose(0, 1).reshape(x.shape)
             else:
                 padded = (t[slots].reshape(windows, size, heads, -1) for t in parts)
-                y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in padded), slot_mask)
+                q, k, v = (t.transpose(1, 2) for t in padded)
+                y = F.scaled_dot_product_attention(q, k, v, slot_mask)
                 y = y.transpose(1, 2).reshape(windows * size, x.shape[1])[unslot]
             x = x + block.attn.proj(y)
             x = x + block.mlp(block.norm2(x))
-        return self.tower.merger(x)[image_order]
+        tokens: Tensor = self.tower.merger(x)[image_order]
+        return tokens
 
 
 class _LlavaVisionModule(nn.Module):
@@ -265,7 +266,9 @@ class _LlavaVisionModule(nn.Module):
             x = x[0] if isinstance(x, tuple) else x
             states.append(x)
         features = states[self.layer]
-        return self.projector(features if self.keeps_class_token else features[:, 1:])[0]
+        kept = features if self.keeps_class_token else features[:, 1:]
+        tokens: Tensor = self.projector(kept)[0]
+        return tokens
 
 
 _VISION_MODULES: Mapping[str, Callable[[Any], Any]] = {
@@ -392,7 +395,7 @@ def _compress(graph: Any, mode: str) -> Any:
     )
 
 
-def _import_converters(precision: Precision) -> None:
+def _import_converters(precision: str) -> None:
     needed = ["openvino"] if precision in ("fp32", "bf16") else ["openvino", "nncf"]
     for package in needed:
         try:

@@ -88,3 +88,53 @@ TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
     if (runtime, precision) != ("onnxruntime", "bf16")  # its CPU provider has no bfloat16
 }
 """The one table of tolerances, by runtime and precision."""
+
+
+@dataclass(frozen=True)
+class PolicyTolerance:
+    """Limits of the difference between a policy's graphs and PyTorch.
+
+    Attributes:
+        relative_error: largest absolute difference of a hidden state at ``<REF_POS>``, over the
+            largest absolute reference value.
+        mean_error: largest absolute mean difference on the same scale.
+        cosine: smallest cosine similarity of two such states.
+        token_agreement: smallest share of equal tokens.
+        mask_iou: smallest cIoU of the masks.
+        reason: justification of the numbers.
+    """
+
+    relative_error: float
+    mean_error: float
+    cosine: float
+    token_agreement: float
+    mask_iou: float
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the limits in one line."""
+        return (
+            f"{self.token_agreement:.0%} of the tokens, cosine {self.cosine}, relative error "
+            f"{self.relative_error:.0e}, mask IoU {self.mask_iou}"
+        )
+
+    def accepts(self, values: Mapping[str, float]) -> bool:
+        """Whether all values, by the names above, are within the limits; nan is not."""
+        largest = ("relative_error", "mean_error")
+        smallest = ("cosine", "token_agreement", "mask_iou")
+        return all(abs(values[name]) <= getattr(self, name) for name in largest) and all(
+            values[name] >= getattr(self, name) for name in smallest
+        )
+
+
+POLICY_TOLERANCES: Mapping[str, PolicyTolerance] = {
+    "fp32": PolicyTolerance(1e-3, 1e-4, 0.99999, 1.0, 0.999, "float32 sums in another order"),
+    "bf16": PolicyTolerance(0.1, 1e-2, 0.995, 0.95, 0.97, "eight bits of every weight"),
+    "int8": PolicyTolerance(
+        0.1, 1e-2, 0.995, 0.95, 0.97, "the demo model measures 1.8e-2, .9999 and .9999"
+    ),
+    "int4": PolicyTolerance(
+        0.4, 5e-2, 0.97, 0.9, 0.93, "the demo model measures .15, .992 and .9997"
+    ),
+}
+"""Tolerances of a policy's graphs, by precision."""

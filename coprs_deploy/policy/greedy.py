@@ -26,11 +26,11 @@ class Decoding(Protocol):
     """One request in progress.
 
     Attributes:
-        num_prompt_tokens: prompt length, vision tokens included.
+        prompt_ids: tokens of the prompt, vision tokens included.
         num_cached_tokens: how many of them an earlier request had read already.
     """
 
-    num_prompt_tokens: int
+    prompt_ids: list[int]
     num_cached_tokens: int
 
     def prefill(self) -> int:
@@ -43,23 +43,26 @@ class Decoding(Protocol):
 class GreedyPolicy(Policy):
     """Policy whose requests are decoded greedily in the calling thread.
 
-    Subclasses set ``_prompt`` and ``_tokens``, and start a request.
+    Subclasses set ``_prompt``, and start a request.
+
+    Attributes:
+        tokens: tokenizer and special tokens.
     """
 
     _prompt: PromptTemplate
-    _tokens: PolicyTokens
+    tokens: PolicyTokens
 
     @abstractmethod
-    def _start(self, request: PolicyRequest) -> AbstractContextManager[Decoding]:
+    def start(self, request: PolicyRequest) -> AbstractContextManager[Decoding]:
         """Prepare image and prompt; what the request holds is freed at the end of the block."""
 
     def stream(self, request: PolicyRequest) -> PolicyStream:
         """See :meth:`Policy.stream`."""
         received = time.perf_counter()
-        with self._start(request) as decoding:
+        with self.start(request) as decoding:
             start = time.perf_counter()
             budget = request.max_new_tokens or self._prompt.max_response_tokens
-            text_stream = TextStream(self._tokens)
+            text_stream = TextStream(self.tokens)
             token_ids: list[int] = []
             concentrations: list[NDArray[np.float32]] = []
             stop: StopReason | None = None
@@ -68,10 +71,10 @@ class GreedyPolicy(Policy):
             while stop is None:
                 request.remaining_s()
                 token_ids.append(token)
-                if token in self._tokens.end_ids:
+                if token in self.tokens.end_ids:
                     stop = StopReason.END_OF_TEXT
                     break
-                is_reference = token == self._tokens.reference_id
+                is_reference = token == self.tokens.reference_id
                 if text := text_stream.add(token):
                     yield TextDelta(text)
                 if len(token_ids) >= budget:
@@ -84,7 +87,7 @@ class GreedyPolicy(Policy):
                     if len(concentrations) == request.max_targets:
                         stop = StopReason.TARGETS_REACHED
             end = time.perf_counter()
-        response = self._tokens.read(token_ids)
+        response = self.tokens.read(token_ids)
         if stop is StopReason.TOKEN_BUDGET and (text := text_stream.rest(response)):
             yield TextDelta(text)
         yield PolicyResult(
@@ -92,7 +95,7 @@ class GreedyPolicy(Policy):
             concentrations=np.array(concentrations, np.float32).reshape(-1, self.hidden_size),
             stop_reason=stop,
             token_ids=tuple(token_ids),
-            num_prompt_tokens=decoding.num_prompt_tokens,
+            num_prompt_tokens=len(decoding.prompt_ids),
             num_cached_tokens=decoding.num_cached_tokens,
             prefill_ms=1e3 * (first_token - start),
             decode_ms=1e3 * (end - first_token),

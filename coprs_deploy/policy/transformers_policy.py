@@ -73,7 +73,7 @@ class TransformersPolicy(GreedyPolicy):
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
-        self._tokens = PolicyTokens.from_directory(path, model.generation_config.eos_token_id)
+        self.tokens = PolicyTokens.from_directory(path, model.generation_config.eos_token_id)
         self._model = model.to(device).requires_grad_(False).eval()
         self._vision = VisionProcessor(path, model.config)
         self._prompt = prompt
@@ -83,10 +83,11 @@ class TransformersPolicy(GreedyPolicy):
         self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
     @contextmanager
-    def _start(self, request: PolicyRequest) -> Iterator[_Decoding]:
+    def start(self, request: PolicyRequest) -> Iterator[_Decoding]:
+        """See :meth:`GreedyPolicy.start`."""
         vision = self._vision(fit_pixel_count(request.image, *self._pixels))
         prompt_ids = encode_prompt(
-            self._prompt, self._tokens.tokenizer, request.instruction, vision.num_tokens
+            self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens
         )
         yield _Decoding(self._model, self._lock, prompt_ids, vision)
 
@@ -105,13 +106,12 @@ class _Decoding:
     ) -> None:
         self._model = model
         self._lock = lock
-        self._prompt_ids = prompt_ids
         self._vision = vision
-        self.num_prompt_tokens = len(prompt_ids)
+        self.prompt_ids = prompt_ids
 
     def prefill(self) -> int:
         """Read the prompt; return the most likely first token."""
-        return self._next_token(self.read(self._prompt_ids)[0, -1])
+        return self._next_token(self.read(self.prompt_ids)[0, -1])
 
     def read(self, ids: list[int]) -> torch.Tensor:
         """Read tokens, the prompt first; return their post-norm hidden states (1, L, D)."""

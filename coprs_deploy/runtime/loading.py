@@ -14,6 +14,7 @@ from coprs_deploy.bundle import Bundle
 from coprs_deploy.engines import SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.autotune import RuntimeChoice, autotune
 from coprs_deploy.errors import BundleError
+from coprs_deploy.machine import installed_versions
 from coprs_deploy.policy import Policy
 from coprs_deploy.runtime.options import AUTO, RuntimeOptions
 
@@ -64,9 +65,17 @@ def _open_policy(
 ) -> Policy:
     record = bundle.manifest.policy
     device = options.policy_device or options.device
-    source = (bundle.policy_path, record.prompt, record.min_pixels, record.max_pixels)
+    chosen = choose_policy(bundle, options)
+    path = bundle.policy_graphs_path if chosen == "openvino" else bundle.policy_path
+    source = (path, record.prompt, record.min_pixels, record.max_pixels)
     policy: Policy
-    if options.policy == "vllm":
+    if chosen == "openvino":
+        from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
+
+        policy = OpenVinoPolicy(
+            *source, device=device, dtype=options.policy_dtype, num_threads=options.num_threads
+        )
+    elif chosen == "vllm":
         from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
         memory_is_ready = None if device == "cpu" else graphs_are_open
@@ -88,6 +97,25 @@ def _open_policy(
             f"{record.hidden_size}; use the policy that this bundle was exported with"
         )
     return policy
+
+
+def choose_policy(bundle: Bundle, options: RuntimeOptions) -> str:
+    """Return the library that runs the policy: that of the options, or the best one for ``auto``.
+
+    With ``auto``, the policy's graphs run where they can: the bundle has some, the device is the
+    CPU, no dtype is asked for, and OpenVINO is installed.
+    """
+    if options.policy != AUTO:
+        return options.policy
+    if bundle.manifest.policy.path is None:
+        return "openvino"
+    runs_graphs = (
+        bundle.manifest.policy_graphs is not None
+        and (options.policy_device or options.device) == "cpu"
+        and options.policy_dtype is None
+        and "openvino" in installed_versions(("openvino",))
+    )
+    return "openvino" if runs_graphs else "transformers"
 
 
 def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeChoice, ...]:

@@ -11,10 +11,10 @@ from coprs_deploy.errors import check_number, check_type
 from coprs_deploy.policy.policy_dtype import DTYPES
 from coprs_deploy.policy.vllm_policy.settings import VllmSettings
 
-POLICIES = ("transformers", "vllm")
-
 AUTO = "auto"
-"""Runtime name that selects the fastest runtime of each graph by measurement."""
+"""Name that selects the fastest runtime of each graph by measurement, and the policy's library."""
+
+POLICIES = ("auto", "openvino", "transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class RuntimeOptions(RunnerOptions):
         runtime: runtime of the graphs: ``onnxruntime``, ``openvino``, or ``auto``, which measures
             the fastest one for each graph; None selects the one that the bundle was exported for.
         retune: with ``auto``, measure again instead of using the cached choice.
-        policy: library that runs the policy: ``transformers`` or ``vllm``.
+        policy: library that runs the policy: ``openvino``, ``transformers``, ``vllm``, or ``auto``:
+            OpenVINO on a CPU if the bundle has the policy's graphs, else transformers.
         policy_device: device of the policy; None selects that of the graphs.
         policy_dtype: dtype of the policy's weights: ``float32``, ``bfloat16`` or ``float16``; None
             selects the stored one, or float32 on a CPU that has no instructions for it.
@@ -39,7 +40,7 @@ class RuntimeOptions(RunnerOptions):
 
     runtime: str | None = None
     retune: bool = False
-    policy: str = "transformers"
+    policy: str = AUTO
     policy_device: str | None = None
     policy_dtype: str | None = None
     vllm: VllmSettings = field(default_factory=VllmSettings)

@@ -37,8 +37,6 @@ EMBEDDING_FILE = "embedding.npy"
 VISION_FILE = "vision.xml"
 DECODER_FILE = "decoder.xml"
 
-Precision = Literal["fp32", "bf16", "int8", "int4"]
-
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -56,7 +54,7 @@ class PolicyGraphs(Record, frozen=True):
 
     Attributes:
         family: ``qwen2_5_vl`` or ``llava``.
-        precision: precision of the weights.
+        precision: precision of the weights: ``fp32``, ``bf16``, ``int8`` or ``int4``.
         hidden_size: D, width of the decoder.
         image_token_id: placeholder of a vision token.
         end_token_ids: tokens that end a response.
@@ -66,7 +64,7 @@ class PolicyGraphs(Record, frozen=True):
     """
 
     family: Literal["qwen2_5_vl", "llava"]
-    precision: Precision
+    precision: str
     hidden_size: int
     image_token_id: int
     end_token_ids: tuple[int, ...]

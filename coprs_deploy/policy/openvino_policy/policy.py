@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,55 +101,82 @@ class OpenVinoPolicy(GreedyPolicy):
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = num_threads
         ends = description.end_token_ids
-        self._tokens = PolicyTokens(FileTokenizer(path, ends[0] if ends else None), path, ends)
+        self.tokens = PolicyTokens(FileTokenizer(path, ends[0] if ends else None), path, ends)
         try:
-            self._vision = VisionTower(path, description, settings)
-            self._decoder = Decoder(path, settings)
+            self._vision: VisionTower | None = VisionTower(path, description, settings)
+            self._decoder: Decoder | None = Decoder(path, settings)
         except (RuntimeError, OSError, ValueError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
         self._image_token_id = description.image_token_id
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
-        self._cache: OrderedDict[str, _CachedPrompt] = OrderedDict()
-        self._lock = Lock()
-        self._is_closed = False
+        self._cache = _PromptCache()
         self.hidden_size = description.hidden_size
         self.description = f"openvino {description.family} on cpu, {description.precision}"
 
     @contextmanager
-    def _start(self, request: PolicyRequest) -> Iterator[_Decoding]:
-        if self._is_closed:
+    def start(self, request: PolicyRequest) -> Iterator[_Decoding]:
+        """See :meth:`GreedyPolicy.start`."""
+        vision, decoder = self._vision, self._decoder
+        if vision is None or decoder is None:
             raise PolicyError("the policy was closed")
         image = fit_pixel_count(request.image, *self._pixels)
-        grid = self._vision.grid(image)
+        grid = vision.grid(image)
         ids = encode_prompt(
-            self._prompt,
-            self._tokens.tokenizer,
-            request.instruction,
-            self._vision.num_tokens(grid),
+            self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens(grid)
         )
         is_image = np.asarray(ids) == self._image_token_id
-        positions = self._vision.positions(is_image, grid)
-        with self._decoder.request() as decoder:
-            yield _Decoding(self, decoder, image, ids, positions)
+        prompt = _Prompt(image, ids, is_image, vision.positions(is_image, grid))
+        with decoder.request() as running:
+            yield _Decoding(prompt, vision, decoder, running, self._cache)
 
     def close(self) -> None:
-        """Free the graphs."""
-        self._is_closed = True
-        del self._vision, self._decoder
+        """Free the graphs; requests in progress end as usual."""
+        self._vision = self._decoder = None
         self._cache.clear()
 
-    def _cached(self, key: str) -> _CachedPrompt | None:
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-            return self._cache.get(key)
 
-    def _keep(self, key: str, prompt: _CachedPrompt) -> None:
+class _Prompt(NamedTuple):
+    """A request as the graphs take it.
+
+    Attributes:
+        image: RGB image within the pixel limits.
+        token_ids: prompt.
+        is_image: (L,) whether a token is a vision token.
+        positions: (3, L) or (1, L).
+    """
+
+    image: Image.Image
+    token_ids: list[int]
+    is_image: NDArray[np.bool_]
+    positions: NDArray[np.int64]
+
+
+class _PromptCache:
+    """The most recently used images, by content."""
+
+    def __init__(self) -> None:
+        self._prompts: OrderedDict[str, _CachedPrompt] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: str) -> _CachedPrompt | None:
+        """Return what is known of an image."""
         with self._lock:
-            self._cache[key] = prompt
-            while len(self._cache) > MAX_CACHED_PROMPTS:
-                self._cache.popitem(last=False)
+            if key in self._prompts:
+                self._prompts.move_to_end(key)
+            return self._prompts.get(key)
+
+    def put(self, key: str, prompt: _CachedPrompt) -> None:
+        """Keep what is known of an image instead of the least recently used one."""
+        with self._lock:
+            self._prompts[key] = prompt
+            while len(self._prompts) > MAX_CACHED_PROMPTS:
+                self._prompts.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all images."""
+        with self._lock:
+            self._prompts.clear()
 
 
 class _Decoding:
@@ -157,40 +184,37 @@ class _Decoding:
 
     def __init__(
         self,
-        policy: OpenVinoPolicy,
-        decoder: DecoderRequest,
-        image: Image.Image,
-        ids: list[int],
-        positions: NDArray[np.int64],
+        prompt: _Prompt,
+        vision: VisionTower,
+        decoder: Decoder,
+        running: DecoderRequest,
+        cache: _PromptCache,
     ) -> None:
-        self._policy = policy
-        self._decoder = decoder
-        self._image = image
-        self._ids = ids
-        self._positions = positions
-        self.num_prompt_tokens = len(ids)
+        self.prompt_ids = prompt.token_ids
         self.num_cached_tokens = 0
+        self._prompt = prompt
+        self._vision, self._decoder, self._running = vision, decoder, running
+        self._cache = cache
+        self._next_position = int(prompt.positions.max()) + 1
 
     def prefill(self) -> int:
         """Read the prompt; return the most likely first token."""
-        policy, ids = self._policy, self._ids
-        key = image_key(np.asarray(self._image))
-        known = policy._cached(key)
-        vision_tokens = policy._vision(self._image) if known is None else known.vision_tokens
-        embeddings = np.array(policy._decoder.embed(ids))
-        embeddings[np.asarray(ids) == policy._image_token_id] = vision_tokens
-        start = 0
+        image, ids, is_image, positions = self._prompt
+        key = image_key(np.asarray(image))
+        known = self._cache.get(key)
+        vision_tokens = self._vision(image) if known is None else known.vision_tokens
+        embeddings = np.array(self._decoder.embed(ids))
+        embeddings[is_image] = vision_tokens
         if known is not None:
-            start = min(common_prefix(known.token_ids, ids), len(ids) - 1)
-            self._decoder.restore(known.state, start)
-        self.num_cached_tokens = start
-        token, _ = self._decoder.feed(embeddings[start:], self._positions[:, start:])
-        policy._keep(key, _CachedPrompt(vision_tokens, ids, self._decoder.state()))
-        self._next_position = int(self._positions.max()) + 1
+            self.num_cached_tokens = min(common_prefix(known.token_ids, ids), len(ids) - 1)
+            self._running.restore(known.state, self.num_cached_tokens)
+        new = slice(self.num_cached_tokens, None)
+        token, _ = self._running.feed(embeddings[new], positions[:, new])
+        self._cache.put(key, _CachedPrompt(vision_tokens, ids, self._running.state()))
         return token
 
     def feed(self, token: int) -> tuple[int, NDArray[np.float32]]:
         """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
-        positions = np.full((len(self._positions), 1), self._next_position)
+        positions = np.full((len(self._prompt.positions), 1), self._next_position)
         self._next_position += 1
-        return self._decoder.feed(self._policy._decoder.embed([token]), positions)
+        return self._running.feed(self._decoder.embed([token]), positions)

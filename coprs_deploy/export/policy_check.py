@@ -1,0 +1,242 @@
+"""Equivalence check of a policy's graphs: tokens, hidden states and masks against PyTorch.
+
+The graphs answer questions about generated scenes. PyTorch then reads each prompt with that
+response in one pass in float32, whatever the stored dtype, and says which token it would have
+written at each place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from coprs_deploy.bundle import PolicyEquivalence
+from coprs_deploy.checkpoint import Checkpoint
+from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.data.synthetic.presets import PRESETS
+from coprs_deploy.export.equivalence import reference_opener
+from coprs_deploy.export.policy_graphs import load_policy
+from coprs_deploy.export.tolerances import PolicyTolerance
+from coprs_deploy.images import RgbArray, fit_pixel_count, prepare_image
+from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
+from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, graph_specs
+
+NUM_QUESTIONS = 4
+"""Generated scenes with one question each."""
+
+MAX_TOKENS = 96
+"""Tokens of a response that are compared; the longest of the demo model has 77."""
+
+
+@dataclass(frozen=True)
+class PolicySample:
+    """One question and what the graphs made of it.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        instruction: what to segment.
+        prompt_ids: tokens of the prompt.
+        token_ids: tokens of the response; ``<REF_POS>`` is appended if there is none.
+        num_written: how many of them the graphs chose.
+        states: (len(token_ids), D) hidden states.
+    """
+
+    image: RgbArray
+    instruction: str
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    num_written: int
+    states: NDArray[np.float32]
+
+
+def compare_policy(
+    checkpoint: Checkpoint,
+    graphs: Path,
+    tolerance: PolicyTolerance,
+    report: Callable[[str], None],
+) -> PolicyEquivalence:
+    """Compare a policy's graphs with PyTorch.
+
+    Args:
+        checkpoint: weights of policy and segmentation model.
+        graphs: directory of the policy's graphs.
+        tolerance: limits.
+        report: called with the name of each step as it starts.
+    """
+    report("candidate policy")
+    samples = answer(checkpoint, graphs)
+    report("reference policy")
+    expected, chosen = read_in_float32(checkpoint, samples)
+    report("policy masks")
+    found_masks, expected_masks = (
+        decode_masks(checkpoint, samples, concentrations)
+        for concentrations in ([s.states[-1] for s in samples], [e[-1] for e in expected])
+    )
+    differences = [
+        sample.states[-1] - states[-1] for sample, states in zip(samples, expected, strict=True)
+    ]
+    scale = max(float(np.abs(states[-1]).max()) for states in expected)
+    equal = [
+        int(written == wanted)
+        for sample, tokens in zip(samples, chosen, strict=True)
+        for written, wanted in zip(sample.token_ids[: sample.num_written], tokens, strict=False)
+    ]
+    cosines = [
+        float(s.states[-1] @ e[-1] / np.linalg.norm(s.states[-1]) / np.linalg.norm(e[-1]))
+        for s, e in zip(samples, expected, strict=True)
+    ]
+    union = np.logical_or(found_masks, expected_masks).sum()
+    both = np.logical_and(found_masks, expected_masks).sum()
+    values = {
+        "relative_error": max(float(np.abs(d).max()) for d in differences) / scale,
+        "mean_error": float(np.mean(differences)) / scale,
+        "cosine": min(cosines),
+        "token_agreement": float(np.mean(equal)),
+        "mask_iou": float(both / union) if union else 1.0,
+    }
+    return PolicyEquivalence(
+        inputs=len(samples), tokens=len(equal), passed=tolerance.accepts(values), **values
+    )
+
+
+def answer(checkpoint: Checkpoint, graphs: Path) -> list[PolicySample]:
+    """Answer questions about generated scenes with the graphs."""
+    config, samples = checkpoint.config, []
+    limits = config.policy_image
+    with OpenVinoPolicy(graphs, config.prompt, limits.min_pixels, limits.max_pixels) as policy:
+        reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
+        for example in held_out_examples(PRESETS["plain"], NUM_QUESTIONS, 0):
+            request = PolicyRequest(example.image, example.instruction)
+            with policy.start(request) as decoding:
+                tokens, states = list[int](), []
+                token = decoding.prefill()
+                while len(tokens) < MAX_TOKENS and token not in ends:
+                    tokens.append(token)
+                    token, state = decoding.feed(token)
+                    states.append(state)
+                    if tokens[-1] == reference_id:
+                        break
+                num_written = len(tokens)
+                if reference_id not in tokens:
+                    tokens.append(reference_id)
+                    states.append(decoding.feed(reference_id)[1])
+            samples.append(
+                PolicySample(
+                    example.image,
+                    example.instruction,
+                    decoding.prompt_ids,
+                    tokens,
+                    num_written,
+                    np.array(states),
+                )
+            )
+    return samples
+
+
+def read_in_float32(
+    checkpoint: Checkpoint, samples: Sequence[PolicySample]
+) -> tuple[list[NDArray[np.float32]], list[list[int]]]:
+    """Read each prompt with its response in one pass of PyTorch.
+
+    Returns:
+        Hidden states of the response's tokens, (T, D) each, and the token that PyTorch chooses at
+        each of these places.
+    """
+    model = load_policy(checkpoint.policy_path)
+    vision_of = VisionProcessor(checkpoint.policy_path, model.config)
+    limits = checkpoint.config.policy_image
+    states, chosen = [], []
+    for sample in samples:
+        pixels = fit_pixel_count(sample.image, limits.min_pixels, limits.max_pixels)
+        vision = vision_of(pixels)
+        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
+        inputs = dict(vision.tensors)
+        if vision.marks_image_tokens:
+            inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        start = len(sample.prompt_ids)
+        with torch.inference_mode(), computed_in_float32(model):
+            output = model.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs
+            )
+            hidden = output.last_hidden_state[0, start - 1 :]
+            chosen.append(model.get_output_embeddings()(hidden[:-1]).argmax(-1).tolist())
+        states.append(hidden[1:].numpy())
+    return states, chosen
+
+
+@contextmanager
+def computed_in_float32(model: Any) -> Iterator[None]:
+    """Compute with 16-bit weights in float32, one decoder layer in memory at a time."""
+    parts = model.model
+    vision = [
+        module
+        for name in ("visual", "vision_tower", "multi_modal_projector")
+        if (module := getattr(parts, name, None)) is not None
+    ]
+    text = parts.language_model
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.dtype != torch.float32:
+                kept[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters():
+            if parameter in kept:
+                parameter.data = kept.pop(parameter)
+
+    hooks = [module.register_forward_hook(restore) for module in vision]
+    for module in vision:  # its dtype is read before it is called
+        widen(module)
+    hooks.append(text.embed_tokens.register_forward_hook(lambda module, given, rows: rows.float()))
+    for module in (*text.layers, text.norm, model.get_output_embeddings()):
+        hooks.append(module.register_forward_pre_hook(widen))
+        hooks.append(module.register_forward_hook(restore))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        restore(model)
+
+
+def decode_masks(
+    checkpoint: Checkpoint,
+    samples: Sequence[PolicySample],
+    concentrations: Sequence[NDArray[np.float32]],
+) -> NDArray[np.bool_]:
+    """Decode concentrations with PyTorch's segmentation model.
+
+    Returns:
+        (samples, M, M) masks.
+    """
+    config = checkpoint.config.model
+    geometry = config.geometry
+    reference = reference_opener(checkpoint, graph_specs(geometry, config.policy_hidden_size))
+    prepared = [prepare_image(sample.image, geometry) for sample in samples]
+    masks = []
+    with reference(IMAGE_ENCODER) as encoder:
+        embeddings = [encoder(image=p.image)["image_embedding"].numpy() for p in prepared]
+    with reference(PRIOR) as prior, reference(MASK_DECODER) as decoder:
+        for image, embedding, concentration in zip(
+            prepared, embeddings, concentrations, strict=True
+        ):
+            logits = prior(image_embedding=embedding, concentration=concentration[None])
+            decoded = decoder(
+                image_embedding=embedding,
+                prior_logits=logits["prior_logits"].numpy(),
+                unpadded_size=image.unpadded_size,
+            )
+            masks.append(decoded["mask_logits"].numpy()[0, 0] > 0)
+    return np.array(masks)
