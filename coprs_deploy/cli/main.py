@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import re
+import select
 import signal
 import sys
 import threading
@@ -39,6 +42,9 @@ INTERRUPTED = 130
 
 READER_GONE = 141
 """Exit code of a program whose reader closed the pipe: 128 and the number of SIGPIPE."""
+
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|bad allocation", re.IGNORECASE)
+"""Text of the errors of PyTorch and the runtimes that report a failed allocation."""
 
 DESCRIPTION = """Reasoning segmentation with CoPRS: convert public weights, export verified graphs
 and engines, and serve masks with reasoning."""
@@ -78,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # None if the caller closed it, as ``>&-`` does
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr, for paths that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or wrong use
@@ -97,6 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(parsed, error, str(error), 2)
     except KeyboardInterrupt as error:
         return _report(parsed, error, "interrupted", INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "the system refused an allocation"
+        return _report(parsed, error, f"out of memory: {reason}", 2)
     return code
 
 
@@ -110,7 +123,10 @@ def _exit_on_signals() -> Iterator[None]:
     def stop(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
     try:
         yield
     finally:
@@ -132,11 +148,15 @@ def _reader_is_gone() -> bool:
     The rest of the output is discarded then, because Python flushes it once more at exit.
     """
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return False  # not a file, hence not a pipe
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 if __name__ == "__main__":
