@@ -25,8 +25,6 @@ from coprs_deploy.machine import describe_processor, installed_versions
 from coprs_deploy.specs import GraphSpec, Record
 
 AUTOTUNE_FOLDER = "autotune"
-"""Folder of the choices in the cache."""
-
 REVISION = 1
 """Increase when the measurement changes; cached choices go stale."""
 
@@ -139,12 +137,11 @@ def choice_key(bundle: Bundle, name: str, options: RunnerOptions) -> str:
 
 def _load_choice(cache: Cache, key: str) -> RuntimeChoice | None:
     """Read a cached choice; None if there is none that can be read."""
-    data = cache.load_blob(AUTOTUNE_FOLDER, key) or b""
     try:
-        choice = RuntimeChoice.from_json(json.loads(data))
+        stored = json.loads(cache.load_blob(AUTOTUNE_FOLDER, key) or b"")
+        return msgspec.structs.replace(RuntimeChoice.from_json(stored), is_cached=True)
     except ValueError:
         return None
-    return msgspec.structs.replace(choice, is_cached=True)
 
 
 def _measure(
@@ -188,10 +185,7 @@ def _time(runtime: str, runner: Runner) -> Timing:
 
 
 def random_inputs(spec: GraphSpec) -> dict[str, Array]:
-    """Draw standard normal inputs of a graph, with the largest possible integer sizes.
-
-    One image, and the profile's ``opt`` number of targets.
-    """
+    """Draw normal inputs of one image and ``opt`` targets, with the largest possible sizes."""
     generator = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for tensor in spec.inputs:

@@ -59,10 +59,6 @@ class CudaTensor(DeviceTensor):
         array: Array = host.numpy()
         return array
 
-    def rows(self) -> list[CudaTensor]:
-        """Split along the first dimension; the parts share the memory."""
-        return [CudaTensor(self.tensor[i : i + 1], self.ready) for i in range(len(self.tensor))]
-
 
 class CudaDevice:
     """One CUDA stream of one device, and the buffers that its kernels read and write.
@@ -129,12 +125,10 @@ class CudaDevice:
             used.record(self.stream)
 
     def _pinned(self, name: str, buffer: Any) -> tuple[Any, Any]:
-        staging = self._staging.get(name)
-        if staging is None or staging[0].shape != buffer.shape:
+        if name not in self._staging or self._staging[name][0].shape != buffer.shape:
             pinned = self._torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
-            staging = (pinned, self._torch.cuda.Event())
-            self._staging[name] = staging
-        return staging
+            self._staging[name] = (pinned, self._torch.cuda.Event())
+        return self._staging[name]
 
     def copy_out(self, buffer: Any) -> CudaTensor:
         """Copy a buffer, which the next call overwrites, into a tensor of its own."""

@@ -165,9 +165,7 @@ def masks_at_original_size(
         masks = _masks_on_gpu(on_gpu, num_targets, image, geometry)
         if masks is not None:
             return masks
-    logits = join_chunks(chunks, num_targets)
-    host_masks: NDArray[np.bool_] = resize_logits(logits, image, geometry) > 0
-    return host_masks
+    return np.greater(resize_logits(join_chunks(chunks, num_targets), image, geometry), 0)
 
 
 def _masks_on_gpu(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,9 +47,9 @@ class DeviceTensor(ABC):
     def numpy(self) -> Array:
         """Copy the values to the host."""
 
-    @abstractmethod
     def rows(self) -> Sequence[DeviceTensor]:
-        """Split along the first dimension into (1, ...) tensors on the same device."""
+        """Split along the first dimension into (1, ...) tensors, which share the memory."""
+        return [replace(self, tensor=self.tensor[i : i + 1]) for i in range(len(self.tensor))]
 
 
 class HostTensor(DeviceTensor):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.export.equivalence import run_graph, summarize
 from coprs_deploy.export.graph_check import NO_TOLERANCE
 from coprs_deploy.export.graph_writer import write_graph
+from coprs_deploy.export.onnx_graph import example_inputs
 from coprs_deploy.export.precision import FP32
 from coprs_deploy.export.samples import RunnerOpener, SampleInput
 from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES, Tolerance
@@ -100,13 +102,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class BackendComparison:
-    """Comparison of two backends, for each graph and end to end.
-
-    Attributes:
-        reference: name of the reference backend.
-        candidate: name of the candidate backend.
-        differences: one per graph, then end to end.
-    """
+    """Comparison of two backends by name, with one difference per graph, then end to end."""
 
     reference: str
     candidate: str
@@ -145,11 +141,7 @@ def compare_backends(
 ) -> tuple[BackendComparison, ...]:
     """Compare all backends that are available here, in the order of this module's docstring.
 
-    Args:
-        bundle: ONNX graphs of ``checkpoint``.
-        checkpoint: checkpoint that the bundle was exported from.
-        samples: inputs.
-        report: called with the name of each backend as it starts.
+    ``report`` is called with the name of each backend as it starts.
 
     Raises:
         ValueError: the bundle contains engines, which only their own GPU can run.
@@ -208,11 +200,7 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
     """Trace a module as export does, and return the program as a callable module."""
     import torch
 
-    count = spec.targets.opt  # the encoder runs one image at a time here
-    examples = tuple(
-        torch.zeros(tensor.shape_for(count), dtype=getattr(torch, tensor.dtype))
-        for tensor in spec.inputs
-    )
+    examples = example_inputs(spec, spec.targets.opt)  # the encoder runs one image at a time here
     with torch.no_grad():
         program = torch.export.export(module, examples).module()
 
@@ -229,10 +217,7 @@ def _run(
 ) -> dict[str, list[Array]]:
     """Run every graph of a backend on every sample.
 
-    Args:
-        opener: opens the graphs of the backend.
-        samples: inputs.
-        module: outputs of the module, which feed the next graph; None for the backend's own.
+    The outputs of ``module`` feed the next graph; None selects the backend's own.
     """
     fed = [sample.first_inputs() for sample in samples]
     own = [sample.first_inputs() for sample in samples]
@@ -279,14 +264,11 @@ def _run_runtimes(
         backend = f"{precision} graph on {runtime}"
         report(backend)
         try:
-            backends[backend] = _run(_graph_opener(bundle, runtime), samples, module)
+            opener = partial(open_bundle_graph, bundle, options=RunnerOptions(), runtime=runtime)
+            backends[backend] = _run(opener, samples, module)
         except RuntimeUnavailableError as error:
             report(f"{backend} is skipped: {error}")
     return backends
-
-
-def _graph_opener(bundle: Bundle, runtime: str) -> RunnerOpener:
-    return lambda name: open_bundle_graph(bundle, name, RunnerOptions(), runtime)
 
 
 def _compare(

@@ -16,6 +16,7 @@ from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.evaluation.metrics import count_pixels, iou
 from coprs_deploy.export.samples import RunnerOpener, SampleInput
 from coprs_deploy.export.tolerances import END_TO_END, Tolerance
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
@@ -54,8 +55,7 @@ def compare_graphs(
         samples: inputs.
         tolerances: by graph name and ``end_to_end``.
         report: called with the name of each step as it starts.
-        known: the reference's outputs by graph; missing ones are computed and added, so that the
-            next comparison on the same samples reuses them.
+        known: the reference's outputs by graph; missing ones are computed and added.
 
     Returns:
         One record per graph, and one for ``end_to_end``.
@@ -103,11 +103,7 @@ def _fused_masks(
 def require_equivalence(
     records: Sequence[EquivalenceRecord], tolerances: Mapping[str, Tolerance]
 ) -> None:
-    """Raise if any record is outside its tolerance.
-
-    Raises:
-        EquivalenceError: lists each failing graph with measured values and limits.
-    """
+    """Raise :class:`EquivalenceError` with measured values and limits of each failing record."""
     lines = []
     for record in records:
         if not record.passed:
@@ -149,18 +145,16 @@ def relative_error(found: Array, expected: Array, order: float = math.inf) -> fl
 
 def mask_iou(first: Array, second: Array) -> float:
     """Return the IoU of two arrays of mask logits thresholded at 0; 1.0 if both are empty."""
-    a, b = first > 0, second > 0
-    union = np.count_nonzero(a | b)
-    return float(np.count_nonzero(a & b) / union) if union else 1.0
+    return iou(count_pixels(first > 0, second > 0), empty=1.0)
 
 
 def _encode_batches(
     runner: Runner, inputs: Sequence[Mapping[str, Array]], expected: Sequence[Array]
 ) -> tuple[list[Array], list[Array]]:
-    """Encode samples in the batch sizes above 1 that the runtime uses.
+    """Encode samples in the batch sizes above 1 that the runtime uses; none for a static graph.
 
     Returns:
-        The encoder's and the reference's embeddings, image by image; empty for a static graph.
+        The encoder's and the reference's embeddings, image by image.
     """
     images, found, wanted = runner.spec.images, list[Array](), list[Array]()
     for size in {images.opt, images.max} - {1}:
@@ -185,16 +179,7 @@ def _inputs_of(runner: Runner, values: Mapping[str, Array]) -> dict[str, Array]:
 def summarize(
     name: str, found: Sequence[Array], expected: Sequence[Array], allowed: Tolerance
 ) -> EquivalenceRecord:
-    """Summarize the differences of one graph by the worst sample.
-
-    A value that is not finite, on either side, fails.
-
-    Args:
-        name: name of the record.
-        found: candidate's output for each sample.
-        expected: reference's output for each sample.
-        allowed: tolerance.
-    """
+    """Summarize the differences of one graph by the worst sample; values must be finite."""
     max_abs_error = largest = mean_error = 0.0
     cosine = iou = 1.0
     finite = True

@@ -118,16 +118,6 @@ the fusion of the attention.
 """
 
 
-def check_precision(precision: str) -> None:
-    """Check the name of a precision.
-
-    Raises:
-        ValueError: the name is unknown; the accepted ones are listed.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
-
-
 def rest_precision(runtime: str, precision: str) -> str:
     """Return the precision outside the int8 products; others apply to the whole graph."""
     return INT8_RESTS[runtime] if precision == INT8 else precision
@@ -147,7 +137,7 @@ def low_type(precision: str) -> ir.DataType:
 
 
 def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> None:
-    """Write a float32 graph in a lower precision, and check the file.
+    """Write a float32 graph in bf16 or fp16, and check the file.
 
     Args:
         source: float32 graph of the opset in :data:`OPSETS`; its products may be int8.
@@ -160,11 +150,7 @@ def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> N
         EquivalenceError: the written graph is not valid or has another signature.
     """
     assert precision in (BF16, FP16) and source != target
-    try:
-        import onnx_ir as ir
-    except ImportError as error:
-        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
-    model = ir.load(source)
+    model = load_graph(source)
     kept = float32_nodes(model.graph, spec.name, precision)
     _Typing(model.graph, low_type(precision)).apply(kept)
     names = [node.name or "" for node in model.graph if node in kept]
@@ -189,6 +175,19 @@ def float32_nodes(graph: ir.Graph, name: str, precision: str) -> set[ir.Node]:
         chosen = nodes[named[-1] :] if part.onwards else [nodes[i] for i in named]
         kept.update(chosen)
     return kept
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Load a graph without its external weights.
+
+    Raises:
+        MissingDependencyError: the exporter's packages are not installed.
+    """
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
+    return ir.load(path)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -297,11 +296,7 @@ MOVES = frozenset(
 
 
 def write_rounded_graph(source: Path, target: Path) -> int:
-    """Write the float32 graph that rounds wherever a typed graph does.
-
-    Args:
-        source: graph written by :func:`type_graph`.
-        target: another path; large weights go to ``<target>.data`` beside it.
+    """Write the float32 graph that rounds wherever a graph of :func:`type_graph` does.
 
     Returns:
         Number of rounded tensors, without weights.

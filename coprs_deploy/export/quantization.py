@@ -21,10 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export.calibration import INT8_LIMIT, Ranges
-from coprs_deploy.export.onnx_graph import INSTALL, SCOPES, check_onnx_graph, module_of
-from coprs_deploy.export.precision import BF16, FP16, FP32, INT8_PRODUCTS, low_type, save_graph
+from coprs_deploy.export.onnx_graph import SCOPES, check_onnx_graph, module_of
+from coprs_deploy.export.precision import (
+    BF16,
+    FP16,
+    FP32,
+    INT8_PRODUCTS,
+    load_graph,
+    low_type,
+    save_graph,
+)
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -56,7 +63,7 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
 
 def product_names(path: Path) -> list[str]:
     """Return the names of the products that :func:`quantize_graph` makes int8."""
-    return list(find_products(_load(path).graph))
+    return list(find_products(load_graph(path).graph))
 
 
 def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, rest: str) -> None:
@@ -74,7 +81,7 @@ def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, 
         EquivalenceError: the written graph is not valid or has another signature.
     """
     assert source != target
-    model = _load(source)
+    model = load_graph(source)
     products = find_products(model.graph)
     assert products.keys() == ranges.keys(), "the ranges belong to another graph"
     for name, node in products.items():
@@ -82,14 +89,6 @@ def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, 
     model.metadata_props[INT8_PRODUCTS] = json.dumps(list(products))
     save_graph(model, target)
     check_onnx_graph(target, spec)
-
-
-def _load(path: Path) -> ir.Model:
-    try:
-        import onnx_ir as ir
-    except ImportError as error:
-        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
-    return ir.load(path)
 
 
 def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, rest: str) -> None:
@@ -153,7 +152,5 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
 def _scales(limits: NDArray[Any], rest: str) -> NDArray[np.float32]:
     """Return the scale of each limit as a normal number of the type of the rest."""
-    smallest = SMALLEST_SCALES[rest]
-    rounded = np.maximum(limits / INT8_LIMIT, smallest).astype(low_type(rest).numpy())
-    scales: NDArray[np.float32] = rounded.astype(np.float32)
-    return scales
+    scales = np.maximum(limits / INT8_LIMIT, SMALLEST_SCALES[rest])
+    return scales.astype(low_type(rest).numpy()).astype(np.float32)

@@ -28,7 +28,7 @@ from coprs_deploy.engines.trt.variants import (
     make_logger,
 )
 from coprs_deploy.errors import EngineBuildError
-from coprs_deploy.specs import GraphSpec, OptimizationProfile, Record, TensorSpec
+from coprs_deploy.specs import GraphSpec, Record
 
 BUILDER_REVISION = 1
 """Increase when this module builds another engine from the same graph; cached engines go stale."""
@@ -107,14 +107,10 @@ def build_engine_bytes(
     timing_cache: bytes | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> BuiltEngine:
-    """Parse a graph, compile it and return the serialized engine.
+    """Parse an ONNX file, compile it and return the serialized engine.
 
-    Args:
-        graph: an ONNX file; its external weights are in the same folder.
-        spec: inputs and outputs that the network must have.
-        settings: build settings.
-        timing_cache: kernel timings of an earlier build; ignored if they do not match.
-        on_progress: called, from another thread, with the library's current step.
+    ``timing_cache`` holds kernel timings of an earlier build, which are ignored if they do not
+    match. ``on_progress`` is called from another thread with the library's current step.
 
     Raises:
         MissingDependencyError: the library is not installed.
@@ -142,9 +138,7 @@ class _Build:
     def __init__(self, graph: Path, spec: GraphSpec, settings: BuildSettings) -> None:
         variant = TRT_VARIANTS[settings.variant]
         self._library = variant.load()
-        self._graph = graph
-        self._spec = spec
-        self._settings = settings
+        self._graph, self._spec, self._settings = graph, spec, settings
         self._name = f"{variant.title} {self._library.__version__}"
         check_capabilities(self._library, variant, settings.compute_capabilities)
 
@@ -267,7 +261,8 @@ class _Build:
         profile = builder.create_optimization_profile()
         for tensor in self._spec.inputs:
             if any(isinstance(size, str) for size in tensor.shape):
-                profile.set_shape(tensor.name, *profile_shapes(tensor, self._spec.profile))
+                counts = (self._spec.profile.min, self._spec.profile.opt, self._spec.profile.max)
+                profile.set_shape(tensor.name, *map(tensor.shape_for, counts))
         return profile
 
 
@@ -292,11 +287,6 @@ def _advice(errors: list[str]) -> str:
 def _parser_error(error: Any) -> str:
     where = f"node {error.node_name()!r} ({error.node_operator()})" if error.node() >= 0 else "file"
     return f"{where}: {error.desc()}"
-
-
-def profile_shapes(tensor: TensorSpec, profile: OptimizationProfile) -> tuple[tuple[int, ...], ...]:
-    """Return the min, opt and max shapes of an input."""
-    return tuple(tensor.shape_for(count) for count in (profile.min, profile.opt, profile.max))
 
 
 def _make_monitor(library: Any, on_progress: Callable[[str], None], cancelled: Event) -> Any:

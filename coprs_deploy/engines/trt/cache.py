@@ -117,10 +117,8 @@ class EngineCache(Cache):
         """Write the engine of a key to a file; build it unless a valid one is in the cache.
 
         ``build`` writes the engine to a path and returns its record; ``on_wait`` is called if
-        another process is building this engine.
-
-        Returns:
-            The engine's record, and whether it was in the cache.
+        another process is building this engine. Returns the engine's record, and whether it was in
+        the cache.
         """
         entry = self.root / ENGINE_FOLDER / key.digest()
         with self.lock(key.digest(), on_wait):

@@ -47,11 +47,7 @@ def with_wildcards(tensor: TensorSpec) -> TensorSpec:
 
 
 def signature_mismatch(spec: GraphSpec, found: Sequence[TensorSpec]) -> str | None:
-    """Compare an engine's tensors with a specification, in any order.
-
-    Returns:
-        A description of the difference; None if they are equal.
-    """
+    """Describe how an engine's tensors, in any order, differ from a specification, or None."""
     expected = (*spec.inputs, *spec.outputs)
     if sorted(found, key=str) == sorted(map(with_wildcards, expected), key=str):
         return None
@@ -125,7 +121,7 @@ def check_loadable(
     if version != engine.version and not is_later:
         raise EngineMismatchError(
             f"{name} was built by {title} {engine.version}, and {version} is installed. Install "
-            f"that version, or rebuild: {_rebuild_command(engine)}"
+            f"that version, or rebuild: {rebuild_command(engine)}"
         )
     capability = gpu.compute_capability
     is_covered = engine.hardware_compatible and int(capability[3:]) >= 80
@@ -133,11 +129,11 @@ def check_loadable(
         raise EngineMismatchError(
             f"{name} was built for {', '.join(engine.compute_capabilities)}, and this GPU "
             f"({gpu.name}) is {capability}. Build it for this GPU: "
-            f"{_rebuild_command(engine, capability)}"
+            f"{rebuild_command(engine, capability)}"
         )
 
 
-def _rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:
+def rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:
     """Return the export command that rebuilds an engine, for one more GPU if given.
 
     Precision and profile are in the manifest, not in the engine's record.
@@ -163,11 +159,6 @@ def _rebuild_command(engine: EngineRecord, capability: str | None = None) -> str
     )
 
 
-def rebuild_advice(engine: EngineRecord) -> str:
-    """Return the advice to rebuild an engine, with the command."""
-    return f"Rebuild it: {_rebuild_command(engine)}"
-
-
 def read_engine(path: Path, engine: EngineRecord) -> bytes:
     """Read an engine file and check its size and hash.
 
@@ -178,14 +169,16 @@ def read_engine(path: Path, engine: EngineRecord) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error}. {rebuild_advice(engine)}") from error
+        raise BundleError(
+            f"{path} cannot be read: {error}. Rebuild it: {rebuild_command(engine)}"
+        ) from error
     if len(data) != engine.size_bytes:
         raise BundleIntegrityError(
             f"{path} has {len(data)} bytes, not {engine.size_bytes}: it was truncated or changed. "
-            f"{rebuild_advice(engine)}"
+            f"Rebuild it: {rebuild_command(engine)}"
         )
     if hashlib.sha256(data).hexdigest() != engine.sha256:
         raise BundleIntegrityError(
-            f"{path} was changed (SHA-256 differs). {rebuild_advice(engine)}"
+            f"{path} was changed (SHA-256 differs). Rebuild it: {rebuild_command(engine)}"
         )
     return data

@@ -28,6 +28,7 @@ from coprs_deploy.errors import (
     EngineMismatchError,
     MissingDependencyError,
     RuntimeUnavailableError,
+    install_hint,
 )
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec
 
@@ -52,11 +53,6 @@ class FusedRunner(Runner):
     Tensors of the same name share a buffer: an output of one engine that a later one takes is read
     in place, and is an output of the runner too. Calls from several threads are serialized, because
     a context runs one call at a time. Close the runner before those that own the engines.
-
-    Args:
-        engines: engines, in the order in which they run.
-        device: the stream and its buffers.
-        cuda_graphs: whether the work is captured once and replayed.
     """
 
     def __init__(self, engines: Sequence[TrtEngine], device: CudaDevice, cuda_graphs: bool) -> None:
@@ -97,11 +93,7 @@ class FusedRunner(Runner):
             }
 
     def _binding_for(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Binding:
-        """Return the binding for the number of targets or images in the inputs.
-
-        Raises:
-            ValueError: the number is outside the optimization profile.
-        """
+        """Return the binding for the number of targets or images in the inputs."""
         count = self.spec.count_of({name: value.shape for name, value in inputs.items()})
         profile = self.spec.profile
         if count is not None and not profile.min <= count <= profile.max:
@@ -223,7 +215,7 @@ def trt_availability(variant: TrtVariant) -> list[Availability]:
     try:
         library = variant.load()
     except MissingDependencyError:
-        return [Availability(variant.name, False, "not installed", variant.install)]
+        return [Availability(variant.name, False, "not installed", install_hint(variant.name))]
     detail, remedy = library.__version__, ""
     supported = supported_capabilities(library)
     gpu = current_gpu()

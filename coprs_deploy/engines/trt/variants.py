@@ -29,11 +29,6 @@ class TrtVariant:
     title: str
     builds_without_gpu: bool
 
-    @property
-    def install(self) -> str:
-        """The pip command that installs it."""
-        return install_hint(self.name)
-
     def load(self) -> Any:
         """Import the library; it has no type annotations.
 
@@ -44,7 +39,7 @@ class TrtVariant:
             return importlib.import_module(self.name.replace("-", "_"))
         except (ImportError, OSError) as error:
             raise MissingDependencyError(
-                f"{self.title} cannot be imported ({error}); {self.install}"
+                f"{self.title} cannot be imported ({error}); {install_hint(self.name)}"
             ) from error
 
 
