@@ -40,14 +40,7 @@ NOISE = 0.05
 
 
 class Timing(Record, frozen=True):
-    """Latency of one runtime on one graph.
-
-    Attributes:
-        runtime: value of ``--runtime``.
-        median_ms: median latency without the first run; None if it failed.
-        num_runs: number of timed runs.
-        error: error message if it failed.
-    """
+    """Median latency of one runtime on one graph, without the first run; None if it failed."""
 
     runtime: str
     median_ms: float | None
@@ -64,12 +57,9 @@ class RuntimeChoice(Record, frozen=True):
     """The runtime chosen for one graph.
 
     Attributes:
-        graph: name of the graph.
-        runtime: chosen runtime.
         reason: reason of the choice, in plain words.
         timings: measurements; empty if only one runtime can run the graph.
         date: ISO date of the measurement.
-        is_cached: whether the choice comes from the cache.
     """
 
     graph: str
@@ -94,11 +84,8 @@ def autotune(
 ) -> dict[str, RuntimeChoice]:
     """Choose the fastest runtime of each graph, by name, on this machine.
 
-    Args:
-        bundle: the bundle.
-        options: how its graphs will be run; ``cache_dir`` holds the choices.
-        retune: measure again even if a choice is cached.
-        progress: called with the name of each measurement as it starts.
+    ``options`` says how the graphs will be run; its ``cache_dir`` holds the choices. ``retune``
+    measures again. ``progress`` is called with the name of each measurement as it starts.
 
     Raises:
         CoPRSError: no runtime can run a graph; the error of its own runtime.

@@ -63,12 +63,9 @@ class CudaTensor(DeviceTensor):
 class CudaDevice:
     """One CUDA stream of one device, and the buffers that its kernels read and write.
 
-    Args:
-        index: index of the device.
-        high_priority: whether its kernels run before those of other streams.
+    Kernels of a stream with high priority run before those of other streams.
 
     Attributes:
-        gpu: name and compute capability of the device.
         stream: the stream as PyTorch's object.
         stream_handle: the ``cudaStream_t`` as an integer, for TensorRT.
 
@@ -139,10 +136,7 @@ class CudaDevice:
         return CudaTensor(copy, ready)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture work as a CUDA graph without running it; it must have run once before.
-
-        Returns:
-            A function that replays the work in one launch.
+        """Capture work, which has run before, as a CUDA graph; returns a function that replays it.
 
         Raises:
             RuntimeUnavailableError: the work cannot be captured.

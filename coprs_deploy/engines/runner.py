@@ -158,22 +158,15 @@ class Runner(Closeable):
         """Run with checked inputs."""
 
     def fused_with(self, following: Runner) -> Runner | None:
-        """Fuse this graph with one that reads its outputs, if the runtime can.
+        """Return a runner with the inputs and outputs of both, to be closed before them.
 
-        Returns:
-            A runner with the inputs and outputs of both, to be closed before them; None if a fused
-            launch has no advantage.
+        None if the runtime cannot fuse this graph with one that reads its outputs.
         """
-        del following
         return None
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) -> None:
-    """Check names, dtypes and shapes of a graph's inputs.
-
-    Raises:
-        ValueError: an input does not match; states what was found and what is accepted.
-    """
+    """Raise ``ValueError`` unless names, dtypes and shapes are those of a graph's inputs."""
     names = [tensor.name for tensor in spec.inputs]
     if set(inputs) != set(names):
         raise ValueError(

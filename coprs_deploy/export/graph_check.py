@@ -56,13 +56,8 @@ NO_TOLERANCE = Tolerance(
 class GraphCheck:
     """Compare graphs of a checkpoint with PyTorch in float32 on the CPU.
 
-    Args:
-        checkpoint: weights.
-        specs: graph name to inputs and outputs.
-        tolerances: by graph name and ``end_to_end``.
-        report: called with the name of each step as it starts.
-        seed: seed of the samples.
-        images: images of the samples where masks are compared all together; empty draws some.
+    ``specs`` and ``tolerances`` are by graph name. ``report`` is called with the name of each step.
+    ``images`` are those of the samples where masks are compared all together; empty draws some.
     """
 
     def __init__(
@@ -145,10 +140,7 @@ class GraphCheck:
     def require_engines(
         self, engines: Mapping[str, EngineRecord], runtime: str, directory: Path
     ) -> tuple[tuple[EquivalenceRecord, ...], dict[str, EngineRecord]]:
-        """Compare the engines in a directory on this machine's GPU.
-
-        Returns:
-            The equivalence records, and the engine records with layers, memory and GPU.
+        """Compare the engines in a directory on this machine's GPU, and complete their records.
 
         Raises:
             EquivalenceError: an engine is outside its tolerance.
@@ -210,11 +202,7 @@ class GraphCheck:
 def open_unverified(
     runtime: str, path: Path, spec: GraphSpec, engine: EngineRecord, options: RunnerOptions
 ) -> tuple[Runner, EngineRecord]:
-    """Open an engine to verify it, without the warning that it never ran.
-
-    Returns:
-        The runner, and the engine's record with layers, memory and GPU as read back.
-    """
+    """Open an engine to verify it; its record gets layers, memory and GPU as read back."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedEngineWarning)
         runner = open_graph(runtime, path, spec, options, engine)

@@ -14,7 +14,6 @@ than this package is tested with.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,6 @@ from numpy.typing import NDArray
 from coprs_deploy.export.calibration import INT8_LIMIT, Ranges
 from coprs_deploy.export.onnx_graph import SCOPES, check_onnx_graph, module_of
 from coprs_deploy.export.precision import (
-    BF16,
-    FP16,
-    FP32,
     INT8_PRODUCTS,
     load_graph,
     low_type,
@@ -36,10 +32,6 @@ from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-SMALLEST_SCALES: Mapping[str, float] = {FP32: 2.0**-126, BF16: 2.0**-126, FP16: 2.0**-14}
-"""Smallest normal number of each type; a smaller scale would lose precision."""
 
 
 def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
@@ -69,12 +61,8 @@ def product_names(path: Path) -> list[str]:
 def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, rest: str) -> None:
     """Write a float32 graph with int8 products, and check the file.
 
-    Args:
-        source: exported float32 graph.
-        target: another path; large weights go to ``<target>.data`` beside it.
-        spec: inputs and outputs, which do not change.
-        ranges: calibration range of every product.
-        rest: precision that the rest of the graph gets afterwards; scales are rounded to it.
+    Inputs and outputs do not change. Large weights go to ``<target>.data``. Scales are rounded to
+    ``rest``, the precision that the rest of the graph gets afterwards.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
@@ -152,5 +140,8 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
 def _scales(limits: NDArray[Any], rest: str) -> NDArray[np.float32]:
     """Return the scale of each limit as a normal number of the type of the rest."""
-    scales = np.maximum(limits / INT8_LIMIT, SMALLEST_SCALES[rest])
-    return scales.astype(low_type(rest).numpy()).astype(np.float32)
+    import ml_dtypes
+
+    dtype = low_type(rest).numpy()
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)  # below it, precision is lost
+    return np.maximum(limits / INT8_LIMIT, smallest).astype(dtype).astype(np.float32)

@@ -38,27 +38,16 @@ _ERRORS_SHOWN = 3
 
 @dataclass(frozen=True)
 class BuildCallbacks:
-    """Callbacks of an engine build.
-
-    Attributes:
-        on_note: called with a line to print.
-        on_progress: called often, from another thread, with the library's current step.
-    """
+    """Called with lines to print and, from another thread, with the library's current step."""
 
     on_note: Callable[[str], None] = lambda line: None
     on_progress: Callable[[str], None] = lambda text: None
 
 
 class BuildSettings(Record, frozen=True):
-    """Settings of an engine build.
+    """Settings of an engine build; see :class:`~coprs_deploy.bundle.EngineRecord`.
 
-    Attributes:
-        variant: ``tensorrt`` or ``tensorrt-rtx``.
-        compute_capabilities: GPUs to build for without a GPU, as ``sm_89``; empty selects the GPU
-            of this machine.
-        workspace_bytes: limit of scratch memory; None leaves it to the library.
-        version_compatible: build an engine that later versions load; it carries host code.
-        hardware_compatible: build an engine that runs on every GPU from sm_80 on.
+    ``compute_capabilities`` lists GPUs to build for without a GPU; empty selects this machine's.
     """
 
     variant: str
@@ -85,14 +74,7 @@ class BuildSettings(Record, frozen=True):
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """Result of an engine build.
-
-    Attributes:
-        data: the serialized engine; a buffer of the library.
-        seconds: wall time, parsing included.
-        network_layers: number of layers of the parsed network.
-        timing_cache: the timing cache after the build; None if the variant has none.
-    """
+    """Serialized engine in a buffer of the library, and the timing cache if the variant has one."""
 
     data: Any
     seconds: float

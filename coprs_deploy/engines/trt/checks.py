@@ -61,10 +61,7 @@ def signature_mismatch(spec: GraphSpec, found: Sequence[TensorSpec]) -> str | No
 class EngineDescription:
     """A compiled network as its engine file describes it.
 
-    Attributes:
-        tensors: inputs and outputs; dynamic sizes are -1.
-        compute_capabilities: GPUs that it was compiled for, as ``sm_89``.
-        types: number of tensors of the compiled network by element type.
+    ``types`` is the number of its tensors by element type; dynamic sizes of ``tensors`` are -1.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -134,10 +131,7 @@ def check_loadable(
 
 
 def rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:
-    """Return the export command that rebuilds an engine, for one more GPU if given.
-
-    Precision and profile are in the manifest, not in the engine's record.
-    """
+    """Return the export command that rebuilds an engine, for one more GPU if given."""
     variant, runtime = TRT_VARIANTS[engine.variant], engine.variant
     flags = []
     if variant.builds_without_gpu:
@@ -160,12 +154,7 @@ def rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:
 
 
 def read_engine(path: Path, engine: EngineRecord) -> bytes:
-    """Read an engine file and check its size and hash.
-
-    Raises:
-        BundleError: the file cannot be read.
-        BundleIntegrityError: it is not the file that was built.
-    """
+    """Read an engine file; raise :class:`BundleError` unless size and hash are those built."""
     try:
         data = path.read_bytes()
     except OSError as error:

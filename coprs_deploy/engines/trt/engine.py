@@ -28,8 +28,6 @@ class TrtEngine:
     """One engine on one GPU, which must be the thread's current device during calls.
 
     Attributes:
-        spec: inputs and outputs.
-        description: library, version and GPU in one line.
         layers: layers of the compiled network, one line each.
         device_memory_bytes: scratch memory of one execution context.
 

@@ -129,13 +129,7 @@ class FusedRunner(Runner):
 
 
 class TrtRunner(FusedRunner):
-    """One engine on one GPU.
-
-    Attributes:
-        gpu_name: name of the GPU.
-        layers: layers of the compiled network, one line each.
-        device_memory_bytes: scratch memory of one execution context.
-    """
+    """One engine on one GPU; ``layers`` and ``device_memory_bytes`` are those of the engine."""
 
     def __init__(self, engine: TrtEngine, device: CudaDevice, cuda_graphs: bool) -> None:
         super().__init__([engine], device, cuda_graphs)
@@ -171,12 +165,7 @@ def open_engine(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> TrtRunner:
-    """Open an engine file; see :func:`coprs_deploy.engines.open_graph`.
-
-    Raises:
-        EngineMismatchError: the engine is for another variant, version or GPU.
-        BundleError: it has no record, or is not the file that was built.
-    """
+    """Open an engine file; see :func:`coprs_deploy.engines.open_graph`."""
     if engine is None:
         raise BundleError(
             f"the engine {path} has no record: engines are loaded only with their record in a "

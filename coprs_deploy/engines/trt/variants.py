@@ -17,13 +17,7 @@ from coprs_deploy.errors import MissingDependencyError, install_hint
 
 @dataclass(frozen=True)
 class TrtVariant:
-    """One of the two TensorRT libraries.
-
-    Attributes:
-        name: value of ``--runtime``, and the extra that installs it.
-        title: product name in messages.
-        builds_without_gpu: whether ``--compute-capabilities`` may list GPUs that are not present.
-    """
+    """One of the two TensorRT libraries; the name is also the extra that installs it."""
 
     name: str
     title: str
