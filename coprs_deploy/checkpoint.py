@@ -155,8 +155,7 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
     from safetensors import SafetensorError, safe_open
 
     file = checkpoint.path / SEGMENTATION_FILE
-    model = _empty_model(checkpoint.config.model)
-    wanted = _shapes(model)
+    wanted = expected_shapes(checkpoint.config.model)
     try:
         with safe_open(file, framework="pt") as stored:
             names = stored.keys()
@@ -165,13 +164,14 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
             tensors = {name: stored.get_tensor(name).to(torch.float32) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    model = _empty_model(checkpoint.config.model)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def expected_shapes(config: SegmentationConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a segmentation model, without allocating memory."""
-    return _shapes(_empty_model(config))
+    return {name: tuple(t.shape) for name, t in _empty_model(config).state_dict().items()}
 
 
 def check_tensors(
@@ -208,7 +208,3 @@ def _empty_model(config: SegmentationConfig) -> SegmentationModel:
 
     with torch.device("meta"):
         return SegmentationModel(config)
-
-
-def _shapes(model: SegmentationModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -101,10 +101,8 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
 def register_reference_token(model: Any, tokenizer: Any) -> bool:
     """Add the special token ``<REF_POS>`` to a policy, with a row in both embedding tables.
 
-    The new row is the mean of the rows in use.
-
-    Returns:
-        Whether the policy was changed; one that has the token is not.
+    The new row is the mean of the rows in use. Returns whether the policy was changed; one that has
+    the token is not.
     """
     import torch
     from transformers import AddedToken

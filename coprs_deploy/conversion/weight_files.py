@@ -95,11 +95,7 @@ def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
 
 
 def sam_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> SamConfig:
-    """Infer the sizes of a SAM model from the shapes of its tensors.
-
-    Raises:
-        KeyError: a required tensor is missing.
-    """
+    """Infer the sizes of a SAM model from the shapes of its tensors, or raise ``KeyError``."""
     encoder, decoder = "image_encoder", "mask_decoder"
     _, grid, _, width = shapes[f"{encoder}.pos_embed"]
     patch = shapes[f"{encoder}.patch_embed.proj.weight"][-1]
@@ -138,11 +134,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def find_shards(directory: Path) -> list[Path]:
-    """List the rank files of a sharded training state in rank order.
-
-    Raises:
-        ConversionError: ranks are missing, or the directory has files of several numbers of ranks.
-    """
+    """List the rank files of a sharded training state in rank order; none may be missing."""
     pattern = SHARD_FILE.format(size=r"(\d+)", rank=r"(\d+)")
     found = {
         (int(match[1]), int(match[2])): path
@@ -162,10 +154,7 @@ def find_shards(directory: Path) -> list[Path]:
 
 
 def merge_shards(paths: list[Path]) -> dict[str, Tensor]:
-    """Merge the shards of an FSDP training state.
-
-    Args:
-        paths: one file per rank, in order; each maps names to sharded or plain tensors.
+    """Merge the shards of an FSDP training state, one file per rank, in order.
 
     Raises:
         ConversionError: a file cannot be read safely, or a tensor is not sharded along one

@@ -57,14 +57,7 @@ FIXED_MEMORY_BYTES = 500_000_000
 
 
 class BuildTarget(Record, frozen=True):
-    """What engines are built for, resolved before anything is exported.
-
-    Attributes:
-        settings: build settings, with the compute capabilities filled in if the variant lists them.
-        version: version of the library.
-        gpu: name of the GPU that builds; None without one.
-        compute_capabilities: GPUs that run the engines.
-    """
+    """What engines are built for: the settings, the library, and the GPUs that build and run."""
 
     settings: BuildSettings
     version: str
@@ -73,16 +66,7 @@ class BuildTarget(Record, frozen=True):
 
 
 class EngineKey(Record, frozen=True):
-    """Everything that determines an engine; equal keys mean the same engine.
-
-    Attributes:
-        target: settings, library version and GPUs.
-        graph_sha256: hash of the ONNX graph, external weights included.
-        spec: inputs, outputs and optimization profile.
-        precision: precision of the graph.
-        platform: operating system and processor architecture.
-        revision: :data:`BUILDER_REVISION`.
-    """
+    """Everything that determines an engine; equal keys mean the same engine."""
 
     target: BuildTarget
     graph_sha256: str
@@ -117,10 +101,8 @@ class EngineCache(Cache):
         """Write the engine of a key to a file; build it unless a valid one is in the cache.
 
         ``build`` writes the engine to a path and returns its record; ``on_wait`` is called if
-        another process is building this engine.
-
-        Returns:
-            The engine's record, and whether it was in the cache.
+        another process is building this engine. Returns the engine's record, and whether it was in
+        the cache.
         """
         entry = self.root / ENGINE_FOLDER / key.digest()
         with self.lock(key.digest(), on_wait):
@@ -215,7 +197,6 @@ def build_engine(
 
     Raises:
         EngineBuildError: the graph cannot be parsed or compiled.
-        KeyboardInterrupt: Ctrl-C; nothing is written.
     """
     callbacks = callbacks or BuildCallbacks()
     system = f"{platform.system()}-{platform.machine()}"
@@ -261,10 +242,7 @@ def _build(
 
 
 def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
-    """Check the free disk space for building ONNX files into a folder and the cache.
-
-    Returns:
-        A sentence with the memory and disk space that the builds take.
+    """Check the disk space for builds into a folder and the cache, and say what they take.
 
     Raises:
         EngineBuildError: there is too little disk space.

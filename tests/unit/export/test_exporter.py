@@ -194,7 +194,7 @@ class TestReport:
             "load checkpoint",
             "fingerprint checkpoint",
             *(f"export {name}" for name in GRAPH_NAMES),
-            *(f"check {side} {n}" for n in GRAPH_NAMES for side in ("reference", "candidate")),
+            *(f"check {side} {n}" for side in ("reference", "candidate") for n in GRAPH_NAMES),
             "write bundle",
         ]
         assert list(report.seconds) == steps
