@@ -90,11 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
     with open_runtime(arguments.bundle, options) as coprs:
         _check_images(dataset.examples, coprs)
         predict = predict_with(coprs.segment, dataset.max_targets)
-        evaluated = evaluate(predict, dataset.examples, on_progress=log_progress)
-    metrics = summarize([each.score for each in evaluated])
+        scores = evaluate(predict, dataset.examples, on_progress=log_progress)
+    metrics = summarize(scores)
     failed = _failed_thresholds(metrics, thresholds)
     if arguments.out:
-        write_evaluation(arguments.out, dataset.description, evaluated)
+        write_evaluation(arguments.out, dataset.description, scores)
     if arguments.json:
         print_json(
             {"dataset": dataset.description, "metrics": metrics, "failed_thresholds": failed}

@@ -133,18 +133,16 @@ class ExampleFile(LazyExamples):
         problems: the invalid rows, which are skipped.
     """
 
-    def __init__(self, path: str | PathLike[str], *, strict: bool = False) -> None:
+    def __init__(self, path: str | PathLike[str]) -> None:
         """Open a file and validate every row, which decodes each image once.
 
         Args:
             path: a ``.parquet`` or ``.jsonl`` file.
-            strict: raise if any row is invalid.
 
         Raises:
             ValueError: the suffix is not supported.
             FileNotFoundError: the file does not exist.
-            ArtifactError: the file does not match its suffix, its columns are wrong, or ``strict``
-                is set and a row is invalid.
+            ArtifactError: the file does not match its suffix, or its columns are wrong.
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
@@ -158,8 +156,6 @@ class ExampleFile(LazyExamples):
             except (ValueError, FileNotFoundError) as error:
                 problems.append(RowProblem(index + 1, str(error)))
         self.problems = tuple(problems)
-        if problems and strict:
-            raise ArtifactError(f"{self.summary()}: correct them, or open the file without strict")
         if problems:
             warnings.warn(self.summary(), stacklevel=2)
 
@@ -223,16 +219,12 @@ class ExampleFile(LazyExamples):
         )
 
 
-def write_examples(
-    path: str | PathLike[str], examples: Iterable[Example], *, images_as_files: bool = False
-) -> int:
+def write_examples(path: str | PathLike[str], examples: Iterable[Example]) -> int:
     """Write examples to a file atomically.
 
     Args:
         path: a ``.parquet`` or ``.jsonl`` file; an existing file is replaced.
         examples: the examples, consumed one at a time.
-        images_as_files: write PNG files into a directory named after the file (``x_images`` for
-            ``x.jsonl``) instead of storing the bytes in the rows.
 
     Returns:
         The number of rows written.
@@ -242,33 +234,21 @@ def write_examples(
         MissingDependencyError: the file is Parquet and pyarrow is not installed.
     """
     target = Path(path)
-    directory = target.with_name(f"{target.stem}_images") if images_as_files else None
-    if directory:
-        directory.mkdir(exist_ok=True)
     count = 0
     with atomic_write(target) as partial, row_writer(partial, target.suffix) as write:
         for example in examples:
             count += 1
-            png, image_path = _png_bytes(example.image), None
-            if directory:
-                image_path = f"{directory.name}/{count:06d}.png"
-                (directory.parent / image_path).write_bytes(png)
+            png = io.BytesIO()
+            Image.fromarray(example.image).save(png, "PNG", compress_level=3)
             write(
                 ExampleRow(
                     id=example.id,
                     instruction=example.instruction,
                     masks=[encode_mask(mask) for mask in example.masks],
-                    image=None if image_path else png,
-                    image_path=image_path,
+                    image=png.getvalue(),
                     response=example.response,
                     question_type=example.question_type,
                     source=example.source,
                 )
             )
     return count
-
-
-def _png_bytes(image: RgbArray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()

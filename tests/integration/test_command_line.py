@@ -284,7 +284,7 @@ def test_synth_writes_a_contact_sheet_or_an_example_file(name, tmp_path):
     else:
         from coprs_deploy.data.examples import ExampleFile
 
-        assert len(ExampleFile(tmp_path / name, strict=True)) == 3
+        assert len(ExampleFile(tmp_path / name)) == 3
 
 
 def test_doctor_with_runtimes_and_policies_is_ready():

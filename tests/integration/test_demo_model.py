@@ -69,7 +69,7 @@ def test_demo_graphs_are_equivalent_to_the_checkpoint():
 def test_demo_model_reaches_the_thresholds_on_held_out_scenes(coprs):
     dataset = open_examples("synthetic:plain", 48, 16)
     evaluated = evaluate(predict_with(coprs.segment, dataset.max_targets), dataset.examples)
-    metrics = summarize([each.score for each in evaluated])
+    metrics = summarize(evaluated)
     for name, threshold in THRESHOLDS.items():
         assert metrics[name] >= threshold, (name, metrics[name])
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coprs_deploy.evaluation.evaluator import Evaluated, Prediction, evaluate
-from coprs_deploy.evaluation.metrics import mask_metrics, standard_error
+from coprs_deploy.evaluation.evaluator import Prediction, evaluate
+from coprs_deploy.evaluation.metrics import ExampleScore, mask_metrics, standard_error
 from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.training.grpo.scores import mask_scores
 from coprs_deploy.training.rewards import total_reward
@@ -33,7 +33,7 @@ MASK_METRICS = ("giou", "prior_giou", "precision_at_50")
 COMPLETION_METRICS = ("reward", "format_score", "count_accuracy", "completion_length")
 
 
-def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[Evaluated]:
+def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[ExampleScore]:
     """Evaluate greedy responses; all processes take part and each returns all results."""
     from accelerate.utils import gather_object
 
@@ -51,18 +51,17 @@ def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[
         batch_size=BATCH_SIZE,
     )[: len(own)]
     model.train(was_training)
-    gathered: list[Evaluated] = gather_object(evaluated) if num_processes > 1 else evaluated
+    gathered: list[ExampleScore] = gather_object(evaluated) if num_processes > 1 else evaluated
     return gathered
 
 
-def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
+def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
     """Compute metrics over all examples, and mask metrics over those with a target.
 
     Returns:
         ``COMPLETION_METRICS``, ``MASK_METRICS``, ``giou_stderr`` and ``reward_stderr``; those of
         masks are nan if no example has a target.
     """
-    scores = [each.score for each in evaluated]
     present = [score for score in scores if score.num_targets]
     of_masks = mask_metrics(present)
     return {
