@@ -8,7 +8,7 @@ English is in :mod:`coprs_deploy.data.synthetic.wording`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -117,15 +117,16 @@ def resolve(
             return ()
         origin = objects[found[0]]
         if relation == NEAREST:
-            pool = _ranked(pool, 1, clear_px, lambda i, at=origin: distance(objects[i], at))
+            pool = _ranked(pool, 1, clear_px, [distance(item, origin) for item in objects])
         else:
             directions.append((DIRECTIONS[relation], origin))
     pool = [i for i in pool if _is_in_directions(objects[i], directions, clear_px)]
     if expression.extreme in SIZE_EXTREMES:
         sign = SIZE_EXTREMES[expression.extreme]
-        pool = _ranked(pool, 1, 1, lambda i: sign * vocabulary.SIZES.index(objects[i].size))
+        sizes = [sign * vocabulary.SIZES.index(item.size) for item in objects]
+        pool = _ranked(pool, 1, 1, sizes)
     elif side := EXTREMES.get(expression.extreme or "") or SIDES.get(expression.side or ""):
-        pool = _ranked(pool, expression.rank or 1, clear_px, position(side, objects))
+        pool = _ranked(pool, expression.rank or 1, clear_px, positions(side, objects))
     if len(pool) > 1 and not expression.is_plural:
         raise UnclearError("several objects match")
     return tuple(pool)
@@ -161,19 +162,18 @@ def _is_in_directions(
     return True
 
 
-def _ranked(pool: list[int], rank: int, margin: float, value: Callable[[int], float]) -> list[int]:
-    """Return the object of a rank by its value; the order must be clear up to the next object."""
-    ordered = sorted(pool, key=value)
-    values = [value(i) for i in ordered[: rank + 1]]
-    if any(later - earlier < margin for earlier, later in pairwise(values)):
+def _ranked(pool: list[int], rank: int, margin: float, values: Sequence[float]) -> list[int]:
+    """Return the object of a rank by the objects' values, clear up to the next object."""
+    ordered = sorted(pool, key=values.__getitem__)
+    if any(values[j] - values[i] < margin for i, j in pairwise(ordered[: rank + 1])):
         raise UnclearError("two objects have a similar position, distance or size")
     return ordered[rank - 1 : rank]
 
 
-def position(direction: tuple[int, int], objects: Sequence[SceneObject]) -> Callable[[int], float]:
-    """Return the function from an index to the object's position, counted from a side."""
+def positions(direction: tuple[int, int], objects: Sequence[SceneObject]) -> list[float]:
+    """Return the position of each object, counted from a side of ``SIDES``."""
     axis, sign = direction
-    return lambda i: sign * objects[i].center[axis]
+    return [sign * item.center[axis] for item in objects]
 
 
 def distance(item: SceneObject, other: SceneObject) -> float:

@@ -20,7 +20,7 @@ from coprs_deploy.data.synthetic.expressions import (
     Expression,
     candidates,
     distance,
-    position,
+    positions,
     resolve,
 )
 from coprs_deploy.data.synthetic.scene import SceneObject
@@ -93,7 +93,7 @@ def _list_candidates(
     pool = candidates(expression, objects, clear_px)
     order = ""
     if expression.side:
-        pool.sort(key=position(SIDES[expression.side], objects))
+        pool.sort(key=positions(SIDES[expression.side], objects).__getitem__)
         order = f" from the {expression.side}"
     origins = [
         objects[resolve(anchor, objects, clear_px)[0]]
