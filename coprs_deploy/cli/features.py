@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress=progress,
     )
     if arguments.json:
-        print_json({"features": str(arguments.out), **asdict(report)})
+        counts = asdict(report)
+        opened = [file.to_json() for file in files]
+        print_json({"features": str(arguments.out), **counts, "files": opened})
     else:
         log(
             f"{arguments.out}: {report.num_images:,} distinct images in {report.num_examples:,} "
