@@ -311,7 +311,7 @@ def png_bytes(image, **options):
     return buffer.getvalue()
 
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 BOX = np.zeros((6, 8), bool)
 BOX[1:4, 2:7] = True
 OF_PYCOCOTOOLS = coco.encode(np.asfortranarray(BOX, dtype=np.uint8))
@@ -323,10 +323,10 @@ SEGMENTATIONS = {
     "two polygons": [[2.0, 1, 4, 1, 4, 4, 2, 4], [4.0, 1, 7, 1, 7, 4, 4, 4]],
 }
 IMAGES = {
-    "bytes": {"image": png_bytes(PICTURE)},
+    "bytes": {"image": png_bytes(PIXELS)},
     "path": {"image_path": "6x8.png"},
-    "Hugging Face, bytes": {"image": {"bytes": png_bytes(PICTURE), "path": "lost.png"}},
-    "Hugging Face, bytes alone": {"image": {"bytes": png_bytes(PICTURE), "path": None}},
+    "Hugging Face, bytes": {"image": {"bytes": png_bytes(PIXELS), "path": "lost.png"}},
+    "Hugging Face, bytes alone": {"image": {"bytes": png_bytes(PIXELS), "path": None}},
     "Hugging Face, path": {"image": {"bytes": None, "path": "6x8.png"}},
 }
 
@@ -337,20 +337,20 @@ IMAGES = {
 def test_images_and_masks_are_read_in_every_form(tmp_path, suffix, image, segmentation):
     if suffix == ".jsonl" and segmentation == "pycocotools":
         pytest.skip("JSON has no bytes")
-    (tmp_path / "6x8.png").write_bytes(png_bytes(PICTURE))
+    (tmp_path / "6x8.png").write_bytes(png_bytes(PIXELS))
     path = tmp_path / f"rows{suffix}"
     row = {"id": 7, "instruction": "the box", "masks": [SEGMENTATIONS[segmentation]] * 2}
     write_table(path, [{**row, **IMAGES[image], "response": None}])
     (found,) = ExampleFile(path)
     assert (found.id, found.response) == ("7", "")
-    np.testing.assert_array_equal(found.image, PICTURE)
+    np.testing.assert_array_equal(found.image, PIXELS)
     np.testing.assert_array_equal(found.masks, [BOX, BOX])
 
 
 @formats
 def test_null_is_a_missing_optional_column(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
-    row = {"id": "a", "instruction": "the box", "masks": [], "image": png_bytes(PICTURE)}
+    row = {"id": "a", "instruction": "the box", "masks": [], "image": png_bytes(PIXELS)}
     optional = dict.fromkeys(["image_path", "response", "question_type", "source"])
     write_table(path, [{**row, **optional}])
     (found,) = ExampleFile(path)
@@ -360,7 +360,7 @@ def test_null_is_a_missing_optional_column(tmp_path, suffix):
 @formats
 def test_other_columns_are_ignored_and_named_once(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
-    row = {"id": "a", "instruction": "the box", "masks": [], "image": png_bytes(PICTURE)}
+    row = {"id": "a", "instruction": "the box", "masks": [], "image": png_bytes(PIXELS)}
     write_table(path, [{**row, "split": "train", "respnse": "x"}] * 3)
     with pytest.warns(UserWarning, match="all 3 rows are valid; ignored columns: ") as warned:
         found = ExampleFile(path)
@@ -370,16 +370,16 @@ def test_other_columns_are_ignored_and_named_once(tmp_path, suffix):
 
 
 def photo(orientation):
-    """Encode PICTURE without loss as an image file with an EXIF orientation."""
+    """Encode PIXELS without loss as an image file with an EXIF orientation."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    return png_bytes(PICTURE, exif=exif)
+    return png_bytes(PIXELS, exif=exif)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_masks_are_in_the_frame_of_the_upright_image(tmp_path, orientation):
     """The mask is that of the red pixel, which a viewer shows in its place after the turn."""
-    marked = PICTURE // 2
+    marked = PIXELS // 2
     marked[1, 2] = 255, 0, 0
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -418,7 +418,7 @@ COLUMN_VALUES = {
     "id": st.integers() | st.text(max_size=3),
     "instruction": st.text(max_size=5),
     "masks": st.lists(st.sampled_from([*SEGMENTATIONS.values()]) | JSON_VALUES, max_size=3),
-    "image": st.sampled_from([png_bytes(PICTURE), photo(8), {"bytes": b"x", "path": "6x8.png"}])
+    "image": st.sampled_from([png_bytes(PIXELS), photo(8), {"bytes": b"x", "path": "6x8.png"}])
     | st.binary(max_size=8),
     "image_path": st.text(max_size=5),
     "response": st.sampled_from(["", "a", "<REF_POS>"]) | st.text(max_size=5),
