@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.cli.runtime_arguments import (
@@ -109,7 +109,11 @@ def _open_examples(arguments: argparse.Namespace) -> ExampleSet:
     """Open the file, or the scenes; options of scenes are refused with a file."""
     from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, open_examples
 
-    defaults = {"preset": "plain", "num_no_match": DEFAULT_NUM_NO_MATCH, "first_seed": 0}
+    defaults: dict[str, Any] = {
+        "preset": "plain",
+        "num_no_match": DEFAULT_NUM_NO_MATCH,
+        "first_seed": 0,
+    }
     given = [name for name in defaults if getattr(arguments, name) is not None]
     if arguments.examples:
         if given:

@@ -7,7 +7,8 @@ here. A file is Parquet (``.parquet``) or JSON lines (``.jsonl``, UTF-8), with t
     instruction                    text
     masks                          list with one COCO segmentation per target: RLE,
                                    {"size": [height, width], "counts": text, bytes or integers}, or
-                                   polygons, [[x1, y1, x2, y2, ...], ...]; [] if nothing matches
+                                   polygons, [[x1, y1, x2, y2, ...], ...]; [] if nothing matches;
+                                   or the Sequence of RLE of Hugging Face datasets
     image or image_path            bytes of an image file (base64 in JSON), or the image of Hugging
                                    Face datasets, {"bytes": ..., "path": ...}; or the path of an
                                    image file, relative to the example file
@@ -29,7 +30,7 @@ import difflib
 import io
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -162,12 +163,19 @@ class ExampleFile(LazyExamples):
         ignored_columns: columns of the file that are not read.
     """
 
-    def __init__(self, path: str | PathLike[str], max_examples: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        max_examples: int | None = None,
+        *,
+        inspect: Callable[[Example], None] | None = None,
+    ) -> None:
         """Open a file and validate every row, which decodes each image once.
 
         Args:
             path: a ``.parquet`` or ``.jsonl`` file.
             max_examples: stop after this number of valid rows.
+            inspect: called with each valid example, in order, while the file is opened.
 
         Raises:
             ValueError: the suffix is not supported.
@@ -195,6 +203,8 @@ class ExampleFile(LazyExamples):
                 self._valid.append(index)
                 num_targets.append(len(example.masks))
                 question_types.append(example.question_type)
+                if inspect is not None:
+                    inspect(example)
         self.num_targets, self.question_types = tuple(num_targets), tuple(question_types)
         self.problems = tuple(problems)
         self.ignored_columns = tuple(self._rows.ignored_columns)
@@ -274,6 +284,8 @@ def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
             accepted = "text or an integer" if name == "id" else "text"
             raise FieldError(name, f"{name} is {json_type(text)}; accepted: {accepted}")
     segmentations = row.get("masks")
+    if isinstance(segmentations, Mapping):
+        segmentations = _listed_columns(segmentations)
     if not isinstance(segmentations, list):
         raise FieldError(
             "masks",
@@ -291,6 +303,16 @@ def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
             hint = _orientation_hint(source)
             raise FieldError("masks", f"mask {number + 1}: {error}{hint}") from error
     return Example(image=image, masks=masks, **texts)
+
+
+def _listed_columns(columns: Mapping[str, Any]) -> object:
+    """Return the rows of a ``Sequence`` of RLE, which Hugging Face datasets store by column."""
+    sizes, counts = columns.get("size"), columns.get("counts")
+    if not (isinstance(sizes, list) and isinstance(counts, list) and len(sizes) == len(counts)):
+        return columns
+    if not all(isinstance(size, list) for size in sizes):
+        return columns
+    return [{"size": size, "counts": each} for size, each in zip(sizes, counts, strict=True)]
 
 
 def _image_source(row: Mapping[str, Any], directory: Path) -> tuple[str, bytes | Path]:

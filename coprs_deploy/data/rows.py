@@ -204,18 +204,8 @@ def _parquet_writer(path: Path) -> Iterator[WriteRow]:
     pyarrow = _import_pyarrow()
     text = pyarrow.string()
     rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int32())), ("counts", text)])
-    schema = pyarrow.schema(
-        [
-            pyarrow.field("id", text, nullable=False),
-            pyarrow.field("instruction", text, nullable=False),
-            pyarrow.field("masks", pyarrow.list_(rle), nullable=False),
-            pyarrow.field("image", pyarrow.binary()),
-            pyarrow.field("image_path", text),
-            pyarrow.field("response", text),
-            pyarrow.field("question_type", text),
-            pyarrow.field("source", text),
-        ]
-    )
+    others = {"masks": pyarrow.list_(rle), "image": pyarrow.binary()}
+    schema = pyarrow.schema(dict.fromkeys(COLUMNS, text) | others)
     pending: list[dict[str, Any]] = []
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
 

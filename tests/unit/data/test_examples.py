@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco
@@ -287,8 +287,10 @@ def test_file_is_read_up_to_the_wanted_number_of_examples(tmp_path, examples):
     path = tmp_path / "scenes.jsonl"
     write_examples(path, examples)
     rewrite(path, lambda rows: (rows[0].update(id=None), rows[4].update(id=None)))
+    seen = []
     with pytest.warns(UserWarning, match="1 of 4 rows"):
-        found = ExampleFile(path, max_examples=3)
+        found = ExampleFile(path, max_examples=3, inspect=seen.append)
+    assert [example.id for example in seen] == [example.id for example in found]
     assert [example.id for example in found] == [example.id for example in examples[1:4]]
     assert found.num_targets == tuple(len(example.masks) for example in examples[1:4])
     assert found.question_types == tuple(example.question_type for example in examples[1:4])
@@ -345,6 +347,31 @@ def test_images_and_masks_are_read_in_every_form(tmp_path, suffix, image, segmen
     assert (found.id, found.response) == ("7", "")
     np.testing.assert_array_equal(found.image, PIXELS)
     np.testing.assert_array_equal(found.masks, [BOX, BOX])
+
+
+def test_files_of_the_datasets_library_are_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    image = Image.fromarray(PIXELS)
+    row = {"id": 7, "instruction": "the box", "image": image, "masks": [OF_PYCOCOTOOLS] * 2}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "list.parquet")
+    features = datasets.Features(
+        id=datasets.Value("int64"),
+        instruction=datasets.Value("string"),
+        image=datasets.Image(),
+        masks=datasets.Sequence(
+            {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("binary")}
+        ),
+    )
+    columns = {name: [OF_PYCOCOTOOLS[name]] * 2 for name in ("size", "counts")}
+    rows = [{**row, "masks": columns}, {**row, "masks": {"size": [], "counts": []}}]
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "sequence.parquet")
+    (listed,) = ExampleFile(tmp_path / "list.parquet")
+    with_masks, without = ExampleFile(tmp_path / "sequence.parquet")
+    for found in (listed, with_masks):
+        np.testing.assert_array_equal(found.image, PIXELS)
+        np.testing.assert_array_equal(found.masks, [BOX, BOX])
+    assert without.masks.shape == (0, 6, 8)
 
 
 @formats
@@ -425,7 +452,7 @@ COLUMN_VALUES = {
 }
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@pytest.mark.fuzz
 @given(
     st.fixed_dictionaries(
         {"id": COLUMN_VALUES["id"], "image": COLUMN_VALUES["image"]},
@@ -442,7 +469,7 @@ def test_any_row_is_an_example_or_an_error_with_its_column(row):
         assert isinstance(example.id, str) and example.masks.shape[1:] == example.image.shape[:2]
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@pytest.mark.fuzz
 @given(st.lists(st.binary(max_size=40) | JSON_VALUES.map(json.dumps).map(str.encode), max_size=4))
 def test_any_file_of_json_lines_is_opened_or_refused(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("any") / "rows.jsonl"
@@ -451,7 +478,7 @@ def test_any_file_of_json_lines_is_opened_or_refused(tmp_path_factory, lines):
         ExampleFile(path)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@pytest.mark.fuzz
 @given(st.data())
 def test_any_damaged_file_is_opened_or_refused(tmp_path_factory, examples, data):
     suffix = data.draw(st.sampled_from([".jsonl", ".parquet"]))

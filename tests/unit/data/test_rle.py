@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
@@ -17,7 +17,7 @@ ignore_pycocotools = pytest.mark.filterwarnings(
 
 
 @ignore_pycocotools
-@settings(max_examples=80, derandomize=True, deadline=None)
+@pytest.mark.fuzz
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.floats(0, 1))
 def test_rle_agrees_with_pycocotools(height, width, seed, share):
     mask = np.random.default_rng(seed).random((height, width)) < share
@@ -109,7 +109,7 @@ def test_invalid_segmentation_is_refused_with_the_reason(segmentation, reason):
         decode_mask(segmentation, 3, 4)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@pytest.mark.fuzz
 @given(st.text(max_size=12))
 def test_decode_mask_of_any_counts_returns_the_size_or_is_refused(counts):
     with contextlib.suppress(ValueError):

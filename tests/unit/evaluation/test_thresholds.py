@@ -78,6 +78,13 @@ def scores(*found):
     return [ExampleScore("b", "", 0, 1, MaskCounts(0, 5), hit), *present]
 
 
+def test_every_metric_that_can_be_required_is_computed():
+    found = scores(4, 8)
+    found.append(ExampleScore("c", "", 0, 0, MaskCounts(0, 0), MaskCounts(0, 0)))
+    found.append(ExampleScore("d", "", 1, 1, MaskCounts(1, 2), MaskCounts(3, 4)))
+    assert set(summarize(found)) == set(METRICS)
+
+
 def test_metrics_below_their_threshold_fail():
     metrics = summarize(scores(4, 8))
     assert metrics["giou"] == pytest.approx(0.6)
