@@ -145,9 +145,7 @@ def _reset_modes(root: Path, mode: int) -> None:
 
 def _is_full_disk(error: BaseException) -> bool:
     """Whether an error, which need not be an ``OSError``, reports a full disk or quota."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextmanager

@@ -338,11 +338,22 @@ def resize_logits(
     Returns:
         (N, H, W) float32 logits.
     """
-    resized, original = resize.unpadded_size, resize.original_size
+    import torch
+
     sizes = (geometry.mask_size, geometry.image_size)
-    rows = _resize_matrix(*sizes, int(resized[0]), original[0])
-    columns = _resize_matrix(*sizes, int(resized[1]), original[1])
-    return _multiply(rows, logits[:, 0], columns.T)
+    rows, columns = (
+        _resize_matrix(*sizes, unpadded, original)
+        for unpadded, original in zip(
+            resize.unpadded_size.tolist(), resize.original_size, strict=True
+        )
+    )
+    low = logits[:, 0] if logits.flags.writeable else logits[:, 0].copy()
+    # With PyTorch, because OpenBLAS threads of numpy spin for some 20 ms after each product, on the
+    # cores that decode the next response.
+    with torch.inference_mode():
+        product = torch.from_numpy(rows) @ torch.from_numpy(low) @ torch.from_numpy(columns.T)
+        resized: NDArray[np.float32] = product.numpy()
+        return resized
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -351,46 +362,20 @@ def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return probabilities
 
 
-def _multiply(*factors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Multiply matrices from left to right with PyTorch.
-
-    OpenBLAS threads of numpy spin for some 20 ms after each product, on the cores that decode the
-    next response: on two cores a request to the demo model took 120 ms instead of 40.
-    """
-    import torch
-
-    with torch.inference_mode():
-        product, *others = (torch.from_numpy(f if f.flags.writeable else f.copy()) for f in factors)
-        for other in others:
-            product = product @ other
-        array: NDArray[np.float32] = product.numpy()
-        return array
-
-
 @lru_cache(maxsize=16)
 def _resize_matrix(
     mask_size: int, image_size: int, unpadded: int, original: int
 ) -> NDArray[np.float32]:
     """Compose mask -> padded image -> crop -> original along one side: (original, mask_size)."""
-    up = _bilinear_matrix(mask_size, image_size)[:unpadded]
-    lower, upper, weight = _bilinear_taps(unpadded, original)
-    composed = up[lower] * (1 - weight)[:, None] + up[upper] * weight[:, None]
-    return np.asarray(composed, dtype=np.float32)
+    padded = _interpolate(np.eye(mask_size), image_size)
+    return _interpolate(padded[:unpadded], original).astype(np.float32)
 
 
-def _bilinear_matrix(size_in: int, size_out: int) -> NDArray[np.float64]:
-    lower, upper, weight = _bilinear_taps(size_in, size_out)
-    matrix = np.zeros((size_out, size_in))
-    rows = np.arange(size_out)
-    matrix[rows, lower] += 1 - weight
-    matrix[rows, upper] += weight
-    return matrix
-
-
-def _bilinear_taps(
-    size_in: int, size_out: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return two source cells and the weight of the second per output (half-pixel centers)."""
-    position = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0.0)
-    lower = np.minimum(position.astype(np.int64), size_in - 1)
-    return lower, np.minimum(lower + 1, size_in - 1), position - lower
+def _interpolate(rows: NDArray[np.float64], num_rows: int) -> NDArray[np.float64]:
+    """Resize the rows of a matrix bilinearly (half-pixel centers, no antialiasing)."""
+    position = np.maximum((np.arange(num_rows) + 0.5) * len(rows) / num_rows - 0.5, 0.0)
+    lower = np.minimum(position.astype(np.int64), len(rows) - 1)
+    upper = np.minimum(lower + 1, len(rows) - 1)
+    weight = (position - lower)[:, None]
+    resized: NDArray[np.float64] = rows[lower] * (1 - weight) + rows[upper] * weight
+    return resized

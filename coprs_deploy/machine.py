@@ -10,8 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from coprs_deploy.specs import Record
 from coprs_deploy.version import __version__
@@ -89,8 +92,6 @@ def peak_memory_bytes() -> int:
 
 def available_memory_bytes() -> int:
     """Return the memory available without swapping, in bytes; caches count as available."""
-    import psutil
-
     return int(psutil.virtual_memory().available)
 
 
@@ -98,10 +99,8 @@ def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Return the versions of Python and of the installed ones among some packages."""
     versions = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -158,8 +157,6 @@ class Machine(Record, frozen=True):
 
 def machine_record(gpu: str | None = None, packages: Sequence[str] = PACKAGES) -> Machine:
     """Describe this machine, the GPU in use (as in ``NVIDIA L4 (sm_89)``) and some packages."""
-    import psutil
-
     processor = describe_processor()
     return Machine(
         kind=_kind(processor, gpu),

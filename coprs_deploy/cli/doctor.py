@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import argparse
 import platform
+from dataclasses import asdict
 
-from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy import engines, policy
+from coprs_deploy.cli.parser import print_json
 from coprs_deploy.machine import installed_versions
 from coprs_deploy.version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of this verb."""
-    add_json_flag(parser)
+    """Declare no arguments besides ``--json``."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Collect the availability of all runtimes and policies, and print it."""
-    from dataclasses import asdict
-
-    from coprs_deploy import engines, policy
-
     runtimes = [
         entry
         for name in engines.runtime_names()

@@ -10,25 +10,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import (
-    GRAPHS,
-    add_bundle_argument,
-    add_runtime_options,
-    open_runtime,
-    runtime_options,
-)
-from coprs_deploy.console import table
-
-if TYPE_CHECKING:
-    from coprs_deploy.data.examples import Example
-    from coprs_deploy.data.sources import ExampleSet
-    from coprs_deploy.runtime import CoPRS
-
-LOG_EVERY = 50
-"""Examples between two lines of progress."""
+from coprs_deploy.cli.options import add_options, read_options
+from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.cli.runtime_arguments import GRAPHS, add_bundle_argument, open_runtime
+from coprs_deploy.console import StepPrinter, table
+from coprs_deploy.data.examples import Example
+from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, ExampleSet, open_examples
+from coprs_deploy.errors import ImageSizeError
+from coprs_deploy.evaluation.evaluator import evaluate, predict_with
+from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.plots import pyplot
+from coprs_deploy.evaluation.report import write_evaluation
+from coprs_deploy.evaluation.thresholds import check_thresholds, failed_thresholds, parse_thresholds
+from coprs_deploy.runtime import CoPRS, RuntimeOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,47 +55,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC=VALUE",
         help="acceptance threshold, as in giou=0.93; may be repeated",
     )
-    add_runtime_options(parser, GRAPHS)
-    add_json_flag(parser)
+    add_options(parser, RuntimeOptions, GRAPHS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the metrics, and check the thresholds."""
-    from coprs_deploy.evaluation.evaluator import evaluate, predict_with
-    from coprs_deploy.evaluation.metrics import summarize
-    from coprs_deploy.evaluation.plots import pyplot
-    from coprs_deploy.evaluation.report import write_evaluation
-    from coprs_deploy.evaluation.thresholds import (
-        check_thresholds,
-        failed_thresholds,
-        parse_thresholds,
-    )
-
     thresholds = parse_thresholds(arguments.require)
-    options = runtime_options(arguments, GRAPHS)
+    options = read_options(arguments, RuntimeOptions, GRAPHS)
     dataset = _open_examples(arguments)
     check_thresholds(thresholds, dataset.question_types, dataset.num_no_match)
-
-    def log_progress(done: int) -> None:
-        if done % LOG_EVERY == 0:
-            log(f"{done} of {len(dataset.examples)} examples")
-
-    with open_runtime(arguments.bundle, options) as coprs:
+    count = len(dataset.examples)
+    with open_runtime(arguments.bundle, options) as coprs, StepPrinter() as steps:
         _check_images(dataset.examples, coprs)
         if arguments.out:  # whatever prevents the report is found before the work
             pyplot()
             arguments.out.mkdir(parents=True, exist_ok=True)
         predict = predict_with(coprs.segment, dataset.max_targets)
-        scores = evaluate(predict, dataset.examples, on_progress=log_progress)
+        steps("evaluate")
+        scores = evaluate(
+            predict,
+            dataset.examples,
+            on_progress=lambda done: steps.progress(f"{done} of {count} examples"),
+        )
     metrics = summarize(scores)
     failed = failed_thresholds(metrics, thresholds)
     if arguments.out:
         write_evaluation(arguments.out, dataset.description, scores)
-    if arguments.json:
-        print_json({**dataset.to_json(), "metrics": metrics, "failed_thresholds": failed})
-    else:
-        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-        print(table((dataset.description, ""), rows))
+    report = {**dataset.to_json(), "metrics": metrics, "failed_thresholds": failed}
+    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    print_result(arguments, report, table((dataset.description, ""), rows))
     for line in failed:
         log(line)
     return 1 if failed else 0
@@ -107,30 +91,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _open_examples(arguments: argparse.Namespace) -> ExampleSet:
     """Open the file, or the scenes; options of scenes are refused with a file."""
-    from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, open_examples
-
-    defaults: dict[str, Any] = {
+    scenes: dict[str, Any] = {
         "preset": "plain",
         "num_no_match": DEFAULT_NUM_NO_MATCH,
         "first_seed": 0,
     }
-    given = [name for name in defaults if getattr(arguments, name) is not None]
+    given = [name for name in scenes if getattr(arguments, name) is not None]
+    if arguments.examples and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags} select synthetic scenes; leave out either these or --examples")
     if arguments.examples:
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(
-                f"{flags} select synthetic scenes; leave out either these or --examples"
-            )
         return open_examples(arguments.examples, arguments.num_examples)
-    chosen = defaults | {name: getattr(arguments, name) for name in given}
-    source = f"{SYNTHETIC}{chosen.pop('preset')}"
-    return open_examples(source, arguments.num_examples, **chosen)
+    scenes |= {name: getattr(arguments, name) for name in given}
+    source = f"{SYNTHETIC}{scenes.pop('preset')}"
+    return open_examples(source, arguments.num_examples, **scenes)
 
 
 def _check_images(examples: Sequence[Example], coprs: CoPRS) -> None:
     """Check all images against the bundle's valid region before the first prediction."""
-    from coprs_deploy.errors import ImageSizeError
-
     refused = []
     for example in examples:
         try:

@@ -1,16 +1,10 @@
-"""``coprs-deploy``: parse the arguments, run the verb, turn errors into exit codes.
-
-Exit codes: 0 done, 1 a check failed or nothing was found, 2 wrong use, 130 interrupted, 141 the
-reader of a pipe closed it.
-"""
+"""``coprs-deploy``: parse the arguments, run the verb, turn errors into exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -73,6 +67,10 @@ def _add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     parser.description = module.__doc__
     parser.set_defaults(run=module.run)
     module.add_arguments(parser)
+    if verb != "serve":  # it runs until it is stopped and has no result
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout, errors included"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +121,7 @@ def _exit_on_signals() -> Iterator[None]:
 def _report(parsed: argparse.Namespace, error: BaseException, message: str, exit_code: int) -> int:
     """Print an error on stderr, and with ``--json`` as JSON on stdout; return the exit code."""
     print(f"coprs-deploy {parsed.verb}: {message}", file=sys.stderr)
-    if getattr(parsed, "json", False):
+    if parsed.verb != "serve" and parsed.json:
         print_json(error_body(error, message))
     return exit_code
 
@@ -134,15 +132,11 @@ def _reader_is_gone() -> bool:
     The rest of the output is discarded then, because Python flushes it once more at exit.
     """
     try:
-        stdout = sys.stdout.fileno()
-    except io.UnsupportedOperation:
-        return False  # not a file, hence not a pipe
-    poll = select.poll()
-    poll.register(stdout, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-    return True
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

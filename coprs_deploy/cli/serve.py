@@ -14,22 +14,18 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-from typing import TYPE_CHECKING
 
+from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log
 from coprs_deploy.cli.runtime_arguments import (
     GRAPHS,
     POLICY,
     QUEUE,
     add_bundle_argument,
-    add_runtime_options,
     open_runtime,
-    runtime_options,
 )
 from coprs_deploy.errors import MissingDependencyError, install_hint
-
-if TYPE_CHECKING:
-    from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime import RuntimeOptions
 
 PORTS = range(1 << 16)
 
@@ -52,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="size limit of a request (default: 32)",
     )
-    add_runtime_options(parser, OPTIONS)
+    add_options(parser, RuntimeOptions, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--port is {arguments.port}; it must be from 0 to {PORTS[-1]}")
     if arguments.max_upload <= 0:
         raise ValueError(f"--max-upload is {arguments.max_upload}; it must be above 0 MiB")
-    options = runtime_options(arguments, OPTIONS)
+    options = read_options(arguments, RuntimeOptions, OPTIONS)
     try:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401

@@ -12,13 +12,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.curriculum.recipe import CurriculumRecipe
+from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
+from coprs_deploy.training.run_directory import read_report
 
-if TYPE_CHECKING:
-    from coprs_deploy.curriculum.recipe import CurriculumRecipe
-    from coprs_deploy.training.recipe import Recipe
+AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-memory", type=float, default=80.0, help="GB per GPU for --estimate (default: 80)"
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List the recipes, estimate, or train."""
     if arguments.list:
-        return _list(arguments.json)
+        return _list(arguments)
     if arguments.recipe is None:
         raise ValueError("RECIPE is missing; `coprs-deploy train --list` lists the recipes")
     recipe = _load(arguments.recipe, arguments.set)
@@ -58,36 +58,25 @@ def run(arguments: argparse.Namespace) -> int:
     return _train(recipe, arguments)
 
 
-def _load(source: str, settings: list[str]) -> Recipe | CurriculumRecipe:
+def _load(source: str, settings: list[str]) -> AnyRecipe:
     """Load a recipe of the type that its ``model.kind`` selects."""
-    from coprs_deploy.curriculum.recipe import CurriculumRecipe
-    from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind
-
-    types: dict[str, type[Recipe] | type[CurriculumRecipe]] = {
-        "checkpoint": Recipe,
-        "tiny": CurriculumRecipe,
-    }
+    types: dict[str, type[AnyRecipe]] = {"checkpoint": Recipe, "tiny": CurriculumRecipe}
     kind = model_kind(source)
     if kind not in types:
         raise ValueError(f"model.kind is {kind!r}; accepted: {', '.join(types)}")
     return load_recipe(source, settings, types[kind])
 
 
-def _list(as_json: bool) -> int:
-    from coprs_deploy.training.recipe import recipe_names
-
+def _list(arguments: argparse.Namespace) -> int:
     descriptions = {name: _load(name, []).description for name in recipe_names()}
-    if as_json:
-        print_json(descriptions)
-        return 0
     width = max(map(len, descriptions))
-    for name, description in descriptions.items():
-        print(f"{name:<{width}}  {description}")
+    lines = (f"{name:<{width}}  {description}" for name, description in descriptions.items())
+    print_result(arguments, descriptions, "\n".join(lines))
     return 0
 
 
-def _train(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.run_directory import read_report
+def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.report import page
 
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
@@ -107,16 +96,14 @@ def _train(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> 
         raise
     if is_worker:  # another exit code than 0 would end the other processes
         return 0
-    _show(report, out, arguments.json)
+    shown = {key: value for key, value in report.items() if key not in ("examples", "recipe")}
+    print_result(arguments, shown, page(report))
+    log(f"{out}: checkpoint, report.md, report.json, plots")
     return 0 if report["passed"] else 1
 
 
-def _run_recipe(
-    recipe: Recipe | CurriculumRecipe, out: Path, scenes_dir: Path | None
-) -> dict[str, Any]:
+def _run_recipe(recipe: AnyRecipe, out: Path, scenes_dir: Path | None) -> dict[str, Any]:
     """Train in this process."""
-    from coprs_deploy.training.recipe import Recipe
-
     if isinstance(recipe, Recipe):
         from coprs_deploy.training.run import train
 
@@ -128,9 +115,8 @@ def _run_recipe(
     return train_curriculum(recipe, out, scenes_dir)
 
 
-def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
+def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
     from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
-    from coprs_deploy.training.recipe import Recipe
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
@@ -140,14 +126,12 @@ def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) 
             "any machine"
         )
     estimates = estimate(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
-    if arguments.json:
-        print_json({name: each.to_json() for name, each in estimates.items()})
-    else:
-        print(estimate_page(estimates))
+    shown = {name: each.to_json() for name, each in estimates.items()}
+    print_result(arguments, shown, estimate_page(estimates))
     return 0 if all(each.fits for each in estimates.values()) else 1
 
 
-def _launch(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace, out: Path) -> int:
+def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
     """Run this command in several processes that train together; return the exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={recipe.num_processes}", "-m", "coprs_deploy"]
@@ -158,13 +142,3 @@ def _launch(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace, ou
         command += ["--scenes-dir", str(arguments.scenes_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(recipe.num_threads)}
     return subprocess.run(command, env=environment, check=False).returncode
-
-
-def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
-    if as_json:
-        print_json({k: v for k, v in report.items() if k not in ("examples", "recipe")})
-        return
-    from coprs_deploy.training.report import page
-
-    print(page(report))
-    log(f"{out}: checkpoint, report.md, report.json, plots")

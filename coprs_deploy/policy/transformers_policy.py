@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class _DecodingState:
-    """State of a request between its decoding steps.
-
-    Attributes:
-        cache: keys and values of all tokens so far.
-        position_offsets: Qwen2.5-VL's offset of the text positions after an image. transformers
-            stores it on the model, where the next request overwrites it; each step restores it.
-    """
-
-    cache: Any
-    position_offsets: Any
-
-
 class TransformersPolicy(Policy):
     """Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
 
@@ -56,8 +41,7 @@ class TransformersPolicy(Policy):
     Args:
         path: policy directory of a checkpoint or a bundle.
         prompt: prompt template.
-        min_pixels: minimum image area, in pixels.
-        max_pixels: maximum image area, in pixels.
+        min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
         dtype: torch dtype of the weights (``float32``, ``bfloat16``); None keeps the stored one.
 
@@ -119,8 +103,8 @@ class TransformersPolicy(Policy):
         concentrations: list[torch.Tensor] = []
         stop: StopReason | None = None
         start = time.perf_counter()
-        hidden, state = self._prefill(prompt_ids, vision)
-        token = self._next_token(hidden)
+        hidden, cache, offsets = self._prefill(prompt_ids, vision)
+        token = self._next_token(hidden[:, -1])
         first_token = time.perf_counter()
         while stop is None:
             request.remaining_s()
@@ -135,7 +119,7 @@ class TransformersPolicy(Policy):
                 stop = StopReason.TOKEN_BUDGET
                 if not is_reference:
                     break
-            hidden = self._step(token, state)
+            hidden = self._step(token, cache, offsets)
             if is_reference:
                 concentrations.append(hidden)
                 if len(concentrations) == request.max_targets:
@@ -161,8 +145,12 @@ class TransformersPolicy(Policy):
             preprocess_ms=preprocess_ms,
         )
 
-    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _DecodingState]:
-        """Read a prompt; return its post-norm hidden states (1, L, D) and the decoding state."""
+    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, Any, Any]:
+        """Read a prompt; return its post-norm hidden states (1, L, D), cache and offsets.
+
+        The offsets are those of Qwen2.5-VL's text positions after an image. transformers stores
+        them on the model, where the next request overwrites them; each step restores them.
+        """
         import torch
         from transformers import DynamicCache
 
@@ -184,30 +172,29 @@ class TransformersPolicy(Policy):
                 **inputs,
             )
             offsets = getattr(self._model.model, "rope_deltas", None)
-        return output.last_hidden_state, _DecodingState(output.past_key_values, offsets)
+        return output.last_hidden_state, output.past_key_values, offsets
 
-    def _step(self, token: int, state: _DecodingState) -> torch.Tensor:
+    def _step(self, token: int, cache: Any, offsets: Any) -> torch.Tensor:
         """Feed one token; return its post-norm hidden state (1, D)."""
         import torch
 
         with self._lock, torch.inference_mode():
-            if state.position_offsets is not None:
-                self._model.model.rope_deltas = state.position_offsets
+            if offsets is not None:
+                self._model.model.rope_deltas = offsets
             output = self._model.model(
                 input_ids=torch.tensor([[token]], device=self._model.device),
-                past_key_values=state.cache,
+                past_key_values=cache,
                 use_cache=True,
             )
         hidden: torch.Tensor = output.last_hidden_state[:, -1]
         return hidden
 
     def _next_token(self, hidden: torch.Tensor) -> int:
-        """Return the most likely token after the last hidden state of (1, L, D) or (1, D)."""
+        """Return the most likely token after a hidden state (1, D)."""
         import torch
 
         with torch.inference_mode():
-            last = hidden.reshape(-1, hidden.shape[-1])[-1:]
-            return int(self._model.get_output_embeddings()(last).argmax())
+            return int(self._model.get_output_embeddings()(hidden).argmax())
 
     def close(self) -> None:
         """Release the model."""

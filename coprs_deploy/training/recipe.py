@@ -23,8 +23,10 @@ import msgspec
 from coprs_deploy.specs import Record
 from coprs_deploy.training.settings import (
     CheckpointModel,
+    Count,
     ExampleData,
     GrpoSettings,
+    Positive,
     SupervisedSettings,
     SyntheticData,
 )
@@ -65,14 +67,14 @@ class RunSettings(Record, frozen=True, kw_only=True):
     """
 
     description: str
-    seed: int = 0
+    seed: Count = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    num_processes: int = 1
-    num_threads: int = 1
-    num_workers: int = 0
-    logging_steps: int = 10
-    save_steps: int = 200
+    num_processes: Positive = 1
+    num_threads: Positive = 1
+    num_workers: Count = 0
+    logging_steps: Positive = 10
+    save_steps: Positive = 200
 
 
 class Recipe(RunSettings, frozen=True, kw_only=True):
@@ -161,20 +163,15 @@ def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _find(source: str, readers: tuple[str, ...]) -> Path:
-    candidates = (
-        [Path(source)]
-        if source.endswith(".toml")
-        else [folder / f"{source}.toml" for folder in RECIPE_FOLDERS]
-    )
-    for path in candidates:
-        if path.is_file():
-            return path
+    packaged = [folder / f"{source}.toml" for folder in RECIPE_FOLDERS]
+    paths = [Path(source)] if source.endswith(".toml") else packaged
+    if found := next(filter(Path.is_file, paths), None):
+        return found
     names = recipe_names()
     reader = f" (the base of {readers[-1]})" if readers else ""
-    hint = _suggestion(source, names, cutoff=0.6)
     raise ValueError(
         f"there is no recipe {source!r}{reader}; accepted: {', '.join(names)}, or a .toml file"
-        f"{hint}"
+        f"{_suggestion(source, names, cutoff=0.6)}"
     )
 
 

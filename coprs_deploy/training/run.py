@@ -48,19 +48,10 @@ from coprs_deploy.training.trainer import Trainer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from coprs_deploy.training.grpo.stage import GrpoStage
-
 
 @dataclass(frozen=True)
 class Run(Generic[R]):
-    """An open run.
-
-    Attributes:
-        recipe: recipe with the precision of this machine.
-        accelerator: processes, device and precision.
-        directory: run directory.
-        started: time of the start, as ``time.perf_counter`` gives it.
-    """
+    """An open run: its recipe with the precision of this machine, and ``time.perf_counter()``."""
 
     recipe: R
     accelerator: Accelerator
@@ -97,7 +88,7 @@ def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
         ValueError: ``out`` holds a run with other settings.
         ArtifactError: another process trains in ``out``.
     """
-    recipe = resolve_precision(recipe)
+    recipe = resolve_precision(type(recipe).from_json(recipe.to_json()))  # checks the ranges
     accelerator = _accelerator(recipe, out)
     directory = RunDirectory(out)
     with directory.lock() if accelerator.is_main_process else nullcontext():
@@ -131,10 +122,7 @@ def save_checkpoint(run: Run[Any], state: TrainingState, provenance: dict[str, A
 def finish_run(
     run: Run[Any], results: dict[str, Any], evaluation: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write ``report.json``, ``report.md`` and plots; all processes take part.
-
-    ``evaluation`` has further entries of the report, which is returned.
-    """
+    """Write and return the report with ``evaluation`` added; all processes take part."""
     report = {
         "recipe": run.recipe.to_json(),
         "minutes": sum(result["seconds"] for result in results.values()) / 60,
@@ -151,13 +139,9 @@ def finish_run(
 
 
 def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
-    try:
+    with _extra_packages():
         from accelerate import Accelerator
         from torch.utils import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"training needs {error.name}; {install_hint('train')}"
-        ) from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(recipe.num_threads)
     return Accelerator(
@@ -166,6 +150,17 @@ def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
         log_with="tensorboard",
         project_dir=str(out),
     )
+
+
+@contextmanager
+def _extra_packages() -> Iterator[None]:
+    """Name the extra that brings a missing package."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"training needs {error.name}; {install_hint('train')}"
+        ) from error
 
 
 def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState) -> dict[str, Any]:
@@ -187,10 +182,12 @@ def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState
             if recipe.model.gradient_checkpointing:
                 enable_gradient_checkpointing(state.policy.model)
             results[name] = trainer.run(stage)
-            continue
-        results[name] = (
-            load_finished_stage(directory, name, state)
-            or _grpo_stage()(
+        elif finished := load_finished_stage(directory, name, state):
+            results[name] = finished
+        else:
+            with _extra_packages():
+                from coprs_deploy.training.grpo.stage import GrpoStage
+            grpo = GrpoStage(
                 run,
                 name,
                 settings,
@@ -198,18 +195,9 @@ def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState
                 examples,
                 steps_before=sum(result["steps"] for result in results.values()),
                 policy_path=None if results else checkpoint.policy_path,
-            ).run()
-        )
+            )
+            results[name] = grpo.run()
     return results
-
-
-def _grpo_stage() -> type[GrpoStage]:
-    """Import the GRPO stage, which needs TRL."""
-    try:
-        from coprs_deploy.training.grpo.stage import GrpoStage
-    except ImportError as error:
-        raise MissingDependencyError(f"GRPO needs {error.name}; {install_hint('train')}") from error
-    return GrpoStage
 
 
 def open_examples(recipe: Recipe, checkpoint: Checkpoint, state: TrainingState) -> ExampleSets:
@@ -246,11 +234,7 @@ def enable_gradient_checkpointing(policy: Any) -> None:
 
 
 def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:
-    """Build policy and segmentation path of the named sizes on the meta device.
-
-    Raises:
-        ValueError: a size has no such name.
-    """
+    """Build policy and segmentation path of the named sizes on the meta device."""
     from transformers import AutoModelForImageTextToText
 
     for name, found, known in (

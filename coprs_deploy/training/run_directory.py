@@ -14,8 +14,6 @@ report.json, report.md, plots/
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,6 @@ from coprs_deploy.training.recipe import RunSettings, changed_keys
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
-RESULT_FILE = "result.json"
-WEIGHTS_FILE = "weights.pt"
-PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
 
@@ -38,11 +33,7 @@ FREE_KEYS = ("description", "logging_steps", "save_steps", "num_threads", "num_w
 
 
 class RunDirectory:
-    """Paths and small files of one run.
-
-    Attributes:
-        path: the directory.
-    """
+    """Lock, settings and log of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,10 +52,7 @@ class RunDirectory:
         return exclusive(self.path / LOCK_FILE, message)
 
     def open(self, recipe: RunSettings) -> bool:
-        """Start a run, or find the one to resume.
-
-        Returns:
-            Whether there is a run to resume.
+        """Start a run, or find the one to resume; return whether there is one.
 
         Raises:
             ValueError: the directory holds a run with other settings.
@@ -75,7 +63,8 @@ class RunDirectory:
             write_json(self.path / "environment.json", environment())
             write_json(file, recipe.to_json())
             return False
-        changed = [k for k in changed_keys(_read(file), recipe.to_json()) if k not in FREE_KEYS]
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [k for k in changed_keys(before, recipe.to_json()) if k not in FREE_KEYS]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); "
@@ -87,57 +76,18 @@ class RunDirectory:
         """Return the folder of a stage."""
         return self.path / "stages" / name
 
-    def stage_result(self, name: str) -> dict[str, Any] | None:
-        """Read the result of a finished stage; None before its end."""
-        file = self.stage(name) / RESULT_FILE
-        return _read(file) if file.is_file() else None
-
-    def latest_state(self, name: str) -> tuple[Path, dict[str, Any]] | None:
-        """Find the last complete state of a stage, with its progress."""
-        complete = [file.parent for file in self.stage(name).glob(f"state-*/{PROGRESS_FILE}")]
-        if not complete:
-            return None
-        state = max(complete, key=lambda folder: int(folder.name.removeprefix("state-")))
-        return state, _read(state / PROGRESS_FILE)
-
-    def commit_state(self, name: str, partial: Path, progress: dict[str, Any]) -> None:
-        """Make a written state the one to resume from; older states are removed."""
-        write_json(partial / PROGRESS_FILE, progress)
-        for path in partial.rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-        final = self.stage(name) / f"state-{progress['step']:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for state in self.stage(name).glob("state-*"):
-            if state != final:
-                shutil.rmtree(state)
-
-    def finish_stage(self, name: str, result: dict[str, Any]) -> None:
-        """Write a stage's result, last of all its files, and remove its states."""
-        write_json(self.stage(name) / RESULT_FILE, result)
-        for state in self.stage(name).glob("*state-*"):
-            shutil.rmtree(state)
-
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the log."""
         with (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Read the log without a truncated last line."""
+        """Read the log without a truncated line."""
         file = self.path / LOG_FILE
         if not file.is_file():
             return []
-        lines = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return lines
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind_log(self, stage: str, step: int) -> None:
         """Remove the lines after the step that a stage resumes from."""
@@ -155,9 +105,5 @@ def all_passed(results: dict[str, Any]) -> bool:
 
 def read_report(path: Path) -> dict[str, Any]:
     """Read the report of a finished run."""
-    return _read(path / REPORT_FILE)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+    report: dict[str, Any] = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    return report

@@ -33,14 +33,7 @@ UNUSED_PARTS = (
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """Policy in memory, with the parts of its directory.
-
-    Attributes:
-        model: transformers model.
-        tokenizer: its tokenizer.
-        image_processor: its image processor.
-        prompt: prompt template of the training.
-    """
+    """Policy in memory: transformers model, tokenizer and image processor, and its prompt."""
 
     model: Any
     tokenizer: Any
@@ -73,12 +66,7 @@ class PolicyParts:
 class TrainingState:
     """The parts of a model in training.
 
-    Attributes:
-        policy: policy with tokenizer, image processor and prompt.
-        segmentation: segmentation path.
-        auxiliary_heads: heads used in training only; empty for a model that starts from a
-            checkpoint.
-        image_limits: smallest and largest number of pixels of the policy's input image.
+    ``auxiliary_heads`` are used in training only; a model that starts from a checkpoint has none.
     """
 
     policy: PolicyParts

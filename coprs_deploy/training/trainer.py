@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from coprs_deploy.training.batches import step_batches
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.optim import build_optimizers, lr_factor, set_lr_factor
 from coprs_deploy.training.progress import StageProgress, load_finished_stage
@@ -71,11 +70,13 @@ class Trainer:
             if done % recipe.logging_steps == 0 or is_last:
                 self._log(stage, progress, done, factor, output)
             if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
-                progress.log_evaluation(done, self._evaluate(stage))
+                metrics = stage.evaluate(accelerator, settings.num_eval_examples)
+                progress.log_evaluation(done, metrics)
                 objective.train()
             if done % recipe.save_steps == 0 and not is_last:
-                self._save(progress, done)
-        metrics = self._evaluate(stage)
+                accelerator.save_state(str(progress.partial_state(done)), safe_serialization=False)
+                progress.commit(done)
+        metrics = stage.evaluate(accelerator, settings.num_eval_examples)
         progress.log_evaluation(settings.max_steps, metrics)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
         result = progress.finish(self._state, metrics, num_parameters)
@@ -135,22 +136,31 @@ class Trainer:
         line = {"loss": total, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
         progress.log(step, line, f"loss {total:8.4f}", lr_factor=factor)
 
-    def _evaluate(self, stage: TrainingStage[Any]) -> dict[str, float]:
-        return stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
-
-    def _save(self, progress: StageProgress, step: int) -> None:
-        """Write a state under a temporary name, then rename it."""
-        partial = progress.path / f".state-{step:06d}"
-        if self._accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(partial), safe_serialization=False)
-        progress.commit(step, partial)
-
 
 def loss_coefficient(name: str, coefficients: Mapping[str, float]) -> float:
     """Look up a loss by its name, then by its first part with a star (``auxiliary.*``)."""
     group = f"{name.partition('.')[0]}.*"
     assert name in coefficients or group in coefficients, f"the loss {name} has no coefficient"
     return coefficients[name] if name in coefficients else coefficients[group]
+
+
+def step_batches(
+    stage: TrainingStage[Any], first_step: int, rank: int, num_ranks: int, num_workers: int
+) -> Iterator[Any]:
+    """Prepare the batches of the remaining steps, in order.
+
+    A batch depends on its step alone, so the number of worker processes changes no value.
+    """
+    steps = range(stage.settings.max_steps)
+    loader: DataLoader[Any] = DataLoader(
+        steps,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=steps[first_step:],
+        num_workers=num_workers,
+        collate_fn=lambda step: stage.batch(step, rank, num_ranks),  # type: ignore[arg-type]
+        # A stage holds the model: forking avoids a copy of it, which no batch needs.
+        multiprocessing_context="fork" if num_workers else None,
+        # Otherwise the loader's seed would be drawn from the random stream of the training.
+        generator=torch.Generator(),
+    )
+    return iter(loader)

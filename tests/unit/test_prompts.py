@@ -236,19 +236,35 @@ def test_encode_prompt_at_the_limit_is_accepted_and_above_is_refused(family):
     values = DEFAULT_PROMPTS[family].to_json()
     fits = PromptTemplate.from_json({**values, "max_prompt_tokens": exact})
     assert len(encode_prompt(fits, tokenizer_of(family), "the red cup on the left", 10)) == exact
-    for excess in (1, 7):
+    one_token = len(encode(family, "x", 10))
+    for excess in (1, exact - one_token):
         short = PromptTemplate.from_json({**values, "max_prompt_tokens": exact - excess})
+        most = exact - one_token - excess + 1
         with pytest.raises(
             InstructionError,
-            match=rf"has {exact} tokens, the limit is {exact - excess} \(10 .*by {excess}\b",
+            match=rf"has {exact} tokens, the limit is {exact - excess}: 10 for the image, "
+            rf"{exact - one_token + 1} for the instruction and {one_token - 11} for the template; "
+            rf"shorten the instruction to {most} tokens, about \d+ characters",
         ):
             encode_prompt(short, tokenizer_of(family), "the red cup on the left", 10)
 
 
-def test_encode_prompt_image_above_the_limit_is_named_as_the_cause():
-    with pytest.raises(InstructionError) as refusal:
-        encode("llava", "the cup", 5_000)
-    assert "shorten the instruction" not in str(refusal.value)
+@families
+def test_encode_prompt_image_above_the_limit_is_named_as_the_cause(family):
+    with pytest.raises(
+        InstructionError, match=r"5000 for the image.*an image of fewer pixels"
+    ) as e:
+        encode(family, "the cup", 5_000)
+    assert "shorten the instruction" not in str(e.value)
+
+
+@families
+def test_encode_prompt_advised_length_of_a_chinese_instruction_fits(family):
+    with pytest.raises(InstructionError, match="shorten the instruction") as refusal:
+        encode(family, "红色杯子" * 400, 300)
+    (characters,) = re.findall(r"about (\d+) characters", str(refusal.value))
+    assert 0 < int(characters) < 1300
+    assert len(encode(family, ("红色杯子" * 400)[: int(characters)], 300)) <= 1300
 
 
 # Responses, one character per token

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
+import psutil
 
 from coprs_deploy.errors import RuntimeUnavailableError
 
@@ -107,15 +107,14 @@ def read_settings(assignments: Sequence[str]) -> VllmSettings:
                 f"{', '.join(types)}"
             )
         try:
-            values[name] = msgspec.convert(json.loads(text), types[name])
+            values[name] = msgspec.json.decode(text, type=types[name])
         except ValueError as error:
             (kind, *_) = get_args(types[name]) or (types[name],)
             raise ValueError(f"{name} is {text!r}; accepted: {_VALUES[kind]}") from error
     return VllmSettings(**values)
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
+class DeviceMemory(NamedTuple):
     """Available and physical memory of a device, in bytes."""
 
     free: int
@@ -129,8 +128,6 @@ def device_memory(device: str) -> DeviceMemory:
         RuntimeUnavailableError: torch finds no GPU.
     """
     if device == "cpu":
-        import psutil
-
         memory = psutil.virtual_memory()
         return DeviceMemory(memory.available, memory.total)
     import torch

@@ -33,10 +33,7 @@ TRL_SETTINGS = (
 
 
 def split_batch(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
-    """Split the completions of a step into forward passes.
-
-    Returns:
-        Completions per forward pass, and gradient accumulation steps of each process.
+    """Split the completions of a step: completions and number of forward passes of a process.
 
     Raises:
         ValueError: the completions cannot be split evenly.

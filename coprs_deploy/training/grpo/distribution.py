@@ -69,9 +69,7 @@ def average_gradients(replicated: nn.Module) -> None:
     from torch import distributed
 
     count = distributed.get_world_size()  # codespell:ignore world
-    for weight in replicated.parameters():
-        if not weight.requires_grad:
-            continue
+    for weight in filter(lambda weight: weight.requires_grad, replicated.parameters()):
         if weight.grad is None:  # no row with a target in this process
             weight.grad = torch.zeros_like(weight)
         distributed.all_reduce(weight.grad)
@@ -79,11 +77,7 @@ def average_gradients(replicated: nn.Module) -> None:
 
 
 def check_sharding_settings(settings: GrpoSettings) -> None:
-    """Check that settings are supported by sharded training (FSDP).
-
-    Raises:
-        ValueError: adapters, or no gradient clipping.
-    """
+    """Refuse adapters, and training without gradient clipping, for a sharded policy (FSDP)."""
     if settings.lora.r:
         raise ValueError(
             f"lora.r is {settings.lora.r}; accepted with a sharded policy (FSDP): 0; adapters are "
@@ -94,13 +88,3 @@ def check_sharding_settings(settings: GrpoSettings) -> None:
             f"optimizer.max_grad_norm is {settings.optimizer.max_grad_norm}; accepted with a "
             "sharded policy (FSDP): a value above 0"
         )
-
-
-def gather_policy(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
-    """Gather the weights of a sharded policy without its segmentation head (collective call).
-
-    Returns:
-        Name to whole tensor in the main process; empty in the others.
-    """
-    gathered: dict[str, Tensor] = accelerator.get_state_dict(model)
-    return {n: t for n, t in gathered.items() if not n.startswith(f"{ATTRIBUTE}.")}

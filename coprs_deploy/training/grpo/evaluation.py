@@ -1,4 +1,4 @@
-"""Evaluation of a policy in GRPO training: greedy responses, then masks at the image's size.
+"""Evaluation of a policy in GRPO training: greedy responses, and sheets of sampled completions.
 
 Scores and metrics are those of :mod:`coprs_deploy.evaluation`, with four more per example:
 ``reward``, ``format_score``, ``count_accuracy`` (as many ``<REF_POS>`` as targets) and
@@ -7,8 +7,10 @@ Scores and metrics are those of :mod:`coprs_deploy.evaluation`, with four more p
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,15 +18,25 @@ import torch
 from numpy.typing import NDArray
 
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
-from coprs_deploy.evaluation.metrics import ExampleScore, mask_metrics, standard_error
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.evaluation.metrics import (
+    ExampleScore,
+    count_pixels,
+    iou,
+    mask_metrics,
+    standard_error,
+    union,
+)
+from coprs_deploy.images import prepare_image, resize_logits, sigmoid
 from coprs_deploy.training.grpo.scores import mask_scores
-from coprs_deploy.training.rewards import total_reward
+from coprs_deploy.visualization import draw_grid, draw_heatmap, draw_overlay
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
     from coprs_deploy.training.grpo.batch import PromptItem
     from coprs_deploy.training.grpo.trainer import JointTrainer
+
+TILE_PX = 160
+"""Side of one image on a sheet, in pixels."""
 
 BATCH_SIZE = 32
 """Prompts that are generated together."""
@@ -56,19 +68,12 @@ def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[
 
 
 def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
-    """Compute metrics over all examples, and mask metrics over those with a target.
-
-    Returns:
-        ``COMPLETION_METRICS``, ``MASK_METRICS``, ``giou_stderr`` and ``reward_stderr``; those of
-        masks are nan if no example has a target.
-    """
+    """Average metrics over all examples; those of masks are nan if no example has a target."""
     present = [score for score in scores if score.num_targets]
     of_masks = mask_metrics(present)
+    means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
     return {
-        **{
-            name: float(np.mean([score.extra[name] for score in scores]))
-            for name in COMPLETION_METRICS
-        },
+        **means,
         **{name: of_masks.get(name, math.nan) for name in MASK_METRICS},
         "giou_stderr": standard_error([score.mask_iou for score in present]),
         "reward_stderr": standard_error([score.extra["reward"] for score in scores]),
@@ -83,10 +88,9 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
     ground_truth = parts.collator.ground_truth(items, trainer.accelerator.device)
     decoded = trainer.decode(items, ground_truth, responses)
     format_scores = parts.reader.format_scores(responses, ground_truth.num_targets.tolist())
+    weights = parts.settings.reward_weights
     scores = mask_scores(decoded, ground_truth).float().cpu()
-    rewards = total_reward(
-        scores, torch.tensor(format_scores), parts.settings.reward_weights
-    ).tolist()
+    rewards = (weights.mask * scores + weights.format * torch.tensor(format_scores)).tolist()
     parts.processor.clear_cache()
     predictions = []
     for row, example in enumerate(examples):
@@ -144,3 +148,53 @@ def at_image_size(
     geometry = trainer.parts.collator.geometry
     prepared = prepare_image(example.image, geometry)
     return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry)
+
+
+def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
+    """Write the first completions of the last rollout to ``step-N.png``, ``completions.jsonl``.
+
+    A row of the sheet is one completion: image with the ground truth, prior, mask.
+    """
+    rollout = trainer.rollout
+    decoded = rollout.decoded if rollout else None
+    if rollout is None or decoded is None or not count:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    reader, counts = trainer.parts.reader, rollout.ground_truth.num_targets[:count].tolist()
+    format_scores = reader.format_scores(rollout.completions[:count], counts)
+    rows, lines = [], []
+    for number, format_score in enumerate(format_scores):
+        example = rollout.items[number].example
+        is_found = decoded.is_found[number]
+        prior = _largest(trainer, example, decoded.prior_logits[number], is_found)
+        mask = _largest(trainer, example, decoded.mask_logits[number], is_found)
+        gt = union(example.masks)
+        rows.append(
+            [
+                draw_overlay(example.image, gt[None]),
+                draw_heatmap(example.image, sigmoid(prior)),
+                draw_overlay(example.image, mask[None] > 0),
+            ]
+        )
+        lines.append(
+            {
+                "step": step,
+                "id": example.id,
+                "instruction": example.instruction,
+                "response": reader.read(rollout.completions[number]).text,
+                "format_score": format_score,
+                "mask_iou": iou(count_pixels(mask > 0, gt), empty=0.0),
+            }
+        )
+    draw_grid(rows, TILE_PX).save(directory / f"step-{step:06d}.png")
+    with (directory / "completions.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _largest(
+    trainer: JointTrainer, example: Example, logits: torch.Tensor, is_found: torch.Tensor
+) -> NDArray[np.float32]:
+    """Return the maximum of (K, M, M) logits over the found targets at the image size, (H, W)."""
+    found = logits[is_found] if is_found.any() else torch.full_like(logits[:1], -1.0)
+    largest: NDArray[np.float32] = at_image_size(trainer, example, found.float().amax(0)[None])[0]
+    return largest

@@ -17,12 +17,10 @@ from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
-from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
+from coprs_deploy.training.grpo.attachment import ATTRIBUTE, Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import PromptCollator
-from coprs_deploy.training.grpo.distribution import gather_policy
-from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
+from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize, write_samples
 from coprs_deploy.training.grpo.processor import PolicyProcessor
-from coprs_deploy.training.grpo.samples import write_samples
 from coprs_deploy.training.grpo.scores import ResponseReader
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
 from coprs_deploy.training.progress import StageProgress
@@ -64,27 +62,15 @@ class GrpoStage:
         self._policy_path = policy_path
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, from the last state if there is one; evaluate.
-
-        Returns:
-            Result of the stage: metrics before and after, thresholds, seconds.
-
-        Raises:
-            ValueError: settings and data do not fit together.
-        """
+        """Train to the end, from the last state if there is one; return the result."""
         progress, accelerator = self.progress, self._run.accelerator
         progress.start()
-        if accelerator.is_main_process:
-            for unfinished in progress.path.glob("checkpoint-*"):
-                shutil.rmtree(unfinished)
-        accelerator.wait_for_everyone()
         policy, tokenizer = self._state.policy.model, self._state.policy.tokenizer
         policy.config.name_or_path = str(self._policy_path or self._reference())
         head = SegmentationHead(self._state.segmentation)
         head.requires_grad_(self.settings.mode != "rl")
-        reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
-        attachment = Attachment(policy, head, reference_id)
-        trainer = self._trainer(policy, reference_id)
+        attachment = Attachment(policy, head, tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN))
+        trainer = self._trainer(policy)
         trainer.train(resume_from_checkpoint=str(progress.state) if progress.state else None)
         metrics = self.evaluate(trainer, self.settings.max_steps)
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -115,18 +101,14 @@ class GrpoStage:
         shown = f"reward {line['reward']:7.4f}  loss {line['loss']:8.4f}"
         self.progress.log(step, found, shown)
 
-    def _trainer(self, policy: Any, reference_id: int) -> JointTrainer:
+    def _trainer(self, policy: Any) -> JointTrainer:
         settings, state, examples = self.settings, self._state, self._examples
         tokenizer, prompt = state.policy.tokenizer, state.policy.prompt
         parts = GrpoParts(
             policy=policy,
             processor=PolicyProcessor(tokenizer, examples.vision, prompt),
             collator=PromptCollator(state, examples.features, settings.max_targets),
-            reader=ResponseReader(
-                reference_id,
-                lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                settings.response_format,
-            ),
+            reader=ResponseReader(tokenizer, settings.response_format),
             examples=examples.training,
             settings=settings,
         )
@@ -170,7 +152,8 @@ class GrpoStage:
         """Gather a sharded policy into the training state of the main process."""
         from transformers import AutoModelForImageTextToText
 
-        weights = gather_policy(trainer.model, trainer.accelerator)
+        gathered = trainer.accelerator.get_state_dict(trainer.model)
+        weights = {n: t for n, t in gathered.items() if not n.startswith(f"{ATTRIBUTE}.")}
         if self._run.accelerator.is_main_process:
             parts = self._state.policy
             copy = AutoModelForImageTextToText.from_pretrained(
@@ -200,8 +183,7 @@ class _StageCallback(TrainerCallback):  # type: ignore[misc]
             self._stage.evaluate(self.trainer, state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        progress = self._stage.progress
-        progress.commit(state.global_step, progress.path / f"checkpoint-{state.global_step}")
+        self._stage.progress.commit(state.global_step)
 
 
 def prompt_order(examples: Sequence[Example], settings: GrpoSettings, seed: int) -> Any:

@@ -105,7 +105,7 @@ def uncached_states(policy, request, token_ids):
     prompt_ids = encode_prompt(
         policy._prompt, policy._tokens.tokenizer, request.instruction, vision.num_tokens
     )
-    hidden, _ = policy._prefill([*prompt_ids, *token_ids], vision)
+    hidden, *_ = policy._prefill([*prompt_ids, *token_ids], vision)
     return hidden[0, len(prompt_ids) :]
 
 
@@ -285,7 +285,7 @@ def test_stream_special_tokens_in_the_instruction_are_text(policy, ask):
 
 
 def test_stream_too_long_instruction_is_refused_and_the_next_request_succeeds(policy, ask):
-    with pytest.raises(InstructionError, match=r"the limit is 1300 .* shorten the instruction"):
+    with pytest.raises(InstructionError, match=r"the limit is 1300: .* shorten the instruction"):
         ask(policy, instruction="disc " * 1500)
     assert ask(policy)[1].stop_reason is StopReason.TARGETS_REACHED
 

@@ -23,7 +23,7 @@ class TestLimits:
         streams = [coprs.stream(image_of(), "x") for _ in range(2)]
         for stream in streams:
             next(stream)
-        assert coprs.num_active_requests == 2
+        assert coprs._limit.num_active == 2
         with pytest.raises(QueueFullError, match="2 requests are active"):
             coprs.segment(image_of(1), "x")
         streams[0].close()
@@ -37,7 +37,7 @@ class TestLimits:
             assert coprs.segment(image_of(), "x").found
             with pytest.raises(InstructionError):
                 coprs.segment(image_of(), " ")
-        assert coprs.num_active_requests == 0
+        assert coprs._limit.num_active == 0
 
     def test_segment_past_its_deadline_is_abandoned(self, build):
         policy = FakePolicy(checks_deadline=True)
@@ -60,7 +60,7 @@ class TestLimits:
         with CoPRS.load(tiny_bundle, RuntimeOptions(timeout_s=1e-4)) as coprs:
             with pytest.raises(RequestTimeoutError):
                 coprs.segment(scene, "the red disc")
-            assert coprs.num_active_requests == 0
+            assert coprs._limit.num_active == 0
 
     def test_stream_closed_early_cancels_its_queued_encoding(self, build):
         begun, release = threading.Event(), threading.Event()

@@ -264,4 +264,4 @@ def test_disconnected_client_cancels_its_request(build, accepted, num_deltas):
     assert policy.num_abandoned == 1
     assert next(deltas) < 4  # the remaining deltas were not written
     join_stream_threads()
-    assert coprs.num_active_requests == 0
+    assert coprs._limit.num_active == 0
