@@ -234,10 +234,10 @@ class ExampleFile(LazyExamples):
         if self.problems:
             text = (
                 f"{self.path}: {len(self.problems)} of {self.num_rows} rows are invalid and "
-                f"skipped: {_listed([str(problem) for problem in self.problems])}"
+                f"skipped: {_first_of([str(problem) for problem in self.problems])}"
             )
         if self.ignored_columns:
-            text += f"; ignored columns: {_listed([*map(_with_hint, self.ignored_columns)])}"
+            text += f"; ignored columns: {_first_of([*map(_with_hint, self.ignored_columns)])}"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class ExampleFile(LazyExamples):
         return RowProblem(self._rows.numbers[index], error.field, str(error))
 
 
-def _listed(items: Sequence[str]) -> str:
+def _first_of(items: Sequence[str]) -> str:
     """Join the first items, and count the others."""
     more = [f"and {len(items) - REPORTED} more"] if len(items) > REPORTED else []
     return "; ".join([*items[:REPORTED], *more])
@@ -281,31 +281,34 @@ def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
     texts |= {name: row.get(name, "") for name in ("response", "question_type", "source")}
     for name, text in texts.items():
         if not isinstance(text, str):
+            found = "missing or null" if text is None else json_type(text)
             accepted = "text or an integer" if name == "id" else "text"
-            raise FieldError(name, f"{name} is {json_type(text)}; accepted: {accepted}")
+            raise FieldError(name, f"{name} is {found}; accepted: {accepted}")
     segmentations = row.get("masks")
     if isinstance(segmentations, Mapping):
-        segmentations = _listed_columns(segmentations)
+        segmentations = _rows_of_columns(segmentations)
     if not isinstance(segmentations, list):
+        found = "missing or null" if segmentations is None else json_type(segmentations)
         raise FieldError(
             "masks",
-            f"masks is {json_type(segmentations)}; accepted: a list with one COCO segmentation per "
-            "target, [] if nothing matches",
+            f"masks is {found}; accepted: a list with one COCO segmentation per target, [] if "
+            "nothing matches",
         )
     column, source = _image_source(row, directory)
     image = _load(source, column)
     height, width = image.shape[:2]
-    masks = np.zeros((len(segmentations), height, width), dtype=np.bool_)
-    for number, segmentation in enumerate(segmentations):
+    decoded = []
+    for number, segmentation in enumerate(segmentations, start=1):
         try:
-            masks[number] = decode_mask(segmentation, height, width)
+            decoded.append(decode_mask(segmentation, height, width))
         except ValueError as error:
             hint = _orientation_hint(source)
-            raise FieldError("masks", f"mask {number + 1}: {error}{hint}") from error
+            raise FieldError("masks", f"mask {number}: {error}{hint}") from error
+    masks = np.stack(decoded) if decoded else np.zeros((0, height, width), dtype=np.bool_)
     return Example(image=image, masks=masks, **texts)
 
 
-def _listed_columns(columns: Mapping[str, Any]) -> object:
+def _rows_of_columns(columns: Mapping[str, Any]) -> object:
     """Return the rows of a ``Sequence`` of RLE, which Hugging Face datasets store by column."""
     sizes, counts = columns.get("size"), columns.get("counts")
     if not (isinstance(sizes, list) and isinstance(counts, list) and len(sizes) == len(counts)):
@@ -364,7 +367,7 @@ def _orientation_hint(source: bytes | Path) -> str:
     """Return the frame of the masks if the image has an EXIF orientation."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation == 1:
+        if orientation not in range(2, 9):
             return ""
         return (
             f"; the image is stored as [{image.height}, {image.width}] with the EXIF orientation "

@@ -123,12 +123,16 @@ class JsonRows:
 
     def read(self, index: int) -> Row:
         """Read a row; FieldError if its line is not a JSON object."""
-        with self._path.open("rb") as file:
-            file.seek(self._starts[index])
-            line = file.readline()
         try:
+            with self._path.open("rb") as file:
+                file.seek(self._starts[index])
+                line = file.readline()
             data = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except OSError as error:
+            raise FieldError("", f"it cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise FieldError("", "the line is not UTF-8; save the file as UTF-8") from error
+        except (msgspec.DecodeError, RecursionError) as error:
             raise FieldError("", _syntax_problem(line, str(error))) from error
         if not isinstance(data, dict):
             raise FieldError("", f"the line is {json_type(data)}; accepted: one object a line")
@@ -140,7 +144,8 @@ def _syntax_problem(line: bytes, message: str) -> str:
     """Describe why a line is not JSON, from the message of the decoder."""
     position = re.search(r"byte (\d+)", message)
     if position is None:
-        return "the line is not valid JSON; it may be cut short"
+        hint = "a number is too large" if "out of range" in message else "it may be cut short"
+        return f"the line is not valid JSON; {hint}"
     if line[int(position[1]) :].lstrip(b"-").startswith((b"NaN", b"Infinity")):
         return "the line is not valid JSON, which has no NaN and no Infinity; write null"
     return f"the line is not valid JSON from byte {int(position[1]) + 1} on"

@@ -166,11 +166,11 @@ INVALID_ROWS = {
         "masks",
         "masks is an object; accepted: a list with one COCO segmentation per target",
     ),
-    "null masks": (lambda row: row.update(masks=None), "masks", "masks is null"),
+    "null masks": (lambda row: row.update(masks=None), "masks", "masks is missing or null"),
     "missing instruction": (
         lambda row: row.pop("instruction"),
         "instruction",
-        "instruction is null; accepted: text",
+        "instruction is missing or null; accepted: text",
     ),
     "wrong type": (lambda row: row.update(instruction=7), "instruction", "is an integer"),
     "blank instruction": (
@@ -230,9 +230,9 @@ def test_invalid_row_is_reported_and_skipped(tmp_path, examples, problem):
         (b'{"id": NaN}', "no NaN and no Infinity; write null"),
         (b'{"id": -Infinity}', "no NaN and no Infinity; write null"),
         (b'{"id": 1,}', "from byte 10 on"),
-        (b'{"id": "\xff"}', "the line is not valid JSON"),
+        (b'{"id": "\xff"}', "the line is not UTF-8; save the file as UTF-8"),
         (b"[" * 100_000, "the line is not valid JSON"),
-        (b'{"id": ' + b"9" * 6000 + b"}", "the line is not valid JSON"),
+        (b'{"id": ' + b"9" * 6000 + b"}", "a number is too large"),
     ],
 )
 def test_invalid_line_is_reported(tmp_path, examples, line, reason):
@@ -250,7 +250,7 @@ def test_blank_lines_are_no_rows_and_problems_name_the_line(tmp_path, examples, 
     write_examples(path, examples[:2])
     first, second = path.read_text().splitlines()
     path.write_text(ending.join(["", first, "  ", "{}", second, "", ""]), newline="")
-    with pytest.warns(UserWarning, match=r"1 of 3 rows .*: row 4, column id: id is null"):
+    with pytest.warns(UserWarning, match=r"1 of 3 rows .*: row 4, column id: id is missing"):
         found = ExampleFile(path)
     assert [example.id for example in found] == [example.id for example in examples[:2]]
 
@@ -294,6 +294,13 @@ def test_file_is_read_up_to_the_wanted_number_of_examples(tmp_path, examples):
     assert [example.id for example in found] == [example.id for example in examples[1:4]]
     assert found.num_targets == tuple(len(example.masks) for example in examples[1:4])
     assert found.question_types == tuple(example.question_type for example in examples[1:4])
+
+
+def test_row_with_more_masks_than_memory_is_refused(tmp_path):
+    photo = np.zeros((4000, 4000, 3), np.uint8)
+    row = {"id": 1, "instruction": "a", "image": png_bytes(photo), "masks": [None] * 10_000_000}
+    with pytest.raises(FieldError, match="mask 1: it is null"):
+        example_from_row(row, tmp_path)
 
 
 def write_table(path, rows):
@@ -574,6 +581,9 @@ def test_file_changed_after_opening_is_refused(tmp_path, examples):
     (tmp_path / "2.png").unlink()
     with pytest.raises(ArtifactError, match="changed after it was opened: row 2, column image_pat"):
         found[1]
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"row 1: it cannot be read \(No such file"):
+        found[0]
 
 
 @formats
