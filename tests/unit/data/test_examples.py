@@ -462,15 +462,19 @@ COLUMN_VALUES = {
 @pytest.mark.fuzz
 @given(
     st.fixed_dictionaries(
-        {"id": COLUMN_VALUES["id"], "image": COLUMN_VALUES["image"]},
-        optional={name: values | JSON_VALUES for name, values in COLUMN_VALUES.items()},
+        {name: COLUMN_VALUES[name] for name in ("id", "instruction", "image")},
+        optional={name: COLUMN_VALUES[name] for name in ("masks", "response")},
+    )
+    | st.dictionaries(st.sampled_from([*COLUMN_VALUES]), JSON_VALUES)
+    | st.fixed_dictionaries(
+        {}, optional={name: values | JSON_VALUES for name, values in COLUMN_VALUES.items()}
     )
 )
 def test_any_row_is_an_example_or_an_error_with_its_column(row):
     try:
         example = example_from_row(row, Path("nowhere"))
     except FieldError as error:
-        assert error.field in row or error.field in ("instruction", "masks", "image")
+        assert error.field in row or error.field in ("id", "instruction", "masks", "image")
         assert str(error)
     else:
         assert isinstance(example.id, str) and example.masks.shape[1:] == example.image.shape[:2]
