@@ -76,11 +76,12 @@ def decode_mask(segmentation: object, height: int, width: int) -> NDArray[np.boo
             f"size is {_shortened(size)}, but the image is [{height}, {width}] (height, width)"
         )
     runs = counts if isinstance(counts, list) else _decompress(counts)
-    if any(type(run) is not int or run < 0 for run in runs) or sum(runs) != height * width:
-        total = sum(run for run in runs if type(run) is int)
+    if others := [run for run in runs if type(run) is not int]:
+        raise ValueError(f"counts has {json_type(others[0])} in its list; accepted: integers")
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise ValueError(
-            f"the runs add up to {total} pixels and the size to {height * width}; the counts are "
-            "corrupt or belong to another mask"
+            f"the runs add up to {sum(runs)} pixels and the size to {height * width}; the counts "
+            "are corrupt or belong to another mask"
         )
     # pycocotools is not used: with counts that are too short, its result is uninitialized in part.
     is_set = np.arange(len(runs)) % 2 == 1
