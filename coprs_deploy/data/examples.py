@@ -277,7 +277,7 @@ def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
     identifier = row.get("id")
     if type(identifier) is int:
         identifier = str(identifier)
-    texts = {"id": identifier, "instruction": row.get("instruction")}
+    texts: dict[str, Any] = {"id": identifier, "instruction": row.get("instruction")}
     texts |= {name: row.get(name, "") for name in ("response", "question_type", "source")}
     for name, text in texts.items():
         if not isinstance(text, str):
