@@ -45,7 +45,7 @@ def write_evaluation(directory: Path, title: str, scores: Sequence[ExampleScore]
 
 def metric_table(metrics: Mapping[str, float]) -> list[str]:
     """Format metrics as Markdown tables: one of all examples, one by question type."""
-    question_types = sorted({name.partition(".")[0] for name in metrics if "." in name})
+    question_types = sorted({name.rpartition(".")[0] for name in metrics if "." in name})
     columns = [name for name in metrics if "." not in name]
     lines = ["| metric | value |", "|---|---|"]
     lines += [f"| {name} | {metrics[name]:.4f} |" for name in columns]
