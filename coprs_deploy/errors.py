@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import reprlib
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class CoPRSError(Exception):
@@ -133,7 +133,7 @@ class RuntimeUnavailableError(EnvironmentNotReadyError):
 
 def check_number(
     name: str,
-    value: object,
+    value: Any,
     *,
     least: float = -math.inf,
     above: float = -math.inf,

@@ -26,11 +26,17 @@ from coprs_deploy.policy.policy import (
 from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.policy.torch_threads import torch_threads
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
 if TYPE_CHECKING:
     import torch
+
+
+SMALL_POLICY = 100_000_000
+"""Number of parameters below which a policy runs on one thread. Its operators take microseconds:
+threads gain little, and beside another busy process each operator waits for their time slices."""
 
 
 class TransformersPolicy(Policy):
@@ -45,6 +51,8 @@ class TransformersPolicy(Policy):
         min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
         dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
+        num_threads: CPU threads per operator; None selects one for a policy of less than
+            :data:`SMALL_POLICY` parameters, else PyTorch's own number.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
@@ -61,6 +69,7 @@ class TransformersPolicy(Policy):
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        num_threads: int | None = None,
     ) -> None:
         try:
             from safetensors import SafetensorError
@@ -83,6 +92,9 @@ class TransformersPolicy(Policy):
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
+        if num_threads is None and model.num_parameters() < SMALL_POLICY:
+            num_threads = 1
+        self._num_threads = num_threads
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
         self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
@@ -162,7 +174,7 @@ class TransformersPolicy(Policy):
         if vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             output = self._model.model(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -177,7 +189,7 @@ class TransformersPolicy(Policy):
         """Feed one token; return its post-norm hidden state (1, D)."""
         import torch
 
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             if offsets is not None:
                 self._model.model.rope_deltas = offsets
             output = self._model.model(
@@ -192,7 +204,7 @@ class TransformersPolicy(Policy):
         """Return the most likely token after a hidden state (1, D)."""
         import torch
 
-        with torch.inference_mode():
+        with torch_threads(self._num_threads), torch.inference_mode():
             return int(self._model.get_output_embeddings()(hidden).argmax())
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import reprlib
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -66,6 +67,8 @@ class CoPRS(Closeable):
         runtime_choices: as given.
     """
 
+    _loaded_in: ClassVar[int | None] = None
+
     def __init__(
         self,
         graphs: SegmentationGraphs,
@@ -78,9 +81,10 @@ class CoPRS(Closeable):
         self._graphs = graphs
         self._policy = policy
         self._geometry = geometry
-        self._process = os.getpid()
+        CoPRS._loaded_in = self._process = os.getpid()
         self._is_closed = False
         self._timeout_s = options.timeout_s
+        self._num_threads = options.num_threads
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -118,6 +122,7 @@ class CoPRS(Closeable):
         if policy is not None:
             options = replace(options, policy=policy)
         check_type("bundle", bundle, str, Path, NoneType)
+        _check_process(cls._loaded_in)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
         choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
@@ -216,12 +221,14 @@ class CoPRS(Closeable):
             One result per request. The first request that fails raises, as in :meth:`segment`.
         """
         self._check_usable()
+        check_type("requests", requests, Iterable)
         concurrency = self._policy.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:
-                for image, instruction in requests:
+                for request in requests:
                     try:
+                        image, instruction = _pair(request)
                         events = self._start(image, instruction, max_targets)
                     except Exception as error:  # raised when the turn of the request comes
                         pending.append(Future())
@@ -288,16 +295,8 @@ class CoPRS(Closeable):
         return f"CoPRS({self.description})"
 
     def _check_usable(self) -> None:
-        """Check that the runtime is open and belongs to this process.
-
-        Threads and devices do not survive a fork: a request would wait for ever.
-        """
-        if os.getpid() != self._process:
-            raise CoPRSError(
-                f"CoPRS was loaded in process {self._process} and is used in its fork "
-                f"{os.getpid()}; load it after the fork instead, or start processes with "
-                'multiprocessing.get_context("spawn") and load it in each'
-            )
+        """Check that the runtime is open and belongs to this process."""
+        _check_process(self._process)
         if self._is_closed:
             raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
 
@@ -349,6 +348,7 @@ class CoPRS(Closeable):
                     image.resize,
                     self._geometry,
                     stream_prior=stream_prior,
+                    num_threads=self._num_threads,
                 )
                 reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
                 if not pending.is_cached:
@@ -401,6 +401,24 @@ class CoPRS(Closeable):
         if result is None:
             raise PolicyError(f"{self._policy.description} ended without a result")
         return result
+
+
+def _check_process(loaded_in: int | None) -> None:
+    """Refuse a fork of the process that loaded CoPRS; PyTorch would wait for its threads there."""
+    if loaded_in not in (None, os.getpid()):
+        raise CoPRSError(
+            f"CoPRS was loaded in process {loaded_in} and is used in its fork {os.getpid()}, where "
+            "the threads of the runtimes do not exist; load it after the fork only, or start "
+            'processes with multiprocessing.get_context("spawn")'
+        )
+
+
+def _pair(request: object) -> tuple[ImageSource, str]:
+    if not isinstance(request, tuple | list) or len(request) != 2:
+        raise ValueError(
+            f"requests contains {reprlib.repr(request)}; accepted: pairs of image and instruction"
+        )
+    return request[0], request[1]
 
 
 def _last(events: Iterable[StreamEvent]) -> SegmentationResult:

@@ -43,7 +43,8 @@ class VllmSettings:
         tensor_parallel_size: number of devices that share the weights.
         enforce_eager: whether ``torch.compile`` and CUDA graphs are disabled; None disables them
             on a CPU only.
-        num_threads: CPU threads of the engine's worker; None leaves one core to the engine's loop.
+        num_threads: CPU threads of the engine's worker; None takes that of the runtime, or leaves
+            one core to the engine's loop.
     """
 
     max_num_seqs: int = 16

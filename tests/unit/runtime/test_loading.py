@@ -107,7 +107,7 @@ def test_load_passes_options_to_graphs_and_policy(tiny_bundle, scene, tmp_path, 
         policy_dtype="bfloat16", num_threads=1, max_cached_images=0, cache_dir=tmp_path
     )
     with CoPRS.load(tiny_bundle, options) as coprs:
-        assert coprs.description.endswith("torch.bfloat16")
+        assert coprs.description.endswith("bfloat16 (as requested)")
         assert coprs.segment(scene, "the red disc").found
         assert len(coprs._cache) == 0
     assert len(opened) == 3
