@@ -153,8 +153,8 @@ def check_number(
     Raises:
         ValueError: the value has another type, is not finite, or is out of range.
     """
-    kind = Integral if is_whole else Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+    is_number = isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
+    if not is_number or not (isinstance(value, Integral) or math.isfinite(value)):
         expected = "a whole number" if is_whole else "a finite number"
         raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {expected}")
     if value < least or value > most or value <= above:

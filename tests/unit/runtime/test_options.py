@@ -25,6 +25,7 @@ from coprs_deploy.runtime import CoPRS, RuntimeOptions
         ({"num_threads": "2"}, "num_threads is '2'; accepted: a whole number"),
         ({"num_threads": float("nan")}, "num_threads is nan; accepted: a whole number"),
         ({"num_threads": 10**6}, "num_threads is 1000000; it must be at least 1 and at most 1024"),
+        ({"max_queue_size": -(10**400)}, "max_queue_size is -100.*; it must be at least 0"),
         ({"device": None}, "device is None; accepted: 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": "cuda:²"}, "device is 'cuda:²'; accepted: 'cpu', 'cuda' or 'cuda:N'"),
         ({"policy_device": "tpu"}, "policy_device is 'tpu'; accepted: 'cpu', 'cuda' or 'cuda:N'"),
