@@ -26,7 +26,7 @@ from coprs_deploy.policy.policy import (
 from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.progress_bars import without_progress_bars
-from coprs_deploy.policy.torch_threads import torch_threads
+from coprs_deploy.policy.torch_settings import require_device, torch_threads
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
@@ -56,6 +56,7 @@ class TransformersPolicy(Policy):
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
+        RuntimeUnavailableError: the device does not exist.
         PolicyError: the directory cannot be loaded as a policy.
         ValueError: the dtype is unknown.
     """
@@ -78,6 +79,7 @@ class TransformersPolicy(Policy):
             raise MissingDependencyError(
                 f"the transformers policy needs {error.name}; pip install torch transformers"
             ) from error
+        require_device(device)
         chosen = choose_dtype(path, device, dtype)
         try:
             with without_progress_bars():

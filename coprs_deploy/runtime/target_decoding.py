@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.images import ResizeTransform
-from coprs_deploy.policy.torch_threads import torch_threads
+from coprs_deploy.policy.torch_settings import torch_threads
 from coprs_deploy.runtime.result import LowResolutionLogits, PriorEvent, Timings
 from coprs_deploy.specs import Geometry
 
