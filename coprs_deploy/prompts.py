@@ -28,6 +28,9 @@ MAX_REASONING_CHARS = 2048
 MAX_WORDS_BETWEEN = 10
 """Words between the reasoning and the token; more is a minor violation (public code only)."""
 
+MAX_INSTRUCTION_CHARS = 20_000
+"""Longer instructions are refused before they are tokenized, which takes seconds per million."""
+
 _INSTRUCTION = "{instruction}"
 _REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
@@ -62,10 +65,16 @@ def check_instruction(instruction: str) -> str:
     """Return the instruction without surrounding whitespace.
 
     Raises:
-        InstructionError: the instruction is empty, not a str, or not valid Unicode.
+        InstructionError: the instruction is empty, longer than ``MAX_INSTRUCTION_CHARS``, not a
+            str, or not valid Unicode.
     """
     if not isinstance(instruction, str):
         raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
+    if len(instruction) > MAX_INSTRUCTION_CHARS:
+        raise InstructionError(
+            f"the instruction has {len(instruction):,} characters, the limit is "
+            f"{MAX_INSTRUCTION_CHARS:,}; shorten it to what to segment"
+        )
     if not instruction.strip():
         raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
     if any("\ud800" <= character <= "\udfff" for character in instruction):
@@ -148,7 +157,9 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, instruction: str
 
 
 def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    # A single text, encoded in this thread: a batch, of one too, would go through a thread pool.
+    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 class FormatViolation(str, Enum):

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if result.found else 1
     print()
     log(repr(result))
+    log(result.runtime)
     if not result.found:
         log(f"stop reason: {StopReason(result.stop_reason).description}")
     for violation in result.format_violations:

@@ -6,21 +6,28 @@ outputs of other runners, and returns its outputs by name as tensors that stay o
 
 from __future__ import annotations
 
+import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import check_number, check_type
 from coprs_deploy.specs import GraphSpec
 
 Array: TypeAlias = NDArray[Any]
 
 INFERENCE_PRECISIONS = ("fp32", "bf16")
+
+MAX_THREADS = 1024
+"""More threads than any machine has cores for; the runtimes would try to start them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,16 @@ class HostTensor(DeviceTensor):
         return [HostTensor(self.tensor[i : i + 1].copy()) for i in range(len(self.tensor))]
 
 
+def check_device(name: str, device: object) -> None:
+    """Check the name of a device.
+
+    Raises:
+        ValueError: it is none of ``cpu``, ``cuda`` and ``cuda:N``.
+    """
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise ValueError(f"{name} is {reprlib.repr(device)}; accepted: 'cpu', 'cuda' or 'cuda:N'")
+
+
 @dataclass(frozen=True)
 class RunnerOptions:
     """Options of a runner.
@@ -87,11 +104,12 @@ class RunnerOptions:
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        kind, colon, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdigit())):
-            raise ValueError(f"device is {self.device!r}; accepted: 'cpu', 'cuda' or 'cuda:N'")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
+        check_device("device", self.device)
+        if self.num_threads is not None:
+            check_number("num_threads", self.num_threads, least=1, most=MAX_THREADS)
+        check_type("cuda_graphs", self.cuda_graphs, bool)
+        check_type("allow_engine_host_code", self.allow_engine_host_code, bool)
+        check_type("cache_dir", self.cache_dir, Path, NoneType)
         if self.inference_precision not in INFERENCE_PRECISIONS:
             raise ValueError(
                 f"inference_precision is {self.inference_precision!r}; accepted: "

@@ -23,13 +23,20 @@ from coprs_deploy.policy.policy import (
     StopReason,
     TextDelta,
 )
+from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.policy.torch_settings import require_device, torch_threads
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
 if TYPE_CHECKING:
     import torch
+
+
+SMALL_POLICY = 100_000_000
+"""Number of parameters below which a policy runs on one thread. Its operators take microseconds:
+threads gain little, and beside another busy process each operator waits for their time slices."""
 
 
 class TransformersPolicy(Policy):
@@ -43,10 +50,13 @@ class TransformersPolicy(Policy):
         prompt: prompt template.
         min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
-        dtype: torch dtype of the weights (``float32``, ``bfloat16``); None keeps the stored one.
+        dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
+        num_threads: CPU threads per operator; None selects one for a policy of less than
+            :data:`SMALL_POLICY` parameters, else PyTorch's own number.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
+        RuntimeUnavailableError: the device does not exist.
         PolicyError: the directory cannot be loaded as a policy.
         ValueError: the dtype is unknown.
     """
@@ -60,21 +70,21 @@ class TransformersPolicy(Policy):
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        num_threads: int | None = None,
     ) -> None:
         try:
-            import torch
             from safetensors import SafetensorError
             from transformers import AutoModelForImageTextToText
         except ImportError as error:
             raise MissingDependencyError(
                 f"the transformers policy needs {error.name}; pip install torch transformers"
             ) from error
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16, float16 or None")
+        require_device(device)
+        chosen = choose_dtype(path, device, dtype)
         try:
             with without_progress_bars():
                 model = AutoModelForImageTextToText.from_pretrained(
-                    path, dtype=dtype or "auto", local_files_only=True
+                    path, dtype=chosen.dtype, local_files_only=True
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
@@ -84,8 +94,11 @@ class TransformersPolicy(Policy):
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
+        if num_threads is None and model.num_parameters() < SMALL_POLICY:
+            num_threads = 1
+        self._num_threads = num_threads
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
-        self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
+        self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
     def stream(self, request: PolicyRequest) -> PolicyStream:
         """See :meth:`Policy.stream`."""
@@ -163,7 +176,7 @@ class TransformersPolicy(Policy):
         if vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             output = self._model.model(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -178,7 +191,7 @@ class TransformersPolicy(Policy):
         """Feed one token; return its post-norm hidden state (1, D)."""
         import torch
 
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             if offsets is not None:
                 self._model.model.rope_deltas = offsets
             output = self._model.model(
@@ -193,7 +206,7 @@ class TransformersPolicy(Policy):
         """Return the most likely token after a hidden state (1, D)."""
         import torch
 
-        with torch.inference_mode():
+        with torch_threads(self._num_threads), torch.inference_mode():
             return int(self._model.get_output_embeddings()(hidden).argmax())
 
     def close(self) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import reprlib
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeAlias
+from types import NoneType
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -18,7 +21,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.autotune import RuntimeChoice
-from coprs_deploy.errors import PolicyError
+from coprs_deploy.errors import CoPRSError, PolicyError, check_type
 from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
@@ -64,6 +67,8 @@ class CoPRS(Closeable):
         runtime_choices: as given.
     """
 
+    _loaded_in: ClassVar[int | None] = None
+
     def __init__(
         self,
         graphs: SegmentationGraphs,
@@ -76,7 +81,10 @@ class CoPRS(Closeable):
         self._graphs = graphs
         self._policy = policy
         self._geometry = geometry
+        CoPRS._loaded_in = self._process = os.getpid()
+        self._is_closed = False
         self._timeout_s = options.timeout_s
+        self._num_threads = options.num_threads
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -109,9 +117,12 @@ class CoPRS(Closeable):
             BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
             EnvironmentNotReadyError: a requested library or device is not available.
         """
+        check_type("options", options, RuntimeOptions, NoneType)
         options = options or RuntimeOptions()
         if policy is not None:
             options = replace(options, policy=policy)
+        check_type("bundle", bundle, str, Path, NoneType)
+        _check_process(cls._loaded_in)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
         choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
@@ -142,7 +153,10 @@ class CoPRS(Closeable):
             PolicyError: the policy failed.
             QueueFullError: the queue is full.
             RequestTimeoutError: the time limit passed.
+            ValueError: another argument is not accepted.
+            CoPRSError: the runtime was closed, or loaded before this process was forked.
         """
+        self._check_usable()
         with self._limit.slot():
             return _last(self._start(image, instruction, max_targets, max_new_tokens))
 
@@ -159,6 +173,7 @@ class CoPRS(Closeable):
             ``TextDelta`` as the policy writes, ``PriorEvent`` (unless nothing was found), and the
             ``SegmentationResult``. Closing the generator abandons the request.
         """
+        self._check_usable()
         with self._limit.slot():
             yield from self._start(image, instruction, max_targets, max_new_tokens, True)
 
@@ -205,12 +220,15 @@ class CoPRS(Closeable):
         Yields:
             One result per request. The first request that fails raises, as in :meth:`segment`.
         """
+        self._check_usable()
+        check_type("requests", requests, Iterable)
         concurrency = self._policy.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:
-                for image, instruction in requests:
+                for request in requests:
                     try:
+                        image, instruction = _pair(request)
                         events = self._start(image, instruction, max_targets)
                     except Exception as error:  # raised when the turn of the request comes
                         pending.append(Future())
@@ -231,6 +249,7 @@ class CoPRS(Closeable):
         Returns:
             Prefill, decode and total time of the policy.
         """
+        self._check_usable()
         size, region = self._geometry.image_size, self.valid_region
         height, width = (region.height, region.width) if region else (size, size)
         image = self._decode(np.full((height, width, 3), 128, dtype=np.uint8))
@@ -261,13 +280,25 @@ class CoPRS(Closeable):
         check_valid_region(ResizeTransform.of(image, self._geometry), self.valid_region)
 
     def close(self) -> None:
-        """Free graphs and policy; running requests end with an error."""
+        """Free graphs and policy; running requests end with an error.
+
+        In a fork of the process that loaded them it does nothing: they belong to the other process.
+        """
+        self._is_closed = True
+        if os.getpid() != self._process:
+            return
         self._queue.close()
         self._policy.close()
         self._graphs.close()
 
     def __repr__(self) -> str:
         return f"CoPRS({self.description})"
+
+    def _check_usable(self) -> None:
+        """Check that the runtime is open and belongs to this process."""
+        _check_process(self._process)
+        if self._is_closed:
+            raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
 
     def _start(
         self,
@@ -317,6 +348,7 @@ class CoPRS(Closeable):
                     image.resize,
                     self._geometry,
                     stream_prior=stream_prior,
+                    num_threads=self._num_threads,
                 )
                 reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
                 if not pending.is_cached:
@@ -352,6 +384,10 @@ class CoPRS(Closeable):
                 _mask_logits=decoded.mask_logits,
                 _prior_logits=decoded.prior_logits,
             )
+        except Exception as error:
+            if self._is_closed and not isinstance(error, CoPRSError):
+                raise CoPRSError("CoPRS was closed during the request") from error
+            raise
         finally:
             pending.release()
 
@@ -365,6 +401,24 @@ class CoPRS(Closeable):
         if result is None:
             raise PolicyError(f"{self._policy.description} ended without a result")
         return result
+
+
+def _check_process(loaded_in: int | None) -> None:
+    """Refuse a fork of the process that loaded CoPRS; PyTorch would wait for its threads there."""
+    if loaded_in not in (None, os.getpid()):
+        raise CoPRSError(
+            f"CoPRS was loaded in process {loaded_in} and is used in its fork {os.getpid()}, where "
+            "the threads of the runtimes do not exist; load it after the fork only, or start "
+            'processes with multiprocessing.get_context("spawn")'
+        )
+
+
+def _pair(request: object) -> tuple[ImageSource, str]:
+    if not isinstance(request, tuple | list) or len(request) != 2:
+        raise ValueError(
+            f"requests contains {reprlib.repr(request)}; accepted: pairs of image and instruction"
+        )
+    return request[0], request[1]
 
 
 def _last(events: Iterable[StreamEvent]) -> SegmentationResult:

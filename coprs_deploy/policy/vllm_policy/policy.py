@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import queue
 import threading
 import time
@@ -31,6 +32,7 @@ from coprs_deploy.policy.policy import (
     StopReason,
     TextDelta,
 )
+from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.policy.vllm_policy.engine import (
@@ -101,7 +103,7 @@ class VllmPolicy(Policy):
         prompt: prompt template.
         min_pixels, max_pixels: limits of the image area, in pixels.
         device: ``cpu``, ``cuda`` or ``cuda:N``; the installed vLLM must be built for it.
-        dtype: torch dtype of the weights; None keeps the stored one.
+        dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
         settings: settings of the engine.
         memory_is_ready: event to wait for before the free memory is measured, so that graphs on the
             same GPU are loaded by then; None measures at once.
@@ -143,11 +145,12 @@ class VllmPolicy(Policy):
             memory = memory_arguments(
                 settings, device_type, device_memory(device), needed * settings.max_num_seqs
             )
-            arguments = self._engine_arguments(path.resolve(), config, dtype)
+            chosen = choose_dtype(path, device, dtype)
+            arguments = self._engine_arguments(path.resolve(), config.model_type, chosen.dtype)
             arguments |= settings.engine_arguments(device_type) | memory
             with visible_device(device_type, index):
                 self._start(arguments)
-        settings_in_use = _describe(self._open_engine().engine.vllm_config, memory)
+        settings_in_use = _describe(self._open_engine().engine.vllm_config, memory, chosen.reason)
         library = f"vllm {vllm.__version__} {config.model_type} on {device}"
         self.description = ", ".join([library, *settings_in_use])
 
@@ -174,15 +177,14 @@ class VllmPolicy(Policy):
         self._prompt = msgspec.structs.replace(self._prompt, max_prompt_tokens=most)
         return config
 
-    def _engine_arguments(self, path: Path, config: Any, dtype: str | None) -> dict[str, Any]:
+    def _engine_arguments(self, path: Path, model_type: str, dtype: str) -> dict[str, Any]:
         """Return vLLM's engine arguments that do not come from the settings."""
         register_architectures()
-        stored = str(config.dtype).removeprefix("torch.") if config.dtype else "auto"
         return {
             "model": str(path),
-            "dtype": dtype or stored,
+            "dtype": dtype,
             "max_model_len": self._max_length,
-            "hf_overrides": {"architectures": [ARCHITECTURES[config.model_type]]},
+            "hf_overrides": {"architectures": [ARCHITECTURES[model_type]]},
             "generation_config": "vllm",
             "limit_mm_per_prompt": {"image": 1},
             "mm_device_do_normalize": False,  # VisionProcessor normalizes
@@ -204,6 +206,7 @@ class VllmPolicy(Policy):
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         engine_args = AsyncEngineArgs(**arguments)
+        self._process = os.getpid()
         self._engine: EngineThread | None = None
         self._transport = HiddenStateTransport(self.hidden_size)
         atexit.register(self.close)  # an unclosed policy leaves no process and no file behind
@@ -363,7 +366,12 @@ class VllmPolicy(Policy):
         return int(self._open_engine().engine.get_num_unfinished_requests())
 
     def close(self) -> None:
-        """Abort running requests, end the engine's processes and remove the transport's folder."""
+        """Abort running requests, end the engine's processes and remove the transport's folder.
+
+        In a fork of the process that started them it does nothing.
+        """
+        if os.getpid() != self._process:
+            return
         atexit.unregister(self.close)
         engine, self._engine = self._engine, None
         try:
@@ -373,11 +381,11 @@ class VllmPolicy(Policy):
             self._transport.close()
 
 
-def _describe(vllm_config: Any, memory: dict[str, Any]) -> list[str]:
+def _describe(vllm_config: Any, memory: dict[str, Any], reason: str) -> list[str]:
     """Describe the settings of a running engine, for messages."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     parts = [
-        str(model.dtype),
+        f"{str(model.dtype).removeprefix('torch.')} ({reason})",
         f"quantization {model.quantization or 'none'}",
         f"{vllm_config.scheduler_config.max_num_seqs} requests at once",
         f"prefix caching {'on' if vllm_config.cache_config.enable_prefix_caching else 'off'}",
