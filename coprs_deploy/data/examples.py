@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -133,12 +133,19 @@ class ExampleFile(LazyExamples):
         problems: the invalid rows, which are skipped.
     """
 
-    def __init__(self, path: str | PathLike[str], *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        strict: bool = False,
+        inspect: Callable[[Example], None] | None = None,
+    ) -> None:
         """Open a file and validate every row, which decodes each image once.
 
         Args:
             path: a ``.parquet`` or ``.jsonl`` file.
             strict: raise if any row is invalid.
+            inspect: called with each valid example, in order, while the file is opened.
 
         Raises:
             ValueError: the suffix is not supported.
@@ -153,10 +160,13 @@ class ExampleFile(LazyExamples):
         problems: list[RowProblem] = []
         for index in range(len(self._rows)):
             try:
-                self._decode(index)
+                example = self._decode(index)
                 self._valid.append(index)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(RowProblem(index + 1, str(error)))
+            else:
+                if inspect is not None:
+                    inspect(example)
         self.problems = tuple(problems)
         if problems and strict:
             raise ArtifactError(f"{self.summary()}: correct them, or open the file without strict")
