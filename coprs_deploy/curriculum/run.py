@@ -59,10 +59,13 @@ def train_curriculum(
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings, or settings contradict each other.
+        ValueError: ``out`` holds a run with other settings, settings contradict each other, or
+            there is no state to export.
         CheckpointError: the initial checkpoint cannot be used.
     """
     with open_run(recipe, out) as run:
+        if export_only:
+            run.directory.require_progress()
         context = build_context(run, scenes_dir or out / "scenes")
         run.provenance.update(_provenance(recipe))
         trainer = Trainer(run, context.state)

@@ -102,11 +102,13 @@ def train(recipe: Recipe, out: Path, *, export_only: bool = False) -> dict[str, 
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings or data, or settings and data
-            contradict each other.
+        ValueError: ``out`` holds a run with other settings or data, settings and data contradict
+            each other, or there is no state to export.
         CheckpointError: the initial checkpoint cannot be used.
     """
     with open_run(recipe, out) as run:
+        if export_only:
+            run.directory.require_progress()
         checkpoint = read_checkpoint(recipe.model.path or CHECKPOINT)
         data = open_data(recipe)
         if run.accelerator.is_main_process:

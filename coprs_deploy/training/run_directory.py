@@ -120,6 +120,18 @@ class RunDirectory:
         patterns = ("stages/*/state-*", "stages/*/result.json")
         return any(any(self.path.glob(pattern)) for pattern in patterns)
 
+    def require_progress(self) -> None:
+        """Check that there is something to write a checkpoint from.
+
+        Raises:
+            ValueError: no stage has a state or is finished.
+        """
+        if not self.has_progress():
+            raise ValueError(
+                f"{self.path} has no saved state; one is saved every save_steps steps and when a "
+                "signal stops the run"
+            )
+
     def stage(self, name: str) -> Path:
         """Return the folder of a stage."""
         return self.path / "stages" / name
