@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -69,8 +67,10 @@ class StopRequest:
         """Return whether any process got a signal (collective call)."""
         if accelerator.num_processes == 1:
             return self.number is not None
-        asked = torch.tensor(float(self.number is not None), device=accelerator.device)
-        return bool(accelerator.reduce(asked, "sum") > 0)
+        import torch
+
+        requested = torch.tensor(float(self.number is not None), device=accelerator.device)
+        return bool(accelerator.reduce(requested, "sum") > 0)
 
     def exit(self) -> None:
         """End this process with the exit code of the signal."""

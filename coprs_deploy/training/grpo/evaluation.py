@@ -198,10 +198,10 @@ def spread(prompts: Sequence[str], count: int) -> list[int]:
 
 
 def _captioned(tiles: Image.Image, line: Mapping[str, Any]) -> Image.Image:
-    """Add the figures, the instruction and the response below a row of a sheet."""
+    """Add the numbers, the instruction and the response below a row of a sheet."""
     quality = "no-match" if line["mask_iou"] is None else f"IoU {line['mask_iou']:.2f}"
-    figures = f"{quality}, {line['num_found']} of {line['num_targets']} targets named"
-    tiles = add_caption(tiles, "ground truth | prior | mask: " + figures)
+    numbers = f"{quality}, {line['num_found']} of {line['num_targets']} targets named"
+    tiles = add_caption(tiles, "ground truth | prior | mask: " + numbers)
     return add_caption(add_caption(tiles, line["instruction"]), line["response"] or "(empty)")
 
 

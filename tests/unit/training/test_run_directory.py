@@ -27,7 +27,7 @@ def test_open_with_other_settings_raises(tmp_path):
         directory.open(changed)
 
 
-def test_open_with_other_settings_before_the_first_state_starts_anew(tmp_path):
+def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     directory.open(load_recipe("supervised_7b"))
     changed = load_recipe("supervised_7b", ["seed=9"])
