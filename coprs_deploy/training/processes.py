@@ -136,10 +136,9 @@ def run_processes(command: Sequence[str], count: int, num_threads: int) -> int:
 def _wait(processes: Sequence[subprocess.Popen[Any]]) -> int:
     """Wait for the end of all processes; return the first exit code that is not 0."""
     failed: tuple[int, float] | None = None
-    while any(process.poll() is None for process in processes):
-        codes = [process.returncode for process in processes if process.returncode]
-        if codes and failed is None:
-            failed = codes[0], time.monotonic()
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes) and failed is None:
+            failed = next(code for code in codes if code), time.monotonic()
             for process in processes:
                 process.terminate()
         if failed and time.monotonic() - failed[1] > GRACE_SECONDS:
