@@ -11,6 +11,7 @@ from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.data.examples import Example, write_examples
 from coprs_deploy.data.synthetic import PLAIN, SceneExamples
 from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.mask_decoding import fit_mask
@@ -18,7 +19,7 @@ from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
-from coprs_deploy.training.supervised_stage import ExampleCollector, ExampleSets, SupervisedStage
+from coprs_deploy.training.supervised_stage import ExampleCollector, SupervisedStage
 from coprs_deploy.training.trainer import loss_coefficient
 
 SETTINGS = SupervisedSettings(
