@@ -147,7 +147,7 @@ def test_load_recipe_of_a_missing_file_says_so(tmp_path, monkeypatch):
         ("stages.grpo", "steps = 3", "did you mean max_steps"),
         ("stages.grpo.optimizer", "rate = 3", "did you mean"),
         ("stages.grpo.optimizer", "foo = 3", "accepted: .*learning_rate"),
-        ("data", "scenes = 3", "did you mean num_training_scenes"),
+        ("data", "training_scenes = 3", "did you mean num_training_scenes"),
     ],
 )
 def test_unknown_key_of_a_table_names_one_of_the_same_table(tmp_path, table, line, message):
@@ -304,16 +304,21 @@ def test_train_with_an_unknown_key_suggests_the_nearest(capsys):
         ("demo", "coprs_deploy.curriculum.run.train_curriculum"),
     ],
 )
-def test_train_interrupted_says_how_to_resume(recipe, function, capsys, monkeypatch, tmp_path):
-    def interrupted(*_):
+def test_train_interrupted_says_what_is_kept(recipe, function, capsys, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(function, interrupted)
-    out = str(tmp_path / "run")
-    assert main(["train", recipe, "--set", "num_processes=1", "--out", out]) == 130
+    out = tmp_path / "run"
+    command = ["train", recipe, "--set", "num_processes=1", "--out", str(out)]
+    assert main(command) == 130
+    assert f"no state was saved in {out}" in capsys.readouterr().err
+    state = out / "stages" / "one" / "state-000020"
+    state.mkdir(parents=True)
+    assert main(command) == 130
     message = capsys.readouterr().err
-    assert f"re-run the same command to resume from the last state in {out}" in message
-    assert f"every {100 if recipe == 'demo' else 20} steps" in message
+    assert f"{state} is kept; re-run the same command to resume from it" in message
+    assert f"--export-checkpoint to write {out / 'checkpoint'}" in message
 
 
 def test_train_estimate_of_a_tiny_model_is_refused(capsys):
