@@ -157,7 +157,7 @@ def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> 
         f"{checkpoint.path}: {len(examples.training):,} training examples"
         f"{f' ({skipped:,} invalid rows left out)' if skipped else ''}, "
         f"{len(examples.held_out):,} held out; {accelerator.device}, {recipe.precision}, "
-        f"{accelerator.num_processes} processes of {recipe.num_threads} threads",
+        f"processes: {accelerator.num_processes}, threads: {recipe.num_threads}",
         *(f"{name}: {settings.batch_text()} per step" for name, settings in recipe.stages.items()),
         sep="\n",
         file=sys.stderr,
