@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -150,7 +151,7 @@ class Place:
         return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
 
     def clear(self) -> None:
-        """Start anew: remove the output, or put there what will be replaced."""
+        """Start again: remove the output, or put there what will be replaced."""
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         if self.verb in REPLACED:
             shutil.copytree(REPLACED[self.verb], self.folder / "out")
@@ -217,14 +218,15 @@ def interrupt(place: Place, number: signal.Signals, after_s: float, outcome: Out
     where = f"{place.verb} {number.name} after {after_s:.2f} s"
     process = place.start()
     process.join(after_s)
-    if process.exitcode is None:
-        assert process.pid is not None, "it was started"
+    assert process.pid is not None, "it was started"
+    with suppress(ProcessLookupError):
         os.kill(process.pid, number)
-        outcome.interrupted += 1
-    else:
-        outcome.finished += 1
     code = end_of(process)
     outcome.codes[code] += 1
+    if code == 0:
+        outcome.finished += 1
+    else:
+        outcome.interrupted += 1
     if code not in (0, -number, 128 + number):
         outcome.violations.append(f"{where}: exit code {code}: {place.last_line()}")
     _check_processes(place, where, outcome)
@@ -262,6 +264,9 @@ def run(verbs: Sequence[str], signals: Sequence[signal.Signals], repeat: int, se
     moments = random.Random(seed)
     outcomes: dict[tuple[str, str], Outcome] = {}
     FORK_SERVER.set_forkserver_preload(list(PRELOADED))
+    imports = FORK_SERVER.Process(target=exec, args=("pass", {}))
+    imports.start()
+    end_of(imports)
     with tempfile.TemporaryDirectory(prefix="kill-verbs-") as folder:
         for verb in verbs:
             place = Place(Path(folder) / verb, verb)
