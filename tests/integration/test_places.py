@@ -191,10 +191,20 @@ def test_verbs_on_a_full_disk_name_the_path_and_leave_nothing_unfinished(tmp_pat
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_verb_with_a_full_disk_behind_its_output_is_exit_code_2(stream):
+@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_verb_with_a_full_disk_behind_its_output_is_exit_code_2(stream, more, buffering):
     command = [sys.executable, "-m", "coprs_deploy", "inspect", demo.BUNDLE]
     if stream == "stderr":
         command[-1] = "nowhere"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, check=False, **{stream: full})
+        done = subprocess.run(
+            [*command, *more],
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": buffering},
+            **{**streams, stream: full},
+        )
     assert done.returncode == 2
+    assert b"Traceback" not in (done.stderr or b"")
+    assert b"Exception ignored" not in (done.stderr or b"")
