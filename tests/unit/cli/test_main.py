@@ -117,6 +117,18 @@ def test_main_does_not_hide_a_bug(doctor, error):
         main(["doctor"])
 
 
+def test_main_warning_is_one_line():
+    program = (
+        "import sys, warnings\nfrom coprs_deploy.cli import doctor, main\n"
+        "doctor.run = lambda arguments: warnings.warn('the cache cannot be written') or 0\n"
+        "main.main(['doctor'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "warning: the cache cannot be written\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("is_ignored", [True, False])
 def test_main_signal_ends_the_verb_unless_the_caller_ignores_it(doctor, number, is_ignored):
