@@ -11,11 +11,12 @@ import select
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from coprs_deploy.cli.parser import SuggestingParser, print_json
 from coprs_deploy.errors import CoPRSError, error_body
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr, for paths that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or wrong use
@@ -136,17 +138,26 @@ def _exit_on_signals() -> Iterator[None]:
 
 def _report(parsed: argparse.Namespace, error: BaseException, message: str, exit_code: int) -> int:
     """Print an error on stderr, and with ``--json`` as JSON on stdout; return the exit code."""
-    print(f"coprs-deploy {parsed.verb}: {message}", file=sys.stderr)
-    if parsed.verb != "serve" and parsed.json:
-        print_json(error_body(error, message))
+    with _flushed_or_discarded(sys.stderr):
+        print(f"coprs-deploy {parsed.verb}: {message}", file=sys.stderr)
+    with _flushed_or_discarded(sys.stdout):
+        if parsed.verb != "serve" and parsed.json:
+            print_json(error_body(error, message))
     return exit_code
 
 
-def _reader_is_gone() -> bool:
-    """Whether the broken pipe is that of stdout, whose reader has read enough, as ``head`` does.
+@contextmanager
+def _flushed_or_discarded(stream: TextIO) -> Iterator[None]:
+    """Flush a stream after a block; if its disk is full, discard what is still to be written."""
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        _discard(stream)
 
-    The rest of the output is discarded then, because Python flushes it once more at exit.
-    """
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe is that of stdout, whose reader has read enough, as ``head`` does."""
     try:
         stdout = sys.stdout.fileno()
     except io.UnsupportedOperation:
@@ -155,8 +166,14 @@ def _reader_is_gone() -> bool:
     poll.register(stdout, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    _discard(sys.stdout)
     return True
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard what is still to be written, because Python tries once more at exit."""
+    with suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

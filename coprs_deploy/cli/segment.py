@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log, print_json
 from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, open_runtime
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Stream one request, print the response, save the result."""
     options = read_options(arguments, RuntimeOptions, OPTIONS)
+    if arguments.out:
+        check_writable(arguments.out)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
     waits = options.policy == "vllm"  # loading it takes a while
     with open_runtime(arguments.bundle, options, log if waits else lambda step: None) as coprs:

@@ -10,17 +10,16 @@ to end each backend runs on its own outputs.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.artifacts import temporary_directory
 from coprs_deploy.bundle import Bundle, EquivalenceRecord
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines import (
@@ -161,8 +160,7 @@ def compare_backends(
     follow(TRACED, traced, TRACING)
     if graphs[IMAGE_ENCODER].precision != FP32:
         report(FLOAT32_GRAPH)
-        with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
-            directory = Path(temporary)
+        with temporary_directory("coprs-comparison-") as directory:
             paths = {name: directory / f"{name}.onnx" for name in modules}
             for name, path in paths.items():
                 write_graph(modules[name], specs[name], path, {}, precision=FP32, scratch=directory)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.artifacts import write_text
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.export.comparison import BackendComparison, Difference
 from coprs_deploy.specs import IMAGE_ENCODER
@@ -39,7 +40,7 @@ def write_comparison_page(
 ) -> None:
     """Write the comparison as one self-contained HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(comparison_page_html(bundle, comparisons, num_samples), encoding="utf-8")
+    write_text(path, comparison_page_html(bundle, comparisons, num_samples))
 
 
 def comparison_page_html(
