@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.server.app import build_app
-from coprs_deploy.server.events import EVENT_STREAM
+from coprs_deploy.server.bodies import EVENT_STREAM
 from tests.unit.runtime_fakes import WAIT, FakePolicy, join_stream_threads
 
 MAX_BYTES = 100_000
@@ -146,7 +146,7 @@ class TestRefusals:
         for method, path, status in (("GET", "/segment", 405), ("POST", "/result", 404)):
             response = client.request(method, path)
             assert response.status_code == status
-            endpoints = "Not found. Endpoints: GET /, /health, /docs; POST /segment"
+            endpoints = "Not found. Endpoints: GET /, /health, /openapi.json; POST /segment"
             assert response.json() == {
                 "error": f"{method} {path}: {endpoints}",
                 "type": "RequestError",
