@@ -73,7 +73,6 @@ def build_app(
     app = FastAPI(
         title="coprs-deploy",
         version=__version__,
-        root_path=root_path,
         docs_url=None,  # its page loads scripts from another server
         redoc_url=None,
         responses=COMMON_RESPONSES,
@@ -89,6 +88,7 @@ def build_app(
         RequestGuard,
         max_bytes=max_upload_bytes,
         api_key=api_key,
+        root_path=root_path,
         stall_timeout_s=stall_timeout_s,
     )
     if cors_origins:

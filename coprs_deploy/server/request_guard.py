@@ -24,13 +24,17 @@ class RequestGuard:
         app: the wrapped application.
         max_bytes: size limit of a body.
         api_key: key that clients must send; empty for none.
+        root_path: path of a reverse proxy, which may remove it from the paths or not.
         stall_timeout_s: time limit of one read or write, in seconds.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, api_key: str, stall_timeout_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, api_key: str, root_path: str, stall_timeout_s: float
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._authorization = f"Bearer {api_key}".encode() if api_key else b""
+        self._root_path = root_path
         self._stall_timeout_s = stall_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +44,7 @@ class RequestGuard:
         elif refusal := self._refusal(scope):
             await refusal(scope, receive, send)
         else:
-            await self._forward(scope, receive, send)
+            await self._forward({**scope, "root_path": self._root_path}, receive, send)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_received = has_started = False
