@@ -76,8 +76,14 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "and `result`; `error` ends a stream that fails.",
         "content": {
             EVENT_STREAM: {
-                "schema": {"type": "string"},
-                "example": 'event: text\ndata: {"text": "<think>"}\n\n',
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {
+                        "event": {"enum": ["text", "prior", "result", "error"]},
+                        "data": {"type": "string", "contentMediaType": "application/json"},
+                    },
+                    "required": ["event", "data"],
+                }
             }
         },
     },
