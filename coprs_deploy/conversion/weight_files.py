@@ -126,7 +126,7 @@ def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Te
     leads = {tuple(takewhile(lambda part: part not in PARTS, new)) for new in split.values()}
     lead = leads.pop() if len(leads) == 1 else ()
     start = 0 if lead in map(tuple, split.values()) else len(lead)
-    return {".".join(split[name][start:]): tensor for name, tensor in tensors.items()}
+    return {".".join(split[name][start:]): tensor.detach() for name, tensor in tensors.items()}
 
 
 def _load(path: Path) -> Any:
@@ -174,13 +174,13 @@ def _describe_unreadable(path: Path, error: Exception) -> str:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # a zip archive and a pickle: its two formats
         return f"{path} is not a PyTorch file"
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = next((n for n in lines if "GLOBAL" in n or n.startswith("Unsupported")), "")
+    named = re.search(r"GLOBAL ([\w.]+)|(Unsupported \w+)", str(error))
     if not isinstance(error, pickle.UnpicklingError) or not named:
-        return f"{path} is not a PyTorch file, or is damaged: {(lines or [''])[0]}"
+        reason = str(error).partition("\n")[0]
+        return f"{path} is not a PyTorch file, or is damaged: {reason or type(error).__name__}"
     state = "next((data[k] for k in ('model', 'state_dict') if k in data), data)"
     return (
-        f"{path} contains more than weights, and reading it could run code ({named}); load it "
+        f"{path} contains more than weights, and reading it could run code ({named[0]}); load it "
         "where you trust it, and save its state dict alone: "
         f"{_line_to_write(path, state, weights_only=False)}"
     )
