@@ -212,9 +212,9 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if not (finite := tensor.isfinite()).all():
             raise CheckpointError(
-                f"{where} has {int((~finite).sum()):,} values that are not finite (NaN or inf) "
-                f"among the {tensor.numel():,} of {name}: the file is damaged, or its training "
-                "diverged; use an earlier or an intact copy"
+                f"{where} has values that are not finite (NaN or inf): {int((~finite).sum()):,} of "
+                f"the {tensor.numel():,} of {name}. The file is damaged, or its training diverged; "
+                "use an intact copy or an earlier state"
             )
 
 

@@ -248,7 +248,7 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("wrap", UNCLEAR.values(), ids=UNCLEAR)
-def test_read_sam_unclear_file_is_refused_with_the_line_that_mends_it(tmp_path, sam_tensors, wrap):
+def test_read_sam_unclear_file_is_refused_with_the_line_that_fixes_it(tmp_path, sam_tensors, wrap):
     path = tmp_path / "it's a file.pth"
     torch.save(wrap(sam_tensors), path)
     with pytest.raises(ConversionError) as caught:
@@ -268,8 +268,11 @@ def test_read_state_dict_name_with_and_without_wrapper_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.tensor([1.0, float("nan"), 2.0]), r"1 values that are not finite .* 3 of b\.w"),
-        (torch.tensor([float("inf"), -float("inf")]), r"2 values that are not finite .* 2 of b\.w"),
+        (
+            torch.tensor([1.0, float("nan"), 2.0]),
+            r"not finite \(NaN or inf\): 1 of the 3 of b\.w\.",
+        ),
+        (torch.tensor([float("inf"), -float("inf")]), r"not finite .*: 2 of the 2 of b\.w\."),
         (torch.tensor([1, 2]), r"b\.w as torch\.int64; accepted: dense floating-point"),
         (torch.eye(2).to_sparse(), r"b\.w as torch\.sparse_coo; accepted: dense floating-point"),
         (torch.zeros(2, device="meta"), r"b\.w as an empty tensor; accepted: dense"),
@@ -478,6 +481,13 @@ def test_merge_shards_without_tensor_is_refused(tmp_path, values):
     for rank, value in enumerate(values):
         torch.save({"weight": value}, shard(tmp_path, 2, rank))
     with pytest.raises(ConversionError, match=r"weight is a (list|int), which cannot be merged"):
+        merge_shards(find_shards(tmp_path))
+
+
+def test_merge_shards_other_content_is_refused(tmp_path, weights):
+    torch.save(weights, shard(tmp_path, 2, 0))
+    torch.save([1], shard(tmp_path, 2, 1))
+    with pytest.raises(ConversionError, match=r"rank_1\.pt contains a list, not a state dict"):
         merge_shards(find_shards(tmp_path))
 
 
