@@ -134,7 +134,7 @@ def write_checkpoint(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(shapes, expected_shapes(config.model), "the segmentation weights")
     with new_directory(Path(path), CONFIG_FILE, overwrite) as partial:
-        stored = _without_shared_memory(tensors)
+        stored = without_shared_memory(tensors)
         save_file(stored, partial / SEGMENTATION_FILE, metadata={"format": "pt"})
         del stored
         (partial / POLICY_DIRECTORY).mkdir()
@@ -230,7 +230,7 @@ def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that share memory with another one, which safetensors does not store."""
     separate, storages = {}, set()
     for name, tensor in tensors.items():

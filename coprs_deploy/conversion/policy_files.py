@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.checkpoint import check_values
+from coprs_deploy.checkpoint import check_values, without_shared_memory
 from coprs_deploy.errors import CheckpointError, ConversionError
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
@@ -85,7 +85,7 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
             else:
                 # The auto class accepts no state dict; the class that it selects does.
                 chosen = AutoModelForImageTextToText._model_mapping[type(config)]
-                options |= {"config": config, "state_dict": weights}
+                options |= {"config": config, "state_dict": without_shared_memory(weights)}
                 model, info = chosen.from_pretrained(None, **options)
                 if (path / "generation_config.json").is_file():
                     stored = GenerationConfig.from_pretrained(path, local_files_only=True)

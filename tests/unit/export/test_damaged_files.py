@@ -1,7 +1,6 @@
 """Damaged bundles and checkpoints: they open with equal contents, or fail with our own error."""
 
 import contextlib
-import shutil
 import warnings
 
 import numpy as np
@@ -18,53 +17,9 @@ from coprs_deploy.engines import RunnerOptions, open_bundle_graph, open_graph
 from coprs_deploy.engines.autotune import random_inputs
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.specs import GRAPH_NAMES
+from tests.unit.damage import Damaged, damages
 
 pytestmark = pytest.mark.fuzz
-
-
-@st.composite
-def damages(draw):
-    """A function that flips or inserts some bytes, or cuts the end; positions are relative."""
-    kind = draw(st.sampled_from(["flip", "flip", "header", "insert", "cut"]))
-    place = st.floats(0, 1, exclude_max=True)
-    values = draw(st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=4))
-
-    def damage(data: bytes) -> bytes:
-        changed = bytearray(data)
-        for position, value in values:
-            if not changed:
-                break
-            # Headers and names are at the front of a file, and say what the rest means.
-            length = min(len(changed), 4096) if kind == "header" else len(changed)
-            index = int(position * length)
-            if kind == "cut":
-                del changed[index:]
-            elif kind == "insert":
-                changed.insert(index, value)
-            else:
-                changed[index] ^= value
-        return bytes(changed)
-
-    return damage
-
-
-class Damaged:
-    """A copy of a directory in which one file at a time is damaged."""
-
-    def __init__(self, source, root):
-        shutil.copytree(source, root)
-        self.root = root
-        self.names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-
-    @contextlib.contextmanager
-    def file(self, name, damage):
-        path = self.root / name
-        whole = path.read_bytes()
-        path.write_bytes(damage(whole))
-        try:
-            yield path
-        finally:
-            path.write_bytes(whole)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,14 @@ import signal
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.trt.build import BuildSettings
 from coprs_deploy.engines.trt.cache import BuildTarget, EngineCache, EngineKey
 from coprs_deploy.specs import Geometry, OptimizationProfile, graph_specs
+from tests.unit.damage import Damaged, damages
 
 FORK = multiprocessing.get_context("fork")
 GPUS = ("sm_80", "sm_89")
@@ -201,6 +204,26 @@ def test_get_or_build_reads_a_cache_that_cannot_be_written(cache, build, tmp_pat
 
 def raise_permission_error(path):
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+@pytest.fixture(scope="module")
+def cached_engine(tmp_path_factory):
+    """A cache with one engine, of which one file at a time is damaged."""
+    root = tmp_path_factory.mktemp("engine")
+    EngineCache(root / "cache").get_or_build(KEY, root / "out", Builder())
+    return Damaged(root / "cache", root / "damaged")
+
+
+@pytest.mark.fuzz
+@given(name=st.sampled_from(["model.engine", "record.json"]), damage=damages())
+@pytest.mark.filterwarnings("ignore:the cached engine")
+def test_get_or_build_damaged_entry_gives_the_engine_of_its_record(cached_engine, name, damage):
+    cache, out = EngineCache(cached_engine.root), cached_engine.root.parent / "copy"
+    with cached_engine.file(f"engines/{KEY.digest()}/{name}", damage):
+        engine, was_cached = cache.get_or_build(KEY, out, Builder())
+    assert out.read_bytes() == b"engine 1"
+    assert engine.sha256 == hashlib.sha256(b"engine 1").hexdigest()
+    assert was_cached or engine == record_of(b"engine 1")
 
 
 def test_two_processes_build_one_engine_once(cache, tmp_path):
