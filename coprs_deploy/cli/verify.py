@@ -7,6 +7,7 @@ tolerance, a file was changed, or the checkpoint is another one.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = runtime_options(arguments, OPTIONS)
     if arguments.report:
-        _check_report(arguments.bundle)
+        _check_report(arguments.bundle, arguments.report)
     with StepPrinter() as progress:
         records = verify_bundle(
             arguments.bundle,
@@ -73,12 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _check_report(bundle: Path) -> None:
-    """Refuse ``--report`` for a bundle of engines before the long check."""
+def _check_report(bundle: Path, report: Path) -> None:
+    """Refuse a report that cannot be made or written before the long check."""
     from coprs_deploy.bundle import open_bundle
     from coprs_deploy.export.comparison import require_onnx_graphs
 
     require_onnx_graphs(open_bundle(bundle))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    if report.is_dir() or not os.access(report if report.exists() else report.parent, os.W_OK):
+        raise ValueError(f"--report {report} cannot be written; accepted: the path of a file")
 
 
 def _compare_backends(

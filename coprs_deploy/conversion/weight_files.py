@@ -162,7 +162,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise ConversionError(
             f"{path} is not a safetensors file, or is damaged: {error}"
