@@ -225,7 +225,7 @@ class TestVerbs:
                 *("verify", model / "bundle", "--against", model / "checkpoint"),
                 *("--report", report),
             )
-            assert done.returncode == 2
+            assert done.code == 2
             assert str(tmp_path) in done.stderr
             assert "candidate" not in done.stderr
 
