@@ -83,7 +83,7 @@ class OpenVinoRunner(Runner):
         if path.exists() and graph_bytes(path) <= CACHED_GRAPH_BYTES:
             # The cache key is the content of the model, weights included.
             cache = Cache(options.cache_dir)
-            if cache.is_writable():
+            if cache.is_writable(OPENVINO_FOLDER):
                 settings["CACHE_DIR"] = str(cache.root / OPENVINO_FOLDER)
         suffix = "" if precision == "fp32" else f", {precision}"
         super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{suffix}")

@@ -29,7 +29,9 @@ from coprs_deploy.bundle import (
 )
 from coprs_deploy.checkpoint import (
     POLICY_DIRECTORY,
+    SEGMENTATION_FILE,
     Checkpoint,
+    check_values,
     load_segmentation_model,
     read_checkpoint,
 )
@@ -164,6 +166,7 @@ class _Export:
         self.timer.start("load checkpoint")
         self.checkpoint, config = checkpoint, checkpoint.config.model
         self.model = load_segmentation_model(checkpoint)
+        check_values(self.model.state_dict(), str(checkpoint.path / SEGMENTATION_FILE))
         self.weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         valid_region = None
         if options.aspect_ratio is not None:

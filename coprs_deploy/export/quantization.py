@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from coprs_deploy.export.calibration import INT8_LIMIT, Ranges
 from coprs_deploy.export.onnx_graph import SCOPES, check_onnx_graph, module_of
 from coprs_deploy.export.precision import (
+    FP16,
     INT8_PRODUCTS,
     load_graph,
     low_type,
@@ -140,8 +141,6 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
 def _scales(limits: NDArray[Any], rest: str) -> NDArray[np.float32]:
     """Return the scale of each limit as a normal number of the type of the rest."""
-    import ml_dtypes
-
     dtype = low_type(rest).numpy()
-    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)  # below it, precision is lost
+    smallest = 2.0**-14 if rest == FP16 else 2.0**-126  # subnormal numbers are less precise
     return np.maximum(limits / INT8_LIMIT, smallest).astype(dtype).astype(np.float32)

@@ -218,6 +218,17 @@ class TestVerbs:
         assert done.code == 1
         assert "prior.onnx was changed" in done.stderr
 
+    def test_verify_report_that_cannot_be_written_is_refused_first(self, model, tmp_path):
+        (tmp_path / "file").touch()
+        for report in (tmp_path, tmp_path / "file" / "page.html"):
+            done = run(
+                *("verify", model / "bundle", "--against", model / "checkpoint"),
+                *("--report", report),
+            )
+            assert done.code == 2
+            assert str(tmp_path) in done.stderr
+            assert "candidate" not in done.stderr
+
     def test_verify_against_another_checkpoint_fails(self, model, tmp_path):
         run_json("convert", "--random", "--seed", "1", "--out", tmp_path / "other")
         done = run("verify", model / "bundle", "--against", tmp_path / "other")

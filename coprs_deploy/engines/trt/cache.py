@@ -17,12 +17,19 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.artifacts import FileRecord, fingerprint, hash_file, new_directory, write_json
+from coprs_deploy.artifacts import (
+    FileRecord,
+    atomic_write,
+    fingerprint,
+    hash_file,
+    new_directory,
+    write_json,
+)
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.cache import (
     ENGINE_FOLDER,
@@ -105,14 +112,21 @@ class EngineCache(Cache):
         the cache.
         """
         entry = self.root / ENGINE_FOLDER / key.digest()
-        with self.lock(key.digest(), on_wait):
+        is_writable = self.is_writable(ENGINE_FOLDER)
+        with self.lock(key.digest(), on_wait) if is_writable else nullcontext():
             found = self._find(entry, key)
-            if found is None:
+            if found is not None:
+                shutil.copyfile(entry / ENGINE_FILE, out)
+                return found, True
+            with atomic_write(out) as partial:
+                engine = build(partial)
+            try:
                 with new_directory(entry, RECORD_FILE) as partial:
-                    engine = build(partial / ENGINE_FILE)
+                    shutil.copyfile(out, partial / ENGINE_FILE)
                     write_json(partial / RECORD_FILE, CacheEntry(key, engine).to_json())
-            shutil.copyfile(entry / ENGINE_FILE, out)
-        return (engine, False) if found is None else (found, True)
+            except OSError as error:  # read-only, or a full disk
+                self.warn_unwritable(error)
+        return engine, False
 
     def entries(self) -> list[CacheEntry]:
         """List the cached engines, except those whose record cannot be read."""
@@ -139,7 +153,8 @@ class EngineCache(Cache):
         except (ValueError, OSError) as error:
             problem = f"cannot be read ({error})"
         if problem is None:
-            os.utime(entry / RECORD_FILE)  # the last use, for prune()
+            with suppress(OSError):  # a read-only cache
+                os.utime(entry / RECORD_FILE)  # the last use, for prune()
             return record.engine
         warnings.warn(f"the cached engine in {entry} {problem}: it is rebuilt", stacklevel=2)
         shutil.rmtree(entry, ignore_errors=True)
@@ -249,9 +264,9 @@ def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
     """
     sizes = [graph_bytes(graph) for graph in graphs]
     memory = FIXED_MEMORY_BYTES + MEMORY_FACTOR * max(sizes)
-    cache.root.mkdir(parents=True, exist_ok=True)
-    devices = [folder.stat().st_dev for folder in (out, cache.root)]
-    for folder, device in zip((out, cache.root), devices, strict=True):
+    folders = (out, cache.root) if cache.is_writable() else (out,)
+    devices = [folder.stat().st_dev for folder in folders]
+    for folder, device in zip(folders, devices, strict=True):
         needed = 2 * sum(sizes) * devices.count(device)
         free = shutil.disk_usage(folder).free
         if free < needed:
