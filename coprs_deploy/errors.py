@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import reprlib
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class CoPRSError(Exception):
@@ -133,7 +133,7 @@ class RuntimeUnavailableError(EnvironmentNotReadyError):
 
 def check_number(
     name: str,
-    value: object,
+    value: Any,
     *,
     least: float = -math.inf,
     above: float = -math.inf,
@@ -153,8 +153,8 @@ def check_number(
     Raises:
         ValueError: the value has another type, is not finite, or is out of range.
     """
-    kind = Integral if is_whole else Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+    is_number = isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
+    if not is_number or not (isinstance(value, Integral) or math.isfinite(value)):
         expected = "a whole number" if is_whole else "a finite number"
         raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {expected}")
     if value < least or value > most or value <= above:
@@ -174,6 +174,17 @@ def check_type(name: str, value: object, *accepted: type) -> None:
         raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {names}")
 
 
+MAX_MESSAGE_LENGTH = 2000
+"""Characters of an error in JSON; messages may quote what the caller passed."""
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Return a text for a message: of more than ``limit`` characters, the middle is left out."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}...({len(text) - limit} characters)...{text[-(limit // 2) :]}"
+
+
 def install_hint(extra: str) -> str:
     """Return the pip command of an extra; it needs a checkout, as the package is not on PyPI."""
     return f'pip install -e ".[{extra}]" (in the checkout)'
@@ -186,4 +197,5 @@ def error_body(error: BaseException, message: str | None = None) -> dict[str, st
         error: the exception.
         message: text of the error; None selects ``str(error)``.
     """
-    return {"error": str(error) if message is None else message, "type": type(error).__name__}
+    text = str(error) if message is None else message
+    return {"error": shorten(text, MAX_MESSAGE_LENGTH), "type": type(error).__name__}

@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
+from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError, shorten
 from coprs_deploy.specs import Geometry, ValidRegion
 
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
@@ -31,6 +33,13 @@ RgbArray: TypeAlias = NDArray[np.uint8]
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Decoding limit: Pillow's own warning level, 256 MiB as RGB."""
+
+MAX_ASPECT_RATIO = 200
+"""Largest ratio of the sides of an image for a policy: the limit of Qwen2.5-VL."""
+
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_HEIC = re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
+"""Start of an HEIC file, with its brand."""
 
 _INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TURNS = {
@@ -66,7 +75,7 @@ def load_image(source: ImageSource) -> RgbArray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ImageDecodeError: the source is not a readable image.
+        ImageDecodeError: the source is not a readable image, or is a URL.
         ImageSizeError: the image has no pixels, or more than ``MAX_IMAGE_PIXELS``.
         FileNotFoundError: the path does not exist.
         ValueError: shape, dtype or range of the array, or the type of the source, is not accepted.
@@ -79,10 +88,15 @@ def load_image(source: ImageSource) -> RgbArray:
         if not source:
             raise ImageDecodeError("the image has 0 bytes; accepted: the bytes of an image file")
         data = bytes(source)
-        return _decode(lambda: Image.open(io.BytesIO(data)), f"the image of {len(data)} bytes")
+        return _decode(lambda: _open(io.BytesIO(data)), f"the image of {len(data)} bytes")
     if isinstance(source, (str, PathLike)):
         path = fspath(source)
-        return _decode(lambda: Image.open(path), f"the image {path!r}")
+        what = f"the image {shorten(path)!r}"
+        if _URL.match(path):
+            raise ImageDecodeError(
+                f"{what} is a URL; URLs are not fetched: pass a path, or the bytes of the file"
+            )
+        return _decode(lambda: _open(path), what)
     raise ValueError(
         f"image is a {type(source).__name__}; accepted: a path, bytes, a PIL image or a numpy array"
     )
@@ -93,6 +107,25 @@ def image_key(rgb: RgbArray) -> str:
     digest = hashlib.blake2b(str(rgb.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.hexdigest()
+
+
+def _open(file: str | io.BytesIO) -> Image.Image:
+    """Open an image file, HEIC with pillow-heif if that is installed."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+        if not _HEIC.match(data):
+            raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageDecodeError(
+            "the image is HEIC, which Pillow reads with pillow-heif: pip install pillow-heif, or "
+            "convert the image to JPEG or PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
+    return Image.open(file)
 
 
 def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: str) -> RgbArray:
@@ -112,14 +145,16 @@ def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: st
     except UnidentifiedImageError as error:
         raise ImageDecodeError(
             f"{what} is not an image that Pillow can read; accepted: PNG, JPEG, WebP, TIFF, BMP, "
-            "GIF and the like"
+            "GIF, AVIF and the like"
         ) from error
-    except IsADirectoryError as error:
-        raise ImageDecodeError(f"{what} is a directory; accepted: an image file") from error
     except Exception as error:  # Pillow's decoders raise anything on damaged bytes
+        if isinstance(error, OSError) and error.strerror:
+            raise ImageDecodeError(
+                f"{what} cannot be opened: {error.strerror}; accepted: an image file"
+            ) from error
         raise ImageDecodeError(
-            f"{what} cannot be decoded ({error}); it may be cut short: open it in a viewer, or "
-            "save it again"
+            f"{what} cannot be decoded ({shorten(str(error))}); it may be cut short: open it in a "
+            "viewer, or save it again"
         ) from error
 
 
@@ -287,7 +322,8 @@ def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
 def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Image:
     """Scale an image to an area between two pixel counts, keeping its aspect ratio.
 
-    Both sides are rounded down after shrinking and up after growing, so that the limits hold.
+    Both sides are rounded down after shrinking and up after growing, so that the limits hold; the
+    longer side is at most ``MAX_ASPECT_RATIO`` times the shorter one.
 
     Args:
         rgb: (H, W, 3) uint8.
@@ -296,8 +332,17 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
 
     Returns:
         The input of the policy's image processor.
+
+    Raises:
+        ImageSizeError: the aspect ratio exceeds ``MAX_ASPECT_RATIO``.
     """
     height, width = rgb.shape[:2]
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ImageSizeError(
+            f"the image is {width} x {height}, an aspect ratio of "
+            f"{max(height, width) / min(height, width):.4g}; the policy accepts at most "
+            f"{MAX_ASPECT_RATIO}: crop or pad the image"
+        )
     image = Image.fromarray(rgb)
     if min_pixels <= height * width <= max_pixels:
         return image
@@ -311,7 +356,10 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
             new_width = max(1, max_pixels // new_height)
         else:
             new_height = max(1, max_pixels // new_width)
-    size = (new_width, new_height)
+    size = (
+        min(new_width, MAX_ASPECT_RATIO * new_height),
+        min(new_height, MAX_ASPECT_RATIO * new_width),
+    )
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
 
 

@@ -14,7 +14,7 @@ from coprs_deploy.bench.case import Evaluate
 from coprs_deploy.bench.options import BenchOptions
 from coprs_deploy.bench.process import Worker, WorkerError, call_once
 from coprs_deploy.bench.report import Accuracy
-from coprs_deploy.bundle import (
+from coprs_deploy.bundle import POLICY_GRAPHS_DIRECTORY, (
     TRT_VARIANT_NAMES,
     EngineRecord,
     Manifest,
@@ -115,7 +115,8 @@ class Model:
         """Memory of a process with libraries, graphs and policy."""
         folder = self.checkpoint / POLICY_DIRECTORY if self.checkpoint is not None else None
         if folder is None and self.bundle is not None:
-            folder = self.bundle / read_manifest(self.bundle).policy.path
+            policy_path = read_manifest(self.bundle).policy.path or POLICY_GRAPHS_DIRECTORY
+            folder = self.bundle / policy_path
         policy = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
         return 600_000_000 + self.estimated_bytes + 6 * policy // 5
 

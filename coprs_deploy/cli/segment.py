@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log, print_json
 from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, open_runtime
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Stream one request, print the response, save the result."""
     options = read_options(arguments, RuntimeOptions, OPTIONS)
+    if arguments.out:
+        check_writable(arguments.out)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
     waits = options.policy == "vllm"  # loading it takes a while
     with open_runtime(arguments.bundle, options, log if waits else lambda step: None) as coprs:
@@ -61,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if result.found else 1
     print()
     log(repr(result))
+    log(result.runtime)
     if not result.found:
         log(f"stop reason: {StopReason(result.stop_reason).description}")
     for violation in result.format_violations:

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.machine import MATRIX_UNITS, available_memory_bytes, describe_processor
+from coprs_deploy.machine import (
+    MATRIX_UNITS,
+    Processor,
+    available_memory_bytes,
+    describe_processor,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,35 +58,47 @@ def choose_dtype(path: Path, device: str, requested: str | None = None) -> Polic
         if requested not in DTYPES:
             raise ValueError(f"dtype is {requested!r}; accepted: {', '.join(DTYPES)} or None")
         return PolicyDtype(requested, "as requested")
-    config = _read_config(path)
-    stored = config.get("dtype") or config.get("torch_dtype") or "auto"
-    as_stored = PolicyDtype(stored, "as stored")
-    if device != "cpu" or stored not in MATRIX_UNITS or "quantization_config" in config:
-        return as_stored
+    stored = stored_dtype(path)
     processor = describe_processor()
+    chosen = cpu_dtype(stored, processor) if device == "cpu" else PolicyDtype(stored, "as stored")
+    if chosen.dtype == stored:
+        return chosen
+    needed = 2 * sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    available = available_memory_bytes()
+    if needed <= MAX_MEMORY_SHARE * available:
+        return chosen
+    logger.warning(
+        "the policy runs in %s, for which %s has no instructions, and will be slow: float32 needs "
+        "%.1f GB, and %.1f GB of memory are available",
+        stored,
+        processor.name,
+        needed / 1e9,
+        available / 1e9,
+    )
+    return PolicyDtype(stored, "as stored; too little memory for float32")
+
+
+def cpu_dtype(stored: str, processor: Processor) -> PolicyDtype:
+    """Return the dtype in which a policy runs on a CPU with enough memory."""
+    if stored not in MATRIX_UNITS:
+        return PolicyDtype(stored, "as stored")
     if units := processor.units_for(stored):
         return PolicyDtype(stored, f"as stored; the processor has {', '.join(units)}")
-    weights = [file.stat().st_size for file in path.glob("*.safetensors")]
-    needed, available = 2 * sum(weights), available_memory_bytes()
-    if needed > MAX_MEMORY_SHARE * available:
-        logger.warning(
-            "the policy runs in %s, for which %s has no instructions, and will be slow: float32 "
-            "needs %.1f GB, and %.1f GB of memory are available; free memory",
-            stored,
-            processor.name,
-            needed / 1e9,
-            available / 1e9,
-        )
-        return PolicyDtype(stored, "as stored; too little memory for float32")
     return PolicyDtype(
         "float32", f"stored in {stored}, for which the processor has no instructions"
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read the configuration of a policy; whoever loads the policy reports a broken one."""
+def stored_dtype(path: Path) -> str:
+    """Return the dtype that the configuration of a policy names.
+
+    ``auto`` if it names none, cannot be read (then loading the policy fails, with the reason), or
+    is that of a quantized policy.
+    """
     try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return "auto"
+    if not isinstance(config, dict) or "quantization_config" in config:
+        return "auto"
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")

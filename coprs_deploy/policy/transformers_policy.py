@@ -22,11 +22,17 @@ from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens
 from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.policy.torch_settings import require_device, torch_threads
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
 if TYPE_CHECKING:
     import torch
+
+
+SMALL_POLICY = 100_000_000
+"""Number of parameters below which a policy runs on one thread. Its operators take microseconds:
+threads gain little, and beside another busy process each operator waits for their time slices."""
 
 
 class TransformersPolicy(GreedyPolicy):
@@ -41,9 +47,12 @@ class TransformersPolicy(GreedyPolicy):
         min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
         dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
+        num_threads: CPU threads per operator; None selects one for a policy of less than
+            :data:`SMALL_POLICY` parameters, else PyTorch's own number.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
+        RuntimeUnavailableError: the device does not exist.
         PolicyError: the directory cannot be loaded as a policy.
         ValueError: the dtype is unknown.
     """
@@ -57,6 +66,7 @@ class TransformersPolicy(GreedyPolicy):
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        num_threads: int | None = None,
     ) -> None:
         try:
             from safetensors import SafetensorError
@@ -65,6 +75,7 @@ class TransformersPolicy(GreedyPolicy):
             raise MissingDependencyError(
                 f"the transformers policy needs {error.name}; pip install torch transformers"
             ) from error
+        require_device(device)
         chosen = choose_dtype(path, device, dtype)
         try:
             with without_progress_bars():
@@ -79,6 +90,9 @@ class TransformersPolicy(GreedyPolicy):
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
+        if num_threads is None and model.num_parameters() < SMALL_POLICY:
+            num_threads = 1
+        self._num_threads = num_threads
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
         self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
@@ -89,7 +103,7 @@ class TransformersPolicy(GreedyPolicy):
         prompt_ids = encode_prompt(
             self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens
         )
-        yield _Decoding(self._model, self._lock, prompt_ids, vision)
+        yield _Decoding(self._model, self._lock, self._num_threads, prompt_ids, vision)
 
     def close(self) -> None:
         """Release the model."""
@@ -102,10 +116,16 @@ class _Decoding:
     num_cached_tokens = 0
 
     def __init__(
-        self, model: Any, lock: threading.Lock, prompt_ids: list[int], vision: VisionInputs
+        self,
+        model: Any,
+        lock: threading.Lock,
+        num_threads: int | None,
+        prompt_ids: list[int],
+        vision: VisionInputs,
     ) -> None:
         self._model = model
         self._lock = lock
+        self._num_threads = num_threads
         self._vision = vision
         self.prompt_ids = prompt_ids
 
@@ -127,7 +147,7 @@ class _Decoding:
         if self._vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             output = self._model.model(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -146,7 +166,7 @@ class _Decoding:
         """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
         import torch
 
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             if self._position_offsets is not None:
                 self._model.model.rope_deltas = self._position_offsets
             output = self._model.model(
@@ -161,5 +181,5 @@ class _Decoding:
         """Return the most likely token after a (D,) hidden state."""
         import torch
 
-        with torch.inference_mode():
+        with torch_threads(self._num_threads), torch.inference_mode():
             return int(self._model.get_output_embeddings()(hidden[None]).argmax())

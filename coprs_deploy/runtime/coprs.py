@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import reprlib
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -66,6 +67,8 @@ class CoPRS(Closeable):
         runtime_choices: as given.
     """
 
+    _loaded_in: ClassVar[int | None] = None
+
     def __init__(
         self,
         graphs: SegmentationGraphs,
@@ -78,9 +81,10 @@ class CoPRS(Closeable):
         self._graphs = graphs
         self._policy = policy
         self._geometry = geometry
-        self._process = os.getpid()
+        CoPRS._loaded_in = self._process = os.getpid()
         self._is_closed = False
         self._timeout_s = options.timeout_s
+        self._num_threads = options.num_threads
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -118,6 +122,7 @@ class CoPRS(Closeable):
         if policy is not None:
             options = replace(options, policy=policy)
         check_type("bundle", bundle, str, Path, NoneType)
+        _check_process(cls._loaded_in)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
         choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
@@ -157,7 +162,7 @@ class CoPRS(Closeable):
 
     def stream(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -174,7 +179,7 @@ class CoPRS(Closeable):
 
     async def asegment(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -185,7 +190,7 @@ class CoPRS(Closeable):
 
     async def astream(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -216,12 +221,14 @@ class CoPRS(Closeable):
             One result per request. The first request that fails raises, as in :meth:`segment`.
         """
         self._check_usable()
+        check_type("requests", requests, Iterable)
         concurrency = self._policy.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:
-                for image, instruction in requests:
+                for request in requests:
                     try:
+                        image, instruction = _pair(request)
                         events = self._start(image, instruction, max_targets)
                     except Exception as error:  # raised when the turn of the request comes
                         pending.append(Future())
@@ -245,7 +252,7 @@ class CoPRS(Closeable):
         self._check_usable()
         size, region = self._geometry.image_size, self.valid_region
         height, width = (region.height, region.width) if region else (size, size)
-        image = self._decode(np.full((height, width, 3), 128, dtype=np.uint8))
+        image = self.decode(np.full((height, width, 3), 128, dtype=np.uint8))
         prepared = prepare_image(image.rgb, self._geometry)
         images = self._graphs.images
         for batch_size in sorted({images.min, images.opt, images.max}):
@@ -288,22 +295,14 @@ class CoPRS(Closeable):
         return f"CoPRS({self.description})"
 
     def _check_usable(self) -> None:
-        """Check that the runtime is open and belongs to this process.
-
-        Threads and devices do not survive a fork: a request would wait for ever.
-        """
-        if os.getpid() != self._process:
-            raise CoPRSError(
-                f"CoPRS was loaded in process {self._process} and is used in its fork "
-                f"{os.getpid()}; load it after the fork instead, or start processes with "
-                'multiprocessing.get_context("spawn") and load it in each'
-            )
+        """Check that the runtime is open and belongs to this process."""
+        _check_process(self._process)
         if self._is_closed:
             raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
 
     def _start(
         self,
-        source: ImageSource,
+        source: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int,
         max_new_tokens: int | None = None,
@@ -312,12 +311,25 @@ class CoPRS(Closeable):
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter()
         deadline = None if self._timeout_s is None else start + self._timeout_s
-        image = self._decode(source)
+        image = self.decode(source)
         request = PolicyRequest(image.rgb, instruction, max_targets, max_new_tokens, deadline)
         pending = self._cache.get_or_submit(image)
         return self._run(start, image, request, pending, stream_prior)
 
-    def _decode(self, source: ImageSource) -> DecodedImage:
+    def decode(self, source: ImageSource | DecodedImage) -> DecodedImage:
+        """Decode and check an image ahead of its request.
+
+        Args:
+            source: a path, bytes, a Pillow image or an array; see ``images.load_image``.
+
+        Returns:
+            The image, which the methods for requests take in place of ``source``.
+
+        Raises:
+            ImageError: the image cannot be used, or its shape is outside the valid region.
+        """
+        if isinstance(source, DecodedImage):
+            return source
         start = time.perf_counter()
         rgb = load_image(source)
         rgb.setflags(write=False)  # the encoder may still read it when the result is returned
@@ -349,6 +361,7 @@ class CoPRS(Closeable):
                     image.resize,
                     self._geometry,
                     stream_prior=stream_prior,
+                    num_threads=self._num_threads,
                 )
                 reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
                 if not pending.is_cached:
@@ -401,6 +414,24 @@ class CoPRS(Closeable):
         if result is None:
             raise PolicyError(f"{self._policy.description} ended without a result")
         return result
+
+
+def _check_process(loaded_in: int | None) -> None:
+    """Refuse a fork of the process that loaded CoPRS; PyTorch would wait for its threads there."""
+    if loaded_in not in (None, os.getpid()):
+        raise CoPRSError(
+            f"CoPRS was loaded in process {loaded_in} and is used in its fork {os.getpid()}, where "
+            "the threads of the runtimes do not exist; load it after the fork only, or start "
+            'processes with multiprocessing.get_context("spawn")'
+        )
+
+
+def _pair(request: object) -> tuple[ImageSource, str]:
+    if not isinstance(request, tuple | list) or len(request) != 2:
+        raise ValueError(
+            f"requests contains {reprlib.repr(request)}; accepted: pairs of image and instruction"
+        )
+    return request[0], request[1]
 
 
 def _last(events: Iterable[StreamEvent]) -> SegmentationResult:

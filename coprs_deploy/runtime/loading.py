@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import TypeAlias
 
 from coprs_deploy.bundle import Bundle
@@ -83,13 +84,17 @@ def _open_policy(
             *source,
             device=device,
             dtype=options.policy_dtype,
-            settings=options.vllm,
+            settings=replace(
+                options.vllm, num_threads=options.vllm.num_threads or options.num_threads
+            ),
             memory_is_ready=memory_is_ready,
         )
     else:
         from coprs_deploy.policy.transformers_policy import TransformersPolicy
 
-        policy = TransformersPolicy(*source, device=device, dtype=options.policy_dtype)
+        policy = TransformersPolicy(
+            *source, device=device, dtype=options.policy_dtype, num_threads=options.num_threads
+        )
     if policy.hidden_size != record.hidden_size:
         policy.close()
         raise BundleError(

@@ -24,6 +24,8 @@ class RuntimeOptions(RunnerOptions):
     Attributes:
         runtime: runtime of the graphs: ``onnxruntime``, ``openvino``, or ``auto``, which measures
             the fastest one for each graph; None selects the one that the bundle was exported for.
+        num_threads: CPU threads per operator of graphs and policy; None selects one for a small
+            policy, and each library's own number for the rest.
         retune: with ``auto``, measure again instead of using the cached choice.
         policy: library that runs the policy: ``openvino``, ``transformers``, ``vllm``, or ``auto``:
             OpenVINO on a CPU if the bundle has the policy's graphs, else transformers.

@@ -169,7 +169,9 @@ class Estimate(Record, frozen=True):
 
     Attributes:
         memory: bytes per GPU by part; ``peak`` is their largest sum at one time.
-        seconds: seconds by part, computed, not measured; ``step`` is their sum.
+        seconds: seconds of a step by part, computed, not measured; ``step`` is their sum.
+        hours: hours of all steps at the maximum length, without evaluations.
+        disk: bytes of the run directory by part; ``peak`` is their largest sum at one time.
         fits: whether the peak is below 90 % of the memory.
     """
 
@@ -177,6 +179,8 @@ class Estimate(Record, frozen=True):
     gpu: GpuSpec
     memory: dict[str, float]
     seconds: dict[str, float]
+    hours: float
+    disk: dict[str, float]
     fits: bool
     notes: tuple[str, ...] = ()
 
@@ -202,7 +206,9 @@ def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str,
         if work.rollout == "transformers" and work.is_sharded:
             notes = ("each sampled token gathers the sharded policy; use_vllm = true avoids it",)
         seconds = step_seconds(sizes, work, gpu)
-        estimates[name] = Estimate(gpus, gpu, memory, seconds, fits=fits, notes=notes)
+        hours = settings.max_steps * seconds["step"] / 3600
+        disk = disk_bytes(sizes, work, recipe, settings)
+        estimates[name] = Estimate(gpus, gpu, memory, seconds, hours, disk, fits, notes)
     return estimates
 
 
@@ -306,6 +312,28 @@ def resident_bytes(sizes: ModelSizes, work: Workload) -> dict[str, float]:
     }
 
 
+def disk_bytes(
+    sizes: ModelSizes, work: Workload, recipe: Recipe, settings: StageSettings
+) -> dict[str, float]:
+    """Return the bytes of the files of a stage, and their peak: while a state replaces another."""
+    segmentation = sizes.segmentation_head + sizes.image_encoder
+    weights = sizes.policy + segmentation
+    trained = work.lora_rank * sizes.language.adapter_parameters or sizes.policy
+    trained += sizes.segmentation_head
+    # The trainer of supervised stages saves all weights, TRL's those that are trained.
+    saved = trained if work.grpo else weights
+    state = FLOAT32_BYTES * (saved + 2 * trained)
+    size = FLOAT32_BYTES if recipe.save_dtype == "float32" else BFLOAT16_BYTES
+    disk = {
+        "state to resume from": float(state),
+        "weights of the finished stage": float(FLOAT32_BYTES * weights),
+        "checkpoint": float(size * weights),
+        "checkpoint-best": float(size * weights) if settings.eval_steps else 0.0,
+    }
+    disk["peak"] = sum(disk.values()) + state
+    return disk
+
+
 def step_seconds(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, float]:
     """Return the computed seconds of a step by part, and their sum."""
     rows = work.rows / work.gpus
@@ -357,6 +385,11 @@ def _lines(name: str, one: Estimate) -> Iterator[str]:
     for part, seconds in one.seconds.items():
         if part != "step":
             yield f"  {part:<44}{seconds:>10.2f} s"
+    yield f"  {3600 * one.hours / step:,.0f} steps: {one.hours:.1f} h, without evaluations"
+    yield f"  disk: at most {one.disk['peak'] / GIGABYTE:.1f} GB in the run directory"
+    for part, size in one.disk.items():
+        if size and part != "peak":
+            yield f"  {part:<44}{size / GIGABYTE:>10.2f} GB"
     yield (
         f"  assumed: {gpu.teraflops:g} TFLOP/s at {gpu.flops_utilization:.0%}, "
         f"{gpu.bandwidth_gb:g} GB/s at {gpu.bandwidth_utilization:.0%}, links {gpu.link_gb:g} GB/s"

@@ -6,6 +6,7 @@ Shared by :class:`~coprs_deploy.training.trainer.Trainer` and the GRPO stage.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 WEIGHTS_FILE = "weights.pt"
 PROGRESS_FILE = "progress.json"
+BEST_FILE = "best.json"
 
 
 class StageProgress:
@@ -53,16 +55,37 @@ class StageProgress:
             saved = json.loads((self.state / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.step, self.init_metrics = saved["step"], saved["init_metrics"]
             self._seconds_before = saved["seconds"]
+        self.best: dict[str, float] = {}
+        if (best := self.path / BEST_FILE).is_file():
+            saved = json.loads(best.read_text(encoding="utf-8"))
+            self.best = saved if saved["step"] <= self.step else {}
+        if self.step > settings.max_steps:
+            raise ValueError(
+                f"stages.{name}.max_steps is {settings.max_steps}, and {self.state} has "
+                f"{self.step} steps; accepted: {self.step} (ends the stage with it) or more"
+            )
         self._started = time.perf_counter()
 
+    @property
+    def kept_step(self) -> int:
+        """Last step of what a resumed run keeps in its logs; -1 keeps nothing."""
+        return self.step if self.state else -1
+
     def start(self) -> None:
-        """Remove incomplete states, rewind the log to the resume point, and start the clock."""
-        if self._accelerator.is_main_process:
+        """Remove incomplete states, rewind the logs to the resume point, and start the clock."""
+        accelerator = self._accelerator
+        if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             for partial in self.path.glob("checkpoint-*"):
                 shutil.rmtree(partial)
-            self._directory.rewind_log(self._name, self.step)
-        self._accelerator.wait_for_everyone()
+            self._directory.rewind_log(self._name, self.kept_step)
+            position = f"resumed from step {self.step}" if self.state else "from its first step"
+            text = f"{self._name}: {self._settings.max_steps} steps, {position}"
+            print(text, file=sys.stderr, flush=True)
+        if not accelerator.trackers:
+            writer = {"purge_step": self._steps_before + self.step + 1}
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": writer})
+        accelerator.wait_for_everyone()
         self._started = time.perf_counter()
 
     def seconds(self) -> float:
@@ -83,14 +106,27 @@ class StageProgress:
         text = f"{self._name:<14} {step:>6}/{max_steps}  {shown}  {times}"
         print(text, file=sys.stderr, flush=True)
 
-    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of an evaluation, without those of single question types on stderr."""
+    def log_evaluation(self, step: int, metrics: Mapping[str, float], best_metric: str) -> bool:
+        """Log the metrics of an evaluation, without those of single question types on stderr.
+
+        Returns:
+            Whether ``best_metric`` is the best of several evaluations so far.
+        """
         shown = "  ".join(
             f"{name} {value:.3f}"
             for name, value in metrics.items()
             if "." not in name and not name.endswith("_stderr")
         )
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()}, f"eval: {shown}")
+        value, best = metrics.get(best_metric, math.nan), self.best.get("value", -math.inf)
+        if not self._settings.eval_steps or not value > best or step == 0:
+            return False
+        self.best = {"step": step, "value": value}
+        return True
+
+    def commit_best(self) -> None:
+        """Record the evaluation whose checkpoint was written as the best one."""
+        write_json(self.path / BEST_FILE, self.best)
 
     def partial_state(self, step: int) -> Path:
         """Return the folder in which all processes write a state; the name is TRL's."""
@@ -128,6 +164,7 @@ class StageProgress:
             "seconds": self.seconds(),
             "metrics": metrics,
             "init_metrics": self.init_metrics,
+            "best": self.best,
             "thresholds": thresholds,
             "parameters": num_parameters,
         }
@@ -141,12 +178,22 @@ class StageProgress:
 
 
 def load_finished_stage(
-    directory: RunDirectory, name: str, state: TrainingState
+    directory: RunDirectory, name: str, settings: StageSettings, state: TrainingState
 ) -> dict[str, Any] | None:
-    """Load the weights of a finished stage; return its result, or None before its end."""
+    """Load the weights of a finished stage; return its result, or None before its end.
+
+    Raises:
+        ValueError: it ended after another number of steps than ``max_steps``.
+    """
     file = directory.stage(name) / RESULT_FILE
     if not file.is_file():
         return None
-    state.load_state_dict(torch.load(file.with_name(WEIGHTS_FILE), weights_only=True))
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if result["steps"] != settings.max_steps:
+        raise ValueError(
+            f"stages.{name}.max_steps is {settings.max_steps}, and the stage ended after "
+            f"{result['steps']} steps; accepted: {result['steps']}; to train on, start a run in "
+            f"another directory with model.path={directory.path / 'checkpoint'}"
+        )
+    state.load_state_dict(torch.load(file.with_name(WEIGHTS_FILE), weights_only=True))
     return result

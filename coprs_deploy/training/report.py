@@ -71,6 +71,15 @@ def page(report: Mapping[str, Any]) -> str:
             lines += ["", f"Held-out examples, greedy decoding, before and after {name}:", ""]
             after = {f"before/{metric}": value for metric, value in result["metrics"].items()}
             lines += _comparison(("before", "after"), before, after)
+        elif result.get("metrics") and "generated" not in report:
+            lines += ["", f"Held-out examples, teacher-forced, after {name}:", ""]
+            shown = {m: v for m, v in result["metrics"].items() if "." not in m}
+            lines += markdown_table(
+                ("", "value"), [(_label(m), f"{v:.4f}") for m, v in shown.items()]
+            )
+        if result.get("best"):
+            step, value = result["best"]["step"], result["best"]["value"]
+            lines += ["", f"Best evaluation of {name}: step {step:g}, {value:.4f}."]
     if "generated" in report:
         lines += ["", "Held-out scenes, weights as stored:", ""]
         columns = ("generated", "teacher-forced")

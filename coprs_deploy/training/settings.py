@@ -7,11 +7,17 @@ stages of the tiny model are in :mod:`coprs_deploy.curriculum.recipe`.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from coprs_deploy.specs import Record
+
+MASK_METRICS = ("giou", "prior_giou", "precision_at_50")
+"""Metrics of masks in an evaluation."""
+
+COMPLETION_METRICS = ("reward", "format_score", "count_accuracy", "completion_length")
+"""Metrics of generated completions in an evaluation."""
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -170,6 +176,21 @@ class StageSettings(Record, frozen=True):
     num_eval_examples: Positive = 256
     thresholds: dict[str, float] = {}
 
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    """Metrics of an evaluation, without a group in front, as in ``relation.giou``."""
+
+    def __post_init__(self) -> None:
+        known = self.metric_names
+        for name in self.thresholds:
+            if name.rpartition(".")[2] not in known:
+                raise ValueError(
+                    f"thresholds has {name!r}, and an evaluation measures: {', '.join(known)}"
+                )
+
+    def batch_text(self) -> str:
+        """Return what a step learns from."""
+        return f"{self.global_batch_size} examples"
+
 
 class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supervised"):
     """Supervised stage on examples: cross-entropy on the response, and segmentation losses.
@@ -179,12 +200,17 @@ class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supe
         segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
         loss_weights: weights of the single segmentation losses.
         train_image_encoder: whether SAM's image encoder is trained.
+        allow_missing_responses: whether examples without a response are trained on their
+            ``<REF_POS>`` alone, which teaches answers without reasoning; else they are refused.
     """
+
+    metric_names = MASK_METRICS
 
     language_loss_weight: Weight = 1.0
     segmentation_loss_weight: Weight = 0.0
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     train_image_encoder: bool = False
+    allow_missing_responses: bool = False
 
 
 PAPER_OPTIMIZER = Optimizer(
@@ -200,6 +226,13 @@ PAPER_OPTIMIZER = Optimizer(
     min_lr_ratio=1 / 6.7,
 )
 """AdamW, cosine decay from the peak to 1/6.7 of it, without warm-up (paper, B.3)."""
+
+
+LORA_TARGETS = (
+    r".*language_model\.layers\.\d+\."
+    r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate_proj|up_proj|down_proj))"
+)
+"""Language-model matrices that get adapters, in both policy families."""
 
 
 class Lora(Record, frozen=True):
@@ -259,6 +292,8 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
         num_completions_to_print: completions written with their masks at each evaluation.
     """
 
+    metric_names = (*COMPLETION_METRICS, *MASK_METRICS, "giou_stderr", "reward_stderr")
+
     optimizer: Optimizer = PAPER_OPTIMIZER
     mode: Literal["joint", "rl", "segmentation"] = "joint"
     num_generations: Annotated[int, Meta(ge=2)] = 8
@@ -295,10 +330,15 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
     num_completions_to_print: Count = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.optimizer.name != "adamw":
             raise ValueError(
                 f"optimizer.name is {self.optimizer.name!r}; accepted for GRPO: 'adamw'"
             )
+
+    def batch_text(self) -> str:
+        """Return what a step learns from."""
+        return f"{self.global_batch_size} prompts x {self.num_generations} completions"
 
     def loss_weights_at(self, step: int) -> SegmentationLossWeights:
         """Return the weights of the segmentation losses in a step, counted from 0."""

@@ -7,7 +7,6 @@ resized and padded. Targets follow the ``<REF_POS>`` tokens of the response in o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.batches import EpochOrder, pad_tokens
+from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, load_images
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
@@ -37,17 +37,6 @@ from coprs_deploy.training.state import TrainingState, freeze_unused
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True)
-class ExampleSets:
-    """Training and held-out examples, the seed of their order, and how images are prepared."""
-
-    training: Sequence[Example]
-    held_out: Sequence[Example]
-    vision: VisionProcessor
-    seed: int
-    features: FeatureStore | None = None
 
 
 class ExampleBatch(NamedTuple):

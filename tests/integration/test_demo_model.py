@@ -106,9 +106,8 @@ def test_evaluate_verb_fails_below_a_required_threshold(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["failed_thresholds"] == []
     assert (tmp_path / "report.md").is_file()
-    assert main([*command, "--require", "giou=1.01"]) == 1
-    assert "required: 1.01" in capsys.readouterr().err
-    assert main([*command, "--require", "giou"]) == 2
+    assert main([*command, "--require", "giou=1"]) == 1
+    assert "required: 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

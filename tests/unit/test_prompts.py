@@ -12,6 +12,7 @@ from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
 from coprs_deploy.conversion.random_policy import build_tokenizer
 from coprs_deploy.errors import CoPRSError, InstructionError
 from coprs_deploy.prompts import (
+    MAX_INSTRUCTION_CHARS,
     MAX_REASONING_CHARS,
     MAX_WORDS_BETWEEN,
     REFERENCE_TOKEN,
@@ -100,6 +101,12 @@ def test_check_instruction_whitespace_only_is_refused(instruction):
 def test_check_instruction_other_type_is_refused(instruction):
     with pytest.raises(InstructionError, match=f"{type(instruction).__name__}; accepted: a str"):
         encode("llava", instruction)
+
+
+def test_encode_prompt_instruction_of_a_megabyte_is_refused_before_tokenizing():
+    with pytest.raises(InstructionError, match="has 1,000,000 characters, the limit is 20,000"):
+        encode_prompt(DEFAULT_PROMPTS["llava"], None, "a" * 1_000_000, 3)
+    assert check_instruction("a" * MAX_INSTRUCTION_CHARS)
 
 
 # Encoding

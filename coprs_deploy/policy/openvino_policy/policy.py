@@ -23,6 +23,7 @@ from coprs_deploy.images import fit_pixel_count, image_key
 from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.openvino_policy.graphs import (
     COMPRESSED,
+    DECODER_FILE,
     EXACT,
     Decoder,
     DecoderRequest,
@@ -37,6 +38,10 @@ from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
 MAX_CACHED_PROMPTS = 2
 """Images whose vision tokens, keys and values are kept; a 3B policy needs 50 MB for each."""
+
+SMALL_DECODER_BYTES = 100_000_000
+"""Size below which a decoder runs on one thread: its operators take microseconds, and beside
+another busy process each of them would wait for the time slices of all threads."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class OpenVinoPolicy(GreedyPolicy):
         max_pixels: maximum image area, in pixels.
         device: ``cpu``.
         dtype: None; the precision was chosen at export.
-        num_threads: CPU threads; None for all cores.
+        num_threads: CPU threads; None selects one for a decoder of less than 100 MB, else all cores.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -98,6 +103,8 @@ class OpenVinoPolicy(GreedyPolicy):
         compressed = description.precision in ("int8", "int4")
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         settings |= COMPRESSED if compressed else EXACT
+        if num_threads is None and _decoder_bytes(path) < SMALL_DECODER_BYTES:
+            num_threads = 1
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = num_threads
         ends = description.end_token_ids
@@ -134,6 +141,11 @@ class OpenVinoPolicy(GreedyPolicy):
         """Free the graphs; requests in progress end as usual."""
         self._vision = self._decoder = None
         self._cache.clear()
+
+
+def _decoder_bytes(path: Path) -> int:
+    weights = (path / DECODER_FILE).with_suffix(".bin")
+    return weights.stat().st_size if weights.is_file() else 0
 
 
 class _Prompt(NamedTuple):

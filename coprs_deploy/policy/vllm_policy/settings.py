@@ -10,6 +10,7 @@ import msgspec
 import psutil
 
 from coprs_deploy.errors import RuntimeUnavailableError, check_number, check_type
+from coprs_deploy.policy.torch_settings import require_device
 
 GIB = 1 << 30
 
@@ -43,7 +44,8 @@ class VllmSettings:
         tensor_parallel_size: number of devices that share the weights.
         enforce_eager: whether ``torch.compile`` and CUDA graphs are disabled; None disables them
             on a CPU only.
-        num_threads: CPU threads of the engine's worker; None leaves one core to the engine's loop.
+        num_threads: CPU threads of the engine's worker; None takes that of the runtime, or leaves
+            one core to the engine's loop.
     """
 
     max_num_seqs: int = 16
@@ -127,18 +129,14 @@ def device_memory(device: str) -> DeviceMemory:
     """Return the current memory of ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        RuntimeUnavailableError: torch finds no GPU.
+        RuntimeUnavailableError: torch finds no such GPU.
     """
     if device == "cpu":
         memory = psutil.virtual_memory()
         return DeviceMemory(memory.available, memory.total)
     import torch
 
-    if not torch.cuda.is_available():
-        raise RuntimeUnavailableError(
-            f"policy device is {device!r}, but torch {torch.__version__} finds no GPU; check the "
-            "installation with `coprs-deploy doctor`, or use the policy device cpu"
-        )
+    require_device(device)
     return DeviceMemory(*torch.cuda.mem_get_info(torch.device(device)))
 
 

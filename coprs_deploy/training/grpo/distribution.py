@@ -88,3 +88,26 @@ def check_sharding_settings(settings: GrpoSettings) -> None:
             f"optimizer.max_grad_norm is {settings.optimizer.max_grad_norm}; accepted with a "
             "sharded policy (FSDP): a value above 0"
         )
+
+
+def policy_weights(trainer: Any) -> dict[str, Tensor]:
+    """Return the policy's current weights under the names of the plain policy (collective call).
+
+    Shards are gathered (only in the main process), adapters are merged into copies.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model)
+    elif hasattr(model, "peft_config"):
+        model, weights = model.get_base_model(), {}
+        for name, module in model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                with torch.no_grad():
+                    delta = module.get_delta_weight(module.active_adapters[0])
+                    weights[f"{name}.weight"] = module.base_layer.weight + delta
+        for name, weight in model.state_dict().items():
+            if ".lora_" not in name:
+                weights.setdefault(name.replace(".base_layer.", "."), weight)
+    else:
+        weights = model.state_dict()
+    return {n: t for n, t in weights.items() if not n.startswith(f"{ATTRIBUTE}.")}

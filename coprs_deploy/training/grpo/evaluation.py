@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
 from coprs_deploy.evaluation.metrics import (
@@ -28,21 +30,21 @@ from coprs_deploy.evaluation.metrics import (
 )
 from coprs_deploy.images import prepare_image, resize_logits, sigmoid
 from coprs_deploy.training.grpo.scores import mask_scores
-from coprs_deploy.visualization import draw_grid, draw_heatmap, draw_overlay
+from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
+from coprs_deploy.visualization import add_caption, draw_grid, draw_heatmap, draw_overlay
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
     from coprs_deploy.training.grpo.batch import PromptItem
     from coprs_deploy.training.grpo.trainer import JointTrainer
 
-TILE_PX = 160
+COMPLETIONS_FILE = "completions.jsonl"
+
+TILE_PX = 240
 """Side of one image on a sheet, in pixels."""
 
 BATCH_SIZE = 32
 """Prompts that are generated together."""
-
-MASK_METRICS = ("giou", "prior_giou", "precision_at_50")
-COMPLETION_METRICS = ("reward", "format_score", "count_accuracy", "completion_length")
 
 
 def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[ExampleScore]:
@@ -151,50 +153,79 @@ def at_image_size(
 
 
 def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
-    """Write the first completions of the last rollout to ``step-N.png``, ``completions.jsonl``.
+    """Write completions of the last rollout to ``step-N.png`` and ``completions.jsonl``.
 
-    A row of the sheet is one completion: image with the ground truth, prior, mask.
+    Different prompts come first. A row of the sheet is one completion: the ground truth, its prior
+    and its mask, or empty fields if it named no target, and below them instruction and response.
     """
     rollout = trainer.rollout
     decoded = rollout.decoded if rollout else None
     if rollout is None or decoded is None or not count:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    reader, counts = trainer.parts.reader, rollout.ground_truth.num_targets[:count].tolist()
-    format_scores = reader.format_scores(rollout.completions[:count], counts)
-    rows, lines = [], []
-    for number, format_score in enumerate(format_scores):
-        example = rollout.items[number].example
-        is_found = decoded.is_found[number]
-        prior = _largest(trainer, example, decoded.prior_logits[number], is_found)
-        mask = _largest(trainer, example, decoded.mask_logits[number], is_found)
+    reader, lines, sheets = trainer.parts.reader, [], []
+    for number in spread([item.example.id for item in rollout.items], count):
+        example, is_found = rollout.items[number].example, decoded.is_found[number]
+        completion = rollout.completions[number]
+        found = _largest(trainer, example, decoded.prior_logits[number][is_found])
+        mask = _largest(trainer, example, decoded.mask_logits[number][is_found])
         gt = union(example.masks)
-        rows.append(
-            [
-                draw_overlay(example.image, gt[None]),
-                draw_heatmap(example.image, sigmoid(prior)),
-                draw_overlay(example.image, mask[None] > 0),
-            ]
-        )
-        lines.append(
-            {
-                "step": step,
-                "id": example.id,
-                "instruction": example.instruction,
-                "response": reader.read(rollout.completions[number]).text,
-                "format_score": format_score,
-                "mask_iou": iou(count_pixels(mask > 0, gt), empty=0.0),
-            }
-        )
-    draw_grid(rows, TILE_PX).save(directory / f"step-{step:06d}.png")
-    with (directory / "completions.jsonl").open("a", encoding="utf-8") as file:
+        predicted = np.zeros_like(gt) if mask is None else mask > 0
+        targets = int(rollout.ground_truth.num_targets[number])
+        line = {
+            "step": step,
+            "id": example.id,
+            "instruction": example.instruction,
+            "response": reader.read(completion).text,
+            "format_score": reader.format_scores([completion], [targets])[0],
+            "mask_iou": iou(count_pixels(predicted, gt), empty=0.0) if targets else None,
+            "num_targets": targets,
+            "num_found": int(is_found.sum()),
+        }
+        lines.append(line)
+        empty = Image.new("RGB", (TILE_PX, TILE_PX), "gray")
+        tiles = [draw_overlay(example.image, gt[None] if targets else gt[None][:0])]
+        tiles.append(empty if found is None else draw_heatmap(example.image, sigmoid(found)))
+        tiles.append(empty if mask is None else draw_overlay(example.image, predicted[None]))
+        sheets.append(_captioned(draw_grid([tiles], TILE_PX), line))
+    _stack(sheets).save(directory / f"step-{step:06d}.png")
+    with (directory / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
+def spread(prompts: Sequence[str], count: int) -> list[int]:
+    """Choose ``count`` rows: the first of each prompt, then the second of each, and so on."""
+    seen = Counter[str]()
+    turns = []
+    for number, prompt in enumerate(prompts):
+        turns.append((seen[prompt], number))
+        seen[prompt] += 1
+    return [number for _, number in sorted(turns)[:count]]
+
+
+def _captioned(tiles: Image.Image, line: Mapping[str, Any]) -> Image.Image:
+    """Add the numbers, the instruction and the response below a row of a sheet."""
+    quality = "no-match" if line["mask_iou"] is None else f"IoU {line['mask_iou']:.2f}"
+    numbers = f"{quality}, {line['num_found']} of {line['num_targets']} targets named"
+    tiles = add_caption(tiles, "ground truth | prior | mask: " + numbers)
+    return add_caption(add_caption(tiles, line["instruction"]), line["response"] or "(empty)")
+
+
+def _stack(rows: Sequence[Image.Image]) -> Image.Image:
+    """Arrange rows of one width below each other."""
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
 def _largest(
-    trainer: JointTrainer, example: Example, logits: torch.Tensor, is_found: torch.Tensor
-) -> NDArray[np.float32]:
-    """Return the maximum of (K, M, M) logits over the found targets at the image size, (H, W)."""
-    found = logits[is_found] if is_found.any() else torch.full_like(logits[:1], -1.0)
+    trainer: JointTrainer, example: Example, found: torch.Tensor
+) -> NDArray[np.float32] | None:
+    """Return the maximum of (N, M, M) logits at the image size, (H, W); None if N is 0."""
+    if not len(found):
+        return None
     largest: NDArray[np.float32] = at_image_size(trainer, example, found.float().amax(0)[None])[0]
     return largest

@@ -379,7 +379,7 @@ def test_stream_timings_and_token_counts_are_set(policy, ask):
 
 def test_description_names_library_family_device_and_dtype(policy):
     assert policy.description.startswith("transformers ")
-    assert policy.description.endswith("on cpu, torch.float32")
+    assert policy.description.endswith("on cpu, float32 (as stored)")
     assert policy.hidden_size == 64
     assert policy.concurrency == 1
 
@@ -387,7 +387,7 @@ def test_description_names_library_family_device_and_dtype(policy):
 def test_transformers_policy_dtype_is_applied(tiny_checkpoint, ask):
     checkpoint = read_checkpoint(tiny_checkpoint)
     with open_policy(checkpoint.policy_path, checkpoint.config.prompt, dtype="bfloat16") as policy:
-        assert policy.description.endswith("torch.bfloat16")
+        assert policy.description.endswith("on cpu, bfloat16 (as requested)")
         _, result = ask(policy)
     assert result.concentrations.dtype == np.float32
     assert result.response.text.endswith(REFERENCE_TOKEN)

@@ -142,6 +142,19 @@ def test_features_command_run_twice_computes_nothing_new(tiny_checkpoint, tmp_pa
         assert "3 examples, at most" in shown.err
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are invalid:UserWarning")
+def test_features_command_without_a_valid_row_fails_with_the_reasons(
+    tiny_checkpoint, tmp_path, capsys
+):
+    file = tmp_path / "bad.jsonl"
+    write_examples(file, SceneExamples(PLAIN, 2))
+    file.write_text(file.read_text().replace('"counts": "', '"counts": "~'))
+    out = tmp_path / "store"
+    assert main(["features", str(tiny_checkpoint), str(file), "--out", str(out)]) != 0
+    assert "row 1" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_killed_features_command_resumes(tiny_checkpoint, tmp_path):
     file, out = tmp_path / "some.jsonl", tmp_path / "store"
