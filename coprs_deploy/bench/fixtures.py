@@ -14,7 +14,8 @@ from coprs_deploy.bench.case import Evaluate
 from coprs_deploy.bench.options import BenchOptions
 from coprs_deploy.bench.process import Worker, WorkerError, call_once
 from coprs_deploy.bench.report import Accuracy
-from coprs_deploy.bundle import POLICY_GRAPHS_DIRECTORY, (
+from coprs_deploy.bundle import (
+    POLICY_GRAPHS_DIRECTORY,
     TRT_VARIANT_NAMES,
     EngineRecord,
     Manifest,

@@ -69,7 +69,7 @@ class OpenVinoPolicy(GreedyPolicy):
         max_pixels: maximum image area, in pixels.
         device: ``cpu``.
         dtype: None; the precision was chosen at export.
-        num_threads: CPU threads; None selects one for a decoder of less than 100 MB, else all cores.
+        num_threads: CPU threads; None selects one for a decoder below 100 MB, else all cores.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
