@@ -28,7 +28,10 @@ A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+import reprlib
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 
 class CoPRSError(Exception):
@@ -126,6 +129,49 @@ class MissingDependencyError(EnvironmentNotReadyError, ImportError):
 
 class RuntimeUnavailableError(EnvironmentNotReadyError):
     """A requested runtime, provider or device is not available."""
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    is_whole: bool = True,
+) -> None:
+    """Check the type and the range of a numeric argument.
+
+    Args:
+        name: name of the argument.
+        value: the argument; numbers of numpy are accepted, bool is not.
+        least: smallest accepted value.
+        above: largest value that is too small.
+        most: largest accepted value.
+        is_whole: whether it must be a whole number.
+
+    Raises:
+        ValueError: the value has another type, is not finite, or is out of range.
+    """
+    is_number = isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
+    if not is_number or not (isinstance(value, Integral) or math.isfinite(value)):
+        expected = "a whole number" if is_whole else "a finite number"
+        raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {expected}")
+    if value < least or value > most or value <= above:
+        bounds = {"at least": least, "above": above, "at most": most}
+        limits = " and ".join(f"{word} {b}" for word, b in bounds.items() if math.isfinite(b))
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {limits}")
+
+
+def check_type(name: str, value: object, *accepted: type) -> None:
+    """Check the type of an argument.
+
+    Raises:
+        ValueError: the value has none of the accepted types.
+    """
+    if not isinstance(value, accepted):
+        names = ", ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
+        raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {names}")
 
 
 MAX_MESSAGE_LENGTH = 2000

@@ -31,7 +31,7 @@ def export_bundle(
         runtime=runtime,
         precision=precision,
         targets=OptimizationProfile.parse(targets),
-        images=OptimizationProfile.parse(images, "images"),
+        images=OptimizationProfile.parse(images),
         aspect_ratio=parse_aspect_ratio(aspect_ratio) if aspect_ratio else None,
         drop_padding=drop_padding,
         external_policy=True,

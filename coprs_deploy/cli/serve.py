@@ -20,22 +20,18 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log
 from coprs_deploy.cli.runtime_arguments import (
     GRAPHS,
     POLICY,
     QUEUE,
     add_bundle_argument,
-    add_runtime_options,
     open_runtime,
-    runtime_options,
 )
 from coprs_deploy.errors import MissingDependencyError, install_hint
-
-if TYPE_CHECKING:
-    from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime import RuntimeOptions
 
 PORTS = range(1 << 16)
 
@@ -93,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for running requests to finish at SIGTERM or Ctrl-C (default: 5)",
     )
-    add_runtime_options(parser, OPTIONS)
+    add_options(parser, RuntimeOptions, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_root_path(arguments.root_path)
     check_origins(arguments.cors_origin)
     arguments.api_key = read_api_key(arguments.api_key)
-    options = runtime_options(arguments, OPTIONS)
+    options = read_options(arguments, RuntimeOptions, OPTIONS)
     try:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401

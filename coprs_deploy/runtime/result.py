@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.images import ResizeTransform, RgbArray, mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
@@ -295,7 +295,7 @@ class SegmentationResult:
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
         written = {"overlay": root / "overlay.png", "result": root / "result.json"}
-        self.plot().save(written["overlay"])
+        _save_png(self.plot(), written["overlay"])
         masks = self.masks if self.found else self.mask[None]
         no_prior = np.zeros((1, 1, 1), dtype=np.float32)
         priors = sigmoid(self._prior_logits.reduced(MAX_LONG_SIDE_PX)) if self.found else no_prior
@@ -303,10 +303,9 @@ class SegmentationResult:
             suffix = f"-{number}" if len(masks) > 1 else ""
             written[f"mask{suffix}"] = root / f"mask{suffix}.png"
             written[f"prior{suffix}"] = root / f"prior{suffix}.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(written[f"mask{suffix}"])
-            draw_heatmap(self.image, prior).save(written[f"prior{suffix}"])
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        written["result"].write_text(text, encoding="utf-8")
+            _save_png(Image.fromarray(mask.astype(np.uint8) * 255), written[f"mask{suffix}"])
+            _save_png(draw_heatmap(self.image, prior), written[f"prior{suffix}"])
+        write_json(written["result"], self.to_json())
         return written
 
     def _rle(self) -> list[dict[str, Any]]:
@@ -327,6 +326,11 @@ class SegmentationResult:
             f"SegmentationResult({found}, {self.stop_reason}, {self.timings.total_ms:.0f} ms, "
             f"reasoning={reasoning!r})"
         )
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    with atomic_write(path) as partial:
+        image.save(partial, "PNG")
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

@@ -169,12 +169,12 @@ class TestOptions:
     def test_cors_allows_the_given_origins_only(self, connect):
         client, _ = connect(app_options={"cors_origins": ["https://a.example"]})
         name = "access-control-allow-origin"
-        asked = {
+        preflight_headers = {
             "Origin": "https://a.example",
             "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization",
         }
-        preflight = client.options("/segment", headers=asked)
+        preflight = client.options("/segment", headers=preflight_headers)
         assert (preflight.status_code, preflight.headers[name]) == (200, "https://a.example")
         refused = client.get("/nowhere", headers={"Origin": "https://a.example"})
         assert refused.headers[name] == "https://a.example"  # so that a page can read the error
