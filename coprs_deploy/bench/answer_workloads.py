@@ -46,7 +46,8 @@ def open_torch_requests(checkpoint: str, count: int, side: int | None = None) ->
     """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
     source = read_checkpoint(checkpoint)
     graphs, policy = open_torch_graphs(checkpoint), open_policy(source)
-    return RequestWorkload(CoPRS(graphs, policy, source.config.model.geometry, 0), count, side=side)
+    coprs = CoPRS(graphs, policy, source.config.model.geometry, RuntimeOptions(max_cached_images=0))
+    return RequestWorkload(coprs, count, side=side)
 
 
 def open_batch(bundle: str, images: int, device: str) -> Workload:

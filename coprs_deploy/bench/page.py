@@ -8,7 +8,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from coprs_deploy.artifacts import write_json
+from coprs_deploy.artifacts import write_json, write_text
 from coprs_deploy.bench.report import CaseResult, GroupResult, Latency, Report
 from coprs_deploy.bench.tables import Block, render_markdown, report_blocks
 from coprs_deploy.console import format_ms
@@ -49,8 +49,8 @@ def write_outputs(folder: Path, report: Report) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{report.stem}.{ending}" for ending in ("json", "md", "html")]
     write_json(paths[0], report.to_json())
-    paths[1].write_text(render_markdown(report), encoding="utf-8")
-    paths[2].write_text(render_html(report), encoding="utf-8")
+    write_text(paths[1], render_markdown(report))
+    write_text(paths[2], render_html(report))
     return paths
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from coprs_deploy.artifacts import temporary_directory
 from coprs_deploy.bench.availability import gpu_name
 from coprs_deploy.bench.case import Case, Group, SuitePlan
 from coprs_deploy.bench.fixtures import Fixtures
@@ -34,8 +34,7 @@ def run_benchmark(
     suites = [suite(name) for name in options.suites or DEFAULT_SUITES]
     with ExitStack() as stack:
         if options.work_dir is None:
-            scratch = tempfile.TemporaryDirectory(prefix="coprs-bench-")
-            folder = Path(stack.enter_context(scratch))
+            folder = stack.enter_context(temporary_directory("coprs-bench-"))
         else:
             folder = options.work_dir
             folder.mkdir(parents=True, exist_ok=True)

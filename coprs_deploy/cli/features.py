@@ -70,5 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {report.num_images:,} distinct images in {report.num_examples:,} "
         f"examples, {report.num_new:,} computed, {report.bytes_written / 1e6:,.1f} MB written"
     )
-    print_result(arguments, {"features": str(arguments.out), **asdict(report)}, text)
+    opened = [file.to_json() for file in files]
+    result = {"features": str(arguments.out), **asdict(report), "files": opened}
+    print_result(arguments, result, text)
     return 0

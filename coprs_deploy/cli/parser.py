@@ -66,8 +66,13 @@ class SuggestingParser(argparse.ArgumentParser):
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout."""
-    print(json.dumps(data, ensure_ascii=False))
+    """Print one JSON object on stdout, in ASCII if its encoding lacks a character."""
+    text = json.dumps(data, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # also bytes of a path that are not UTF-8
+        text = json.dumps(data)
+    print(text)
 
 
 def print_result(arguments: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:

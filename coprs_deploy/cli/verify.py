@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.options import Option, add_options, read_options
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify; exit code 1 if a graph or backend is outside its tolerance."""
     options = read_options(arguments, RuntimeOptions, OPTIONS)
     if arguments.report:
+        check_writable(arguments.report, is_file=True)
         require_onnx_graphs(open_bundle(arguments.bundle))  # before the long check
     with StepPrinter() as progress:
         records = verify_bundle(

@@ -101,7 +101,7 @@ def build_context(run: Run[CurriculumRecipe], scenes_dir: Path) -> CurriculumCon
         training=SceneSource(preset, training, recipe.seed),
         held_out=SceneSource(preset, held_out, recipe.seed),
         packer=packer,
-        evaluator=SceneEvaluator(state, held_out, exact_forward, packer),
+        evaluator=SceneEvaluator(state, exact_forward, packer),
         dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
     )
 
@@ -136,8 +136,8 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
         for is_forced in (False, True)
     )
     return {
-        "generated": summarize([each.score for each in generated]),
-        "teacher_forced": summarize([each.score for each in teacher_forced]),
+        "generated": summarize(generated),
+        "teacher_forced": summarize(teacher_forced),
         "examples": [each.to_json() for each in generated],
     }
 

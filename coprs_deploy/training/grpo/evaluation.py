@@ -19,8 +19,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.evaluation.evaluator import Evaluated, Prediction, evaluate
-from coprs_deploy.evaluation.metrics import count_pixels, iou, mask_metrics, standard_error, union
+from coprs_deploy.evaluation.evaluator import Prediction, evaluate
+from coprs_deploy.evaluation.metrics import (
+    ExampleScore,
+    count_pixels,
+    iou,
+    mask_metrics,
+    standard_error,
+    union,
+)
 from coprs_deploy.images import prepare_image, resize_logits, sigmoid
 from coprs_deploy.training.grpo.scores import mask_scores
 from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
@@ -40,7 +47,7 @@ BATCH_SIZE = 32
 """Prompts that are generated together."""
 
 
-def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[Evaluated]:
+def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[ExampleScore]:
     """Evaluate greedy responses; all processes take part and each returns all results."""
     from accelerate.utils import gather_object
 
@@ -58,13 +65,12 @@ def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[
         batch_size=BATCH_SIZE,
     )[: len(own)]
     model.train(was_training)
-    gathered: list[Evaluated] = gather_object(evaluated) if num_processes > 1 else evaluated
+    gathered: list[ExampleScore] = gather_object(evaluated) if num_processes > 1 else evaluated
     return gathered
 
 
-def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
+def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
     """Average metrics over all examples; those of masks are nan if no example has a target."""
-    scores = [each.score for each in evaluated]
     present = [score for score in scores if score.num_targets]
     of_masks = mask_metrics(present)
     means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
