@@ -35,7 +35,7 @@ def gpu_name() -> str | None:
 
 
 def runtimes_here(
-    suite: str, devices: tuple[str, ...], runtime: str = ""
+    devices: tuple[str, ...], runtime: str = ""
 ) -> tuple[list[tuple[str, str]], list[Skipped]]:
     """List runtimes that can run graphs here, each with a device, and those that are skipped."""
     present, skipped = [], []
@@ -44,11 +44,11 @@ def runtimes_here(
             default = "cuda" if name in TRT_VARIANT_NAMES else "cpu"
             device = entry.name.partition(" ")[2] or default
             if not entry.is_available:
-                skipped.append(Skipped(suite, entry.name, entry.detail, entry.remedy))
+                skipped.append(Skipped(entry.name, entry.detail, entry.remedy))
             elif device in devices:
                 present.append((name, device))
             else:
-                skipped.append(Skipped(suite, entry.name, "the device is not in --device"))
+                skipped.append(Skipped(entry.name, "the device is not in --device"))
     return present, skipped
 
 
@@ -59,7 +59,7 @@ def matmul_precisions(runtime: str, precision: str) -> tuple[str, ...]:
     return openvino_runner.inference_precisions()
 
 
-def missing_builders(suite: str, devices: tuple[str, ...]) -> list[Skipped]:
+def missing_builders(devices: tuple[str, ...]) -> list[Skipped]:
     """List the TensorRT variants that cannot build engines here."""
     skipped = []
     for name in TRT_VARIANT_NAMES:
@@ -67,7 +67,7 @@ def missing_builders(suite: str, devices: tuple[str, ...]) -> list[Skipped]:
             TRT_VARIANTS[name].load()
             if not TRT_VARIANTS[name].builds_without_gpu and "cuda" not in devices:
                 reason = "engines are built on the GPU that runs them, and there is none"
-                skipped.append(Skipped(suite, name, reason))
+                skipped.append(Skipped(name, reason))
         except MissingDependencyError as error:
-            skipped.append(Skipped(suite, name, str(error)))
+            skipped.append(Skipped(name, str(error)))
     return skipped

@@ -11,22 +11,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.bench.report import Accuracy, Skipped
+from coprs_deploy.bench.report import Skipped
 from coprs_deploy.closing import Closeable
 
 TOTAL = "total"
 """Key of a run's own measurement, used instead of the worker's clock."""
 
-DEVICE = "device"
-"""Key of the time between two device events."""
-
-OUTPUT_FILE = "outputs.safetensors"
-"""What a workload leaves for the evaluation of its accuracy."""
-
 Values: TypeAlias = dict[str, NDArray[Any]]
-
-Evaluate: TypeAlias = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]
-"""Return the accuracy of cases by name, given the folders of their outputs."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +49,26 @@ class Group:
 
     Attributes:
         baseline: name of the case whose time counts as 1; None compares nothing.
-        evaluate: measures accuracy; None where cases report their own, or there is none.
         unit: what one run is.
         parameter: label that the cases scale over.
         runs: minimum number of long, cold runs, without warm-up; 0 measures accuracy only; None
             measures by time.
         timeout_s: limit of one run; None takes that of the options.
+        suite: name of its suite.
     """
 
-    suite: str
     name: str
     cases: tuple[Case, ...]
     baseline: str | None = None
-    evaluate: Evaluate | None = None
     unit: str = "one run"
     parameter: str = ""
     runs: int | None = None
     timeout_s: float | None = None
+    suite: str = ""
 
 
-@dataclass(frozen=True)
-class SuitePlan:
-    """What a suite measures here, and what it skips."""
-
-    groups: tuple[Group, ...]
-    skipped: tuple[Skipped, ...] = ()
+Planned: TypeAlias = Iterator[Group | Skipped]
+"""What a suite measures here, and what it skips; the run adds the name of the suite."""
 
 
 class Workload(Closeable):
@@ -93,15 +79,15 @@ class Workload(Closeable):
         """Do once what is measured, to its very end.
 
         Returns:
-            Milliseconds by stage, if any; under :data:`TOTAL` or :data:`DEVICE` the time that
-            counts instead of the worker's clock.
+            Milliseconds by stage, if any; under :data:`TOTAL` the time that counts instead of the
+            worker's clock.
         """
 
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        """Write outputs for the evaluation into a folder, after the last run.
+    def finish(self) -> Mapping[str, Any]:
+        """Measure accuracy, after the last run.
 
         Returns:
-            ``metrics`` (numbers by name) and ``accuracy`` (an :class:`Accuracy` as JSON), if any.
+            ``metrics`` (numbers by name) and ``accuracy``, a ``report.Accuracy``, if any.
         """
         return {}
 

@@ -6,7 +6,6 @@ two 95 % intervals of the medians overlap nor the ranges of their medians by rou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -32,21 +31,19 @@ REGRESSIONS = (Verdict.SLOWER, Verdict.MORE_MEMORY, Verdict.LESS_ACCURATE, Verdi
 """Verdicts that set the exit code."""
 
 
-@dataclass(frozen=True)
-class Tolerances:
-    """Largest changes that are no regression.
+TIME_TOLERANCE = 0.05
+"""Share of the old median by which a time may grow."""
 
-    Attributes:
-        time: share of the old median.
-        memory: share of the old peak.
-        iou: absolute, of the mean IoU with float32 or with the ground truth.
-        cosine: absolute, of the smallest cosine.
-    """
+MEMORY_TOLERANCE = 0.10
+"""Share of the old peak by which memory may grow."""
 
-    time: float = 0.05
-    memory: float = 0.10
-    iou: float = 0.005
-    cosine: float = 0.001
+ACCURACY_TOLERANCES = {
+    "mask_iou_mean": 0.005,
+    "giou": 0.005,
+    "embedding_cosine": 0.001,
+    "concentration_cosine": 0.001,
+}
+"""Absolute amounts by which the fields of an accuracy may fall."""
 
 
 class Finding(NamedTuple):
@@ -57,7 +54,9 @@ class Finding(NamedTuple):
     detail: str
 
 
-def compare_reports(old: Report, new: Report, tolerances: Tolerances) -> list[Finding]:
+def compare_reports(
+    old: Report, new: Report, time_tolerance: float = TIME_TOLERANCE
+) -> list[Finding]:
     """Compare every case of two reports.
 
     Cases are matched by suite, group and name, without the versions of libraries: the effect of an
@@ -75,7 +74,7 @@ def compare_reports(old: Report, new: Report, tolerances: Tolerances) -> list[Fi
     findings = []
     for place, case in before.items():
         if place in after:
-            findings += _compare(place, case, after[place], tolerances)
+            findings += _compare(place, case, after[place], time_tolerance)
         else:
             findings.append(Finding(place, Verdict.REMOVED, "not in the new report"))
     added = {place: case for place, case in after.items() if place not in before}
@@ -104,26 +103,21 @@ def _without_versions(name: str) -> str:
     return " ".join(w for w in words if not (w[0].isdigit() and w.count(".") >= 1))
 
 
-def _compare(place: str, old: CaseResult, new: CaseResult, tolerances: Tolerances) -> list[Finding]:
+def _compare(place: str, old: CaseResult, new: CaseResult, tolerance: float) -> list[Finding]:
     if new.error and not old.error:
         return [Finding(place, Verdict.FAILS, new.error)]
     if old.error:
         return [Finding(place, Verdict.SAME if new.error else Verdict.FIXED, new.error)]
     findings = []
     if old.latency is not None and new.latency is not None:
-        findings.append(_compare_times(place, old.latency, new.latency, tolerances.time))
+        findings.append(_compare_times(place, old.latency, new.latency, tolerance))
     was, now = old.peak_bytes, new.peak_bytes
-    if was and now and now > was * (1 + tolerances.memory):
+    if was and now and now > was * (1 + MEMORY_TOLERANCE):
         detail = f"{format_bytes(was)} -> {format_bytes(now)}"
         findings.append(Finding(place, Verdict.MORE_MEMORY, detail))
-    for name, tolerance in (
-        ("mask_iou_mean", tolerances.iou),
-        ("giou", tolerances.iou),
-        ("embedding_cosine", tolerances.cosine),
-        ("concentration_cosine", tolerances.cosine),
-    ):
+    for name, allowed in ACCURACY_TOLERANCES.items():
         first, second = getattr(old.accuracy, name, None), getattr(new.accuracy, name, None)
-        if first is not None and (second is None or second < first - tolerance):
+        if first is not None and (second is None or second < first - allowed):
             shown = "none" if second is None else f"{second:.5f}"
             detail = f"{name} {first:.5f} -> {shown}"
             findings.append(Finding(place, Verdict.LESS_ACCURATE, detail))

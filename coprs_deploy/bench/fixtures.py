@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from coprs_deploy import demo
+from coprs_deploy.bench.accuracy import GraphReference, SceneReference
 from coprs_deploy.bench.availability import runtime_version
-from coprs_deploy.bench.case import Evaluate
 from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.process import Worker, WorkerError, call_once
-from coprs_deploy.bench.report import Accuracy
+from coprs_deploy.bench.process import WorkerError, call_once
 from coprs_deploy.bundle import (
     TRT_VARIANT_NAMES,
     EngineRecord,
@@ -22,16 +21,20 @@ from coprs_deploy.bundle import (
     read_manifest,
 )
 from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE, read_checkpoint
-from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, OptimizationProfile
 
-T = TypeVar("T")
-
 DEMO_INPUTS = 16
-RANDOM_INPUTS = {"tiny": 3, "vit_b": 2, "vit_l": 1, "vit_h": 1}
-"""Numbers of inputs for accuracy; PyTorch's reference of a large encoder takes long."""
+"""Number of the demo model's inputs for accuracy."""
+
+RANDOM_MODELS = {
+    "tiny": (3, 1_300_000),
+    "vit_b": (2, 375_000_000),
+    "vit_l": (1, 1_250_000_000),
+    "vit_h": (1, 2_564_000_000),
+}
+"""Number of inputs, as PyTorch's reference of a large encoder takes long, and bytes of weights."""
 
 CALIBRATION_IMAGES, FEW_CALIBRATION_IMAGES = 32, 4
 """For the int8 of trained weights, and of random ones, whose speed does not depend on them."""
@@ -41,10 +44,13 @@ PREPARE_TIMEOUT_S = 1800.0
 WIDE = "16:9"
 """Aspect ratio of most cameras, which encoders of real size are measured for too."""
 
+ALL_GRAPHS = "all three graphs"
+"""Stands for the name of a graph where all of them run, one after the other."""
+
 
 @dataclass(frozen=True)
 class ExportVariant:
-    """Variant of an export, written as the options of ``export``; empty takes any aspect ratio."""
+    """Variant of an export, written as the options of ``export``."""
 
     targets: str = "1"
     images: str = "1"
@@ -64,22 +70,13 @@ class ExportVariant:
         parts += [self.aspect_ratio.replace(":", "to")] if self.aspect_ratio else []
         return "-".join([*parts, *["dropped"] * self.drop_padding])
 
-    def matches(self, manifest: Manifest) -> bool:
-        """Whether the graphs of a bundle are of this variant."""
-        encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
-        profiles = (OptimizationProfile.parse(self.targets), OptimizationProfile.parse(self.images))
-        found = ExportVariant.of(manifest)
-        wanted = (*profiles, self.aspect_ratio, self.drop_padding)
-        return wanted == (prior.targets, encoder.images, found.aspect_ratio, found.drop_padding)
-
     @classmethod
     def of(cls, manifest: Manifest) -> ExportVariant:
-        """Return a bundle's aspect ratio, with one image and one target in a call."""
-        valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
-        if valid_region is None:
-            return cls()
-        width, height = valid_region.aspect_ratio
-        return cls(aspect_ratio=f"{width}:{height}", drop_padding=valid_region.drops_padding)
+        """Return the variant of a bundle."""
+        encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
+        region, targets, images = encoder.valid_region, prior.targets, encoder.images
+        aspect_ratio = "" if region is None else ":".join(map(str, region.aspect_ratio))
+        return cls(_written(targets), _written(images), aspect_ratio, encoder.drops_padding)
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ class Model:
     Attributes:
         num_inputs: number of inputs for accuracy.
         has_gt: whether its masks of held-out scenes mean something.
+        weights_bytes: size of a random checkpoint, which need not exist yet; 0 for others.
         variant: variant of its bundle.
     """
 
@@ -97,8 +95,13 @@ class Model:
     bundle: Path | None
     num_inputs: int = 3
     has_gt: bool = False
-    is_random: bool = False
+    weights_bytes: int = 0
     variant: ExportVariant = ExportVariant()
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is a SAM size with random weights."""
+        return self.weights_bytes > 0
 
     @property
     def estimated_bytes(self) -> int:
@@ -106,8 +109,9 @@ class Model:
 
         A ViT-B of 375 MB peaks near 2 GB, a ViT-H of 2.5 GB near 7 GB.
         """
-        file = self.checkpoint / SEGMENTATION_FILE if self.checkpoint is not None else None
-        stored = file.stat().st_size if file is not None else 0
+        stored = self.weights_bytes
+        if self.checkpoint is not None and not self.is_random:
+            stored = (self.checkpoint / SEGMENTATION_FILE).stat().st_size
         return 100_000_000 + (1_000_000_000 + 5 * stored // 2 if stored > 50_000_000 else 0)
 
     @property
@@ -119,14 +123,29 @@ class Model:
         policy = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
         return 600_000_000 + self.estimated_bytes + 6 * policy // 5
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """First digits of the fingerprint of its weights."""
+        if self.checkpoint is not None:
+            return read_checkpoint(self.checkpoint).fingerprint()[:12]
+        assert self.bundle is not None
+        return read_manifest(self.bundle).checkpoint_fingerprint[:12]
+
     def holds(self, runtimes: list[str], precision: str, variant: ExportVariant) -> bool:
         """Whether its own bundle has such graphs, which can run here."""
         manifest = read_manifest(self.bundle) if self.bundle is not None else None
-        if manifest is None or not variant.matches(manifest):
+        if manifest is None or variant != ExportVariant.of(manifest):
             return False
         graph = manifest.graphs[IMAGE_ENCODER]
         is_loadable = graph.engine is None or _loads_here(graph.engine)
         return is_loadable and graph.runtime in runtimes and graph.precision == precision
+
+    def labels(
+        self, runtime: str = "", precision: str = "", device: str = "", **more: object
+    ) -> dict[str, str]:
+        """Return the labels of a case; without the empty ones."""
+        named = {"runtime": runtime, "precision": precision, "device": device, **more}
+        return {"model": self.name} | {name: str(value) for name, value in named.items() if value}
 
 
 def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
@@ -149,7 +168,7 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
     return Model(bundle.resolve().name, checkpoint, bundle, variant=ExportVariant.of(manifest))
 
 
-class Fixtures(Closeable):
+class Fixtures:
     """Fixtures of one benchmark run, in a folder; what an earlier run left there is used again."""
 
     def __init__(
@@ -157,16 +176,15 @@ class Fixtures(Closeable):
     ) -> None:
         self.folder, self.options, self.progress = folder, options, progress
         self.model = open_model(options.bundle, options.checkpoint)
-        self._made: dict[Path, Any] = {}
-        self._reference: Worker | None = None
+        self._errors: dict[Path, WorkerError] = {}
 
     def models(self) -> list[Model]:
         """Return the sizes with random weights, or else the requested model."""
-        return [self._random(size) for size in self.options.sizes] or [self.model]
-
-    def _random(self, size: str) -> Model:
-        out = self.make(f"{size}-checkpoint", "make_random_checkpoint", sam=size)
-        return Model(size, out, None, RANDOM_INPUTS[size], is_random=True)
+        sizes = ((size, *RANDOM_MODELS[size]) for size in self.options.sizes)
+        return [
+            Model(size, self.folder / f"{size}-checkpoint", None, count, weights_bytes=weights)
+            for size, count, weights in sizes
+        ] or [self.model]
 
     def make(self, name: str, function: str, **settings: Any) -> Path:
         """Make a file or folder by a function of :mod:`coprs_deploy.bench.preparation`, once.
@@ -174,36 +192,38 @@ class Fixtures(Closeable):
         The function runs in a process of its own; what an earlier run made is taken as it is.
 
         Raises:
-            WorkerError: it failed.
+            WorkerError: it failed, now or when it was first called in this run.
         """
         out = self.folder / name
         unfinished = out.with_name(f"unfinished-{name}")
-
-        def made() -> Path:
-            if not out.exists():
-                self.progress(f"{function.replace('_', ' ')}: {name}")
-                target = f"coprs_deploy.bench.preparation:{function}"
-                call_once(target, PREPARE_TIMEOUT_S, out=str(unfinished), **_plain(settings))
-                unfinished.rename(out)
-            return out
-
-        return self.once(out, made)
-
-    def once(self, key: Path, make: Callable[[], T]) -> T:
-        """Make something once a run; an error is raised again, not tried again."""
-        if key not in self._made:
+        if out in self._errors:
+            raise self._errors[out]
+        if not out.exists():
+            self.progress(f"{function.replace('_', ' ')}: {name}")
+            target = f"coprs_deploy.bench.preparation:{function}"
             try:
-                self._made[key] = make()
+                call_once(target, PREPARE_TIMEOUT_S, out=unfinished, **settings)
             except WorkerError as error:
-                self._made[key] = error
-        if isinstance(self._made[key], WorkerError):
-            raise self._made[key]
-        made: T = self._made[key]
-        return made
+                self._errors[out] = error
+                raise
+            unfinished.rename(out)
+        return out
+
+    def weights(self, model: Model) -> Path:
+        """Return the checkpoint of a model, made if it is a random one.
+
+        Raises:
+            WorkerError: it has none, or making it failed.
+        """
+        if model.checkpoint is None:
+            raise WorkerError("the bundle has no such graphs; name its checkpoint: --checkpoint")
+        if model.is_random:
+            self.make(model.checkpoint.name, "make_random_checkpoint", sam=model.name)
+        return model.checkpoint
 
     def bundle(
         self, model: Model, runtime: str, precision: str, variant: ExportVariant | None = None
-    ) -> str:
+    ) -> Path:
         """Return a bundle for a runtime: the model's own, an earlier export or a new one.
 
         Runtimes that read ONNX files share a bundle; without a variant it is the model's own.
@@ -213,82 +233,54 @@ class Fixtures(Closeable):
         """
         variant, is_engine = variant or model.variant, runtime in TRT_VARIANT_NAMES
         alike = [runtime] if is_engine else ["onnxruntime", "openvino"]
-        if model.holds(alike, precision, variant):
-            return str(model.bundle)
-        if model.checkpoint is None:
-            raise WorkerError("the bundle has no such graphs; name its checkpoint: --checkpoint")
-        made_of = [self.once(model.checkpoint, read_checkpoint(model.checkpoint).fingerprint)[:12]]
-        gpu = current_gpu()
+        if model.bundle is not None and model.holds(alike, precision, variant):
+            return model.bundle
+        source = {"checkpoint": self.weights(model), "runtime": runtime, "precision": precision}
+        made_of, gpu = [model.fingerprint], current_gpu()
         if is_engine and gpu is not None:
             made_of += [runtime_version(runtime), gpu.compute_capability]
         kind = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
-        calibration = self.calibration(model, variant) if precision == "int8" else None
-        settings = {"runtime": runtime, "precision": precision, "calibration": calibration}
-        source = {"checkpoint": model.checkpoint, **settings, **asdict(variant)}
-        out = self.make("-".join(kind + made_of), "export_bundle", **source)
-        return str(open_bundle(out).path)
+        images = self.calibration(model, variant) if precision == "int8" else None
+        settings = {**source, "calibration": images, **asdict(variant)}
+        return open_bundle(self.make("-".join(kind + made_of), "export_bundle", **settings)).path
 
-    def calibration(self, model: Model, variant: ExportVariant) -> str:
+    def calibration(self, model: Model, variant: ExportVariant) -> Path:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""
         if self.options.calibration is not None:
-            return str(self.options.calibration)
+            return self.options.calibration
         if not (model.has_gt or model.is_random):
             raise WorkerError("int8 is calibrated on images; name a folder with --calibration")
         count = CALIBRATION_IMAGES if model.has_gt else FEW_CALIBRATION_IMAGES
         name = f"calibration-{count}-{variant.aspect_ratio.replace(':', 'to') or 'square'}"
-        settings = {"count": count, "aspect_ratio": variant.aspect_ratio}
-        return str(self.make(name, "draw_images", **settings))
+        return self.make(name, "draw_images", count=count, aspect_ratio=variant.aspect_ratio)
 
-    def inputs(self, model: Model, count: int | None = None) -> str:
-        """Return the folder of a model's inputs and their float32 outputs."""
+    def inputs(self, model: Model, count: int | None = None) -> GraphReference:
+        """Return a model's inputs and their float32 outputs."""
+        source = {"checkpoint": model.checkpoint and self.weights(model), "bundle": model.bundle}
         count = model.num_inputs if count is None else count
-        folder = self.folder / f"{model.name}-inputs-{count}"
+        aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else "")
+        parts = [model.name, "inputs", str(count), model.variant.suffix, model.fingerprint]
+        name = "-".join([*parts, *["own"] * (model.checkpoint is None)])
+        settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
+        return GraphReference(self.make(name, "write_inputs", **source, **settings), **source)
 
-        def write() -> str:
-            self.progress(f"{model.name}: inputs and float32 reference")
-            aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else "")
-            source = {"checkpoint": model.checkpoint, "bundle": model.bundle}
-            settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
-            target = "coprs_deploy.bench.reference:write_inputs"
-            self.call_reference(target, folder=folder, **source, **settings)
-            return str(folder)
-
-        return self.once(folder, write)
-
-    def evaluate(self, function: str, **settings: Any) -> Evaluate:
-        """Bind a function of :mod:`coprs_deploy.bench.accuracy`; it calls settings that can be."""
-
-        def evaluate(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
-            given = {name: v() if callable(v) else v for name, v in settings.items()}
-            target = f"coprs_deploy.bench.accuracy:{function}"
-            found = self.call_reference(target, outputs=_plain(outputs), **given)
-            return {name: Accuracy.from_json(accuracy) for name, accuracy in found.items()}
-
-        return evaluate
-
-    def evaluate_graphs(self, model: Model, count: int | None = None) -> Evaluate:
-        """Compare the outputs of a model's graphs with float32."""
-        source = {"checkpoint": model.checkpoint, "bundle": model.bundle}
-        return self.evaluate("evaluate_graphs", folder=partial(self.inputs, model, count), **source)
-
-    def call_reference(self, target: str, **settings: Any) -> Any:
-        """Call a function in the one process that holds PyTorch; it is paused between calls."""
-        if self._reference is None:
-            self._reference = Worker()
-        self._reference.resume()
+    def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
+        """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
+        model, file, note = self.model, None, ""
+        settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
+        name = f"{model.name}-scenes-{count}-{side or 'own'}-{model.fingerprint}.safetensors"
         try:
-            result = self._reference.call(target, PREPARE_TIMEOUT_S, **_plain(settings))
-        except WorkerError:
-            self.close()
-            raise
-        self._reference.pause()
-        return result
+            if model.checkpoint is not None:
+                file = self.make(name, "write_scene_reference", **settings)
+        except WorkerError as error:  # times and the ground truth are still worth having
+            note = f"PyTorch float32 failed: {error}"
+        return SceneReference(file, model.has_gt, note)
 
-    def close(self) -> None:
-        """End the process that holds the reference."""
-        if self._reference is not None:
-            self._reference.close()
-            self._reference = None
+
+def _written(profile: OptimizationProfile) -> str:
+    """Write a profile as the options of ``export`` take it."""
+    sizes = (profile.min, profile.opt, profile.max)
+    return str(profile.max) if profile.is_static else ",".join(map(str, sizes))
 
 
 def _loads_here(engine: EngineRecord) -> bool:
@@ -296,8 +288,3 @@ def _loads_here(engine: EngineRecord) -> bool:
     gpu, version = current_gpu(), TRT_VARIANTS[engine.variant].load().__version__
     is_here = gpu is not None and gpu.compute_capability in engine.compute_capabilities
     return is_here and engine.version == version
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn paths into strings, which JSON can hold."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}

@@ -43,6 +43,9 @@ WIDTH, LEFT, RIGHT, ROW = 560, 12, 540, 36
 SMALLEST_ERROR = 1e-8
 """Errors below are drawn here."""
 
+Timed = Sequence[tuple[CaseResult, Latency]]
+Scale = Callable[[float], float]
+
 
 def write_outputs(folder: Path, report: Report) -> list[Path]:
     """Write a report as JSON, Markdown and HTML under its own name; return the paths."""
@@ -120,9 +123,7 @@ def _bar(x: float, y: float, width: float, height: float, color: int) -> str:
     return f'<rect {size} fill="var(--c{color % 8})"/>'
 
 
-def _time_axis(
-    values: Sequence[float], bottom: float
-) -> tuple[Callable[[float], float], list[str]]:
+def _time_axis(values: Sequence[float], bottom: float) -> tuple[Scale, list[str]]:
     """Return a logarithmic scale of milliseconds, and its grid with numbers."""
     low, high = min(values) / 1.05, max(values) * 1.05
     unit = (RIGHT - LEFT) / math.log(high / low)
@@ -140,7 +141,7 @@ def _time_axis(
     return scale, [*parts, _text(RIGHT, bottom + 28, "milliseconds", "end")]
 
 
-def _runs(timed: Sequence[tuple[CaseResult, Latency]]) -> tuple[float, list[str]]:
+def _runs(timed: Timed) -> tuple[float, list[str]]:
     """Draw every run of each case, with the median and its interval."""
     bottom = ROW * len(timed)
     scale, parts = _time_axis([run for _, q in timed for run in (*q.samples, q.p50)], bottom)
@@ -208,9 +209,7 @@ def _accuracy(compared: Sequence[tuple[CaseResult, Latency, float]]) -> tuple[fl
     return 230 + 15 * len(compared), [*parts, _text(LEFT, 208, title)]
 
 
-def _scaling(
-    group: GroupResult, timed: Sequence[tuple[CaseResult, Latency]]
-) -> tuple[float, list[str]]:
+def _scaling(group: GroupResult, timed: Timed) -> tuple[float, list[str]]:
     """Draw the median against the parameter, with the interval of each."""
     values = [math.log(float(case.labels[group.parameter])) for case, _ in timed]
     top, span = 1.15 * max(latency.ci_high for _, latency in timed), max(values) - min(values)

@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coprs_deploy.bench.case import Values, write_arrays
+from coprs_deploy.bench.reference import ask, open_policy, open_reference, scene_outputs, scenes
+from coprs_deploy.bench.report import Accuracy
+from coprs_deploy.checkpoint import (
+    POLICY_DIRECTORY,
+    SEGMENTATION_FILE,
+    Checkpoint,
+    load_segmentation_model,
+    read_checkpoint,
+)
+from coprs_deploy.conversion import (
+    ConversionOptions,
+    checkpoint_from_policy_and_sam,
+    random_checkpoint,
+)
+from coprs_deploy.conversion.peer_encoder import segment_anything_encoder
+from coprs_deploy.data.synthetic import PLAIN
+from coprs_deploy.data.synthetic.scene import make_scene
+from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.export import ExportOptions, export_checkpoint
-from coprs_deploy.images import unpadded_size
+from coprs_deploy.export.equivalence import run_graph
+from coprs_deploy.export.graph_writer import write_graph
+from coprs_deploy.export.precision import write_rounded_graph
+from coprs_deploy.export.samples import sample_inputs
+from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
 from coprs_deploy.machine import peak_memory_bytes
-from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile, parse_aspect_ratio
+from coprs_deploy.specs import (
+    GRAPH_NAMES,
+    IMAGE_ENCODER,
+    PRIOR,
+    Geometry,
+    OptimizationProfile,
+    ValidRegion,
+    graph_specs,
+    parse_aspect_ratio,
+)
 
 
 def export_bundle(
-    checkpoint: str,
-    out: str,
+    out: Path,
+    checkpoint: Path,
     runtime: str,
     precision: str,
     *,
@@ -23,10 +60,13 @@ def export_bundle(
     aspect_ratio: str = "",
     drop_padding: bool = False,
     compute_capabilities: tuple[str, ...] = (),
-    calibration: str | None = None,
+    calibration: Path | None = None,
 ) -> dict[str, Any]:
-    """Export a checkpoint with all checks and builds; return metrics and the check's accuracy."""
-    extra: dict[str, Any] = {} if calibration is None else {"calibration_images": Path(calibration)}
+    """Export a checkpoint with all checks and builds.
+
+    Returns:
+        ``stages`` in milliseconds, ``metrics``, and ``accuracy`` as the export's check found it.
+    """
     options = ExportOptions(
         runtime=runtime,
         precision=precision,
@@ -36,8 +76,8 @@ def export_bundle(
         drop_padding=drop_padding,
         external_policy=True,
         overwrite=True,
-        compute_capabilities=tuple(compute_capabilities),
-        **extra,
+        compute_capabilities=compute_capabilities,
+        calibration_images=calibration,
     )
     report = export_checkpoint(checkpoint, out, options)
     manifest, peak_bytes = report.bundle.manifest, peak_memory_bytes()
@@ -60,66 +100,123 @@ def export_bundle(
     if engines:
         metrics["build_s"] = seconds("build ")
         metrics["engines_bytes"] = float(sum(engine.size_bytes for engine in engines))
+    steps = ("export", "check", "build") if engines else ("export", "check")
     records = {record.graph: record for record in manifest.equivalence}
     end = records["end_to_end"]
-    accuracy = {
-        "inputs": end.inputs,
-        "embedding_cosine": records["image_encoder"].cosine,
-        "prior_relative_error": records["prior"].relative_error,
-        "mask_relative_error": end.relative_error,
-        "mask_iou_min": end.mask_iou,
-        "note": "the export's own check, random concentrations; worst of its inputs",
-    }
-    return {"metrics": metrics, "accuracy": accuracy}
+    accuracy = Accuracy(
+        inputs=end.inputs,
+        embedding_cosine=records[IMAGE_ENCODER].cosine,
+        prior_relative_error=records[PRIOR].relative_error,
+        mask_relative_error=end.relative_error,
+        mask_iou_min=end.mask_iou,
+        note="the export's own check, random concentrations; worst of its inputs",
+    )
+    stages = {name: 1e3 * metrics[f"{name}_s"] for name in steps}
+    return {"stages": stages, "metrics": metrics, "accuracy": accuracy}
 
 
-def draw_images(out: str, count: int, aspect_ratio: str) -> None:
+def convert(out: Path, checkpoint: Path, sam: Path) -> dict[str, Any]:
+    """Convert a checkpoint's policy and a ``sam_vit_*.pth`` file; return ``metrics``."""
+    policy, options = checkpoint / POLICY_DIRECTORY, ConversionOptions(overwrite=True)
+    checkpoint_from_policy_and_sam(policy, sam, out, options)
+    peak, weights = peak_memory_bytes(), (checkpoint / SEGMENTATION_FILE).stat().st_size
+    return {"metrics": {"peak_bytes": float(peak), "peak_over_weights": peak / weights}}
+
+
+def write_inputs(
+    out: Path,
+    checkpoint: Path | None,
+    bundle: Path | None,
+    *,
+    has_gt: bool,
+    count: int,
+    aspect_ratio: str = "",
+) -> None:
+    """Write ``0.safetensors`` and so on: inputs and float32 outputs of every graph.
+
+    ``has_gt`` takes held-out scenes with their ground truth and the concentrations that the policy
+    finds, else images and concentrations are the random ones of the equivalence check, of one
+    aspect ratio or of several.
+    """
+    reference = open_reference(checkpoint, bundle)
+    geometry, region = reference.geometry, None
+    if has_gt:
+        assert checkpoint is not None
+        samples = list(_scene_inputs(read_checkpoint(checkpoint), geometry, count))
+    else:
+        if aspect_ratio:
+            width, height = parse_aspect_ratio(aspect_ratio)
+            longest = unpadded_size(height, width, geometry.image_size)
+            region = ValidRegion((width, height), *longest)
+        drawn = sample_inputs(geometry, reference.policy_hidden_size, valid_region=region)[:count]
+        samples = [_input(sample.prepared, sample.concentration) for sample in drawn]
+    for name in GRAPH_NAMES:
+        with reference.open(name) as runner:
+            for sample in samples:
+                sample[runner.spec.outputs[0].name] = np.asarray(run_graph(runner, sample))
+    out.mkdir(parents=True, exist_ok=True)
+    for index, sample in enumerate(samples):
+        write_arrays(out / f"{index}.safetensors", sample)
+
+
+def _input(prepared: PreparedImage, concentration: NDArray[np.float32]) -> Values:
+    original_size, size = np.array(prepared.original_size), prepared.unpadded_size
+    sizes = {"unpadded_size": size, "original_size": original_size}
+    return {"image": prepared.image, "concentration": concentration, **sizes}
+
+
+def _scene_inputs(checkpoint: Checkpoint, geometry: Geometry, count: int) -> Iterator[Values]:
+    """Ask the policy; a scene in which it finds no target is skipped."""
+    with open_policy(checkpoint) as policy:
+        for example in scenes(count):
+            concentrations = ask(policy, example).concentrations
+            if len(concentrations):
+                sample = _input(prepare_image(example.image, geometry), concentrations[-1:])
+                yield sample | {"ground_truth": union(example.masks)}
+
+
+def write_scene_reference(out: Path, checkpoint: Path, count: int, side: int | None) -> None:
+    """Write the concentrations and masks of PyTorch in float32 on held-out scenes as one file."""
+    with open_policy(read_checkpoint(checkpoint)) as policy:
+        examples = scenes(count, side)
+        write_arrays(out, scene_outputs(policy, open_reference(checkpoint), examples))
+
+
+def draw_images(out: Path, count: int, aspect_ratio: str) -> None:
     """Write generated training scenes as images, cut to an aspect ratio."""
-    from PIL import Image
-
-    from coprs_deploy.data.synthetic import PLAIN
-    from coprs_deploy.data.synthetic.scene import make_scene
-
-    Path(out).mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     width, height = parse_aspect_ratio(aspect_ratio) if aspect_ratio else (1, 1)
     rows, columns = unpadded_size(height, width, PLAIN.image_size)
     for seed in range(count):
         image = Image.fromarray(make_scene(PLAIN, seed).image[:rows, :columns])
-        image.save(Path(out) / f"{seed}.png")
+        image.save(out / f"{seed}.png")
 
 
-def make_random_checkpoint(out: str, sam: str) -> None:
+def make_random_checkpoint(out: Path, sam: str) -> None:
     """Write a checkpoint of a SAM size with random weights and a tiny policy."""
-    from coprs_deploy.conversion import ConversionOptions, random_checkpoint
-
     random_checkpoint(out, "tiny", sam, ConversionOptions(overwrite=True))
 
 
-def write_sam_weights(out: str, checkpoint: str) -> None:
+def write_sam_weights(out: Path, checkpoint: Path) -> None:
     """Write the weights of a checkpoint as a ``sam_vit_*.pth`` file."""
     import torch
     from safetensors.torch import load_file
 
-    from coprs_deploy.checkpoint import SEGMENTATION_FILE
-
-    tensors = load_file(Path(checkpoint) / SEGMENTATION_FILE)
+    tensors = load_file(checkpoint / SEGMENTATION_FILE)
     torch.save({n: t for n, t in tensors.items() if not n.startswith("prior.")}, out)
 
 
-def export_segment_anything(out: str, checkpoint: str) -> None:
+def export_segment_anything(out: Path, checkpoint: Path) -> None:
     """Export segment-anything's encoder with the exporter's defaults as ``encoder.onnx``."""
     import torch
 
-    from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.conversion.peer_encoder import segment_anything_encoder
-
     source = read_checkpoint(checkpoint)
     size = source.config.model.geometry.image_size
-    Path(out).mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     torch.onnx.export(
         segment_anything_encoder(source),
         (torch.zeros(1, 3, size, size),),
-        str(Path(out) / "encoder.onnx"),
+        str(out / "encoder.onnx"),
         input_names=["image"],
         output_names=["image_embedding"],
         dynamo=True,
@@ -128,23 +225,13 @@ def export_segment_anything(out: str, checkpoint: str) -> None:
     )
 
 
-def write_rounded_graphs(out: str, checkpoint: str, precision: str) -> None:
+def write_rounded_graphs(out: Path, checkpoint: Path, precision: str) -> None:
     """Write the three graphs of a precision with every rounding between two nodes explicit."""
-    from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
-    from coprs_deploy.export.graph_writer import write_graph
-    from coprs_deploy.export.precision import FP32, write_rounded_graph
-    from coprs_deploy.specs import graph_specs
-
     source = read_checkpoint(checkpoint)
     specs = graph_specs(source.config.model.geometry, source.config.model.policy_hidden_size)
-    Path(out).mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     for name, module in load_segmentation_model(source).graph_modules().items():
-        target = Path(out) / f"{name}.onnx"
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            path, scratch = (
-                target if precision == FP32 else Path(folder) / target.name,
-                Path(folder),
-            )
-            write_graph(module, specs[name], path, {}, precision=precision, scratch=scratch)
-            if path != target:
-                write_rounded_graph(path, target)
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            path = Path(scratch) / f"{name}.onnx"
+            write_graph(module, specs[name], path, {}, precision=precision, scratch=path.parent)
+            write_rounded_graph(path, out / path.name)

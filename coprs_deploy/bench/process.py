@@ -1,24 +1,23 @@
-"""Worker processes seen from the parent: requests with a timeout, pause, resume, exit errors."""
+"""Worker processes seen from the parent: calls with a timeout, pause, resume, exit errors."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 from coprs_deploy.closing import Closeable
 from coprs_deploy.errors import CoPRSError
 
 MAX_ERROR_LENGTH = 400
 """Number of characters of an error that a report keeps."""
+
+SERVE = "from coprs_deploy.bench.worker import main; main()"
 
 
 class WorkerError(CoPRSError):
@@ -30,42 +29,34 @@ class Worker(Closeable):
 
     def __init__(self) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "coprs_deploy.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,
-        )
+        self._connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+                pass_fds=[theirs.fileno()],
+            )
 
-    def request(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a request and wait for the response.
+    def call(self, target: str, timeout_s: float, /, **settings: Any) -> Any:
+        """Call a function in the process and return its result.
 
         Raises:
-            WorkerError: the request failed, or the process died or timed out and is gone.
+            WorkerError: the function failed, or the process died or timed out and is gone.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
         try:
-            stdin.write(json.dumps(dict(message)).encode() + b"\n")
-            stdin.flush()
-        except BrokenPipeError:
+            self._connection.send((target, settings))
+            if not self._connection.poll(timeout_s):
+                self._kill()
+                raise WorkerError(f"stopped: it took longer than the timeout of {timeout_s:.0f} s")
+            result, error = self._connection.recv()
+        except (EOFError, OSError):
             raise WorkerError(self._exit_error()) from None
-        line = self._read_line(stdout, seconds)
-        if line is None:
-            self._kill()
-            raise WorkerError(f"stopped: it took longer than the timeout of {seconds:.0f} s")
-        if not line:
-            raise WorkerError(self._exit_error())
-        response: dict[str, Any] = json.loads(line)
-        if "error" in response:
-            raise WorkerError(shorten(response["error"]))
-        return response
-
-    def call(self, target: str, seconds: float, **settings: Any) -> Any:
-        """Call a function in the process and return its result."""
-        message = {"do": "call", "target": target, "settings": settings}
-        return self.request(message, seconds)["result"]
+        if error:
+            raise WorkerError(shorten(error))
+        return result
 
     def pause(self) -> None:
         """Stop all of its threads."""
@@ -77,34 +68,13 @@ class Worker(Closeable):
 
     def close(self) -> None:
         """End the process."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        if self._process.poll() is None:
-            try:
-                self.resume()
-                stdin.close()
-                self._process.wait(timeout=20)
-            except (OSError, subprocess.TimeoutExpired):
-                self._kill()
-        for stream in (stdin, stdout, self._log):
-            with contextlib.suppress(OSError):
-                stream.close()
-
-    @staticmethod
-    def _read_line(stdout: IO[bytes], seconds: float) -> bytes | None:
-        """Read a line; empty at the end of the stream, None after the timeout."""
-        end, received = time.monotonic() + seconds, bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while not received.endswith(b"\n"):
-                left = end - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    return None
-                part = os.read(stdout.fileno(), 1 << 20)
-                if not part:
-                    return b""
-                received += part
-        return bytes(received)
+        self._connection.close()
+        self.resume()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self._log.close()
 
     def _kill(self) -> None:
         """Kill the process and the processes that it started."""
@@ -121,14 +91,14 @@ class Worker(Closeable):
         return shorten(": ".join([f"the process ended with {reason}", *last]))
 
 
-def call_once(target: str, seconds: float, **settings: Any) -> Any:
+def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:
     """Call a function in a process of its own and return its result.
 
     Raises:
         WorkerError: the function failed, or the process died or timed out.
     """
     with Worker() as worker:
-        return worker.call(target, seconds, **settings)
+        return worker.call(target, timeout_s, **settings)
 
 
 def shorten(error: str) -> str:

@@ -138,10 +138,10 @@ class GroupResult(Record, frozen=True):
 class Skipped(Record, frozen=True):
     """What cannot be measured here, why, and what fixes it."""
 
-    suite: str
     name: str
     reason: str
     remedy: str = ""
+    suite: str = ""
 
 
 class Report(Record, frozen=True):

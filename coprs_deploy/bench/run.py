@@ -13,13 +13,13 @@ from pathlib import Path
 import msgspec
 
 from coprs_deploy.bench.availability import gpu_name
-from coprs_deploy.bench.case import Case, Group, SuitePlan
+from coprs_deploy.bench.case import Case, Group
 from coprs_deploy.bench.fixtures import Fixtures
 from coprs_deploy.bench.measurement import measure_group
 from coprs_deploy.bench.options import BenchOptions
 from coprs_deploy.bench.process import WorkerError
 from coprs_deploy.bench.report import SCHEMA_VERSION, GroupResult, Report, Skipped
-from coprs_deploy.bench.suites import DEFAULT_SUITES, SCENE_SUITES, Suite, suite
+from coprs_deploy.bench.suites import DEFAULT_SUITES, SCENE_SUITES, SUITES
 from coprs_deploy.machine import machine_record
 
 
@@ -31,7 +31,9 @@ def run_benchmark(
     Raises:
         ValueError: there is no such suite, or no case to measure.
     """
-    suites = [suite(name) for name in options.suites or DEFAULT_SUITES]
+    for name in options.suites:
+        if name not in SUITES:
+            raise ValueError(f"suite is {name!r}; accepted: {', '.join(SUITES)}, all")
     with ExitStack() as stack:
         if options.work_dir is None:
             scratch = tempfile.TemporaryDirectory(prefix="coprs-bench-")
@@ -39,19 +41,13 @@ def run_benchmark(
         else:
             folder = options.work_dir
             folder.mkdir(parents=True, exist_ok=True)
-        fixtures = stack.enter_context(Fixtures(folder, options, progress))
-        suite_plans = [suite_plan_of(each, fixtures) for each in suites]
-        skipped = [entry for suite_plan in suite_plans for entry in suite_plan.skipped]
-        groups = [
-            select(group, options.filter)
-            for suite_plan in suite_plans
-            for group in suite_plan.groups
-        ]
-        groups = [prepare(group) for group in groups if group.cases]
+        fixtures = Fixtures(folder, options, progress)
+        groups, skipped = plan(fixtures)
         if not groups:
             reasons = "; ".join(entry.reason for entry in skipped) or "no suite has a case for it"
             matched = f"--filter {options.filter!r} matches no case" if options.filter else reasons
             raise ValueError(f"there is nothing to measure: {matched}")
+        groups = [prepare(group) for group in groups]
         measured = [] if options.prepare_only else groups
         results = (measure_group(group, options, progress) for group in measured)
         return Report(
@@ -66,13 +62,23 @@ def run_benchmark(
         )
 
 
-def suite_plan_of(planner: Suite, fixtures: Fixtures) -> SuitePlan:
-    """List the cases of a suite; none if it needs square scenes and the bundle takes others."""
-    model = fixtures.model
-    if not model.variant.aspect_ratio or planner.NAME not in SCENE_SUITES:
-        return planner.suite_plan(fixtures)
-    reason = f"its scenes are square, and the bundle is {model.variant.description}"
-    return SuitePlan((), (Skipped(planner.NAME, model.name, reason),))
+def plan(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
+    """List the groups of the suites with the cases that the filter matches, and what is skipped.
+
+    Suites that need square scenes have none if the bundle takes others.
+    """
+    model, groups, skipped = fixtures.model, list[Group](), list[Skipped]()
+    for name in fixtures.options.suites or DEFAULT_SUITES:
+        if model.variant.aspect_ratio and name in SCENE_SUITES:
+            reason = f"its scenes are square, and the bundle is {model.variant.description}"
+            skipped.append(Skipped(model.name, reason, suite=name))
+            continue
+        for entry in SUITES[name](fixtures):
+            if isinstance(entry, Skipped):
+                skipped.append(msgspec.structs.replace(entry, suite=name))
+            elif (group := select(entry, fixtures.options.filter)).cases:
+                groups.append(replace(group, suite=name))
+    return groups, skipped
 
 
 def select(group: Group, pattern: str) -> Group:

@@ -1,11 +1,7 @@
-"""The worker process of a case: reads requests as lines of JSON and responds with one line each.
+"""The worker process of a case: calls functions by name, and holds one open workload.
 
-    {"do": "call", "target": "module:function", "settings": {...}}    call any function
-    {"do": "open", "target": "module:function", "settings": {...}}    open a workload
-    {"do": "run", "max_runs": 20, "seconds": 1.5}                     run it for a while
-    {"do": "finish", "folder": "..."}                                 write its outputs
-
-A target may also be ``path.py:function``. Whatever libraries print goes to stderr.
+A request is a pair ``(target, settings)``, a response a pair ``(result, error)``. A target is
+``module:function`` or ``path.py:function``. Whatever libraries print goes to the worker's log.
 """
 
 from __future__ import annotations
@@ -13,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,21 +25,25 @@ from coprs_deploy.machine import peak_memory_bytes
 PR_SET_PDEATHSIG = 1
 """From ``linux/prctl.h``."""
 
+_workloads: list[Workload] = []
+
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Serve the connection of the file descriptor in the first argument until it is closed."""
     _die_with_parent()
-    handler = _RequestHandler()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as responses:
-        os.dup2(2, 1)
-        for line in sys.stdin:
-            try:
-                response = handler.handle(json.loads(line))
-            except Exception as error:  # whatever it is, it becomes the error of the case
-                response = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(response), file=responses, flush=True)
-        if handler.workload is not None:
-            handler.workload.close()
+    connection = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            target, settings = connection.recv()
+        except EOFError:
+            break
+        try:
+            response = (load_target(target)(**settings), "")
+        except Exception as error:  # whatever it is, it becomes the error of the case
+            response = (None, f"{type(error).__name__}: {error}")
+        connection.send(response)
+    for workload in _workloads:
+        workload.close()
 
 
 def _die_with_parent() -> None:
@@ -56,40 +56,51 @@ def _die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _RequestHandler:
-    def __init__(self) -> None:
-        self.workload: Workload | None = None
-
-    def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        action = request["do"]
-        if action == "call":
-            return {"result": load_target(request["target"])(**request["settings"])}
-        if action == "open":
-            if str(request["settings"].get("device", "")).startswith("cuda"):
-                import torch  # noqa: F401  # so that memory can be read before anything is opened
-            before, start = device_bytes(), time.perf_counter()
-            self.workload = load_target(request["target"])(**request["settings"])
-            return {"open_ms": 1e3 * (time.perf_counter() - start), "device_before": before}
-        assert self.workload is not None, "open comes first"
-        if action == "run":
-            runs = run_for(self.workload, request["max_runs"], request["seconds"])
-            return {"runs": runs, "peak_bytes": peak_memory_bytes(), "device_bytes": device_bytes()}
-        assert action == "finish", action
-        folder = Path(request["folder"])
-        folder.mkdir(parents=True, exist_ok=True)
-        return dict(self.workload.finish(folder))
+def open_workload(target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Open the workload of a case."""
+    if str(settings.get("device", "")).startswith("cuda"):
+        import torch  # noqa: F401  # so that memory can be read before anything is opened
+    before, start = device_bytes(), time.perf_counter()
+    _workloads.append(load_target(target)(**settings))
+    return {"open_ms": 1e3 * (time.perf_counter() - start), "device_before": before}
 
 
-def run_for(workload: Workload, max_runs: int, seconds: float) -> list[dict[str, float]]:
+def run_workload(max_runs: int, seconds: float) -> dict[str, Any]:
     """Run until the time or the number of runs is reached; at least once."""
     runs: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while not runs or (len(runs) < max_runs and time.perf_counter() < end):
         start = time.perf_counter()
-        stages = workload.run()
+        stages = _workloads[-1].run()
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         runs.append({TOTAL: elapsed_ms, **stages})
-    return runs
+    return {"runs": runs, "peak_bytes": peak_memory_bytes(), "device_bytes": device_bytes()}
+
+
+def finish_workload() -> dict[str, Any]:
+    """Return metrics and accuracy of the workload."""
+    return dict(_workloads[-1].finish())
+
+
+def open_function(function: str, **settings: Any) -> Workload:
+    """Open a function as a workload: a run is a call.
+
+    It returns, if any: ``stages`` in milliseconds, ``metrics`` and ``accuracy``.
+    """
+    return _FunctionWorkload(load_target(function), settings)
+
+
+class _FunctionWorkload(Workload):
+    def __init__(self, function: Callable[..., dict[str, Any]], settings: dict[str, Any]) -> None:
+        self._function, self._settings, self._made = function, settings, dict[str, Any]()
+
+    def run(self) -> Mapping[str, float]:
+        self._made = self._function(**self._settings)
+        stages: dict[str, float] = self._made.pop("stages", {})
+        return stages
+
+    def finish(self) -> Mapping[str, Any]:
+        return self._made
 
 
 def load_target(target: str) -> Any:
@@ -117,7 +128,3 @@ def device_bytes() -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
-
-
-if __name__ == "__main__":
-    main()

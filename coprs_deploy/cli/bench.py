@@ -186,7 +186,7 @@ def _command() -> str:
 def _compare(arguments: argparse.Namespace) -> int:
     from coprs_deploy.bench.comparison import (
         REGRESSIONS,
-        Tolerances,
+        TIME_TOLERANCE,
         Verdict,
         compare_reports,
         machine_differences,
@@ -194,8 +194,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     from coprs_deploy.bench.report import read_report
 
     old, new = (read_report(path) for path in arguments.compare)
-    tolerances = Tolerances() if arguments.tolerance is None else Tolerances(arguments.tolerance)
-    findings = compare_reports(old, new, tolerances)
+    tolerance = TIME_TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    findings = compare_reports(old, new, tolerance)
     differences = machine_differences(old, new)
     regressions = [finding for finding in findings if finding.verdict in REGRESSIONS]
     if arguments.json:

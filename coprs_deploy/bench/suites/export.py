@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from coprs_deploy.bench.availability import missing_builders, runtime_version
-from coprs_deploy.bench.case import Case, Group, SuitePlan, Workload
+from coprs_deploy.bench.case import Case, Group, Planned
 from coprs_deploy.bench.fixtures import PREPARE_TIMEOUT_S, Fixtures, Model
-from coprs_deploy.bench.preparation import export_bundle
 from coprs_deploy.bench.report import Report, Skipped
-from coprs_deploy.bench.suites import labels_of
-from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.export.tolerances import TOLERANCES
-from coprs_deploy.machine import peak_memory_bytes
 
-NAME = "export"
-SUMMARY = "conversions, exports and engine builds: time, peak memory, size"
+TARGET = "coprs_deploy.bench.worker:open_function"
 
 COMPUTE_CAPABILITIES = ("sm_80", "sm_89", "sm_120")
 """GPUs that engines are built for where the build needs none."""
@@ -35,34 +28,32 @@ LIMITS = {
 smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
 
 
-def suite_plan(fixtures: Fixtures) -> SuitePlan:
-    """List a conversion of SAM's real sizes, and an export for each runtime and precision."""
-    groups, skipped = [], missing_builders(NAME, fixtures.options.devices)
+def plan(fixtures: Fixtures) -> Planned:
+    """Plan a conversion of SAM's real sizes, and an export for each runtime and precision."""
+    skipped = missing_builders(fixtures.options.devices)
+    yield from skipped
     missing = {entry.name for entry in skipped}
     for model in fixtures.models():
         if model.checkpoint is None:
-            reason = "an export needs a checkpoint; name it with --checkpoint"
-            skipped.append(Skipped(NAME, model.name, reason))
+            yield Skipped(model.name, "an export needs a checkpoint; name it with --checkpoint")
             continue
         kinds = [kind for kind in TOLERANCES if kind[0] not in missing]
         cases = [_conversion(fixtures, model)] if model.is_random else []
         cases += [_export(fixtures, model, *kind) for kind in kinds]
-        name, unit = f"{model.name}: export", "one export"
-        timeout_s = PREPARE_TIMEOUT_S
-        group = Group(NAME, name, tuple(cases), unit=unit, runs=1, timeout_s=timeout_s)
-        groups.append(group)
-    return SuitePlan(tuple(groups), tuple(skipped))
+        name, limit = f"{model.name}: export", PREPARE_TIMEOUT_S
+        yield Group(name, tuple(cases), unit="one export", runs=1, timeout_s=limit)
 
 
 def _conversion(fixtures: Fixtures, model: Model) -> Case:
-    def prepare() -> dict[str, str]:
-        name, checkpoint = f"sam_{model.name}.pth", model.checkpoint
-        sam = fixtures.make(name, "write_sam_weights", checkpoint=checkpoint)
+    def prepare() -> dict[str, Any]:
+        checkpoint = fixtures.weights(model)
+        sam = fixtures.make(f"sam_{model.name}.pth", "write_sam_weights", checkpoint=checkpoint)
         out = fixtures.folder / f"{model.name}-converted"
-        return {"checkpoint": str(checkpoint), "sam": str(sam), "out": str(out)}
+        return {"checkpoint": checkpoint, "sam": sam, "out": out}
 
-    target, labels = "coprs_deploy.bench.suites.export:open_conversion", labels_of(model, CONVERT)
-    return Case("convert, policy and sam_vit file", target, {}, labels, prepare, ALONE)
+    function = {"function": "coprs_deploy.bench.preparation:convert"}
+    labels = model.labels(CONVERT)
+    return Case("convert, policy and sam_vit file", TARGET, function, labels, prepare, ALONE)
 
 
 def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> Case:
@@ -70,21 +61,21 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     gpus = COMPUTE_CAPABILITIES if without_gpu else ()
     name = f"export, {runtime} {runtime_version(runtime)} {precision}"
     name += f" for {', '.join(gpus)}" if gpus else ""
-    out = fixtures.folder / f"exported-{model.name}-{runtime}-{precision}"
-    settings: dict[str, Any] = {"checkpoint": str(model.checkpoint), "out": str(out)}
+    settings: dict[str, Any] = {"function": "coprs_deploy.bench.preparation:export_bundle"}
+    settings["out"] = fixtures.folder / f"exported-{model.name}-{runtime}-{precision}"
     settings |= {"runtime": runtime, "precision": precision, "compute_capabilities": gpus}
 
     def prepare() -> dict[str, Any]:
-        is_int8 = precision == "int8"
-        return {"calibration": fixtures.calibration(model, model.variant) if is_int8 else None}
+        checkpoint, is_int8 = fixtures.weights(model), precision == "int8"
+        images = fixtures.calibration(model, model.variant) if is_int8 else None
+        return {"checkpoint": checkpoint, "calibration": images}
 
-    target, labels = "coprs_deploy.bench.suites.export:open_export", (model, runtime, precision)
-    return Case(name, target, settings, labels_of(*labels), prepare, ALONE)
+    return Case(name, TARGET, settings, model.labels(runtime, precision), prepare, ALONE)
 
 
 def limit_violations(report: Report) -> list[str]:
     """List the limits that the cases of ViT-H exceed; empty when all are kept."""
-    cases = [case for group in report.groups if group.suite == NAME for case in group.cases]
+    cases = [case for group in report.groups if group.suite == "export" for case in group.cases]
     return [
         f"vit_h, {case.name}: {metric} is {case.metrics[metric]:.2f}, the limit is {limit:g}"
         for case in cases
@@ -92,43 +83,3 @@ def limit_violations(report: Report) -> list[str]:
         for metric, limit in LIMITS.get(case.labels["runtime"], {}).items()
         if case.metrics.get(metric, 0) > limit
     ]
-
-
-def open_export(**arguments: Any) -> Workload:
-    """Open an export; each run makes the bundle again."""
-    return _Export(arguments)
-
-
-class _Export(Workload):
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self._arguments, self._made = arguments, dict[str, Any]()
-
-    def run(self) -> Mapping[str, float]:
-        self._made = export_bundle(**self._arguments)
-        metrics = self._made["metrics"]
-        steps = (name for name in ("export", "check", "build") if f"{name}_s" in metrics)
-        return {name: 1e3 * metrics[f"{name}_s"] for name in steps}
-
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        return self._made
-
-
-def open_conversion(checkpoint: str, sam: str, out: str) -> Workload:
-    """Open a conversion of a checkpoint's policy and a ``sam_vit_*.pth`` file."""
-    return _Conversion(Path(checkpoint), sam, out)
-
-
-class _Conversion(Workload):
-    def __init__(self, checkpoint: Path, sam: str, out: str) -> None:
-        self._checkpoint, self._files = checkpoint, (sam, out)
-
-    def run(self) -> Mapping[str, float]:
-        from coprs_deploy.conversion import ConversionOptions, checkpoint_from_policy_and_sam
-
-        policy, options = self._checkpoint / POLICY_DIRECTORY, ConversionOptions(overwrite=True)
-        checkpoint_from_policy_and_sam(policy, *self._files, options)
-        return {}
-
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        peak, weights = peak_memory_bytes(), (self._checkpoint / SEGMENTATION_FILE).stat().st_size
-        return {"metrics": {"peak_bytes": float(peak), "peak_over_weights": peak / weights}}

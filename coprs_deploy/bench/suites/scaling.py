@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from coprs_deploy.bench.availability import runtimes_here
-from coprs_deploy.bench.case import Case, Evaluate, Group, SuitePlan
+from coprs_deploy.bench.case import Case, Group, Planned
 from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model
-from coprs_deploy.bench.suites import labels_of
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
-
-NAME = "scaling"
-SUMMARY = "targets, questions and images at once, and the size of the image"
 
 RUNTIME = "onnxruntime"
 
@@ -35,65 +31,64 @@ class _Sweep:
     values: Sequence[int] = COUNTS
     name: str = "{0} {1}"
 
-    def names(self) -> list[str]:
-        return [self.name.format(value, self.parameter) for value in self.values]
-
     def graphs(self, model: Model, graph: str, variant: ExportVariant, is_large: bool) -> Group:
         """Measure graphs of a bundle with a profile, on repeated inputs."""
 
-        def prepare() -> dict[str, str]:
+        def prepare(value: int) -> dict[str, Any]:
             bundle = self.fixtures.bundle(model, RUNTIME, "fp32", variant)
             return {"bundle": bundle, "inputs": self.fixtures.inputs(model)}
 
-        target = "coprs_deploy.bench.graph_workloads:open_bundle_graphs"
-        settings = [{"graph": graph, "runtime": RUNTIME, "repeat": v} for v in self.values]
-        memory = [v * model.estimated_bytes if is_large else 700_000_000 for v in self.values]
-        evaluate = self.fixtures.evaluate_graphs(model)
-        return self._group(model, target, settings, evaluate, (prepare, memory))
+        def case(value: int) -> tuple[dict[str, Any], int]:
+            memory = value * model.estimated_bytes if is_large else 700_000_000
+            return {"graph": graph, "runtime": RUNTIME, "repeat": value}, memory
 
-    def requests(self, target: str, scenes: int, **settings: Any) -> Group:
+        return self._group(model, "graph_workloads:open_bundle_graphs", case, prepare)
+
+    def requests(self, function: str, num_scenes: int, **settings: Any) -> Group:
         """Measure whole requests with the model's own bundle."""
         model = self.fixtures.model
 
-        def prepare() -> dict[str, str]:
-            return {"bundle": self.fixtures.bundle(model, RUNTIME, "fp32")}
+        def prepare(value: int) -> dict[str, Any]:
+            side = value if self.parameter == "side" else None
+            reference = self.fixtures.scene_reference(num_scenes, side)
+            bundle = self.fixtures.bundle(model, RUNTIME, "fp32")
+            return {"bundle": bundle, "reference": reference}
 
-        sides = (
-            dict(zip(self.names(), self.values, strict=True)) if self.parameter == "side" else {}
-        )
-        compared = {"has_gt": model.has_gt, "checkpoint": model.checkpoint, "count": scenes}
-        evaluate = self.fixtures.evaluate("evaluate_masks", sides=sides, **compared)
-        each = [{self.parameter: value, **settings} for value in self.values]
-        memory = [model.request_bytes] * len(each)
-        return self._group(model, target, each, evaluate, (prepare, memory))
+        def case(value: int) -> tuple[dict[str, Any], int]:
+            return {self.parameter: value, **settings}, model.request_bytes
+
+        return self._group(model, f"answer_workloads:{function}", case, prepare)
 
     def _group(
-        self, model: Model, target: str, each: Sequence[Any], evaluate: Evaluate, made: Any
+        self,
+        model: Model,
+        function: str,
+        case: Callable[[int], tuple[dict[str, Any], int]],
+        prepare: Callable[[int], dict[str, Any]],
     ) -> Group:
-        labels = [
-            labels_of(model, RUNTIME, "fp32", self.device, **{self.parameter: value})
-            for value in self.values
-        ]
-        prepare, memory = made
-        cases = tuple(
-            Case(name, target, {**settings, "device": self.device}, label, prepare, size)
-            for name, settings, label, size in zip(self.names(), each, labels, memory, strict=True)
-        )
+        cases = []
+        for value in self.values:
+            settings, memory = case(value)
+            name, target = self.name.format(value, self.parameter), f"coprs_deploy.bench.{function}"
+            labels = model.labels(RUNTIME, "fp32", self.device, **{self.parameter: value})
+            make = partial(prepare, value)
+            cases.append(
+                Case(name, target, settings | {"device": self.device}, labels, make, memory)
+            )
         on_device = "" if self.device == "cpu" else f", on {self.device}"
-        name, unit = f"{model.name}: {self.title}{on_device}", "as the name says"
-        return Group(NAME, name, cases, cases[0].name, evaluate, unit, self.parameter)
+        name, baseline = f"{model.name}: {self.title}{on_device}", cases[0].name
+        return Group(name, tuple(cases), baseline, "as the name says", self.parameter)
 
 
-def suite_plan(fixtures: Fixtures) -> SuitePlan:
-    """List a group for each sweep on each device."""
-    present, skipped = runtimes_here(NAME, fixtures.options.devices, RUNTIME)
-    groups = [group for _, device in present for group in _groups(fixtures, device)]
-    return SuitePlan(tuple(groups), tuple(skipped))
+def plan(fixtures: Fixtures) -> Planned:
+    """Plan a group for each sweep on each device."""
+    present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
+    yield from skipped
+    for _, device in present:
+        yield from _groups(fixtures, device)
 
 
 def _groups(fixtures: Fixtures, device: str) -> Iterator[Group]:
-    asking = "coprs_deploy.bench.answer_workloads:open_requests"
-    batch = "coprs_deploy.bench.answer_workloads:open_batch"
     sweep = partial(_Sweep, fixtures, device)
     targets = sweep("targets", "prior and mask decoder, targets on one image", (*COUNTS, 16))
     images = sweep("images", "image encoder, images in one call")
@@ -102,7 +97,7 @@ def _groups(fixtures: Fixtures, device: str) -> Iterator[Group]:
         yield targets.graphs(model, f"{PRIOR}+{MASK_DECODER}", many_targets, False)
         yield images.graphs(model, IMAGE_ENCODER, many_images, True)
     questions = sweep("questions", "questions on one image, time of one")
-    yield questions.requests(asking, NUM_IMAGES, count=NUM_IMAGES, max_cached_images=1)
-    yield sweep("images", "images at once, time of one").requests(batch, max(COUNTS))
+    yield questions.requests("open_requests", NUM_IMAGES, count=NUM_IMAGES, max_cached_images=1)
+    yield sweep("images", "images at once, time of one").requests("open_batch", max(COUNTS))
     sides = sweep("side", "side of the image in pixels", SIDES, "{0} x {0} pixels")
-    yield sides.requests(asking, NUM_SIDE_IMAGES, count=NUM_SIDE_IMAGES)
+    yield sides.requests("open_requests", NUM_SIDE_IMAGES, count=NUM_SIDE_IMAGES)

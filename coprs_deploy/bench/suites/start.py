@@ -7,33 +7,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from coprs_deploy.bench.accuracy import SceneReference
 from coprs_deploy.bench.availability import runtimes_here
-from coprs_deploy.bench.case import (
-    OUTPUT_FILE,
-    TOTAL,
-    Case,
-    Group,
-    SuitePlan,
-    Workload,
-    write_arrays,
-)
+from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures
-from coprs_deploy.bench.suites import labels_of
+from coprs_deploy.bench.reference import scenes
 from coprs_deploy.bundle import read_manifest
+from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.specs import IMAGE_ENCODER
-
-NAME = "start"
-SUMMARY = "import, load, first mask, each in a new process"
 
 RUNS, QUICK_RUNS = 6, 3
 
+STEPS = ("interpreter", "import", "load", "first request")
 IMPORT = "import coprs_deploy"
 PARSE = "from coprs_deploy.cli.main import build_parser; build_parser()"
 FIRST_MASK = """
@@ -54,88 +45,59 @@ np.save(mask, result.mask)
 """
 
 
-def suite_plan(fixtures: Fixtures) -> SuitePlan:
-    """List the start without a model, and the first mask on each device."""
-    model, options = fixtures.model, fixtures.options
-    bundle = str(model.bundle)
-    graph = read_manifest(bundle).graphs[IMAGE_ENCODER]
-    command = "coprs_deploy.bench.suites.start:open_command"
-    labels = labels_of(model, device="cpu")
+def plan(fixtures: Fixtures) -> Planned:
+    """Plan the start without a model, and the first mask on each device."""
+    model, options, target = (
+        fixtures.model,
+        fixtures.options,
+        "coprs_deploy.bench.worker:open_function",
+    )
+    bundle = model.bundle
+    assert bundle is not None
+    graph, labels = read_manifest(bundle).graphs[IMAGE_ENCODER], model.labels(device="cpu")
+    run = {"function": "coprs_deploy.bench.suites.start:run_code"}
     cases = [
-        Case("import coprs_deploy", command, {"code": IMPORT}, labels),
-        Case("coprs-deploy, arguments parsed", command, {"code": PARSE}, labels),
+        Case("import coprs_deploy", target, {**run, "code": IMPORT}, labels),
+        Case("coprs-deploy, arguments parsed", target, {**run, "code": PARSE}, labels),
     ]
-    present, skipped = runtimes_here(NAME, options.devices, graph.runtime)
+    present, skipped = runtimes_here(options.devices, graph.runtime)
+    yield from skipped
+
+    def prepare() -> dict[str, Any]:
+        return {"reference": fixtures.scene_reference(1)}
+
     for _, device in present:
         on_device = "" if device == "cpu" else f" {device}"
         name = f"first mask, {graph.runtime}{on_device} {graph.precision}"
-        target = "coprs_deploy.bench.suites.start:open_first_mask"
-        labels = labels_of(model, graph.runtime, graph.precision, device)
-        cases.append(Case(name, target, {"bundle": bundle, "device": device}, labels))
-    compared = {"has_gt": model.has_gt, "checkpoint": model.checkpoint, "count": 1}
-    evaluate = fixtures.evaluate("evaluate_masks", **compared)
-    name, unit = f"{model.name}: start", "one process, to its end"
+        function = "coprs_deploy.bench.suites.start:segment_first"
+        settings = {"function": function, "bundle": bundle, "device": device}
+        labels = model.labels(graph.runtime, graph.precision, device)
+        cases.append(Case(name, target, settings, labels, prepare))
     runs = QUICK_RUNS if options.is_quick else RUNS
-    group = Group(NAME, name, tuple(cases), evaluate=evaluate, unit=unit, runs=runs)
-    return SuitePlan((group,), tuple(skipped))
+    yield Group(f"{model.name}: start", tuple(cases), unit="one process, to its end", runs=runs)
 
 
-def open_command(code: str) -> Workload:
-    """Open a process that runs a piece of Python."""
-    return _Process(code)
+def run_code(code: str, *arguments: str) -> dict[str, Any]:
+    """Run a piece of Python in a process; return ``stdout``."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RuntimeError(last[0])
+    return {"stdout": done.stdout}
 
 
-def open_first_mask(bundle: str, device: str) -> Workload:
-    """Open a process that loads a bundle and answers one request; the run ends with its mask."""
-    return _FirstMask(bundle, device)
-
-
-class _Process(Workload):
-    def __init__(self, code: str, *arguments: str) -> None:
-        self._command = [sys.executable, "-c", code, *arguments]
-
-    def run(self) -> Mapping[str, float]:
+def segment_first(bundle: Path, device: str, reference: SceneReference) -> dict[str, Any]:
+    """Load a bundle and answer one request, about a held-out scene, in a new process."""
+    (scene,) = scenes(1)
+    with tempfile.TemporaryDirectory(prefix="coprs-deploy-") as folder:
+        image, mask = (str(Path(folder) / name) for name in ("scene.png", "mask.npy"))
+        Image.fromarray(scene.image).save(image)
         began = time.time()
-        self._wait()
-        return {TOTAL: 1e3 * (time.time() - began)}
-
-    def _wait(self) -> str:
-        """Run the process to its end and return its stdout."""
-        done = subprocess.run(self._command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise RuntimeError(last[0])
-        return done.stdout
-
-
-class _FirstMask(_Process):
-    """Asks about a held-out scene, so that the mask can be evaluated."""
-
-    def __init__(self, bundle: str, device: str) -> None:
-        from coprs_deploy.bench.reference import scenes
-
-        (self._scene,) = scenes(1)
-        self._folder = tempfile.TemporaryDirectory(prefix="coprs-deploy-")
-        image, self._mask = (Path(self._folder.name) / n for n in ("scene.png", "mask.npy"))
-        Image.fromarray(self._scene.image).save(image)
-        arguments = (bundle, device, str(image), self._scene.instruction, str(self._mask))
-        super().__init__(FIRST_MASK, *arguments)
-        self._peak = 0.0
-
-    def run(self) -> Mapping[str, float]:
-        began = time.time()
-        *times, peak = json.loads(self._wait().strip().splitlines()[-1])
-        self._peak = max(self._peak, float(peak))
-        steps = zip(STEPS, [began, *times], times, strict=False)
-        return {TOTAL: 1e3 * (times[-1] - began)} | {n: 1e3 * (end - at) for n, at, end in steps}
-
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        found = {"0.mask": np.load(self._mask), "0.ground_truth": np.any(self._scene.masks, axis=0)}
-        write_arrays(folder / OUTPUT_FILE, found)
-        return {"metrics": {"peak_bytes": self._peak}}
-
-    def close(self) -> None:
-        self._folder.cleanup()
-
-
-STEPS = ("interpreter", "import", "load", "first request")
+        done = run_code(FIRST_MASK, str(bundle), device, image, scene.instruction, mask)
+        found = {"0.mask": np.load(mask), "0.ground_truth": union(scene.masks)}
+    *times, peak = json.loads(done["stdout"].strip().splitlines()[-1])
+    steps = zip(STEPS, [began, *times], times, strict=False)
+    stages = {TOTAL: 1e3 * (times[-1] - began)} | {n: 1e3 * (end - at) for n, at, end in steps}
+    accuracy = reference.accuracy(found)
+    return {"stages": stages, "metrics": {"peak_bytes": float(peak)}, "accuracy": accuracy}
