@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy import demo
-from coprs_deploy.bench.accuracy import mask_agreement
-from coprs_deploy.bench.reference import ask, open_policy, scenes
+from coprs_deploy.bench.accuracy import ask, mask_agreement, open_policy, scenes
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.graphs import masks_at_original_size

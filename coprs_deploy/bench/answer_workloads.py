@@ -12,9 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from coprs_deploy.bench.accuracy import SceneReference
+from coprs_deploy.bench.accuracy import (
+    SceneReference,
+    ask,
+    open_policy,
+    open_reference,
+    scene_outputs,
+    scenes,
+)
 from coprs_deploy.bench.case import TOTAL, Values, Workload
-from coprs_deploy.bench.reference import ask, open_policy, open_reference, scene_outputs, scenes
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.data.examples import Example
 from coprs_deploy.evaluation.metrics import union

@@ -111,6 +111,6 @@ def read_arrays(path: Path) -> Values:
 
 
 def read_inputs(folder: str | Path) -> Iterator[Values]:
-    """Read the input files of a benchmark in order, see :mod:`coprs_deploy.bench.reference`."""
+    """Read the input files of a benchmark in order, see :mod:`coprs_deploy.bench.accuracy`."""
     for index in range(len(list(Path(folder).glob("[0-9]*.safetensors")))):
         yield read_arrays(Path(folder) / f"{index}.safetensors")

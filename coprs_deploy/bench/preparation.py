@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.bench.accuracy import ask, open_policy, open_reference, scene_outputs, scenes
 from coprs_deploy.bench.case import Values, write_arrays
-from coprs_deploy.bench.reference import ask, open_policy, open_reference, scene_outputs, scenes
 from coprs_deploy.bench.report import Accuracy
 from coprs_deploy.checkpoint import (
     POLICY_DIRECTORY,

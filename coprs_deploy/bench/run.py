@@ -1,4 +1,9 @@
-"""One benchmark, from its options to its report."""
+"""One benchmark, from its options to its report: planning, preparation, interleaved rounds.
+
+The cases of a group are open side by side in a worker process each, and all but one are stopped, so
+that none takes another one's time. Where their memory does not fit, each is opened again in every
+round.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,28 @@ import re
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 
-from coprs_deploy.bench.availability import gpu_name
-from coprs_deploy.bench.case import Case, Group
-from coprs_deploy.bench.fixtures import Fixtures
-from coprs_deploy.bench.measurement import measure_group
+from coprs_deploy.bench.case import TOTAL, Case, Group
+from coprs_deploy.bench.fixtures import Fixtures, gpu_name
 from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.process import WorkerError
-from coprs_deploy.bench.report import SCHEMA_VERSION, GroupResult, Report, Skipped
+from coprs_deploy.bench.report import (
+    SCHEMA_VERSION,
+    Accuracy,
+    CaseResult,
+    GroupResult,
+    Memory,
+    Report,
+    Skipped,
+)
+from coprs_deploy.bench.statistics import is_stable, ratio_of_rounds, rounded, summarize_runs
 from coprs_deploy.bench.suites import DEFAULT_SUITES, SCENE_SUITES, SUITES
+from coprs_deploy.bench.worker import Worker, WorkerError
 from coprs_deploy.machine import machine_record
 
 
@@ -123,3 +137,194 @@ def _merge(entries: list[Skipped]) -> tuple[Skipped, ...]:
         suites = entry.suite if known is None else f"{known.suite}, {entry.suite}"
         merged[entry.name, entry.reason] = msgspec.structs.replace(entry, suite=suites)
     return tuple(merged.values())
+
+
+Progress = Callable[[str], None]
+
+SHORT_RUN_MS = 200
+"""Shorter runs are preceded by an unmeasured one in every round."""
+
+MAX_RUNS = 1000
+"""Largest number of runs of a case in one round."""
+
+
+@dataclass
+class _Running:
+    """A case while it is measured."""
+
+    case: Case
+    error: str
+    worker: Worker | None = None
+    rounds: list[list[dict[str, float]]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    accuracy: Accuracy | None = None
+    host_bytes: list[int] = field(default_factory=list)
+    device_bytes: list[int] = field(default_factory=list)
+
+    def milliseconds(self) -> list[list[float]]:
+        """Return the runs by round."""
+        return [[run[TOTAL] for run in runs] for runs in self.rounds]
+
+    def pause(self) -> None:
+        if self.worker is not None:
+            self.worker.pause()
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+def measure_group(
+    group: Group, options: BenchOptions, progress: Progress = lambda step: None
+) -> GroupResult:
+    """Measure the prepared cases of a group; failed cases are reported with their error."""
+    measurement = _Measurement(group, options, progress)
+    try:
+        measurement.run()
+    finally:
+        for running in measurement.cases:
+            running.close()
+    return measurement.result()
+
+
+class _Measurement:
+    """One group being measured."""
+
+    def __init__(self, group: Group, options: BenchOptions, progress: Progress) -> None:
+        self.cases = [_Running(case, case.error) for case in group.cases]
+        self._group, self._options, self._progress = group, options, progress
+        self._alive = [running for running in self.cases if not running.error]
+        needed = sum(running.case.estimated_bytes for running in self._alive)
+        self._side_by_side = needed <= options.max_memory_bytes or len(self._alive) == 1
+        self._timeout = group.timeout_s or options.case_timeout_s
+        self._min_rounds, self._max_rounds = options.rounds, options.max_rounds
+        if group.runs is not None:
+            self._min_rounds = self._max_rounds = min(3, group.runs)
+        if not self._side_by_side:  # accuracy is measured of what is never timed
+            self._max_rounds = max(1, self._min_rounds)
+
+    def run(self) -> None:
+        """Run all rounds."""
+        for running in self._alive if self._side_by_side else ():
+            self._progress(f"{self._group.name}: {running.case.name}")
+            self._attempt(running, self._open)
+            running.pause()
+        for number in range(self._max_rounds if self._alive else 0):
+            if self._side_by_side and number >= self._min_rounds and self._is_stable():
+                break
+            self._run_round(number)
+        for running in self._alive if self._side_by_side else ():
+            self._attempt(running, self._finish)
+
+    def _run_round(self, number: int) -> None:
+        """Measure each case once, beginning with another case each time."""
+        title, first = f"{self._group.name}: round {number + 1}", number % len(self._alive)
+        if self._side_by_side:
+            self._progress(title)
+        for running in self._alive[first:] + self._alive[:first]:
+            if not self._side_by_side and not running.error:
+                self._progress(f"{title}, {running.case.name}")
+                self._attempt(running, self._open)
+            if self._min_rounds > 0:
+                self._attempt(running, self._measure)
+            if self._side_by_side:
+                running.pause()
+                continue
+            if number == self._max_rounds - 1:
+                self._attempt(running, self._finish)
+            running.close()
+
+    def _attempt(self, running: _Running, step: Callable[[_Running, Worker], None]) -> None:
+        """Do a step of a case; an error ends the case."""
+        if running.error:
+            return
+        try:
+            if running.worker is None:
+                running.worker = Worker()
+            running.worker.resume()
+            step(running, running.worker)
+        except WorkerError as error:
+            running.error = str(error)
+            running.close()
+
+    def _is_stable(self) -> bool:
+        within = self._options.stable_within
+        return all(r.error or is_stable(r.milliseconds(), within) for r in self._alive)
+
+    def _open(self, running: _Running, worker: Worker) -> None:
+        case, warmup_s = running.case, self._options.warmup_s
+        described = {"target": case.target, "settings": case.settings}
+        opened = _call(worker, "open", self._timeout, **described)
+        running.metrics["open_ms"] = opened["open_ms"]
+        if self._group.runs is not None:
+            return
+        # The first run is apart: libraries compile and allocate in it. The device memory in use by
+        # then is this case's; later it may be another's that was opened meanwhile.
+        first = _call(worker, "run", self._timeout, max_runs=1, seconds=0)
+        before, after = opened["device_before"], first["device_bytes"]
+        if before is not None and after is not None:
+            running.device_bytes.append(after - before)
+        running.metrics["first_run_ms"] = first["runs"][0][TOTAL]
+        if running.metrics["first_run_ms"] < 1e3 * warmup_s:
+            _call(worker, "run", self._timeout, max_runs=MAX_RUNS, seconds=warmup_s)
+
+    def _measure(self, running: _Running, worker: Worker) -> None:
+        max_runs, seconds = MAX_RUNS, self._options.min_time_s / self._options.rounds
+        timeout = self._timeout + seconds
+        if self._group.runs is not None:
+            max_runs, seconds = -(-self._group.runs // self._min_rounds), 1e9
+            timeout = max_runs * self._timeout
+        if running.metrics.get("first_run_ms", 1e9) < SHORT_RUN_MS:
+            # Whatever ran in between has emptied the caches.
+            _call(worker, "run", timeout, max_runs=1, seconds=0)
+        response = _call(worker, "run", timeout, max_runs=max_runs, seconds=seconds)
+        running.rounds.append(response["runs"])
+        running.host_bytes.append(response["peak_bytes"])
+
+    def _finish(self, running: _Running, worker: Worker) -> None:
+        found = _call(worker, "finish", 10 * self._timeout)
+        running.metrics.update(found.get("metrics", {}))
+        running.accuracy = found.get("accuracy")
+        running.close()
+
+    def result(self) -> GroupResult:
+        """Summarize what was measured."""
+        group = self._group
+        method = "interleaved rounds, " + (
+            "side by side" if self._side_by_side else "each case opened again"
+        )
+        if group.runs == 0:
+            method = "one case after the other, no time is measured"
+        elif len(self._alive) <= 1:
+            method = "one case"
+        baseline = next((r for r in self.cases if r.case.name == group.baseline), None)
+        cases = tuple(_summarize(running, baseline) for running in self.cases)
+        return GroupResult(group.suite, group.name, group.unit, cases, method, group.parameter)
+
+
+def _call(worker: Worker, action: str, timeout_s: float, **settings: Any) -> dict[str, Any]:
+    target = f"coprs_deploy.bench.worker:{action}_workload"
+    response: dict[str, Any] = worker.call(target, timeout_s, **settings)
+    return response
+
+
+def _summarize(running: _Running, baseline: _Running | None) -> CaseResult:
+    name, labels = running.case.name, dict(running.case.labels)
+    if running.error:
+        return CaseResult(name, labels, running.error)
+    if not running.rounds:  # a group without runs: accuracy only
+        return CaseResult(name, labels, accuracy=running.accuracy)
+    latency, ratio = summarize_runs(running.milliseconds()), None
+    if baseline is not None and baseline is not running and baseline.rounds and not baseline.error:
+        theirs = summarize_runs(baseline.milliseconds()).round_medians
+        ratio = ratio_of_rounds(baseline.case.name, latency.round_medians, theirs)
+    runs = [run for part in running.rounds for run in part]
+    medians = {
+        stage: rounded(np.median([run[stage] for run in runs if stage in run]))
+        for stage in runs[0]
+        if stage != TOTAL
+    }
+    memory = Memory(max(running.host_bytes), max(running.device_bytes, default=None))
+    measured = (latency, medians, memory, running.accuracy, ratio, running.metrics)
+    return CaseResult(name, labels, "", *measured)

@@ -104,11 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, compare or render."""
     if arguments.compare:
         return _compare(arguments)
-    from coprs_deploy.bench.page import write_outputs
+    from coprs_deploy.bench.render import render_text, write_outputs
     from coprs_deploy.bench.report import read_report
     from coprs_deploy.bench.run import run_benchmark
     from coprs_deploy.bench.suites.export import limit_violations
-    from coprs_deploy.bench.tables import render_text
 
     if arguments.render:
         report = read_report(arguments.render)
@@ -132,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> BenchOptions:
-    from coprs_deploy.bench.availability import gpu_name
+    from coprs_deploy.bench.fixtures import gpu_name
     from coprs_deploy.bench.options import BenchOptions
     from coprs_deploy.bench.suites import SUITES
     from coprs_deploy.engines import RunnerOptions

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.process import WorkerError
-from coprs_deploy.bench.worker import load_script
+from coprs_deploy.bench.worker import WorkerError, load_script
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER

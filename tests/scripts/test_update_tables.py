@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coprs_deploy.bench.page import write_outputs
+from coprs_deploy.bench.render import write_outputs
 from coprs_deploy.bench.report import read_report
 from coprs_deploy.bench.worker import load_script
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 
 from coprs_deploy.bench.case import Planned
 from coprs_deploy.bench.fixtures import Fixtures
-from coprs_deploy.bench.suites import answer, engines, export, policy, precision, scaling, start
+from coprs_deploy.bench.suites import export, graphs, requests, scaling
 
 SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
-    "engines": engines.plan,
-    "answer": answer.plan,
-    "policy": policy.plan,
-    "start": start.plan,
+    "engines": graphs.plan_engines,
+    "answer": requests.plan_answer,
+    "policy": requests.plan_policy,
+    "start": requests.plan_start,
     "scaling": scaling.plan,
     "export": export.plan,
-    "precision": precision.plan,
+    "precision": graphs.plan_precision,
 }
 """Function of each suite, by the name that users type."""
 

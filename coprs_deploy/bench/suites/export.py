@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from coprs_deploy.bench.availability import missing_builders, runtime_version
 from coprs_deploy.bench.case import Case, Group, Planned
-from coprs_deploy.bench.fixtures import PREPARE_TIMEOUT_S, Fixtures, Model
+from coprs_deploy.bench.fixtures import (
+    PREPARE_TIMEOUT_S,
+    Fixtures,
+    Model,
+    missing_builders,
+    runtime_version,
+)
 from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.export.tolerances import TOLERANCES

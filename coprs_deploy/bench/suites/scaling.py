@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from coprs_deploy.bench.availability import runtimes_here
 from coprs_deploy.bench.case import Case, Group, Planned
-from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model
+from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model, runtimes_here
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
 
 RUNTIME = "onnxruntime"

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from coprs_deploy.bench import preparation, run
+from coprs_deploy.bench.accuracy import write_inputs
 from coprs_deploy.bench.case import Case, Group, read_inputs
 from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model
 from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.process import WorkerError
-from coprs_deploy.bench.reference import write_inputs
 from coprs_deploy.bench.suites import SUITES, suite
-from coprs_deploy.bench.suites.engines import variants
-from coprs_deploy.bench.worker import load_target
+from coprs_deploy.bench.suites.graphs import variants
+from coprs_deploy.bench.worker import WorkerError, load_target
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from coprs_deploy.bench.case import Case, Group
-from coprs_deploy.bench.measurement import measure_group
 from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.process import Worker, WorkerError
 from coprs_deploy.bench.report import Accuracy
+from coprs_deploy.bench.run import measure_group
+from coprs_deploy.bench.worker import Worker, WorkerError
 
-TARGET = "coprs_deploy.bench.suites.start:open_command"
+TARGET = "coprs_deploy.bench.suites.requests:open_command"
 QUICK = BenchOptions(min_time_s=0.2, rounds=2, max_rounds=2, warmup_s=0.1, case_timeout_s=300)
 SMALL = BenchOptions(min_time_s=0.1, rounds=2, warmup_s=0.1, case_timeout_s=300, max_memory_bytes=1)
 
@@ -61,7 +61,7 @@ def test_measure_failed_cases_are_reported_with_their_error():
         case("good"),
         case("broken", "raise SystemExit('no such thing')"),
         case("not prepared", error="export failed"),
-        Case("unknown", "coprs_deploy.bench.suites.start:nothing"),
+        Case("unknown", "coprs_deploy.bench.suites.requests:nothing"),
     )
     assert result.cases[0].latency is not None
     assert result.cases[1].error == "RuntimeError: no such thing"
@@ -87,7 +87,7 @@ def test_worker_that_exits_reports_its_exit_code():
 
 def test_worker_stopped_ends_with_its_parent():
     code = (
-        "from coprs_deploy.bench.process import Worker; import os; w = Worker();"
+        "from coprs_deploy.bench.worker import Worker; import os; w = Worker();"
         "pid = w.call('os:getpid', 300); w.pause(); print(pid, flush=True); os._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

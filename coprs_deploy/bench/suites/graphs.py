@@ -1,4 +1,8 @@
-"""Each graph in each runtime and precision, beside PyTorch and segment-anything."""
+"""Each graph in each runtime and precision, beside PyTorch and segment-anything.
+
+Half precision is also measured with every rounding of a typed graph explicit: the accuracy that a
+GPU will have, computed on any CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from coprs_deploy.bench.availability import (
+from coprs_deploy.bench.case import Case, Group, Planned
+from coprs_deploy.bench.fixtures import (
+    ALL_GRAPHS,
+    WIDE,
+    ExportVariant,
+    Fixtures,
+    Model,
     matmul_precisions,
     runtime_version,
     runtimes_here,
     version_of,
 )
-from coprs_deploy.bench.case import Case, Group, Planned
-from coprs_deploy.bench.fixtures import ALL_GRAPHS, WIDE, ExportVariant, Fixtures, Model
+from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.export.precision import BF16, FP16, FP32, INT8
 from coprs_deploy.export.tolerances import TOLERANCES
@@ -27,7 +36,7 @@ RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
 
 
-def plan(fixtures: Fixtures) -> Planned:
+def plan_engines(fixtures: Fixtures) -> Planned:
     """Plan a group for each model, device and graph."""
     devices, is_quick = fixtures.options.devices, fixtures.options.is_quick
     present, skipped = runtimes_here(devices)
@@ -159,3 +168,28 @@ class _GroupCases:
         name, checkpoint = f"{self.model.name}-segment-anything", self.fixtures.weights(self.model)
         made = self.fixtures.make(name, "export_segment_anything", checkpoint=checkpoint)
         return self._inputs() | {"path": made / "encoder.onnx"}
+
+
+SCENES = 128
+
+
+def plan_precision(fixtures: Fixtures) -> Planned:
+    """Plan a case for each precision of the requested model."""
+    model, settings = fixtures.model, {"checkpoint": fixtures.model.checkpoint}
+    if model.checkpoint is None:
+        reason = "the graphs are made from a checkpoint; name it with --checkpoint"
+        yield Skipped(model.name, reason)
+        return
+
+    def prepare(precision: str) -> dict[str, Any]:
+        name = f"{model.name}-rounded-{precision}-{model.fingerprint}"
+        folder = fixtures.make(name, "write_rounded_graphs", precision=precision, **settings)
+        inputs = fixtures.inputs(model, SCENES if model.has_gt else None)
+        return {"folder": folder, "inputs": inputs}
+
+    target, cases = "coprs_deploy.bench.graph_workloads:open_rounded_graphs", []
+    for precision in (FP32, FP16, BF16):
+        labels = model.labels(precision=precision, graph=ALL_GRAPHS)
+        name, make = f"{precision}, explicit roundings", partial(prepare, precision)
+        cases.append(Case(name, target, settings, labels, make))
+    yield Group(f"{model.name}: half precision", tuple(cases), unit="one input", runs=0)

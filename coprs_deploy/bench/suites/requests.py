@@ -1,0 +1,168 @@
+"""Whole requests by stage, the policy alone, and the start of a process to its first mask."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coprs_deploy import policy
+from coprs_deploy.bench.accuracy import SceneReference, scenes
+from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
+from coprs_deploy.bench.fixtures import Fixtures, runtimes_here, version_of
+from coprs_deploy.bench.report import Skipped
+from coprs_deploy.bench.suites.graphs import precisions, runtime_name
+from coprs_deploy.bundle import read_manifest
+from coprs_deploy.evaluation.metrics import union
+from coprs_deploy.export.precision import FP32
+from coprs_deploy.specs import IMAGE_ENCODER
+
+WORKLOADS = "coprs_deploy.bench.answer_workloads"
+FUNCTION = "coprs_deploy.bench.worker:open_function"
+
+COUNT, QUICK_COUNT = 16, 8
+"""Number of scenes, used in turn."""
+
+RUNS, QUICK_RUNS = 6, 3
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+STEPS = ("interpreter", "import", "load", "first request")
+IMPORT = "import coprs_deploy"
+PARSE = "from coprs_deploy.cli.main import build_parser; build_parser()"
+FIRST_MASK = """
+import json, sys, time
+start = time.time()
+from coprs_deploy import CoPRS
+from coprs_deploy.machine import peak_memory_bytes
+imported = time.time()
+bundle, device, image, instruction, mask = sys.argv[1:]
+from coprs_deploy.runtime import RuntimeOptions
+coprs = CoPRS.load(bundle, RuntimeOptions(device=device))
+loaded = time.time()
+result = coprs.segment(image, instruction)
+done = time.time()
+print(json.dumps([start, imported, loaded, done, peak_memory_bytes()]))
+import numpy as np
+np.save(mask, result.mask)
+"""
+
+
+def plan_answer(fixtures: Fixtures) -> Planned:
+    """Plan whole requests: each runtime and precision that a bundle exists for or is made for."""
+    model, is_quick = fixtures.model, fixtures.options.is_quick
+    present, skipped = runtimes_here(fixtures.options.devices)
+    yield from skipped
+    count = QUICK_COUNT if is_quick else COUNT
+
+    def refer() -> dict[str, Any]:
+        return {"reference": fixtures.scene_reference(count)}
+
+    def prepare(runtime: str, precision: str) -> dict[str, Any]:
+        return refer() | {"bundle": fixtures.bundle(model, runtime, precision)}
+
+    # What a lower precision costs and gains shows in the graphs; the policy stays the same.
+    kinds = [(*kind, d) for r, d in present for kind in precisions(model, [r])]
+    kinds = [kind for kind in kinds if model.checkpoint is None or kind[1] == FP32]
+    cases, memory = [], model.request_bytes
+    for kind, cached in itertools.product(kinds, (False,) if is_quick else (False, True)):
+        runtime, precision, device = kind
+        name = f"{runtime_name(runtime, device, precision)}, {'cached' if cached else 'new'} image"
+        settings = {"runtime": runtime, "device": device, "count": count}
+        settings |= {"cached": cached, "max_cached_images": count if cached else 0}
+        target, make = f"{WORKLOADS}:open_requests", partial(prepare, runtime, precision)
+        cases.append(Case(name, target, settings, model.labels(*kind), make, memory))
+    baseline = f"coprs-deploy modules, PyTorch {version_of('torch')} eager cpu fp32"
+    if model.checkpoint is not None:
+        target, labels = f"{WORKLOADS}:open_torch_requests", ("torch eager", FP32, "cpu")
+        settings = {"checkpoint": model.checkpoint, "count": count}
+        cases.append(Case(baseline, target, settings, model.labels(*labels), refer, memory))
+    yield Group(f"{model.name}: whole requests", tuple(cases), baseline, "one request")
+
+
+def plan_policy(fixtures: Fixtures) -> Planned:
+    """Plan the policy alone: each library that is here, on each device in each dtype."""
+    model, entries = fixtures.model, policy.availability()
+    if model.checkpoint is None:
+        reason = "the policy is measured from its checkpoint; name it with --checkpoint"
+        yield Skipped(model.name, reason)
+        return
+    for entry in entries:
+        if not entry.is_available:
+            yield Skipped(entry.name, entry.detail, entry.remedy)
+
+    def prepare() -> dict[str, Any]:
+        return {"reference": fixtures.scene_reference(QUICK_COUNT)}
+
+    libraries, cases = [entry.name for entry in entries if entry.is_available], []
+    for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):
+        name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
+        settings = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
+        settings |= {"library": library, "dtype": dtype, "device": device}
+        labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:open_policy_alone"
+        memory = model.request_bytes
+        cases.append(Case(name, target, settings, model.labels(*labels), prepare, memory))
+    baseline = cases[0].name if cases else None
+    yield Group(f"{model.name}: policy", tuple(cases), baseline, "one response")
+
+
+def plan_start(fixtures: Fixtures) -> Planned:
+    """Plan the start without a model, and the first mask on each device."""
+    model, options = fixtures.model, fixtures.options
+    assert model.bundle is not None
+    graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
+    cases = []
+    for name, code in (("import coprs_deploy", IMPORT), ("coprs-deploy, arguments parsed", PARSE)):
+        settings = {"function": f"{__name__}:run_code", "code": code}
+        cases.append(Case(name, FUNCTION, settings, model.labels(device="cpu")))
+    present, skipped = runtimes_here(options.devices, graph.runtime)
+    yield from skipped
+
+    def prepare() -> dict[str, Any]:
+        return {"reference": fixtures.scene_reference(1)}
+
+    for _, device in present:
+        on_device = "" if device == "cpu" else f" {device}"
+        name = f"first mask, {graph.runtime}{on_device} {graph.precision}"
+        function = {"function": f"{__name__}:segment_first", "device": device}
+        labels = model.labels(graph.runtime, graph.precision, device)
+        cases.append(
+            Case(name, FUNCTION, function | {"bundle": str(model.bundle)}, labels, prepare)
+        )
+    runs = QUICK_RUNS if options.is_quick else RUNS
+    yield Group(f"{model.name}: start", tuple(cases), unit="one process, to its end", runs=runs)
+
+
+def run_code(code: str, *arguments: str) -> dict[str, Any]:
+    """Run a piece of Python in a process; return ``stdout``."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RuntimeError(last[0])
+    return {"stdout": done.stdout}
+
+
+def segment_first(bundle: str, device: str, reference: SceneReference) -> dict[str, Any]:
+    """Load a bundle and answer one request, about a held-out scene, in a new process."""
+    (scene,) = scenes(1)
+    with tempfile.TemporaryDirectory(prefix="coprs-deploy-") as folder:
+        image, mask = (str(Path(folder) / name) for name in ("scene.png", "mask.npy"))
+        Image.fromarray(scene.image).save(image)
+        began = time.time()
+        done = run_code(FIRST_MASK, bundle, device, image, scene.instruction, mask)
+        found = {"0.mask": np.load(mask), "0.ground_truth": union(scene.masks)}
+    *times, peak = json.loads(done["stdout"].strip().splitlines()[-1])
+    steps = zip(STEPS, [began, *times], times, strict=False)
+    stages = {TOTAL: 1e3 * (times[-1] - began)} | {n: 1e3 * (end - at) for n, at, end in steps}
+    accuracy = reference.accuracy(found)
+    return {"stages": stages, "metrics": {"peak_bytes": float(peak)}, "accuracy": accuracy}
