@@ -192,7 +192,7 @@ class SceneReference:
     """What the masks of held-out scenes are compared with.
 
     Attributes:
-        file: written by ``preparation.write_scene_reference``; None without float32.
+        file: written by ``preparation.write_scenes``; None without float32.
         has_gt: whether masks are compared with the ground truth.
         note: why there is no file.
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, OptimizationProfile
 
@@ -106,7 +108,7 @@ CALIBRATION_IMAGES, FEW_CALIBRATION_IMAGES = 32, 4
 
 PREPARE_TIMEOUT_S = 1800.0
 
-WIDE = "16:9"
+WIDE = (16, 9)
 """Aspect ratio of most cameras, which encoders of real size are measured for too."""
 
 ALL_GRAPHS = "all three graphs"
@@ -115,33 +117,31 @@ ALL_GRAPHS = "all three graphs"
 
 @dataclass(frozen=True)
 class ExportVariant:
-    """Variant of an export, written as the options of ``export``."""
+    """Variant of an export, see :class:`coprs_deploy.export.ExportOptions`."""
 
-    targets: str = "1"
-    images: str = "1"
-    aspect_ratio: str = ""
+    targets: OptimizationProfile = field(default_factory=OptimizationProfile)
+    images: OptimizationProfile = field(default_factory=OptimizationProfile)
+    aspect_ratio: tuple[int, int] | None = None
     drop_padding: bool = False
 
     @property
     def description(self) -> str:
         """The fixed aspect ratio in words; empty for any."""
-        padding = " without padding" if self.drop_padding else ""
-        return f"for {self.aspect_ratio}{padding}" if self.aspect_ratio else ""
+        if self.aspect_ratio is None:
+            return ""
+        return "for {}:{}".format(*self.aspect_ratio) + " without padding" * self.drop_padding
 
     @property
     def suffix(self) -> str:
         """End of the names of its folders."""
-        parts = [f"{self.targets}x{self.images}".replace(",", "-")]
-        parts += [self.aspect_ratio.replace(":", "to")] if self.aspect_ratio else []
-        return "-".join([*parts, *["dropped"] * self.drop_padding])
+        return f"{self.targets.max}x{self.images.max} {self.description}".strip()
 
     @classmethod
     def of(cls, manifest: Manifest) -> ExportVariant:
         """Return the variant of a bundle."""
         encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
-        region, targets, images = encoder.valid_region, prior.targets, encoder.images
-        aspect_ratio = "" if region is None else ":".join(map(str, region.aspect_ratio))
-        return cls(_written(targets), _written(images), aspect_ratio, encoder.drops_padding)
+        aspect_ratio = encoder.valid_region.aspect_ratio if encoder.valid_region else None
+        return cls(prior.targets, encoder.images, aspect_ratio, encoder.drops_padding)
 
 
 @dataclass(frozen=True)
@@ -247,24 +247,27 @@ class Fixtures:
         """Return the sizes with random weights, or else the requested model."""
         sizes = ((size, *RANDOM_MODELS[size]) for size in self.options.sizes)
         return [
-            Model(size, self.folder / f"{size}-checkpoint", None, count, weights_bytes=weights)
+            Model(
+                size, self.folder / f"random_checkpoint-{size}", None, count, weights_bytes=weights
+            )
             for size, count, weights in sizes
         ] or [self.model]
 
-    def make(self, name: str, function: str, **settings: Any) -> Path:
+    def make(self, function: str, *names: object, **settings: Any) -> Path:
         """Make a file or folder by a function of :mod:`coprs_deploy.bench.preparation`, once.
 
-        The function runs in a process of its own; what an earlier run made is taken as it is.
+        The function runs in a process of its own; what an earlier run made under the same names is
+        taken as it is.
 
         Raises:
             WorkerError: it failed, now or when it was first called in this run.
         """
-        out = self.folder / name
-        unfinished = out.with_name(f"unfinished-{name}")
+        out = self.folder / re.sub(r"[^\w.]+", "-", " ".join(map(str, (function, *names))))
+        unfinished = out.with_name(f"unfinished-{out.name}")
         if out in self._errors:
             raise self._errors[out]
         if not out.exists():
-            self.progress(f"{function.replace('_', ' ')}: {name}")
+            self.progress(" ".join([function.replace("_", " "), *map(str, names)]))
             target = f"coprs_deploy.bench.preparation:{function}"
             try:
                 call_once(target, PREPARE_TIMEOUT_S, out=unfinished, **settings)
@@ -282,9 +285,9 @@ class Fixtures:
         """
         if model.checkpoint is None:
             raise WorkerError("the bundle has no such graphs; name its checkpoint: --checkpoint")
-        if model.is_random:
-            self.make(model.checkpoint.name, "make_random_checkpoint", sam=model.name)
-        return model.checkpoint
+        if not model.is_random:
+            return model.checkpoint
+        return self.make("random_checkpoint", model.name, sam=model.name)
 
     def bundle(
         self, model: Model, runtime: str, precision: str, variant: ExportVariant | None = None
@@ -300,14 +303,21 @@ class Fixtures:
         alike = [runtime] if is_engine else ["onnxruntime", "openvino"]
         if model.bundle is not None and model.holds(alike, precision, variant):
             return model.bundle
-        source = {"checkpoint": self.weights(model), "runtime": runtime, "precision": precision}
-        made_of, gpu = [model.fingerprint], current_gpu()
+        checkpoint, gpu = self.weights(model), current_gpu()
+        options = ExportOptions(
+            runtime=runtime,
+            precision=precision,
+            external_policy=True,
+            overwrite=True,
+            calibration_images=self.calibration(model, variant) if precision == INT8 else None,
+            **asdict(variant),
+        )
+        names = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
         if is_engine and gpu is not None:
-            made_of += [runtime_version(runtime), gpu.compute_capability]
-        kind = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
-        images = self.calibration(model, variant) if precision == "int8" else None
-        settings = {**source, "calibration": images, **asdict(variant)}
-        return open_bundle(self.make("-".join(kind + made_of), "export_bundle", **settings)).path
+            names += [runtime_version(runtime), gpu.compute_capability]
+        settings = {"checkpoint": checkpoint, "options": options}
+        made = self.make("export_bundle", *names, model.fingerprint, **settings)
+        return open_bundle(made).path
 
     def calibration(self, model: Model, variant: ExportVariant) -> Path:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""
@@ -316,36 +326,32 @@ class Fixtures:
         if not (model.has_gt or model.is_random):
             raise WorkerError("int8 is calibrated on images; name a folder with --calibration")
         count = CALIBRATION_IMAGES if model.has_gt else FEW_CALIBRATION_IMAGES
-        name = f"calibration-{count}-{variant.aspect_ratio.replace(':', 'to') or 'square'}"
-        return self.make(name, "draw_images", count=count, aspect_ratio=variant.aspect_ratio)
+        aspect_ratio = variant.aspect_ratio or (1, 1)
+        return self.make(
+            "draw_images", count, *aspect_ratio, count=count, aspect_ratio=aspect_ratio
+        )
 
     def inputs(self, model: Model, count: int | None = None) -> GraphReference:
         """Return a model's inputs and their float32 outputs."""
         source = {"checkpoint": model.checkpoint and self.weights(model), "bundle": model.bundle}
         count = model.num_inputs if count is None else count
-        aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else "")
-        parts = [model.name, "inputs", str(count), model.variant.suffix, model.fingerprint]
-        name = "-".join([*parts, *["own"] * (model.checkpoint is None)])
+        aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else None)
+        names = [model.name, count, model.variant.suffix, model.fingerprint]
+        names += ["own"] * (model.checkpoint is None)
         settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
-        return GraphReference(self.make(name, "write_inputs", **source, **settings), **source)
+        return GraphReference(self.make("write_inputs", *names, **source, **settings), **source)
 
     def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
         """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
         model, file, note = self.model, None, ""
         settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
-        name = f"{model.name}-scenes-{count}-{side or 'own'}-{model.fingerprint}.safetensors"
         try:
             if model.checkpoint is not None:
-                file = self.make(name, "write_scene_reference", **settings)
+                names = (model.name, count, side or "own size", model.fingerprint)
+                file = self.make("write_scenes", *names, **settings)
         except WorkerError as error:  # times and the ground truth are still worth having
             note = f"PyTorch float32 failed: {error}"
         return SceneReference(file, model.has_gt, note)
-
-
-def _written(profile: OptimizationProfile) -> str:
-    """Write a profile as the options of ``export`` take it."""
-    sizes = (profile.min, profile.opt, profile.max)
-    return str(profile.max) if profile.is_static else ",".join(map(str, sizes))
 
 
 def _loads_here(engine: EngineRecord) -> bool:

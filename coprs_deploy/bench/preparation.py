@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy import conversion
 from coprs_deploy.bench.accuracy import ask, open_policy, open_reference, scene_outputs, scenes
 from coprs_deploy.bench.case import Values, write_arrays
 from coprs_deploy.bench.report import Accuracy
@@ -21,11 +22,7 @@ from coprs_deploy.checkpoint import (
     load_segmentation_model,
     read_checkpoint,
 )
-from coprs_deploy.conversion import (
-    ConversionOptions,
-    checkpoint_from_policy_and_sam,
-    random_checkpoint,
-)
+from coprs_deploy.conversion import ConversionOptions, checkpoint_from_policy_and_sam
 from coprs_deploy.conversion.peer_encoder import segment_anything_encoder
 from coprs_deploy.data.synthetic import PLAIN
 from coprs_deploy.data.synthetic.scene import make_scene
@@ -42,43 +39,17 @@ from coprs_deploy.specs import (
     IMAGE_ENCODER,
     PRIOR,
     Geometry,
-    OptimizationProfile,
     ValidRegion,
     graph_specs,
-    parse_aspect_ratio,
 )
 
 
-def export_bundle(
-    out: Path,
-    checkpoint: Path,
-    runtime: str,
-    precision: str,
-    *,
-    targets: str = "1",
-    images: str = "1",
-    aspect_ratio: str = "",
-    drop_padding: bool = False,
-    compute_capabilities: tuple[str, ...] = (),
-    calibration: Path | None = None,
-) -> dict[str, Any]:
+def export_bundle(out: Path, checkpoint: Path, options: ExportOptions) -> dict[str, Any]:
     """Export a checkpoint with all checks and builds.
 
     Returns:
         ``stages`` in milliseconds, ``metrics``, and ``accuracy`` as the export's check found it.
     """
-    options = ExportOptions(
-        runtime=runtime,
-        precision=precision,
-        targets=OptimizationProfile.parse(targets),
-        images=OptimizationProfile.parse(images, "images"),
-        aspect_ratio=parse_aspect_ratio(aspect_ratio) if aspect_ratio else None,
-        drop_padding=drop_padding,
-        external_policy=True,
-        overwrite=True,
-        compute_capabilities=compute_capabilities,
-        calibration_images=calibration,
-    )
     report = export_checkpoint(checkpoint, out, options)
     manifest, peak_bytes = report.bundle.manifest, peak_memory_bytes()
 
@@ -130,7 +101,7 @@ def write_inputs(
     *,
     has_gt: bool,
     count: int,
-    aspect_ratio: str = "",
+    aspect_ratio: tuple[int, int] | None,
 ) -> None:
     """Write ``0.safetensors`` and so on: inputs and float32 outputs of every graph.
 
@@ -144,10 +115,9 @@ def write_inputs(
         assert checkpoint is not None
         samples = list(_scene_inputs(read_checkpoint(checkpoint), geometry, count))
     else:
-        if aspect_ratio:
-            width, height = parse_aspect_ratio(aspect_ratio)
-            longest = unpadded_size(height, width, geometry.image_size)
-            region = ValidRegion((width, height), *longest)
+        if aspect_ratio is not None:
+            longest = unpadded_size(*aspect_ratio[::-1], geometry.image_size)
+            region = ValidRegion(aspect_ratio, *longest)
         drawn = sample_inputs(geometry, reference.policy_hidden_size, valid_region=region)[:count]
         samples = [_input(sample.prepared, sample.concentration) for sample in drawn]
     for name in GRAPH_NAMES:
@@ -175,26 +145,25 @@ def _scene_inputs(checkpoint: Checkpoint, geometry: Geometry, count: int) -> Ite
                 yield sample | {"ground_truth": union(example.masks)}
 
 
-def write_scene_reference(out: Path, checkpoint: Path, count: int, side: int | None) -> None:
+def write_scenes(out: Path, checkpoint: Path, count: int, side: int | None) -> None:
     """Write the concentrations and masks of PyTorch in float32 on held-out scenes as one file."""
     with open_policy(read_checkpoint(checkpoint)) as policy:
         examples = scenes(count, side)
         write_arrays(out, scene_outputs(policy, open_reference(checkpoint), examples))
 
 
-def draw_images(out: Path, count: int, aspect_ratio: str) -> None:
+def draw_images(out: Path, count: int, aspect_ratio: tuple[int, int]) -> None:
     """Write generated training scenes as images, cut to an aspect ratio."""
     out.mkdir(exist_ok=True)
-    width, height = parse_aspect_ratio(aspect_ratio) if aspect_ratio else (1, 1)
-    rows, columns = unpadded_size(height, width, PLAIN.image_size)
+    rows, columns = unpadded_size(*aspect_ratio[::-1], PLAIN.image_size)
     for seed in range(count):
         image = Image.fromarray(make_scene(PLAIN, seed).image[:rows, :columns])
         image.save(out / f"{seed}.png")
 
 
-def make_random_checkpoint(out: Path, sam: str) -> None:
+def random_checkpoint(out: Path, sam: str) -> None:
     """Write a checkpoint of a SAM size with random weights and a tiny policy."""
-    random_checkpoint(out, "tiny", sam, ConversionOptions(overwrite=True))
+    conversion.random_checkpoint(out, "tiny", sam, ConversionOptions(overwrite=True))
 
 
 def write_sam_weights(out: Path, checkpoint: Path) -> None:

@@ -36,6 +36,14 @@ from coprs_deploy.bench.suites import DEFAULT_SUITES, SCENE_SUITES, SUITES
 from coprs_deploy.bench.worker import Worker, WorkerError
 from coprs_deploy.machine import machine_record
 
+Progress = Callable[[str], None]
+
+SHORT_RUN_MS = 200
+"""Shorter runs are preceded by an unmeasured one in every round."""
+
+MAX_RUNS = 1000
+"""Largest number of runs of a case in one round."""
+
 
 def run_benchmark(
     options: BenchOptions, progress: Callable[[str], None] = lambda step: None
@@ -139,15 +147,6 @@ def _merge(entries: list[Skipped]) -> tuple[Skipped, ...]:
     return tuple(merged.values())
 
 
-Progress = Callable[[str], None]
-
-SHORT_RUN_MS = 200
-"""Shorter runs are preceded by an unmeasured one in every round."""
-
-MAX_RUNS = 1000
-"""Largest number of runs of a case in one round."""
-
-
 @dataclass
 class _Running:
     """A case while it is measured."""
@@ -165,9 +164,12 @@ class _Running:
         """Return the runs by round."""
         return [[run[TOTAL] for run in runs] for runs in self.rounds]
 
-    def pause(self) -> None:
-        if self.worker is not None:
-            self.worker.pause()
+    def call(self, action: str, timeout_s: float, **settings: Any) -> dict[str, Any]:
+        """Open, run or finish the workload."""
+        assert self.worker is not None
+        target = f"coprs_deploy.bench.worker:{action}_workload"
+        response: dict[str, Any] = self.worker.call(target, timeout_s, **settings)
+        return response
 
     def close(self) -> None:
         if self.worker is not None:
@@ -201,49 +203,40 @@ class _Measurement:
         self._min_rounds, self._max_rounds = options.rounds, options.max_rounds
         if group.runs is not None:
             self._min_rounds = self._max_rounds = min(3, group.runs)
-        if not self._side_by_side:  # accuracy is measured of what is never timed
-            self._max_rounds = max(1, self._min_rounds)
+        if not self._side_by_side:
+            self._max_rounds = self._min_rounds
 
     def run(self) -> None:
-        """Run all rounds."""
-        for running in self._alive if self._side_by_side else ():
-            self._progress(f"{self._group.name}: {running.case.name}")
-            self._attempt(running, self._open)
-            running.pause()
+        """Run all rounds, each beginning with another case, and then measure accuracy."""
         for number in range(self._max_rounds if self._alive else 0):
             if self._side_by_side and number >= self._min_rounds and self._is_stable():
                 break
-            self._run_round(number)
-        for running in self._alive if self._side_by_side else ():
+            first, is_last = number % len(self._alive), number == self._max_rounds - 1
+            for running in self._alive[first:] + self._alive[:first]:
+                if not running.error:
+                    case = f"round {number + 1}, {running.case.name}"
+                    self._progress(f"{self._group.name}: {case}")
+                self._attempt(running, self._measure)
+                if is_last and not self._side_by_side:
+                    self._attempt(running, self._finish)
+                if not self._side_by_side:
+                    running.close()
+                elif running.worker is not None:
+                    running.worker.pause()
+        for running in self._alive if self._side_by_side or not self._max_rounds else ():
+            self._progress(f"{self._group.name}: accuracy, {running.case.name}")
             self._attempt(running, self._finish)
 
-    def _run_round(self, number: int) -> None:
-        """Measure each case once, beginning with another case each time."""
-        title, first = f"{self._group.name}: round {number + 1}", number % len(self._alive)
-        if self._side_by_side:
-            self._progress(title)
-        for running in self._alive[first:] + self._alive[:first]:
-            if not self._side_by_side and not running.error:
-                self._progress(f"{title}, {running.case.name}")
-                self._attempt(running, self._open)
-            if self._min_rounds > 0:
-                self._attempt(running, self._measure)
-            if self._side_by_side:
-                running.pause()
-                continue
-            if number == self._max_rounds - 1:
-                self._attempt(running, self._finish)
-            running.close()
-
-    def _attempt(self, running: _Running, step: Callable[[_Running, Worker], None]) -> None:
-        """Do a step of a case; an error ends the case."""
+    def _attempt(self, running: _Running, step: Callable[[_Running], None]) -> None:
+        """Do a step of a case, which is opened before if it is not open; an error ends the case."""
         if running.error:
             return
         try:
             if running.worker is None:
                 running.worker = Worker()
+                self._open(running)
             running.worker.resume()
-            step(running, running.worker)
+            step(running)
         except WorkerError as error:
             running.error = str(error)
             running.close()
@@ -252,24 +245,24 @@ class _Measurement:
         within = self._options.stable_within
         return all(r.error or is_stable(r.milliseconds(), within) for r in self._alive)
 
-    def _open(self, running: _Running, worker: Worker) -> None:
+    def _open(self, running: _Running) -> None:
         case, warmup_s = running.case, self._options.warmup_s
         described = {"target": case.target, "settings": case.settings}
-        opened = _call(worker, "open", self._timeout, **described)
+        opened = running.call("open", self._timeout, **described)
         running.metrics["open_ms"] = opened["open_ms"]
         if self._group.runs is not None:
             return
         # The first run is apart: libraries compile and allocate in it. The device memory in use by
         # then is this case's; later it may be another's that was opened meanwhile.
-        first = _call(worker, "run", self._timeout, max_runs=1, seconds=0)
+        first = running.call("run", self._timeout, max_runs=1, seconds=0)
         before, after = opened["device_before"], first["device_bytes"]
         if before is not None and after is not None:
             running.device_bytes.append(after - before)
         running.metrics["first_run_ms"] = first["runs"][0][TOTAL]
         if running.metrics["first_run_ms"] < 1e3 * warmup_s:
-            _call(worker, "run", self._timeout, max_runs=MAX_RUNS, seconds=warmup_s)
+            running.call("run", self._timeout, max_runs=MAX_RUNS, seconds=warmup_s)
 
-    def _measure(self, running: _Running, worker: Worker) -> None:
+    def _measure(self, running: _Running) -> None:
         max_runs, seconds = MAX_RUNS, self._options.min_time_s / self._options.rounds
         timeout = self._timeout + seconds
         if self._group.runs is not None:
@@ -277,13 +270,13 @@ class _Measurement:
             timeout = max_runs * self._timeout
         if running.metrics.get("first_run_ms", 1e9) < SHORT_RUN_MS:
             # Whatever ran in between has emptied the caches.
-            _call(worker, "run", timeout, max_runs=1, seconds=0)
-        response = _call(worker, "run", timeout, max_runs=max_runs, seconds=seconds)
+            running.call("run", timeout, max_runs=1, seconds=0)
+        response = running.call("run", timeout, max_runs=max_runs, seconds=seconds)
         running.rounds.append(response["runs"])
         running.host_bytes.append(response["peak_bytes"])
 
-    def _finish(self, running: _Running, worker: Worker) -> None:
-        found = _call(worker, "finish", 10 * self._timeout)
+    def _finish(self, running: _Running) -> None:
+        found = running.call("finish", 10 * self._timeout)
         running.metrics.update(found.get("metrics", {}))
         running.accuracy = found.get("accuracy")
         running.close()
@@ -301,12 +294,6 @@ class _Measurement:
         baseline = next((r for r in self.cases if r.case.name == group.baseline), None)
         cases = tuple(_summarize(running, baseline) for running in self.cases)
         return GroupResult(group.suite, group.name, group.unit, cases, method, group.parameter)
-
-
-def _call(worker: Worker, action: str, timeout_s: float, **settings: Any) -> dict[str, Any]:
-    target = f"coprs_deploy.bench.worker:{action}_workload"
-    response: dict[str, Any] = worker.call(target, timeout_s, **settings)
-    return response
 
 
 def _summarize(running: _Running, baseline: _Running | None) -> CaseResult:

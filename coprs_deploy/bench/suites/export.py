@@ -14,6 +14,8 @@ from coprs_deploy.bench.fixtures import (
 )
 from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
+from coprs_deploy.export import ExportOptions
+from coprs_deploy.export.precision import INT8
 from coprs_deploy.export.tolerances import TOLERANCES
 
 TARGET = "coprs_deploy.bench.worker:open_function"
@@ -52,7 +54,7 @@ def plan(fixtures: Fixtures) -> Planned:
 def _conversion(fixtures: Fixtures, model: Model) -> Case:
     def prepare() -> dict[str, Any]:
         checkpoint = fixtures.weights(model)
-        sam = fixtures.make(f"sam_{model.name}.pth", "write_sam_weights", checkpoint=checkpoint)
+        sam = fixtures.make("write_sam_weights", f"sam_{model.name}.pth", checkpoint=checkpoint)
         out = fixtures.folder / f"{model.name}-converted"
         return {"checkpoint": checkpoint, "sam": sam, "out": out}
 
@@ -66,15 +68,21 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     gpus = COMPUTE_CAPABILITIES if without_gpu else ()
     name = f"export, {runtime} {runtime_version(runtime)} {precision}"
     name += f" for {', '.join(gpus)}" if gpus else ""
-    settings: dict[str, Any] = {"function": "coprs_deploy.bench.preparation:export_bundle"}
-    settings["out"] = fixtures.folder / f"exported-{model.name}-{runtime}-{precision}"
-    settings |= {"runtime": runtime, "precision": precision, "compute_capabilities": gpus}
+    out = fixtures.folder / f"exported-{model.name}-{runtime}-{precision}"
 
     def prepare() -> dict[str, Any]:
-        checkpoint, is_int8 = fixtures.weights(model), precision == "int8"
-        images = fixtures.calibration(model, model.variant) if is_int8 else None
-        return {"checkpoint": checkpoint, "calibration": images}
+        images = fixtures.calibration(model, model.variant) if precision == INT8 else None
+        options = ExportOptions(
+            runtime=runtime,
+            precision=precision,
+            external_policy=True,
+            overwrite=True,
+            compute_capabilities=gpus,
+            calibration_images=images,
+        )
+        return {"checkpoint": fixtures.weights(model), "out": out, "options": options}
 
+    settings = {"function": "coprs_deploy.bench.preparation:export_bundle"}
     return Case(name, TARGET, settings, model.labels(runtime, precision), prepare, ALONE)
 
 

@@ -165,9 +165,10 @@ class _GroupCases:
         )
 
     def _export_segment_anything(self) -> dict[str, Any]:
-        name, checkpoint = f"{self.model.name}-segment-anything", self.fixtures.weights(self.model)
-        made = self.fixtures.make(name, "export_segment_anything", checkpoint=checkpoint)
-        return self._inputs() | {"path": made / "encoder.onnx"}
+        inputs = self._inputs()  # makes the checkpoint too
+        names, checkpoint = (self.model.name, self.model.fingerprint), self.model.checkpoint
+        made = self.fixtures.make("export_segment_anything", *names, checkpoint=checkpoint)
+        return inputs | {"path": made / "encoder.onnx"}
 
 
 SCENES = 128
@@ -182,8 +183,8 @@ def plan_precision(fixtures: Fixtures) -> Planned:
         return
 
     def prepare(precision: str) -> dict[str, Any]:
-        name = f"{model.name}-rounded-{precision}-{model.fingerprint}"
-        folder = fixtures.make(name, "write_rounded_graphs", precision=precision, **settings)
+        names = (model.name, precision, model.fingerprint)
+        folder = fixtures.make("write_rounded_graphs", *names, precision=precision, **settings)
         inputs = fixtures.inputs(model, SCENES if model.has_gt else None)
         return {"folder": folder, "inputs": inputs}
 

@@ -9,12 +9,15 @@ from typing import Any
 
 from coprs_deploy.bench.case import Case, Group, Planned
 from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model, runtimes_here
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
 RUNTIME = "onnxruntime"
 
 NUM_IMAGES, NUM_SIDE_IMAGES = 8, 4
 """Number of scenes, used in turn, and those of each size."""
+
+MANY_TARGETS = ExportVariant(targets=OptimizationProfile(1, 4, 16))
+MANY_IMAGES = ExportVariant(images=OptimizationProfile(1, 2, 8))
 
 COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
 
@@ -91,10 +94,9 @@ def _groups(fixtures: Fixtures, device: str) -> Iterator[Group]:
     sweep = partial(_Sweep, fixtures, device)
     targets = sweep("targets", "prior and mask decoder, targets on one image", (*COUNTS, 16))
     images = sweep("images", "image encoder, images in one call")
-    many_targets, many_images = ExportVariant(targets="1,4,16"), ExportVariant(images="1,2,8")
     for model in fixtures.models():
-        yield targets.graphs(model, f"{PRIOR}+{MASK_DECODER}", many_targets, False)
-        yield images.graphs(model, IMAGE_ENCODER, many_images, True)
+        yield targets.graphs(model, f"{PRIOR}+{MASK_DECODER}", MANY_TARGETS, False)
+        yield images.graphs(model, IMAGE_ENCODER, MANY_IMAGES, True)
     questions = sweep("questions", "questions on one image, time of one")
     yield questions.requests("open_requests", NUM_IMAGES, count=NUM_IMAGES, max_cached_images=1)
     yield sweep("images", "images at once, time of one").requests("open_batch", max(COUNTS))
