@@ -10,22 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import load_file
 
-from coprs_deploy.bench.case import Values, read_arrays, read_inputs
+from coprs_deploy.bench.case import Values, read_inputs
 from coprs_deploy.bench.report import Accuracy
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.graphs import masks_at_original_size
-from coprs_deploy.evaluation.metrics import (
-    EMPTY_IOU,
-    MaskCounts,
-    count_pixels,
-    giou,
-    iou,
-    precision_at,
-    union,
-)
+from coprs_deploy.evaluation import metrics
+from coprs_deploy.evaluation.metrics import EMPTY_IOU, MaskCounts, count_pixels
 from coprs_deploy.export.equivalence import (
     cosine_similarity,
     reference_opener,
@@ -77,13 +71,12 @@ def open_reference(checkpoint: Path | None, bundle: Path | None = None) -> Refer
         return Reference(geometry, width, reference_opener(source, graph_specs(geometry, width)))
     assert bundle is not None
     opened, options = open_bundle(bundle), RunnerOptions()
-    graph = opened.manifest.graphs[IMAGE_ENCODER]
+    manifest, graph = opened.manifest, opened.manifest.graphs[IMAGE_ENCODER]
     own = f"the bundle's own graphs ({graph.runtime} {graph.precision})"
+    note = f"against {own}, no checkpoint was given"
+    width = manifest.policy.hidden_size
     return Reference(
-        opened.manifest.geometry,
-        opened.manifest.policy.hidden_size,
-        lambda name: open_bundle_graph(opened, name, options),
-        f"against {own}, no checkpoint was given",
+        manifest.geometry, width, lambda n: open_bundle_graph(opened, n, options), note
     )
 
 
@@ -123,17 +116,15 @@ def scenes(count: int, side: int | None = None) -> list[Example]:
     from coprs_deploy.data.synthetic.examples import held_out_examples
     from coprs_deploy.data.synthetic.presets import PLAIN
 
-    examples = held_out_examples(PLAIN, count, 0)
-    return examples if side is None else [_enlarged(example, side) for example in examples]
-
-
-def _enlarged(example: Example, side: int) -> Example:
-    def resized(array: NDArray[Any], resampling: Image.Resampling) -> NDArray[Any]:
+    def enlarged(array: NDArray[Any], resampling: Image.Resampling) -> NDArray[Any]:
         return np.asarray(Image.fromarray(array).resize((side, side), resampling))
 
-    masks = [resized(mask, Image.Resampling.NEAREST) for mask in example.masks]
-    image = resized(example.image, Image.Resampling.BICUBIC)
-    return replace(example, image=image, masks=np.stack(masks))
+    examples = held_out_examples(PLAIN, count, 0)
+    for index, example in enumerate(examples if side else ()):
+        image = enlarged(example.image, Image.Resampling.BICUBIC)
+        masks = np.stack([enlarged(mask, Image.Resampling.NEAREST) for mask in example.masks])
+        examples[index] = replace(example, image=image, masks=masks)
+    return examples
 
 
 def scene_outputs(policy: Policy, reference: Reference, examples: Sequence[Example]) -> Values:
@@ -147,15 +138,15 @@ def scene_outputs(policy: Policy, reference: Reference, examples: Sequence[Examp
     with reference.graphs() as graphs:
         for index, example in enumerate(examples):
             vectors = ask(policy, example).concentrations
-            found[f"{index}.concentration"] = vectors
-            found[f"{index}.mask"] = np.zeros(example.image.shape[:2], np.bool_)
-            found[f"{index}.ground_truth"] = union(example.masks)
+            mask = np.zeros(example.image.shape[:2], np.bool_)
             if len(vectors):
                 prepared = prepare_image(example.image, reference.geometry)
                 embedding, size = graphs.encode(prepared), prepared.unpadded_size
                 _, chunks = graphs.priors_and_masks(embedding, vectors[-1:], size)
                 (mask,) = masks_at_original_size(chunks, 1, prepared, reference.geometry)
-                found[f"{index}.mask"] = mask
+            outputs = {"concentration": vectors, "mask": mask}
+            outputs["ground_truth"] = metrics.union(example.masks)
+            found |= {f"{index}.{name}": value for name, value in outputs.items()}
     return found
 
 
@@ -181,10 +172,47 @@ class GraphReference:
         reference = open_reference(self.checkpoint, self.bundle)
         with reference.open(PRIOR) as prior, reference.open(MASK_DECODER) as decoder:
             compared = [
-                _compare(outputs(sample), sample, prior, decoder, reference.geometry)
+                _compare(outputs(sample), sample, (prior, decoder), reference.geometry)
                 for sample in read_inputs(self.folder)
             ]
-        return _summarize(compared, reference.note)
+        found = _gt_metrics([each["gt"] for each in compared if "gt" in each])
+        for name, metric, choose in (  # np.min and np.max keep a NaN; min and max may lose it
+            ("embedding_cosine", "embedding_cosine", np.min),
+            ("prior_relative_error", "prior_relative_error", np.max),
+            ("mask_relative_error", "mask_relative_error", np.max),
+            ("mask_iou_mean", "mask_iou", np.mean),
+            ("mask_iou_min", "mask_iou", np.min),
+        ):
+            if values := [each[metric] for each in compared if metric in each]:
+                found[name] = float(choose(values))
+        digits = {name: float(f"{v:.9g}") if np.isfinite(v) else None for name, v in found.items()}
+        return Accuracy(len(compared), note=reference.note, **digits)
+
+
+def _compare(
+    found: Values, sample: Values, runners: tuple[Runner, Runner], geometry: Geometry
+) -> dict[str, Any]:
+    values, measured = {**sample, **found}, dict[str, Any]()
+    if "mask_logits" not in found:
+        for runner in runners[1:] if "prior_logits" in found else runners:
+            values[runner.spec.outputs[0].name] = run_graph(runner, values)
+    if "image_embedding" in found:
+        pair = found["image_embedding"], sample["image_embedding"]
+        measured["embedding_cosine"] = cosine_similarity(*pair)
+    if "prior_logits" in found or "image_embedding" in found:
+        pair = values["prior_logits"], sample["prior_logits"]
+        measured["prior_relative_error"] = relative_error(*pair)
+    ours, theirs = values["mask_logits"], sample["mask_logits"]
+    measured["mask_relative_error"] = relative_error(ours, theirs)
+    height, width = mask_cells(sample["unpadded_size"], geometry)
+    valid = (..., slice(height), slice(width))
+    measured["mask_iou"] = mask_agreement(ours[valid] > 0, theirs[valid] > 0)
+    if "ground_truth" in sample:
+        size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
+        prepared = ResizeTransform(sample["unpadded_size"], size)
+        mask = np.any(resize_logits(ours, prepared, geometry) > 0, axis=0)
+        measured["gt"] = count_pixels(mask, sample["ground_truth"].astype(np.bool_))
+    return measured
 
 
 @dataclass(frozen=True)
@@ -202,87 +230,32 @@ class SceneReference:
     note: str = ""
 
     def accuracy(self, found: Values) -> Accuracy:
-        """Compare masks, see :func:`compare_masks`."""
-        expected = None if self.file is None else read_arrays(self.file)
-        return compare_masks(found, expected, self.has_gt, self.note)
-
-
-def compare_masks(found: Values, expected: Values | None, has_gt: bool, note: str) -> Accuracy:
-    """Compare masks, and concentrations if any, with float32 and the ground truth.
-
-    Args:
-        found: ``N.mask``, and perhaps ``N.concentration`` and ``N.ground_truth``, by scene.
-        expected: the same of float32; None compares with the ground truth only.
-        has_gt: whether masks are compared with the ground truth.
-        note: note of the result.
-    """
-    numbers = [key.removesuffix(".mask") for key in found if key.endswith(".mask")]
-    metrics: dict[str, Any] = {}
-    if expected is not None:
-        ious = [mask_agreement(found[f"{i}.mask"], expected[f"{i}.mask"]) for i in numbers]
-        metrics = {"mask_iou_mean": float(np.mean(ious)), "mask_iou_min": float(np.min(ious))}
-        metrics["concentration_cosine"] = _min_cosine(found, expected)
-    keys = [(f"{i}.mask", f"{i}.ground_truth") for i in numbers] if has_gt else []
-    gt = [count_pixels(found[mask], found[truth]) for mask, truth in keys if truth in found]
-    return Accuracy(len(numbers), **metrics, **_gt_metrics(gt), note=note)
+        """Compare ``N.mask``, and ``N.concentration`` and ``N.ground_truth`` if any, by scene."""
+        numbers = [key.removesuffix(".mask") for key in found if key.endswith(".mask")]
+        compared: dict[str, Any] = {}
+        if self.file is not None:
+            expected = load_file(self.file)
+            ious = [mask_agreement(found[f"{i}.mask"], expected[f"{i}.mask"]) for i in numbers]
+            compared = {"mask_iou_mean": float(np.mean(ious)), "mask_iou_min": float(np.min(ious))}
+            compared["concentration_cosine"] = _min_cosine(found, expected)
+        keys = [(f"{i}.mask", f"{i}.ground_truth") for i in numbers] if self.has_gt else []
+        gt = [count_pixels(found[mask], found[truth]) for mask, truth in keys]
+        return Accuracy(len(numbers), **compared, **_gt_metrics(gt), note=self.note)
 
 
 def mask_agreement(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
     """Return the IoU of two masks; two empty masks agree (1.0)."""
-    return iou(count_pixels(found, expected), empty=1.0)
+    return metrics.iou(count_pixels(found, expected), empty=1.0)
 
 
 def _gt_metrics(counts: Sequence[MaskCounts]) -> dict[str, float]:
     if not counts:
         return {}
-    return {
-        "giou": giou(counts, empty=EMPTY_IOU),
-        "precision_at_50": precision_at(counts, 0.5, empty=EMPTY_IOU),
-    }
+    precision = metrics.precision_at(counts, 0.5, empty=EMPTY_IOU)
+    return {"giou": metrics.giou(counts, empty=EMPTY_IOU), "precision_at_50": precision}
 
 
-def _compare(
-    found: Values, sample: Values, prior: Runner, decoder: Runner, geometry: Geometry
-) -> dict[str, Any]:
-    values, metrics = {**sample, **found}, dict[str, Any]()
-    if "mask_logits" not in found:
-        for runner in (decoder,) if "prior_logits" in found else (prior, decoder):
-            values[runner.spec.outputs[0].name] = run_graph(runner, values)
-    if "image_embedding" in found:
-        pair = found["image_embedding"], sample["image_embedding"]
-        metrics["embedding_cosine"] = cosine_similarity(*pair)
-    if "prior_logits" in found or "image_embedding" in found:
-        pair = values["prior_logits"], sample["prior_logits"]
-        metrics["prior_relative_error"] = relative_error(*pair)
-    ours, theirs = values["mask_logits"], sample["mask_logits"]
-    metrics["mask_relative_error"] = relative_error(ours, theirs)
-    height, width = mask_cells(sample["unpadded_size"], geometry)
-    valid = (..., slice(height), slice(width))
-    metrics["mask_iou"] = mask_agreement(ours[valid] > 0, theirs[valid] > 0)
-    if "ground_truth" in sample:
-        size = (int(sample["original_size"][0]), int(sample["original_size"][1]))
-        prepared = ResizeTransform(sample["unpadded_size"], size)
-        mask = np.any(resize_logits(ours, prepared, geometry) > 0, axis=0)
-        metrics["gt"] = count_pixels(mask, sample["ground_truth"].astype(np.bool_))
-    return metrics
-
-
-def _summarize(compared: Sequence[Mapping[str, Any]], note: str) -> Accuracy:
-    found = _gt_metrics([each["gt"] for each in compared if "gt" in each])
-    for name, metric, choose in (  # np.min and np.max keep a NaN; min and max may lose it
-        ("embedding_cosine", "embedding_cosine", np.min),
-        ("prior_relative_error", "prior_relative_error", np.max),
-        ("mask_relative_error", "mask_relative_error", np.max),
-        ("mask_iou_mean", "mask_iou", np.mean),
-        ("mask_iou_min", "mask_iou", np.min),
-    ):
-        if values := [each[metric] for each in compared if metric in each]:
-            found[name] = float(choose(values))
-    digits = {name: float(f"{v:.9g}") if np.isfinite(v) else None for name, v in found.items()}
-    return Accuracy(len(compared), note=note, **digits)
-
-
-def _min_cosine(found: Values, expected: Values) -> float | None:
+def _min_cosine(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float | None:
     """Return the smallest cosine over the questions with equally many targets in both."""
     pairs = [(found[key], expected[key]) for key in found if key.endswith(".concentration")]
     vectors = [pair for a, b in pairs if a.shape == b.shape for pair in zip(a, b, strict=True)]

@@ -102,15 +102,9 @@ def write_arrays(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
     save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path)
 
 
-def read_arrays(path: Path) -> Values:
-    """Read what :func:`write_arrays` wrote."""
+def read_inputs(folder: Path) -> Iterator[Values]:
+    """Read the input files of a benchmark in order, see ``preparation.write_inputs``."""
     from safetensors.numpy import load_file
 
-    values: Values = load_file(path)
-    return values
-
-
-def read_inputs(folder: str | Path) -> Iterator[Values]:
-    """Read the input files of a benchmark in order, see :mod:`coprs_deploy.bench.accuracy`."""
-    for index in range(len(list(Path(folder).glob("[0-9]*.safetensors")))):
-        yield read_arrays(Path(folder) / f"{index}.safetensors")
+    for index in range(len(list(folder.glob("[0-9]*.safetensors")))):
+        yield load_file(folder / f"{index}.safetensors")

@@ -6,30 +6,14 @@ two 95 % intervals of the medians overlap nor the ranges of their medians by rou
 
 from __future__ import annotations
 
-from enum import Enum
+import re
 from typing import NamedTuple
 
 from coprs_deploy.bench.report import CaseResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms
 
-
-class Verdict(str, Enum):
-    """What became of a case."""
-
-    SAME = "same"
-    FASTER = "faster"
-    SLOWER = "slower"
-    MORE_MEMORY = "more_memory"
-    LESS_ACCURATE = "less_accurate"
-    FAILS = "fails"
-    FIXED = "fixed"
-    REMOVED = "removed"
-    NEW = "new"
-
-
-REGRESSIONS = (Verdict.SLOWER, Verdict.MORE_MEMORY, Verdict.LESS_ACCURATE, Verdict.FAILS)
-"""Verdicts that set the exit code."""
-
+REGRESSIONS = ("slower", "more_memory", "less_accurate", "fails")
+"""Verdicts that set the exit code; the others: same, faster, fixed, new, removed."""
 
 TIME_TOLERANCE = 0.05
 """Share of the old median by which a time may grow."""
@@ -46,11 +30,15 @@ ACCURACY_TOLERANCES = {
 """Absolute amounts by which the fields of an accuracy may fall."""
 
 
+VERSION = re.compile(r" \d\S*\.[^\s,]*|,")
+"""What is taken out of the names of cases: versions, and commas."""
+
+
 class Finding(NamedTuple):
     """A case of both reports: its place, the verdict, and the numbers."""
 
     place: str
-    verdict: Verdict
+    verdict: str
     detail: str
 
 
@@ -71,14 +59,11 @@ def compare_reports(
             f"the reports have no case in common ({old.tag}, {len(before)} cases; {new.tag}, "
             f"{len(after)} cases): compare two of the same suites and bundle"
         )
-    findings = []
-    for place, case in before.items():
-        if place in after:
-            findings += _compare(place, case, after[place], time_tolerance)
-        else:
-            findings.append(Finding(place, Verdict.REMOVED, "not in the new report"))
-    added = {place: case for place, case in after.items() if place not in before}
-    return findings + [Finding(place, Verdict.NEW, case.error) for place, case in added.items()]
+    return [
+        Finding(place, *verdict)
+        for place in dict.fromkeys([*before, *after])
+        for verdict in _compare(before.get(place), after.get(place), time_tolerance)
+    ]
 
 
 def machine_differences(old: Report, new: Report) -> list[str]:
@@ -92,47 +77,46 @@ def machine_differences(old: Report, new: Report) -> list[str]:
 
 def _cases(report: Report) -> dict[str, CaseResult]:
     return {
-        f"{group.suite} / {group.name} / {_without_versions(case.name)}": case
+        f"{group.suite} / {group.name} / {VERSION.sub('', case.name)}": case
         for group in report.groups
         for case in group.cases
     }
 
 
-def _without_versions(name: str) -> str:
-    words = (word.rstrip(",") for word in name.split())
-    return " ".join(w for w in words if not (w[0].isdigit() and w.count(".") >= 1))
-
-
-def _compare(place: str, old: CaseResult, new: CaseResult, tolerance: float) -> list[Finding]:
-    if new.error and not old.error:
-        return [Finding(place, Verdict.FAILS, new.error)]
-    if old.error:
-        return [Finding(place, Verdict.SAME if new.error else Verdict.FIXED, new.error)]
-    findings = []
+def _compare(
+    old: CaseResult | None, new: CaseResult | None, time_tolerance: float
+) -> list[tuple[str, str]]:
+    """Return verdicts with their numbers."""
+    if new is None:
+        return [("removed", "not in the new report")]
+    if old is None:
+        return [("new", new.error)]
+    if old.error or new.error:
+        verdict = "fixed" if not new.error else "same" if old.error else "fails"
+        return [(verdict, new.error)]
+    found = []
     if old.latency is not None and new.latency is not None:
-        findings.append(_compare_times(place, old.latency, new.latency, tolerance))
+        found.append(_compare_times(old.latency, new.latency, time_tolerance))
     was, now = old.peak_bytes, new.peak_bytes
     if was and now and now > was * (1 + MEMORY_TOLERANCE):
-        detail = f"{format_bytes(was)} -> {format_bytes(now)}"
-        findings.append(Finding(place, Verdict.MORE_MEMORY, detail))
+        found.append(("more_memory", f"{format_bytes(was)} -> {format_bytes(now)}"))
     for name, allowed in ACCURACY_TOLERANCES.items():
         first, second = getattr(old.accuracy, name, None), getattr(new.accuracy, name, None)
         if first is not None and (second is None or second < first - allowed):
             shown = "none" if second is None else f"{second:.5f}"
-            detail = f"{name} {first:.5f} -> {shown}"
-            findings.append(Finding(place, Verdict.LESS_ACCURATE, detail))
-    return findings or [Finding(place, Verdict.SAME, "")]
+            found.append(("less_accurate", f"{name} {first:.5f} -> {shown}"))
+    return found or [("same", "")]
 
 
-def _compare_times(place: str, old: Latency, new: Latency, tolerance: float) -> Finding:
+def _compare_times(old: Latency, new: Latency, tolerance: float) -> tuple[str, str]:
     change = new.p50 / old.p50 - 1
     detail = f"{format_ms(old.p50)} -> {format_ms(new.p50)} ({change:+.1%})"
     if abs(change) <= tolerance:
-        return Finding(place, Verdict.SAME, detail)
+        return "same", detail
     low, high = (old, new) if old.p50 < new.p50 else (new, old)
     is_apart = low.ci_high < high.ci_low
     if low.round_medians and high.round_medians:
         is_apart = is_apart and max(low.round_medians) < min(high.round_medians)
     if not is_apart:
-        return Finding(place, Verdict.SAME, f"{detail}, within the noise")
-    return Finding(place, Verdict.SLOWER if change > 0 else Verdict.FASTER, detail)
+        return "same", f"{detail}, within the noise"
+    return "slower" if change > 0 else "faster", detail

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markdown import Markdown
 
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.bench.report import CaseResult, GroupResult, Latency, Ratio, Report
-from coprs_deploy.console import format_bytes, format_ms, markdown_table, table
+from coprs_deploy.console import format_bytes, format_ms, markdown_table
 
 
-@dataclass(frozen=True)
-class Block:
-    """One piece of a rendered report.
+class Column(NamedTuple):
+    """A column: head, meaning, dotted field of a case, and format of its value."""
 
-    Attributes:
-        kind: ``h1`` to ``h3``, ``p``, ``table``, ``machine`` and ``errors`` (tables), ``charts``.
-        text: of a heading or a paragraph.
-        header: of a table.
-        rows: of a table.
-        group: whose charts follow here.
-    """
+    head: str
+    meaning: str
+    field: str
+    form: Callable[[Any], str]
 
-    kind: str
-    text: str = ""
-    header: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    group: GroupResult | None = None
+    def cell(self, case: CaseResult) -> str:
+        """Format the field of a case; empty where it has none."""
+        value: Any = case
+        for name in self.field.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        return "" if value is None else self.form(value)
 
 
 def _ratio(ratio: Ratio) -> str:
@@ -42,142 +42,46 @@ def _interval(ends: tuple[float, float]) -> str:
     return " to ".join(map(format_ms, ends))
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column: head, meaning, dotted field of a case, and format of its value."""
-
-    head: str
-    meaning: str
-    field: str
-    form: str | Callable[[Any], str]
-
-    def cell(self, case: CaseResult) -> str:
-        """Format the field of a case; empty where it has none."""
-        value: Any = case
-        for name in self.field.split("."):
-            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-        if value is None:
-            return ""
-        return self.form.format(value) if isinstance(self.form, str) else self.form(value)
-
-
 COLUMNS = (
     Column("p50", "median", "latency.p50", format_ms),
     Column("95 % CI", "confidence interval of the median", "latency.ci", _interval),
     Column("p90", "90th percentile", "latency.p90", format_ms),
     Column("p99", "99th percentile, or the slowest run", "latency.p99", format_ms),
-    Column("n", "measured runs", "latency.n", "{}"),
+    Column("n", "measured runs", "latency.n", "{}".format),
     Column("over baseline", "time over the baseline's; range over the rounds", "ratio", _ratio),
     Column("memory", "peak of the process", "peak_bytes", format_bytes),
     Column("GPU memory", "in use beyond the use before", "memory.device", format_bytes),
-    Column("embedding cosine", "smallest, with float32", "accuracy.embedding_cosine", "{:.6f}"),
-    Column("vector cosine", "smallest, with float32", "accuracy.concentration_cosine", "{:.6f}"),
-    Column("prior error", "over the largest logit", "accuracy.prior_relative_error", "{:.1e}"),
-    Column("mask error", "over the largest logit", "accuracy.mask_relative_error", "{:.1e}"),
-    Column("IoU float32", "mean, with the float32 masks", "accuracy.mask_iou_mean", "{:.5f}"),
-    Column("min IoU", "smallest, with the float32 masks", "accuracy.mask_iou_min", "{:.4f}"),
-    Column("gIoU", "mean IoU with the ground truth", "accuracy.giou", "{:.4f}"),
-    Column("P@0.5", "share with IoU above 0.5", "accuracy.precision_at_50", "{:.3f}"),
+    Column(
+        "embedding cosine", "smallest, with float32", "accuracy.embedding_cosine", "{:.6f}".format
+    ),
+    Column(
+        "vector cosine", "smallest, with float32", "accuracy.concentration_cosine", "{:.6f}".format
+    ),
+    Column(
+        "prior error", "over the largest logit", "accuracy.prior_relative_error", "{:.1e}".format
+    ),
+    Column("mask error", "over the largest logit", "accuracy.mask_relative_error", "{:.1e}".format),
+    Column(
+        "IoU float32", "mean, with the float32 masks", "accuracy.mask_iou_mean", "{:.5f}".format
+    ),
+    Column("min IoU", "smallest, with the float32 masks", "accuracy.mask_iou_min", "{:.4f}".format),
+    Column("gIoU", "mean IoU with the ground truth", "accuracy.giou", "{:.4f}".format),
+    Column("P@0.5", "share with IoU above 0.5", "accuracy.precision_at_50", "{:.3f}".format),
     Column("bundle", "size on disk", "metrics.size_bytes", format_bytes),
     Column("engines", "size of the engines", "metrics.engines_bytes", format_bytes),
-    Column("build", "time of the engine builds", "metrics.build_s", "{:.1f} s"),
-    Column("check", "time of the equivalence check", "metrics.check_s", "{:.1f} s"),
-    Column("export/weights", "peak memory", "metrics.export_peak_over_weights", "{:.2f} x"),
-    Column("peak/weights", "peak memory, with the check", "metrics.peak_over_weights", "{:.2f} x"),
-    Column("tokens/s", "decoding speed", "metrics.tokens_per_s", "{:.0f}"),
-    Column("tokens", "median response length", "metrics.response_tokens", "{:.0f}"),
+    Column("build", "time of the engine builds", "metrics.build_s", "{:.1f} s".format),
+    Column("check", "time of the equivalence check", "metrics.check_s", "{:.1f} s".format),
+    Column("export/weights", "peak memory", "metrics.export_peak_over_weights", "{:.2f} x".format),
+    Column(
+        "peak/weights",
+        "peak memory, with the check",
+        "metrics.peak_over_weights",
+        "{:.2f} x".format,
+    ),
+    Column("tokens/s", "decoding speed", "metrics.tokens_per_s", "{:.0f}".format),
+    Column("tokens", "median response length", "metrics.response_tokens", "{:.0f}".format),
 )
 """All columns; those without a cell are not shown."""
-
-
-def render_text(report: Report) -> str:
-    """Render a report for a terminal."""
-    lines = [f"{report.model} on {report.machine.kind}, {report.date}"]
-    for block in report_blocks(report):
-        if block.kind == "table":
-            lines += ["", table(block.header, block.rows)]
-        elif block.kind == "errors":
-            lines += ["", *(": ".join(filter(None, row)) for row in block.rows)]
-        elif block.kind in ("h2", "h3"):
-            lines += ["", block.text]
-    return "\n".join(lines)
-
-
-def render_markdown(report: Report) -> str:
-    """Render a report as Markdown."""
-    lines: list[str] = []
-    for block in report_blocks(report):
-        if block.header:
-            lines += [*markdown_table(block.header, block.rows), ""]
-        elif block.text:
-            marks = {"h1": "# ", "h2": "## ", "h3": "### "}
-            lines += [marks.get(block.kind, "") + block.text, ""]
-    return "\n".join(lines)
-
-
-def report_blocks(report: Report) -> Iterator[Block]:
-    """Lay out a report."""
-    yield Block("h1", f"Benchmark: {report.tag}, {report.machine.kind}")
-    yield Block(
-        "p",
-        f"{report.date}, made by `{report.command}`. Every case ran in a process of its own, in "
-        "rounds interleaved with those of its group; a ratio has its range over the rounds. Failed "
-        "cases are reported with their error.",
-    )
-    yield Block("machine", header=("machine", ""), rows=machine_rows(report))
-    suite = ""
-    for group in report.groups:
-        if group.suite != suite:
-            suite = group.suite
-            yield Block("h2", suite)
-        yield from _group_blocks(group)
-    if report.skipped:
-        yield Block("h2", "skipped")
-        rows = [(f"{s.name} ({s.suite})", s.reason, s.remedy) for s in report.skipped]
-        yield Block("errors", header=("", "reason", "fix"), rows=rows)
-    cases = [case for group in report.groups for case in group.cases]
-    used = [f"{c.head}: {c.meaning}" for c in COLUMNS if any(c.cell(case) for case in cases)]
-    yield Block("p", f"Columns. {'; '.join(used)}.")
-
-
-def _group_blocks(group: GroupResult) -> Iterator[Block]:
-    yield Block("h3", group.name)
-    words = [f"One run is {group.unit}; {group.method}."]
-    words += [f"The baseline is *{group.baseline}*."] if group.baseline else []
-    accuracies = [case.accuracy for case in group.cases if case.accuracy]
-    words += [f"Accuracy: {note}." for note in sorted({a.note for a in accuracies} - {""})]
-    if inputs := sorted({a.inputs for a in accuracies} - {0}):
-        words.append(f"Accuracy over {', '.join(map(str, inputs))} inputs.")
-    yield Block("p", " ".join(words))
-    if measured := [case for case in group.cases if not case.error]:
-        columns = [c for c in COLUMNS if any(c.cell(case) for case in measured)]
-        rows = [(case.name, *(c.cell(case) for c in columns)) for case in measured]
-        yield Block("table", header=("", *(c.head for c in columns)), rows=rows)
-    if staged := [case for case in group.cases if case.stages]:
-        names = list(dict.fromkeys(name for case in staged for name in case.stages))
-        rows = [
-            (case.name, *(format_ms(case.stages[n]) if n in case.stages else "" for n in names))
-            for case in staged
-        ]
-        yield Block("table", header=("median of each stage", *names), rows=rows)
-    if failed := [(case.name, case.error) for case in group.cases if case.error]:
-        yield Block("errors", header=("failed", "error"), rows=failed)
-    yield Block("charts", group=group)
-
-
-def machine_rows(report: Report) -> list[tuple[str, str]]:
-    """Describe what a report was measured on."""
-    machine = report.machine
-    return [
-        ("processor", f"{machine.processor}, {machine.cores} cores"),
-        ("vector units", ", ".join(machine.vector_units) or "unknown"),
-        ("memory", f"{machine.memory_bytes / 2**30:.0f} GiB"),
-        ("GPU", f"{machine.gpu}, driver {machine.driver}" if machine.gpu else "none"),
-        ("system", machine.system),
-        ("versions", ", ".join(f"{name} {text}" for name, text in machine.versions.items())),
-        ("commit", machine.commit or "not a checkout"),
-    ]
-
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1d21; --faint: #b9bcc4; --paper: #fff; --card: #f6f7f9;
@@ -190,12 +94,12 @@ STYLE = """
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 1.05rem; }
-p { max-width: 60rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; }
+p { max-width: 60rem; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
 th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid var(--faint);
   font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; min-width: 13rem; }
-.machine td, .errors td { text-align: left; } .machine td:first-child { min-width: 0; }
+td:nth-child(2):last-child, footer td { text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
   gap: 1rem; margin-top: 1rem; }
 .chart { margin: 0; padding: 0.8rem; background: var(--card); border-radius: 8px; }
@@ -203,14 +107,17 @@ th:first-child, td:first-child { text-align: left; min-width: 13rem; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
 """
 
+TEXT_WIDTH = 240
+"""Columns of a terminal; it wraps or scrolls what is wider."""
+
 WIDTH, LEFT, RIGHT, ROW = 560, 12, 540, 36
 """Sizes of a chart in units of its view box: readable at the width of a phone."""
 
 SMALLEST_ERROR = 1e-8
 """Errors below are drawn here."""
 
-Timed = Sequence[tuple[CaseResult, Latency]]
 Scale = Callable[[float], float]
+Timed = Sequence[tuple[CaseResult, Latency]]
 
 
 def write_outputs(folder: Path, report: Report) -> list[Path]:
@@ -223,29 +130,99 @@ def write_outputs(folder: Path, report: Report) -> list[Path]:
     return paths
 
 
+def render_text(report: Report) -> str:
+    """Render a report for a terminal."""
+    console = Console(file=io.StringIO(), width=TEXT_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(Markdown(render_markdown(report)))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip()
+
+
+def render_markdown(report: Report) -> str:
+    """Render a report as Markdown."""
+    return "\n".join(line for lines, _ in _sections(report) for line in lines)
+
+
 def render_html(report: Report) -> str:
     """Render a report as a page."""
+    from markdown_it import MarkdownIt
+
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    *parts, tail = [
+        markdown.render("\n".join(lines))
+        + (f'<div class="charts">{charts(group)}</div>' if group else "")
+        for lines, group in _sections(report)
+    ]
     title = escape(f"Benchmark: {report.tag}, {report.machine.kind}")
-    body = "\n".join(_render_block(block) for block in report_blocks(report))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n{''.join(parts)}"
+        f"<footer>{tail}</footer></body></html>\n"
     )
 
 
-def _render_block(block: Block) -> str:
-    if block.group is not None:
-        return f'<div class="charts">{"".join(charts(block.group))}</div>'
-    if not block.header:
-        return f"<{block.kind}>{escape(block.text)}</{block.kind}>"
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in block.header)
-    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in block.rows)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table class="{block.kind}"><tr>{head}</tr>{body}</table></div>'
+def _sections(report: Report) -> Iterator[tuple[list[str], GroupResult | None]]:
+    """Lay out a report: lines of Markdown, and the group whose charts follow."""
+    yield _head(report), None
+    suite = ""
+    for group in report.groups:
+        heading = [f"## {group.suite}", ""] if group.suite != suite else []
+        yield heading + _group_lines(group), group
+        suite = group.suite
+    rows = [(f"{s.name} ({s.suite})", s.reason, s.remedy) for s in report.skipped]
+    skipped = ["## skipped", "", *markdown_table(("", "reason", "fix"), rows), ""] if rows else []
+    cases = [case for group in report.groups for case in group.cases]
+    used = [f"{c.head}: {c.meaning}" for c in COLUMNS if any(c.cell(case) for case in cases)]
+    yield [*skipped, f"Columns. {'; '.join(used)}.", ""], None
 
 
-def charts(group: GroupResult) -> list[str]:
+def _head(report: Report) -> list[str]:
+    """Describe the machine."""
+    machine = report.machine
+    rows = [
+        ("processor", f"{machine.processor}, {machine.cores} cores"),
+        ("vector units", ", ".join(machine.vector_units) or "unknown"),
+        ("memory", f"{machine.memory_bytes / 2**30:.0f} GiB"),
+        ("GPU", f"{machine.gpu}, driver {machine.driver}" if machine.gpu else "none"),
+        ("system", machine.system),
+        ("versions", ", ".join(f"{name} {text}" for name, text in machine.versions.items())),
+        ("commit", machine.commit or "not a checkout"),
+    ]
+    made = (
+        f"{report.date}, made by `{report.command}`. Every case ran in a process of its own, in "
+        "rounds interleaved with those of its group; a ratio has its range over the rounds. Failed "
+        "cases are reported with their error."
+    )
+    title = f"# Benchmark: {report.tag}, {machine.kind}"
+    return [title, "", made, "", *markdown_table(("machine", ""), rows), ""]
+
+
+def _group_lines(group: GroupResult) -> list[str]:
+    words = [f"One run is {group.unit}; {group.method}."]
+    words += [f"The baseline is *{group.baseline}*."] if group.baseline else []
+    accuracies = [case.accuracy for case in group.cases if case.accuracy]
+    words += [f"Accuracy: {note}." for note in sorted({a.note for a in accuracies} - {""})]
+    if inputs := sorted({a.inputs for a in accuracies} - {0}):
+        words.append(f"Accuracy over {', '.join(map(str, inputs))} inputs.")
+    lines = [f"### {group.name}", "", " ".join(words), ""]
+    if measured := [case for case in group.cases if not case.error]:
+        columns = [c for c in COLUMNS if any(c.cell(case) for case in measured)]
+        rows = [(case.name, *(c.cell(case) for c in columns)) for case in measured]
+        lines += [*markdown_table(("", *(c.head for c in columns)), rows), ""]
+    if staged := [case for case in group.cases if case.stages]:
+        names = list(dict.fromkeys(name for case in staged for name in case.stages))
+        rows = [
+            (case.name, *(format_ms(case.stages[n]) if n in case.stages else "" for n in names))
+            for case in staged
+        ]
+        lines += [*markdown_table(("median of each stage", *names), rows), ""]
+    if failed := [(case.name, case.error) for case in group.cases if case.error]:
+        lines += [*markdown_table(("failed", "error"), failed), ""]
+    return lines
+
+
+def charts(group: GroupResult) -> str:
     """Draw what a group has numbers for."""
     drawn = []
     timed = [(case, case.latency) for case in group.cases if case.latency is not None]
@@ -260,7 +237,7 @@ def charts(group: GroupResult) -> list[str]:
     is_exact = all(loss <= SMALLEST_ERROR for *_, loss in compared)
     if not (is_exact or group.parameter):  # cases of another size are no peers
         drawn.append(_chart("Speed against accuracy", *_accuracy(compared)))
-    return drawn
+    return "".join(drawn)
 
 
 def _chart(caption: str, height: float, parts: Sequence[str]) -> str:
