@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from coprs_deploy.bench.accuracy import (
 )
 from coprs_deploy.bench.case import TOTAL, Values, Workload
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.data.examples import Example
 from coprs_deploy.evaluation.metrics import union
-from coprs_deploy.policy import Policy
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.result import SegmentationResult, Timings
@@ -43,19 +40,17 @@ STAGES = {
 
 
 def open_requests(
-    bundle: Path, reference: SceneReference, *, device: str, runtime: str | None = None, **more: Any
+    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 0, **settings: Any
 ) -> Workload:
     """Open a bundle as a user does, with requests on held-out scenes in turn."""
-    max_cached_images = more.pop("max_cached_images", 0)
-    options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=max_cached_images)
-    return _RequestWorkload(CoPRS.load(bundle, options), reference, **more)
+    options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=cached)
+    return _RequestWorkload(CoPRS.load(bundle, options), **settings)
 
 
-def open_torch_requests(checkpoint: Path, reference: SceneReference, count: int) -> Workload:
+def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
     modules, policy = open_reference(checkpoint), open_policy(read_checkpoint(checkpoint))
-    coprs = CoPRS(modules.graphs(), policy, modules.geometry, 0)
-    return _RequestWorkload(coprs, reference, count)
+    return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
 
 
 def open_batch(bundle: Path, reference: SceneReference, images: int, device: str) -> Workload:
@@ -65,15 +60,9 @@ def open_batch(bundle: Path, reference: SceneReference, images: int, device: str
 
 
 class _RequestWorkload(Workload):
-    """Requests on one scene after the other.
+    """Requests on ``count`` scenes, one after the other; the mean of ``questions`` on each counts.
 
-    Args:
-        coprs: closed with the workload.
-        reference: what the masks are compared with.
-        count: number of scenes.
-        cached: compute the embeddings of all scenes before.
-        questions: requests on the same image in one run, whose mean counts.
-        side: enlarge images to this side; None keeps the scenes' own.
+    ``side`` enlarges the images. ``warms_cache`` computes the embeddings of all scenes before.
     """
 
     def __init__(
@@ -82,30 +71,28 @@ class _RequestWorkload(Workload):
         reference: SceneReference,
         count: int,
         *,
-        cached: bool = False,
+        warms_cache: bool = False,
         questions: int = 1,
         side: int | None = None,
     ) -> None:
         self._coprs, self._reference, self._questions = coprs, reference, questions
         self._scenes, self._tokens = scenes(count, side), list[int]()
         self._next = itertools.cycle(self._scenes)
-        for scene in self._scenes if cached else ():
+        for scene in self._scenes if warms_cache else ():
             coprs.segment(scene.image, "the circle", max_new_tokens=1)
 
-    def _ask(self, scene: Example) -> list[SegmentationResult]:
-        ask = partial(self._coprs.segment, scene.image, scene.instruction)
-        return [ask() for _ in range(self._questions)]
-
     def run(self) -> Mapping[str, float]:
-        """Answer the next question, or several on one image; their mean counts."""
-        timings = [result.timings for result in self._ask(next(self._next))]
-        self._tokens += [each.response_tokens for each in timings]
-        stages = [stage_times(each) for each in timings]
+        scene = next(self._next)
+        results = [
+            self._coprs.segment(scene.image, scene.instruction) for _ in range(self._questions)
+        ]
+        self._tokens += [result.timings.response_tokens for result in results]
+        stages = [stage_times(result.timings) for result in results]
         return {name: sum(each[name] for each in stages) / len(stages) for name in stages[0]}
 
     def _results(self) -> Iterable[SegmentationResult]:
-        """Return the last result on every scene."""
-        return (self._ask(scene)[-1] for scene in self._scenes)
+        """Return a result on every scene."""
+        return (self._coprs.segment(each.image, each.instruction) for each in self._scenes)
 
     def finish(self) -> Mapping[str, Any]:
         """Compare the mask of every scene; report the length of responses."""
@@ -117,7 +104,6 @@ class _RequestWorkload(Workload):
         return {"metrics": tokens, "accuracy": self._reference.accuracy(found)}
 
     def close(self) -> None:
-        """Free graphs and policy."""
         self._coprs.close()
 
 
@@ -125,7 +111,6 @@ class _BatchWorkload(_RequestWorkload):
     """One request on each of several images, the next of which is encoded meanwhile."""
 
     def run(self) -> Mapping[str, float]:
-        """Answer all requests; the time of one image counts."""
         start = time.perf_counter()
         for _ in self._results():
             pass
@@ -144,42 +129,37 @@ def stage_times(timings: Timings) -> dict[str, float]:
     return {TOTAL: timings.total_ms, **stages}
 
 
-def open_policy_alone(
-    checkpoint: Path,
-    reference: SceneReference,
-    count: int,
-    *,
-    library: str,
-    dtype: str,
-    device: str = "cpu",
-) -> Workload:
-    """Open the policy of a checkpoint by a library, without any graph."""
-    policy = open_policy(read_checkpoint(checkpoint), dtype, library, device)
-    return _PolicyWorkload(policy, reference, count, checkpoint)
-
-
-class _PolicyWorkload(Workload):
-    """Responses of the policy, one after the other."""
+class PolicyWorkload(Workload):
+    """The policy of a checkpoint by a library, without any graph, on scenes in turn."""
 
     def __init__(
-        self, policy: Policy, reference: SceneReference, count: int, checkpoint: Path
+        self,
+        checkpoint: Path,
+        reference: SceneReference,
+        count: int,
+        *,
+        library: str,
+        dtype: str,
+        device: str = "cpu",
     ) -> None:
-        self._policy, self._reference, self._checkpoint = policy, reference, checkpoint
-        self._scenes, self._speeds, self._prompt_tokens = scenes(count), list[float](), 0
-        self._next = itertools.cycle(self._scenes)
+        self._policy = open_policy(read_checkpoint(checkpoint), dtype, library, device)
+        self._checkpoint, self._reference, self._scenes = checkpoint, reference, scenes(count)
+        self._next, self._metrics = itertools.cycle(self._scenes), dict[str, list[float]]()
 
     def run(self) -> Mapping[str, float]:
+        """Ask about the next scene."""
         result = ask(self._policy, next(self._next))
-        self._speeds.append(1e3 * len(result.token_ids) / result.decode_ms)
-        self._prompt_tokens = result.num_prompt_tokens
+        speed = 1e3 * len(result.token_ids) / result.decode_ms
+        self._metrics.setdefault("tokens_per_s", []).append(speed)
+        self._metrics["prompt_tokens"] = [float(result.num_prompt_tokens)]
         return {"prefill": result.prefill_ms, "decode": result.decode_ms}
 
     def finish(self) -> Mapping[str, Any]:
         """Compare concentrations, and their masks by float32 graphs; report tokens per second."""
         found = scene_outputs(self._policy, open_reference(self._checkpoint), self._scenes)
-        metrics = {"tokens_per_s": float(np.median(self._speeds))}
-        metrics["prompt_tokens"] = float(self._prompt_tokens)
+        metrics = {name: float(np.median(values)) for name, values in self._metrics.items()}
         return {"metrics": metrics, "accuracy": self._reference.accuracy(found)}
 
     def close(self) -> None:
+        """Free the policy."""
         self._policy.close()

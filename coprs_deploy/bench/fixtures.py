@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,6 @@ from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
 from coprs_deploy.bundle import (
     TRT_VARIANT_NAMES,
-    EngineRecord,
     Manifest,
     open_bundle,
     read_manifest,
@@ -29,17 +27,14 @@ from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import FP32, INT8
+from coprs_deploy.machine import installed_versions
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, OptimizationProfile
 
 
 def version_of(*packages: str) -> str:
     """Return the version of the first of these packages that is installed; empty without one."""
-    for package in packages:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+    versions = installed_versions(packages)
+    return next((versions[package] for package in packages if package in versions), "")
 
 
 def runtime_version(runtime: str) -> str:
@@ -197,13 +192,11 @@ class Model:
         return read_manifest(self.bundle).checkpoint_fingerprint[:12]
 
     def holds(self, runtimes: list[str], precision: str, variant: ExportVariant) -> bool:
-        """Whether its own bundle has such graphs, which can run here."""
-        manifest = read_manifest(self.bundle) if self.bundle is not None else None
-        if manifest is None or variant != ExportVariant.of(manifest):
+        """Whether its own bundle has such graphs."""
+        if self.bundle is None or variant != self.variant:
             return False
-        graph = manifest.graphs[IMAGE_ENCODER]
-        is_loadable = graph.engine is None or _loads_here(graph.engine)
-        return is_loadable and graph.runtime in runtimes and graph.precision == precision
+        graph = read_manifest(self.bundle).graphs[IMAGE_ENCODER]
+        return graph.runtime in runtimes and graph.precision == precision
 
     def labels(
         self, runtime: str = "", precision: str = "", device: str = "", **more: object
@@ -246,10 +239,9 @@ class Fixtures:
     def models(self) -> list[Model]:
         """Return the sizes with random weights, or else the requested model."""
         sizes = ((size, *RANDOM_MODELS[size]) for size in self.options.sizes)
+        folder = self.folder
         return [
-            Model(
-                size, self.folder / f"random_checkpoint-{size}", None, count, weights_bytes=weights
-            )
+            Model(size, folder / f"random_checkpoint-{size}", None, count, weights_bytes=weights)
             for size, count, weights in sizes
         ] or [self.model]
 
@@ -304,14 +296,7 @@ class Fixtures:
         if model.bundle is not None and model.holds(alike, precision, variant):
             return model.bundle
         checkpoint, gpu = self.weights(model), current_gpu()
-        options = ExportOptions(
-            runtime=runtime,
-            precision=precision,
-            external_policy=True,
-            overwrite=True,
-            calibration_images=self.calibration(model, variant) if precision == INT8 else None,
-            **asdict(variant),
-        )
+        options = self.export_options(model, runtime, precision, variant)
         names = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
         if is_engine and gpu is not None:
             names += [runtime_version(runtime), gpu.compute_capability]
@@ -319,17 +304,29 @@ class Fixtures:
         made = self.make("export_bundle", *names, model.fingerprint, **settings)
         return open_bundle(made).path
 
-    def calibration(self, model: Model, variant: ExportVariant) -> Path:
+    def export_options(
+        self, model: Model, runtime: str, precision: str, variant: ExportVariant | None = None
+    ) -> ExportOptions:
+        """Return the options of an export; its policy is a reference."""
+        variant = variant or ExportVariant()
+        return ExportOptions(
+            runtime=runtime,
+            precision=precision,
+            external_policy=True,
+            overwrite=True,
+            calibration_images=self._calibration(model, variant) if precision == INT8 else None,
+            **asdict(variant),
+        )
+
+    def _calibration(self, model: Model, variant: ExportVariant) -> Path:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""
         if self.options.calibration is not None:
             return self.options.calibration
         if not (model.has_gt or model.is_random):
             raise WorkerError("int8 is calibrated on images; name a folder with --calibration")
         count = CALIBRATION_IMAGES if model.has_gt else FEW_CALIBRATION_IMAGES
-        aspect_ratio = variant.aspect_ratio or (1, 1)
-        return self.make(
-            "draw_images", count, *aspect_ratio, count=count, aspect_ratio=aspect_ratio
-        )
+        settings = {"count": count, "aspect_ratio": variant.aspect_ratio or (1, 1)}
+        return self.make("draw_images", *settings.values(), **settings)
 
     def inputs(self, model: Model, count: int | None = None) -> GraphReference:
         """Return a model's inputs and their float32 outputs."""
@@ -352,10 +349,3 @@ class Fixtures:
         except WorkerError as error:  # times and the ground truth are still worth having
             note = f"PyTorch float32 failed: {error}"
         return SceneReference(file, model.has_gt, note)
-
-
-def _loads_here(engine: EngineRecord) -> bool:
-    """Whether an engine is for the library and the GPU of this machine."""
-    gpu, version = current_gpu(), TRT_VARIANTS[engine.variant].load().__version__
-    is_here = gpu is not None and gpu.compute_capability in engine.compute_capabilities
-    return is_here and engine.version == version

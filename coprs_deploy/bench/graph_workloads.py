@@ -99,12 +99,11 @@ def open_exported_onnxruntime(
     """Open an exported encoder in a default session of ONNX Runtime, on CUDA without TF32."""
     import onnxruntime
 
-    name = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-    provider: Any = name
+    name, options = "CPUExecutionProvider", dict[str, str]()
     if device.startswith("cuda"):
-        provider = (name, {"use_tf32": "0"})
+        name, options = "CUDAExecutionProvider", {"use_tf32": "0"}
         onnxruntime.preload_dlls()  # the CUDA libraries of PyTorch's wheels
-    session = onnxruntime.InferenceSession(path, providers=[provider])
+    session = onnxruntime.InferenceSession(path, providers=[(name, options)])
     if session.get_providers()[0] != name:
         raise RuntimeError(f"ONNX Runtime chose {session.get_providers()[0]}, not {name}")
     return _CallWorkload(lambda image: session.run(None, {"image": image})[0], inputs)

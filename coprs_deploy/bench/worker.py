@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -69,7 +70,7 @@ class Worker(Closeable):
         except (EOFError, OSError):
             raise WorkerError(self._exit_error()) from None
         if error:
-            raise WorkerError(shorten(error))
+            raise WorkerError(_shortened(error))
         return result
 
     def pause(self) -> None:
@@ -102,7 +103,12 @@ class Worker(Closeable):
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         reason += " (out of memory?)" if -code == signal.SIGKILL else ""
-        return shorten(": ".join([f"the process ended with {reason}", *last]))
+        return _shortened(": ".join([f"the process ended with {reason}", *last]))
+
+
+def _shortened(error: str) -> str:
+    line = " ".join(error.split())
+    return line if len(line) <= MAX_ERROR_LENGTH else line[: MAX_ERROR_LENGTH - 3] + "..."
 
 
 def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:
@@ -113,12 +119,6 @@ def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:
     """
     with Worker() as worker:
         return worker.call(target, timeout_s, **settings)
-
-
-def shorten(error: str) -> str:
-    """Shorten an error to one line of a table."""
-    line = " ".join(error.split())
-    return line if len(line) <= MAX_ERROR_LENGTH else line[: MAX_ERROR_LENGTH - 3] + "..."
 
 
 PR_SET_PDEATHSIG = 1
@@ -181,24 +181,23 @@ def finish_workload() -> dict[str, Any]:
     return dict(_workloads[-1].finish())
 
 
-def open_function(function: str, **settings: Any) -> Workload:
-    """Open a function as a workload: a run is a call.
+class FunctionWorkload(Workload):
+    """A function as a workload: a run is a call.
 
     It returns, if any: ``stages`` in milliseconds, ``metrics`` and ``accuracy``.
     """
-    return _FunctionWorkload(load_target(function), settings)
 
-
-class _FunctionWorkload(Workload):
-    def __init__(self, function: Callable[..., dict[str, Any]], settings: dict[str, Any]) -> None:
-        self._function, self._settings, self._made = function, settings, dict[str, Any]()
+    def __init__(self, function: str, **settings: Any) -> None:
+        self._call, self._made = partial(load_target(function), **settings), dict[str, Any]()
 
     def run(self) -> Mapping[str, float]:
-        self._made = self._function(**self._settings)
-        stages: dict[str, float] = self._made.pop("stages", {})
+        """Call the function."""
+        self._made = self._call()
+        stages: Mapping[str, float] = self._made.pop("stages", {})
         return stages
 
     def finish(self) -> Mapping[str, Any]:
+        """Return what the last call did."""
         return self._made
 
 

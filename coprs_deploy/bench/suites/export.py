@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from coprs_deploy.bench.case import Case, Group, Planned
@@ -14,11 +15,11 @@ from coprs_deploy.bench.fixtures import (
 )
 from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
-from coprs_deploy.export import ExportOptions
-from coprs_deploy.export.precision import INT8
 from coprs_deploy.export.tolerances import TOLERANCES
 
-TARGET = "coprs_deploy.bench.worker:open_function"
+TARGET = "coprs_deploy.bench.worker:FunctionWorkload"
+
+PREPARATION = "coprs_deploy.bench.preparation"
 
 COMPUTE_CAPABILITIES = ("sm_80", "sm_89", "sm_120")
 """GPUs that engines are built for where the build needs none."""
@@ -53,13 +54,11 @@ def plan(fixtures: Fixtures) -> Planned:
 
 def _conversion(fixtures: Fixtures, model: Model) -> Case:
     def prepare() -> dict[str, Any]:
-        checkpoint = fixtures.weights(model)
-        sam = fixtures.make("write_sam_weights", f"sam_{model.name}.pth", checkpoint=checkpoint)
-        out = fixtures.folder / f"{model.name}-converted"
-        return {"checkpoint": checkpoint, "sam": sam, "out": out}
+        checkpoint, name = fixtures.weights(model), f"sam_{model.name}.pth"
+        sam = fixtures.make("write_sam_weights", name, checkpoint=checkpoint)
+        return {"checkpoint": checkpoint, "sam": sam, "out": fixtures.folder / "converted"}
 
-    function = {"function": "coprs_deploy.bench.preparation:convert"}
-    labels = model.labels(CONVERT)
+    function, labels = {"function": f"{PREPARATION}:convert"}, model.labels(CONVERT)
     return Case("convert, policy and sam_vit file", TARGET, function, labels, prepare, ALONE)
 
 
@@ -68,22 +67,15 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     gpus = COMPUTE_CAPABILITIES if without_gpu else ()
     name = f"export, {runtime} {runtime_version(runtime)} {precision}"
     name += f" for {', '.join(gpus)}" if gpus else ""
-    out = fixtures.folder / f"exported-{model.name}-{runtime}-{precision}"
 
     def prepare() -> dict[str, Any]:
-        images = fixtures.calibration(model, model.variant) if precision == INT8 else None
-        options = ExportOptions(
-            runtime=runtime,
-            precision=precision,
-            external_policy=True,
-            overwrite=True,
-            compute_capabilities=gpus,
-            calibration_images=images,
-        )
+        options = fixtures.export_options(model, runtime, precision)
+        options = replace(options, compute_capabilities=gpus)
+        out = fixtures.folder / "exported"
         return {"checkpoint": fixtures.weights(model), "out": out, "options": options}
 
-    settings = {"function": "coprs_deploy.bench.preparation:export_bundle"}
-    return Case(name, TARGET, settings, model.labels(runtime, precision), prepare, ALONE)
+    function, labels = {"function": f"{PREPARATION}:export_bundle"}, (runtime, precision)
+    return Case(name, TARGET, function, model.labels(*labels), prepare, ALONE)
 
 
 def limit_violations(report: Report) -> list[str]:

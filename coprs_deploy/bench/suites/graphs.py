@@ -7,7 +7,7 @@ GPU will have, computed on any CPU.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,39 +84,45 @@ class _GroupCases:
     def torch_name(self, mode: str, precision: str, what: str = "coprs-deploy module") -> str:
         return f"{what}, PyTorch {version_of('torch')} {mode} {self.device} {precision}"
 
-    def _labels(self, runtime: str, precision: str, **more: object) -> dict[str, str]:
-        return self.model.labels(runtime, precision, self.device, graph=self.graph, **more)
+    def _case(
+        self,
+        name: str,
+        function: str,
+        kind: tuple[str, str],
+        make: Callable[[], dict[str, Any]] = dict,
+        **more: object,
+    ) -> Case:
+        """Describe a case of a kind: runtime and precision; ``more`` are labels."""
 
-    def _inputs(self) -> dict[str, Any]:
-        return {"inputs": self.fixtures.inputs(self.model)}
+        def prepare() -> dict[str, Any]:
+            return {"inputs": self.fixtures.inputs(self.model), **make()}
 
-    def _bundle(self, runtime: str, precision: str, variant: ExportVariant) -> dict[str, Any]:
+        labels = self.model.labels(*kind, self.device, graph=self.graph, **more)
+        library = TORCH_BYTES if function == "open_module" else RUNTIME_BYTES
+        memory, target = self.model.estimated_bytes + library, f"{WORKLOADS}:{function}"
+        return Case(name, target, {"device": self.device}, labels, prepare, memory)
+
+    def _bundle(self, runtime: str, precision: str, *form: Any) -> dict[str, Any]:
+        matmul, variant = form
         bundle = self.fixtures.bundle(self.model, runtime, precision, variant)
-        return self._inputs() | {"bundle": bundle}
+        settings = {"bundle": bundle, "graph": self.graph, "runtime": runtime}
+        return {**settings, "inference_precision": matmul}
 
     def graph_cases(self, runtimes: list[str]) -> Iterator[Case]:
         """List a case for each runtime, precision, matmul precision and variant."""
         is_quick, on_cpu = self.fixtures.options.is_quick, self.device == "cpu"
         is_short = is_quick and on_cpu and self.model.checkpoint is not None
-        for runtime, precision in precisions(self.model, runtimes):
-            if is_short and precision != FP32:
+        for kind in precisions(self.model, runtimes):
+            if is_short and kind[1] != FP32:
                 continue
-            forms = variants(self.model, self.graph, precision)
-            matmuls = matmul_precisions(runtime, precision)
-            for matmul, variant in itertools.product(matmuls, forms):
+            forms = variants(self.model, self.graph, kind[1])
+            for matmul, variant in itertools.product(matmul_precisions(*kind), forms):
                 lower, shape = matmul if matmul != FP32 else "", variant.description
-                words = [f"matmul in {lower}" if lower else "", shape]
-                settings = {"graph": self.graph, "device": self.device, "runtime": runtime}
-                more = {"matmul_precision": lower, "aspect_ratio": shape}
-                name = runtime_name(runtime, self.device, precision)
-                yield Case(
-                    ", ".join([name, *filter(None, words)]),
-                    f"{WORKLOADS}:open_bundle_graphs",
-                    settings | {"inference_precision": matmul},
-                    self._labels(runtime, precision, **more),
-                    partial(self._bundle, runtime, precision, variant),
-                    self.model.estimated_bytes + RUNTIME_BYTES,
-                )
+                words = [runtime_name(kind[0], self.device, kind[1])]
+                words += [f"matmul in {lower}"] * bool(lower) + [shape] * bool(shape)
+                make = partial(self._bundle, *kind, matmul, variant)
+                labels = {"matmul_precision": lower, "aspect_ratio": shape}
+                yield self._case(", ".join(words), "open_bundle_graphs", kind, make, **labels)
 
     def peer_cases(self) -> Iterator[Case]:
         """List PyTorch for every graph; for the image encoder also segment-anything's own."""
@@ -127,48 +133,36 @@ class _GroupCases:
             return
         is_quick, on_gpu = self.fixtures.options.is_quick, self.device == "cuda"
         modes = [("eager", BF16), ("compile", FP32)]
-        modes += [("eager", FP16), ("compile", BF16)] if on_gpu else []
-        for mode, precision in modes:
+        for mode, precision in modes + [("eager", FP16), ("compile", BF16)] * on_gpu:
             yield self._torch(mode, precision)
         own = f"segment-anything {version_of('segment-anything')} ImageEncoderViT"
         for precision in (FP32,) if is_quick else (FP32, BF16):
             yield self._torch("eager", precision, own)
-        exported = [("onnxruntime", FP32)]
         here = matmul_precisions("openvino", FP32)[: 1 if is_quick else None]
-        exported += [] if on_gpu else [("openvino", precision) for precision in here]
-        for runtime, precision in exported:
+        exported = [("onnxruntime", FP32)]
+        for runtime, precision in exported + [("openvino", p) for p in here] * (not on_gpu):
             version = f"{runtime} {runtime_version(runtime)} {self.device} {precision}"
-            yield Case(
+            name, kind = (
                 f"{own}, torch.onnx.export, {version}",
-                f"{WORKLOADS}:open_exported_{runtime}",
-                {"device": self.device, "precision": precision},
-                self._labels(f"segment-anything {runtime}", precision),
-                self._export_segment_anything,
-                self.model.estimated_bytes + RUNTIME_BYTES,
+                (f"segment-anything {runtime}", precision),
             )
+            make = partial(self._export_segment_anything, precision)
+            yield self._case(name, f"open_exported_{runtime}", kind, make)
 
     def _torch(self, mode: str, precision: str, peer: str = "") -> Case:
-        return Case(
-            self.torch_name(mode, precision, peer or "coprs-deploy module"),
-            f"{WORKLOADS}:open_module",
-            {
-                "checkpoint": self.model.checkpoint,
-                "graph": self.graph,
-                "device": self.device,
-                "precision": precision,
-                "compiled": mode == "compile",
-                "segment_anything": bool(peer),
-            },
-            self._labels("segment-anything " * bool(peer) + f"torch {mode}", precision),
-            self._inputs,
-            self.model.estimated_bytes + TORCH_BYTES,
-        )
+        def settings() -> dict[str, Any]:
+            settings = {"checkpoint": self.model.checkpoint, "graph": self.graph}
+            settings |= {"precision": precision, "compiled": mode == "compile"}
+            return settings | {"segment_anything": bool(peer)}
 
-    def _export_segment_anything(self) -> dict[str, Any]:
-        inputs = self._inputs()  # makes the checkpoint too
-        names, checkpoint = (self.model.name, self.model.fingerprint), self.model.checkpoint
+        name = self.torch_name(mode, precision, peer or "coprs-deploy module")
+        kind = ("segment-anything " * bool(peer) + f"torch {mode}", precision)
+        return self._case(name, "open_module", kind, settings)
+
+    def _export_segment_anything(self, precision: str) -> dict[str, Any]:
+        checkpoint, names = self.model.checkpoint, (self.model.name, self.model.fingerprint)
         made = self.fixtures.make("export_segment_anything", *names, checkpoint=checkpoint)
-        return inputs | {"path": made / "encoder.onnx"}
+        return {"precision": precision, "path": made / "encoder.onnx"}
 
 
 SCENES = 128

@@ -27,7 +27,7 @@ from coprs_deploy.export.precision import FP32
 from coprs_deploy.specs import IMAGE_ENCODER
 
 WORKLOADS = "coprs_deploy.bench.answer_workloads"
-FUNCTION = "coprs_deploy.bench.worker:open_function"
+FUNCTION = "coprs_deploy.bench.worker:FunctionWorkload"
 
 COUNT, QUICK_COUNT = 16, 8
 """Number of scenes, used in turn."""
@@ -78,7 +78,7 @@ def plan_answer(fixtures: Fixtures) -> Planned:
         runtime, precision, device = kind
         name = f"{runtime_name(runtime, device, precision)}, {'cached' if cached else 'new'} image"
         settings = {"runtime": runtime, "device": device, "count": count}
-        settings |= {"cached": cached, "max_cached_images": count if cached else 0}
+        settings |= {"warms_cache": cached, "cached": count if cached else 0}
         target, make = f"{WORKLOADS}:open_requests", partial(prepare, runtime, precision)
         cases.append(Case(name, target, settings, model.labels(*kind), make, memory))
     baseline = f"coprs-deploy modules, PyTorch {version_of('torch')} eager cpu fp32"
@@ -108,7 +108,7 @@ def plan_policy(fixtures: Fixtures) -> Planned:
         name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
         settings = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
         settings |= {"library": library, "dtype": dtype, "device": device}
-        labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:open_policy_alone"
+        labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:PolicyWorkload"
         memory = model.request_bytes
         cases.append(Case(name, target, settings, model.labels(*labels), prepare, memory))
     baseline = cases[0].name if cases else None

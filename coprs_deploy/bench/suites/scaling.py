@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,70 +15,10 @@ RUNTIME = "onnxruntime"
 NUM_IMAGES, NUM_SIDE_IMAGES = 8, 4
 """Number of scenes, used in turn, and those of each size."""
 
-MANY_TARGETS = ExportVariant(targets=OptimizationProfile(1, 4, 16))
-MANY_IMAGES = ExportVariant(images=OptimizationProfile(1, 2, 8))
-
 COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
 
-
-@dataclass(frozen=True)
-class _Sweep:
-    """One parameter that grows, on one device."""
-
-    fixtures: Fixtures
-    device: str
-    parameter: str
-    title: str
-    values: Sequence[int] = COUNTS
-    name: str = "{0} {1}"
-
-    def graphs(self, model: Model, graph: str, variant: ExportVariant, is_large: bool) -> Group:
-        """Measure graphs of a bundle with a profile, on repeated inputs."""
-
-        def prepare(value: int) -> dict[str, Any]:
-            bundle = self.fixtures.bundle(model, RUNTIME, "fp32", variant)
-            return {"bundle": bundle, "inputs": self.fixtures.inputs(model)}
-
-        def case(value: int) -> tuple[dict[str, Any], int]:
-            memory = value * model.estimated_bytes if is_large else 700_000_000
-            return {"graph": graph, "runtime": RUNTIME, "repeat": value}, memory
-
-        return self._group(model, "graph_workloads:open_bundle_graphs", case, prepare)
-
-    def requests(self, function: str, num_scenes: int, **settings: Any) -> Group:
-        """Measure whole requests with the model's own bundle."""
-        model = self.fixtures.model
-
-        def prepare(value: int) -> dict[str, Any]:
-            side = value if self.parameter == "side" else None
-            reference = self.fixtures.scene_reference(num_scenes, side)
-            bundle = self.fixtures.bundle(model, RUNTIME, "fp32")
-            return {"bundle": bundle, "reference": reference}
-
-        def case(value: int) -> tuple[dict[str, Any], int]:
-            return {self.parameter: value, **settings}, model.request_bytes
-
-        return self._group(model, f"answer_workloads:{function}", case, prepare)
-
-    def _group(
-        self,
-        model: Model,
-        function: str,
-        case: Callable[[int], tuple[dict[str, Any], int]],
-        prepare: Callable[[int], dict[str, Any]],
-    ) -> Group:
-        cases = []
-        for value in self.values:
-            settings, memory = case(value)
-            name, target = self.name.format(value, self.parameter), f"coprs_deploy.bench.{function}"
-            labels = model.labels(RUNTIME, "fp32", self.device, **{self.parameter: value})
-            make = partial(prepare, value)
-            cases.append(
-                Case(name, target, settings | {"device": self.device}, labels, make, memory)
-            )
-        on_device = "" if self.device == "cpu" else f", on {self.device}"
-        name, baseline = f"{model.name}: {self.title}{on_device}", cases[0].name
-        return Group(name, tuple(cases), baseline, "as the name says", self.parameter)
+Prepare = Callable[[int], dict[str, Any]]
+"""Returns the settings of a case, given the value of its parameter."""
 
 
 def plan(fixtures: Fixtures) -> Planned:
@@ -87,18 +26,76 @@ def plan(fixtures: Fixtures) -> Planned:
     present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
     yield from skipped
     for _, device in present:
-        yield from _groups(fixtures, device)
+        for model in fixtures.models():
+            sweep = partial(_sweep, model, device, "graph_workloads:open_bundle_graphs")
+            variant = ExportVariant(targets=OptimizationProfile(1, 4, 16))
+            prepare = _graphs(fixtures, model, f"{PRIOR}+{MASK_DECODER}", variant)
+            title, values = "prior and mask decoder, targets on one image", (*COUNTS, 16)
+            yield sweep("targets", title, prepare=prepare, memory=[700_000_000] * 5, values=values)
+            variant = ExportVariant(images=OptimizationProfile(1, 2, 8))
+            prepare = _graphs(fixtures, model, IMAGE_ENCODER, variant)
+            memory = [value * model.estimated_bytes for value in COUNTS]
+            yield sweep(
+                "images", "image encoder, images in one call", prepare=prepare, memory=memory
+            )
+        sweep = partial(_sweep, fixtures.model, device)
+        requests, batch = "answer_workloads:open_requests", "answer_workloads:open_batch"
+        memory = [fixtures.model.request_bytes] * len(SIDES)
+        prepare = _requests(fixtures, "questions", NUM_IMAGES, count=NUM_IMAGES, cached=1)
+        title = "questions on one image, time of one"
+        yield sweep(requests, "questions", title, prepare=prepare, memory=memory)
+        prepare = _requests(fixtures, "images", max(COUNTS))
+        yield sweep(batch, "images", "images at once, time of one", prepare=prepare, memory=memory)
+        prepare = _requests(fixtures, "side", NUM_SIDE_IMAGES, count=NUM_SIDE_IMAGES)
+        yield sweep(
+            requests,
+            "side",
+            "side of the image in pixels",
+            prepare=prepare,
+            memory=memory,
+            values=SIDES,
+        )
 
 
-def _groups(fixtures: Fixtures, device: str) -> Iterator[Group]:
-    sweep = partial(_Sweep, fixtures, device)
-    targets = sweep("targets", "prior and mask decoder, targets on one image", (*COUNTS, 16))
-    images = sweep("images", "image encoder, images in one call")
-    for model in fixtures.models():
-        yield targets.graphs(model, f"{PRIOR}+{MASK_DECODER}", MANY_TARGETS, False)
-        yield images.graphs(model, IMAGE_ENCODER, MANY_IMAGES, True)
-    questions = sweep("questions", "questions on one image, time of one")
-    yield questions.requests("open_requests", NUM_IMAGES, count=NUM_IMAGES, max_cached_images=1)
-    yield sweep("images", "images at once, time of one").requests("open_batch", max(COUNTS))
-    sides = sweep("side", "side of the image in pixels", SIDES, "{0} x {0} pixels")
-    yield sides.requests("open_requests", NUM_SIDE_IMAGES, count=NUM_SIDE_IMAGES)
+def _graphs(fixtures: Fixtures, model: Model, graph: str, variant: ExportVariant) -> Prepare:
+    """Measure graphs of a bundle with a profile, on repeated inputs."""
+
+    def prepare(value: int) -> dict[str, Any]:
+        bundle, inputs = fixtures.bundle(model, RUNTIME, "fp32", variant), fixtures.inputs(model)
+        settings = {"bundle": bundle, "inputs": inputs, "graph": graph}
+        return {**settings, "runtime": RUNTIME, "repeat": value}
+
+    return prepare
+
+
+def _requests(fixtures: Fixtures, parameter: str, num_scenes: int, **settings: Any) -> Prepare:
+    """Measure whole requests with the model's own bundle."""
+
+    def prepare(value: int) -> dict[str, Any]:
+        reference = fixtures.scene_reference(num_scenes, value if parameter == "side" else None)
+        bundle = fixtures.bundle(fixtures.model, RUNTIME, "fp32")
+        return {"bundle": bundle, "reference": reference, parameter: value, **settings}
+
+    return prepare
+
+
+def _sweep(
+    model: Model,
+    device: str,
+    function: str,
+    parameter: str,
+    title: str,
+    *,
+    prepare: Prepare,
+    memory: Sequence[int],
+    values: Sequence[int] = COUNTS,
+) -> Group:
+    cases = []
+    for value, size in zip(values, memory, strict=False):
+        name = f"{value} x {value} pixels" if parameter == "side" else f"{value} {parameter}"
+        labels = model.labels(RUNTIME, "fp32", device, **{parameter: value})
+        target, settings = f"coprs_deploy.bench.{function}", {"device": device}
+        cases.append(Case(name, target, settings, labels, partial(prepare, value), size))
+    on_device = "" if device == "cpu" else f", on {device}"
+    name = f"{model.name}: {title}{on_device}"
+    return Group(name, tuple(cases), cases[0].name, "as the name says", parameter)
