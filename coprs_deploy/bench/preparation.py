@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy import conversion
@@ -18,7 +16,6 @@ from coprs_deploy.bench.report import Accuracy
 from coprs_deploy.checkpoint import (
     POLICY_DIRECTORY,
     SEGMENTATION_FILE,
-    Checkpoint,
     load_segmentation_model,
     read_checkpoint,
 )
@@ -31,14 +28,13 @@ from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.export.equivalence import run_graph
 from coprs_deploy.export.graph_writer import write_graph
 from coprs_deploy.export.precision import write_rounded_graph
-from coprs_deploy.export.samples import sample_inputs
-from coprs_deploy.images import PreparedImage, prepare_image, unpadded_size
+from coprs_deploy.export.samples import SampleInput, sample_inputs
+from coprs_deploy.images import prepare_image, unpadded_size
 from coprs_deploy.machine import peak_memory_bytes
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
     PRIOR,
-    Geometry,
     ValidRegion,
     graph_specs,
 )
@@ -106,43 +102,35 @@ def write_inputs(
     """Write ``0.safetensors`` and so on: inputs and float32 outputs of every graph.
 
     ``has_gt`` takes held-out scenes with their ground truth and the concentrations that the policy
-    finds, else images and concentrations are the random ones of the equivalence check, of one
-    aspect ratio or of several.
+    finds, without scenes in which it finds no target; else images and concentrations are the random
+    ones of the equivalence check, of one aspect ratio or of several.
     """
     reference = open_reference(checkpoint, bundle)
-    geometry, region = reference.geometry, None
+    geometry, found = reference.geometry, list[Values]()
     if has_gt:
         assert checkpoint is not None
-        samples = list(_scene_inputs(read_checkpoint(checkpoint), geometry, count))
+        with open_policy(read_checkpoint(checkpoint)) as policy:
+            asked = [(example, ask(policy, example).concentrations) for example in scenes(count)]
+        asked = [(example, vectors) for example, vectors in asked if len(vectors)]
+        found = [{"ground_truth": union(example.masks)} for example, _ in asked]
+        drawn = [SampleInput(prepare_image(e.image, geometry), v[-1:]) for e, v in asked]
     else:
+        region = None
         if aspect_ratio is not None:
             longest = unpadded_size(*aspect_ratio[::-1], geometry.image_size)
             region = ValidRegion(aspect_ratio, *longest)
         drawn = sample_inputs(geometry, reference.policy_hidden_size, valid_region=region)[:count]
-        samples = [_input(sample.prepared, sample.concentration) for sample in drawn]
+        found = [{} for _ in drawn]
+    for sample, values in zip(drawn, found, strict=True):
+        original_size = np.array(sample.prepared.original_size)
+        values |= {**sample.first_inputs(), "original_size": original_size}
     for name in GRAPH_NAMES:
         with reference.open(name) as runner:
-            for sample in samples:
-                sample[runner.spec.outputs[0].name] = np.asarray(run_graph(runner, sample))
+            for values in found:
+                values[runner.spec.outputs[0].name] = run_graph(runner, values)
     out.mkdir(parents=True, exist_ok=True)
-    for index, sample in enumerate(samples):
-        write_arrays(out / f"{index}.safetensors", sample)
-
-
-def _input(prepared: PreparedImage, concentration: NDArray[np.float32]) -> Values:
-    original_size, size = np.array(prepared.original_size), prepared.unpadded_size
-    sizes = {"unpadded_size": size, "original_size": original_size}
-    return {"image": prepared.image, "concentration": concentration, **sizes}
-
-
-def _scene_inputs(checkpoint: Checkpoint, geometry: Geometry, count: int) -> Iterator[Values]:
-    """Ask the policy; a scene in which it finds no target is skipped."""
-    with open_policy(checkpoint) as policy:
-        for example in scenes(count):
-            concentrations = ask(policy, example).concentrations
-            if len(concentrations):
-                sample = _input(prepare_image(example.image, geometry), concentrations[-1:])
-                yield sample | {"ground_truth": union(example.masks)}
+    for index, values in enumerate(found):
+        write_arrays(out / f"{index}.safetensors", values)
 
 
 def write_scenes(out: Path, checkpoint: Path, count: int, side: int | None) -> None:

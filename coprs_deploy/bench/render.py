@@ -6,15 +6,17 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.bench.report import CaseResult, GroupResult, Latency, Ratio, Report
+from coprs_deploy.bench.report import CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 
 
@@ -24,18 +26,16 @@ class Column(NamedTuple):
     head: str
     meaning: str
     field: str
-    form: Callable[[Any], str]
+    form: str | Callable[[Any], str]
 
     def cell(self, case: CaseResult) -> str:
         """Format the field of a case; empty where it has none."""
         value: Any = case
         for name in self.field.split("."):
             value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-        return "" if value is None else self.form(value)
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        if value is None:
+            return ""
+        return self.form.format(value) if isinstance(self.form, str) else self.form(value)
 
 
 def _interval(ends: tuple[float, float]) -> str:
@@ -47,65 +47,28 @@ COLUMNS = (
     Column("95 % CI", "confidence interval of the median", "latency.ci", _interval),
     Column("p90", "90th percentile", "latency.p90", format_ms),
     Column("p99", "99th percentile, or the slowest run", "latency.p99", format_ms),
-    Column("n", "measured runs", "latency.n", "{}".format),
-    Column("over baseline", "time over the baseline's; range over the rounds", "ratio", _ratio),
+    Column("n", "measured runs", "latency.n", "{}"),
+    Column("over baseline", "time over the baseline's; range over the rounds", "ratio", "{}"),
     Column("memory", "peak of the process", "peak_bytes", format_bytes),
     Column("GPU memory", "in use beyond the use before", "memory.device", format_bytes),
-    Column(
-        "embedding cosine", "smallest, with float32", "accuracy.embedding_cosine", "{:.6f}".format
-    ),
-    Column(
-        "vector cosine", "smallest, with float32", "accuracy.concentration_cosine", "{:.6f}".format
-    ),
-    Column(
-        "prior error", "over the largest logit", "accuracy.prior_relative_error", "{:.1e}".format
-    ),
-    Column("mask error", "over the largest logit", "accuracy.mask_relative_error", "{:.1e}".format),
-    Column(
-        "IoU float32", "mean, with the float32 masks", "accuracy.mask_iou_mean", "{:.5f}".format
-    ),
-    Column("min IoU", "smallest, with the float32 masks", "accuracy.mask_iou_min", "{:.4f}".format),
-    Column("gIoU", "mean IoU with the ground truth", "accuracy.giou", "{:.4f}".format),
-    Column("P@0.5", "share with IoU above 0.5", "accuracy.precision_at_50", "{:.3f}".format),
+    Column("embedding cosine", "smallest, with float32", "accuracy.embedding_cosine", "{:.6f}"),
+    Column("vector cosine", "smallest, with float32", "accuracy.concentration_cosine", "{:.6f}"),
+    Column("prior error", "over the largest logit", "accuracy.prior_relative_error", "{:.1e}"),
+    Column("mask error", "over the largest logit", "accuracy.mask_relative_error", "{:.1e}"),
+    Column("IoU float32", "mean, with the float32 masks", "accuracy.mask_iou_mean", "{:.5f}"),
+    Column("min IoU", "smallest, with the float32 masks", "accuracy.mask_iou_min", "{:.4f}"),
+    Column("gIoU", "mean IoU with the ground truth", "accuracy.giou", "{:.4f}"),
+    Column("P@0.5", "share with IoU above 0.5", "accuracy.precision_at_50", "{:.3f}"),
     Column("bundle", "size on disk", "metrics.size_bytes", format_bytes),
     Column("engines", "size of the engines", "metrics.engines_bytes", format_bytes),
-    Column("build", "time of the engine builds", "metrics.build_s", "{:.1f} s".format),
-    Column("check", "time of the equivalence check", "metrics.check_s", "{:.1f} s".format),
-    Column("export/weights", "peak memory", "metrics.export_peak_over_weights", "{:.2f} x".format),
-    Column(
-        "peak/weights",
-        "peak memory, with the check",
-        "metrics.peak_over_weights",
-        "{:.2f} x".format,
-    ),
-    Column("tokens/s", "decoding speed", "metrics.tokens_per_s", "{:.0f}".format),
-    Column("tokens", "median response length", "metrics.response_tokens", "{:.0f}".format),
+    Column("build", "time of the engine builds", "metrics.build_s", "{:.1f} s"),
+    Column("check", "time of the equivalence check", "metrics.check_s", "{:.1f} s"),
+    Column("export/weights", "peak memory", "metrics.export_peak_over_weights", "{:.2f} x"),
+    Column("peak/weights", "peak memory, with the check", "metrics.peak_over_weights", "{:.2f} x"),
+    Column("tokens/s", "decoding speed", "metrics.tokens_per_s", "{:.0f}"),
+    Column("tokens", "median response length", "metrics.response_tokens", "{:.0f}"),
 )
 """All columns; those without a cell are not shown."""
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1d21; --faint: #b9bcc4; --paper: #fff; --card: #f6f7f9;
-  --c0: #2563eb; --c1: #d97706; --c2: #059669; --c3: #b91c1c; --c4: #7c3aed; --c5: #0e7490;
-  --c6: #be185d; --c7: #57606a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ee; --faint: #565b66; --paper: #14161a;
-  --card: #1d2026; --c0: #7aa7ff; --c1: #f5b25c; --c2: #4fd1a1; --c3: #ff8585; --c4: #b79bff;
-  --c5: #5cc8df; --c6: #ff8fc2; --c7: #a3abb8; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 1.05rem; }
-p { max-width: 60rem; }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
-th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid var(--faint);
-  font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; min-width: 13rem; }
-td:nth-child(2):last-child, footer td { text-align: left; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
-  gap: 1rem; margin-top: 1rem; }
-.chart { margin: 0; padding: 0.8rem; background: var(--card); border-radius: 8px; }
-.chart p { font-size: 13px; font-weight: 600; } svg { display: block; width: 100%; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
-"""
 
 TEXT_WIDTH = 240
 """Columns of a terminal; it wraps or scrolls what is wider."""
@@ -153,13 +116,9 @@ def render_html(report: Report) -> str:
         + (f'<div class="charts">{charts(group)}</div>' if group else "")
         for lines, group in _sections(report)
     ]
+    page = resources.files("coprs_deploy.bench").joinpath("page.html").read_text("utf-8")
     title = escape(f"Benchmark: {report.tag}, {report.machine.kind}")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>\n{''.join(parts)}"
-        f"<footer>{tail}</footer></body></html>\n"
-    )
+    return Template(page).substitute(title=title, body="".join(parts), tail=tail)
 
 
 def _sections(report: Report) -> Iterator[tuple[list[str], GroupResult | None]]:

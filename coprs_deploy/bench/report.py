@@ -87,6 +87,9 @@ class Ratio(Record, frozen=True):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
 
 class CaseResult(Record, frozen=True):
     """Measurement of one case, or the error that prevented it.

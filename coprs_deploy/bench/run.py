@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from coprs_deploy.bench.case import TOTAL, Case, Group
+from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, gpu_name
 from coprs_deploy.bench.options import BenchOptions
 from coprs_deploy.bench.report import (
@@ -45,9 +45,7 @@ MAX_RUNS = 1000
 """Largest number of runs of a case in one round."""
 
 
-def run_benchmark(
-    options: BenchOptions, progress: Callable[[str], None] = lambda step: None
-) -> Report:
+def run_benchmark(options: BenchOptions, progress: Progress = lambda step: None) -> Report:
     """Select, filter, prepare and measure; ``progress`` is called with the name of each step.
 
     Raises:
@@ -57,12 +55,10 @@ def run_benchmark(
         if name not in SUITES:
             raise ValueError(f"suite is {name!r}; accepted: {', '.join(SUITES)}, all")
     with ExitStack() as stack:
-        if options.work_dir is None:
-            scratch = tempfile.TemporaryDirectory(prefix="coprs-bench-")
-            folder = Path(stack.enter_context(scratch))
-        else:
-            folder = options.work_dir
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = options.work_dir
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coprs-bench-")))
+        folder.mkdir(parents=True, exist_ok=True)
         fixtures = Fixtures(folder, options, progress)
         groups, skipped = plan(fixtures)
         if not groups:
@@ -80,7 +76,7 @@ def run_benchmark(
             model=fixtures.model.name,
             machine=machine_record(gpu_name()),
             groups=tuple(_without_paths(result, folder) for result in results),
-            skipped=_merge(skipped),
+            skipped=tuple(skipped),
         )
 
 
@@ -89,18 +85,20 @@ def plan(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
 
     Suites that need square scenes have none if the bundle takes others.
     """
-    model, groups, skipped = fixtures.model, list[Group](), list[Skipped]()
+    model, groups, skipped = fixtures.model, list[Group](), dict[tuple[str, str], Skipped]()
     for name in fixtures.options.suites or DEFAULT_SUITES:
+        planned: Planned = SUITES[name](fixtures)
         if model.variant.aspect_ratio and name in SCENE_SUITES:
             reason = f"its scenes are square, and the bundle is {model.variant.description}"
-            skipped.append(Skipped(model.name, reason, suite=name))
-            continue
-        for entry in SUITES[name](fixtures):
-            if isinstance(entry, Skipped):
-                skipped.append(msgspec.structs.replace(entry, suite=name))
-            elif (group := select(entry, fixtures.options.filter)).cases:
-                groups.append(replace(group, suite=name))
-    return groups, skipped
+            planned = iter([Skipped(model.name, reason)])
+        for entry in planned:
+            if isinstance(entry, Group):
+                groups.append(replace(select(entry, fixtures.options.filter), suite=name))
+            else:  # what several suites skip for one reason is named once
+                key = (entry.name, entry.reason)
+                suites = f"{skipped[key].suite}, {name}" if key in skipped else name
+                skipped[key] = msgspec.structs.replace(entry, suite=suites)
+    return [group for group in groups if group.cases], list(skipped.values())
 
 
 def select(group: Group, pattern: str) -> Group:
@@ -135,16 +133,6 @@ def _without_paths(result: GroupResult, folder: Path) -> GroupResult:
 
     cases = tuple(msgspec.structs.replace(c, error=clean(c.error)) for c in result.cases)
     return msgspec.structs.replace(result, cases=cases)
-
-
-def _merge(entries: list[Skipped]) -> tuple[Skipped, ...]:
-    """Name what several suites skip for one reason once."""
-    merged: dict[tuple[str, str], Skipped] = {}
-    for entry in entries:
-        known = merged.get((entry.name, entry.reason))
-        suites = entry.suite if known is None else f"{known.suite}, {entry.suite}"
-        merged[entry.name, entry.reason] = msgspec.structs.replace(entry, suite=suites)
-    return tuple(merged.values())
 
 
 @dataclass

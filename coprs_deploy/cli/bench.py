@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.bench.render import render_text, write_outputs
     from coprs_deploy.bench.report import read_report
     from coprs_deploy.bench.run import run_benchmark
-    from coprs_deploy.bench.suites.export import limit_violations
+    from coprs_deploy.bench.suites.graphs import limit_violations
 
     if arguments.render:
         report = read_report(arguments.render)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 
 from coprs_deploy.bench.case import Planned
 from coprs_deploy.bench.fixtures import Fixtures
-from coprs_deploy.bench.suites import export, graphs, requests, scaling
+from coprs_deploy.bench.suites import graphs, requests
 
 SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
     "engines": graphs.plan_engines,
     "answer": requests.plan_answer,
     "policy": requests.plan_policy,
     "start": requests.plan_start,
-    "scaling": scaling.plan,
-    "export": export.plan,
+    "scaling": requests.plan_scaling,
+    "export": graphs.plan_export,
     "precision": graphs.plan_precision,
 }
 """Function of each suite, by the name that users type."""
