@@ -40,7 +40,7 @@ STAGES = {
 
 
 def open_requests(
-    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 0, **settings: Any
+    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 1, **settings: Any
 ) -> Workload:
     """Open a bundle as a user does, with requests on held-out scenes in turn."""
     options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=cached)
@@ -53,10 +53,10 @@ def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
 
 
-def open_batch(bundle: Path, reference: SceneReference, images: int, device: str) -> Workload:
+def open_batch(bundle: Path, *, device: str, images: int, **settings: Any) -> Workload:
     """Open one request on each of several images; a run is all of them."""
     options = RuntimeOptions(device=device, max_cached_images=2)
-    return _BatchWorkload(CoPRS.load(bundle, options), reference, images)
+    return _BatchWorkload(CoPRS.load(bundle, options), **settings | {"count": images})
 
 
 class _RequestWorkload(Workload):

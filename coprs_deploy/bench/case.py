@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,10 +26,10 @@ class Case:
 
     Attributes:
         target: ``module:function`` or ``path.py:function``; called in the worker process with
-            ``settings`` (plain data) as keywords, it returns a :class:`Workload`.
+            ``settings`` as keywords, it returns a :class:`Workload`.
+        settings: plain data, or functions that make it once the filter has selected the case, and
+            may raise ``WorkerError``.
         labels: properties, as ``runtime``, ``precision``, ``device``.
-        prepare: make what the case needs and return further settings; called once the filter has
-            selected the case, and may raise ``WorkerError``.
         estimated_bytes: resident memory that the worker will need.
         error: why the case cannot be run here; empty otherwise.
     """
@@ -38,7 +38,6 @@ class Case:
     target: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    prepare: Callable[[], Mapping[str, Any]] | None = None
     estimated_bytes: int = 700_000_000
     error: str = ""
 

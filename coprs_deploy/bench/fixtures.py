@@ -305,15 +305,20 @@ class Fixtures:
         return open_bundle(made).path
 
     def export_options(
-        self, model: Model, runtime: str, precision: str, variant: ExportVariant | None = None
+        self,
+        model: Model,
+        runtime: str,
+        precision: str,
+        variant: ExportVariant = ExportVariant(),
+        gpus: tuple[str, ...] = (),
     ) -> ExportOptions:
-        """Return the options of an export; its policy is a reference."""
-        variant = variant or ExportVariant()
+        """Return the options of an export, whose policy is a reference."""
         return ExportOptions(
             runtime=runtime,
             precision=precision,
             external_policy=True,
             overwrite=True,
+            compute_capabilities=gpus,
             calibration_images=self._calibration(model, variant) if precision == INT8 else None,
             **asdict(variant),
         )

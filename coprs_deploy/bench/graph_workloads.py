@@ -7,10 +7,9 @@ session of ONNX Runtime and OpenVINO.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +20,8 @@ from coprs_deploy.bundle import Bundle, read_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.conversion.peer_encoder import segment_anything_encoder
 from coprs_deploy.engines import Runner, RunnerOptions, open_graph
-from coprs_deploy.engines.torch_runner import TorchRunner, TorchTensor
+from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, graph_specs
-
-if TYPE_CHECKING:
-    import torch
 
 TORCH_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -51,7 +47,7 @@ def open_bundle_graphs(
     for name in GRAPH_NAMES if graph == ALL_GRAPHS else graph.split("+"):
         record, path = opened.manifest.graphs[name], opened.graph_path(name)
         runners[name] = open_graph(runtime, path, record.spec, options, record.engine)
-    return _RunnerWorkload(runners, inputs, device, repeat)
+    return _open_runners(runners, inputs, device, repeat)
 
 
 def open_rounded_graphs(checkpoint: Path, folder: Path, inputs: GraphReference) -> Workload:
@@ -60,7 +56,7 @@ def open_rounded_graphs(checkpoint: Path, folder: Path, inputs: GraphReference) 
     specs = graph_specs(config.geometry, config.policy_hidden_size)
     paths = {name: folder / f"{name}.onnx" for name in GRAPH_NAMES}
     runners = {n: open_graph("onnxruntime", p, specs[n], options) for n, p in paths.items()}
-    return _RunnerWorkload(runners, inputs)
+    return _open_runners(runners, inputs)
 
 
 def open_module(
@@ -73,13 +69,20 @@ def open_module(
     compiled: bool = False,
     segment_anything: bool = False,
 ) -> Workload:
-    """Open a graph, or all three, as PyTorch modules; or segment-anything's own image encoder."""
+    """Open a graph, or all three, as PyTorch modules; or segment-anything's own image encoder.
+
+    In another precision, inputs are cast to it and outputs back, as in a graph.
+    """
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     source, options = read_checkpoint(checkpoint), RunnerOptions(device=device)
     config, dtype = source.config.model, getattr(torch, TORCH_TYPES[precision])
+
+    def cast(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.to(dtype) if each.is_floating_point() else each for each in arguments)
+
     modules: Mapping[str, Any]
     if segment_anything:
         modules = {IMAGE_ENCODER: segment_anything_encoder(source)}
@@ -88,9 +91,10 @@ def open_module(
     specs, runners = graph_specs(config.geometry, config.policy_hidden_size), {}
     for name in modules if graph == ALL_GRAPHS else [graph]:
         module: Any = torch.compile(modules[name]) if compiled else modules[name]
-        runners[name] = _TypedRunner(module.to(dtype), specs[name], options)
-        runners[name].dtype = dtype
-    return _RunnerWorkload(runners, inputs, device)
+        module.register_forward_pre_hook(cast)
+        module.register_forward_hook(lambda _, arguments, output: output.float())
+        runners[name] = TorchRunner(module.to(dtype), specs[name], options)
+    return _open_runners(runners, inputs, device)
 
 
 def open_exported_onnxruntime(
@@ -106,7 +110,7 @@ def open_exported_onnxruntime(
     session = onnxruntime.InferenceSession(path, providers=[(name, options)])
     if session.get_providers()[0] != name:
         raise RuntimeError(f"ONNX Runtime chose {session.get_providers()[0]}, not {name}")
-    return _CallWorkload(lambda image: session.run(None, {"image": image})[0], inputs)
+    return _open_call(lambda image: session.run(None, {"image": image})[0], inputs)
 
 
 def open_exported_openvino(
@@ -117,14 +121,51 @@ def open_exported_openvino(
 
     hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
     request = openvino_core().compile_model(path, device.upper(), hint).create_infer_request()
-    return _CallWorkload(lambda image: request.infer({"image": image})[0], inputs)
+    return _open_call(lambda image: request.infer({"image": image})[0], inputs)
+
+
+def _open_call(call: Callable[[Any], Any], inputs: GraphReference) -> Workload:
+    """Open a function from the image to the embedding, host arrays in and out."""
+    return _GraphWorkload(lambda sample: {"image_embedding": call(sample["image"])}, inputs)
+
+
+def _open_runners(
+    runners: Mapping[str, Runner], inputs: GraphReference, device: str = "cpu", repeat: int = 1
+) -> Workload:
+    """Open runners in a row: each is fed with the inputs and the outputs of those before it."""
+    row, owned = list(runners.values()), list(runners.values())
+    if PRIOR in runners and MASK_DECODER in runners:
+        fused = runners[PRIOR].fused_with(runners[MASK_DECODER])
+        if fused is not None:  # as a request runs them
+            row[-2:] = [fused]
+            owned.insert(0, fused)
+
+    def call(sample: Values) -> Mapping[str, Any]:
+        known: dict[str, Any] = dict(sample)
+        outputs: dict[str, Any] = {}
+        for runner in row:
+            outputs |= runner(**{tensor.name: known[tensor.name] for tensor in runner.spec.inputs})
+            known |= outputs
+        if device.startswith("cuda"):  # a run ends when the device has finished
+            import torch
+
+            torch.cuda.synchronize()
+        return outputs
+
+    return _GraphWorkload(call, inputs, repeat, owned)
 
 
 class _GraphWorkload(Workload):
-    """Graphs, measured with the first of the inputs."""
+    """A function of graph inputs, measured with the first of them."""
 
-    def __init__(self, inputs: GraphReference, repeat: int = 1) -> None:
-        self._inputs, self._repeat = inputs, repeat
+    def __init__(
+        self,
+        call: Callable[[Values], Mapping[str, Any]],
+        inputs: GraphReference,
+        repeat: int = 1,
+        owned: Sequence[Runner] = (),
+    ) -> None:
+        self._call, self._inputs, self._repeat, self._owned = call, inputs, repeat, owned
         self._first = self._repeated(next(read_inputs(inputs.folder)))
 
     def _repeated(self, sample: Values) -> Values:
@@ -133,88 +174,20 @@ class _GraphWorkload(Workload):
         names = ("image", "concentration")
         return sample | {n: np.repeat(sample[n][:1], self._repeat, axis=0) for n in names}
 
-    @abstractmethod
-    def _outputs(self, sample: Values) -> Mapping[str, Any]:
-        """Return arrays, or tensors of a device, by name."""
+    def run(self) -> Mapping[str, float]:
+        self._call(self._first)
+        return {}
 
-    def _arrays(self, sample: Values) -> Values:
+    def _outputs(self, sample: Values) -> Values:
         """Return the outputs of a sample on the host; of a repeated one, the last."""
-        outputs = self._outputs(self._repeated(sample))
-        found = {name: v if isinstance(v, np.ndarray) else v.numpy() for name, v in outputs.items()}
+        outputs = self._call(self._repeated(sample)).items()
+        found = {name: v if isinstance(v, np.ndarray) else v.numpy() for name, v in outputs}
         last = slice(-1, None) if self._repeat > 1 else slice(None)
         return {name: value[last].astype(np.float32) for name, value in found.items()}
 
     def finish(self) -> Mapping[str, Any]:
-        return {"accuracy": self._inputs.accuracy(self._arrays)}
-
-
-class _RunnerWorkload(_GraphWorkload):
-    """Runners in a row: each is fed with the inputs and with the outputs of those before it.
-
-    On CUDA a run ends when the device has finished.
-    """
-
-    def __init__(
-        self,
-        runners: Mapping[str, Runner],
-        inputs: GraphReference,
-        device: str = "cpu",
-        repeat: int = 1,
-    ) -> None:
-        super().__init__(inputs, repeat)
-        self._runners, self._on_gpu = list(runners.values()), device.startswith("cuda")
-        self._owned = list(self._runners)
-        if PRIOR in runners and MASK_DECODER in runners:
-            fused = runners[PRIOR].fused_with(runners[MASK_DECODER])
-            if fused is not None:  # as a request runs them
-                self._runners[-2:] = [fused]
-                self._owned.insert(0, fused)
-
-    def run(self) -> Mapping[str, float]:
-        self._outputs(self._first)
-        if self._on_gpu:
-            import torch
-
-            torch.cuda.synchronize()
-        return {}
-
-    def _outputs(self, sample: Values) -> Mapping[str, Any]:
-        known: dict[str, Any] = dict(sample)
-        outputs: dict[str, Any] = {}
-        for runner in self._runners:
-            outputs |= runner(**{tensor.name: known[tensor.name] for tensor in runner.spec.inputs})
-            known |= outputs
-        return outputs
+        return {"accuracy": self._inputs.accuracy(self._outputs)}
 
     def close(self) -> None:
         for runner in self._owned:
             runner.close()
-
-
-class _TypedRunner(TorchRunner):
-    """A module in another precision; inputs are cast to it and outputs back, as in a graph."""
-
-    dtype: torch.dtype
-
-    def _tensor(self, value: Any) -> torch.Tensor:
-        tensor = super()._tensor(value)
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
-    def _run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        outputs: dict[str, Any] = dict(super()._run(inputs))
-        return {name: TorchTensor(value.tensor.float()) for name, value in outputs.items()}
-
-
-class _CallWorkload(_GraphWorkload):
-    """A function from the image to the embedding, host arrays in and out."""
-
-    def __init__(self, call: Callable[[Any], Any], inputs: GraphReference) -> None:
-        super().__init__(inputs)
-        self._call = call
-
-    def run(self) -> Mapping[str, float]:
-        self._call(self._first["image"])
-        return {}
-
-    def _outputs(self, sample: Values) -> Mapping[str, Any]:
-        return {"image_embedding": np.array(self._call(sample["image"]))}

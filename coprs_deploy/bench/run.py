@@ -11,7 +11,6 @@ import datetime
 import re
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +53,8 @@ def run_benchmark(options: BenchOptions, progress: Progress = lambda step: None)
     for name in options.suites:
         if name not in SUITES:
             raise ValueError(f"suite is {name!r}; accepted: {', '.join(SUITES)}, all")
-    with ExitStack() as stack:
-        folder = options.work_dir
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coprs-bench-")))
+    with tempfile.TemporaryDirectory(prefix="coprs-bench-") as scratch:
+        folder = options.work_dir or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         fixtures = Fixtures(folder, options, progress)
         groups, skipped = plan(fixtures)
@@ -116,10 +113,10 @@ def prepare(group: Group) -> Group:
 
     def prepared(case: Case) -> Case:
         try:
-            made = case.prepare() if case.prepare is not None and not case.error else {}
+            made = {name: v() if callable(v) else v for name, v in case.settings.items()}
         except WorkerError as error:
             return replace(case, error=str(error))
-        return replace(case, settings={**case.settings, **made})
+        return replace(case, settings=made)
 
     return replace(group, cases=tuple(prepared(case) for case in group.cases))
 

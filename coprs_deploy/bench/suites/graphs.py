@@ -8,9 +8,10 @@ measured in time, peak memory and size on disk.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from coprs_deploy.bench.case import Case, Group, Planned
@@ -89,28 +90,15 @@ class _GroupCases:
         return f"{what}, PyTorch {version_of('torch')} {mode} {self.device} {precision}"
 
     def _case(
-        self,
-        name: str,
-        function: str,
-        kind: tuple[str, str],
-        make: Callable[[], dict[str, Any]] = dict,
-        **more: object,
+        self, name: str, function: str, kind: tuple[str, str], settings: Any, **more: object
     ) -> Case:
         """Describe a case of a kind: runtime and precision; ``more`` are labels."""
-
-        def prepare() -> dict[str, Any]:
-            return {"inputs": self.fixtures.inputs(self.model), **make()}
-
+        inputs = partial(self.fixtures.inputs, self.model)
         labels = self.model.labels(*kind, self.device, graph=self.graph, **more)
         library = TORCH_BYTES if function == "open_module" else RUNTIME_BYTES
         memory, target = self.model.estimated_bytes + library, f"{WORKLOADS}:{function}"
-        return Case(name, target, {"device": self.device}, labels, prepare, memory)
-
-    def _bundle(self, runtime: str, precision: str, *form: Any) -> dict[str, Any]:
-        matmul, variant = form
-        bundle = self.fixtures.bundle(self.model, runtime, precision, variant)
-        settings = {"bundle": bundle, "graph": self.graph, "runtime": runtime}
-        return {**settings, "inference_precision": matmul}
+        shared = {"device": self.device, "inputs": inputs}
+        return Case(name, target, shared | settings, labels, memory)
 
     def graph_cases(self, runtimes: list[str]) -> Iterator[Case]:
         """List a case for each runtime, precision, matmul precision and variant."""
@@ -124,9 +112,11 @@ class _GroupCases:
                 lower, shape = matmul if matmul != FP32 else "", variant.description
                 words = [runtime_name(kind[0], self.device, kind[1])]
                 words += [f"matmul in {lower}"] * bool(lower) + [shape] * bool(shape)
-                make = partial(self._bundle, *kind, matmul, variant)
+                bundle = partial(self.fixtures.bundle, self.model, *kind, variant)
+                settings = {"bundle": bundle, "graph": self.graph, "runtime": kind[0]}
+                settings["inference_precision"] = matmul
                 labels = {"matmul_precision": lower, "aspect_ratio": shape}
-                yield self._case(", ".join(words), "open_bundle_graphs", kind, make, **labels)
+                yield self._case(", ".join(words), "open_bundle_graphs", kind, settings, **labels)
 
     def peer_cases(self) -> Iterator[Case]:
         """List PyTorch for every graph; for the image encoder also segment-anything's own."""
@@ -146,27 +136,24 @@ class _GroupCases:
         exported = [("onnxruntime", FP32)]
         for runtime, precision in exported + [("openvino", p) for p in here] * (not on_gpu):
             version = f"{runtime} {runtime_version(runtime)} {self.device} {precision}"
-            name, kind = (
-                f"{own}, torch.onnx.export, {version}",
-                (f"segment-anything {runtime}", precision),
-            )
-            make = partial(self._export_segment_anything, precision)
-            yield self._case(name, f"open_exported_{runtime}", kind, make)
+            name = f"{own}, torch.onnx.export, {version}"
+            settings = {"precision": precision, "path": self._export_segment_anything}
+            kind = (f"segment-anything {runtime}", precision)
+            yield self._case(name, f"open_exported_{runtime}", kind, settings)
 
     def _torch(self, mode: str, precision: str, peer: str = "") -> Case:
-        def settings() -> dict[str, Any]:
-            settings = {"checkpoint": self.model.checkpoint, "graph": self.graph}
-            settings |= {"precision": precision, "compiled": mode == "compile"}
-            return settings | {"segment_anything": bool(peer)}
-
+        settings = {"checkpoint": partial(self.fixtures.weights, self.model), "graph": self.graph}
+        settings |= {"precision": precision, "compiled": mode == "compile"}
+        settings["segment_anything"] = bool(peer)
         name = self.torch_name(mode, precision, peer or "coprs-deploy module")
         kind = ("segment-anything " * bool(peer) + f"torch {mode}", precision)
         return self._case(name, "open_module", kind, settings)
 
-    def _export_segment_anything(self, precision: str) -> dict[str, Any]:
-        checkpoint, names = self.model.checkpoint, (self.model.name, self.model.fingerprint)
+    def _export_segment_anything(self) -> Path:
+        checkpoint = self.fixtures.weights(self.model)
+        names = (self.model.name, self.model.fingerprint)
         made = self.fixtures.make("export_segment_anything", *names, checkpoint=checkpoint)
-        return {"precision": precision, "path": made / "encoder.onnx"}
+        return made / "encoder.onnx"
 
 
 SCENES = 128
@@ -174,23 +161,21 @@ SCENES = 128
 
 def plan_precision(fixtures: Fixtures) -> Planned:
     """Plan a case for each precision of the requested model."""
-    model, settings = fixtures.model, {"checkpoint": fixtures.model.checkpoint}
+    model, cases = fixtures.model, []
     if model.checkpoint is None:
-        reason = "the graphs are made from a checkpoint; name it with --checkpoint"
-        yield Skipped(model.name, reason)
+        yield Skipped(
+            model.name, "the graphs are made from a checkpoint; name it with --checkpoint"
+        )
         return
-
-    def prepare(precision: str) -> dict[str, Any]:
-        names = (model.name, precision, model.fingerprint)
-        folder = fixtures.make("write_rounded_graphs", *names, precision=precision, **settings)
-        inputs = fixtures.inputs(model, SCENES if model.has_gt else None)
-        return {"folder": folder, "inputs": inputs}
-
-    target, cases = "coprs_deploy.bench.graph_workloads:open_rounded_graphs", []
+    inputs = partial(fixtures.inputs, model, SCENES if model.has_gt else None)
     for precision in (FP32, FP16, BF16):
+        made = {"checkpoint": model.checkpoint, "precision": precision}
+        names = (model.name, precision, model.fingerprint)
+        folder = partial(fixtures.make, "write_rounded_graphs", *names, **made)
+        settings = {"checkpoint": model.checkpoint, "folder": folder, "inputs": inputs}
         labels = model.labels(precision=precision, graph=ALL_GRAPHS)
-        name, make = f"{precision}, explicit roundings", partial(prepare, precision)
-        cases.append(Case(name, target, settings, labels, make))
+        name, target = f"{precision}, explicit roundings", f"{WORKLOADS}:open_rounded_graphs"
+        cases.append(Case(name, target, settings, labels))
     yield Group(f"{model.name}: half precision", tuple(cases), unit="one input", runs=0)
 
 
@@ -230,13 +215,14 @@ def plan_export(fixtures: Fixtures) -> Planned:
 
 
 def _conversion(fixtures: Fixtures, model: Model) -> Case:
-    def prepare() -> dict[str, Any]:
+    def sam() -> Path:
         checkpoint, name = fixtures.weights(model), f"sam_{model.name}.pth"
-        sam = fixtures.make("write_sam_weights", name, checkpoint=checkpoint)
-        return {"checkpoint": checkpoint, "sam": sam, "out": fixtures.folder / "converted"}
+        return fixtures.make("write_sam_weights", name, checkpoint=checkpoint)
 
-    function, labels = {"function": f"{PREPARATION}:convert"}, model.labels(CONVERT)
-    return Case("convert, policy and sam_vit file", FUNCTION, function, labels, prepare, ALONE)
+    settings = {"function": f"{PREPARATION}:convert", "out": fixtures.folder / "converted"}
+    settings |= {"sam": sam, "checkpoint": partial(fixtures.weights, model)}
+    name = "convert, policy and sam_vit file"
+    return Case(name, FUNCTION, settings, model.labels(CONVERT), ALONE)
 
 
 def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> Case:
@@ -244,15 +230,10 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     gpus = COMPUTE_CAPABILITIES if without_gpu else ()
     name = f"export, {runtime} {runtime_version(runtime)} {precision}"
     name += f" for {', '.join(gpus)}" if gpus else ""
-
-    def prepare() -> dict[str, Any]:
-        options = fixtures.export_options(model, runtime, precision)
-        options = replace(options, compute_capabilities=gpus)
-        out = fixtures.folder / "exported"
-        return {"checkpoint": fixtures.weights(model), "out": out, "options": options}
-
-    function, labels = {"function": f"{PREPARATION}:export_bundle"}, (runtime, precision)
-    return Case(name, FUNCTION, function, model.labels(*labels), prepare, ALONE)
+    options = partial(fixtures.export_options, model, runtime, precision, gpus=gpus)
+    settings = {"function": f"{PREPARATION}:export_bundle", "out": fixtures.folder / "exported"}
+    settings |= {"options": options, "checkpoint": partial(fixtures.weights, model)}
+    return Case(name, FUNCTION, settings, model.labels(runtime, precision), ALONE)
 
 
 def limit_violations(report: Report) -> list[str]:

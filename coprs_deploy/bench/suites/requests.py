@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,30 +63,25 @@ def plan_answer(fixtures: Fixtures) -> Planned:
     model, is_quick = fixtures.model, fixtures.options.is_quick
     present, skipped = runtimes_here(fixtures.options.devices)
     yield from skipped
-    count = QUICK_COUNT if is_quick else COUNT
-
-    def refer() -> dict[str, Any]:
-        return {"reference": fixtures.scene_reference(count)}
-
-    def prepare(runtime: str, precision: str) -> dict[str, Any]:
-        return refer() | {"bundle": fixtures.bundle(model, runtime, precision)}
-
+    count, memory = QUICK_COUNT if is_quick else COUNT, model.request_bytes
+    shared = {"count": count, "reference": partial(fixtures.scene_reference, count)}
     # What a lower precision costs and gains shows in the graphs; the policy stays the same.
     kinds = [(*kind, d) for r, d in present for kind in precisions(model, [r])]
     kinds = [kind for kind in kinds if model.checkpoint is None or kind[1] == FP32]
-    cases, memory = [], model.request_bytes
+    cases = []
     for kind, cached in itertools.product(kinds, (False,) if is_quick else (False, True)):
         runtime, precision, device = kind
         name = f"{runtime_name(runtime, device, precision)}, {'cached' if cached else 'new'} image"
-        settings = {"runtime": runtime, "device": device, "count": count}
-        settings |= {"warms_cache": cached, "cached": count if cached else 0}
-        target, make = f"{WORKLOADS}:open_requests", partial(prepare, runtime, precision)
-        cases.append(Case(name, target, settings, model.labels(*kind), make, memory))
+        settings = {**shared, "runtime": runtime, "device": device, "warms_cache": cached}
+        settings["bundle"] = partial(fixtures.bundle, model, runtime, precision)
+        settings["cached"] = count if cached else 0
+        target = f"{WORKLOADS}:open_requests"
+        cases.append(Case(name, target, settings, model.labels(*kind), memory))
     baseline = f"coprs-deploy modules, PyTorch {version_of('torch')} eager cpu fp32"
     if model.checkpoint is not None:
         target, labels = f"{WORKLOADS}:open_torch_requests", ("torch eager", FP32, "cpu")
-        settings = {"checkpoint": model.checkpoint, "count": count}
-        cases.append(Case(baseline, target, settings, model.labels(*labels), refer, memory))
+        settings = {**shared, "checkpoint": model.checkpoint}
+        cases.append(Case(baseline, target, settings, model.labels(*labels), memory))
     yield Group(f"{model.name}: whole requests", tuple(cases), baseline, "one request")
 
 
@@ -100,18 +95,14 @@ def plan_policy(fixtures: Fixtures) -> Planned:
     for entry in entries:
         if not entry.is_available:
             yield Skipped(entry.name, entry.detail, entry.remedy)
-
-    def prepare() -> dict[str, Any]:
-        return {"reference": fixtures.scene_reference(QUICK_COUNT)}
-
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
     for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):
         name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
         settings = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
         settings |= {"library": library, "dtype": dtype, "device": device}
+        settings["reference"] = partial(fixtures.scene_reference, QUICK_COUNT)
         labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:PolicyWorkload"
-        memory = model.request_bytes
-        cases.append(Case(name, target, settings, model.labels(*labels), prepare, memory))
+        cases.append(Case(name, target, settings, model.labels(*labels), model.request_bytes))
     baseline = cases[0].name if cases else None
     yield Group(f"{model.name}: policy", tuple(cases), baseline, "one response")
 
@@ -121,24 +112,19 @@ def plan_start(fixtures: Fixtures) -> Planned:
     model, options = fixtures.model, fixtures.options
     assert model.bundle is not None
     graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
+    present, skipped = runtimes_here(options.devices, graph.runtime)
+    yield from skipped
     cases = []
     for name, code in (("import coprs_deploy", IMPORT), ("coprs-deploy, arguments parsed", PARSE)):
         settings = {"function": f"{__name__}:run_code", "code": code}
         cases.append(Case(name, FUNCTION, settings, model.labels(device="cpu")))
-    present, skipped = runtimes_here(options.devices, graph.runtime)
-    yield from skipped
-
-    def prepare() -> dict[str, Any]:
-        return {"reference": fixtures.scene_reference(1)}
-
     for _, device in present:
         on_device = "" if device == "cpu" else f" {device}"
         name = f"first mask, {graph.runtime}{on_device} {graph.precision}"
-        function = {"function": f"{__name__}:segment_first", "device": device}
         labels = model.labels(graph.runtime, graph.precision, device)
-        cases.append(
-            Case(name, FUNCTION, function | {"bundle": str(model.bundle)}, labels, prepare)
-        )
+        settings = {"function": f"{__name__}:segment_first", "bundle": str(model.bundle)}
+        first = {"device": device, "reference": partial(fixtures.scene_reference, 1)}
+        cases.append(Case(name, FUNCTION, settings | first, labels))
     runs = QUICK_RUNS if options.is_quick else RUNS
     yield Group(f"{model.name}: start", tuple(cases), unit="one process, to its end", runs=runs)
 
@@ -171,13 +157,14 @@ def segment_first(bundle: str, device: str, reference: SceneReference) -> dict[s
 
 RUNTIME = "onnxruntime"
 
-NUM_IMAGES, NUM_SIDE_IMAGES = 8, 4
-"""Number of scenes, used in turn, and those of each size."""
-
 COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
 
-Prepare = Callable[[int], dict[str, Any]]
-"""Returns the settings of a case, given the value of its parameter."""
+REQUEST_SWEEPS = (
+    ("questions", COUNTS, 8, "open_requests", "questions on one image, time of one"),
+    ("images", COUNTS, 8, "open_batch", "images at once, time of one"),
+    ("side", SIDES, 4, "open_requests", "side of the image in pixels"),
+)
+"""Parameter, its values, number of scenes, workload, and title."""
 
 
 def plan_scaling(fixtures: Fixtures) -> Planned:
@@ -186,75 +173,50 @@ def plan_scaling(fixtures: Fixtures) -> Planned:
     yield from skipped
     for _, device in present:
         for model in fixtures.models():
-            sweep = partial(_sweep, model, device, "graph_workloads:open_bundle_graphs")
+            values, title = (*COUNTS, 16), "prior and mask decoder, targets on one image"
             variant = ExportVariant(targets=OptimizationProfile(1, 4, 16))
-            prepare = _graphs(fixtures, model, f"{PRIOR}+{MASK_DECODER}", variant)
-            title, values = "prior and mask decoder, targets on one image", (*COUNTS, 16)
-            yield sweep("targets", title, prepare=prepare, memory=[700_000_000] * 5, values=values)
-            variant = ExportVariant(images=OptimizationProfile(1, 2, 8))
-            prepare = _graphs(fixtures, model, IMAGE_ENCODER, variant)
+            each = _repeated(fixtures, model, f"{PRIOR}+{MASK_DECODER}", variant, values)
+            yield _sweep(model, device, "targets", title, each, [700_000_000] * len(values))
             memory = [value * model.estimated_bytes for value in COUNTS]
-            yield sweep(
-                "images", "image encoder, images in one call", prepare=prepare, memory=memory
-            )
-        sweep = partial(_sweep, fixtures.model, device)
-        requests, batch = "answer_workloads:open_requests", "answer_workloads:open_batch"
-        memory = [fixtures.model.request_bytes] * len(SIDES)
-        prepare = _requests(fixtures, "questions", NUM_IMAGES, count=NUM_IMAGES, cached=1)
-        title = "questions on one image, time of one"
-        yield sweep(requests, "questions", title, prepare=prepare, memory=memory)
-        prepare = _requests(fixtures, "images", max(COUNTS))
-        yield sweep(batch, "images", "images at once, time of one", prepare=prepare, memory=memory)
-        prepare = _requests(fixtures, "side", NUM_SIDE_IMAGES, count=NUM_SIDE_IMAGES)
-        yield sweep(
-            requests,
-            "side",
-            "side of the image in pixels",
-            prepare=prepare,
-            memory=memory,
-            values=SIDES,
-        )
+            variant = ExportVariant(images=OptimizationProfile(1, 2, 8))
+            each = _repeated(fixtures, model, IMAGE_ENCODER, variant, COUNTS)
+            title = "image encoder, images in one call"
+            yield _sweep(model, device, "images", title, each, memory)
+        model = fixtures.model
+        for parameter, values, count, function, title in REQUEST_SWEEPS:
+            shared = {"bundle": partial(fixtures.bundle, model, RUNTIME, FP32), "count": count}
+            each = {}
+            for value in values:
+                side = value if parameter == "side" else None
+                reference = partial(fixtures.scene_reference, count, side)
+                settings = {**shared, "reference": reference, parameter: value}
+                each[value] = (f"{WORKLOADS}:{function}", settings)
+            memory = [model.request_bytes] * len(values)
+            yield _sweep(model, device, parameter, title, each, memory)
 
 
-def _graphs(fixtures: Fixtures, model: Model, graph: str, variant: ExportVariant) -> Prepare:
-    """Measure graphs of a bundle with a profile, on repeated inputs."""
-
-    def prepare(value: int) -> dict[str, Any]:
-        bundle, inputs = fixtures.bundle(model, RUNTIME, "fp32", variant), fixtures.inputs(model)
-        settings = {"bundle": bundle, "inputs": inputs, "graph": graph}
-        return {**settings, "runtime": RUNTIME, "repeat": value}
-
-    return prepare
+Settings = Mapping[int, tuple[str, dict[str, Any]]]
+"""Target and settings by value of the parameter."""
 
 
-def _requests(fixtures: Fixtures, parameter: str, num_scenes: int, **settings: Any) -> Prepare:
-    """Measure whole requests with the model's own bundle."""
-
-    def prepare(value: int) -> dict[str, Any]:
-        reference = fixtures.scene_reference(num_scenes, value if parameter == "side" else None)
-        bundle = fixtures.bundle(fixtures.model, RUNTIME, "fp32")
-        return {"bundle": bundle, "reference": reference, parameter: value, **settings}
-
-    return prepare
+def _repeated(
+    fixtures: Fixtures, model: Model, graph: str, variant: ExportVariant, values: Sequence[int]
+) -> Settings:
+    """Describe graphs of a bundle with a profile, on repeated inputs."""
+    shared = {"graph": graph, "runtime": RUNTIME, "inputs": partial(fixtures.inputs, model)}
+    shared["bundle"] = partial(fixtures.bundle, model, RUNTIME, FP32, variant)
+    target = "coprs_deploy.bench.graph_workloads:open_bundle_graphs"
+    return {value: (target, {**shared, "repeat": value}) for value in values}
 
 
 def _sweep(
-    model: Model,
-    device: str,
-    function: str,
-    parameter: str,
-    title: str,
-    *,
-    prepare: Prepare,
-    memory: Sequence[int],
-    values: Sequence[int] = COUNTS,
+    model: Model, device: str, parameter: str, title: str, each: Settings, memory: Sequence[int]
 ) -> Group:
     cases = []
-    for value, size in zip(values, memory, strict=False):
+    for (value, (target, settings)), size in zip(each.items(), memory, strict=True):
         name = f"{value} x {value} pixels" if parameter == "side" else f"{value} {parameter}"
-        labels = model.labels(RUNTIME, "fp32", device, **{parameter: value})
-        target, settings = f"coprs_deploy.bench.{function}", {"device": device}
-        cases.append(Case(name, target, settings, labels, partial(prepare, value), size))
+        labels = model.labels(RUNTIME, FP32, device, **{parameter: value})
+        cases.append(Case(name, target, {**settings, "device": device}, labels, size))
     on_device = "" if device == "cpu" else f", on {device}"
     name = f"{model.name}: {title}{on_device}"
     return Group(name, tuple(cases), cases[0].name, "as the name says", parameter)
