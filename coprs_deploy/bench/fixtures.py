@@ -20,7 +20,7 @@ from coprs_deploy.bundle import (
     open_bundle,
     read_manifest,
 )
-from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE, read_checkpoint
+from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
@@ -86,9 +86,6 @@ def missing_builders(devices: tuple[str, ...]) -> list[Skipped]:
             skipped.append(Skipped(name, str(error)))
     return skipped
 
-
-DEMO_INPUTS = 16
-"""Number of the demo model's inputs for accuracy."""
 
 RANDOM_MODELS = {
     "tiny": (3, 1_300_000),
@@ -170,17 +167,16 @@ class Model:
         A ViT-B of 375 MB peaks near 2 GB, a ViT-H of 2.5 GB near 7 GB.
         """
         stored = self.weights_bytes
-        if self.checkpoint is not None and not self.is_random:
+        if self.checkpoint is not None and not stored:
             stored = (self.checkpoint / SEGMENTATION_FILE).stat().st_size
         return 100_000_000 + (1_000_000_000 + 5 * stored // 2 if stored > 50_000_000 else 0)
 
     @property
     def request_bytes(self) -> int:
         """Memory of a process with libraries, graphs and policy."""
-        folder = self.checkpoint / POLICY_DIRECTORY if self.checkpoint is not None else None
-        if folder is None and self.bundle is not None:
-            folder = self.bundle / read_manifest(self.bundle).policy.path
-        policy = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
+        assert self.bundle is not None
+        folder = self.bundle / read_manifest(self.bundle).policy.path
+        policy = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return 600_000_000 + self.estimated_bytes + 6 * policy // 5
 
     @cached_property
@@ -214,7 +210,7 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
         ValueError: it was exported from another checkpoint.
     """
     if bundle is None:
-        return Model("demo", demo.CHECKPOINT, demo.BUNDLE, DEMO_INPUTS, has_gt=True)
+        return Model("demo", demo.CHECKPOINT, demo.BUNDLE, num_inputs=16, has_gt=True)
     manifest = open_bundle(bundle).manifest
     if checkpoint is not None:
         found = read_checkpoint(checkpoint).fingerprint()
@@ -238,12 +234,12 @@ class Fixtures:
 
     def models(self) -> list[Model]:
         """Return the sizes with random weights, or else the requested model."""
-        sizes = ((size, *RANDOM_MODELS[size]) for size in self.options.sizes)
-        folder = self.folder
-        return [
-            Model(size, folder / f"random_checkpoint-{size}", None, count, weights_bytes=weights)
-            for size, count, weights in sizes
-        ] or [self.model]
+        models = []
+        for size in self.options.sizes:
+            count, weights = RANDOM_MODELS[size]
+            checkpoint = self.folder / f"random_checkpoint-{size}"
+            models.append(Model(size, checkpoint, None, count, weights_bytes=weights))
+        return models or [self.model]
 
     def make(self, function: str, *names: object, **settings: Any) -> Path:
         """Make a file or folder by a function of :mod:`coprs_deploy.bench.preparation`, once.
@@ -255,18 +251,19 @@ class Fixtures:
             WorkerError: it failed, now or when it was first called in this run.
         """
         out = self.folder / re.sub(r"[^\w.]+", "-", " ".join(map(str, (function, *names))))
-        unfinished = out.with_name(f"unfinished-{out.name}")
-        if out in self._errors:
-            raise self._errors[out]
-        if not out.exists():
+        if not out.exists() and out not in self._errors:
             self.progress(" ".join([function.replace("_", " "), *map(str, names)]))
-            target = f"coprs_deploy.bench.preparation:{function}"
+            target, unfinished = (
+                f"coprs_deploy.bench.preparation:{function}",
+                f"unfinished-{out.name}",
+            )
             try:
-                call_once(target, PREPARE_TIMEOUT_S, out=unfinished, **settings)
+                call_once(target, PREPARE_TIMEOUT_S, out=self.folder / unfinished, **settings)
+                (self.folder / unfinished).rename(out)
             except WorkerError as error:
                 self._errors[out] = error
-                raise
-            unfinished.rename(out)
+        if out in self._errors:
+            raise self._errors[out]
         return out
 
     def weights(self, model: Model) -> Path:
@@ -295,14 +292,13 @@ class Fixtures:
         alike = [runtime] if is_engine else ["onnxruntime", "openvino"]
         if model.bundle is not None and model.holds(alike, precision, variant):
             return model.bundle
-        checkpoint, gpu = self.weights(model), current_gpu()
-        options = self.export_options(model, runtime, precision, variant)
+        settings = {"checkpoint": self.weights(model)}
         names = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
-        if is_engine and gpu is not None:
+        if is_engine and (gpu := current_gpu()) is not None:
             names += [runtime_version(runtime), gpu.compute_capability]
-        settings = {"checkpoint": checkpoint, "options": options}
-        made = self.make("export_bundle", *names, model.fingerprint, **settings)
-        return open_bundle(made).path
+        options = self.export_options(model, runtime, precision, variant)
+        names.append(model.fingerprint)
+        return open_bundle(self.make("export_bundle", *names, options=options, **settings)).path
 
     def export_options(
         self,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.bench.report import CaseResult, GroupResult, Latency, Report
+from coprs_deploy.bench.report import Accuracy, CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 
 
@@ -191,10 +191,13 @@ def charts(group: GroupResult) -> str:
         drawn.append(_chart("Every run, median and 95 % interval", *_runs(timed)))
     if staged := [case for case in group.cases if case.stages]:
         drawn.append(_chart("Stages, medians", *_stages(staged)))
-    pairs = [(case, latency, _loss(case)) for case, latency in timed]
-    compared = [(case, latency, loss) for case, latency, loss in pairs if loss is not None]
-    is_exact = all(loss <= SMALLEST_ERROR for *_, loss in compared)
-    if not (is_exact or group.parameter):  # cases of another size are no peers
+    compared = []
+    for case, latency in timed if not group.parameter else ():  # other sizes are no peers
+        accuracy = case.accuracy or Accuracy(0)
+        iou = 1.0 if accuracy.mask_iou_mean is None else accuracy.mask_iou_mean
+        loss = accuracy.mask_relative_error
+        compared.append((case, latency, max(0.0, 1 - iou) if loss is None else loss))
+    if any(loss > SMALLEST_ERROR for *_, loss in compared):
         drawn.append(_chart("Speed against accuracy", *_accuracy(compared)))
     return "".join(drawn)
 
@@ -277,16 +280,6 @@ def _stages(staged: Sequence[CaseResult]) -> tuple[float, list[str]]:
         x, at = LEFT + number % 2 * 260, y + number // 2 * 16
         parts += [_bar(x, at - 8, 9, 9, number), _text(x + 14, at, name)]
     return y + 16 * ((len(names) + 1) // 2), parts
-
-
-def _loss(case: CaseResult) -> float | None:
-    """Return the finest measure of the distance from float32."""
-    accuracy = case.accuracy
-    if accuracy is None:
-        return None
-    if accuracy.mask_relative_error is not None:
-        return accuracy.mask_relative_error
-    return None if accuracy.mask_iou_mean is None else max(0.0, 1 - accuracy.mask_iou_mean)
 
 
 def _accuracy(compared: Sequence[tuple[CaseResult, Latency, float]]) -> tuple[float, list[str]]:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -28,9 +29,6 @@ from coprs_deploy.bench.case import TOTAL, Workload
 from coprs_deploy.closing import Closeable
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.machine import peak_memory_bytes
-
-MAX_ERROR_LENGTH = 400
-"""Number of characters of an error that a report keeps."""
 
 SERVE = "from coprs_deploy.bench.worker import main; main()"
 
@@ -70,7 +68,7 @@ class Worker(Closeable):
         except (EOFError, OSError):
             raise WorkerError(self._exit_error()) from None
         if error:
-            raise WorkerError(_shortened(error))
+            raise WorkerError(_one_line(error))
         return result
 
     def pause(self) -> None:
@@ -103,12 +101,12 @@ class Worker(Closeable):
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         reason += " (out of memory?)" if -code == signal.SIGKILL else ""
-        return _shortened(": ".join([f"the process ended with {reason}", *last]))
+        return _one_line(": ".join([f"the process ended with {reason}", *last]))
 
 
-def _shortened(error: str) -> str:
-    line = " ".join(error.split())
-    return line if len(line) <= MAX_ERROR_LENGTH else line[: MAX_ERROR_LENGTH - 3] + "..."
+def _one_line(error: str) -> str:
+    """Shorten an error to one line of a table."""
+    return textwrap.shorten(error, 400, placeholder="...")
 
 
 def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whole requests by stage, the policy alone, the start of a process, and what grows with a number."""
+"""Whole requests by stage, the policy alone, the start of a process, and scaling sweeps."""
 
 from __future__ import annotations
 
@@ -173,15 +173,16 @@ def plan_scaling(fixtures: Fixtures) -> Planned:
     yield from skipped
     for _, device in present:
         for model in fixtures.models():
-            values, title = (*COUNTS, 16), "prior and mask decoder, targets on one image"
+            values, memory = (*COUNTS, 16), [700_000_000] * 5
+            title = "prior and mask decoder, targets on one image"
             variant = ExportVariant(targets=OptimizationProfile(1, 4, 16))
             each = _repeated(fixtures, model, f"{PRIOR}+{MASK_DECODER}", variant, values)
-            yield _sweep(model, device, "targets", title, each, [700_000_000] * len(values))
+            yield _sweep(model, device, "targets", title=title, each=each, memory=memory)
             memory = [value * model.estimated_bytes for value in COUNTS]
             variant = ExportVariant(images=OptimizationProfile(1, 2, 8))
             each = _repeated(fixtures, model, IMAGE_ENCODER, variant, COUNTS)
             title = "image encoder, images in one call"
-            yield _sweep(model, device, "images", title, each, memory)
+            yield _sweep(model, device, "images", title=title, each=each, memory=memory)
         model = fixtures.model
         for parameter, values, count, function, title in REQUEST_SWEEPS:
             shared = {"bundle": partial(fixtures.bundle, model, RUNTIME, FP32), "count": count}
@@ -192,7 +193,7 @@ def plan_scaling(fixtures: Fixtures) -> Planned:
                 settings = {**shared, "reference": reference, parameter: value}
                 each[value] = (f"{WORKLOADS}:{function}", settings)
             memory = [model.request_bytes] * len(values)
-            yield _sweep(model, device, parameter, title, each, memory)
+            yield _sweep(model, device, parameter, title=title, each=each, memory=memory)
 
 
 Settings = Mapping[int, tuple[str, dict[str, Any]]]
@@ -210,8 +211,9 @@ def _repeated(
 
 
 def _sweep(
-    model: Model, device: str, parameter: str, title: str, each: Settings, memory: Sequence[int]
+    model: Model, device: str, parameter: str, *, title: str, each: Settings, memory: Sequence[int]
 ) -> Group:
+    """Describe the cases of a sweep, each with its memory."""
     cases = []
     for (value, (target, settings)), size in zip(each.items(), memory, strict=True):
         name = f"{value} x {value} pixels" if parameter == "side" else f"{value} {parameter}"
