@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ STAGES = {
 
 
 def open_requests(
-    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 1, **settings: Any
+    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 2, **settings: Any
 ) -> Workload:
     """Open a bundle as a user does, with requests on held-out scenes in turn."""
     options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=cached)
@@ -53,16 +53,11 @@ def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
 
 
-def open_batch(bundle: Path, *, device: str, images: int, **settings: Any) -> Workload:
-    """Open one request on each of several images; a run is all of them."""
-    options = RuntimeOptions(device=device, max_cached_images=2)
-    return _BatchWorkload(CoPRS.load(bundle, options), **settings | {"count": images})
-
-
 class _RequestWorkload(Workload):
     """Requests on ``count`` scenes, one after the other; the mean of ``questions`` on each counts.
 
-    ``side`` enlarges the images. ``warms_cache`` computes the embeddings of all scenes before.
+    ``images`` is a number of scenes on which requests are made at once; a run is all of them.
+    ``side`` enlarges scenes. ``warms_cache`` computes the embeddings of all scenes before.
     """
 
     def __init__(
@@ -73,15 +68,21 @@ class _RequestWorkload(Workload):
         *,
         warms_cache: bool = False,
         questions: int = 1,
+        images: int = 0,
         side: int | None = None,
     ) -> None:
         self._coprs, self._reference, self._questions = coprs, reference, questions
-        self._scenes, self._tokens = scenes(count, side), list[int]()
+        self._scenes, self._tokens = scenes(images or count, side), list[int]()
+        self._at_once = images > 0
         self._next = itertools.cycle(self._scenes)
         for scene in self._scenes if warms_cache else ():
             coprs.segment(scene.image, "the circle", max_new_tokens=1)
 
     def run(self) -> Mapping[str, float]:
+        if self._at_once:
+            start = time.perf_counter()
+            self._results()
+            return {TOTAL: 1e3 * (time.perf_counter() - start) / len(self._scenes)}
         scene = next(self._next)
         results = [
             self._coprs.segment(scene.image, scene.instruction) for _ in range(self._questions)
@@ -90,9 +91,12 @@ class _RequestWorkload(Workload):
         stages = [stage_times(result.timings) for result in results]
         return {name: sum(each[name] for each in stages) / len(stages) for name in stages[0]}
 
-    def _results(self) -> Iterable[SegmentationResult]:
+    def _results(self) -> list[SegmentationResult]:
         """Return a result on every scene."""
-        return (self._coprs.segment(each.image, each.instruction) for each in self._scenes)
+        requests = [(scene.image, scene.instruction) for scene in self._scenes]
+        if self._at_once:  # the next image is encoded meanwhile
+            return list(self._coprs.segment_many(requests))
+        return [self._coprs.segment(*request) for request in requests]
 
     def finish(self) -> Mapping[str, Any]:
         """Compare the mask of every scene; report the length of responses."""
@@ -105,19 +109,6 @@ class _RequestWorkload(Workload):
 
     def close(self) -> None:
         self._coprs.close()
-
-
-class _BatchWorkload(_RequestWorkload):
-    """One request on each of several images, the next of which is encoded meanwhile."""
-
-    def run(self) -> Mapping[str, float]:
-        start = time.perf_counter()
-        for _ in self._results():
-            pass
-        return {TOTAL: 1e3 * (time.perf_counter() - start) / len(self._scenes)}
-
-    def _results(self) -> Iterable[SegmentationResult]:
-        return self._coprs.segment_many([(s.image, s.instruction) for s in self._scenes])
 
 
 def stage_times(timings: Timings) -> dict[str, float]:

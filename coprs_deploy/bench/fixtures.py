@@ -14,12 +14,7 @@ from coprs_deploy.bench.accuracy import GraphReference, SceneReference
 from coprs_deploy.bench.options import BenchOptions
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
-from coprs_deploy.bundle import (
-    TRT_VARIANT_NAMES,
-    Manifest,
-    open_bundle,
-    read_manifest,
-)
+from coprs_deploy.bundle import TRT_VARIANT_NAMES, Manifest, open_bundle, read_manifest
 from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
@@ -187,13 +182,6 @@ class Model:
         assert self.bundle is not None
         return read_manifest(self.bundle).checkpoint_fingerprint[:12]
 
-    def holds(self, runtimes: list[str], precision: str, variant: ExportVariant) -> bool:
-        """Whether its own bundle has such graphs."""
-        if self.bundle is None or variant != self.variant:
-            return False
-        graph = read_manifest(self.bundle).graphs[IMAGE_ENCODER]
-        return graph.runtime in runtimes and graph.precision == precision
-
     def labels(
         self, runtime: str = "", precision: str = "", device: str = "", **more: object
     ) -> dict[str, str]:
@@ -290,8 +278,10 @@ class Fixtures:
         """
         variant, is_engine = variant or model.variant, runtime in TRT_VARIANT_NAMES
         alike = [runtime] if is_engine else ["onnxruntime", "openvino"]
-        if model.bundle is not None and model.holds(alike, precision, variant):
-            return model.bundle
+        if model.bundle is not None and variant == model.variant:
+            graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
+            if graph.runtime in alike and graph.precision == precision:
+                return model.bundle
         settings = {"checkpoint": self.weights(model)}
         names = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
         if is_engine and (gpu := current_gpu()) is not None:

@@ -28,7 +28,6 @@ class BenchOptions:
         min_time_s: measured time of a case, all rounds together.
         rounds: number of rounds.
         max_rounds: number of rounds while a median is not yet stable.
-        stable_within: half-width of the median's 95 % interval that counts as stable, as a share.
         warmup_s: unmeasured time before the first round; at least two runs, or one longer run.
         case_timeout_s: seconds after which opening a case, or one run, is given up.
         max_memory_bytes: memory of the cases of a group that are open side by side.
@@ -49,7 +48,6 @@ class BenchOptions:
     min_time_s: float = 3.0
     rounds: int = 3
     max_rounds: int = 5
-    stable_within: float = 0.03
     warmup_s: float = 1.0
     case_timeout_s: float = 120.0
     max_memory_bytes: int = 4_000_000_000

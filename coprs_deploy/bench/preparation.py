@@ -31,13 +31,7 @@ from coprs_deploy.export.precision import write_rounded_graph
 from coprs_deploy.export.samples import SampleInput, sample_inputs
 from coprs_deploy.images import prepare_image, unpadded_size
 from coprs_deploy.machine import peak_memory_bytes
-from coprs_deploy.specs import (
-    GRAPH_NAMES,
-    IMAGE_ENCODER,
-    PRIOR,
-    ValidRegion,
-    graph_specs,
-)
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, PRIOR, ValidRegion, graph_specs
 
 
 def export_bundle(out: Path, checkpoint: Path, options: ExportOptions) -> dict[str, Any]:

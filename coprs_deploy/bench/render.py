@@ -194,9 +194,10 @@ def charts(group: GroupResult) -> str:
     compared = []
     for case, latency in timed if not group.parameter else ():  # other sizes are no peers
         accuracy = case.accuracy or Accuracy(0)
-        iou = 1.0 if accuracy.mask_iou_mean is None else accuracy.mask_iou_mean
         loss = accuracy.mask_relative_error
-        compared.append((case, latency, max(0.0, 1 - iou) if loss is None else loss))
+        if loss is None and accuracy.mask_iou_mean is not None:
+            loss = max(0.0, 1 - accuracy.mask_iou_mean)
+        compared += [(case, latency, loss)] if loss is not None else []
     if any(loss > SMALLEST_ERROR for *_, loss in compared):
         drawn.append(_chart("Speed against accuracy", *_accuracy(compared)))
     return "".join(drawn)

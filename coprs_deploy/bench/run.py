@@ -40,6 +40,9 @@ Progress = Callable[[str], None]
 SHORT_RUN_MS = 200
 """Shorter runs are preceded by an unmeasured one in every round."""
 
+STABLE_WITHIN = 0.03
+"""Half-width of the median's 95 % interval that counts as stable, as a share."""
+
 MAX_RUNS = 1000
 """Largest number of runs of a case in one round."""
 
@@ -194,7 +197,8 @@ class _Measurement:
     def run(self) -> None:
         """Run all rounds, each beginning with another case, and then measure accuracy."""
         for number in range(self._max_rounds if self._alive else 0):
-            if self._side_by_side and number >= self._min_rounds and self._is_stable():
+            stable = (r.error or is_stable(r.milliseconds(), STABLE_WITHIN) for r in self._alive)
+            if self._side_by_side and number >= self._min_rounds and all(stable):
                 break
             first, is_last = number % len(self._alive), number == self._max_rounds - 1
             for running in self._alive[first:] + self._alive[:first]:
@@ -225,10 +229,6 @@ class _Measurement:
         except WorkerError as error:
             running.error = str(error)
             running.close()
-
-    def _is_stable(self) -> bool:
-        within = self._options.stable_within
-        return all(r.error or is_stable(r.milliseconds(), within) for r in self._alive)
 
     def _open(self, running: _Running) -> None:
         case, warmup_s = running.case, self._options.warmup_s
@@ -269,9 +269,8 @@ class _Measurement:
     def result(self) -> GroupResult:
         """Summarize what was measured."""
         group = self._group
-        method = "interleaved rounds, " + (
-            "side by side" if self._side_by_side else "each case opened again"
-        )
+        method = "interleaved rounds, "
+        method += "side by side" if self._side_by_side else "each case opened again"
         if group.runs == 0:
             method = "one case after the other, no time is measured"
         elif len(self._alive) <= 1:

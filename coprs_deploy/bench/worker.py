@@ -119,9 +119,6 @@ def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:
         return worker.call(target, timeout_s, **settings)
 
 
-PR_SET_PDEATHSIG = 1
-"""From ``linux/prctl.h``."""
-
 _workloads: list[Workload] = []
 
 
@@ -129,16 +126,14 @@ def main() -> None:
     """Serve the connection of the file descriptor in the first argument until it is closed."""
     _die_with_parent()
     connection = Connection(int(sys.argv[1]))
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             target, settings = connection.recv()
-        except EOFError:
-            break
-        try:
-            response = (load_target(target)(**settings), "")
-        except Exception as error:  # whatever it is, it becomes the error of the case
-            response = (None, f"{type(error).__name__}: {error}")
-        connection.send(response)
+            try:
+                response = (load_target(target)(**settings), "")
+            except Exception as error:  # whatever it is, it becomes the error of the case
+                response = (None, f"{type(error).__name__}: {error}")
+            connection.send(response)
     for workload in _workloads:
         workload.close()
 
@@ -148,7 +143,7 @@ def _die_with_parent() -> None:
     parent = os.getppid()
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
         if os.getppid() != parent:  # it was gone before the kernel knew
             os.kill(os.getpid(), signal.SIGKILL)
 

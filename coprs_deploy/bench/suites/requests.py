@@ -160,11 +160,11 @@ RUNTIME = "onnxruntime"
 COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
 
 REQUEST_SWEEPS = (
-    ("questions", COUNTS, 8, "open_requests", "questions on one image, time of one"),
-    ("images", COUNTS, 8, "open_batch", "images at once, time of one"),
-    ("side", SIDES, 4, "open_requests", "side of the image in pixels"),
+    ("questions", COUNTS, 8, "questions on one image, time of one"),
+    ("images", COUNTS, 8, "images at once, time of one"),
+    ("side", SIDES, 4, "side of the image in pixels"),
 )
-"""Parameter, its values, number of scenes, workload, and title."""
+"""Parameter, its values, number of scenes, and title."""
 
 
 def plan_scaling(fixtures: Fixtures) -> Planned:
@@ -184,14 +184,14 @@ def plan_scaling(fixtures: Fixtures) -> Planned:
             title = "image encoder, images in one call"
             yield _sweep(model, device, "images", title=title, each=each, memory=memory)
         model = fixtures.model
-        for parameter, values, count, function, title in REQUEST_SWEEPS:
+        for parameter, values, count, title in REQUEST_SWEEPS:
             shared = {"bundle": partial(fixtures.bundle, model, RUNTIME, FP32), "count": count}
             each = {}
             for value in values:
                 side = value if parameter == "side" else None
                 reference = partial(fixtures.scene_reference, count, side)
                 settings = {**shared, "reference": reference, parameter: value}
-                each[value] = (f"{WORKLOADS}:{function}", settings)
+                each[value] = (f"{WORKLOADS}:open_requests", settings)
             memory = [model.request_bytes] * len(values)
             yield _sweep(model, device, parameter, title=title, each=each, memory=memory)
 

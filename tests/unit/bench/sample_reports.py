@@ -50,6 +50,6 @@ def report(*cases, tag="demo", date="2026-11-25", **changes):
             commit="0123abcd",
         ),
         groups=(group,),
-        skipped=(Skipped("engines", "tensorrt", "not installed", "pip install tensorrt"),),
+        skipped=(Skipped("tensorrt", "not installed", "pip install tensorrt", "engines"),),
     )
     return msgspec.structs.replace(made, **changes)
