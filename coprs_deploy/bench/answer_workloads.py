@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
 
 
+@dataclass
 class _RequestWorkload(Workload):
     """Requests on ``count`` scenes, one after the other; the mean of ``questions`` on each counts.
 
@@ -60,32 +61,29 @@ class _RequestWorkload(Workload):
     ``side`` enlarges scenes. ``warms_cache`` computes the embeddings of all scenes before.
     """
 
-    def __init__(
-        self,
-        coprs: CoPRS,
-        reference: SceneReference,
-        count: int,
-        *,
-        warms_cache: bool = False,
-        questions: int = 1,
-        images: int = 0,
-        side: int | None = None,
-    ) -> None:
-        self._coprs, self._reference, self._questions = coprs, reference, questions
-        self._scenes, self._tokens = scenes(images or count, side), list[int]()
-        self._at_once = images > 0
+    coprs: CoPRS
+    reference: SceneReference
+    count: int
+    warms_cache: bool = False
+    questions: int = 1
+    images: int = 0
+    side: int | None = None
+
+    def __post_init__(self) -> None:
+        self._scenes = scenes(self.images or self.count, self.side)
+        self._tokens: list[int] = []
         self._next = itertools.cycle(self._scenes)
-        for scene in self._scenes if warms_cache else ():
-            coprs.segment(scene.image, "the circle", max_new_tokens=1)
+        for scene in self._scenes if self.warms_cache else ():
+            self.coprs.segment(scene.image, "the circle", max_new_tokens=1)
 
     def run(self) -> Mapping[str, float]:
-        if self._at_once:
+        if self.images:
             start = time.perf_counter()
             self._results()
             return {TOTAL: 1e3 * (time.perf_counter() - start) / len(self._scenes)}
         scene = next(self._next)
         results = [
-            self._coprs.segment(scene.image, scene.instruction) for _ in range(self._questions)
+            self.coprs.segment(scene.image, scene.instruction) for _ in range(self.questions)
         ]
         self._tokens += [result.timings.response_tokens for result in results]
         stages = [stage_times(result.timings) for result in results]
@@ -94,9 +92,9 @@ class _RequestWorkload(Workload):
     def _results(self) -> list[SegmentationResult]:
         """Return a result on every scene."""
         requests = [(scene.image, scene.instruction) for scene in self._scenes]
-        if self._at_once:  # the next image is encoded meanwhile
-            return list(self._coprs.segment_many(requests))
-        return [self._coprs.segment(*request) for request in requests]
+        if self.images:  # the next image is encoded meanwhile
+            return list(self.coprs.segment_many(requests))
+        return [self.coprs.segment(*request) for request in requests]
 
     def finish(self) -> Mapping[str, Any]:
         """Compare the mask of every scene; report the length of responses."""
@@ -105,10 +103,10 @@ class _RequestWorkload(Workload):
             found[f"{index}.mask"] = result.mask
             found[f"{index}.ground_truth"] = union(scene.masks)
         tokens = {"response_tokens": float(np.median(self._tokens))} if self._tokens else {}
-        return {"metrics": tokens, "accuracy": self._reference.accuracy(found)}
+        return {"metrics": tokens, "accuracy": self.reference.accuracy(found)}
 
     def close(self) -> None:
-        self._coprs.close()
+        self.coprs.close()
 
 
 def stage_times(timings: Timings) -> dict[str, float]:
@@ -120,22 +118,22 @@ def stage_times(timings: Timings) -> dict[str, float]:
     return {TOTAL: timings.total_ms, **stages}
 
 
+@dataclass
 class PolicyWorkload(Workload):
     """The policy of a checkpoint by a library, without any graph, on scenes in turn."""
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        reference: SceneReference,
-        count: int,
-        *,
-        library: str,
-        dtype: str,
-        device: str = "cpu",
-    ) -> None:
-        self._policy = open_policy(read_checkpoint(checkpoint), dtype, library, device)
-        self._checkpoint, self._reference, self._scenes = checkpoint, reference, scenes(count)
-        self._next, self._metrics = itertools.cycle(self._scenes), dict[str, list[float]]()
+    checkpoint: Path
+    reference: SceneReference
+    count: int
+    library: str
+    dtype: str
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        source = read_checkpoint(self.checkpoint)
+        self._policy = open_policy(source, self.dtype, self.library, self.device)
+        self._scenes, self._metrics = scenes(self.count), dict[str, list[float]]()
+        self._next = itertools.cycle(self._scenes)
 
     def run(self) -> Mapping[str, float]:
         """Ask about the next scene."""
@@ -147,9 +145,9 @@ class PolicyWorkload(Workload):
 
     def finish(self) -> Mapping[str, Any]:
         """Compare concentrations, and their masks by float32 graphs; report tokens per second."""
-        found = scene_outputs(self._policy, open_reference(self._checkpoint), self._scenes)
+        found = scene_outputs(self._policy, open_reference(self.checkpoint), self._scenes)
         metrics = {name: float(np.median(values)) for name, values in self._metrics.items()}
-        return {"metrics": metrics, "accuracy": self._reference.accuracy(found)}
+        return {"metrics": metrics, "accuracy": self.reference.accuracy(found)}
 
     def close(self) -> None:
         """Free the policy."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from coprs_deploy import demo
 from coprs_deploy.bench.accuracy import GraphReference, SceneReference
-from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench.case import BenchOptions
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
 from coprs_deploy.bundle import TRT_VARIANT_NAMES, Manifest, open_bundle, read_manifest
@@ -23,7 +23,7 @@ from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.machine import installed_versions
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, OptimizationProfile
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR
 
 
 def version_of(*packages: str) -> str:
@@ -102,33 +102,22 @@ ALL_GRAPHS = "all three graphs"
 """Stands for the name of a graph where all of them run, one after the other."""
 
 
-@dataclass(frozen=True)
-class ExportVariant:
-    """Variant of an export, see :class:`coprs_deploy.export.ExportOptions`."""
+def variant_of(manifest: Manifest) -> ExportOptions:
+    """Return the options that make the graphs of a bundle static, and fit them to images."""
+    encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
+    return ExportOptions(
+        targets=prior.targets,
+        images=encoder.images,
+        aspect_ratio=encoder.valid_region.aspect_ratio if encoder.valid_region else None,
+        drop_padding=encoder.drops_padding,
+    )
 
-    targets: OptimizationProfile = field(default_factory=OptimizationProfile)
-    images: OptimizationProfile = field(default_factory=OptimizationProfile)
-    aspect_ratio: tuple[int, int] | None = None
-    drop_padding: bool = False
 
-    @property
-    def description(self) -> str:
-        """The fixed aspect ratio in words; empty for any."""
-        if self.aspect_ratio is None:
-            return ""
-        return "for {}:{}".format(*self.aspect_ratio) + " without padding" * self.drop_padding
-
-    @property
-    def suffix(self) -> str:
-        """End of the names of its folders."""
-        return f"{self.targets.max}x{self.images.max} {self.description}".strip()
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> ExportVariant:
-        """Return the variant of a bundle."""
-        encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
-        aspect_ratio = encoder.valid_region.aspect_ratio if encoder.valid_region else None
-        return cls(prior.targets, encoder.images, aspect_ratio, encoder.drops_padding)
+def shape_words(variant: ExportOptions) -> str:
+    """Describe a fixed aspect ratio; empty for any."""
+    if variant.aspect_ratio is None:
+        return ""
+    return "for {}:{}".format(*variant.aspect_ratio) + " without padding" * variant.drop_padding
 
 
 @dataclass(frozen=True)
@@ -148,7 +137,7 @@ class Model:
     num_inputs: int = 3
     has_gt: bool = False
     weights_bytes: int = 0
-    variant: ExportVariant = ExportVariant()
+    variant: ExportOptions = field(default_factory=ExportOptions)
 
     @property
     def is_random(self) -> bool:
@@ -207,7 +196,7 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
                 f"--checkpoint {checkpoint} ({found[:12]}) is not what {bundle} was exported from "
                 f"({manifest.checkpoint_fingerprint[:12]}); name that one, or leave it out"
             )
-    return Model(bundle.resolve().name, checkpoint, bundle, variant=ExportVariant.of(manifest))
+    return Model(bundle.resolve().name, checkpoint, bundle, variant=variant_of(manifest))
 
 
 class Fixtures:
@@ -267,7 +256,7 @@ class Fixtures:
         return self.make("random_checkpoint", model.name, sam=model.name)
 
     def bundle(
-        self, model: Model, runtime: str, precision: str, variant: ExportVariant | None = None
+        self, model: Model, runtime: str, precision: str, variant: ExportOptions | None = None
     ) -> Path:
         """Return a bundle for a runtime: the model's own, an earlier export or a new one.
 
@@ -283,7 +272,7 @@ class Fixtures:
             if graph.runtime in alike and graph.precision == precision:
                 return model.bundle
         settings = {"checkpoint": self.weights(model)}
-        names = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
+        names = [model.name, runtime if is_engine else "onnx", precision, _suffix(variant)]
         if is_engine and (gpu := current_gpu()) is not None:
             names += [runtime_version(runtime), gpu.compute_capability]
         options = self.export_options(model, runtime, precision, variant)
@@ -291,25 +280,15 @@ class Fixtures:
         return open_bundle(self.make("export_bundle", *names, options=options, **settings)).path
 
     def export_options(
-        self,
-        model: Model,
-        runtime: str,
-        precision: str,
-        variant: ExportVariant = ExportVariant(),
-        gpus: tuple[str, ...] = (),
+        self, model: Model, runtime: str, precision: str, variant: ExportOptions | None = None
     ) -> ExportOptions:
-        """Return the options of an export, whose policy is a reference."""
-        return ExportOptions(
-            runtime=runtime,
-            precision=precision,
-            external_policy=True,
-            overwrite=True,
-            compute_capabilities=gpus,
-            calibration_images=self._calibration(model, variant) if precision == INT8 else None,
-            **asdict(variant),
-        )
+        """Complete the options of an export, whose policy is a reference."""
+        variant = variant or ExportOptions()
+        images = self._calibration(model, variant) if precision == INT8 else None
+        kind = {"runtime": runtime, "precision": precision, "calibration_images": images}
+        return replace(variant, external_policy=True, overwrite=True, **kind)
 
-    def _calibration(self, model: Model, variant: ExportVariant) -> Path:
+    def _calibration(self, model: Model, variant: ExportOptions) -> Path:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""
         if self.options.calibration is not None:
             return self.options.calibration
@@ -324,7 +303,7 @@ class Fixtures:
         source = {"checkpoint": model.checkpoint and self.weights(model), "bundle": model.bundle}
         count = model.num_inputs if count is None else count
         aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else None)
-        names = [model.name, count, model.variant.suffix, model.fingerprint]
+        names = [model.name, count, _suffix(model.variant), model.fingerprint]
         names += ["own"] * (model.checkpoint is None)
         settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
         return GraphReference(self.make("write_inputs", *names, **source, **settings), **source)
@@ -340,3 +319,8 @@ class Fixtures:
         except WorkerError as error:  # times and the ground truth are still worth having
             note = f"PyTorch float32 failed: {error}"
         return SceneReference(file, model.has_gt, note)
+
+
+def _suffix(variant: ExportOptions) -> str:
+    """Return the end of the names of its files."""
+    return f"{variant.targets.max}x{variant.images.max} {shape_words(variant)}".strip()

@@ -8,6 +8,7 @@ session of ONNX Runtime and OpenVINO.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,39 +156,38 @@ def _open_runners(
     return _GraphWorkload(call, inputs, repeat, owned)
 
 
+@dataclass
 class _GraphWorkload(Workload):
     """A function of graph inputs, measured with the first of them."""
 
-    def __init__(
-        self,
-        call: Callable[[Values], Mapping[str, Any]],
-        inputs: GraphReference,
-        repeat: int = 1,
-        owned: Sequence[Runner] = (),
-    ) -> None:
-        self._call, self._inputs, self._repeat, self._owned = call, inputs, repeat, owned
-        self._first = self._repeated(next(read_inputs(inputs.folder)))
+    call: Callable[[Values], Mapping[str, Any]]
+    inputs: GraphReference
+    repeat: int = 1
+    owned: Sequence[Runner] = ()
+
+    def __post_init__(self) -> None:
+        self._first = self._repeated(next(read_inputs(self.inputs.folder)))
 
     def _repeated(self, sample: Values) -> Values:
-        if self._repeat == 1:
+        if self.repeat == 1:
             return sample
         names = ("image", "concentration")
-        return sample | {n: np.repeat(sample[n][:1], self._repeat, axis=0) for n in names}
+        return sample | {n: np.repeat(sample[n][:1], self.repeat, axis=0) for n in names}
 
     def run(self) -> Mapping[str, float]:
-        self._call(self._first)
+        self.call(self._first)
         return {}
 
     def _outputs(self, sample: Values) -> Values:
         """Return the outputs of a sample on the host; of a repeated one, the last."""
-        outputs = self._call(self._repeated(sample)).items()
+        outputs = self.call(self._repeated(sample)).items()
         found = {name: v if isinstance(v, np.ndarray) else v.numpy() for name, v in outputs}
-        last = slice(-1, None) if self._repeat > 1 else slice(None)
+        last = slice(-1, None) if self.repeat > 1 else slice(None)
         return {name: value[last].astype(np.float32) for name, value in found.items()}
 
     def finish(self) -> Mapping[str, Any]:
-        return {"accuracy": self._inputs.accuracy(self._outputs)}
+        return {"accuracy": self.inputs.accuracy(self._outputs)}
 
     def close(self) -> None:
-        for runner in self._owned:
+        for runner in self.owned:
             runner.close()

@@ -164,16 +164,9 @@ def export_segment_anything(out: Path, checkpoint: Path) -> None:
     source = read_checkpoint(checkpoint)
     size = source.config.model.geometry.image_size
     out.mkdir(exist_ok=True)
-    torch.onnx.export(
-        segment_anything_encoder(source),
-        (torch.zeros(1, 3, size, size),),
-        str(out / "encoder.onnx"),
-        input_names=["image"],
-        output_names=["image_embedding"],
-        dynamo=True,
-        external_data=True,
-        verbose=False,
-    )
+    encoder, image = segment_anything_encoder(source), torch.zeros(1, 3, size, size)
+    names = {"input_names": ["image"], "output_names": ["image_embedding"]}
+    torch.onnx.export(encoder, (image,), str(out / "encoder.onnx"), **names)
 
 
 def write_rounded_graphs(out: Path, checkpoint: Path, precision: str) -> None:

@@ -18,9 +18,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
-from coprs_deploy.bench.fixtures import Fixtures, gpu_name
-from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned
+from coprs_deploy.bench.fixtures import Fixtures, gpu_name, shape_words
 from coprs_deploy.bench.report import (
     SCHEMA_VERSION,
     Accuracy,
@@ -29,8 +28,11 @@ from coprs_deploy.bench.report import (
     Memory,
     Report,
     Skipped,
+    is_stable,
+    ratio_of_rounds,
+    rounded,
+    summarize_runs,
 )
-from coprs_deploy.bench.statistics import is_stable, ratio_of_rounds, rounded, summarize_runs
 from coprs_deploy.bench.suites import DEFAULT_SUITES, SCENE_SUITES, SUITES
 from coprs_deploy.bench.worker import Worker, WorkerError
 from coprs_deploy.machine import machine_record
@@ -89,7 +91,7 @@ def plan(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
     for name in fixtures.options.suites or DEFAULT_SUITES:
         planned: Planned = SUITES[name](fixtures)
         if model.variant.aspect_ratio and name in SCENE_SUITES:
-            reason = f"its scenes are square, and the bundle is {model.variant.description}"
+            reason = f"its scenes are square, and the bundle is {shape_words(model.variant)}"
             planned = iter([Skipped(model.name, reason)])
         for entry in planned:
             if isinstance(entry, Group):

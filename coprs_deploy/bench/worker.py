@@ -30,6 +30,9 @@ from coprs_deploy.closing import Closeable
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.machine import peak_memory_bytes
 
+MAX_ERROR_LENGTH = 400
+"""Number of characters of an error that a report keeps."""
+
 SERVE = "from coprs_deploy.bench.worker import main; main()"
 
 
@@ -68,7 +71,7 @@ class Worker(Closeable):
         except (EOFError, OSError):
             raise WorkerError(self._exit_error()) from None
         if error:
-            raise WorkerError(_one_line(error))
+            raise WorkerError(textwrap.shorten(error, MAX_ERROR_LENGTH))
         return result
 
     def pause(self) -> None:
@@ -101,12 +104,8 @@ class Worker(Closeable):
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         reason += " (out of memory?)" if -code == signal.SIGKILL else ""
-        return _one_line(": ".join([f"the process ended with {reason}", *last]))
-
-
-def _one_line(error: str) -> str:
-    """Shorten an error to one line of a table."""
-    return textwrap.shorten(error, 400, placeholder="...")
+        message = ": ".join([f"the process ended with {reason}", *last])
+        return textwrap.shorten(message, MAX_ERROR_LENGTH)
 
 
 def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:

@@ -33,7 +33,7 @@ from coprs_deploy.cli.parser import add_json_flag, log, print_json
 from coprs_deploy.console import StepPrinter
 
 if TYPE_CHECKING:
-    from coprs_deploy.bench.options import BenchOptions
+    from coprs_deploy.bench.case import BenchOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> BenchOptions:
+    from coprs_deploy.bench.case import BenchOptions
     from coprs_deploy.bench.fixtures import gpu_name
-    from coprs_deploy.bench.options import BenchOptions
     from coprs_deploy.bench.suites import SUITES
     from coprs_deploy.engines import RunnerOptions
     from coprs_deploy.machine import available_memory_bytes

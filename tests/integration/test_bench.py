@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench.case import BenchOptions
 from coprs_deploy.bench.report import read_report
 from coprs_deploy.bench.run import run_benchmark
 from coprs_deploy.bench.suites import SUITES, graphs

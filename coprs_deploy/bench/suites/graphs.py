@@ -1,15 +1,13 @@
 """Each graph in each runtime and precision, beside PyTorch and segment-anything; exports.
 
-Half precision is also measured with every rounding of a typed graph explicit: the accuracy that a
-GPU will have, computed on any CPU. Exports, with all checks and builds, and conversions are
-measured in time, peak memory and size on disk.
+Half precision is also measured with every rounding explicit: the accuracy that a GPU will have.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,19 @@ from coprs_deploy.bench.fixtures import (
     ALL_GRAPHS,
     PREPARE_TIMEOUT_S,
     WIDE,
-    ExportVariant,
     Fixtures,
     Model,
     matmul_precisions,
     missing_builders,
     runtime_version,
     runtimes_here,
+    shape_words,
     version_of,
 )
 from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
+from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import BF16, FP16, FP32, INT8
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER
@@ -69,12 +68,12 @@ def runtime_name(runtime: str, device: str, precision: str) -> str:
     return f"coprs-deploy graph, {runtime} {runtime_version(runtime)} {device} {precision}"
 
 
-def variants(model: Model, graph: str, precision: str) -> tuple[ExportVariant, ...]:
+def variants(model: Model, graph: str, precision: str) -> tuple[ExportOptions, ...]:
     """List the measured variants: encoders of real size also for one aspect ratio."""
     if graph != IMAGE_ENCODER or precision not in (FP32, INT8) or not model.is_random:
         return (model.variant,)
-    wide = ExportVariant(aspect_ratio=WIDE)
-    return (ExportVariant(), wide, ExportVariant(aspect_ratio=WIDE, drop_padding=True))
+    wide = ExportOptions(aspect_ratio=WIDE)
+    return (ExportOptions(), wide, ExportOptions(aspect_ratio=WIDE, drop_padding=True))
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class _GroupCases:
                 continue
             forms = variants(self.model, self.graph, kind[1])
             for matmul, variant in itertools.product(matmul_precisions(*kind), forms):
-                lower, shape = matmul if matmul != FP32 else "", variant.description
+                lower, shape = matmul if matmul != FP32 else "", shape_words(variant)
                 words = [runtime_name(kind[0], self.device, kind[1])]
                 words += [f"matmul in {lower}"] * bool(lower) + [shape] * bool(shape)
                 bundle = partial(self.fixtures.bundle, self.model, *kind, variant)
@@ -230,7 +229,11 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     gpus = COMPUTE_CAPABILITIES if without_gpu else ()
     name = f"export, {runtime} {runtime_version(runtime)} {precision}"
     name += f" for {', '.join(gpus)}" if gpus else ""
-    options = partial(fixtures.export_options, model, runtime, precision, gpus=gpus)
+
+    def options() -> ExportOptions:
+        made = fixtures.export_options(model, runtime, precision)
+        return replace(made, compute_capabilities=gpus)
+
     settings = {"function": f"{PREPARATION}:export_bundle", "out": fixtures.folder / "exported"}
     settings |= {"options": options, "checkpoint": partial(fixtures.weights, model)}
     return Case(name, FUNCTION, settings, model.labels(runtime, precision), ALONE)

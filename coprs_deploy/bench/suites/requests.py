@@ -19,11 +19,12 @@ from PIL import Image
 from coprs_deploy import policy
 from coprs_deploy.bench.accuracy import SceneReference, scenes
 from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
-from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model, runtimes_here, version_of
+from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.suites.graphs import precisions, runtime_name
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.evaluation.metrics import union
+from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import FP32
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
@@ -175,11 +176,11 @@ def plan_scaling(fixtures: Fixtures) -> Planned:
         for model in fixtures.models():
             values, memory = (*COUNTS, 16), [700_000_000] * 5
             title = "prior and mask decoder, targets on one image"
-            variant = ExportVariant(targets=OptimizationProfile(1, 4, 16))
+            variant = ExportOptions(targets=OptimizationProfile(1, 4, 16))
             each = _repeated(fixtures, model, f"{PRIOR}+{MASK_DECODER}", variant, values)
             yield _sweep(model, device, "targets", title=title, each=each, memory=memory)
             memory = [value * model.estimated_bytes for value in COUNTS]
-            variant = ExportVariant(images=OptimizationProfile(1, 2, 8))
+            variant = ExportOptions(images=OptimizationProfile(1, 2, 8))
             each = _repeated(fixtures, model, IMAGE_ENCODER, variant, COUNTS)
             title = "image encoder, images in one call"
             yield _sweep(model, device, "images", title=title, each=each, memory=memory)
@@ -201,7 +202,7 @@ Settings = Mapping[int, tuple[str, dict[str, Any]]]
 
 
 def _repeated(
-    fixtures: Fixtures, model: Model, graph: str, variant: ExportVariant, values: Sequence[int]
+    fixtures: Fixtures, model: Model, graph: str, variant: ExportOptions, values: Sequence[int]
 ) -> Settings:
     """Describe graphs of a bundle with a profile, on repeated inputs."""
     shared = {"graph": graph, "runtime": RUNTIME, "inputs": partial(fixtures.inputs, model)}

@@ -9,8 +9,9 @@ from coprs_deploy.bench.report import (
     Memory,
     Report,
     Skipped,
+    ratio_of_rounds,
+    summarize_runs,
 )
-from coprs_deploy.bench.statistics import ratio_of_rounds, summarize_runs
 from coprs_deploy.machine import Machine
 
 

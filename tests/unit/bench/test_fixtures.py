@@ -9,21 +9,21 @@ import pytest
 from coprs_deploy import demo
 from coprs_deploy.bench import preparation, run
 from coprs_deploy.bench.accuracy import SceneReference
-from coprs_deploy.bench.case import Case, Group, read_inputs
-from coprs_deploy.bench.fixtures import ExportVariant, Fixtures, Model
-from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench.case import BenchOptions, Case, Group, read_inputs
+from coprs_deploy.bench.fixtures import Fixtures, Model, shape_words, variant_of
 from coprs_deploy.bench.preparation import write_inputs
 from coprs_deploy.bench.suites import SUITES
 from coprs_deploy.bench.suites.graphs import variants
 from coprs_deploy.bench.worker import WorkerError, load_target
 from coprs_deploy.bundle import read_manifest
+from coprs_deploy.export import ExportOptions
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, OptimizationProfile
 
 ROOT = Path(__file__).parents[3]
-ANY = ExportVariant()
-MANY = ExportVariant(OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8))
-WIDE = ExportVariant(aspect_ratio=(16, 9))
-DROPPED = ExportVariant(aspect_ratio=(16, 9), drop_padding=True)
+ANY = ExportOptions()
+MANY = ExportOptions(targets=OptimizationProfile(1, 4, 16), images=OptimizationProfile(1, 2, 8))
+WIDE = ExportOptions(aspect_ratio=(16, 9))
+DROPPED = ExportOptions(aspect_ratio=(16, 9), drop_padding=True)
 
 
 def sources():
@@ -58,10 +58,8 @@ def test_plan_of_the_demo_model_names_functions_that_resolve_and_makes_nothing(t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_variant_suffixes_differ():
-    suffixes = [variant.suffix for variant in (ANY, MANY, WIDE, DROPPED)]
-    assert suffixes == ["1x1", "16x8", "1x1 for 16:9", "1x1 for 16:9 without padding"]
-    words = [variant.description for variant in (MANY, WIDE, DROPPED)]
+def test_variants_are_described_by_their_aspect_ratio():
+    words = [shape_words(variant) for variant in (MANY, WIDE, DROPPED)]
     assert words == ["", "for 16:9", "for 16:9 without padding"]
 
 
@@ -74,14 +72,14 @@ def test_variant_of_an_export_is_the_exported_one(variant, tiny_checkpoint, tmp_
     )
     out = tmp_path / "bundle"
     made = preparation.export_bundle(out, tiny_checkpoint, options)
-    assert ExportVariant.of(read_manifest(out)) == variant
+    assert variant_of(read_manifest(out)) == variant
     assert made["accuracy"].embedding_cosine > 0.9999
     assert made["metrics"]["peak_over_weights"] > 1
     assert made["stages"]["export"] == 1e3 * made["metrics"]["export_s"]
 
 
 def test_variant_of_a_bundle_without_aspect_ratio_takes_any(tiny_bundle):
-    assert ExportVariant.of(read_manifest(tiny_bundle)) == ANY
+    assert variant_of(read_manifest(tiny_bundle)) == ANY
 
 
 @pytest.mark.parametrize(("aspect_ratio", "sides"), [((9, 16), (128, 72)), ((16, 9), (72, 128))])
@@ -100,7 +98,7 @@ def test_bundle_int8_is_shared_by_runtimes_that_read_onnx(tiny_checkpoint, tmp_p
     fixtures = Fixtures(tmp_path, BenchOptions(sizes=("tiny",)))
     model = Model("tiny", tiny_checkpoint, None, has_gt=True)
     made = fixtures.bundle(model, "onnxruntime", "int8", DROPPED)
-    assert ExportVariant.of(read_manifest(made)) == DROPPED
+    assert variant_of(read_manifest(made)) == DROPPED
     assert fixtures.bundle(model, "openvino", "int8", DROPPED) == made
 
 

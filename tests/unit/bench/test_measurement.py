@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.case import Case, Group
-from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench.case import BenchOptions, Case, Group
 from coprs_deploy.bench.run import measure_group
 from coprs_deploy.bench.worker import Worker, WorkerError
 
