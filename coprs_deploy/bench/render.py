@@ -224,11 +224,6 @@ def _dot(x: float, y: float, color: int, radius: float, opacity: float = 1) -> s
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {fill}/>'
 
 
-def _bar(x: float, y: float, width: float, height: float, color: int) -> str:
-    size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height}"'
-    return f'<rect {size} fill="var(--c{color % 8})"/>'
-
-
 def _time_axis(values: Sequence[float], bottom: float) -> tuple[Scale, list[str]]:
     """Return a logarithmic scale of milliseconds, and its grid with numbers."""
     low, high = min(values) / 1.05, max(values) * 1.05
@@ -274,12 +269,12 @@ def _stages(staged: Sequence[CaseResult]) -> tuple[float, list[str]]:
         parts.append(_text(LEFT, y - 3, f"{case.name}: {total}"))
         for color, name in enumerate(names):
             width = unit * case.stages.get(name, 0.0)
-            parts.append(_bar(x, y, width, 12, color))
+            parts.append(_line(x, y + 6, x + width, y + 6, color=f"c{color % 8}", width=12))
             x += width
     y = ROW * len(staged) + 12
     for number, name in enumerate(names):
         x, at = LEFT + number % 2 * 260, y + number // 2 * 16
-        parts += [_bar(x, at - 8, 9, 9, number), _text(x + 14, at, name)]
+        parts += [_dot(x + 4, at - 4, number, 4.5), _text(x + 14, at, name)]
     return y + 16 * ((len(names) + 1) // 2), parts
 
 

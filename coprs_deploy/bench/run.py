@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from coprs_deploy.bench import graph_suites, request_suites
 from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, gpu_name, shape_words
 from coprs_deploy.bench.report import (
@@ -33,9 +34,25 @@ from coprs_deploy.bench.report import (
     rounded,
     summarize_runs,
 )
-from coprs_deploy.bench.suites import DEFAULT_SUITES, SCENE_SUITES, SUITES
 from coprs_deploy.bench.worker import Worker, WorkerError
 from coprs_deploy.machine import machine_record
+
+SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
+    "engines": graph_suites.plan_engines,
+    "answer": request_suites.plan_answer,
+    "policy": request_suites.plan_policy,
+    "start": request_suites.plan_start,
+    "scaling": request_suites.plan_scaling,
+    "export": graph_suites.plan_export,
+    "precision": graph_suites.plan_precision,
+}
+"""Function of each suite, by the name that users type."""
+
+DEFAULT_SUITES = ("engines", "answer", "start")
+"""What runs without ``--suite``: within three minutes for the demo model on two idle cores."""
+
+SCENE_SUITES = ("answer", "start", "scaling")
+"""Suites with requests on generated scenes, which are square."""
 
 Progress = Callable[[str], None]
 

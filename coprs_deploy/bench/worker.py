@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import importlib.util
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,8 +21,6 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from coprs_deploy.bench.case import TOTAL, Workload
@@ -196,19 +194,9 @@ class FunctionWorkload(Workload):
 def load_target(target: str) -> Any:
     """Return the function of ``module:function`` or ``path.py:function``."""
     place, _, name = target.rpartition(":")
-    module = load_script(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, name)
-
-
-def load_script(path: Path) -> ModuleType:
-    """Import a script by its path, once."""
-    name = f"_script_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    if place.endswith(".py"):
+        return runpy.run_path(place)[name]
+    return getattr(importlib.import_module(place), name)
 
 
 def device_bytes() -> int | None:

@@ -104,10 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, compare or render."""
     if arguments.compare:
         return _compare(arguments)
+    from coprs_deploy.bench.graph_suites import limit_violations
     from coprs_deploy.bench.render import render_text, write_outputs
     from coprs_deploy.bench.report import read_report
     from coprs_deploy.bench.run import run_benchmark
-    from coprs_deploy.bench.suites.graphs import limit_violations
 
     if arguments.render:
         report = read_report(arguments.render)
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> BenchOptions:
     from coprs_deploy.bench.case import BenchOptions
     from coprs_deploy.bench.fixtures import gpu_name
-    from coprs_deploy.bench.suites import SUITES
+    from coprs_deploy.bench.run import SUITES
     from coprs_deploy.engines import RunnerOptions
     from coprs_deploy.machine import available_memory_bytes
     from coprs_deploy.model_config import SAM_SIZES

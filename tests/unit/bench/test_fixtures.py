@@ -11,9 +11,9 @@ from coprs_deploy.bench import preparation, run
 from coprs_deploy.bench.accuracy import SceneReference
 from coprs_deploy.bench.case import BenchOptions, Case, Group, read_inputs
 from coprs_deploy.bench.fixtures import Fixtures, Model, shape_words, variant_of
+from coprs_deploy.bench.graph_suites import variants
 from coprs_deploy.bench.preparation import write_inputs
-from coprs_deploy.bench.suites import SUITES
-from coprs_deploy.bench.suites.graphs import variants
+from coprs_deploy.bench.run import SUITES
 from coprs_deploy.bench.worker import WorkerError, load_target
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.export import ExportOptions

@@ -12,7 +12,7 @@ from coprs_deploy.bench.run import measure_group
 from coprs_deploy.bench.worker import Worker, WorkerError
 
 TARGET = "coprs_deploy.bench.worker:FunctionWorkload"
-RUN = "coprs_deploy.bench.suites.requests:run_code"
+RUN = "coprs_deploy.bench.request_suites:run_code"
 QUICK = BenchOptions(min_time_s=0.2, rounds=2, max_rounds=2, warmup_s=0.1, case_timeout_s=300)
 SMALL = BenchOptions(min_time_s=0.1, rounds=2, warmup_s=0.1, case_timeout_s=300, max_memory_bytes=1)
 
@@ -66,7 +66,7 @@ def test_measure_failed_cases_are_reported_with_their_error():
         case("good"),
         case("broken", "raise SystemExit('no such thing')"),
         case("not prepared", error="export failed"),
-        Case("unknown", "coprs_deploy.bench.suites.requests:nothing"),
+        Case("unknown", "coprs_deploy.bench.request_suites:nothing"),
     )
     assert result.cases[0].latency is not None
     assert result.cases[1].error == "RuntimeError: no such thing"

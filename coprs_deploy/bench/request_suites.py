@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from coprs_deploy import policy
 from coprs_deploy.bench.accuracy import SceneReference, scenes
 from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
+from coprs_deploy.bench.graph_suites import precisions, runtime_name
 from coprs_deploy.bench.report import Skipped
-from coprs_deploy.bench.suites.graphs import precisions, runtime_name
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.export import ExportOptions
@@ -93,9 +93,7 @@ def plan_policy(fixtures: Fixtures) -> Planned:
         reason = "the policy is measured from its checkpoint; name it with --checkpoint"
         yield Skipped(model.name, reason)
         return
-    for entry in entries:
-        if not entry.is_available:
-            yield Skipped(entry.name, entry.detail, entry.remedy)
+    yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
     for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):
         name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
@@ -160,66 +158,57 @@ RUNTIME = "onnxruntime"
 
 COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
 
-REQUEST_SWEEPS = (
-    ("questions", COUNTS, 8, "questions on one image, time of one"),
-    ("images", COUNTS, 8, "images at once, time of one"),
-    ("side", SIDES, 4, "side of the image in pixels"),
+TARGETS, IMAGES = OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8)
+GRAPH_SWEEPS = (
+    ("prior and mask decoder, targets on one image", TARGETS, f"{PRIOR}+{MASK_DECODER}"),
+    ("image encoder, images in one call", IMAGES, IMAGE_ENCODER),
 )
-"""Parameter, its values, number of scenes, and title."""
+"""Title, optimization profile of the number that grows, and graphs."""
+
+REQUEST_SWEEPS = (
+    ("questions on one image, time of one", "questions", COUNTS, 8),
+    ("images at once, time of one", "images", COUNTS, 8),
+    ("side of the image in pixels", "side", SIDES, 4),
+)
+"""Title, parameter, its values, and number of scenes."""
 
 
 def plan_scaling(fixtures: Fixtures) -> Planned:
     """Plan a group for each sweep on each device."""
     present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
     yield from skipped
+    bundle = partial(fixtures.bundle, runtime=RUNTIME, precision=FP32)
     for _, device in present:
-        for model in fixtures.models():
-            values, memory = (*COUNTS, 16), [700_000_000] * 5
-            title = "prior and mask decoder, targets on one image"
-            variant = ExportOptions(targets=OptimizationProfile(1, 4, 16))
-            each = _repeated(fixtures, model, f"{PRIOR}+{MASK_DECODER}", variant, values)
-            yield _sweep(model, device, "targets", title=title, each=each, memory=memory)
-            memory = [value * model.estimated_bytes for value in COUNTS]
-            variant = ExportOptions(images=OptimizationProfile(1, 2, 8))
-            each = _repeated(fixtures, model, IMAGE_ENCODER, variant, COUNTS)
-            title = "image encoder, images in one call"
-            yield _sweep(model, device, "images", title=title, each=each, memory=memory)
-        model = fixtures.model
-        for parameter, values, count, title in REQUEST_SWEEPS:
-            shared = {"bundle": partial(fixtures.bundle, model, RUNTIME, FP32), "count": count}
-            each = {}
-            for value in values:
-                side = value if parameter == "side" else None
-                reference = partial(fixtures.scene_reference, count, side)
-                settings = {**shared, "reference": reference, parameter: value}
-                each[value] = (f"{WORKLOADS}:open_requests", settings)
-            memory = [model.request_bytes] * len(values)
-            yield _sweep(model, device, parameter, title=title, each=each, memory=memory)
-
-
-Settings = Mapping[int, tuple[str, dict[str, Any]]]
-"""Target and settings by value of the parameter."""
-
-
-def _repeated(
-    fixtures: Fixtures, model: Model, graph: str, variant: ExportOptions, values: Sequence[int]
-) -> Settings:
-    """Describe graphs of a bundle with a profile, on repeated inputs."""
-    shared = {"graph": graph, "runtime": RUNTIME, "inputs": partial(fixtures.inputs, model)}
-    shared["bundle"] = partial(fixtures.bundle, model, RUNTIME, FP32, variant)
-    target = "coprs_deploy.bench.graph_workloads:open_bundle_graphs"
-    return {value: (target, {**shared, "repeat": value}) for value in values}
+        for model, (title, profile, graph) in itertools.product(fixtures.models(), GRAPH_SWEEPS):
+            parameter = "images" if graph == IMAGE_ENCODER else "targets"
+            variant = ExportOptions(**{parameter: profile})
+            shared = {"graph": graph, "runtime": RUNTIME, "inputs": partial(fixtures.inputs, model)}
+            shared["bundle"] = partial(bundle, model, variant=variant)
+            each = {n: {**shared, "repeat": n} for n in (1, 2, 4, 8, 16) if n <= profile.max}
+            yield _sweep(model, device, (title, parameter), each)
+        for title, parameter, values, count in REQUEST_SWEEPS:
+            shared = {"bundle": partial(bundle, fixtures.model), "count": count}
+            sides = {n: n if parameter == "side" else None for n in values}
+            asked = {n: partial(fixtures.scene_reference, count, sides[n]) for n in values}
+            each = {n: {**shared, parameter: n, "reference": asked[n]} for n in values}
+            yield _sweep(fixtures.model, device, (title, parameter), each)
 
 
 def _sweep(
-    model: Model, device: str, parameter: str, *, title: str, each: Settings, memory: Sequence[int]
+    model: Model, device: str, described: tuple[str, str], each: Mapping[int, dict[str, Any]]
 ) -> Group:
-    """Describe the cases of a sweep, each with its memory."""
-    cases = []
-    for (value, (target, settings)), size in zip(each.items(), memory, strict=True):
+    """Describe the cases of a sweep by their settings, given title and parameter."""
+    (title, parameter), cases = described, []
+    for value, settings in each.items():
+        target, memory = f"{WORKLOADS}:open_requests", 0
+        if "graph" in settings:
+            target = "coprs_deploy.bench.graph_workloads:open_bundle_graphs"
+            memory = value * model.estimated_bytes if parameter == "images" else 700_000_000
         name = f"{value} x {value} pixels" if parameter == "side" else f"{value} {parameter}"
-        labels = model.labels(RUNTIME, FP32, device, **{parameter: value})
-        cases.append(Case(name, target, {**settings, "device": device}, labels, size))
-    on_device = "" if device == "cpu" else f", on {device}"
-    name = f"{model.name}: {title}{on_device}"
+        labels, given = (
+            model.labels(RUNTIME, FP32, device, **{parameter: value}),
+            {"device": device},
+        )
+        cases.append(Case(name, target, settings | given, labels, memory or model.request_bytes))
+    name = f"{model.name}: {title}" + (f", on {device}" if device != "cpu" else "")
     return Group(name, tuple(cases), cases[0].name, "as the name says", parameter)
