@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +16,17 @@ from coprs_deploy.bench.case import Values, read_inputs
 from coprs_deploy.bench.report import Accuracy
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
+from coprs_deploy.data.examples import Example
+from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.data.synthetic.presets import PLAIN
 from coprs_deploy.engines import Runner, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.graphs import masks_at_original_size
 from coprs_deploy.evaluation import metrics
 from coprs_deploy.evaluation.metrics import EMPTY_IOU, MaskCounts, count_pixels
-from coprs_deploy.export.equivalence import (
-    cosine_similarity,
-    reference_opener,
-    relative_error,
-    run_graph,
-)
+from coprs_deploy.export import equivalence
 from coprs_deploy.export.samples import RunnerOpener
 from coprs_deploy.images import ResizeTransform, mask_cells, prepare_image, resize_logits
+from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.specs import (
     GRAPH_NAMES,
     IMAGE_ENCODER,
@@ -36,10 +35,6 @@ from coprs_deploy.specs import (
     Geometry,
     graph_specs,
 )
-
-if TYPE_CHECKING:
-    from coprs_deploy.data.examples import Example
-    from coprs_deploy.policy import Policy, PolicyResult
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,9 @@ def open_reference(checkpoint: Path | None, bundle: Path | None = None) -> Refer
     if checkpoint is not None:
         source = read_checkpoint(checkpoint)
         geometry, width = source.config.model.geometry, source.config.model.policy_hidden_size
-        return Reference(geometry, width, reference_opener(source, graph_specs(geometry, width)))
+        return Reference(
+            geometry, width, equivalence.reference_opener(source, graph_specs(geometry, width))
+        )
     assert bundle is not None
     opened, options = open_bundle(bundle), RunnerOptions()
     manifest, graph = opened.manifest, opened.manifest.graphs[IMAGE_ENCODER]
@@ -101,8 +98,6 @@ def open_policy(
 
 def ask(policy: Policy, example: Example) -> PolicyResult:
     """Ask the policy the question of an example."""
-    from coprs_deploy.policy import PolicyRequest, PolicyResult
-
     result = list(policy.stream(PolicyRequest(example.image, example.instruction)))[-1]
     assert isinstance(result, PolicyResult)
     return result
@@ -113,8 +108,6 @@ def scenes(count: int, side: int | None = None) -> list[Example]:
 
     ``side`` enlarges them to this side in pixels.
     """
-    from coprs_deploy.data.synthetic.examples import held_out_examples
-    from coprs_deploy.data.synthetic.presets import PLAIN
 
     def enlarged(array: NDArray[Any], resampling: Image.Resampling) -> NDArray[Any]:
         return np.asarray(Image.fromarray(array).resize((side, side), resampling))
@@ -195,15 +188,15 @@ def _compare(
     values, measured = {**sample, **found}, dict[str, Any]()
     if "mask_logits" not in found:
         for runner in runners[1:] if "prior_logits" in found else runners:
-            values[runner.spec.outputs[0].name] = run_graph(runner, values)
+            values[runner.spec.outputs[0].name] = equivalence.run_graph(runner, values)
     if "image_embedding" in found:
         pair = found["image_embedding"], sample["image_embedding"]
-        measured["embedding_cosine"] = cosine_similarity(*pair)
+        measured["embedding_cosine"] = equivalence.cosine_similarity(*pair)
     if "prior_logits" in found or "image_embedding" in found:
         pair = values["prior_logits"], sample["prior_logits"]
-        measured["prior_relative_error"] = relative_error(*pair)
+        measured["prior_relative_error"] = equivalence.relative_error(*pair)
     ours, theirs = values["mask_logits"], sample["mask_logits"]
-    measured["mask_relative_error"] = relative_error(ours, theirs)
+    measured["mask_relative_error"] = equivalence.relative_error(ours, theirs)
     height, width = mask_cells(sample["unpadded_size"], geometry)
     valid = (..., slice(height), slice(width))
     measured["mask_iou"] = mask_agreement(ours[valid] > 0, theirs[valid] > 0)
@@ -259,4 +252,8 @@ def _min_cosine(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float 
     """Return the smallest cosine over the questions with equally many targets in both."""
     pairs = [(found[key], expected[key]) for key in found if key.endswith(".concentration")]
     vectors = [pair for a, b in pairs if a.shape == b.shape for pair in zip(a, b, strict=True)]
-    return float(np.min([cosine_similarity(*pair) for pair in vectors])) if vectors else None
+    return (
+        float(np.min([equivalence.cosine_similarity(*pair) for pair in vectors]))
+        if vectors
+        else None
+    )

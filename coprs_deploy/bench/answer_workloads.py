@@ -11,14 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coprs_deploy.bench.accuracy import (
-    SceneReference,
-    ask,
-    open_policy,
-    open_reference,
-    scene_outputs,
-    scenes,
-)
+from coprs_deploy.bench import accuracy
 from coprs_deploy.bench.case import TOTAL, Values, Workload
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.evaluation.metrics import union
@@ -49,7 +42,10 @@ def open_requests(
 
 def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
-    modules, policy = open_reference(checkpoint), open_policy(read_checkpoint(checkpoint))
+    modules, policy = (
+        accuracy.open_reference(checkpoint),
+        accuracy.open_policy(read_checkpoint(checkpoint)),
+    )
     return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
 
 
@@ -62,7 +58,7 @@ class _RequestWorkload(Workload):
     """
 
     coprs: CoPRS
-    reference: SceneReference
+    reference: accuracy.SceneReference
     count: int
     warms_cache: bool = False
     questions: int = 1
@@ -70,7 +66,7 @@ class _RequestWorkload(Workload):
     side: int | None = None
 
     def __post_init__(self) -> None:
-        self._scenes = scenes(self.images or self.count, self.side)
+        self._scenes = accuracy.scenes(self.images or self.count, self.side)
         self._tokens: list[int] = []
         self._next = itertools.cycle(self._scenes)
         for scene in self._scenes if self.warms_cache else ():
@@ -123,7 +119,7 @@ class PolicyWorkload(Workload):
     """The policy of a checkpoint by a library, without any graph, on scenes in turn."""
 
     checkpoint: Path
-    reference: SceneReference
+    reference: accuracy.SceneReference
     count: int
     library: str
     dtype: str
@@ -131,13 +127,13 @@ class PolicyWorkload(Workload):
 
     def __post_init__(self) -> None:
         source = read_checkpoint(self.checkpoint)
-        self._policy = open_policy(source, self.dtype, self.library, self.device)
-        self._scenes, self._metrics = scenes(self.count), dict[str, list[float]]()
+        self._policy = accuracy.open_policy(source, self.dtype, self.library, self.device)
+        self._scenes, self._metrics = accuracy.scenes(self.count), dict[str, list[float]]()
         self._next = itertools.cycle(self._scenes)
 
     def run(self) -> Mapping[str, float]:
         """Ask about the next scene."""
-        result = ask(self._policy, next(self._next))
+        result = accuracy.ask(self._policy, next(self._next))
         speed = 1e3 * len(result.token_ids) / result.decode_ms
         self._metrics.setdefault("tokens_per_s", []).append(speed)
         self._metrics["prompt_tokens"] = [float(result.num_prompt_tokens)]
@@ -145,7 +141,9 @@ class PolicyWorkload(Workload):
 
     def finish(self) -> Mapping[str, Any]:
         """Compare concentrations, and their masks by float32 graphs; report tokens per second."""
-        found = scene_outputs(self._policy, open_reference(self.checkpoint), self._scenes)
+        found = accuracy.scene_outputs(
+            self._policy, accuracy.open_reference(self.checkpoint), self._scenes
+        )
         metrics = {name: float(np.median(values)) for name, values in self._metrics.items()}
         return {"metrics": metrics, "accuracy": self.reference.accuracy(found)}
 

@@ -42,9 +42,7 @@ class Finding(NamedTuple):
     detail: str
 
 
-def compare_reports(
-    old: Report, new: Report, time_tolerance: float = TIME_TOLERANCE
-) -> list[Finding]:
+def compare_reports(old: Report, new: Report, tolerance: float = TIME_TOLERANCE) -> list[Finding]:
     """Compare every case of two reports.
 
     Cases are matched by suite, group and name, without the versions of libraries: the effect of an
@@ -62,17 +60,15 @@ def compare_reports(
     return [
         Finding(place, *verdict)
         for place in dict.fromkeys([*before, *after])
-        for verdict in _compare(before.get(place), after.get(place), time_tolerance)
+        for verdict in _compare(before.get(place), after.get(place), tolerance)
     ]
 
 
 def machine_differences(old: Report, new: Report) -> list[str]:
     """Describe the differences between the two machines."""
-    pairs = (
-        (field, str(getattr(old.machine, field)), str(getattr(new.machine, field)))
-        for field in ("processor", "cores", "gpu", "driver")
-    )
-    return [f"{field}: {was} then, {now} now" for field, was, now in pairs if was != now]
+    fields = ("processor", "cores", "gpu", "driver")
+    pairs = [(name, getattr(old.machine, name), getattr(new.machine, name)) for name in fields]
+    return [f"{name}: {was} then, {now} now" for name, was, now in pairs if was != now]
 
 
 def _cases(report: Report) -> dict[str, CaseResult]:
@@ -84,7 +80,7 @@ def _cases(report: Report) -> dict[str, CaseResult]:
 
 
 def _compare(
-    old: CaseResult | None, new: CaseResult | None, time_tolerance: float
+    old: CaseResult | None, new: CaseResult | None, tolerance: float
 ) -> list[tuple[str, str]]:
     """Return verdicts with their numbers."""
     if new is None:
@@ -96,7 +92,7 @@ def _compare(
         return [(verdict, new.error)]
     found = []
     if old.latency is not None and new.latency is not None:
-        found.append(_compare_times(old.latency, new.latency, time_tolerance))
+        found.append(_compare_times(old.latency, new.latency, tolerance))
     was, now = old.peak_bytes, new.peak_bytes
     if was and now and now > was * (1 + MEMORY_TOLERANCE):
         found.append(("more_memory", f"{format_bytes(was)} -> {format_bytes(now)}"))

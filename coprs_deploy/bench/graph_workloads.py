@@ -1,8 +1,7 @@
-"""Graphs as workloads, and their peers with the same weights.
+"""Graphs through any runtime as workloads, and their peers with the same weights.
 
-One graph or all three run through any runtime. Peers are PyTorch modules and segment-anything's own
-encoder, which is also exported with the defaults of ``torch.onnx.export`` and run by the default
-session of ONNX Runtime and OpenVINO.
+Peers are PyTorch modules and segment-anything's own encoder, which is also exported with the
+defaults of ``torch.onnx.export`` and run by the default session of ONNX Runtime and OpenVINO.
 """
 
 from __future__ import annotations
@@ -111,7 +110,11 @@ def open_exported_onnxruntime(
     session = onnxruntime.InferenceSession(path, providers=[(name, options)])
     if session.get_providers()[0] != name:
         raise RuntimeError(f"ONNX Runtime chose {session.get_providers()[0]}, not {name}")
-    return _open_call(lambda image: session.run(None, {"image": image})[0], inputs)
+
+    def call(sample: Values) -> Values:
+        return {"image_embedding": session.run(None, {"image": sample["image"]})[0]}
+
+    return _GraphWorkload(call, inputs)
 
 
 def open_exported_openvino(
@@ -122,12 +125,11 @@ def open_exported_openvino(
 
     hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
     request = openvino_core().compile_model(path, device.upper(), hint).create_infer_request()
-    return _open_call(lambda image: request.infer({"image": image})[0], inputs)
 
+    def call(sample: Values) -> Values:
+        return {"image_embedding": request.infer({"image": sample["image"]})[0]}
 
-def _open_call(call: Callable[[Any], Any], inputs: GraphReference) -> Workload:
-    """Open a function from the image to the embedding, host arrays in and out."""
-    return _GraphWorkload(lambda sample: {"image_embedding": call(sample["image"])}, inputs)
+    return _GraphWorkload(call, inputs)
 
 
 def _open_runners(

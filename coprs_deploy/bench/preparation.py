@@ -61,7 +61,6 @@ def export_bundle(out: Path, checkpoint: Path, options: ExportOptions) -> dict[s
     if engines:
         metrics["build_s"] = seconds("build ")
         metrics["engines_bytes"] = float(sum(engine.size_bytes for engine in engines))
-    steps = ("export", "check", "build") if engines else ("export", "check")
     records = {record.graph: record for record in manifest.equivalence}
     end = records["end_to_end"]
     accuracy = Accuracy(
@@ -72,6 +71,7 @@ def export_bundle(out: Path, checkpoint: Path, options: ExportOptions) -> dict[s
         mask_iou_min=end.mask_iou,
         note="the export's own check, random concentrations; worst of its inputs",
     )
+    steps = [name for name in ("export", "check", "build") if f"{name}_s" in metrics]
     stages = {name: 1e3 * metrics[f"{name}_s"] for name in steps}
     return {"stages": stages, "metrics": metrics, "accuracy": accuracy}
 
@@ -109,10 +109,9 @@ def write_inputs(
         found = [{"ground_truth": union(example.masks)} for example, _ in asked]
         drawn = [SampleInput(prepare_image(e.image, geometry), v[-1:]) for e, v in asked]
     else:
-        region = None
-        if aspect_ratio is not None:
-            longest = unpadded_size(*aspect_ratio[::-1], geometry.image_size)
-            region = ValidRegion(aspect_ratio, *longest)
+        shape = aspect_ratio or (1, 1)
+        longest = unpadded_size(*shape[::-1], geometry.image_size)
+        region = ValidRegion(shape, *longest) if aspect_ratio else None
         drawn = sample_inputs(geometry, reference.policy_hidden_size, valid_region=region)[:count]
         found = [{} for _ in drawn]
     for sample, values in zip(drawn, found, strict=True):

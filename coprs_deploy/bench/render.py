@@ -70,16 +70,12 @@ COLUMNS = (
 )
 """All columns; those without a cell are not shown."""
 
-TEXT_WIDTH = 240
-"""Columns of a terminal; it wraps or scrolls what is wider."""
-
 WIDTH, LEFT, RIGHT, ROW = 560, 12, 540, 36
 """Sizes of a chart in units of its view box: readable at the width of a phone."""
 
 SMALLEST_ERROR = 1e-8
 """Errors below are drawn here."""
 
-Scale = Callable[[float], float]
 Timed = Sequence[tuple[CaseResult, Latency]]
 
 
@@ -95,7 +91,7 @@ def write_outputs(folder: Path, report: Report) -> list[Path]:
 
 def render_text(report: Report) -> str:
     """Render a report for a terminal."""
-    console = Console(file=io.StringIO(), width=TEXT_WIDTH, color_system=None)
+    console = Console(file=io.StringIO(), width=240, color_system=None)
     with console.capture() as captured:
         console.print(Markdown(render_markdown(report)))
     return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip()
@@ -224,7 +220,9 @@ def _dot(x: float, y: float, color: int, radius: float, opacity: float = 1) -> s
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {fill}/>'
 
 
-def _time_axis(values: Sequence[float], bottom: float) -> tuple[Scale, list[str]]:
+def _time_axis(
+    values: Sequence[float], bottom: float
+) -> tuple[Callable[[float], float], list[str]]:
     """Return a logarithmic scale of milliseconds, and its grid with numbers."""
     low, high = min(values) / 1.05, max(values) * 1.05
     unit = (RIGHT - LEFT) / math.log(high / low)

@@ -245,11 +245,7 @@ def is_stable(rounds: Sequence[Sequence[float]], within: float) -> bool:
 
 
 def ratio_of_rounds(name: str, rounds: Sequence[float], baseline: Sequence[float]) -> Ratio | None:
-    """Compare the round medians of a case with those of the baseline of that name.
-
-    Returns:
-        The ratio with its range over the rounds; None without a common round.
-    """
+    """Compare round medians with those of the baseline ``name``; None without a common round."""
     shared = [case / base for case, base in zip(rounds, baseline, strict=False) if base > 0]
     if not shared:
         return None

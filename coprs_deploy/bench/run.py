@@ -301,20 +301,15 @@ class _Measurement:
 
 def _summarize(running: _Running, baseline: _Running | None) -> CaseResult:
     name, labels = running.case.name, dict(running.case.labels)
-    if running.error:
-        return CaseResult(name, labels, running.error)
-    if not running.rounds:  # a group without runs: accuracy only
-        return CaseResult(name, labels, accuracy=running.accuracy)
+    if running.error or not running.rounds:  # a group without runs has accuracy only
+        return CaseResult(name, labels, running.error, accuracy=running.accuracy)
     latency, ratio = summarize_runs(running.milliseconds()), None
     if baseline is not None and baseline is not running and baseline.rounds and not baseline.error:
         theirs = summarize_runs(baseline.milliseconds()).round_medians
         ratio = ratio_of_rounds(baseline.case.name, latency.round_medians, theirs)
     runs = [run for part in running.rounds for run in part]
-    medians = {
-        stage: rounded(np.median([run[stage] for run in runs if stage in run]))
-        for stage in runs[0]
-        if stage != TOTAL
-    }
+    found = {stage: [run[stage] for run in runs if stage in run] for stage in runs[0]}
+    medians = {stage: rounded(np.median(found[stage])) for stage in found if stage != TOTAL}
     memory = Memory(max(running.host_bytes), max(running.device_bytes, default=None))
     measured = (latency, medians, memory, running.accuracy, ratio, running.metrics)
     return CaseResult(name, labels, "", *measured)

@@ -186,7 +186,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     from coprs_deploy.bench.comparison import (
         REGRESSIONS,
         TIME_TOLERANCE,
-        Verdict,
         compare_reports,
         machine_differences,
     )
@@ -198,15 +197,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     differences = machine_differences(old, new)
     regressions = [finding for finding in findings if finding.verdict in REGRESSIONS]
     if arguments.json:
-        shown = [
-            {"place": f.place, "verdict": f.verdict.value, "detail": f.detail} for f in findings
-        ]
+        shown = [finding._asdict() for finding in findings]
         print_json({"findings": shown, "regressions": len(regressions), "machine": differences})
     else:
         for line in differences:
             print(f"the machine differs: {line}")
         for finding in findings:
-            if finding.verdict is not Verdict.SAME or finding.detail:
-                print(f"{finding.verdict.value:<13} {finding.place}: {finding.detail}")
+            if finding.verdict != "same" or finding.detail:
+                print(f"{finding.verdict:<13} {finding.place}: {finding.detail}")
         print(f"{len(findings)} findings, {len(regressions)} regressions")
     return 1 if regressions else 0
