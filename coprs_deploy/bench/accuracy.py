@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,11 @@ class GraphReference:
         The reference's graphs carry the outputs of one graph to the mask.
         """
         reference = open_reference(self.checkpoint, self.bundle)
-        with reference.open(PRIOR) as prior, reference.open(MASK_DECODER) as decoder:
-            compared = [
-                _compare(outputs(sample), sample, (prior, decoder), reference.geometry)
-                for sample in read_inputs(self.folder)
-            ]
+        pairs = [(outputs(sample), sample) for sample in read_inputs(self.folder)]
+        with ExitStack() as stack:
+            opened = [] if "mask_logits" in pairs[0][0] else [PRIOR, MASK_DECODER]
+            runners = [stack.enter_context(reference.open(name)) for name in opened]
+            compared = [_compare(*pair, runners, reference.geometry) for pair in pairs]
         found = _gt_metrics([each["gt"] for each in compared if "gt" in each])
         for name, metric, choose in (  # np.min and np.max keep a NaN; min and max may lose it
             ("embedding_cosine", "embedding_cosine", np.min),
@@ -183,12 +184,11 @@ class GraphReference:
 
 
 def _compare(
-    found: Values, sample: Values, runners: tuple[Runner, Runner], geometry: Geometry
+    found: Values, sample: Values, runners: Sequence[Runner], geometry: Geometry
 ) -> dict[str, Any]:
     values, measured = {**sample, **found}, dict[str, Any]()
-    if "mask_logits" not in found:
-        for runner in runners[1:] if "prior_logits" in found else runners:
-            values[runner.spec.outputs[0].name] = equivalence.run_graph(runner, values)
+    for runner in runners[1:] if "prior_logits" in found else runners:
+        values[runner.spec.outputs[0].name] = equivalence.run_graph(runner, values)
     if "image_embedding" in found:
         pair = found["image_embedding"], sample["image_embedding"]
         measured["embedding_cosine"] = equivalence.cosine_similarity(*pair)
