@@ -42,10 +42,8 @@ def open_requests(
 
 def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
-    modules, policy = (
-        accuracy.open_reference(checkpoint),
-        accuracy.open_policy(read_checkpoint(checkpoint)),
-    )
+    modules = accuracy.open_reference(checkpoint)
+    policy = accuracy.open_policy(read_checkpoint(checkpoint))
     return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.closing import Closeable
@@ -98,15 +99,11 @@ class Workload(Closeable):
 
 def write_arrays(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name."""
-    from safetensors.numpy import save_file
-
     save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path)
 
 
 def read_inputs(folder: Path) -> Iterator[Values]:
     """Read the input files of a benchmark in order, see ``preparation.write_inputs``."""
-    from safetensors.numpy import load_file
-
     for index in range(len(list(folder.glob("[0-9]*.safetensors")))):
         yield load_file(folder / f"{index}.safetensors")
 
@@ -157,7 +154,6 @@ class BenchOptions:
     prepare_only: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit together."""
         for size in self.sizes:
             if size not in SAM_SIZES:
                 raise ValueError(f"sizes names {size!r}; accepted: {', '.join(SAM_SIZES)}, all")

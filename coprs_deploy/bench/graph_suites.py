@@ -26,7 +26,7 @@ from coprs_deploy.bench.fixtures import (
     shape_words,
     version_of,
 )
-from coprs_deploy.bench.report import Report, Skipped
+from coprs_deploy.bench.report import Report
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.export import ExportOptions
@@ -161,11 +161,6 @@ SCENES = 128
 def plan_precision(fixtures: Fixtures) -> Planned:
     """Plan a case for each precision of the requested model."""
     model, cases = fixtures.model, []
-    if model.checkpoint is None:
-        yield Skipped(
-            model.name, "the graphs are made from a checkpoint; name it with --checkpoint"
-        )
-        return
     inputs = partial(fixtures.inputs, model, SCENES if model.has_gt else None)
     for precision in (FP32, FP16, BF16):
         made = {"checkpoint": model.checkpoint, "precision": precision}
@@ -203,9 +198,6 @@ def plan_export(fixtures: Fixtures) -> Planned:
     yield from skipped
     missing = {entry.name for entry in skipped}
     for model in fixtures.models():
-        if model.checkpoint is None:
-            yield Skipped(model.name, "an export needs a checkpoint; name it with --checkpoint")
-            continue
         kinds = [kind for kind in TOLERANCES if kind[0] not in missing]
         cases = [_conversion(fixtures, model)] if model.is_random else []
         cases += [_export(fixtures, model, *kind) for kind in kinds]

@@ -89,10 +89,6 @@ def plan_answer(fixtures: Fixtures) -> Planned:
 def plan_policy(fixtures: Fixtures) -> Planned:
     """Plan the policy alone: each library that is here, on each device in each dtype."""
     model, entries = fixtures.model, policy.availability()
-    if model.checkpoint is None:
-        reason = "the policy is measured from its checkpoint; name it with --checkpoint"
-        yield Skipped(model.name, reason)
-        return
     yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
     for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):

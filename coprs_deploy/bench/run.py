@@ -54,6 +54,9 @@ DEFAULT_SUITES = ("engines", "answer", "start")
 SCENE_SUITES = ("answer", "start", "scaling")
 """Suites with requests on generated scenes, which are square."""
 
+CHECKPOINT_SUITES = ("policy", "export", "precision")
+"""Suites that need the weights of the requested model."""
+
 Progress = Callable[[str], None]
 
 SHORT_RUN_MS = 200
@@ -102,14 +105,16 @@ def run_benchmark(options: BenchOptions, progress: Progress = lambda step: None)
 def plan(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
     """List the groups of the suites with the cases that the filter matches, and what is skipped.
 
-    Suites that need square scenes have none if the bundle takes others.
+    Suites that need square scenes or weights have none if the bundle has none.
     """
     model, groups, skipped = fixtures.model, list[Group](), dict[tuple[str, str], Skipped]()
     for name in fixtures.options.suites or DEFAULT_SUITES:
-        planned: Planned = SUITES[name](fixtures)
+        reason = ""
         if model.variant.aspect_ratio and name in SCENE_SUITES:
             reason = f"its scenes are square, and the bundle is {shape_words(model.variant)}"
-            planned = iter([Skipped(model.name, reason)])
+        elif model.checkpoint is None and name in CHECKPOINT_SUITES:
+            reason = "it is measured from a checkpoint; name it with --checkpoint"
+        planned = iter([Skipped(model.name, reason)]) if reason else SUITES[name](fixtures)
         for entry in planned:
             if isinstance(entry, Group):
                 groups.append(replace(select(entry, fixtures.options.filter), suite=name))
