@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +88,7 @@ RANDOM_MODELS = {"tiny": (3, 1), "vit_b": (2, 375), "vit_l": (1, 1250), "vit_h":
 CALIBRATION_IMAGES, FEW_CALIBRATION_IMAGES = 32, 4
 """For the int8 of trained weights, and of random ones, whose speed does not depend on them."""
 
+PREPARATION = "coprs_deploy.bench.preparation"
 PREPARE_TIMEOUT_S = 1800.0
 
 WIDE = (16, 9)
@@ -122,7 +123,7 @@ class Model:
     Attributes:
         num_inputs: number of inputs for accuracy.
         has_gt: whether its masks of held-out scenes mean something.
-        weights_bytes: size of a random checkpoint, which need not exist yet; 0 for others.
+        random_bytes: size of random weights, which need not exist yet; 0 for other models.
         variant: variant of its bundle.
     """
 
@@ -131,13 +132,20 @@ class Model:
     bundle: Path | None
     num_inputs: int = 3
     has_gt: bool = False
-    weights_bytes: int = 0
+    random_bytes: int = 0
     variant: ExportOptions = field(default_factory=ExportOptions)
 
     @property
     def is_random(self) -> bool:
         """Whether it is a SAM size with random weights."""
-        return self.weights_bytes > 0
+        return self.random_bytes > 0
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the segmentation weights; 0 where they are unknown."""
+        if self.checkpoint is None or self.is_random:
+            return self.random_bytes
+        return (self.checkpoint / SEGMENTATION_FILE).stat().st_size
 
     @property
     def estimated_bytes(self) -> int:
@@ -146,8 +154,6 @@ class Model:
         A ViT-B of 375 MB peaks near 2 GB, a ViT-H of 2.5 GB near 7 GB.
         """
         stored = self.weights_bytes
-        if self.checkpoint is not None and not stored:
-            stored = (self.checkpoint / SEGMENTATION_FILE).stat().st_size
         return 100_000_000 + (1_000_000_000 + 5 * stored // 2 if stored > 50_000_000 else 0)
 
     @property
@@ -160,7 +166,9 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First digits of the fingerprint of its weights."""
+        """First digits of the fingerprint of its weights; random ones are always the same."""
+        if self.is_random:
+            return "random"
         if self.checkpoint is not None:
             return read_checkpoint(self.checkpoint).fingerprint()[:12]
         assert self.bundle is not None
@@ -203,14 +211,15 @@ class Fixtures:
         self.folder, self.options, self.progress = folder, options, progress
         self.model = open_model(options.bundle, options.checkpoint)
         self._errors: dict[Path, WorkerError] = {}
+        self._pending: dict[str, float] | None = None
 
     def models(self) -> list[Model]:
         """Return the sizes with random weights, or else the requested model."""
         models = []
         for size in self.options.sizes:
             count, megabytes = RANDOM_MODELS[size]
-            checkpoint = self.folder / f"random_checkpoint-{size}"
-            models.append(Model(size, checkpoint, None, count, weights_bytes=megabytes * 10**6))
+            checkpoint = self.folder / f"random-checkpoint-{size}"
+            models.append(Model(size, checkpoint, None, count, random_bytes=megabytes * 10**6))
         return models or [self.model]
 
     def make(self, function: str, *names: object, **settings: Any) -> Path:
@@ -222,21 +231,36 @@ class Fixtures:
         Raises:
             WorkerError: it failed, now or when it was first called in this run.
         """
-        out = self.folder / re.sub(r"[^\w.]+", "-", " ".join(map(str, (function, *names))))
-        if not out.exists() and out not in self._errors:
-            self.progress(" ".join([function.replace("_", " "), *map(str, names)]))
-            target, unfinished = (
-                f"coprs_deploy.bench.preparation:{function}",
-                f"unfinished-{out.name}",
-            )
+        name = " ".join([function.replace("_", " "), *map(str, names)])
+        out = self.folder / re.sub(r"[^\w.]+", "-", name)
+        if self._pending is not None and not out.exists():
+            self._pending[name] = self._estimated_seconds(names)
+        elif not out.exists() and out not in self._errors:
+            self.progress(name)
+            target, unfinished = f"{PREPARATION}:{function}", self.folder / f"unfinished-{out.name}"
             try:
-                call_once(target, PREPARE_TIMEOUT_S, out=self.folder / unfinished, **settings)
-                (self.folder / unfinished).rename(out)
+                call_once(target, PREPARE_TIMEOUT_S, out=unfinished, **settings)
+                unfinished.rename(out)
             except WorkerError as error:
                 self._errors[out] = error
         if out in self._errors:
             raise self._errors[out]
         return out
+
+    def _estimated_seconds(self, names: Sequence[object]) -> float:
+        """Estimate a step for the model that its first name names, on two idle cores."""
+        models = {model.name: model for model in (self.model, *self.models())}
+        model = models.get(str(names[0]))
+        return 1 if model is None else 10 + model.weights_bytes / 10**7
+
+    def pending(self, prepare: Callable[[], object]) -> dict[str, float]:
+        """Return what a preparation would make, and the seconds that each step takes roughly."""
+        self._pending = {}
+        try:
+            prepare()
+            return self._pending
+        finally:
+            self._pending = None
 
     def weights(self, model: Model) -> Path:
         """Return the checkpoint of a model, made if it is a random one.
@@ -272,7 +296,8 @@ class Fixtures:
             names += [runtime_version(runtime), gpu.compute_capability]
         options = self.export_options(model, runtime, precision, variant)
         names.append(model.fingerprint)
-        return open_bundle(self.make("export_bundle", *names, options=options, **settings)).path
+        made = self.make("export_bundle", *names, options=options, **settings)
+        return made if self._pending is not None else open_bundle(made).path
 
     def export_options(
         self, model: Model, runtime: str, precision: str, variant: ExportOptions | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from coprs_deploy.bench.case import Case, Group, Planned
 from coprs_deploy.bench.fixtures import (
     ALL_GRAPHS,
+    PREPARATION,
     PREPARE_TIMEOUT_S,
     WIDE,
     Fixtures,
@@ -174,8 +175,6 @@ def plan_precision(fixtures: Fixtures) -> Planned:
 
 
 FUNCTION = "coprs_deploy.bench.worker:FunctionWorkload"
-
-PREPARATION = "coprs_deploy.bench.preparation"
 
 COMPUTE_CAPABILITIES = ("sm_80", "sm_89", "sm_120")
 """GPUs that engines are built for where the build needs none."""

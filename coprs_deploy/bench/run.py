@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,14 @@ MAX_RUNS = 1000
 """Largest number of runs of a case in one round."""
 
 
-def run_benchmark(options: BenchOptions, progress: Progress = lambda step: None) -> Report:
-    """Select, filter, prepare and measure; ``progress`` is called with the name of each step.
+def run_benchmark(
+    options: BenchOptions,
+    progress: Progress = lambda step: None,
+    note: Progress = lambda line: None,
+) -> Report:
+    """Select, filter, prepare and measure.
+
+    ``progress`` is called with the name of each step, ``note`` with a line that announces them.
 
     Raises:
         ValueError: there is no such suite, or no case to measure.
@@ -87,6 +93,7 @@ def run_benchmark(options: BenchOptions, progress: Progress = lambda step: None)
             reasons = "; ".join(entry.reason for entry in skipped) or "no suite has a case for it"
             matched = f"--filter {options.filter!r} matches no case" if options.filter else reasons
             raise ValueError(f"there is nothing to measure: {matched}")
+        note(announcement(groups, fixtures))
         groups = [prepare(group) for group in groups]
         measured = [] if options.prepare_only else groups
         results = (measure_group(group, options, progress) for group in measured)
@@ -146,6 +153,22 @@ def prepare(group: Group) -> Group:
         return replace(case, settings=made)
 
     return replace(group, cases=tuple(prepared(case) for case in group.cases))
+
+
+def announcement(groups: Sequence[Group], fixtures: Fixtures) -> str:
+    """Say what is measured, what is prepared for it, and how long that takes at least."""
+    options = fixtures.options
+    counts = [len(group.cases) for group in groups if group.runs is None]
+    seconds = sum(counts) * (options.min_time_s + options.warmup_s)
+    text = (
+        f"{sum(len(group.cases) for group in groups)} cases, measured for {seconds:.0f} s or more"
+    )
+    pending = fixtures.pending(lambda: [prepare(group) for group in groups])
+    if not pending:
+        return text
+    text += f"; to prepare, about {sum(pending.values()):.0f} s on two idle cores: "
+    kept = "" if options.work_dir else " (--work-dir DIR keeps it for the next run)"
+    return text + ", ".join(pending) + kept
 
 
 def _without_paths(result: GroupResult, folder: Path) -> GroupResult:

@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         options = _options(arguments)
         with StepPrinter() as progress:
-            report = run_benchmark(options, progress)
+            report = run_benchmark(options, progress, progress.note)
     if arguments.prepare_only:
         log(f"prepared in {arguments.work_dir}: run the same command without --prepare-only")
         return 0

@@ -163,6 +163,48 @@ def test_prepare_makes_settings_or_the_error():
     assert second.error == "export failed"
 
 
+ENCODER = r"vit_b: image_encoder.*onnxruntime .* cpu fp32$"
+
+
+def prepared_names(folder, pattern):
+    options = BenchOptions(suites=("engines",), sizes=("vit_b", "vit_h"), filter=pattern)
+    fixtures = Fixtures(folder, options)
+    groups, _ = run.plan(fixtures)
+    return list(fixtures.pending(lambda: [run.prepare(group) for group in groups]))
+
+
+def test_filter_prepares_only_what_its_cases_need(tmp_path):
+    names = prepared_names(tmp_path, ENCODER + "(?<!for 16:9)")
+    assert names == [
+        "random checkpoint vit_b",
+        "write inputs vit_b 2 1x1 random",
+        "export bundle vit_b onnx fp32 1x1 random",
+        "export segment anything vit_b random",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "random-checkpoint-vit_b").mkdir()
+    (one,) = set(names) - set(prepared_names(tmp_path, ENCODER))
+    assert one == "random checkpoint vit_b"
+    wide = prepared_names(tmp_path, "vit_h: image_encoder.*cpu int8, for 16:9 without")
+    assert [name.partition(" vit_h ")[2] for name in wide if "bundle" in name] == [
+        "onnx int8 1x1 for 16:9 without padding random"
+    ]
+
+
+@pytest.mark.parametrize(("work_dir", "is_told"), [(None, True), (Path("kept"), False)])
+def test_announcement_counts_cases_and_estimates_the_preparation(tmp_path, work_dir, is_told):
+    options = BenchOptions(
+        suites=("engines",), sizes=("vit_b",), filter=ENCODER, work_dir=work_dir, min_time_s=12
+    )
+    fixtures = Fixtures(tmp_path, options)
+    groups, _ = run.plan(fixtures)
+    text = run.announcement(groups, fixtures)
+    # Two cases of 12 s and a warm-up second; four steps of 10 s and .1 s a megabyte.
+    assert text.startswith("2 cases, measured for 26 s or more; to prepare, about 190 s on two")
+    assert "export bundle vit_b onnx fp32 1x1 random" in text
+    assert ("--work-dir DIR keeps it" in text) == is_told
+
+
 @pytest.mark.parametrize(
     ("graph", "precision", "is_random", "count"),
     [
@@ -174,5 +216,5 @@ def test_prepare_makes_settings_or_the_error():
     ],
 )
 def test_variants_of_encoders_of_real_size_only(graph, precision, is_random, count):
-    model = Model("any", None, None, weights_bytes=int(is_random))
+    model = Model("any", None, None, random_bytes=int(is_random))
     assert len(variants(model, graph, precision)) == count
