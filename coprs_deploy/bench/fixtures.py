@@ -175,7 +175,7 @@ class Model:
         return read_manifest(self.bundle).checkpoint_fingerprint[:12]
 
     def labels(
-        self, runtime: str = "", precision: str = "", device: str = "", **more: object
+        self, runtime: str = "", precision: str = "", device: str = "", /, **more: object
     ) -> dict[str, str]:
         """Return the labels of a case; without the empty ones."""
         named = {"runtime": runtime, "precision": precision, "device": device, **more}
@@ -305,8 +305,8 @@ class Fixtures:
         """Complete the options of an export, whose policy is a reference."""
         variant = variant or ExportOptions()
         images = self._calibration(model, variant) if precision == INT8 else None
-        kind = {"runtime": runtime, "precision": precision, "calibration_images": images}
-        return replace(variant, external_policy=True, overwrite=True, **kind)
+        fixed = replace(variant, external_policy=True, overwrite=True)
+        return replace(fixed, runtime=runtime, precision=precision, calibration_images=images)
 
     def _calibration(self, model: Model, variant: ExportOptions) -> Path:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""

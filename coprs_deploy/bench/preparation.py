@@ -164,7 +164,7 @@ def export_segment_anything(out: Path, checkpoint: Path) -> None:
     size = source.config.model.geometry.image_size
     out.mkdir(exist_ok=True)
     encoder, image = segment_anything_encoder(source), torch.zeros(1, 3, size, size)
-    names = {"input_names": ["image"], "output_names": ["image_embedding"]}
+    names: Any = {"input_names": ["image"], "output_names": ["image_embedding"]}
     torch.onnx.export(encoder, (image,), str(out / "encoder.onnx"), **names)
 
 

@@ -93,7 +93,7 @@ def plan_policy(fixtures: Fixtures) -> Planned:
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
     for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):
         name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
-        settings = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
+        settings: dict[str, Any] = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
         settings |= {"library": library, "dtype": dtype, "device": device}
         settings["reference"] = partial(fixtures.scene_reference, QUICK_COUNT)
         labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:PolicyWorkload"
@@ -154,12 +154,13 @@ RUNTIME = "onnxruntime"
 
 COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
 
-TARGETS, IMAGES = OptimizationProfile(1, 4, 16), OptimizationProfile(1, 2, 8)
+TARGETS = ExportOptions(targets=OptimizationProfile(1, 4, 16))
+IMAGES = ExportOptions(images=OptimizationProfile(1, 2, 8))
 GRAPH_SWEEPS = (
-    ("prior and mask decoder, targets on one image", TARGETS, f"{PRIOR}+{MASK_DECODER}"),
-    ("image encoder, images in one call", IMAGES, IMAGE_ENCODER),
+    ("prior and mask decoder, targets on one image", "targets", TARGETS, (*COUNTS, 16)),
+    ("image encoder, images in one call", "images", IMAGES, COUNTS),
 )
-"""Title, optimization profile of the number that grows, and graphs."""
+"""Title, parameter, variant of the export, and values."""
 
 REQUEST_SWEEPS = (
     ("questions on one image, time of one", "questions", COUNTS, 8),
@@ -175,12 +176,12 @@ def plan_scaling(fixtures: Fixtures) -> Planned:
     yield from skipped
     bundle = partial(fixtures.bundle, runtime=RUNTIME, precision=FP32)
     for _, device in present:
-        for model, (title, profile, graph) in itertools.product(fixtures.models(), GRAPH_SWEEPS):
-            parameter = "images" if graph == IMAGE_ENCODER else "targets"
-            variant = ExportOptions(**{parameter: profile})
+        for model, sweep in itertools.product(fixtures.models(), GRAPH_SWEEPS):
+            title, parameter, variant, values = sweep
+            graph = IMAGE_ENCODER if parameter == "images" else f"{PRIOR}+{MASK_DECODER}"
             shared = {"graph": graph, "runtime": RUNTIME, "inputs": partial(fixtures.inputs, model)}
             shared["bundle"] = partial(bundle, model, variant=variant)
-            each = {n: {**shared, "repeat": n} for n in (1, 2, 4, 8, 16) if n <= profile.max}
+            each = {n: {**shared, "repeat": n} for n in values}
             yield _sweep(model, device, (title, parameter), each)
         for title, parameter, values, count in REQUEST_SWEEPS:
             shared = {"bundle": partial(bundle, fixtures.model), "count": count}
