@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,11 @@ TOTAL = "total"
 """Key of a run's own measurement, used instead of the worker's clock."""
 
 Values: TypeAlias = dict[str, NDArray[Any]]
+Progress: TypeAlias = Callable[[str], None]
+
+
+def ignore(step: str) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from coprs_deploy import demo
 from coprs_deploy.bench.accuracy import GraphReference, SceneReference
-from coprs_deploy.bench.case import BenchOptions
+from coprs_deploy.bench.case import BenchOptions, Progress, ignore
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
 from coprs_deploy.bundle import TRT_VARIANT_NAMES, Manifest, open_bundle, read_manifest
@@ -116,6 +116,11 @@ def shape_words(variant: ExportOptions) -> str:
     return "for {}:{}".format(*variant.aspect_ratio) + " without padding" * variant.drop_padding
 
 
+def variant_words(variant: ExportOptions) -> list[str]:
+    """Return the words that name the files of a variant."""
+    return [f"{variant.targets.max}x{variant.images.max}", *shape_words(variant).split()]
+
+
 @dataclass(frozen=True)
 class Model:
     """What is measured: the demo model, a user's bundle, or a SAM size with random weights.
@@ -205,9 +210,7 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
 class Fixtures:
     """Fixtures of one benchmark run, in a folder; what an earlier run left there is used again."""
 
-    def __init__(
-        self, folder: Path, options: BenchOptions, progress: Callable[[str], None] = lambda s: None
-    ) -> None:
+    def __init__(self, folder: Path, options: BenchOptions, progress: Progress = ignore) -> None:
         self.folder, self.options, self.progress = folder, options, progress
         self.model = open_model(options.bundle, options.checkpoint)
         self._errors: dict[Path, WorkerError] = {}
@@ -291,7 +294,7 @@ class Fixtures:
             if graph.runtime in alike and graph.precision == precision:
                 return model.bundle
         settings = {"checkpoint": self.weights(model)}
-        names = [model.name, runtime if is_engine else "onnx", precision, _suffix(variant)]
+        names = [model.name, runtime if is_engine else "onnx", precision, *variant_words(variant)]
         if is_engine and (gpu := current_gpu()) is not None:
             names += [runtime_version(runtime), gpu.compute_capability]
         options = self.export_options(model, runtime, precision, variant)
@@ -323,7 +326,7 @@ class Fixtures:
         source = {"checkpoint": model.checkpoint and self.weights(model), "bundle": model.bundle}
         count = model.num_inputs if count is None else count
         aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else None)
-        names = [model.name, count, _suffix(model.variant), model.fingerprint]
+        names = [model.name, count, *variant_words(model.variant), model.fingerprint]
         names += ["own"] * (model.checkpoint is None)
         settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
         return GraphReference(self.make("write_inputs", *names, **source, **settings), **source)
@@ -339,8 +342,3 @@ class Fixtures:
         except WorkerError as error:  # times and the ground truth are still worth having
             note = f"PyTorch float32 failed: {error}"
         return SceneReference(file, model.has_gt, note)
-
-
-def _suffix(variant: ExportOptions) -> str:
-    """Return the end of the names of its files."""
-    return f"{variant.targets.max}x{variant.images.max} {shape_words(variant)}".strip()

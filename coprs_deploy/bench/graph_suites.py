@@ -27,7 +27,6 @@ from coprs_deploy.bench.fixtures import (
     shape_words,
     version_of,
 )
-from coprs_deploy.bench.report import Report
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.export import ExportOptions
@@ -182,14 +181,6 @@ COMPUTE_CAPABILITIES = ("sm_80", "sm_89", "sm_120")
 ALONE = 1 << 60
 """Estimated memory of a case that is open alone."""
 
-CONVERT = "convert"
-LIMITS = {
-    CONVERT: {"peak_over_weights": 2.0},
-    "onnxruntime": {"export_s": 180, "export_peak_over_weights": 1.5, "peak_over_weights": 3.0},
-}
-"""Limits of ViT-H in float32 on two cores: seconds, and peak memory in multiples of the weights. A
-smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
-
 
 def plan_export(fixtures: Fixtures) -> Planned:
     """Plan a conversion of SAM's real sizes, and an export for each runtime and precision."""
@@ -212,7 +203,7 @@ def _conversion(fixtures: Fixtures, model: Model) -> Case:
     settings = {"function": f"{PREPARATION}:convert", "out": fixtures.folder / "converted"}
     settings |= {"sam": sam, "checkpoint": partial(fixtures.weights, model)}
     name = "convert, policy and sam_vit file"
-    return Case(name, FUNCTION, settings, model.labels(CONVERT), ALONE)
+    return Case(name, FUNCTION, settings, model.labels("convert"), ALONE)
 
 
 def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> Case:
@@ -228,15 +219,3 @@ def _export(fixtures: Fixtures, model: Model, runtime: str, precision: str) -> C
     settings = {"function": f"{PREPARATION}:export_bundle", "out": fixtures.folder / "exported"}
     settings |= {"options": options, "checkpoint": partial(fixtures.weights, model)}
     return Case(name, FUNCTION, settings, model.labels(runtime, precision), ALONE)
-
-
-def limit_violations(report: Report) -> list[str]:
-    """List the limits that the cases of ViT-H exceed; empty when all are kept."""
-    cases = [case for group in report.groups if group.suite == "export" for case in group.cases]
-    return [
-        f"vit_h, {case.name}: {metric} is {case.metrics[metric]:.2f}, the limit is {limit:g}"
-        for case in cases
-        if case.labels["model"] == "vit_h" and case.labels.get("precision", "fp32") == "fp32"
-        for metric, limit in LIMITS.get(case.labels["runtime"], {}).items()
-        if case.metrics.get(metric, 0) > limit
-    ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -76,6 +77,7 @@ WIDTH, LEFT, RIGHT, ROW = 560, 12, 540, 36
 SMALLEST_ERROR = 1e-8
 """Errors below are drawn here."""
 
+Scale = Callable[[float], float]
 Timed = Sequence[tuple[CaseResult, Latency]]
 
 
@@ -220,15 +222,13 @@ def _dot(x: float, y: float, color: int, radius: float, opacity: float = 1) -> s
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {fill}/>'
 
 
-def _time_axis(
-    values: Sequence[float], bottom: float
-) -> tuple[Callable[[float], float], list[str]]:
+def _time_axis(values: Sequence[float], bottom: float) -> tuple[Scale, list[str]]:
     """Return a logarithmic scale of milliseconds, and its grid with numbers."""
     low, high = min(values) / 1.05, max(values) * 1.05
-    unit = (RIGHT - LEFT) / math.log(high / low)
+    ends = (math.log(low), math.log(high))
 
     def scale(value: float) -> float:
-        return LEFT + unit * math.log(value / low)
+        return float(np.interp(math.log(value), ends, (LEFT, RIGHT)))
 
     steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 6 else (1, 2, 5) if high / low < 60 else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -243,16 +243,15 @@ def _time_axis(
 def _runs(timed: Timed) -> tuple[float, list[str]]:
     """Draw every run of each case, with the median and its interval."""
     bottom = ROW * len(timed)
-    scale, parts = _time_axis([run for _, q in timed for run in (*q.samples, q.p50)], bottom)
+    values = [run for _, q in timed for run in (*q.samples, q.p50, *q.ci)]
+    scale, parts = _time_axis(values, bottom)
     for row, (case, latency) in enumerate(timed):
         y = ROW * row + 24
         parts.append(_text(LEFT, y - 11, f"{case.name}: {format_ms(latency.p50)}"))
-        spread = (y + (5 * n % 11 - 5) * 0.8 for n in range(len(latency.samples)))
-        runs = zip(latency.samples, spread, strict=True)
-        parts += [_dot(scale(run), at, row, 1.8, 0.45) for run, at in runs]
+        for number, run in enumerate(latency.samples):
+            parts.append(_dot(scale(run), y + (5 * number % 11 - 5) * 0.8, row, 1.8, 0.45))
         parts.append(_line(scale(latency.p50), y - 7, scale(latency.p50), y + 7, width=2))
-        low, high = max(latency.ci_low, latency.minimum), min(latency.ci_high, max(latency.samples))
-        parts.append(_line(scale(low), y, scale(high), y, width=1.4))
+        parts.append(_line(scale(latency.ci_low), y, scale(latency.ci_high), y, width=1.4))
     return bottom + 32, parts
 
 
@@ -279,19 +278,14 @@ def _stages(staged: Sequence[CaseResult]) -> tuple[float, list[str]]:
 def _accuracy(compared: Sequence[tuple[CaseResult, Latency, float]]) -> tuple[float, list[str]]:
     """Draw the distance of each case from float32 against its median."""
     scale, parts = _time_axis([latency.p50 for _, latency, _ in compared], 180)
-    smallest = math.log10(SMALLEST_ERROR)
-    top = max(smallest + 1, *(math.log10(max(3 * loss, SMALLEST_ERROR)) for _, _, loss in compared))
-
-    def height(loss: float) -> float:
-        share = (math.log10(max(loss, SMALLEST_ERROR)) - smallest) / (top - smallest)
-        return 175 - 165 * share
-
-    for exponent in range(-8, math.floor(top) + 1, 2):
-        y = height(10.0**exponent)
+    logs = [math.log10(max(loss, SMALLEST_ERROR)) for *_, loss in compared]
+    ends = (math.log10(SMALLEST_ERROR), max(logs) + 0.5)
+    for exponent in range(-8, math.floor(ends[1]) + 1, 2):
+        y = float(np.interp(exponent, ends, (175, 10)))
         parts += [_line(LEFT, y, RIGHT, y, color="faint", width=0.5)]
         parts += [_text(LEFT, y - 2, f"1e{exponent}")]
-    for number, (case, latency, loss) in enumerate(compared):
-        x, y = scale(latency.p50), height(loss)
+    for number, (case, latency, _) in enumerate(compared):
+        x, y = scale(latency.p50), float(np.interp(logs[number], ends, (175, 10)))
         parts += [_dot(x, y, number, 5), _text(x + 6, y - 4, str(number + 1))]
         parts.append(_text(LEFT, 224 + 15 * number, f"{number + 1}  {case.name}"))
     title = "distance from float32: mask logits, or 1 - mask IoU"

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from coprs_deploy.bench import graph_suites, request_suites
-from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned
+from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned, Progress, ignore
 from coprs_deploy.bench.fixtures import Fixtures, gpu_name, shape_words
 from coprs_deploy.bench.report import (
     SCHEMA_VERSION,
@@ -57,8 +57,6 @@ SCENE_SUITES = ("answer", "start", "scaling")
 CHECKPOINT_SUITES = ("policy", "export", "precision")
 """Suites that need the weights of the requested model."""
 
-Progress = Callable[[str], None]
-
 SHORT_RUN_MS = 200
 """Shorter runs are preceded by an unmeasured one in every round."""
 
@@ -70,9 +68,7 @@ MAX_RUNS = 1000
 
 
 def run_benchmark(
-    options: BenchOptions,
-    progress: Progress = lambda step: None,
-    note: Progress = lambda line: None,
+    options: BenchOptions, progress: Progress = ignore, note: Progress = ignore
 ) -> Report:
     """Select, filter, prepare and measure.
 
@@ -144,15 +140,14 @@ def select(group: Group, pattern: str) -> Group:
 
 def prepare(group: Group) -> Group:
     """Make what the cases need; an error of the preparation is the error of the case."""
-
-    def prepared(case: Case) -> Case:
+    cases = []
+    for case in group.cases:
         try:
             made = {name: v() if callable(v) else v for name, v in case.settings.items()}
+            cases.append(replace(case, settings=made))
         except WorkerError as error:
-            return replace(case, error=str(error))
-        return replace(case, settings=made)
-
-    return replace(group, cases=tuple(prepared(case) for case in group.cases))
+            cases.append(replace(case, error=str(error)))
+    return replace(group, cases=tuple(cases))
 
 
 def announcement(groups: Sequence[Group], fixtures: Fixtures) -> str:
@@ -212,9 +207,7 @@ class _Running:
             self.worker = None
 
 
-def measure_group(
-    group: Group, options: BenchOptions, progress: Progress = lambda step: None
-) -> GroupResult:
+def measure_group(group: Group, options: BenchOptions, progress: Progress = ignore) -> GroupResult:
     """Measure the prepared cases of a group; failed cases are reported with their error."""
     measurement = _Measurement(group, options, progress)
     try:
