@@ -70,8 +70,8 @@ def open_reference(checkpoint: Path | None, bundle: Path | None = None) -> Refer
     assert bundle is not None
     opened, options = open_bundle(bundle), RunnerOptions()
     manifest, graph = opened.manifest, opened.manifest.graphs[IMAGE_ENCODER]
-    own = f"the bundle's own graphs ({graph.runtime} {graph.precision})"
-    note = f"against {own}, no checkpoint was given"
+    own = f"({graph.runtime} {graph.precision}), no checkpoint was given"
+    note = f"against the bundle's own graphs {own}"
     width = manifest.policy.hidden_size
     return Reference(
         manifest.geometry, width, lambda n: open_bundle_graph(opened, n, options), note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,7 +65,7 @@ class Group:
     """
 
     name: str
-    cases: tuple[Case, ...]
+    cases: Sequence[Case]
     baseline: str | None = None
     unit: str = "one run"
     parameter: str = ""

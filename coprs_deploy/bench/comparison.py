@@ -15,11 +15,8 @@ from coprs_deploy.console import format_bytes, format_ms
 REGRESSIONS = ("slower", "more_memory", "less_accurate", "fails")
 """Verdicts that set the exit code; the others: same, faster, fixed, new, removed."""
 
-TIME_TOLERANCE = 0.05
-"""Share of the old median by which a time may grow."""
-
-MEMORY_TOLERANCE = 0.10
-"""Share of the old peak by which memory may grow."""
+TIME_TOLERANCE, MEMORY_TOLERANCE = 0.05, 0.10
+"""Shares of the old median and of the old peak by which they may grow."""
 
 ACCURACY_TOLERANCES = {
     "mask_iou_mean": 0.005,

@@ -14,7 +14,7 @@ from coprs_deploy.bench.accuracy import GraphReference, SceneReference
 from coprs_deploy.bench.case import BenchOptions, Progress, ignore
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
-from coprs_deploy.bundle import TRT_VARIANT_NAMES, Manifest, open_bundle, read_manifest
+from coprs_deploy.bundle import TRT_VARIANT_NAMES, Bundle, Manifest, open_bundle, read_manifest
 from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
@@ -165,9 +165,8 @@ class Model:
     def request_bytes(self) -> int:
         """Memory of a process with libraries, graphs and policy."""
         assert self.bundle is not None
-        folder = self.bundle / read_manifest(self.bundle).policy.path
-        policy = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        return 600_000_000 + self.estimated_bytes + 6 * policy // 5
+        files = Bundle(self.bundle, read_manifest(self.bundle)).policy_path.rglob("*")
+        return 600_000_000 + self.estimated_bytes + 6 * sum(f.stat().st_size for f in files) // 5
 
     @cached_property
     def fingerprint(self) -> str:
@@ -334,6 +333,7 @@ class Fixtures:
     def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
         """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
         model, file, note = self.model, None, ""
+        count = count if side else max(count, 16)  # one file for all of the same size
         settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
         try:
             if model.checkpoint is not None:

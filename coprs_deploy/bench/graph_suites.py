@@ -1,7 +1,4 @@
-"""Each graph in each runtime and precision, beside PyTorch and segment-anything; exports.
-
-Half precision is also measured with every rounding explicit: the accuracy that a GPU will have.
-"""
+"""Each graph in each runtime and precision, beside PyTorch and segment-anything; exports."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ def plan_engines(fixtures: Fixtures) -> Planned:
     for model, device, graph in itertools.product(fixtures.models(), devices, graphs):
         planned = _GroupCases(fixtures, model, graph, device)
         runtimes = [runtime for runtime, where in present if where == device]
-        cases = (*planned.graph_cases(runtimes), *planned.peer_cases())
+        cases = [*planned.graph_cases(runtimes), *planned.peer_cases()]
         name, baseline = f"{model.name}: {graph} on {device}", planned.torch_name("eager", FP32)
         yield Group(name, cases, baseline, "one image, one target")
 
@@ -159,7 +156,7 @@ SCENES = 128
 
 
 def plan_precision(fixtures: Fixtures) -> Planned:
-    """Plan a case for each precision of the requested model."""
+    """Plan a case for each precision, every rounding explicit, as a GPU will round."""
     model, cases = fixtures.model, []
     inputs = partial(fixtures.inputs, model, SCENES if model.has_gt else None)
     for precision in (FP32, FP16, BF16):
@@ -170,7 +167,7 @@ def plan_precision(fixtures: Fixtures) -> Planned:
         labels = model.labels(precision=precision, graph=ALL_GRAPHS)
         name, target = f"{precision}, explicit roundings", f"{WORKLOADS}:open_rounded_graphs"
         cases.append(Case(name, target, settings, labels))
-    yield Group(f"{model.name}: half precision", tuple(cases), unit="one input", runs=0)
+    yield Group(f"{model.name}: half precision", cases, unit="one input", runs=0)
 
 
 FUNCTION = "coprs_deploy.bench.worker:FunctionWorkload"
@@ -192,7 +189,7 @@ def plan_export(fixtures: Fixtures) -> Planned:
         cases = [_conversion(fixtures, model)] if model.is_random else []
         cases += [_export(fixtures, model, *kind) for kind in kinds]
         name, limit = f"{model.name}: export", PREPARE_TIMEOUT_S
-        yield Group(name, tuple(cases), unit="one export", runs=1, timeout_s=limit)
+        yield Group(name, cases, unit="one export", runs=1, timeout_s=limit)
 
 
 def _conversion(fixtures: Fixtures, model: Model) -> Case:

@@ -1,8 +1,4 @@
-"""Graphs through any runtime as workloads, and their peers with the same weights.
-
-Peers are PyTorch modules and segment-anything's own encoder, which is also exported with the
-defaults of ``torch.onnx.export`` and run by the default session of ONNX Runtime and OpenVINO.
-"""
+"""Graphs through any runtime as workloads; PyTorch and segment-anything's encoder beside them."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def plan_answer(fixtures: Fixtures) -> Planned:
         target, labels = f"{WORKLOADS}:open_torch_requests", ("torch eager", FP32, "cpu")
         settings = {**shared, "checkpoint": model.checkpoint}
         cases.append(Case(baseline, target, settings, model.labels(*labels), memory))
-    yield Group(f"{model.name}: whole requests", tuple(cases), baseline, "one request")
+    yield Group(f"{model.name}: whole requests", cases, baseline, "one request")
 
 
 def plan_policy(fixtures: Fixtures) -> Planned:
@@ -99,7 +99,7 @@ def plan_policy(fixtures: Fixtures) -> Planned:
         labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:PolicyWorkload"
         cases.append(Case(name, target, settings, model.labels(*labels), model.request_bytes))
     baseline = cases[0].name if cases else None
-    yield Group(f"{model.name}: policy", tuple(cases), baseline, "one response")
+    yield Group(f"{model.name}: policy", cases, baseline, "one response")
 
 
 def plan_start(fixtures: Fixtures) -> Planned:
@@ -121,7 +121,7 @@ def plan_start(fixtures: Fixtures) -> Planned:
         first = {"device": device, "reference": partial(fixtures.scene_reference, 1)}
         cases.append(Case(name, FUNCTION, settings | first, labels))
     runs = QUICK_RUNS if options.is_quick else RUNS
-    yield Group(f"{model.name}: start", tuple(cases), unit="one process, to its end", runs=runs)
+    yield Group(f"{model.name}: start", cases, unit="one process, to its end", runs=runs)
 
 
 def run_code(code: str, *arguments: str) -> dict[str, Any]:
@@ -208,4 +208,4 @@ def _sweep(
         )
         cases.append(Case(name, target, settings | given, labels, memory or model.request_bytes))
     name = f"{model.name}: {title}" + (f", on {device}" if device != "cpu" else "")
-    return Group(name, tuple(cases), cases[0].name, "as the name says", parameter)
+    return Group(name, cases, cases[0].name, "as the name says", parameter)

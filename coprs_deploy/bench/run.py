@@ -91,8 +91,7 @@ def run_benchmark(
             raise ValueError(f"there is nothing to measure: {matched}")
         note(announcement(groups, fixtures))
         groups = [prepare(group) for group in groups]
-        measured = [] if options.prepare_only else groups
-        results = (measure_group(group, options, progress) for group in measured)
+        results = [measure_group(g, options, progress) for g in groups if not options.prepare_only]
         return Report(
             schema_version=SCHEMA_VERSION,
             tag=options.tag or fixtures.model.name,
@@ -131,11 +130,9 @@ def plan(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
 def select(group: Group, pattern: str) -> Group:
     """Keep the cases that the filter matches; without its baseline, the first is the baseline."""
     matches = re.compile(pattern).search
-    cases = tuple(case for case in group.cases if matches(f"{group.name}: {case.name}"))
-    baseline = group.baseline
-    if cases and baseline is not None and baseline not in [case.name for case in cases]:
-        baseline = cases[0].name
-    return replace(group, cases=cases, baseline=baseline)
+    cases = [case for case in group.cases if matches(f"{group.name}: {case.name}")]
+    has_baseline = group.baseline in [None, *(case.name for case in cases)] or not cases
+    return replace(group, cases=cases, baseline=group.baseline if has_baseline else cases[0].name)
 
 
 def prepare(group: Group) -> Group:
@@ -147,23 +144,22 @@ def prepare(group: Group) -> Group:
             cases.append(replace(case, settings=made))
         except WorkerError as error:
             cases.append(replace(case, error=str(error)))
-    return replace(group, cases=tuple(cases))
+    return replace(group, cases=cases)
 
 
 def announcement(groups: Sequence[Group], fixtures: Fixtures) -> str:
     """Say what is measured, what is prepared for it, and how long that takes at least."""
     options = fixtures.options
-    counts = [len(group.cases) for group in groups if group.runs is None]
-    seconds = sum(counts) * (options.min_time_s + options.warmup_s)
-    text = (
-        f"{sum(len(group.cases) for group in groups)} cases, measured for {seconds:.0f} s or more"
-    )
+    timed = sum(len(group.cases) for group in groups if group.runs is None)
+    seconds = timed * (options.min_time_s + options.warmup_s)
+    total = sum(len(group.cases) for group in groups)
+    text = f"{total} cases, measured for {seconds:.0f} s or more"
     pending = fixtures.pending(lambda: [prepare(group) for group in groups])
     if not pending:
         return text
     text += f"; to prepare, about {sum(pending.values()):.0f} s on two idle cores: "
     kept = "" if options.work_dir else " (--work-dir DIR keeps it for the next run)"
-    return text + ", ".join(pending) + kept
+    return text + ", ".join(pending).replace(f" {fixtures.model.fingerprint}", "") + kept
 
 
 def _without_paths(result: GroupResult, folder: Path) -> GroupResult:

@@ -28,14 +28,14 @@ from coprs_deploy.closing import Closeable
 from coprs_deploy.errors import CoPRSError
 from coprs_deploy.machine import peak_memory_bytes
 
-MAX_ERROR_LENGTH = 400
-"""Number of characters of an error that a report keeps."""
-
 SERVE = "from coprs_deploy.bench.worker import main; main()"
 
 
 class WorkerError(CoPRSError):
-    """A worker could not answer a request; the message is the error of the case."""
+    """A worker could not answer a request; the message, one line, is the error of the case."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(textwrap.shorten(message, 400))
 
 
 class Worker(Closeable):
@@ -69,7 +69,7 @@ class Worker(Closeable):
         except (EOFError, OSError):
             raise WorkerError(self._exit_error()) from None
         if error:
-            raise WorkerError(textwrap.shorten(error, MAX_ERROR_LENGTH))
+            raise WorkerError(error)
         return result
 
     def pause(self) -> None:
@@ -102,8 +102,7 @@ class Worker(Closeable):
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         reason += " (out of memory?)" if -code == signal.SIGKILL else ""
-        message = ": ".join([f"the process ended with {reason}", *last])
-        return textwrap.shorten(message, MAX_ERROR_LENGTH)
+        return ": ".join([f"the process ended with {reason}", *last])
 
 
 def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:
