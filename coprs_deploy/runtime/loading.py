@@ -108,7 +108,7 @@ def choose_policy(bundle: Bundle, options: RuntimeOptions) -> str:
     """Return the library that runs the policy: that of the options, or the best one for ``auto``.
 
     With ``auto``, the policy's graphs run where they can: the bundle has some, the device is the
-    CPU, no dtype is asked for, and OpenVINO is installed.
+    CPU, no dtype is requested, and OpenVINO is installed.
     """
     if options.policy != AUTO:
         return options.policy
