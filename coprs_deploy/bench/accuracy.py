@@ -233,7 +233,7 @@ class SceneReference:
             compared = {"mask_iou_mean": float(np.mean(ious)), "mask_iou_min": float(np.min(ious))}
             compared["concentration_cosine"] = _min_cosine(found, expected)
         keys = [(f"{i}.mask", f"{i}.ground_truth") for i in numbers] if self.has_gt else []
-        gt = [count_pixels(found[mask], found[truth]) for mask, truth in keys]
+        gt = [count_pixels(*(found[key] for key in pair)) for pair in keys]
         return Accuracy(len(numbers), **compared, **_gt_metrics(gt), note=self.note)
 
 

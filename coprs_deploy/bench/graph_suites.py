@@ -38,7 +38,7 @@ RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 
 
 def plan_engines(fixtures: Fixtures) -> Planned:
-    """Plan a group for each model, device and graph."""
+    """List a group for each model, device and graph."""
     devices, is_quick = fixtures.options.devices, fixtures.options.is_quick
     present, skipped = runtimes_here(devices)
     yield from skipped
@@ -156,7 +156,7 @@ SCENES = 128
 
 
 def plan_precision(fixtures: Fixtures) -> Planned:
-    """Plan a case for each precision, every rounding explicit, as a GPU will round."""
+    """List a case for each precision, every rounding explicit, as a GPU will round."""
     model, cases = fixtures.model, []
     inputs = partial(fixtures.inputs, model, SCENES if model.has_gt else None)
     for precision in (FP32, FP16, BF16):
@@ -180,7 +180,7 @@ ALONE = 1 << 60
 
 
 def plan_export(fixtures: Fixtures) -> Planned:
-    """Plan a conversion of SAM's real sizes, and an export for each runtime and precision."""
+    """List a conversion of SAM's real sizes, and an export for each runtime and precision."""
     skipped = missing_builders(fixtures.options.devices)
     yield from skipped
     missing = {entry.name for entry in skipped}

@@ -60,7 +60,7 @@ np.save(mask, result.mask)
 
 
 def plan_answer(fixtures: Fixtures) -> Planned:
-    """Plan whole requests: each runtime and precision that a bundle exists for or is made for."""
+    """List whole requests: each runtime and precision that a bundle exists for or is made for."""
     model, is_quick = fixtures.model, fixtures.options.is_quick
     present, skipped = runtimes_here(fixtures.options.devices)
     yield from skipped
@@ -87,7 +87,7 @@ def plan_answer(fixtures: Fixtures) -> Planned:
 
 
 def plan_policy(fixtures: Fixtures) -> Planned:
-    """Plan the policy alone: each library that is here, on each device in each dtype."""
+    """List the policy alone: each library that is here, on each device in each dtype."""
     model, entries = fixtures.model, policy.availability()
     yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
@@ -103,7 +103,7 @@ def plan_policy(fixtures: Fixtures) -> Planned:
 
 
 def plan_start(fixtures: Fixtures) -> Planned:
-    """Plan the start without a model, and the first mask on each device."""
+    """List the start without a model, and the first mask on each device."""
     model, options = fixtures.model, fixtures.options
     assert model.bundle is not None
     graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
@@ -171,7 +171,7 @@ REQUEST_SWEEPS = (
 
 
 def plan_scaling(fixtures: Fixtures) -> Planned:
-    """Plan a group for each sweep on each device."""
+    """List a group for each sweep on each device."""
     present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
     yield from skipped
     bundle = partial(fixtures.bundle, runtime=RUNTIME, precision=FP32)

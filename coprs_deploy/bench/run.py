@@ -84,7 +84,7 @@ def run_benchmark(
         folder = options.work_dir or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         fixtures = Fixtures(folder, options, progress)
-        groups, skipped = plan(fixtures)
+        groups, skipped = list_groups(fixtures)
         if not groups:
             reasons = "; ".join(entry.reason for entry in skipped) or "no suite has a case for it"
             matched = f"--filter {options.filter!r} matches no case" if options.filter else reasons
@@ -104,7 +104,7 @@ def run_benchmark(
         )
 
 
-def plan(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
+def list_groups(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
     """List the groups of the suites with the cases that the filter matches, and what is skipped.
 
     Suites that need square scenes or weights have none if the bundle has none.

@@ -47,8 +47,8 @@ def test_named_target_resolves(target):
     assert callable(load_target(target))
 
 
-def test_plan_of_the_demo_model_names_functions_that_resolve_and_makes_nothing(tmp_path):
-    groups, _ = run.plan(Fixtures(tmp_path, BenchOptions(suites=tuple(SUITES))))
+def test_groups_of_the_demo_model_name_functions_that_resolve_and_makes_nothing(tmp_path):
+    groups, _ = run.list_groups(Fixtures(tmp_path, BenchOptions(suites=tuple(SUITES))))
     cases = [case for group in groups for case in group.cases]
     assert {group.suite for group in groups} == set(SUITES)
     assert len(cases) > 40
@@ -136,7 +136,7 @@ def test_failed_float32_reference_is_a_note(tmp_path, monkeypatch):
 def test_suite_of_square_scenes_is_skipped_for_an_aspect_ratio(tmp_path):
     fixtures = Fixtures(tmp_path, BenchOptions(suites=("answer", "start")))
     fixtures.model = Model("mine", None, None, variant=WIDE)
-    groups, (skipped,) = run.plan(fixtures)
+    groups, (skipped,) = run.list_groups(fixtures)
     assert groups == []
     assert skipped.reason == "its scenes are square, and the bundle is for 16:9"
     assert skipped.suite == "answer, start"
@@ -169,7 +169,7 @@ ENCODER = r"vit_b: image_encoder.*onnxruntime .* cpu fp32$"
 def prepared_names(folder, pattern):
     options = BenchOptions(suites=("engines",), sizes=("vit_b", "vit_h"), filter=pattern)
     fixtures = Fixtures(folder, options)
-    groups, _ = run.plan(fixtures)
+    groups, _ = run.list_groups(fixtures)
     return list(fixtures.pending(lambda: [run.prepare(group) for group in groups]))
 
 
@@ -197,7 +197,7 @@ def test_announcement_counts_cases_and_estimates_the_preparation(tmp_path, work_
         suites=("engines",), sizes=("vit_b",), filter=ENCODER, work_dir=work_dir, min_time_s=12
     )
     fixtures = Fixtures(tmp_path, options)
-    groups, _ = run.plan(fixtures)
+    groups, _ = run.list_groups(fixtures)
     text = run.announcement(groups, fixtures)
     # Two cases of 12 s and a warm-up second; four steps of 10 s and .1 s a megabyte.
     assert text.startswith("2 cases, measured for 26 s or more; to prepare, about 190 s on two")
