@@ -37,7 +37,7 @@ RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
 
 
-def plan_engines(fixtures: Fixtures) -> Planned:
+def engines_suite(fixtures: Fixtures) -> Planned:
     """List a group for each model, device and graph."""
     devices, is_quick = fixtures.options.devices, fixtures.options.is_quick
     present, skipped = runtimes_here(devices)
@@ -155,7 +155,7 @@ class _GroupCases:
 SCENES = 128
 
 
-def plan_precision(fixtures: Fixtures) -> Planned:
+def precision_suite(fixtures: Fixtures) -> Planned:
     """List a case for each precision, every rounding explicit, as a GPU will round."""
     model, cases = fixtures.model, []
     inputs = partial(fixtures.inputs, model, SCENES if model.has_gt else None)
@@ -179,7 +179,7 @@ ALONE = 1 << 60
 """Estimated memory of a case that is open alone."""
 
 
-def plan_export(fixtures: Fixtures) -> Planned:
+def export_suite(fixtures: Fixtures) -> Planned:
     """List a conversion of SAM's real sizes, and an export for each runtime and precision."""
     skipped = missing_builders(fixtures.options.devices)
     yield from skipped

@@ -59,7 +59,7 @@ np.save(mask, result.mask)
 """
 
 
-def plan_answer(fixtures: Fixtures) -> Planned:
+def answer_suite(fixtures: Fixtures) -> Planned:
     """List whole requests: each runtime and precision that a bundle exists for or is made for."""
     model, is_quick = fixtures.model, fixtures.options.is_quick
     present, skipped = runtimes_here(fixtures.options.devices)
@@ -86,7 +86,7 @@ def plan_answer(fixtures: Fixtures) -> Planned:
     yield Group(f"{model.name}: whole requests", cases, baseline, "one request")
 
 
-def plan_policy(fixtures: Fixtures) -> Planned:
+def policy_suite(fixtures: Fixtures) -> Planned:
     """List the policy alone: each library that is here, on each device in each dtype."""
     model, entries = fixtures.model, policy.availability()
     yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
@@ -102,7 +102,7 @@ def plan_policy(fixtures: Fixtures) -> Planned:
     yield Group(f"{model.name}: policy", cases, baseline, "one response")
 
 
-def plan_start(fixtures: Fixtures) -> Planned:
+def start_suite(fixtures: Fixtures) -> Planned:
     """List the start without a model, and the first mask on each device."""
     model, options = fixtures.model, fixtures.options
     assert model.bundle is not None
@@ -170,7 +170,7 @@ REQUEST_SWEEPS = (
 """Title, parameter, its values, and number of scenes."""
 
 
-def plan_scaling(fixtures: Fixtures) -> Planned:
+def scaling_suite(fixtures: Fixtures) -> Planned:
     """List a group for each sweep on each device."""
     present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
     yield from skipped

@@ -38,13 +38,13 @@ from coprs_deploy.bench.worker import Worker, WorkerError
 from coprs_deploy.machine import machine_record
 
 SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
-    "engines": graph_suites.plan_engines,
-    "answer": request_suites.plan_answer,
-    "policy": request_suites.plan_policy,
-    "start": request_suites.plan_start,
-    "scaling": request_suites.plan_scaling,
-    "export": graph_suites.plan_export,
-    "precision": graph_suites.plan_precision,
+    "engines": graph_suites.engines_suite,
+    "answer": request_suites.answer_suite,
+    "policy": request_suites.policy_suite,
+    "start": request_suites.start_suite,
+    "scaling": request_suites.scaling_suite,
+    "export": graph_suites.export_suite,
+    "precision": graph_suites.precision_suite,
 }
 """Function of each suite, by the name that users type."""
 
