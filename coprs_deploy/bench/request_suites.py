@@ -186,8 +186,8 @@ def scaling_suite(fixtures: Fixtures) -> Planned:
         for title, parameter, values, count in REQUEST_SWEEPS:
             shared = {"bundle": partial(bundle, fixtures.model), "count": count}
             sides = {n: n if parameter == "side" else None for n in values}
-            asked = {n: partial(fixtures.scene_reference, count, sides[n]) for n in values}
-            each = {n: {**shared, parameter: n, "reference": asked[n]} for n in values}
+            references = {n: partial(fixtures.scene_reference, count, sides[n]) for n in values}
+            each = {n: {**shared, parameter: n, "reference": references[n]} for n in values}
             yield _sweep(fixtures.model, device, (title, parameter), each)
 
 
