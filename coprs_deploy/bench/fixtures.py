@@ -165,7 +165,10 @@ class Model:
     def request_bytes(self) -> int:
         """Memory of a process with libraries, graphs and policy."""
         assert self.bundle is not None
-        files = Bundle(self.bundle, read_manifest(self.bundle)).any_policy_path.rglob("*")
+        bundle = Bundle(self.bundle, read_manifest(self.bundle))
+        has_weights = bundle.manifest.policy.path is not None
+        policy = bundle.policy_path if has_weights else bundle.policy_graphs_path
+        files = policy.rglob("*")
         return 600_000_000 + self.estimated_bytes + 6 * sum(f.stat().st_size for f in files) // 5
 
     @cached_property

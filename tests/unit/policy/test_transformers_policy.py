@@ -95,18 +95,15 @@ def noise():
 
 
 def reference_positions(policy, result):
-    token = policy._tokens.tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
+    token = policy.tokens.tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
     return [i for i, t in enumerate(result.token_ids) if t == token]
 
 
 def uncached_states(policy, request, token_ids):
     """Hidden states of a response in one forward pass, the reference for cached decoding."""
-    vision = policy._vision(fit_pixel_count(request.image, LIMITS.min_pixels, LIMITS.max_pixels))
-    prompt_ids = encode_prompt(
-        policy._prompt, policy._tokens.tokenizer, request.instruction, vision.num_tokens
-    )
-    hidden, *_ = policy._prefill([*prompt_ids, *token_ids], vision)
-    return hidden[0, len(prompt_ids) :]
+    with policy.start(request) as decoding:
+        hidden = decoding.read([*decoding.prompt_ids, *token_ids])
+    return hidden[0, len(decoding.prompt_ids) :]
 
 
 def relative_error(found, expected):
@@ -275,7 +272,7 @@ def test_stream_text_deltas_concatenate_to_a_response_cut_inside_a_character(scr
 
 
 def test_stream_special_tokens_in_the_instruction_are_text(policy, ask):
-    specials = "".join(policy._tokens.tokenizer.all_special_tokens) + REFERENCE_TOKEN + "</think>"
+    specials = "".join(policy.tokens.tokenizer.all_special_tokens) + REFERENCE_TOKEN + "</think>"
     _, plain = ask(policy, instruction="the disc")
     pieces, result = ask(policy, instruction=f"the {specials} disc")
     assert "".join(pieces) == plain.response.text
