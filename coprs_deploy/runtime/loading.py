@@ -41,7 +41,7 @@ def load_parts(
     """
     graphs_are_open = threading.Event()
     start = time.perf_counter()
-    progress(f"loading graphs and policy ({options.policy})")
+    progress(f"loading graphs and policy ({choose_policy(bundle, options)})")
     with ThreadPoolExecutor(1, thread_name_prefix="load-policy") as pool, ExitStack() as opened:
         loading = pool.submit(_open_policy, bundle, options, graphs_are_open)
         opened.callback(_close_loaded, loading)

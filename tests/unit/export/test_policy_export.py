@@ -1,0 +1,189 @@
+"""Bundles that hold the policy as graphs: manifest, check against PyTorch, whole requests."""
+
+import dataclasses
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coprs_deploy import CoPRS
+from coprs_deploy.bundle import open_bundle, read_manifest
+from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.conversion import random_checkpoint
+from coprs_deploy.errors import BundleError, BundleIntegrityError, EquivalenceError
+from coprs_deploy.export import ExportOptions, exporter
+from coprs_deploy.export.tolerances import POLICY_TOLERANCES, PolicyTolerance
+from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime.loading import choose_policy
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed")
+pytest.importorskip("nncf", reason="NNCF is not installed")
+
+from coprs_deploy.export.policy_check import compare_policy, computed_in_float32
+from coprs_deploy.export.policy_graphs import load_policy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bundle(made_once, tiny_checkpoint):
+    """``tiny_checkpoint`` with its policy as float32 graphs only; read-only."""
+    options = ExportOptions(policy_runtime="openvino", policy_precision="fp32")
+    return made_once(
+        "tiny-policy-graphs",
+        lambda path: exporter.export_checkpoint(tiny_checkpoint, path, options),
+    )
+
+
+def test_export_writes_the_graphs_instead_of_the_weights(bundle):
+    manifest = read_manifest(bundle)
+    assert manifest.policy.path is None
+    assert not (bundle / "policy").exists()
+    listed = {file.path for file in manifest.files}
+    assert {"policy_openvino/decoder.xml", "policy_openvino/embedding.npy"} <= listed
+    found = manifest.policy_graphs
+    assert (found.runtime, found.precision) == ("openvino", "fp32")
+    assert found.equivalence.passed
+    assert found.equivalence.token_agreement == 1
+    assert found.equivalence.relative_error < 1e-4
+    assert found.equivalence.tokens >= 4 * 8
+
+
+def test_requests_equal_those_of_the_transformers_policy(bundle, tiny_bundle):
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    with CoPRS.load(bundle) as graphs, CoPRS.load(tiny_bundle) as weights:
+        assert "openvino" in graphs.description
+        assert "transformers" in weights.description
+        found, expected = (c.segment(image, "the cup", max_targets=2) for c in (graphs, weights))
+    assert found.response == expected.response
+    np.testing.assert_allclose(found.prior_logits, expected.prior_logits, atol=1e-3)
+    np.testing.assert_array_equal(found.masks, expected.masks)
+
+
+def test_a_changed_graph_is_refused(bundle, tmp_path):
+    copied = tmp_path / "bundle"
+    copied.mkdir()
+    for file in sorted(bundle.rglob("*")):
+        target = copied / file.relative_to(bundle)
+        target.mkdir() if file.is_dir() else target.write_bytes(file.read_bytes())
+    weights = copied / "policy_openvino" / "decoder.bin"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleIntegrityError, match=r"decoder\.bin was changed"):
+        open_bundle(copied)
+
+
+@pytest.mark.parametrize(
+    ("policy", "device", "message"),
+    [
+        ("transformers", "cpu", r"OpenVINO graphs only: pass --policy openvino"),
+        ("vllm", "cpu", r"OpenVINO graphs only: pass --policy openvino"),
+    ],
+)
+def test_another_policy_needs_the_weights(bundle, policy, device, message):
+    with pytest.raises(BundleError, match=message):
+        CoPRS.load(bundle, RuntimeOptions(policy=policy, device=device))
+
+
+def test_the_openvino_policy_needs_the_graphs(tiny_bundle):
+    with pytest.raises(BundleError, match=r"no graphs of its policy: pass --policy transformers"):
+        CoPRS.load(tiny_bundle, RuntimeOptions(policy="openvino"))
+
+
+def test_choose_policy_takes_graphs_where_they_run(bundle, tiny_bundle):
+    opened, with_weights = open_bundle(bundle), open_bundle(tiny_bundle)
+    both = dataclasses.replace(
+        with_weights,
+        manifest=msgspec.structs.replace(
+            with_weights.manifest, policy_graphs=opened.manifest.policy_graphs
+        ),
+    )
+    choices = {
+        "graphs": choose_policy(opened, RuntimeOptions()),
+        "weights": choose_policy(with_weights, RuntimeOptions()),
+        "both": choose_policy(both, RuntimeOptions()),
+        "dtype": choose_policy(both, RuntimeOptions(policy_dtype="float32")),
+        "gpu": choose_policy(both, RuntimeOptions(policy_device="cuda")),
+        "given": choose_policy(both, RuntimeOptions(policy="transformers")),
+    }
+    assert choices == {
+        "graphs": "openvino",
+        "weights": "transformers",
+        "both": "openvino",
+        "dtype": "transformers",
+        "gpu": "transformers",
+        "given": "transformers",
+    }
+
+
+def test_an_export_outside_the_tolerance_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    impossible = PolicyTolerance(0, 0, 1, 1, 1, "none")
+    monkeypatch.setitem(POLICY_TOLERANCES, "fp32", impossible)
+    options = ExportOptions(policy_runtime="both", policy_precision="fp32")
+    with pytest.raises(EquivalenceError, match=r"fp32 graphs: .*accepted: 100% of the tokens"):
+        exporter.export_checkpoint(tiny_checkpoint, tmp_path / "bundle", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_notices_graphs_of_other_weights(bundle, tmp_path):
+    random_checkpoint(tmp_path / "other", "tiny", seed=5)
+    found = compare_policy(
+        read_checkpoint(tmp_path / "other"),
+        bundle / "policy_openvino",
+        POLICY_TOLERANCES["int4"],
+        lambda step: None,
+    )
+    assert not found.passed
+    assert found.cosine < 0.9
+
+
+def test_16_bit_weights_are_read_in_float32_and_restored(tiny_checkpoint):
+    path = read_checkpoint(tiny_checkpoint).policy_path
+    exact, half = load_policy(path), load_policy(path).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter, rounded in zip(exact.parameters(), half.parameters(), strict=True):
+            parameter.copy_(rounded)
+    ids = torch.tensor([[5, 9, 7, 3]])
+    with torch.inference_mode():
+        expected = exact.model(input_ids=ids).last_hidden_state
+        with computed_in_float32(half):
+            found = half.model(input_ids=ids).last_hidden_state
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy_runtime": "onnx"}, "policy_runtime is 'onnx'; accepted: transformers, openvino"),
+        ({"policy_precision": "fp16"}, "policy_precision is 'fp16'; accepted: fp32, bf16, int8"),
+        (
+            {"policy_runtime": "openvino", "external_policy": True},
+            "accepted: --policy-runtime both, or no --external-policy",
+        ),
+    ],
+)
+def test_options_that_contradict_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExportOptions(**options)
+
+
+def test_inspect_shows_both_forms_of_the_policy(bundle, capsys):
+    from coprs_deploy.cli.main import main
+
+    assert main(["inspect", str(bundle)]) == 0
+    shown = capsys.readouterr().out
+    assert "graphs: openvino fp32" in shown
+    assert "100.0% of" in shown
+    assert "weights:" not in shown
+
+
+def test_images_from_the_command_line_run_on_the_graphs(bundle, tmp_path, capsys):
+    from coprs_deploy.cli.main import main
+
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 48), "red").save(image)
+    assert main(["segment", str(image), "the cup", "--bundle", str(bundle), "--json"]) in (0, 1)
+    assert "openvino" in msgspec.json.decode(capsys.readouterr().out)["runtime"]
