@@ -56,7 +56,7 @@ def export_policy_graphs(
     report("load policy")
     model = load_policy(policy)
     if precision == "bf16":
-        model = model.to(torch.bfloat16)
+        round_weights(model)
     description = _write_description(policy, out, model, precision)
     table = model.get_input_embeddings().weight.detach()
     rows = table.view(torch.uint16) if table.dtype == torch.bfloat16 else table
@@ -96,6 +96,12 @@ def load_policy(policy: Path) -> Any:
             f"{', '.join(_VISION_MODULES)}"
         )
     return model.requires_grad_(False).eval()
+
+
+def round_weights(model: nn.Module) -> None:
+    """Round the weights to bfloat16; buffers, such as rotary frequencies, stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
 
 
 def _write_description(policy: Path, out: Path, model: Any, precision: str) -> PolicyGraphs:
