@@ -44,7 +44,8 @@ def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
     modules = accuracy.open_reference(checkpoint)
     policy = accuracy.open_policy(read_checkpoint(checkpoint))
-    return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, 0), **settings)
+    options = RuntimeOptions(max_cached_images=0)
+    return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, options), **settings)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from coprs_deploy.artifacts import write_json
+from coprs_deploy.artifacts import write_json, write_text
 from coprs_deploy.bench.report import Accuracy, CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 
@@ -86,8 +86,8 @@ def write_outputs(folder: Path, report: Report) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{report.stem}.{ending}" for ending in ("json", "md", "html")]
     write_json(paths[0], report.to_json())
-    paths[1].write_text(render_markdown(report), encoding="utf-8")
-    paths[2].write_text(render_html(report), encoding="utf-8")
+    write_text(paths[1], render_markdown(report))
+    write_text(paths[2], render_html(report))
     return paths
 
 

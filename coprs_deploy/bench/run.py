@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from coprs_deploy.artifacts import temporary_directory
 from coprs_deploy.bench import graph_suites, request_suites
 from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned, Progress, ignore
 from coprs_deploy.bench.fixtures import Fixtures, gpu_name, shape_words
@@ -80,8 +80,8 @@ def run_benchmark(
     for name in options.suites:
         if name not in SUITES:
             raise ValueError(f"suite is {name!r}; accepted: {', '.join(SUITES)}, all")
-    with tempfile.TemporaryDirectory(prefix="coprs-bench-") as scratch:
-        folder = options.work_dir or Path(scratch)
+    with temporary_directory("coprs-bench-") as scratch:
+        folder = options.work_dir or scratch
         folder.mkdir(parents=True, exist_ok=True)
         fixtures = Fixtures(folder, options, progress)
         groups, skipped = list_groups(fixtures)

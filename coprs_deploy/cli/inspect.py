@@ -9,10 +9,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from coprs_deploy.bundle import Bundle, EngineRecord, Manifest
-from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy.bundle import Bundle, EngineRecord, Manifest, open_bundle
+from coprs_deploy.cli.parser import print_json
 from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import table
+from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
+from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
+from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import IMAGE_ENCODER
 
 
@@ -25,23 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="engine cache to show (default: $COPRS_DEPLOY_CACHE, or the user's cache folder)",
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the bundle and print its contents."""
-    from coprs_deploy.bundle import open_bundle
-
     bundle = open_bundle(arguments.bundle)
     if arguments.json:
         print_json(bundle.manifest.to_json())
-        return 0
-    for block in _blocks(bundle, arguments.cache_dir):
-        print(block)
+    else:
+        print(*_blocks(bundle, arguments.cache_dir), sep="\n")
     return 0
 
 
 def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
+    from coprs_deploy.policy.policy_dtype import cpu_dtype, stored_dtype
+
     manifest = bundle.manifest
     yield f"{bundle.path}: all files match their hashes"
     if manifest.checkpoint_note:
@@ -68,7 +69,8 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
         f"\npolicy: {bundle.policy_path}, "
         f"{sum(file.size_bytes for file in policy.files) / 1e6:,.1f} MB, "
         f"hidden size {policy.hidden_size}, "
-        f"{policy.min_pixels:,} to {policy.max_pixels:,} pixels"
+        f"{policy.min_pixels:,} to {policy.max_pixels:,} pixels, "
+        f"on this CPU in {cpu_dtype(stored_dtype(bundle.policy_path), describe_processor())}"
     )
     yield f"\n{equivalence_table(manifest.equivalence)}"
     yield "\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
@@ -101,9 +103,6 @@ def _engine_line(engine: EngineRecord) -> str:
 
 
 def _cache_lines(cache_dir: Path | None) -> Iterator[str]:
-    from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
-    from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
-
     cache = EngineCache(cache_dir)
     size = f"{cache.size_bytes() / 1e6:,.1f} MB"
     yield f"engine cache: {cache.root}, {len(cache.entries())} engines, {size}"

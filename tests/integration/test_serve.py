@@ -69,7 +69,7 @@ def test_serve_address_in_use_is_refused_before_loading(capsys):
         (["--max-upload", "0"], "--max-upload is 0.0; it must be above 0 MiB"),
         (["--timeout", "0"], "timeout_s is 0.0; it must be above 0"),
         (["--max-queue-size", "-1"], "max_queue_size is -1; it must be at least 0"),
-        (["--policy", "vlm"], "did you mean vllm?"),
+        (["--policy", "vlm"], "policy is 'vlm'; accepted: "),
     ],
 )
 def test_serve_arguments_out_of_range_are_refused(arguments, part, capsys):
