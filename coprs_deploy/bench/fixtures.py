@@ -332,7 +332,6 @@ class Fixtures:
     def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
         """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
         model, file, note = self.model, None, ""
-        count = count if side else max(count, 16)  # one file for all of the same size
         settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
         try:
             if model.checkpoint is not None:
