@@ -2,6 +2,7 @@
 # make test           all tests but the following two, in nine minutes on two cores
 # make test-extended  real sizes and long runs
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
+# make fuzz           property tests marked `fuzz` with random examples, for at most 20 minutes
 # make lint           format, lint, types, import contracts, words
 # make check          lint and the fast tests: before every commit
 # make format         format the code and fix what ruff can fix
@@ -21,7 +22,7 @@ DEMO ?= demo-output
 # One process per core, four at most; the crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo test test-extended test-vllm lint check format demo-model report clean
+.PHONY: demo test test-extended test-vllm fuzz lint check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -55,6 +56,9 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM_VENV)/.ready
 	PYTHONPATH=$(CURDIR)/tests/vllm_engine/site:$(CURDIR) $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
+
+fuzz: $(VENV)/.dev
+	$(PYTEST) --dist worksteal -m fuzz --hypothesis-profile fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from coprs_deploy import demo
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.bench.statistics import median_interval
+from coprs_deploy.bench.report import median_interval
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.images import RgbArray, prepare_image
@@ -37,7 +37,7 @@ from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 from coprs_deploy.policy.vllm_policy.transport import HiddenStateTransport
-from coprs_deploy.runtime import CoPRS, Timings
+from coprs_deploy.runtime import CoPRS, RuntimeOptions, Timings
 from coprs_deploy.runtime.target_decoding import decode_targets
 
 NAME = "policy-serving"
@@ -216,7 +216,7 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from coprs_deploy.policy.vllm_policy.capture import STEP, CaptureRequest, HiddenStateCapture
+    from coprs_deploy.policy.vllm_policy.capture import CaptureRequest, HiddenStateCapture
 
     torch.set_num_threads(1)
     width, vocabulary, reference, stop = 3584, 152_064, 7, 2
@@ -236,7 +236,7 @@ def measure_capture_work(rounds: int) -> dict[str, Any]:
                     )
                     added.append((row, params, None, [4] * 300 + [last]))
                 capture.update_state(BatchUpdate(requests, [], added, []))
-                STEP.hidden_states = torch.zeros(requests, width)
+                HiddenStateCapture.step = torch.zeros(requests, width)
                 logits = torch.zeros(requests, vocabulary)
                 times = []
                 for _ in range(100 * rounds):
@@ -263,7 +263,7 @@ def measure_answers(rounds: int) -> dict[str, Any]:
     for policy_threads, graph_threads in sorted({(a, b) for a in (1, cores) for b in (1, cores)}):
         torch.set_num_threads(policy_threads)
         with _parts(graph_threads) as (stages, policy, geometry):
-            coprs = CoPRS(stages, policy, geometry, max_cached_images=0)
+            coprs = CoPRS(stages, policy, geometry, RuntimeOptions(max_cached_images=0))
             found: dict[str, list[float]] = {"answer": [], "policy": [], "one_by_one": []}
             timings: list[Timings] = []
             for number, request in enumerate(questions(rounds + 2, skip=100)):

@@ -28,7 +28,10 @@ A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+import reprlib
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 
 class CoPRSError(Exception):
@@ -128,6 +131,60 @@ class RuntimeUnavailableError(EnvironmentNotReadyError):
     """A requested runtime, provider or device is not available."""
 
 
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    is_whole: bool = True,
+) -> None:
+    """Check the type and the range of a numeric argument.
+
+    Args:
+        name: name of the argument.
+        value: the argument; numbers of numpy are accepted, bool is not.
+        least: smallest accepted value.
+        above: largest value that is too small.
+        most: largest accepted value.
+        is_whole: whether it must be a whole number.
+
+    Raises:
+        ValueError: the value has another type, is not finite, or is out of range.
+    """
+    is_number = isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
+    if not is_number or not (isinstance(value, Integral) or math.isfinite(value)):
+        expected = "a whole number" if is_whole else "a finite number"
+        raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {expected}")
+    if value < least or value > most or value <= above:
+        bounds = {"at least": least, "above": above, "at most": most}
+        limits = " and ".join(f"{word} {b}" for word, b in bounds.items() if math.isfinite(b))
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {limits}")
+
+
+def check_type(name: str, value: object, *accepted: type) -> None:
+    """Check the type of an argument.
+
+    Raises:
+        ValueError: the value has none of the accepted types.
+    """
+    if not isinstance(value, accepted):
+        names = ", ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
+        raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {names}")
+
+
+MAX_MESSAGE_LENGTH = 2000
+"""Characters of an error in JSON; messages may quote what the caller passed."""
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Return a text for a message: of more than ``limit`` characters, the middle is left out."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}...({len(text) - limit} characters)...{text[-(limit // 2) :]}"
+
+
 def install_hint(extra: str) -> str:
     """Return the pip command of an extra; it needs a checkout, as the package is not on PyPI."""
     return f'pip install -e ".[{extra}]" (in the checkout)'
@@ -140,4 +197,5 @@ def error_body(error: BaseException, message: str | None = None) -> dict[str, st
         error: the exception.
         message: text of the error; None selects ``str(error)``.
     """
-    return {"error": str(error) if message is None else message, "type": type(error).__name__}
+    text = str(error) if message is None else message
+    return {"error": shorten(text, MAX_MESSAGE_LENGTH), "type": type(error).__name__}

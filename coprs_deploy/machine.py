@@ -10,8 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from coprs_deploy.specs import Record
 from coprs_deploy.version import __version__
@@ -35,6 +38,12 @@ PACKAGES = (
 TOOLCHAIN = ("torch", "transformers", "accelerate", "trl", "peft", "numpy", "tokenizers")
 """Packages that affect a training run."""
 
+MATRIX_UNITS = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+"""Instruction sets that multiply in a dtype; without one, libraries convert to float32 and back."""
+
 INT8_UNITS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 """Instruction sets that accumulate int8 products in 32 bits. Without one, some libraries add two
 products in 16 bits first, which may overflow."""
@@ -57,6 +66,10 @@ class Processor(Record, frozen=True):
     def has_int8_units(self) -> bool:
         """Whether int8 matrix products are exact in every runtime."""
         return not INT8_UNITS.isdisjoint(self.units)
+
+    def units_for(self, dtype: str) -> tuple[str, ...]:
+        """Return the instruction sets that multiply in ``bfloat16`` or ``float16``."""
+        return tuple(unit for unit in MATRIX_UNITS[dtype] if unit in self.units)
 
 
 def describe_processor() -> Processor:
@@ -88,20 +101,26 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory available without swapping, in bytes; caches count as available."""
-    import psutil
+    """Return the memory available without swapping, in bytes; caches count as available.
 
-    return int(psutil.virtual_memory().available)
+    Inside a container with a memory limit (Linux control groups, version 2), at most what is left
+    of the limit.
+    """
+    available = int(psutil.virtual_memory().available)
+    limit = _system_text("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdecimal():
+        used = int(_system_text("/sys/fs/cgroup/memory.current"))
+        statistics = dict(map(str.split, _system_text("/sys/fs/cgroup/memory.stat").splitlines()))
+        available = min(available, int(limit) - used + int(statistics.get("inactive_file", 0)))
+    return available
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Return the versions of Python and of the installed ones among some packages."""
     versions = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -158,8 +177,6 @@ class Machine(Record, frozen=True):
 
 def machine_record(gpu: str | None = None, packages: Sequence[str] = PACKAGES) -> Machine:
     """Describe this machine, the GPU in use (as in ``NVIDIA L4 (sm_89)``) and some packages."""
-    import psutil
-
     processor = describe_processor()
     return Machine(
         kind=_kind(processor, gpu),
@@ -189,7 +206,7 @@ def environment() -> dict[str, Any]:
 
 
 def _system_text(path: str) -> str:
-    """Read a file of Linux's ``/proc``; empty on other systems."""
+    """Read a file of Linux's ``/proc`` or ``/sys``; empty on other systems."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError:

@@ -8,13 +8,16 @@ characters ``<REF_POS>`` in running text are never mistaken for the token.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Self
 
 from coprs_deploy.errors import InstructionError
 from coprs_deploy.specs import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REFERENCE_TOKEN = "<REF_POS>"
 """The concentration token: its hidden state is the query of the prior (paper, section 3.1)."""
@@ -25,21 +28,11 @@ MAX_REASONING_CHARS = 2048
 MAX_WORDS_BETWEEN = 10
 """Words between the reasoning and the token; more is a minor violation (public code only)."""
 
+MAX_INSTRUCTION_CHARS = 20_000
+"""Longer instructions are refused before they are tokenized, which takes seconds per million."""
+
 _INSTRUCTION = "{instruction}"
 _REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-
-
-class Tokenizer(Protocol):
-    """Interface of a transformers tokenizer, as far as prompts use it."""
-
-    def __call__(self, text: str, **options: Any) -> Mapping[str, list[int]]:
-        """Return the ``input_ids`` of ``text``."""
-
-    def get_added_vocab(self) -> dict[str, int]:
-        """Return the ids of the added tokens by their content."""
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """Return the id of ``token``."""
 
 
 class PromptTemplate(Record, frozen=True):
@@ -72,10 +65,16 @@ def check_instruction(instruction: str) -> str:
     """Return the instruction without surrounding whitespace.
 
     Raises:
-        InstructionError: the instruction is empty, not a str, or not valid Unicode.
+        InstructionError: the instruction is empty, longer than ``MAX_INSTRUCTION_CHARS``, not a
+            str, or not valid Unicode.
     """
     if not isinstance(instruction, str):
         raise InstructionError(f"instruction is a {type(instruction).__name__}; accepted: a str")
+    if len(instruction) > MAX_INSTRUCTION_CHARS:
+        raise InstructionError(
+            f"the instruction has {len(instruction):,} characters, the limit is "
+            f"{MAX_INSTRUCTION_CHARS:,}; shorten it to what to segment"
+        )
     if not instruction.strip():
         raise InstructionError("the instruction is empty; say what to segment, as in 'the red cup'")
     if any("\ud800" <= character <= "\udfff" for character in instruction):
@@ -86,7 +85,10 @@ def check_instruction(instruction: str) -> str:
 
 
 def encode_prompt(
-    template: PromptTemplate, tokenizer: Tokenizer, instruction: str, num_image_tokens: int
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str,
+    num_image_tokens: int,
 ) -> list[int]:
     """Encode a prompt as token ids.
 
@@ -116,20 +118,24 @@ def encode_prompt(
     for token in _encode_text(template.text, tokenizer, instruction):
         ids.extend([token] * (num_image_tokens if token == image_id else 1))
     if len(ids) > template.max_prompt_tokens:
-        excess = len(ids) - template.max_prompt_tokens
-        if excess >= len(instruction):
-            raise InstructionError(
-                f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
-                f"({num_image_tokens} of them for the image): use a smaller image for the policy"
-            )
+        num_fixed = len(_encode_plain(template.text.replace(_INSTRUCTION, ""), tokenizer)) - 1
+        available = template.max_prompt_tokens - num_image_tokens - num_fixed
+        num_instruction = len(ids) - num_image_tokens - num_fixed
         raise InstructionError(
-            f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens} "
-            f"({num_image_tokens} of them for the image): shorten the instruction by {excess}"
+            f"the prompt has {len(ids)} tokens, the limit is {template.max_prompt_tokens}: "
+            f"{num_image_tokens} for the image, {num_instruction} for the instruction and "
+            f"{num_fixed} for the template; "
+            + (
+                f"shorten the instruction to {available} tokens, about "
+                f"{len(instruction) * available // num_instruction} characters"
+                if available > 0
+                else "pass an image of fewer pixels, or raise max_prompt_tokens of the checkpoint"
+            )
         )
     return ids
 
 
-def _encode_text(text: str, tokenizer: Tokenizer, instruction: str) -> list[int]:
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
     added = sorted((t for t in tokenizer.get_added_vocab() if len(t) > 1), key=len, reverse=True)
     whole = text.replace(_INSTRUCTION, instruction)
     pattern = re.compile("(" + "|".join(map(re.escape, added)) + ")")
@@ -150,62 +156,53 @@ def _encode_text(text: str, tokenizer: Tokenizer, instruction: str) -> list[int]
     return ids
 
 
-def _encode_plain(text: str, tokenizer: Tokenizer) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # A single text, encoded in this thread: a batch, of one too, would go through a thread pool.
+    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 class FormatViolation(str, Enum):
-    """Violation of the response format, in the order in which they are reported."""
+    """Violation of the response format, in the order in which they are reported.
 
-    NO_REASONING = "no_reasoning"
-    SEVERAL_REASONINGS = "several_reasonings"
-    EMPTY_REASONING = "empty_reasoning"
-    NO_REFERENCE = "no_reference"
-    SEVERAL_REFERENCES = "several_references"
-    REFERENCE_BEFORE_REASONING = "reference_before_reasoning"
-    LONG_REASONING = "long_reasoning"
-    TEXT_BEFORE_REASONING = "text_before_reasoning"
-    TEXT_AFTER_REFERENCE = "text_after_reference"
-    LONG_TEXT_BETWEEN = "long_text_between"
+    Attributes:
+        description: the violation in words, for messages.
+        is_fatal: whether it sets the format score to zero instead of lowering it slightly.
+    """
 
-    @property
-    def is_fatal(self) -> bool:
-        """Whether the violation sets the format score to zero instead of lowering it slightly."""
-        return self not in _MINOR_VIOLATIONS
+    _value_: str
+    description: str
+    is_fatal: bool
 
-    @property
-    def description(self) -> str:
-        """The violation in words, for messages."""
-        return _DESCRIPTIONS[self]
+    NO_REASONING = "no_reasoning", "no <think>...</think>"
+    SEVERAL_REASONINGS = "several_reasonings", "more than one <think>...</think>"
+    EMPTY_REASONING = "empty_reasoning", "the reasoning is empty"
+    NO_REFERENCE = "no_reference", f"no {REFERENCE_TOKEN}"
+    SEVERAL_REFERENCES = "several_references", f"more than one {REFERENCE_TOKEN}"
+    REFERENCE_BEFORE_REASONING = (
+        "reference_before_reasoning",
+        f"{REFERENCE_TOKEN} before the end of the reasoning",
+    )
+    LONG_REASONING = (
+        "long_reasoning",
+        f"the reasoning is longer than {MAX_REASONING_CHARS} characters",
+        False,
+    )
+    TEXT_BEFORE_REASONING = "text_before_reasoning", "text before <think>", False
+    TEXT_AFTER_REFERENCE = "text_after_reference", f"text after {REFERENCE_TOKEN}", False
+    LONG_TEXT_BETWEEN = (
+        "long_text_between",
+        f"more than {MAX_WORDS_BETWEEN} words between the reasoning and {REFERENCE_TOKEN}",
+        False,
+    )
 
-
-_MINOR_VIOLATIONS = frozenset(
-    {
-        FormatViolation.LONG_REASONING,
-        FormatViolation.TEXT_BEFORE_REASONING,
-        FormatViolation.TEXT_AFTER_REFERENCE,
-        FormatViolation.LONG_TEXT_BETWEEN,
-    }
-)
-
-_DESCRIPTIONS = {
-    FormatViolation.NO_REASONING: "no <think>...</think>",
-    FormatViolation.SEVERAL_REASONINGS: "more than one <think>...</think>",
-    FormatViolation.EMPTY_REASONING: "the reasoning is empty",
-    FormatViolation.NO_REFERENCE: f"no {REFERENCE_TOKEN}",
-    FormatViolation.SEVERAL_REFERENCES: f"more than one {REFERENCE_TOKEN}",
-    FormatViolation.REFERENCE_BEFORE_REASONING: (
-        f"{REFERENCE_TOKEN} before the end of the reasoning"
-    ),
-    FormatViolation.LONG_REASONING: (
-        f"the reasoning is longer than {MAX_REASONING_CHARS} characters"
-    ),
-    FormatViolation.TEXT_BEFORE_REASONING: "text before <think>",
-    FormatViolation.TEXT_AFTER_REFERENCE: f"text after {REFERENCE_TOKEN}",
-    FormatViolation.LONG_TEXT_BETWEEN: (
-        f"more than {MAX_WORDS_BETWEEN} words between the reasoning and {REFERENCE_TOKEN}"
-    ),
-}
+    def __new__(cls, identifier: str, description: str, is_fatal: bool = True) -> Self:
+        """Attach description and severity to the identifier, which is the member's value."""
+        member = str.__new__(cls, identifier)
+        member._value_ = identifier
+        member.description = description
+        member.is_fatal = is_fatal
+        return member
 
 
 @dataclass(frozen=True)

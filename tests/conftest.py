@@ -2,17 +2,54 @@
 
 import os
 import socket
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from coprs_deploy.artifacts import file_lock
 from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.export import export_checkpoint
+
+# Time of all fuzz tests together under the profile "fuzz"; the rest of the 20 minutes of
+# `make fuzz` is for collection, fixtures and the last runs.
+FUZZ_S = 17 * 60
+
+# A test marked `fuzz` sets no `max_examples` of its own, so that the profile decides.
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fast", derandomize=True, **UNTIMED)
+settings.register_profile("fuzz", max_examples=200, print_blob=True, **UNTIMED)
+settings.load_profile("fast")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item):
+    """Repeat a fuzz test for its share of the time under the profile "fuzz"."""
+    begin = time.monotonic()
+    result = yield
+    if item.get_closest_marker("fuzz") and item.config.getoption("--hypothesis-profile") == "fuzz":
+        tests = sum(other.get_closest_marker("fuzz") is not None for other in item.session.items)
+        processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        runs = 1
+        while time.monotonic() - begin < FUZZ_S / -(-tests // processes):
+            item.runtest()
+            runs += 1
+        item.user_properties.append(("fuzz runs", runs))
+    return result
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print how often each fuzz test was repeated."""
+    for report in terminalreporter.getreports("passed"):
+        for name, runs in report.user_properties:
+            if name == "fuzz runs" and report.when == "call":
+                examples = settings.get_profile("fuzz").max_examples
+                terminalreporter.write_line(f"{report.nodeid}: {runs} x {examples} examples")
 
 
 def pytest_collection_modifyitems(items):

@@ -11,7 +11,8 @@ from dataclasses import asdict
 
 from coprs_deploy import engines, policy
 from coprs_deploy.cli.parser import print_json
-from coprs_deploy.machine import installed_versions
+from coprs_deploy.machine import MATRIX_UNITS, describe_processor, installed_versions
+from coprs_deploy.policy.policy_dtype import cpu_dtype
 from coprs_deploy.version import __version__
 
 
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Collect the availability of all runtimes and policies, and print it."""
+    processor = describe_processor()
+    dtypes = {stored: str(cpu_dtype(stored, processor)) for stored in MATRIX_UNITS}
     runtimes = [
         entry
         for name in engines.runtime_names()
@@ -35,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
                 "version": __version__,
                 "versions": installed_versions(),
                 "platform": platform.platform(),
+                "processor": {"name": processor.name, "cores": processor.cores},
+                "policy_dtypes": dtypes,
                 "is_ready": is_ready,
                 "runtimes": [asdict(entry) for entry in runtimes],
                 "policies": [asdict(entry) for entry in policies],
@@ -43,6 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if is_ready else 1
     print(f"coprs-deploy {__version__} on {platform.platform()}")
     print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
+    print(f"{processor.name}, {processor.cores} cores")
+    for stored, chosen in dtypes.items():
+        print(f"policies stored in {stored} run in {chosen}")
     for title, entries in (("runtimes", runtimes), ("policies", policies)):
         print(f"\n{title}")
         for entry in entries:

@@ -15,6 +15,7 @@ from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import table
 from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
 from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
+from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import IMAGE_ENCODER
 
 
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
+    from coprs_deploy.policy.policy_dtype import cpu_dtype, stored_dtype
+
     manifest = bundle.manifest
     yield f"{bundle.path}: all files match their hashes"
     if manifest.checkpoint_note:
@@ -66,7 +69,8 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
         f"\npolicy: {bundle.policy_path}, "
         f"{sum(file.size_bytes for file in policy.files) / 1e6:,.1f} MB, "
         f"hidden size {policy.hidden_size}, "
-        f"{policy.min_pixels:,} to {policy.max_pixels:,} pixels"
+        f"{policy.min_pixels:,} to {policy.max_pixels:,} pixels, "
+        f"on this CPU in {cpu_dtype(stored_dtype(bundle.policy_path), describe_processor())}"
     )
     yield f"\n{equivalence_table(manifest.equivalence)}"
     yield "\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())

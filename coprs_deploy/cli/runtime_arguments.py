@@ -9,7 +9,7 @@ from coprs_deploy.cli.options import Option
 from coprs_deploy.cli.parser import log
 from coprs_deploy.policy.vllm_policy.settings import read_settings
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
-from coprs_deploy.runtime.loading import Progress, no_progress
+from coprs_deploy.runtime.loading import Progress
 
 GRAPHS = (
     Option("runtime"),
@@ -50,7 +50,7 @@ def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def open_runtime(
-    bundle: Path | None, options: RuntimeOptions, progress: Progress = no_progress
+    bundle: Path | None, options: RuntimeOptions, progress: Progress = lambda step: None
 ) -> CoPRS:
     """Load a bundle, the demo model if None, and log which runtimes were measured as fastest."""
     coprs = CoPRS.load(bundle, options, progress=progress)

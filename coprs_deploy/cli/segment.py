@@ -17,7 +17,6 @@ from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, open_runtime
 from coprs_deploy.policy import StopReason
 from coprs_deploy.prompts import FormatViolation
 from coprs_deploy.runtime import RuntimeOptions, SegmentationResult, TextDelta
-from coprs_deploy.runtime.loading import no_progress
 
 OPTIONS = GRAPHS + POLICY
 
@@ -47,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         check_writable(arguments.out)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
-    progress = log if options.policy == "vllm" else no_progress  # loading vLLM takes a while
-    with open_runtime(arguments.bundle, options, progress) as coprs:
+    waits = options.policy == "vllm"  # loading it takes a while
+    with open_runtime(arguments.bundle, options, log if waits else lambda step: None) as coprs:
         result: SegmentationResult | None = None
         for event in coprs.stream(
             image, arguments.instruction, arguments.max_targets, arguments.max_new_tokens
@@ -65,10 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if result.found else 1
     print()
     log(repr(result))
+    log(result.runtime)
     if not result.found:
         log(f"stop reason: {StopReason(result.stop_reason).description}")
     for violation in result.format_violations:
-        log(f"format violation: {FormatViolation(violation).description}")
+        log(f"format violation: {FormatViolation[violation.upper()].description}")
     for path in written.values():
         log(f"  {path}")
     return 0 if result.found else 1

@@ -51,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"--out is {out}; accepted: a name that ends in .png (contact sheet) or in "
             f"{' or '.join(SUFFIXES)} (example file)"
         )
+    if arguments.first_seed < 0:
+        raise ValueError(f"--first-seed is {arguments.first_seed}; it must be at least 0")
+    if arguments.columns < 1:
+        raise ValueError(f"--columns is {arguments.columns}; it must be at least 1")
     first_seed = arguments.first_seed + (HELD_OUT_SEED if arguments.held_out else 0)
     examples = SceneExamples(PRESETS[arguments.preset], arguments.num_examples, first_seed)
     check_writable(out, is_file=True)

@@ -6,21 +6,28 @@ outputs of other runners, and returns its outputs by name as tensors that stay o
 
 from __future__ import annotations
 
+import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import check_number, check_type
 from coprs_deploy.specs import GraphSpec
 
 Array: TypeAlias = NDArray[Any]
 
 INFERENCE_PRECISIONS = ("fp32", "bf16")
+
+MAX_THREADS = 1024
+"""More threads than any machine has cores for; the runtimes would try to start them."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class DeviceTensor(ABC):
     def numpy(self) -> Array:
         """Copy the values to the host."""
 
-    @abstractmethod
     def rows(self) -> Sequence[DeviceTensor]:
-        """Split along the first dimension into (1, ...) tensors on the same device."""
+        """Split along the first dimension into (1, ...) tensors, which share the memory."""
+        return [replace(self, tensor=self.tensor[i : i + 1]) for i in range(len(self.tensor))]
 
 
 class HostTensor(DeviceTensor):
@@ -63,6 +70,16 @@ class HostTensor(DeviceTensor):
     def rows(self) -> list[HostTensor]:
         """Split along the first dimension; each part has memory of its own."""
         return [HostTensor(self.tensor[i : i + 1].copy()) for i in range(len(self.tensor))]
+
+
+def check_device(name: str, device: object) -> None:
+    """Check the name of a device.
+
+    Raises:
+        ValueError: it is none of ``cpu``, ``cuda`` and ``cuda:N``.
+    """
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise ValueError(f"{name} is {reprlib.repr(device)}; accepted: 'cpu', 'cuda' or 'cuda:N'")
 
 
 @dataclass(frozen=True)
@@ -87,11 +104,12 @@ class RunnerOptions:
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        kind, colon, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdigit())):
-            raise ValueError(f"device is {self.device!r}; accepted: 'cpu', 'cuda' or 'cuda:N'")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
+        check_device("device", self.device)
+        if self.num_threads is not None:
+            check_number("num_threads", self.num_threads, least=1, most=MAX_THREADS)
+        check_type("cuda_graphs", self.cuda_graphs, bool)
+        check_type("allow_engine_host_code", self.allow_engine_host_code, bool)
+        check_type("cache_dir", self.cache_dir, Path, NoneType)
         if self.inference_precision not in INFERENCE_PRECISIONS:
             raise ValueError(
                 f"inference_precision is {self.inference_precision!r}; accepted: "
@@ -158,22 +176,15 @@ class Runner(Closeable):
         """Run with checked inputs."""
 
     def fused_with(self, following: Runner) -> Runner | None:
-        """Fuse this graph with one that reads its outputs, if the runtime can.
+        """Return a runner with the inputs and outputs of both, to be closed before them.
 
-        Returns:
-            A runner with the inputs and outputs of both, to be closed before them; None if a fused
-            launch has no advantage.
+        None if the runtime cannot fuse this graph with one that reads its outputs.
         """
-        del following
         return None
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) -> None:
-    """Check names, dtypes and shapes of a graph's inputs.
-
-    Raises:
-        ValueError: an input does not match; states what was found and what is accepted.
-    """
+    """Raise ``ValueError`` unless names, dtypes and shapes are those of a graph's inputs."""
     names = [tensor.name for tensor in spec.inputs]
     if set(inputs) != set(names):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def verify_bundle(
     """Compare a bundle's graphs with PyTorch again, on other samples than export's.
 
     Engines that pass on a GPU are marked as verified on it in the manifest; if one fails, the
-    marks are removed.
+    marks are removed. A bundle that cannot be written is a warning.
 
     Args:
         bundle_path: bundle directory.
@@ -118,6 +119,11 @@ def _record_verification(
             graphs[name], engine=msgspec.structs.replace(engine, verified_on=verified_on)
         )
     equivalence = records if passed else manifest.equivalence
-    write_manifest(
-        bundle.path, msgspec.structs.replace(manifest, graphs=graphs, equivalence=equivalence)
-    )
+    changed = msgspec.structs.replace(manifest, graphs=graphs, equivalence=equivalence)
+    try:
+        write_manifest(bundle.path, changed)
+    except OSError as error:
+        warnings.warn(
+            f"{bundle.path} cannot be written ({error.strerror}): its engines keep their marks",
+            stacklevel=3,
+        )

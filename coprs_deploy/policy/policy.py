@@ -7,6 +7,7 @@ policy many; callers do not differ.
 
 from __future__ import annotations
 
+import reprlib
 import time
 from abc import abstractmethod
 from collections.abc import Generator
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
-from coprs_deploy.errors import RequestTimeoutError
+from coprs_deploy.errors import RequestTimeoutError, check_number
 from coprs_deploy.images import RgbArray
 from coprs_deploy.prompts import Response, check_instruction
 
@@ -43,10 +44,9 @@ class PolicyRequest:
 
     def __post_init__(self) -> None:
         check_instruction(self.instruction)
-        if self.max_targets < 1:
-            raise ValueError(f"max_targets is {self.max_targets}; it must be at least 1")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_number("max_targets", self.max_targets, least=1)
+        if self.max_new_tokens is not None:
+            check_number("max_new_tokens", self.max_new_tokens, least=1)
 
     def remaining_s(self) -> float | None:
         """Return the seconds until the deadline; None if there is none.
@@ -59,8 +59,8 @@ class PolicyRequest:
         remaining = self.deadline - time.perf_counter()
         if remaining <= 0:
             raise RequestTimeoutError(
-                f"the request {self.instruction!r} passed its deadline and was abandoned; increase "
-                "the timeout, or reduce max_new_tokens"
+                f"the request {reprlib.repr(self.instruction)} passed its deadline and was "
+                "abandoned; increase the timeout, or reduce max_new_tokens"
             )
         return remaining
 

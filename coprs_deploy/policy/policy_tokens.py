@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,9 @@ class PolicyTokens:
             )
         self.tokenizer: Any = tokenizer
         self.reference_id: int = reference_id
-        end_ids = [tokenizer.eos_token_id]
-        end_ids += (
-            configured_end_ids if isinstance(configured_end_ids, Sequence) else [configured_end_ids]
-        )
-        self.end_ids = frozenset(i for i in end_ids if i is not None)
+        if not isinstance(configured_end_ids, Sequence):
+            configured_end_ids = [configured_end_ids] if configured_end_ids is not None else []
+        self.end_ids = frozenset({tokenizer.eos_token_id, *configured_end_ids} - {None})
         if not self.end_ids:
             raise PolicyError(
                 f"{path} has no end token; set eos_token_id in its generation config or tokenizer"
@@ -52,11 +51,8 @@ class PolicyTokens:
 
     def read(self, token_ids: Sequence[int]) -> Response:
         """Parse a response from its token ids."""
-        return read_response(token_ids, self.reference_id, self._decode)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return read_response(list(token_ids), self.reference_id, decode)
 
 
 class TextStream:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,10 @@ from coprs_deploy.policy.policy import (
     StopReason,
     TextDelta,
 )
+from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.policy.torch_settings import require_device, torch_threads
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
@@ -33,18 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class _DecodingState:
-    """State of a request between its decoding steps.
-
-    Attributes:
-        cache: keys and values of all tokens so far.
-        position_offsets: Qwen2.5-VL's offset of the text positions after an image. transformers
-            stores it on the model, where the next request overwrites it; each step restores it.
-    """
-
-    cache: Any
-    position_offsets: Any
+SMALL_POLICY = 10_000_000
+"""Number of parameters below which a policy runs on one thread. Its operators take microseconds:
+threads gain little, and beside another busy process each operator waits for their time slices."""
 
 
 class TransformersPolicy(Policy):
@@ -56,13 +48,15 @@ class TransformersPolicy(Policy):
     Args:
         path: policy directory of a checkpoint or a bundle.
         prompt: prompt template.
-        min_pixels: minimum image area, in pixels.
-        max_pixels: maximum image area, in pixels.
+        min_pixels, max_pixels: limits of the image area, in pixels.
         device: torch device.
-        dtype: torch dtype of the weights (``float32``, ``bfloat16``); None keeps the stored one.
+        dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
+        num_threads: CPU threads per operator; None selects one for a policy of less than
+            :data:`SMALL_POLICY` parameters, else PyTorch's own number.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
+        RuntimeUnavailableError: the device does not exist.
         PolicyError: the directory cannot be loaded as a policy.
         ValueError: the dtype is unknown.
     """
@@ -76,21 +70,21 @@ class TransformersPolicy(Policy):
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        num_threads: int | None = None,
     ) -> None:
         try:
-            import torch
             from safetensors import SafetensorError
             from transformers import AutoModelForImageTextToText
         except ImportError as error:
             raise MissingDependencyError(
                 f"the transformers policy needs {error.name}; pip install torch transformers"
             ) from error
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16, float16 or None")
+        require_device(device)
+        chosen = choose_dtype(path, device, dtype)
         try:
             with without_progress_bars():
                 model = AutoModelForImageTextToText.from_pretrained(
-                    path, dtype=dtype or "auto", local_files_only=True
+                    path, dtype=chosen.dtype, local_files_only=True
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
@@ -100,8 +94,11 @@ class TransformersPolicy(Policy):
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
+        if num_threads is None and model.num_parameters() < SMALL_POLICY:
+            num_threads = 1
+        self._num_threads = num_threads
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
-        self.description = f"transformers {model.config.model_type} on {device}, {model.dtype}"
+        self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
     def stream(self, request: PolicyRequest) -> PolicyStream:
         """See :meth:`Policy.stream`."""
@@ -119,8 +116,8 @@ class TransformersPolicy(Policy):
         concentrations: list[torch.Tensor] = []
         stop: StopReason | None = None
         start = time.perf_counter()
-        hidden, state = self._prefill(prompt_ids, vision)
-        token = self._next_token(hidden)
+        hidden, cache, offsets = self._prefill(prompt_ids, vision)
+        token = self._next_token(hidden[:, -1])
         first_token = time.perf_counter()
         while stop is None:
             request.remaining_s()
@@ -135,7 +132,7 @@ class TransformersPolicy(Policy):
                 stop = StopReason.TOKEN_BUDGET
                 if not is_reference:
                     break
-            hidden = self._step(token, state)
+            hidden = self._step(token, cache, offsets)
             if is_reference:
                 concentrations.append(hidden)
                 if len(concentrations) == request.max_targets:
@@ -161,8 +158,12 @@ class TransformersPolicy(Policy):
             preprocess_ms=preprocess_ms,
         )
 
-    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, _DecodingState]:
-        """Read a prompt; return its post-norm hidden states (1, L, D) and the decoding state."""
+    def _prefill(self, ids: list[int], vision: VisionInputs) -> tuple[torch.Tensor, Any, Any]:
+        """Read a prompt; return its post-norm hidden states (1, L, D), cache and offsets.
+
+        The offsets are those of Qwen2.5-VL's text positions after an image. transformers stores
+        them on the model, where the next request overwrites them; each step restores them.
+        """
         import torch
         from transformers import DynamicCache
 
@@ -175,7 +176,7 @@ class TransformersPolicy(Policy):
         if vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
-        with self._lock, torch.inference_mode():
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             output = self._model.model(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -184,30 +185,29 @@ class TransformersPolicy(Policy):
                 **inputs,
             )
             offsets = getattr(self._model.model, "rope_deltas", None)
-        return output.last_hidden_state, _DecodingState(output.past_key_values, offsets)
+        return output.last_hidden_state, output.past_key_values, offsets
 
-    def _step(self, token: int, state: _DecodingState) -> torch.Tensor:
+    def _step(self, token: int, cache: Any, offsets: Any) -> torch.Tensor:
         """Feed one token; return its post-norm hidden state (1, D)."""
         import torch
 
-        with self._lock, torch.inference_mode():
-            if state.position_offsets is not None:
-                self._model.model.rope_deltas = state.position_offsets
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
+            if offsets is not None:
+                self._model.model.rope_deltas = offsets
             output = self._model.model(
                 input_ids=torch.tensor([[token]], device=self._model.device),
-                past_key_values=state.cache,
+                past_key_values=cache,
                 use_cache=True,
             )
         hidden: torch.Tensor = output.last_hidden_state[:, -1]
         return hidden
 
     def _next_token(self, hidden: torch.Tensor) -> int:
-        """Return the most likely token after the last hidden state of (1, L, D) or (1, D)."""
+        """Return the most likely token after a hidden state (1, D)."""
         import torch
 
-        with torch.inference_mode():
-            last = hidden.reshape(-1, hidden.shape[-1])[-1:]
-            return int(self._model.get_output_embeddings()(last).argmax())
+        with torch_threads(self._num_threads), torch.inference_mode():
+            return int(self._model.get_output_embeddings()(hidden).argmax())
 
     def close(self) -> None:
         """Release the model."""

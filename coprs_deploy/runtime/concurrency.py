@@ -12,15 +12,14 @@ from coprs_deploy.errors import QueueFullError
 class ConcurrencyLimit:
     """Counter of active requests that refuses those beyond the queue.
 
-    Args:
-        concurrency: number of requests that the policy serves at once.
-        max_queue_size: number of requests that may wait behind them.
+    Attributes:
+        num_active: number of requests that are running or queued.
     """
 
     def __init__(self, concurrency: int, max_queue_size: int) -> None:
         self._concurrency = concurrency
         self._max_queue_size = max_queue_size
-        self._num_active = 0
+        self.num_active = 0
         self._lock = threading.Lock()
 
     @contextmanager
@@ -31,20 +30,15 @@ class ConcurrencyLimit:
             QueueFullError: no slot is free.
         """
         with self._lock:
-            if self._num_active >= self._concurrency + self._max_queue_size:
+            if self.num_active >= self._concurrency + self._max_queue_size:
                 raise QueueFullError(
-                    f"{self._num_active} requests are active: the policy serves "
+                    f"{self.num_active} requests are active: the policy serves "
                     f"{self._concurrency} at once and max_queue_size is {self._max_queue_size}; "
                     "retry later, or raise max_queue_size"
                 )
-            self._num_active += 1
+            self.num_active += 1
         try:
             yield
         finally:
             with self._lock:
-                self._num_active -= 1
-
-    @property
-    def num_active(self) -> int:
-        """Number of requests that are running or queued."""
-        return self._num_active
+                self.num_active -= 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import reprlib
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Self, TypeAlias
+from types import NoneType
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -17,7 +21,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.autotune import RuntimeChoice
-from coprs_deploy.errors import PolicyError
+from coprs_deploy.errors import CoPRSError, PolicyError, check_type
 from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
@@ -35,7 +39,7 @@ from coprs_deploy.runtime.encoder import (
     PendingEmbedding,
     content_key,
 )
-from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts, no_progress
+from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
@@ -54,36 +58,38 @@ class CoPRS(Closeable):
         graphs: image encoder, prior and mask decoder.
         policy: writes the reasoning.
         geometry: sizes of the graphs.
-        max_cached_images: number of image embeddings kept for further requests.
-        max_queue_size: number of requests that may wait behind those that the policy serves at
-            once.
-        timeout_s: time limit of a request in seconds; None disables it.
+        options: sizes of cache and queue, and the time limit of a request.
+        runtime_choices: measured runtime of each graph; empty unless the runtime is ``auto``.
 
     Attributes:
         description: runtimes and devices of graphs and policy.
         valid_region: images that the image encoder accepts; None accepts any.
-        runtime_choices: measured runtime of each graph; empty unless the runtime is ``auto``.
+        runtime_choices: as given.
     """
+
+    _loaded_in: ClassVar[int | None] = None
 
     def __init__(
         self,
         graphs: SegmentationGraphs,
         policy: Policy,
         geometry: Geometry,
-        max_cached_images: int = 8,
-        *,
-        max_queue_size: int = 256,
-        timeout_s: float | None = None,
+        options: RuntimeOptions | None = None,
+        runtime_choices: tuple[RuntimeChoice, ...] = (),
     ) -> None:
+        options = options or RuntimeOptions()
         self._graphs = graphs
         self._policy = policy
         self._geometry = geometry
-        self._timeout_s = timeout_s
-        self._limit = ConcurrencyLimit(policy.concurrency, max_queue_size)
+        CoPRS._loaded_in = self._process = os.getpid()
+        self._is_closed = False
+        self._timeout_s = options.timeout_s
+        self._num_threads = options.num_threads
+        self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
-        self._cache = EmbeddingCache(max_cached_images, self._queue)
+        self._cache = EmbeddingCache(options.max_cached_images, self._queue)
         self.valid_region = graphs.valid_region
-        self.runtime_choices: tuple[RuntimeChoice, ...] = ()
+        self.runtime_choices = runtime_choices
         runtimes = " + ".join(dict.fromkeys(r.description for r in graphs.runners.values()))
         accepted = "" if self.valid_region is None else f" for {self.valid_region}"
         if self.valid_region is not None and self.valid_region.drops_padding:
@@ -97,7 +103,7 @@ class CoPRS(Closeable):
         options: RuntimeOptions | None = None,
         *,
         policy: str | None = None,
-        progress: Progress = no_progress,
+        progress: Progress = lambda step: None,
     ) -> Self:
         """Open a bundle: verify its files, then load graphs and policy in parallel.
 
@@ -111,33 +117,17 @@ class CoPRS(Closeable):
             BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
             EnvironmentNotReadyError: a requested library or device is not available.
         """
+        check_type("options", options, RuntimeOptions, NoneType)
         options = options or RuntimeOptions()
         if policy is not None:
             options = replace(options, policy=policy)
+        check_type("bundle", bundle, str, Path, NoneType)
+        _check_process(cls._loaded_in)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
         choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
         graphs, loaded_policy = load_parts(opened, options, choices, progress)
-        coprs = cls(
-            graphs,
-            loaded_policy,
-            opened.manifest.geometry,
-            options.max_cached_images,
-            max_queue_size=options.max_queue_size,
-            timeout_s=options.timeout_s,
-        )
-        coprs.runtime_choices = choices
-        return coprs
-
-    @property
-    def num_active_requests(self) -> int:
-        """Number of requests that are running or queued."""
-        return self._limit.num_active
-
-    @property
-    def num_cached_images(self) -> int:
-        """Number of image embeddings in the cache."""
-        return len(self._cache)
+        return cls(graphs, loaded_policy, opened.manifest.geometry, options, choices)
 
     def segment(
         self,
@@ -163,13 +153,16 @@ class CoPRS(Closeable):
             PolicyError: the policy failed.
             QueueFullError: the queue is full.
             RequestTimeoutError: the time limit passed.
+            ValueError: another argument is not accepted.
+            CoPRSError: the runtime was closed, or loaded before this process was forked.
         """
-        events = self._events(image, instruction, max_targets, max_new_tokens, stream_prior=False)
-        return _last(events)
+        self._check_usable()
+        with self._limit.slot():
+            return _last(self._start(image, instruction, max_targets, max_new_tokens))
 
     def stream(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -180,25 +173,24 @@ class CoPRS(Closeable):
             ``TextDelta`` as the policy writes, ``PriorEvent`` (unless nothing was found), and the
             ``SegmentationResult``. Closing the generator abandons the request.
         """
-        yield from self._events(image, instruction, max_targets, max_new_tokens, stream_prior=True)
+        self._check_usable()
+        with self._limit.slot():
+            yield from self._start(image, instruction, max_targets, max_new_tokens, True)
 
     async def asegment(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
     ) -> SegmentationResult:
         """Asynchronous :meth:`segment`; cancelling the task abandons the request."""
-        event: StreamEvent | None = None
-        async for event in self.astream(image, instruction, max_targets, max_new_tokens):  # noqa: B007
-            pass
-        assert isinstance(event, SegmentationResult), "a stream ends with its result"
-        return event
+        events = self.astream(image, instruction, max_targets, max_new_tokens)
+        return _last([event async for event in events])
 
     async def astream(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -228,12 +220,21 @@ class CoPRS(Closeable):
         Yields:
             One result per request. The first request that fails raises, as in :meth:`segment`.
         """
+        self._check_usable()
+        check_type("requests", requests, Iterable)
         concurrency = self._policy.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:
-                for image, instruction in requests:
-                    pending.append(self._submit(pool, image, instruction, max_targets))
+                for request in requests:
+                    try:
+                        image, instruction = _pair(request)
+                        events = self._start(image, instruction, max_targets)
+                    except Exception as error:  # raised when the turn of the request comes
+                        pending.append(Future())
+                        pending[-1].set_exception(error)
+                    else:
+                        pending.append(pool.submit(_last, events))
                     if len(pending) > concurrency:
                         yield pending.pop(0).result()
                 while pending:
@@ -248,25 +249,19 @@ class CoPRS(Closeable):
         Returns:
             Prefill, decode and total time of the policy.
         """
+        self._check_usable()
         size, region = self._geometry.image_size, self.valid_region
         height, width = (region.height, region.width) if region else (size, size)
-        image = self._decode(np.full((height, width, 3), 128, dtype=np.uint8))
+        image = self.decode(np.full((height, width, 3), 128, dtype=np.uint8))
         prepared = prepare_image(image.rgb, self._geometry)
         images = self._graphs.images
         for batch_size in sorted({images.min, images.opt, images.max}):
             embedding = self._graphs.encode_batch([prepared] * batch_size)[0]
-        concentrations = np.zeros((1, self._policy.hidden_size), dtype=np.float32)
-        # `stream` runs the graphs separately even if they can be fused.
-        for stream_prior in (False, True) if self._graphs.is_fused else (False,):
-            for _ in decode_targets(
-                self._graphs,
-                embedding,
-                concentrations,
-                image.resize,
-                self._geometry,
-                stream_prior=stream_prior,
-            ):
-                pass
+        one = np.zeros((1, self._policy.hidden_size), dtype=np.float32)
+        decode = partial(decode_targets, self._graphs, embedding, one, image.resize, self._geometry)
+        list(decode())
+        if self._graphs.is_fused:  # `stream` runs the graphs separately
+            list(decode(stream_prior=True))
         request = PolicyRequest(image.rgb, "anything", max_new_tokens=4)
         start = time.perf_counter()
         (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))
@@ -285,7 +280,13 @@ class CoPRS(Closeable):
         check_valid_region(ResizeTransform.of(image, self._geometry), self.valid_region)
 
     def close(self) -> None:
-        """Free graphs and policy; running requests end with an error."""
+        """Free graphs and policy; running requests end with an error.
+
+        In a fork of the process that loaded them it does nothing: they belong to the other process.
+        """
+        self._is_closed = True
+        if os.getpid() != self._process:
+            return
         self._queue.close()
         self._policy.close()
         self._graphs.close()
@@ -293,46 +294,42 @@ class CoPRS(Closeable):
     def __repr__(self) -> str:
         return f"CoPRS({self.description})"
 
-    def _events(
-        self,
-        source: ImageSource,
-        instruction: str,
-        max_targets: int,
-        max_new_tokens: int | None,
-        *,
-        stream_prior: bool,
-    ) -> Generator[StreamEvent, None, None]:
-        with self._limit.slot():
-            started = self._start(source, instruction, max_targets, max_new_tokens)
-            yield from self._run(*started, stream_prior=stream_prior)
-
-    def _submit(
-        self, pool: ThreadPoolExecutor, source: ImageSource, instruction: str, max_targets: int
-    ) -> Future[SegmentationResult]:
-        """Start a request of :meth:`segment_many`; an invalid one fails when its turn comes."""
-        try:
-            started = self._start(source, instruction, max_targets, None)
-        except Exception as error:
-            failed: Future[SegmentationResult] = Future()
-            failed.set_exception(error)
-            return failed
-        return pool.submit(_last, self._run(*started, stream_prior=False))
+    def _check_usable(self) -> None:
+        """Check that the runtime is open and belongs to this process."""
+        _check_process(self._process)
+        if self._is_closed:
+            raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
 
     def _start(
         self,
-        source: ImageSource,
+        source: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int,
-        max_new_tokens: int | None,
-    ) -> tuple[float, DecodedImage, PolicyRequest, PendingEmbedding]:
-        """Decode the image, check the request, and submit the image to the encoder."""
+        max_new_tokens: int | None = None,
+        stream_prior: bool = False,
+    ) -> Generator[StreamEvent, None, None]:
+        """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter()
         deadline = None if self._timeout_s is None else start + self._timeout_s
-        image = self._decode(source)
+        image = self.decode(source)
         request = PolicyRequest(image.rgb, instruction, max_targets, max_new_tokens, deadline)
-        return start, image, request, self._cache.get_or_submit(image)
+        pending = self._cache.get_or_submit(image)
+        return self._run(start, image, request, pending, stream_prior)
 
-    def _decode(self, source: ImageSource) -> DecodedImage:
+    def decode(self, source: ImageSource | DecodedImage) -> DecodedImage:
+        """Decode and check an image ahead of its request.
+
+        Args:
+            source: a path, bytes, a Pillow image or an array; see ``images.load_image``.
+
+        Returns:
+            The image, which the methods for requests take in place of ``source``.
+
+        Raises:
+            ImageError: the image cannot be used, or its shape is outside the valid region.
+        """
+        if isinstance(source, DecodedImage):
+            return source
         start = time.perf_counter()
         rgb = load_image(source)
         rgb.setflags(write=False)  # the encoder may still read it when the result is returned
@@ -347,16 +344,14 @@ class CoPRS(Closeable):
         image: DecodedImage,
         request: PolicyRequest,
         pending: PendingEmbedding,
-        *,
         stream_prior: bool,
     ) -> Generator[StreamEvent, None, None]:
-        """Run policy and graphs on what :meth:`_start` returned."""
         try:
             policy_start = time.perf_counter()
             result = yield from self._run_policy(request)
             policy_end = time.perf_counter()
-            timings = _policy_timings(image, result)
             decoded = DecodedTargets.none(image.resize, self._geometry)
+            encoder_ms = overlap_ms = reference_to_mask_ms = 0.0
             if len(result.concentrations):
                 encoded = pending.wait(request)
                 decoded = yield from decode_targets(
@@ -366,17 +361,29 @@ class CoPRS(Closeable):
                     image.resize,
                     self._geometry,
                     stream_prior=stream_prior,
+                    num_threads=self._num_threads,
                 )
-                overlap_ms = encoded.overlap_ms(policy_start, policy_end)
-                timings = replace(
-                    timings,
-                    image_encoder_ms=0.0 if pending.is_cached else encoded.duration_ms,
-                    image_encoder_overlap_ms=0.0 if pending.is_cached else overlap_ms,
-                    prior_ms=decoded.prior_ms,
-                    mask_decoder_ms=decoded.mask_decoder_ms,
-                    resize_ms=decoded.resize_ms,
-                    reference_to_mask_ms=1e3 * (decoded.finished - policy_end),
-                )
+                reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
+                if not pending.is_cached:
+                    encoder_ms = encoded.duration_ms
+                    overlap_ms = encoded.overlap_ms(policy_start, policy_end)
+            num_tokens = len(result.token_ids)
+            timings = replace(
+                decoded.timings,
+                queue_ms=result.queue_ms,
+                image_decode_ms=image.decode_ms,
+                policy_preprocess_ms=result.preprocess_ms,
+                image_encoder_ms=encoder_ms,
+                image_encoder_overlap_ms=overlap_ms,
+                prefill_ms=result.prefill_ms,
+                decode_ms=result.decode_ms,
+                reference_to_mask_ms=reference_to_mask_ms,
+                total_ms=1e3 * (time.perf_counter() - start),
+                prompt_tokens=result.num_prompt_tokens,
+                cached_prompt_tokens=result.num_cached_tokens,
+                response_tokens=num_tokens,
+                tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
+            )
             yield SegmentationResult(
                 masks=decoded.masks,
                 reasoning=result.response.reasoning,
@@ -384,12 +391,16 @@ class CoPRS(Closeable):
                 stop_reason=result.stop_reason.value,
                 format_violations=tuple(v.value for v in result.response.format_violations),
                 instruction=request.instruction,
-                timings=replace(timings, total_ms=1e3 * (time.perf_counter() - start)),
+                timings=timings,
                 runtime=self.description,
                 image=image.rgb,
                 _mask_logits=decoded.mask_logits,
                 _prior_logits=decoded.prior_logits,
             )
+        except Exception as error:
+            if self._is_closed and not isinstance(error, CoPRSError):
+                raise CoPRSError("CoPRS was closed during the request") from error
+            raise
         finally:
             pending.release()
 
@@ -405,25 +416,26 @@ class CoPRS(Closeable):
         return result
 
 
-def _policy_timings(image: DecodedImage, result: PolicyResult) -> Timings:
-    num_tokens = len(result.token_ids)
-    return Timings(
-        queue_ms=result.queue_ms,
-        image_decode_ms=image.decode_ms,
-        policy_preprocess_ms=result.preprocess_ms,
-        prefill_ms=result.prefill_ms,
-        decode_ms=result.decode_ms,
-        prompt_tokens=result.num_prompt_tokens,
-        cached_prompt_tokens=result.num_cached_tokens,
-        response_tokens=num_tokens,
-        tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
-    )
+def _check_process(loaded_in: int | None) -> None:
+    """Refuse a fork of the process that loaded CoPRS; PyTorch would wait for its threads there."""
+    if loaded_in not in (None, os.getpid()):
+        raise CoPRSError(
+            f"CoPRS was loaded in process {loaded_in} and is used in its fork {os.getpid()}, where "
+            "the threads of the runtimes do not exist; load it after the fork only, or start "
+            'processes with multiprocessing.get_context("spawn")'
+        )
+
+
+def _pair(request: object) -> tuple[ImageSource, str]:
+    if not isinstance(request, tuple | list) or len(request) != 2:
+        raise ValueError(
+            f"requests contains {reprlib.repr(request)}; accepted: pairs of image and instruction"
+        )
+    return request[0], request[1]
 
 
 def _last(events: Iterable[StreamEvent]) -> SegmentationResult:
     """Run a stream to its end and return the result."""
-    event: StreamEvent | None = None
-    for event in events:  # noqa: B007
-        pass
-    assert isinstance(event, SegmentationResult), "a stream ends with its result"
-    return event
+    (*_, result) = events
+    assert isinstance(result, SegmentationResult), "a stream ends with its result"
+    return result

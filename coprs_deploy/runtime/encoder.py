@@ -84,10 +84,6 @@ class EmbeddingCache:
     Embeddings that are still being computed count as cached, so two requests on a new image encode
     it once. Failed computations are dropped, and one that has not started is cancelled when every
     request that waits for it has released it.
-
-    Args:
-        capacity: number of embeddings kept.
-        encoder: computes the embeddings.
     """
 
     def __init__(self, capacity: int, encoder: EncoderQueue) -> None:
@@ -101,19 +97,16 @@ class EmbeddingCache:
         """Return the embedding of an image, cached or enqueued; the caller must release it."""
         key = image.cache_key
         with self._lock:
-            known = self._entries.get(key)
-            if known is not None and not _has_failed(known):
-                self._entries.move_to_end(key)
-                self._num_waiting[known] += 1
-                return PendingEmbedding(known, True, self)
-            future = self._encoder.submit(image.rgb)
+            future = self._entries.pop(key, None)
+            is_cached = future is not None and not _has_failed(future)
+            if future is None or not is_cached:
+                future = self._encoder.submit(image.rgb)
             self._num_waiting[future] += 1
             if self.capacity:
-                self._entries[key] = future
-                self._entries.move_to_end(key)
-                while len(self._entries) > self.capacity:
+                self._entries[key] = future  # the most recent one
+                if len(self._entries) > self.capacity:
                     self._entries.popitem(last=False)
-            return PendingEmbedding(future, False, self)
+            return PendingEmbedding(future, is_cached, self)
 
     def release(self, future: Future[ImageEmbedding]) -> None:
         """End the interest of one request in an embedding."""
@@ -134,13 +127,7 @@ def _has_failed(future: Future[ImageEmbedding]) -> bool:
 
 @dataclass(frozen=True)
 class PendingEmbedding:
-    """An embedding that a request waits for.
-
-    Attributes:
-        future: result of the image encoder.
-        is_cached: whether an earlier request submitted it.
-        cache: the cache that tracks who waits.
-    """
+    """An embedding that a request waits for, and whether an earlier request submitted it."""
 
     future: Future[ImageEmbedding]
     is_cached: bool
@@ -176,10 +163,6 @@ class EncoderQueue:
 
     Batching is opportunistic: a single request runs immediately, and images that arrive meanwhile
     form the next batch, as large as the graph accepts.
-
-    Args:
-        graphs: graphs of the bundle.
-        geometry: sizes of the model.
     """
 
     def __init__(self, graphs: SegmentationGraphs, geometry: Geometry) -> None:

@@ -6,9 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from functools import partial
+from dataclasses import replace
 from typing import TypeAlias
 
 from coprs_deploy.bundle import Bundle
@@ -24,10 +24,6 @@ Progress: TypeAlias = Callable[[str], None]
 """Callback that takes one line of text per step; called from the loading thread."""
 
 
-def no_progress(step: str) -> None:
-    """No-op progress callback."""
-
-
 def load_parts(
     bundle: Bundle,
     options: RuntimeOptions,
@@ -38,37 +34,30 @@ def load_parts(
 
     vLLM claims the GPU memory that is free, so on a GPU it waits until the graphs are open.
 
-    Args:
-        bundle: the opened bundle.
-        options: how to run it.
-        choices: result of :func:`choose_runtimes`.
-        progress: called with a line of text per step.
-
     Raises:
         BundleError: graphs and policy do not match.
         EnvironmentNotReadyError: a requested library or device is not available.
     """
     graphs_are_open = threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="load-policy") as pool:
-        start = time.perf_counter()
-        progress(f"loading graphs and policy ({options.policy})")
+    start = time.perf_counter()
+    progress(f"loading graphs and policy ({options.policy})")
+    with ThreadPoolExecutor(1, thread_name_prefix="load-policy") as pool, ExitStack() as opened:
         loading = pool.submit(_open_policy, bundle, options, graphs_are_open)
+        opened.callback(_close_loaded, loading)
         try:
-            graphs = open_graphs(bundle, options, choices)
-        except BaseException:
+            graphs = opened.enter_context(open_graphs(bundle, options, choices))
+        finally:
             graphs_are_open.set()
-            with suppress(Exception):  # report the error of the graphs
-                loading.result().close()
-            raise
-        graphs_are_open.set()
         progress(f"graphs ready after {time.perf_counter() - start:.1f} s")
-        try:
-            policy = loading.result()
-        except BaseException:
-            graphs.close()
-            raise
+        policy = loading.result()
         progress(f"policy ready after {time.perf_counter() - start:.1f} s: {policy.description}")
+        opened.pop_all()
     return graphs, policy
+
+
+def _close_loaded(loading: Future[Policy]) -> None:
+    with suppress(Exception):  # the error that is reported is another one
+        loading.result().close()
 
 
 def _open_policy(
@@ -76,24 +65,27 @@ def _open_policy(
 ) -> Policy:
     record = bundle.manifest.policy
     device = options.policy_device or options.device
-    open_policy: Callable[..., Policy]
+    source = (bundle.policy_path, record.prompt, record.min_pixels, record.max_pixels)
+    policy: Policy
     if options.policy == "vllm":
         from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
         memory_is_ready = None if device == "cpu" else graphs_are_open
-        open_policy = partial(VllmPolicy, settings=options.vllm, memory_is_ready=memory_is_ready)
+        policy = VllmPolicy(
+            *source,
+            device=device,
+            dtype=options.policy_dtype,
+            settings=replace(
+                options.vllm, num_threads=options.vllm.num_threads or options.num_threads
+            ),
+            memory_is_ready=memory_is_ready,
+        )
     else:
         from coprs_deploy.policy.transformers_policy import TransformersPolicy
 
-        open_policy = TransformersPolicy
-    policy = open_policy(
-        bundle.policy_path,
-        record.prompt,
-        record.min_pixels,
-        record.max_pixels,
-        device=device,
-        dtype=options.policy_dtype,
-    )
+        policy = TransformersPolicy(
+            *source, device=device, dtype=options.policy_dtype, num_threads=options.num_threads
+        )
     if policy.hidden_size != record.hidden_size:
         policy.close()
         raise BundleError(
@@ -104,11 +96,7 @@ def _open_policy(
 
 
 def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeChoice, ...]:
-    """Measure the fastest runtime of each graph if the runtime is ``auto``; log each choice.
-
-    Returns:
-        One choice per graph; empty for any other runtime.
-    """
+    """Measure and log the fastest runtime of each graph if the runtime is ``auto``, else none."""
     if options.runtime != AUTO:
         return ()
     choices = autotune(bundle, options, retune=options.retune, progress=logger.info)
@@ -120,12 +108,7 @@ def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeCho
 def open_graphs(
     bundle: Bundle, options: RuntimeOptions, choices: tuple[RuntimeChoice, ...] = ()
 ) -> SegmentationGraphs:
-    """Open the three graphs.
-
-    Args:
-        bundle: the opened bundle.
-        options: how to run them.
-        choices: result of :func:`choose_runtimes`.
+    """Open the three graphs, each on the runtime of its choice, else on that of the options.
 
     Raises:
         ValueError: the requested runtime cannot run a graph.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from types import NoneType
 
-from coprs_deploy.engines.runner import RunnerOptions
+from coprs_deploy.engines.runner import RunnerOptions, check_device
+from coprs_deploy.errors import check_number, check_type
+from coprs_deploy.policy.policy_dtype import DTYPES
 from coprs_deploy.policy.vllm_policy.settings import VllmSettings
 
 POLICIES = ("transformers", "vllm")
@@ -20,11 +24,13 @@ class RuntimeOptions(RunnerOptions):
     Attributes:
         runtime: runtime of the graphs: ``onnxruntime``, ``openvino``, or ``auto``, which measures
             the fastest one for each graph; None selects the one that the bundle was exported for.
+        num_threads: CPU threads per operator of graphs and policy; None selects one for a small
+            policy, and each library's own number for the rest.
         retune: with ``auto``, measure again instead of using the cached choice.
         policy: library that runs the policy: ``transformers`` or ``vllm``.
         policy_device: device of the policy; None selects that of the graphs.
         policy_dtype: dtype of the policy's weights: ``float32``, ``bfloat16`` or ``float16``; None
-            selects the stored one.
+            selects the stored one, or float32 on a CPU that has no instructions for it.
         vllm: settings of the vLLM engine, used if ``policy`` is ``vllm``.
         max_cached_images: number of image embeddings kept for further requests; 0 disables the
             cache.
@@ -45,6 +51,15 @@ class RuntimeOptions(RunnerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_type("runtime", self.runtime, str, NoneType)
+        check_type("retune", self.retune, bool)
+        check_type("vllm", self.vllm, VllmSettings)
+        if self.policy_device is not None:
+            check_device("policy_device", self.policy_device)
+        if self.policy_dtype not in (None, *DTYPES):
+            raise ValueError(
+                f"policy_dtype is {self.policy_dtype!r}; accepted: {', '.join(DTYPES)}"
+            )
         if self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}; accepted: {', '.join(POLICIES)}")
         if self.retune and self.runtime != AUTO:
@@ -53,7 +68,7 @@ class RuntimeOptions(RunnerOptions):
                 f"runtime {AUTO!r} only"
             )
         for name in ("max_cached_images", "max_queue_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.timeout_s is not None and self.timeout_s <= 0:
-            raise ValueError(f"timeout_s is {self.timeout_s}; it must be above 0")
+            check_number(name, getattr(self, name), least=0)
+        if self.timeout_s is not None:
+            most = int(threading.TIMEOUT_MAX)
+            check_number("timeout_s", self.timeout_s, above=0, most=most, is_whole=False)

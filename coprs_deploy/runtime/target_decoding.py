@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.images import ResizeTransform
-from coprs_deploy.runtime.result import LowResolutionLogits, PriorEvent
+from coprs_deploy.policy.torch_settings import torch_threads
+from coprs_deploy.runtime.result import LowResolutionLogits, PriorEvent, Timings
 from coprs_deploy.specs import Geometry
 
 
@@ -37,18 +38,14 @@ class DecodedTargets:
         masks: (N, H, W) bool.
         mask_logits: low-resolution logits of the masks.
         prior_logits: low-resolution logits of the priors.
-        prior_ms: duration of the prior graph; 0 if it is fused with the mask decoder.
-        mask_decoder_ms: duration of the mask decoder graph.
-        resize_ms: duration of resizing the masks to the image.
+        timings: durations of prior, mask decoder and resize.
         finished: ``time.perf_counter()`` when the masks were ready.
     """
 
     masks: NDArray[np.bool_]
     mask_logits: LowResolutionLogits
     prior_logits: LowResolutionLogits
-    prior_ms: float = 0.0
-    mask_decoder_ms: float = 0.0
-    resize_ms: float = 0.0
+    timings: Timings = field(default_factory=Timings)
     finished: float = 0.0
 
     @classmethod
@@ -67,6 +64,7 @@ def decode_targets(
     geometry: Geometry,
     *,
     stream_prior: bool = False,
+    num_threads: int | None = None,
 ) -> Generator[PriorEvent, None, DecodedTargets]:
     """Decode N concentrations on one image.
 
@@ -77,6 +75,7 @@ def decode_targets(
         resize: sizes of the image.
         geometry: sizes of the model.
         stream_prior: yield the prior before the masks are decoded, which prevents a fused launch.
+        num_threads: CPU threads that resize the masks; None leaves them to PyTorch.
 
     Yields:
         The prior, if ``stream_prior``.
@@ -102,14 +101,13 @@ def decode_targets(
             clock.lap_ms()
         masks = graphs.masks(embedding, priors, resize.unpadded_size)
     mask_decoder_ms = clock.lap_ms()
-    masks_on_host = masks_at_original_size(masks, len(concentrations), resize, geometry)
+    with torch_threads(num_threads):
+        masks_on_host = masks_at_original_size(masks, len(concentrations), resize, geometry)
     resize_ms = clock.lap_ms()
     return DecodedTargets(
         masks=masks_on_host,
         finished=time.perf_counter(),
         mask_logits=on_host(masks),
         prior_logits=streamed or on_host(priors),
-        prior_ms=prior_ms,
-        mask_decoder_ms=mask_decoder_ms,
-        resize_ms=resize_ms,
+        timings=Timings(prior_ms=prior_ms, mask_decoder_ms=mask_decoder_ms, resize_ms=resize_ms),
     )

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from coprs_deploy.engines import SegmentationGraphs
-from coprs_deploy.runtime import CoPRS
+from coprs_deploy.runtime import CoPRS, RuntimeOptions
 from tests.unit.runtime_fakes import GEOMETRY, SPECS, FakePolicy, FakeRunner
 
 
@@ -30,7 +30,6 @@ def build():
     def builder(
         policy=None,
         encode=lambda: None,
-        max_cached_images=8,
         specs=SPECS,
         runner_class=FakeRunner,
         **options,
@@ -43,8 +42,7 @@ def build():
             SegmentationGraphs(runners),
             policy or FakePolicy(),
             GEOMETRY,
-            max_cached_images,
-            **options,
+            RuntimeOptions(**options),
         )
         built.append(coprs)
         return coprs, runners

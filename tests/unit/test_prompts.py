@@ -12,6 +12,7 @@ from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
 from coprs_deploy.conversion.random_policy import build_tokenizer
 from coprs_deploy.errors import CoPRSError, InstructionError
 from coprs_deploy.prompts import (
+    MAX_INSTRUCTION_CHARS,
     MAX_REASONING_CHARS,
     MAX_WORDS_BETWEEN,
     REFERENCE_TOKEN,
@@ -100,6 +101,12 @@ def test_check_instruction_whitespace_only_is_refused(instruction):
 def test_check_instruction_other_type_is_refused(instruction):
     with pytest.raises(InstructionError, match=f"{type(instruction).__name__}; accepted: a str"):
         encode("llava", instruction)
+
+
+def test_encode_prompt_instruction_of_a_megabyte_is_refused_before_tokenizing():
+    with pytest.raises(InstructionError, match="has 1,000,000 characters, the limit is 20,000"):
+        encode_prompt(DEFAULT_PROMPTS["llava"], None, "a" * 1_000_000, 3)
+    assert check_instruction("a" * MAX_INSTRUCTION_CHARS)
 
 
 # Encoding
@@ -236,19 +243,35 @@ def test_encode_prompt_at_the_limit_is_accepted_and_above_is_refused(family):
     values = DEFAULT_PROMPTS[family].to_json()
     fits = PromptTemplate.from_json({**values, "max_prompt_tokens": exact})
     assert len(encode_prompt(fits, tokenizer_of(family), "the red cup on the left", 10)) == exact
-    for excess in (1, 7):
+    one_token = len(encode(family, "x", 10))
+    for excess in (1, exact - one_token):
         short = PromptTemplate.from_json({**values, "max_prompt_tokens": exact - excess})
+        most = exact - one_token - excess + 1
         with pytest.raises(
             InstructionError,
-            match=rf"has {exact} tokens, the limit is {exact - excess} \(10 .*by {excess}\b",
+            match=rf"has {exact} tokens, the limit is {exact - excess}: 10 for the image, "
+            rf"{exact - one_token + 1} for the instruction and {one_token - 11} for the template; "
+            rf"shorten the instruction to {most} tokens, about \d+ characters",
         ):
             encode_prompt(short, tokenizer_of(family), "the red cup on the left", 10)
 
 
-def test_encode_prompt_image_above_the_limit_is_named_as_the_cause():
-    with pytest.raises(InstructionError) as refusal:
-        encode("llava", "the cup", 5_000)
-    assert "shorten the instruction" not in str(refusal.value)
+@families
+def test_encode_prompt_image_above_the_limit_is_named_as_the_cause(family):
+    with pytest.raises(
+        InstructionError, match=r"5000 for the image.*an image of fewer pixels"
+    ) as e:
+        encode(family, "the cup", 5_000)
+    assert "shorten the instruction" not in str(e.value)
+
+
+@families
+def test_encode_prompt_advised_length_of_a_chinese_instruction_fits(family):
+    with pytest.raises(InstructionError, match="shorten the instruction") as refusal:
+        encode(family, "红色杯子" * 400, 300)
+    (characters,) = re.findall(r"about (\d+) characters", str(refusal.value))
+    assert 0 < int(characters) < 1300
+    assert len(encode(family, ("红色杯子" * 400)[: int(characters)], 300)) <= 1300
 
 
 # Responses, one character per token

@@ -3,7 +3,7 @@
 The token budget of a request selects its error.
 """
 
-from coprs_deploy.policy.vllm_policy.capture import STEP, HiddenStateCapture
+from coprs_deploy.policy.vllm_policy.capture import HiddenStateCapture
 from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
 WRONG_ROW = 101
@@ -18,7 +18,7 @@ class MutantCapture(HiddenStateCapture):
     def apply(self, logits):
         logits = super().apply(logits)
         for row, (request, _) in self._batch.items():
-            self._previous[request.path] = STEP.hidden_states[row].clone()
+            self._previous[request.path] = HiddenStateCapture.step[row].clone()
         return logits
 
     def hidden_state_of(self, row, logits):

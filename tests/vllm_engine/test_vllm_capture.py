@@ -12,7 +12,7 @@ if importlib.util.find_spec("vllm") is not None:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    from coprs_deploy.policy.vllm_policy.capture import STEP, CaptureRequest, HiddenStateCapture
+    from coprs_deploy.policy.vllm_policy.capture import CaptureRequest, HiddenStateCapture
     from coprs_deploy.policy.vllm_policy.models import _CLIP_ROOT
 
 REFERENCE, STOP, VOCABULARY, HIDDEN_SIZE = 7, 2, 10, 3
@@ -32,7 +32,7 @@ def transport(tmp_path):
 
 @pytest.fixture
 def capture(monkeypatch):
-    monkeypatch.setattr(STEP, "hidden_states", None)
+    monkeypatch.setattr(HiddenStateCapture, "step", None)
     config = SimpleNamespace(speculative_config=None)
     return HiddenStateCapture(config, torch.device("cpu"), False)
 
@@ -43,7 +43,7 @@ def update(capture, *, added=(), removed=(), moved=()):
 
 def step(capture, num_rows):
     """Run one engine step whose hidden states have the value i in row i."""
-    STEP.hidden_states = torch.arange(float(num_rows))[:, None].expand(-1, HIDDEN_SIZE)
+    HiddenStateCapture.step = torch.arange(float(num_rows))[:, None].expand(-1, HIDDEN_SIZE)
     return capture.apply(torch.zeros(num_rows, VOCABULARY))
 
 
@@ -131,7 +131,7 @@ def test_capture_preempted_request_replaces_its_states(capture, transport):
 def test_capture_bfloat16_states_are_stored_as_float32(capture, transport):
     path = transport.create()
     update(capture, added=[(0, params(path), None, [REFERENCE])])
-    STEP.hidden_states = torch.full((1, HIDDEN_SIZE), 0.1, dtype=torch.bfloat16)
+    HiddenStateCapture.step = torch.full((1, HIDDEN_SIZE), 0.1, dtype=torch.bfloat16)
     capture.apply(torch.zeros(1, VOCABULARY))
     assert transport.take(path).tolist() == [[0.10009765625] * HIDDEN_SIZE]
 

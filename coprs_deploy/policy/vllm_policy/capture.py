@@ -52,25 +52,17 @@ class CaptureRequest:
         return cls(**values) if values is not None else None
 
 
-class Step:
-    """Data of the current engine step, from the model to the logits processor.
-
-    Attributes:
-        hidden_states: (R, D) post-norm hidden states, one for each row of the logits.
-    """
-
-    hidden_states: torch.Tensor | None = None
-
-
-STEP = Step()
-"""The step of this process; shared by its model and its logits processor."""
-
-
 class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be absent
     """Logits processor that captures hidden states and ends responses at their limits.
 
     Requests without a :class:`CaptureRequest` are not touched.
+
+    Attributes:
+        step: (R, D) post-norm hidden states of the engine step, one for each row of its logits;
+            set by the model of this process.
     """
+
+    step: torch.Tensor | None = None
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -152,7 +144,7 @@ class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be 
 
     def hidden_state_of(self, row: int, logits: torch.Tensor) -> torch.Tensor:
         """Return the (D,) post-norm hidden state behind a row of the logits."""
-        states = STEP.hidden_states
+        states = HiddenStateCapture.step
         assert states is not None, "the model was not loaded through coprs_deploy's architecture"
         assert len(states) == len(logits), (states.shape, logits.shape)
         return states[row]

@@ -121,50 +121,28 @@ def _no_logger() -> Any:
     return NoLogger
 
 
-def import_vllm() -> Any:
+def import_vllm(device_type: str) -> Any:
     """Import vLLM.
 
     Raises:
         MissingDependencyError: vLLM is not installed.
+        PolicyError: it was built for another type of device.
     """
     try:
         import vllm
+        from vllm.platforms import current_platform
     except ImportError as error:
         raise MissingDependencyError(
             f"the vllm policy needs {error.name}; {VLLM_INSTALL} for a GPU, or see {VLLM_DOCS} for "
             "a CPU"
         ) from error
-    return vllm
-
-
-def check_platform(vllm: Any, device_type: str) -> None:
-    """Check that the installed vLLM was built for a device type.
-
-    Raises:
-        PolicyError: it was built for another one.
-    """
-    from vllm.platforms import current_platform
-
     if current_platform.device_type != device_type:
         raise PolicyError(
             f"policy device is {device_type!r}, but vllm {vllm.__version__} is built for "
             f"{current_platform.device_type or 'no device of this machine'!r}; change the policy "
             "device, or install the other build of vLLM"
         )
-
-
-def registered_architecture(model_type: str) -> str:
-    """Register the architectures with vLLM and return the name of one.
-
-    Raises:
-        PolicyError: the model type is unsupported.
-    """
-    if model_type not in ARCHITECTURES:
-        raise PolicyError(
-            f"the policy is of type {model_type!r}; supported: {', '.join(ARCHITECTURES)}"
-        )
-    register_architectures()
-    return ARCHITECTURES[model_type]
+    return vllm
 
 
 def register_architectures() -> None:

@@ -10,10 +10,10 @@ processor files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import BatchFeature
@@ -33,7 +33,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement
 
 from coprs_deploy.policy.vision_inputs import VisionProcessor
-from coprs_deploy.policy.vllm_policy.capture import STEP
+from coprs_deploy.policy.vllm_policy.capture import HiddenStateCapture
+
+_Model = TypeVar("_Model", bound=type)
 
 _CLIP_ROOT = re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)")
 
@@ -118,45 +120,27 @@ class _KeepsHiddenStates:
     """Keep the hidden states that become logits; runs outside compiled and graph-captured code."""
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        STEP.hidden_states = hidden_states
+        HiddenStateCapture.step = hidden_states
         logits: torch.Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]
         return logits
 
 
-class QwenImageInfo(_ImageInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
-    """Image info of Qwen2.5-VL."""
+def _registered(info: type, preprocessing: type, dummy_inputs: type) -> Callable[[_Model], _Model]:
+    """Register a model class with vLLM's image classes of its family, extended by those above."""
+    register: Callable[[_Model], _Model] = MULTIMODAL_REGISTRY.register_processor(
+        type("ImagePreprocessing", (_ImagePreprocessing, preprocessing), {}),
+        info=type("ImageInfo", (_ImageInfo, info), {}),
+        dummy_inputs=type("DummyImages", (_DummyImages, dummy_inputs), {}),
+    )
+    return register
 
 
-class QwenImagePreprocessing(_ImagePreprocessing, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
-    """Image preprocessing of Qwen2.5-VL."""
-
-
-class QwenDummyImages(_DummyImages, Qwen2VLDummyInputsBuilder):  # type: ignore[misc]
-    """Dummy images of Qwen2.5-VL."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    QwenImagePreprocessing, info=QwenImageInfo, dummy_inputs=QwenDummyImages
-)
+@_registered(Qwen2_5_VLProcessingInfo, Qwen2_5_VLMultiModalProcessor, Qwen2VLDummyInputsBuilder)
 class QwenPolicy(_KeepsHiddenStates, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     """Qwen2.5-VL with hidden-state capture."""
 
 
-class LlavaImageInfo(_ImageInfo, LlavaProcessingInfo):  # type: ignore[misc]
-    """Image info of LLaVA-1.5."""
-
-
-class LlavaImagePreprocessing(_ImagePreprocessing, LlavaMultiModalProcessor):  # type: ignore[misc]
-    """Image preprocessing of LLaVA-1.5."""
-
-
-class LlavaDummyImages(_DummyImages, LlavaDummyInputsBuilder):  # type: ignore[misc]
-    """Dummy images of LLaVA-1.5."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    LlavaImagePreprocessing, info=LlavaImageInfo, dummy_inputs=LlavaDummyImages
-)
+@_registered(LlavaProcessingInfo, LlavaMultiModalProcessor, LlavaDummyInputsBuilder)
 class LlavaPolicy(_KeepsHiddenStates, LlavaForConditionalGeneration):  # type: ignore[misc]
     """LLaVA-1.5 with hidden-state capture."""
 

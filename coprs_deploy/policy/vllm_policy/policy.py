@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import queue
 import threading
 import time
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.errors import HiddenStateError, InstructionError, PolicyError
+from coprs_deploy.errors import HiddenStateError, PolicyError
 from coprs_deploy.images import fit_pixel_count, image_key
 from coprs_deploy.policy.policy import (
     Policy,
@@ -30,14 +32,15 @@ from coprs_deploy.policy.policy import (
     StopReason,
     TextDelta,
 )
+from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.policy.vllm_policy.engine import (
+    ARCHITECTURES,
     EngineThread,
-    check_platform,
     engine_environment,
     import_vllm,
-    registered_architecture,
+    register_architectures,
     visible_device,
 )
 from coprs_deploy.policy.vllm_policy.settings import (
@@ -60,18 +63,8 @@ _Events: TypeAlias = "queue.SimpleQueue[list[int] | NDArray[np.float32] | BaseEx
 class _EngineRequest:
     """Request as engine inputs, and its progress in the engine.
 
-    Attributes:
-        prompt: prompt token ids and image, as vLLM takes them.
-        params: vLLM's ``SamplingParams``.
-        path: file of the request's hidden states.
-        num_prompt_tokens: prompt length, vision tokens included.
-        token_budget: maximum response length.
-        preprocess_ms: image preprocessing time.
-        events: lists of new tokens, then the hidden states or an error.
-        token_ids: tokens of the response so far.
-        first_token: ``time.perf_counter()`` value of the first token.
-        queue_ms: waiting time before the prefill.
-        num_cached_tokens: prompt tokens read from the prefix cache.
+    ``path`` is the file of its hidden states. ``events`` are lists of new tokens, then the hidden
+    states or an error. ``first_token`` is a value of ``time.perf_counter()``.
     """
 
     prompt: Any
@@ -86,6 +79,17 @@ class _EngineRequest:
     queue_ms: float = 0.0
     num_cached_tokens: int = 0
 
+    def next_event(self, request: PolicyRequest) -> list[int] | NDArray[np.float32]:
+        """Wait for the next event until the deadline of the request; raise it if it is an error."""
+        while True:
+            try:
+                event = self.events.get(timeout=request.remaining_s())
+            except queue.Empty:
+                continue  # remaining_s raises
+            if isinstance(event, BaseException):
+                raise event
+            return event
+
 
 class VllmPolicy(Policy):
     """Qwen2.5-VL or LLaVA-1.5 policy in a vLLM engine.
@@ -97,10 +101,9 @@ class VllmPolicy(Policy):
         path: policy directory of a checkpoint or a bundle; a quantized one (AWQ, GPTQ, FP8) is
             loaded as its own configuration says.
         prompt: prompt template.
-        min_pixels: minimum image area, in pixels.
-        max_pixels: maximum image area, in pixels.
+        min_pixels, max_pixels: limits of the image area, in pixels.
         device: ``cpu``, ``cuda`` or ``cuda:N``; the installed vLLM must be built for it.
-        dtype: torch dtype of the weights; None keeps the stored one.
+        dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
         settings: settings of the engine.
         memory_is_ready: event to wait for before the free memory is measured, so that graphs on the
             same GPU are loaded by then; None measures at once.
@@ -133,8 +136,7 @@ class VllmPolicy(Policy):
         self.num_preemptions = 0
         self.concurrency = settings.max_num_seqs
         with engine_environment(settings.num_threads):
-            vllm = import_vllm()
-            check_platform(vllm, device_type)
+            vllm = import_vllm(device_type)
             config = self._read_directory(path.resolve())
             if memory_is_ready is not None:
                 memory_is_ready.wait()
@@ -143,16 +145,17 @@ class VllmPolicy(Policy):
             memory = memory_arguments(
                 settings, device_type, device_memory(device), needed * settings.max_num_seqs
             )
-            arguments = self._engine_arguments(path.resolve(), config, dtype)
+            chosen = choose_dtype(path, device, dtype)
+            arguments = self._engine_arguments(path.resolve(), config.model_type, chosen.dtype)
             arguments |= settings.engine_arguments(device_type) | memory
             with visible_device(device_type, index):
                 self._start(arguments)
-        settings_in_use = _describe(self._open_engine().engine.vllm_config, memory)
+        settings_in_use = _describe(self._open_engine().engine.vllm_config, memory, chosen.reason)
         library = f"vllm {vllm.__version__} {config.model_type} on {device}"
         self.description = ", ".join([library, *settings_in_use])
 
     def _read_directory(self, path: Path) -> Any:
-        """Read everything but the weights of a policy directory; return its transformers config."""
+        """Read all but the weights of a policy directory; return its transformers config."""
         from transformers import AutoConfig, GenerationConfig
 
         try:
@@ -169,16 +172,19 @@ class VllmPolicy(Policy):
             self._prompt.max_prompt_tokens + self._prompt.max_response_tokens + 1,
             int(text.max_position_embeddings),
         )
+        # A response has at least one token, and one more is read.
+        most = min(self._prompt.max_prompt_tokens, self._max_length - 2)
+        self._prompt = msgspec.structs.replace(self._prompt, max_prompt_tokens=most)
         return config
 
-    def _engine_arguments(self, path: Path, config: Any, dtype: str | None) -> dict[str, Any]:
+    def _engine_arguments(self, path: Path, model_type: str, dtype: str) -> dict[str, Any]:
         """Return vLLM's engine arguments that do not come from the settings."""
-        stored = str(config.dtype).removeprefix("torch.") if config.dtype else "auto"
+        register_architectures()
         return {
             "model": str(path),
-            "dtype": dtype or stored,
+            "dtype": dtype,
             "max_model_len": self._max_length,
-            "hf_overrides": {"architectures": [registered_architecture(config.model_type)]},
+            "hf_overrides": {"architectures": [ARCHITECTURES[model_type]]},
             "generation_config": "vllm",
             "limit_mm_per_prompt": {"image": 1},
             "mm_device_do_normalize": False,  # VisionProcessor normalizes
@@ -200,6 +206,7 @@ class VllmPolicy(Policy):
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         engine_args = AsyncEngineArgs(**arguments)
+        self._process = os.getpid()
         self._engine: EngineThread | None = None
         self._transport = HiddenStateTransport(self.hidden_size)
         atexit.register(self.close)  # an unclosed policy leaves no process and no file behind
@@ -227,7 +234,7 @@ class VllmPolicy(Policy):
             running = self._encode(request, path)
             task = engine.submit(self._decode(engine.engine, running))
             try:
-                while not isinstance(event := _next_event(running.events, request), np.ndarray):
+                while not isinstance(event := running.next_event(request), np.ndarray):
                     for token in event:
                         if token not in self._tokens.end_ids and (text := text_stream.add(token)):
                             yield TextDelta(text)
@@ -281,11 +288,6 @@ class VllmPolicy(Policy):
             self._prompt, self._tokens.tokenizer, request.instruction, num_image_tokens
         )
         available = self._max_length - len(ids) - 1
-        if available < 1:
-            raise InstructionError(
-                f"the prompt has {len(ids)} tokens, and the limit for prompt and response together "
-                f"is {self._max_length}: shorten the instruction"
-            )
         budget = min(request.max_new_tokens or self._prompt.max_response_tokens, available)
         first = ids.index(self._image_id)
         prompt = {
@@ -364,7 +366,12 @@ class VllmPolicy(Policy):
         return int(self._open_engine().engine.get_num_unfinished_requests())
 
     def close(self) -> None:
-        """Abort running requests, end the engine's processes and remove the transport's folder."""
+        """Abort running requests, end the engine's processes and remove the transport's folder.
+
+        In a fork of the process that started them it does nothing.
+        """
+        if os.getpid() != self._process:
+            return
         atexit.unregister(self.close)
         engine, self._engine = self._engine, None
         try:
@@ -374,23 +381,11 @@ class VllmPolicy(Policy):
             self._transport.close()
 
 
-def _next_event(events: _Events, request: PolicyRequest) -> list[int] | NDArray[np.float32]:
-    """Wait for the next event of a request until its deadline; raise it if it is an error."""
-    while True:
-        try:
-            event = events.get(timeout=request.remaining_s())
-        except queue.Empty:
-            continue  # remaining_s raises
-        if isinstance(event, BaseException):
-            raise event
-        return event
-
-
-def _describe(vllm_config: Any, memory: dict[str, Any]) -> list[str]:
+def _describe(vllm_config: Any, memory: dict[str, Any], reason: str) -> list[str]:
     """Describe the settings of a running engine, for messages."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     parts = [
-        str(model.dtype),
+        f"{str(model.dtype).removeprefix('torch.')} ({reason})",
         f"quantization {model.quantization or 'none'}",
         f"{vllm_config.scheduler_config.max_num_seqs} requests at once",
         f"prefix caching {'on' if vllm_config.cache_config.enable_prefix_caching else 'off'}",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
+import psutil
 
-from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.errors import RuntimeUnavailableError, check_number, check_type
+from coprs_deploy.policy.torch_settings import require_device
 
 GIB = 1 << 30
 
@@ -43,7 +44,8 @@ class VllmSettings:
         tensor_parallel_size: number of devices that share the weights.
         enforce_eager: whether ``torch.compile`` and CUDA graphs are disabled; None disables them
             on a CPU only.
-        num_threads: CPU threads of the engine's worker; None leaves one core to the engine's loop.
+        num_threads: CPU threads of the engine's worker; None takes that of the runtime, or leaves
+            one core to the engine's loop.
     """
 
     max_num_seqs: int = 16
@@ -69,11 +71,13 @@ class VllmSettings:
         }
         for name, minimum in minimums.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+            if value is not None:
+                check_number(name, value, least=minimum, is_whole=name != "mm_processor_cache_gb")
         share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization is {share}; accepted: above 0, at most 1")
+        if share is not None:
+            check_number("gpu_memory_utilization", share, above=0, most=1, is_whole=False)
+        check_type("enable_prefix_caching", self.enable_prefix_caching, bool)
+        check_type("enforce_eager", self.enforce_eager, bool, type(None))
 
     def engine_arguments(self, device_type: str) -> dict[str, Any]:
         """Return vLLM's engine arguments, except for those of :func:`memory_arguments`."""
@@ -107,15 +111,14 @@ def read_settings(assignments: Sequence[str]) -> VllmSettings:
                 f"{', '.join(types)}"
             )
         try:
-            values[name] = msgspec.convert(json.loads(text), types[name])
+            values[name] = msgspec.json.decode(text, type=types[name])
         except ValueError as error:
             (kind, *_) = get_args(types[name]) or (types[name],)
             raise ValueError(f"{name} is {text!r}; accepted: {_VALUES[kind]}") from error
     return VllmSettings(**values)
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
+class DeviceMemory(NamedTuple):
     """Available and physical memory of a device, in bytes."""
 
     free: int
@@ -126,20 +129,14 @@ def device_memory(device: str) -> DeviceMemory:
     """Return the current memory of ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        RuntimeUnavailableError: torch finds no GPU.
+        RuntimeUnavailableError: torch finds no such GPU.
     """
     if device == "cpu":
-        import psutil
-
         memory = psutil.virtual_memory()
         return DeviceMemory(memory.available, memory.total)
     import torch
 
-    if not torch.cuda.is_available():
-        raise RuntimeUnavailableError(
-            f"policy device is {device!r}, but torch {torch.__version__} finds no GPU; check the "
-            "installation with `coprs-deploy doctor`, or use the policy device cpu"
-        )
+    require_device(device)
     return DeviceMemory(*torch.cuda.mem_get_info(torch.device(device)))
 
 

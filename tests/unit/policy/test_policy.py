@@ -1,5 +1,6 @@
 """Policy interface: accepted requests, deadline, identifiers and closing."""
 
+import re
 import time
 
 import numpy as np
@@ -27,6 +28,21 @@ def test_policy_request_instruction_of_another_type_is_refused():
 def test_policy_request_limit_below_one_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least 1"):
         PolicyRequest(IMAGE, "the cup", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_targets", "max_new_tokens"])
+@pytest.mark.parametrize("value", ["2", 1.0, float("nan"), True, [1], 1j])
+def test_policy_request_limit_of_another_type_is_refused(name, value):
+    message = re.escape(f"{name} is {value!r}; accepted: a whole number")
+    with pytest.raises(ValueError, match=message):
+        PolicyRequest(IMAGE, "the cup", **{name: value})
+
+
+def test_policy_request_past_its_deadline_error_is_short():
+    request = PolicyRequest(IMAGE, "x" * 20_000, deadline=time.perf_counter())
+    with pytest.raises(RequestTimeoutError) as refusal:
+        request.remaining_s()
+    assert len(str(refusal.value)) < 200
 
 
 def test_policy_request_deadline_gives_the_remaining_time_and_then_an_error():

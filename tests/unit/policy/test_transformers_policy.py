@@ -105,7 +105,7 @@ def uncached_states(policy, request, token_ids):
     prompt_ids = encode_prompt(
         policy._prompt, policy._tokens.tokenizer, request.instruction, vision.num_tokens
     )
-    hidden, _ = policy._prefill([*prompt_ids, *token_ids], vision)
+    hidden, *_ = policy._prefill([*prompt_ids, *token_ids], vision)
     return hidden[0, len(prompt_ids) :]
 
 
@@ -285,7 +285,7 @@ def test_stream_special_tokens_in_the_instruction_are_text(policy, ask):
 
 
 def test_stream_too_long_instruction_is_refused_and_the_next_request_succeeds(policy, ask):
-    with pytest.raises(InstructionError, match=r"the limit is 1300 .* shorten the instruction"):
+    with pytest.raises(InstructionError, match=r"the limit is 1300: .* shorten the instruction"):
         ask(policy, instruction="disc " * 1500)
     assert ask(policy)[1].stop_reason is StopReason.TARGETS_REACHED
 
@@ -379,7 +379,7 @@ def test_stream_timings_and_token_counts_are_set(policy, ask):
 
 def test_description_names_library_family_device_and_dtype(policy):
     assert policy.description.startswith("transformers ")
-    assert policy.description.endswith("on cpu, torch.float32")
+    assert policy.description.endswith("on cpu, float32 (as stored)")
     assert policy.hidden_size == 64
     assert policy.concurrency == 1
 
@@ -387,7 +387,7 @@ def test_description_names_library_family_device_and_dtype(policy):
 def test_transformers_policy_dtype_is_applied(tiny_checkpoint, ask):
     checkpoint = read_checkpoint(tiny_checkpoint)
     with open_policy(checkpoint.policy_path, checkpoint.config.prompt, dtype="bfloat16") as policy:
-        assert policy.description.endswith("torch.bfloat16")
+        assert policy.description.endswith("on cpu, bfloat16 (as requested)")
         _, result = ask(policy)
     assert result.concentrations.dtype == np.float32
     assert result.response.text.endswith(REFERENCE_TOKEN)

@@ -1,6 +1,9 @@
 """CoPRS at its limits: queue, timeout, abandoned requests and closing."""
 
+import asyncio
 import dataclasses
+import multiprocessing
+import os
 import threading
 
 import numpy as np
@@ -14,7 +17,7 @@ from coprs_deploy.errors import (
 )
 from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
-from tests.unit.runtime_fakes import WAIT, FakePolicy, image_of
+from tests.unit.runtime_fakes import WAIT, FakePolicy, FakeRunner, image_of
 
 
 class TestLimits:
@@ -23,7 +26,7 @@ class TestLimits:
         streams = [coprs.stream(image_of(), "x") for _ in range(2)]
         for stream in streams:
             next(stream)
-        assert coprs.num_active_requests == 2
+        assert coprs._limit.num_active == 2
         with pytest.raises(QueueFullError, match="2 requests are active"):
             coprs.segment(image_of(1), "x")
         streams[0].close()
@@ -37,7 +40,7 @@ class TestLimits:
             assert coprs.segment(image_of(), "x").found
             with pytest.raises(InstructionError):
                 coprs.segment(image_of(), " ")
-        assert coprs.num_active_requests == 0
+        assert coprs._limit.num_active == 0
 
     def test_segment_past_its_deadline_is_abandoned(self, build):
         policy = FakePolicy(checks_deadline=True)
@@ -60,7 +63,7 @@ class TestLimits:
         with CoPRS.load(tiny_bundle, RuntimeOptions(timeout_s=1e-4)) as coprs:
             with pytest.raises(RequestTimeoutError):
                 coprs.segment(scene, "the red disc")
-            assert coprs.num_active_requests == 0
+            assert coprs._limit.num_active == 0
 
     def test_stream_closed_early_cancels_its_queued_encoding(self, build):
         begun, release = threading.Event(), threading.Event()
@@ -127,6 +130,93 @@ class TestClosing:
         coprs.close()
         assert policy.is_closed
         assert all(runner.is_closed for runner in runners.values())
+
+
+def use_all(coprs):
+    """Return the error of each public call."""
+    calls = (
+        lambda: coprs.segment(image_of(), "x"),
+        lambda: next(coprs.stream(image_of(), "x")),
+        lambda: asyncio.run(coprs.asegment(image_of(), "x")),
+        lambda: next(coprs.segment_many([(image_of(), "x")])),
+        coprs.warm_up,
+    )
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        else:
+            errors.append("no error")
+    return errors
+
+
+def test_use_after_close_is_refused_by_every_method(build):
+    coprs, _ = build()
+    coprs.close()
+    assert use_all(coprs) == ["CoPRSError: CoPRS was closed; load it again with CoPRS.load"] * 5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_use_in_a_fork_is_refused_by_every_method_and_by_load(build):
+    policy = FakePolicy()
+    coprs, _ = build(policy)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def in_fork():
+        errors = use_all(coprs)
+        try:
+            CoPRS.load()
+        except CoPRSError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        coprs.close()
+        sender.send((os.getpid(), errors, policy.is_closed))
+
+    process = multiprocessing.get_context("fork").Process(target=in_fork)
+    process.start()
+    assert receiver.poll(WAIT)
+    child, errors, is_closed = receiver.recv()
+    process.join(WAIT)
+    message = (
+        f"CoPRSError: CoPRS was loaded in process {os.getpid()} and is used in its fork {child}, "
+        "where the threads of the runtimes do not exist; load it after the fork only, or start "
+        'processes with multiprocessing.get_context("spawn")'
+    )
+    assert errors == [message] * 6
+    assert not is_closed
+    assert coprs.segment(image_of(), "x").found
+
+
+def test_request_whose_runner_is_closed_meanwhile_ends_with_our_error(build):
+    class ClosedRunner(FakeRunner):
+        def _run(self, inputs):
+            assert not self.is_closed, "the runner was closed"
+            return super()._run(inputs)
+
+    coprs, _ = build(runner_class=ClosedRunner)
+    stream = coprs.stream(image_of(), "x")
+    next(stream)
+    (embedding,) = coprs._cache._entries.values()
+    embedding.result(WAIT)
+    coprs.close()
+    with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):
+        list(stream)
+
+
+@pytest.mark.parametrize("request_", [None, "ab", (1,), (1, 2, 3), {"image": 1}])
+def test_segment_many_other_than_pairs_is_refused(build, request_):
+    coprs, _ = build()
+    results = coprs.segment_many([(image_of(), "x"), request_])
+    assert next(results).found
+    with pytest.raises(ValueError, match=r"requests contains .*; accepted: pairs of image and"):
+        next(results)
+
+
+def test_segment_many_without_an_iterable_is_refused(build):
+    coprs, _ = build()
+    with pytest.raises(ValueError, match="requests is 3; accepted: Iterable"):
+        next(coprs.segment_many(3))
 
 
 def test_segment_passes_the_request_to_the_policy_unchanged(build):

@@ -3,10 +3,12 @@
 import logging
 
 import pytest
+import torch
 
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines.autotune import RuntimeChoice
 from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.policy.vllm_policy.settings import VllmSettings
 from coprs_deploy.runtime import CoPRS, RuntimeOptions, loading
 from coprs_deploy.runtime.loading import choose_runtimes, open_graphs
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER
@@ -107,11 +109,53 @@ def test_load_passes_options_to_graphs_and_policy(tiny_bundle, scene, tmp_path, 
         policy_dtype="bfloat16", num_threads=1, max_cached_images=0, cache_dir=tmp_path
     )
     with CoPRS.load(tiny_bundle, options) as coprs:
-        assert coprs.description.endswith("torch.bfloat16")
+        assert coprs.description.endswith("bfloat16 (as requested)")
         assert coprs.segment(scene, "the red disc").found
-        assert coprs.num_cached_images == 0
+        assert len(coprs._cache) == 0
     assert len(opened) == 3
     assert {(o.num_threads, o.cache_dir) for o in opened} == {(1, tmp_path)}
+
+
+@pytest.mark.parametrize(("num_threads", "expected"), [(None, 1), (1, 1), (3, 3)])
+def test_load_num_threads_reaches_graphs_and_every_step_of_the_policy(
+    tiny_bundle, scene, num_threads, expected
+):
+    found = []
+    with CoPRS.load(tiny_bundle, RuntimeOptions(num_threads=num_threads)) as coprs:
+        model = coprs._policy._model
+        for module in (model.model, model.lm_head):
+            module.register_forward_pre_hook(lambda *_: found.append(torch.get_num_threads()))
+        before = torch.get_num_threads()
+        result = coprs.segment(scene, "the red disc")
+        assert torch.get_num_threads() == before
+        sessions = [runner._session for runner in coprs._graphs.runners.values()]
+    assert len(found) >= 2 * result.timings.response_tokens
+    assert set(found) == {expected}
+    assert {s.get_session_options().intra_op_num_threads for s in sessions} == {num_threads or 0}
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "expected"), [(None, None, None), (None, 3, 3), (2, 3, 2), (2, None, 2)]
+)
+def test_load_num_threads_reaches_the_vllm_worker_unless_it_has_its_own(
+    tiny_bundle, monkeypatch, own, shared, expected
+):
+    settings = []
+
+    class Stopped(Exception):
+        pass
+
+    def refuse(*arguments, **options):
+        settings.append(options["settings"])
+        raise Stopped
+
+    monkeypatch.setattr("coprs_deploy.policy.vllm_policy.policy.VllmPolicy", refuse)
+    options = RuntimeOptions(
+        policy="vllm", num_threads=shared, vllm=VllmSettings(num_threads=own, max_num_seqs=3)
+    )
+    with pytest.raises(Stopped):
+        CoPRS.load(tiny_bundle, options)
+    assert settings == [VllmSettings(num_threads=expected, max_num_seqs=3)]
 
 
 def test_load_reports_its_progress(tiny_bundle):

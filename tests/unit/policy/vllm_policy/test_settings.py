@@ -27,8 +27,22 @@ from coprs_deploy.policy.vllm_policy.settings import (
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
         ({"mm_processor_cache_gb": -1}, "mm_processor_cache_gb is -1; it must be at least 0"),
-        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0; accepted: above 0"),
-        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization is 1.1; accepted: above 0"),
+        ({"max_num_seqs": "8"}, "max_num_seqs is '8'; accepted: a whole number"),
+        ({"num_threads": 0.5}, "num_threads is 0.5; accepted: a whole number"),
+        (
+            {"mm_processor_cache_gb": float("nan")},
+            "mm_processor_cache_gb is nan; accepted: a finite",
+        ),
+        ({"enforce_eager": "no"}, "enforce_eager is 'no'; accepted: bool, None"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching is 1; accepted: bool"),
+        (
+            {"gpu_memory_utilization": 0},
+            "gpu_memory_utilization is 0; it must be above 0 and at most 1",
+        ),
+        (
+            {"gpu_memory_utilization": 1.1},
+            "gpu_memory_utilization is 1.1; it must be above 0 and at most 1",
+        ),
     ],
 )
 def test_vllm_settings_value_out_of_range_is_refused(changes, message):
