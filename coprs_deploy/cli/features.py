@@ -10,6 +10,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.parser import log, print_json, print_result
 from coprs_deploy.console import StepPrinter
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the maximum size, compute the embeddings, print the result."""
+    check_writable(arguments.out)
     from coprs_deploy.training.features import compute_features, max_feature_bytes
 
     checkpoint = read_checkpoint(arguments.checkpoint)
