@@ -68,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     options = read_options(arguments, RuntimeOptions, GRAPHS)
     dataset = _open_examples(arguments)
     check_thresholds(thresholds, dataset.question_types, dataset.num_no_match)
+    if arguments.out:  # whatever prevents the report is found before the work
+        pyplot()
+        check_writable(arguments.out)
     count = len(dataset.examples)
     with open_runtime(arguments.bundle, options) as coprs, StepPrinter() as steps:
         _check_images(dataset.examples, coprs)

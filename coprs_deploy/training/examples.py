@@ -70,8 +70,6 @@ def open_data(recipe: Recipe) -> OpenedData:
         path = getattr(data, name)
         contained = Contents(features)
         files[name] = file = ExampleFile(path, inspect=contained.add)
-        if not len(file):
-            raise ValueError(f"no row can be used: {file.summary()}")
         _check_targets(recipe, path, contained.num_targets)
         _check_responses(recipe, path, contained.without_response)
         if features is not None and contained.without_embedding:

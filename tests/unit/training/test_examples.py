@@ -113,7 +113,7 @@ def test_contents_depend_on_every_part_and_the_order_but_not_on_the_file(tmp_pat
     assert digest(scenes[::-1]) != whole
     hashes = set()
     for name in ("one.jsonl", "two.parquet"):
-        write_examples(tmp_path / name, scenes, images_as_files=name == "one.jsonl")
+        write_examples(tmp_path / name, scenes)
         (tmp_path / "recipe.toml").write_text(
             f'base = "grpo_demo"\n[data]\nkind = "examples"\ntraining = "{tmp_path / name}"\n'
             f'held_out = "{tmp_path / name}"'
