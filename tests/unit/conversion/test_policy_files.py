@@ -196,6 +196,7 @@ def test_load_policy_wrong_weights_print_no_report_of_the_library(untuned_policy
     assert error.endswith("merge the LoRA adapter with peft's merge_and_unload()")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's call
 def test_load_policy_adapter_is_refused_with_the_line_that_merges_it(untuned_policy, tmp_path):
     model, _ = load_policy(untuned_policy)
     config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
