@@ -8,16 +8,21 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.specs import Record
+
+LOCK_FILE = ".lock"
+"""Lock of a temporary directory."""
 
 
 class FileRecord(Record, frozen=True):
@@ -30,11 +35,12 @@ class FileRecord(Record, frozen=True):
 
 @contextmanager
 def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a hidden directory that replaces ``path`` when the block succeeds.
+    """Yield a hidden directory whose content takes the place of ``path`` when the block succeeds.
 
     If the block raises, nothing is left behind and ``path`` is unchanged. What appears at ``path``
     meanwhile is kept, and the block fails. Files and directories get the permissions that the umask
-    gives new ones. A mount point, or a directory in a read-only parent, is filled in place.
+    gives new ones. A directory that exists is filled in place, so that it may be a mount point, a
+    working directory, or the target of a link.
 
     Args:
         path: directory to create or replace.
@@ -47,93 +53,89 @@ def new_directory(path: Path, marker: str, overwrite: bool = False) -> Iterator[
         OSError: ``path`` cannot be written; its ``errno`` is ``ENOSPC`` on a full disk, whatever
             the block raised.
     """
-    path = path.absolute()  # "." has no name
+    path = Path(os.path.realpath(path))
     check_replaceable(path, marker, overwrite)
-    with scratch_directory(path, "partial") as partial:
-        mode = partial.stat().st_mode & 0o777
-        try:
-            yield partial
-            _reset_modes(partial, mode)
-            _sync(partial)
-            check_replaceable(path, marker, overwrite)
-            _replace(path, partial, marker)
-        except Exception as error:
-            if _is_full_disk(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-            raise
+    with scratch_directory(path, "partial") as scratch, _named_if_full(path):
+        check_replaceable(path, marker, overwrite)  # after leftovers were removed
+        new = scratch / NEW
+        new.mkdir()
+        mode = new.stat().st_mode & 0o777
+        yield new
+        _reset_modes(new, mode)
+        _sync(new)
+        check_replaceable(path, marker, overwrite)
+        if path.exists():
+            _replace_entries(path, scratch, marker)
+        else:
+            new.rename(path)
 
 
 @contextmanager
 def scratch_directory(path: Path, kind: str) -> Iterator[Path]:
     """Yield a hidden directory on the file system of ``path``, which is removed at the end.
 
-    Leftovers of killed processes are removed first, and an old directory that one of them moved
-    aside is moved back.
+    It lies in ``path`` if that is a directory, else beside it. Leftovers of killed processes are
+    removed first; a replacement that one of them began is undone.
 
     Args:
-        path: absolute path that the directory is made for.
+        path: path that the directory is made for.
         kind: distinguishes several scratch directories of one path; part of the name.
 
     Raises:
         ArtifactError: another process has one of this kind.
     """
-    inside = _is_filled_in_place(path)
-    parent = path if inside else path.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.{kind}"
-    lock = parent / f"{prefix}.lock"
-    with exclusive(lock, f"{path} is being written by another process; wait for it to end"):
-        try:
-            for left in parent.glob(f"{glob.escape(f'.{path.name}.old')}-*"):
-                _recover(path, left)
-            for left in parent.glob(f"{glob.escape(prefix)}-*"):
-                _remove(left)
-            directory = parent / f"{prefix}-{os.getpid()}"
-            directory.mkdir()
-            try:
-                yield directory
-            finally:
-                _remove(directory)
-        finally:
-            lock.unlink(missing_ok=True)
+    path = Path(os.path.realpath(path))
+    prefix = _hidden(path) + kind
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places = [path] if path.is_dir() else []
+    if not places or os.access(path.parent, os.W_OK):
+        places.append(path.parent)
+    with ExitStack() as stack:
+        for place in places:
+            lock = place / f"{prefix}.lock"
+            taken = f"{path} is being written by another process; wait for it to end"
+            stack.enter_context(exclusive(lock, taken))
+            stack.callback(lock.unlink, missing_ok=True)
+            for left in place.glob(f"{glob.escape(prefix)}-*"):
+                _remove_scratch(path, left)
+        directory = places[0] / f"{prefix}-{os.getpid()}"
+        stack.callback(_remove_scratch, path, directory)
+        directory.mkdir()
+        yield directory
 
 
-def _is_filled_in_place(path: Path) -> bool:
-    """Whether a directory cannot be replaced by a rename in its parent."""
-    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+NEW, OLD, NAMES = "new", "old", "names.json"
+"""In the scratch directory of a replacement: what moves in, what moved out, names of the first."""
 
 
-def _replace(path: Path, partial: Path, marker: str) -> None:
-    """Move a written directory to its place; the marker of one that is filled in place is last."""
-    old = partial.with_name(f".{path.name}.old-{os.getpid()}")
-    if partial.parent != path:
-        if not path.exists() or not any(path.iterdir()):
-            partial.rename(path)  # fails if files appear in ``path`` at this moment
-            return
-        old.mkdir()
-        path.rename(old / path.name)
-        try:
-            partial.rename(path)
-        except BaseException:
-            (old / path.name).rename(path)
-            raise
-        finally:
-            _remove(old)
-        return
-    old.mkdir()
-    for entry in list(_entries(path)):
-        entry.rename(old / entry.name)
-    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == marker):
-        entry.rename(path / entry.name)
-    _remove(old)
+def _replace_entries(path: Path, scratch: Path, marker: str) -> None:
+    """Replace the content of a directory; its marker disappears first and appears last.
+
+    Whether this fails or the process is killed, :func:`_remove_scratch` completes or undoes it.
+    """
+    names = sorted(os.listdir(scratch / NEW), key=lambda name: name == marker)  # noqa: PTH208
+    (scratch / NAMES).write_text(json.dumps(names), encoding="utf-8")
+    (scratch / OLD).mkdir()
+    for entry in sorted(_entries(path), key=lambda entry: entry.name != marker):
+        entry.rename(scratch / OLD / entry.name)
+    for name in names:
+        (scratch / NEW / name).rename(path / name)
 
 
-def _recover(path: Path, old: Path) -> None:
-    """Move a directory back that a killed process moved aside, unless it was replaced."""
-    moved = old / path.name
-    if moved.exists() and not path.exists():
-        moved.rename(path)
-    _remove(old)
+def _remove_scratch(path: Path, scratch: Path) -> None:
+    """Remove a scratch directory; a replacement of the content of ``path`` is undone if unfinished.
+
+    May be interrupted at any point and called again.
+    """
+    new, old = scratch / NEW, scratch / OLD
+    if old.is_dir() and new.is_dir() and any(new.iterdir()):
+        for name in json.loads((scratch / NAMES).read_text(encoding="utf-8")):
+            if not (new / name).exists():
+                (path / name).rename(new / name)
+        for entry in old.iterdir():
+            entry.rename(path / entry.name)
+        old.rmdir()
+    _remove(scratch)
 
 
 def _reset_modes(root: Path, mode: int) -> None:
@@ -143,32 +145,90 @@ def _reset_modes(root: Path, mode: int) -> None:
             path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether an error, which need not be an ``OSError``, reports a full disk or quota."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
+@contextmanager
+def _named_if_full(path: Path) -> Iterator[None]:
+    """Let any error that reports a full disk or quota be an ``OSError`` that names the path."""
+    try:
+        yield
+    except Exception as error:
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden path that replaces ``path`` when the block succeeds.
 
-    Readers see the complete old or new file. If the block raises, nothing is left behind and
-    ``path`` is unchanged; leftovers of a killed process are overwritten. Two processes must not
-    write the same path at the same time.
+    Readers see the complete old or new file; of two writers the last one wins. If the block raises,
+    nothing is left behind and ``path`` is unchanged; leftovers of killed processes are removed. A
+    link is followed. A device or pipe is written directly.
 
     Args:
         path: a file, which may exist, or a directory, which must not.
+
+    Raises:
+        OSError: ``path`` cannot be written; its ``errno`` is ``ENOSPC`` on a full disk, whatever
+            the block raised.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    prefix = f"{_hidden(path)}new-"
+    partial = path.with_name(f"{prefix}{os.getpid()}")
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        number = left.name.removeprefix(prefix)
+        if left == partial or (number.isdecimal() and not psutil.pid_exists(int(number))):
+            _remove(left)
     try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
+        with _named_if_full(path):
+            yield partial
+            _sync(partial)
+            _move_to(partial, path)
     finally:
         _remove(partial)
+
+
+def _move_to(partial: Path, path: Path) -> None:
+    try:
+        partial.replace(path)
+    except OSError as error:
+        if error.errno != errno.EBUSY or not path.is_file():
+            raise
+        shutil.copyfile(partial, path)  # a file that is a mount point cannot be replaced
+
+
+def _hidden(path: Path) -> str:
+    """Return the start of the names of hidden files that belong to a path."""
+    name = os.path.basename(os.path.realpath(path))  # noqa: PTH119  # "." has no name
+    encoded = os.fsencode(name)
+    return f".{name if len(encoded) < 200 else hashlib.sha256(encoded).hexdigest()}."
+
+
+@contextmanager
+def temporary_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary directory; those of killed processes are removed first.
+
+    Args:
+        prefix: start of its name, by which those of killed processes are found.
+        parent: folder that it is made in; None for the system's folder for temporary files.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    for lock in parent.glob(f"{glob.escape(prefix)}*/{LOCK_FILE}"):
+        with suppress(OSError):  # in use (Timeout is one), or already removed
+            if lock.stat().st_uid == os.getuid():
+                held = file_lock(lock).acquire(blocking=False)
+                with held:
+                    _remove(lock.parent)
+    # It gets the name that is searched for when it is locked.
+    folder = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
+    try:
+        with file_lock(folder / LOCK_FILE).acquire(blocking=False):
+            folder = folder.rename(parent / folder.name.removeprefix("."))
+            yield folder
+    finally:
+        _remove(folder)
 
 
 def file_lock(path: Path) -> FileLock:
@@ -202,24 +262,56 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
     Raises:
         ArtifactError: ``path`` exists, and ``overwrite`` is false or it is not a directory with
             the marker file.
+        OSError: nothing can be written there.
     """
-    if not path.exists() and not path.is_symlink():
+    if path.exists() or path.is_symlink():
+        is_empty = path.is_dir() and not any(_entries(path))
+        if not is_empty and not (path / marker).is_file() and not _is_unfinished(path):
+            raise ArtifactError(
+                f"{path} exists and has no {marker}: it is not replaced; choose another name"
+            )
+        if not is_empty and not overwrite and not _is_unfinished(path):
+            raise ArtifactError(
+                f"{path} exists; pass --overwrite to replace it, or choose another name"
+            )
+    check_writable(path)
+
+
+def check_writable(path: Path, *, is_file: bool = False) -> None:
+    """Check early whether a directory, which need not exist, or a file in it can be written.
+
+    Raises:
+        OSError: it cannot; the error names the file or directory that is in the way.
+    """
+    path = Path(os.path.realpath(path))
+    if is_file and path.exists() and not path.is_file() and not path.is_dir():
+        return  # a device or pipe
+    if is_file and not path.is_dir():
+        path = path.parent
+    elif is_file:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    found = next(place for place in (path, *path.parents) if place.exists())
+    number = errno.EACCES
+    if not found.is_dir():
+        number = errno.ENOTDIR
+    elif os.access(found, os.W_OK | os.X_OK):
         return
-    is_empty = path.is_dir() and not any(_entries(path))
-    if not is_empty and not (path / marker).is_file():
-        raise ArtifactError(
-            f"{path} exists and has no {marker}: it is not replaced; choose another name"
-        )
-    if not is_empty and not overwrite:
-        raise ArtifactError(
-            f"{path} exists; pass --overwrite to replace it, or choose another name"
-        )
+    elif os.statvfs(found).f_flag & os.ST_RDONLY:
+        number = errno.EROFS
+    raise OSError(number, os.strerror(number), str(found))
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a killed process was replacing the content of a directory."""
+    pattern = f"{glob.escape(_hidden(path))}partial-*/{OLD}"
+    real = Path(os.path.realpath(path))
+    return any(any(place.glob(pattern)) for place in (real, real.parent))
 
 
 def _entries(path: Path) -> Iterator[Path]:
     """List a directory without what its file system or an unfinished write keeps there."""
     for entry in path.iterdir():
-        if entry.name != "lost+found" and not entry.name.startswith(f".{path.name}."):
+        if entry.name != "lost+found" and not entry.name.startswith(_hidden(path)):
             yield entry
 
 
@@ -262,8 +354,13 @@ def fingerprint(files: tuple[FileRecord, ...]) -> str:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write indented JSON with a final newline, atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; bytes of paths that are not UTF-8 as escapes, as in JSON."""
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _sync(written: Path) -> None:

@@ -9,11 +9,13 @@ Opening a bundle checks every file against the manifest before anything else rea
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from coprs_deploy.artifacts import FileRecord, hash_file, write_json
 from coprs_deploy.errors import BundleError, BundleIntegrityError
@@ -212,8 +214,14 @@ class Bundle:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest of a bundle."""
-    write_json(directory / MANIFEST_FILE, manifest.to_json())
+    """Write the manifest of a bundle, with a hash of itself."""
+    data = manifest.to_json()
+    write_json(directory / MANIFEST_FILE, {**data, "sha256": hash_manifest(data)})
+
+
+def hash_manifest(data: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content, whatever its order and layout."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -221,6 +229,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
     Raises:
         BundleError: the manifest is missing, not valid, or has another schema version.
+        BundleIntegrityError: it was changed.
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
@@ -236,10 +245,15 @@ def read_manifest(path: str | Path) -> Manifest:
                 f"schema_version is {version!r} in {file}; accepted: {SCHEMA_VERSION}; export the "
                 f"checkpoint again: `coprs-deploy export CHECKPOINT --out {path} --overwrite`"
             )
+        sha256 = data.pop("sha256", None)
         manifest = Manifest.from_json(data)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"{file} is not valid: {error}; export the checkpoint again") from error
     _check_manifest(file, manifest)
+    if sha256 != hash_manifest(data):
+        raise BundleIntegrityError(
+            f"{file} was changed (SHA-256 differs). Export the checkpoint again"
+        )
     return manifest
 
 

@@ -134,9 +134,9 @@ def write_checkpoint(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(shapes, expected_shapes(config.model), "the segmentation weights")
     with new_directory(Path(path), CONFIG_FILE, overwrite) as partial:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial / SEGMENTATION_FILE, metadata={"format": "pt"})
-        del contiguous
+        stored = without_shared_memory(tensors)
+        save_file(stored, partial / SEGMENTATION_FILE, metadata={"format": "pt"})
+        del stored
         (partial / POLICY_DIRECTORY).mkdir()
         save_policy(partial / POLICY_DIRECTORY)
         write_json(partial / CONFIG_FILE, config.to_json())
@@ -149,29 +149,31 @@ def load_segmentation_model(checkpoint: Checkpoint) -> SegmentationModel:
     Weights stored in float32 are mapped from the file, not copied.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or has another shape (it is named).
+        CheckpointError: the file cannot be read, or a tensor is missing, unexpected, or has another
+            shape or type (it is named).
     """
     import torch
     from safetensors import SafetensorError, safe_open
 
     file = checkpoint.path / SEGMENTATION_FILE
-    model = _empty_model(checkpoint.config.model)
-    wanted = _shapes(model)
+    wanted = expected_shapes(checkpoint.config.model)
     try:
         with safe_open(file, framework="pt") as stored:
             names = stored.keys()
             shapes = {name: stored.get_slice(name).get_shape() for name in names}
             check_tensors(shapes, wanted, str(file))
-            tensors = {name: stored.get_tensor(name).to(torch.float32) for name in wanted}
-    except (SafetensorError, OSError) as error:
+            tensors = {name: stored.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    model.load_state_dict(tensors, assign=True)
+    _check_types(tensors, str(file))
+    model = _empty_model(checkpoint.config.model)
+    model.load_state_dict({n: t.to(torch.float32) for n, t in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def expected_shapes(config: SegmentationConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a segmentation model, without allocating memory."""
-    return _shapes(_empty_model(config))
+    return {name: tuple(t.shape) for name, t in _empty_model(config).state_dict().items()}
 
 
 def check_tensors(
@@ -200,6 +202,47 @@ def check_tensors(
         raise CheckpointError(f"{where} do not match the configuration: " + "; ".join(problems))
 
 
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that tensors are dense, floating-point and finite.
+
+    Raises:
+        CheckpointError: names the first tensor that is not.
+    """
+    _check_types(tensors, where)
+    for name, tensor in tensors.items():
+        if not (finite := tensor.isfinite()).all():
+            raise CheckpointError(
+                f"{where} has values that are not finite (NaN or inf): {int((~finite).sum()):,} of "
+                f"the {tensor.numel():,} of {name}. The file is damaged, or its training diverged; "
+                "use an intact copy or an earlier state"
+            )
+
+
+def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
+    import torch
+
+    for name, tensor in tensors.items():
+        kind: object = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        if tensor.is_meta:
+            kind = "an empty tensor"
+        if kind not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise CheckpointError(
+                f"{where} has {name} as {kind}; accepted: dense floating-point weights of 16 bits "
+                "or more"
+            )
+
+
+def without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with another one, which safetensors does not store."""
+    separate, storages = {}, set()
+    for name, tensor in tensors.items():
+        separate[name] = tensor.detach().contiguous()
+        if separate[name].untyped_storage().data_ptr() in storages:
+            separate[name] = separate[name].clone()
+        storages.add(separate[name].untyped_storage().data_ptr())
+    return separate
+
+
 def _empty_model(config: SegmentationConfig) -> SegmentationModel:
     """Build a model without memory for its weights."""
     import torch
@@ -208,7 +251,3 @@ def _empty_model(config: SegmentationConfig) -> SegmentationModel:
 
     with torch.device("meta"):
         return SegmentationModel(config)
-
-
-def _shapes(model: SegmentationModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -174,6 +174,17 @@ def check_type(name: str, value: object, *accepted: type) -> None:
         raise ValueError(f"{name} is {reprlib.repr(value)}; accepted: {names}")
 
 
+MAX_MESSAGE_LENGTH = 2000
+"""Characters of an error in JSON; messages may quote what the caller passed."""
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Return a text for a message: of more than ``limit`` characters, the middle is left out."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}...({len(text) - limit} characters)...{text[-(limit // 2) :]}"
+
+
 def install_hint(extra: str) -> str:
     """Return the pip command of an extra; it needs a checkout, as the package is not on PyPI."""
     return f'pip install -e ".[{extra}]" (in the checkout)'
@@ -186,4 +197,5 @@ def error_body(error: BaseException, message: str | None = None) -> dict[str, st
         error: the exception.
         message: text of the error; None selects ``str(error)``.
     """
-    return {"error": str(error) if message is None else message, "type": type(error).__name__}
+    text = str(error) if message is None else message
+    return {"error": shorten(text, MAX_MESSAGE_LENGTH), "type": type(error).__name__}

@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError
+from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError, shorten
 from coprs_deploy.specs import Geometry, ValidRegion
 
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
@@ -31,6 +33,13 @@ RgbArray: TypeAlias = NDArray[np.uint8]
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Decoding limit: Pillow's own warning level, 256 MiB as RGB."""
+
+MAX_ASPECT_RATIO = 200
+"""Largest ratio of the sides of an image for a policy: the limit of Qwen2.5-VL."""
+
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_HEIC = re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
+"""Start of an HEIC file, with its brand."""
 
 _INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TURNS = {
@@ -66,7 +75,7 @@ def load_image(source: ImageSource) -> RgbArray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ImageDecodeError: the source is not a readable image.
+        ImageDecodeError: the source is not a readable image, or is a URL.
         ImageSizeError: the image has no pixels, or more than ``MAX_IMAGE_PIXELS``.
         FileNotFoundError: the path does not exist.
         ValueError: shape, dtype or range of the array, or the type of the source, is not accepted.
@@ -79,10 +88,15 @@ def load_image(source: ImageSource) -> RgbArray:
         if not source:
             raise ImageDecodeError("the image has 0 bytes; accepted: the bytes of an image file")
         data = bytes(source)
-        return _decode(lambda: Image.open(io.BytesIO(data)), f"the image of {len(data)} bytes")
+        return _decode(lambda: _open(io.BytesIO(data)), f"the image of {len(data)} bytes")
     if isinstance(source, (str, PathLike)):
         path = fspath(source)
-        return _decode(lambda: Image.open(path), f"the image {path!r}")
+        what = f"the image {shorten(path)!r}"
+        if _URL.match(path):
+            raise ImageDecodeError(
+                f"{what} is a URL; URLs are not fetched: pass a path, or the bytes of the file"
+            )
+        return _decode(lambda: _open(path), what)
     raise ValueError(
         f"image is a {type(source).__name__}; accepted: a path, bytes, a PIL image or a numpy array"
     )
@@ -93,6 +107,25 @@ def image_key(rgb: RgbArray) -> str:
     digest = hashlib.blake2b(str(rgb.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.hexdigest()
+
+
+def _open(file: str | io.BytesIO) -> Image.Image:
+    """Open an image file, HEIC with pillow-heif if that is installed."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+        if not _HEIC.match(data):
+            raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageDecodeError(
+            "the image is HEIC, which Pillow reads with pillow-heif: pip install pillow-heif, or "
+            "convert the image to JPEG or PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
+    return Image.open(file)
 
 
 def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: str) -> RgbArray:
@@ -112,14 +145,16 @@ def _decode(opening: Callable[[], AbstractContextManager[Image.Image]], what: st
     except UnidentifiedImageError as error:
         raise ImageDecodeError(
             f"{what} is not an image that Pillow can read; accepted: PNG, JPEG, WebP, TIFF, BMP, "
-            "GIF and the like"
+            "GIF, AVIF and the like"
         ) from error
-    except IsADirectoryError as error:
-        raise ImageDecodeError(f"{what} is a directory; accepted: an image file") from error
     except Exception as error:  # Pillow's decoders raise anything on damaged bytes
+        if isinstance(error, OSError) and error.strerror:
+            raise ImageDecodeError(
+                f"{what} cannot be opened: {error.strerror}; accepted: an image file"
+            ) from error
         raise ImageDecodeError(
-            f"{what} cannot be decoded ({error}); it may be cut short: open it in a viewer, or "
-            "save it again"
+            f"{what} cannot be decoded ({shorten(str(error))}); it may be cut short: open it in a "
+            "viewer, or save it again"
         ) from error
 
 
@@ -287,7 +322,8 @@ def prepare_image(rgb: RgbArray, geometry: Geometry) -> PreparedImage:
 def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Image:
     """Scale an image to an area between two pixel counts, keeping its aspect ratio.
 
-    Both sides are rounded down after shrinking and up after growing, so that the limits hold.
+    Both sides are rounded down after shrinking and up after growing, so that the limits hold; the
+    longer side is at most ``MAX_ASPECT_RATIO`` times the shorter one.
 
     Args:
         rgb: (H, W, 3) uint8.
@@ -296,8 +332,17 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
 
     Returns:
         The input of the policy's image processor.
+
+    Raises:
+        ImageSizeError: the aspect ratio exceeds ``MAX_ASPECT_RATIO``.
     """
     height, width = rgb.shape[:2]
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ImageSizeError(
+            f"the image is {width} x {height}, an aspect ratio of "
+            f"{max(height, width) / min(height, width):.4g}; the policy accepts at most "
+            f"{MAX_ASPECT_RATIO}: crop or pad the image"
+        )
     image = Image.fromarray(rgb)
     if min_pixels <= height * width <= max_pixels:
         return image
@@ -311,7 +356,10 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
             new_width = max(1, max_pixels // new_height)
         else:
             new_height = max(1, max_pixels // new_width)
-    size = (new_width, new_height)
+    size = (
+        min(new_width, MAX_ASPECT_RATIO * new_height),
+        min(new_height, MAX_ASPECT_RATIO * new_width),
+    )
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
 
 
@@ -338,11 +386,22 @@ def resize_logits(
     Returns:
         (N, H, W) float32 logits.
     """
-    resized, original = resize.unpadded_size, resize.original_size
+    import torch
+
     sizes = (geometry.mask_size, geometry.image_size)
-    rows = _resize_matrix(*sizes, int(resized[0]), original[0])
-    columns = _resize_matrix(*sizes, int(resized[1]), original[1])
-    return _multiply(rows, logits[:, 0], columns.T)
+    rows, columns = (
+        _resize_matrix(*sizes, unpadded, original)
+        for unpadded, original in zip(
+            resize.unpadded_size.tolist(), resize.original_size, strict=True
+        )
+    )
+    low = logits[:, 0] if logits.flags.writeable else logits[:, 0].copy()
+    # With PyTorch, because OpenBLAS threads of numpy spin for some 20 ms after each product, on the
+    # cores that decode the next response.
+    with torch.inference_mode():
+        product = torch.from_numpy(rows) @ torch.from_numpy(low) @ torch.from_numpy(columns.T)
+        resized: NDArray[np.float32] = product.numpy()
+        return resized
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -351,46 +410,20 @@ def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return probabilities
 
 
-def _multiply(*factors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Multiply matrices from left to right with PyTorch.
-
-    OpenBLAS threads of numpy spin for some 20 ms after each product, on the cores that decode the
-    next response: on two cores a request to the demo model took 120 ms instead of 40.
-    """
-    import torch
-
-    with torch.inference_mode():
-        product, *others = (torch.from_numpy(f if f.flags.writeable else f.copy()) for f in factors)
-        for other in others:
-            product = product @ other
-        array: NDArray[np.float32] = product.numpy()
-        return array
-
-
 @lru_cache(maxsize=16)
 def _resize_matrix(
     mask_size: int, image_size: int, unpadded: int, original: int
 ) -> NDArray[np.float32]:
     """Compose mask -> padded image -> crop -> original along one side: (original, mask_size)."""
-    up = _bilinear_matrix(mask_size, image_size)[:unpadded]
-    lower, upper, weight = _bilinear_taps(unpadded, original)
-    composed = up[lower] * (1 - weight)[:, None] + up[upper] * weight[:, None]
-    return np.asarray(composed, dtype=np.float32)
+    padded = _interpolate(np.eye(mask_size), image_size)
+    return _interpolate(padded[:unpadded], original).astype(np.float32)
 
 
-def _bilinear_matrix(size_in: int, size_out: int) -> NDArray[np.float64]:
-    lower, upper, weight = _bilinear_taps(size_in, size_out)
-    matrix = np.zeros((size_out, size_in))
-    rows = np.arange(size_out)
-    matrix[rows, lower] += 1 - weight
-    matrix[rows, upper] += weight
-    return matrix
-
-
-def _bilinear_taps(
-    size_in: int, size_out: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return two source cells and the weight of the second per output (half-pixel centers)."""
-    position = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0.0)
-    lower = np.minimum(position.astype(np.int64), size_in - 1)
-    return lower, np.minimum(lower + 1, size_in - 1), position - lower
+def _interpolate(rows: NDArray[np.float64], num_rows: int) -> NDArray[np.float64]:
+    """Resize the rows of a matrix bilinearly (half-pixel centers, no antialiasing)."""
+    position = np.maximum((np.arange(num_rows) + 0.5) * len(rows) / num_rows - 0.5, 0.0)
+    lower = np.minimum(position.astype(np.int64), len(rows) - 1)
+    upper = np.minimum(lower + 1, len(rows) - 1)
+    weight = (position - lower)[:, None]
+    resized: NDArray[np.float64] = rows[lower] * (1 - weight) + rows[upper] * weight
+    return resized

@@ -16,12 +16,6 @@ PRIOR = "prior"
 MASK_DECODER = "mask_decoder"
 GRAPH_NAMES = (IMAGE_ENCODER, PRIOR, MASK_DECODER)
 
-TARGETS_DIMENSION = "targets"
-"""Name of the symbolic dimension N: number of concentrations decoded on one image."""
-
-IMAGES_DIMENSION = "images"
-"""Name of the symbolic dimension B: number of images encoded together."""
-
 OUTSIDE_IMAGE_LOGIT = -50.0
 """Prior logit written over the padding before the mask decoder (public CoPRS code)."""
 
@@ -128,19 +122,16 @@ class OptimizationProfile(Record, frozen=True):
         return max(n for n in (self.min, self.opt, self.max) if n <= waiting)
 
     @classmethod
-    def parse(cls, text: str, name: str = "targets") -> OptimizationProfile:
-        """Read ``"N"`` (static) or ``"min,opt,max"``; ``name`` is that of the option.
+    def parse(cls, text: str) -> OptimizationProfile:
+        """Read ``"N"`` (static) or ``"min,opt,max"``.
 
         Raises:
             ValueError: the text has another form, or the numbers are out of order.
         """
         parts = text.split(",")
         if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
-            raise ValueError(f"{name} is {text!r}; accepted: N, or min,opt,max (such as 1,4,16)")
-        try:
-            return cls(*map(int, parts if len(parts) == 3 else 3 * parts))
-        except ValueError as error:
-            raise ValueError(f"{name} is {text!r}: {error}") from error
+            raise ValueError(f"profile is {text!r}; accepted: N, or min,opt,max (such as 1,4,16)")
+        return cls(*map(int, parts if len(parts) == 3 else 3 * parts))
 
 
 class ValidRegion(Record, frozen=True):
@@ -192,7 +183,7 @@ def parse_aspect_ratio(text: str) -> tuple[int, int]:
 
 
 class TensorSpec(Record, frozen=True):
-    """Input or output of a graph; a dimension is a number, ``"targets"`` or ``"images"``."""
+    """Input or output of a graph; symbolic dimensions: ``"targets"`` (N), ``"images"`` (B)."""
 
     name: str
     dtype: str
@@ -272,8 +263,8 @@ def graph_specs(
     """
     profile, batch = targets or OptimizationProfile(), images or OptimizationProfile()
     assert batch.min == 1, "a single image must never wait for a batch"
-    count: int | str = profile.min if profile.is_static else TARGETS_DIMENSION
-    num_images: int | str = 1 if batch.is_static else IMAGES_DIMENSION
+    count: int | str = profile.min if profile.is_static else "targets"
+    num_images: int | str = 1 if batch.is_static else "images"
     mask, side, grid = geometry.mask_size, geometry.image_size, geometry.grid_size
     image = TensorSpec("image", "float32", (num_images, 3, side, side))
     encoded = (geometry.out_chans, grid, grid)

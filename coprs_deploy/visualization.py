@@ -6,13 +6,16 @@ that a drawing takes tens of milliseconds at any size. Nothing here is used to m
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, features
 
 from coprs_deploy.images import RgbArray
 
@@ -37,9 +40,33 @@ TARGET_COLORS: tuple[Color, ...] = (
 WHITE: Color = (255, 255, 255)
 """Halo around each outline, so that it stands out on a target of its own color."""
 
+DIMMING = 0.55
+"""Brightness of the background, as a share."""
+
+TINT = 0.35
+"""Share of its color in a target."""
+
+NUM_HEAT_LEVELS = 1024
+"""Steps of a heat map, finer than those of 8-bit colors."""
+
 CAPTION_INK: Color = (244, 244, 245)
 CAPTION_BACKGROUND: Color = (24, 24, 27)
 MAX_CAPTION_LINES = 3
+MAX_CAPTION_LENGTH = 500
+"""Characters of a caption that are drawn; three lines hold fewer."""
+
+FALLBACK_FONTS = (
+    "DejaVuSans.ttf",  # Linux: Greek, Cyrillic, Hebrew, Arabic
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "Arial Unicode.ttf",  # macOS
+    "msyh.ttc",  # Windows: Chinese
+    "arial.ttf",
+)
+"""Installed fonts that are tried for characters that Pillow's own font lacks."""
+
+NO_CHARACTER = "\U0010ffff"
+"""A code point that is never assigned: fonts draw their box for missing characters."""
 
 LINE_SPACING = 1.35
 """Line height as a multiple of the font size."""
@@ -69,23 +96,20 @@ def draw_overlay(image: RgbArray, masks: NDArray[np.bool_], caption: str = "") -
     Returns:
         The drawing, enlarged if the image is small and reduced if it is large.
     """
-    size = _display_size(image)
-    image = _decimate(image)
-    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=1.5)
-    canvas = np.asarray(resized, dtype=np.float32)
-    line_px = max(2, round(max(size) / 320))
-    covered = np.zeros(canvas.shape[:2], dtype=np.float32)
-    layers = [_smooth_mask(_decimate(mask), size) for mask in masks]
-    for inside in layers:
-        covered = np.maximum(covered, inside)
-    canvas = canvas * (1 - 0.45 * (1 - covered) * bool(layers))[..., None]
+    canvas = _resize_to_display(image)
+    line_px = max(2, round(max(canvas.size) / 320))
+    layers = [_smooth_mask(_decimate(mask), canvas.size) for mask in masks]
+    if layers:
+        dimmed = canvas.point(lambda value: round(DIMMING * value))
+        canvas = Image.composite(canvas, dimmed, reduce(ImageChops.lighter, layers))
     for number, inside in enumerate(layers):
         color = TARGET_COLORS[number % len(TARGET_COLORS)]
-        _blend(canvas, color, 0.35 * inside)
-        _blend(canvas, WHITE, _edge(inside, 2 * line_px))
-        _blend(canvas, color, _edge(inside, line_px))
-    drawn = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    return add_caption(drawn, caption) if caption else drawn
+        box = _box_around(inside, 2 * line_px)
+        part = inside.crop(box)
+        canvas.paste(color, box, part.point(lambda value: round(TINT * value)))
+        canvas.paste(WHITE, box, _edge(part, 2 * line_px))
+        canvas.paste(color, box, _edge(part, line_px))
+    return add_caption(canvas, caption) if caption else canvas
 
 
 def draw_heatmap(image: RgbArray, prior: NDArray[np.float32]) -> Image.Image:
@@ -98,16 +122,17 @@ def draw_heatmap(image: RgbArray, prior: NDArray[np.float32]) -> Image.Image:
     Returns:
         The drawing, enlarged if the image is small and reduced if it is large.
     """
-    size = _display_size(image)
-    image, prior = _decimate(image), _decimate(prior)
-    grey = Image.fromarray(image).convert("L")
-    grey = grey.resize(size, Image.Resampling.LANCZOS, reducing_gap=1.5)
-    heat = Image.fromarray(prior).resize(size, Image.Resampling.BICUBIC, reducing_gap=1.5)
-    probability = np.clip(np.asarray(heat), 0, 1)
-    weight = (0.55 + 0.35 * probability)[..., None]
-    background = np.asarray(grey, dtype=np.float32)[..., None] * (1 - weight)
-    blended = background + colorize(probability) * weight
-    return Image.fromarray(np.clip(blended, 0, 255).astype(np.uint8))
+    grey = _resize_to_display(image).convert("L")
+    heat = Image.fromarray(_decimate(prior))
+    heat = heat.resize(grey.size, Image.Resampling.BICUBIC, reducing_gap=1.5)
+    levels = np.linspace(0, 1, NUM_HEAT_LEVELS, dtype=np.float32)
+    weights = (0.55 + 0.35 * levels)[:, None]
+    colors = (colorize(levels[None])[0] * weights).astype(np.float32)
+    index = np.clip(np.rint(np.asarray(heat) * (NUM_HEAT_LEVELS - 1)), 0, NUM_HEAT_LEVELS - 1)
+    index = index.astype(np.int16)
+    background = (1 - weights)[index] * np.asarray(grey, dtype=np.float32)[..., None]
+    blended = colors[index] + background
+    return Image.fromarray(blended.astype(np.uint8))
 
 
 def colorize(values: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -135,18 +160,62 @@ def outline_band(mask: NDArray[np.bool_], size: tuple[int, int], line_px: int) -
 
 
 def add_caption(image: Image.Image, caption: str) -> Image.Image:
-    """Add a strip with up to three lines of text below an image."""
+    """Add a strip with up to three lines of text below an image.
+
+    The font is Pillow's own, or an installed one that has more of the characters. Characters that
+    no font has are left out, and the caption says how many.
+    """
     font_px = max(14, image.width // 36)
     margin = font_px // 2
-    texts = wrap_text(caption, font_px, image.width - 2 * margin)
+    caption, font = _drawable(caption[:MAX_CAPTION_LENGTH], font_px)
+    texts = _wrap(caption, font, image.width - 2 * margin)
     if len(texts) > MAX_CAPTION_LINES:
         texts = [*texts[: MAX_CAPTION_LINES - 1], texts[MAX_CAPTION_LINES - 1] + " ..."]
-    lines = [TextLine(text, font_px, CAPTION_INK) for text in texts]
-    height = sum(line.height for line in lines) + 2 * margin
+    line_height = round(LINE_SPACING * font_px)
+    height = len(texts) * line_height + 2 * margin
     framed = Image.new("RGB", (image.width, image.height + height), CAPTION_BACKGROUND)
     framed.paste(image, (0, 0))
-    draw_text(framed, lines, margin, image.height + margin)
+    draw = ImageDraw.Draw(framed)
+    for number, text in enumerate(texts):
+        top = image.height + margin + number * line_height
+        draw.text((margin, top), text, font=font, fill=CAPTION_INK)
     return framed
+
+
+def _default_font(font_px: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(font_px)
+    assert isinstance(font, ImageFont.FreeTypeFont), "a size selects Pillow's scalable font"
+    return font
+
+
+def _drawable(text: str, font_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return a text without the characters that no font has, and the font to draw it with."""
+    fonts = [_default_font(font_px)]
+    missing = _missing(text, fonts[0])
+    for name in FALLBACK_FONTS if missing else ():
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, font_px))
+    font = min(fonts, key=lambda font: len(_missing(text, font)))
+    missing = _missing(text, font)
+    drawn = "".join(character for character in text if character not in missing)
+    count = sum(character in missing and not _is_invisible(character) for character in text)
+    note = f" (no font for {count} of {len(text)} characters)" if count else ""
+    return (drawn + note).strip(), font
+
+
+def _missing(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
+    """Return the characters that a font draws as a box, or that Pillow cannot lay out."""
+    plain = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+    box = bytes(plain.getmask(NO_CHARACTER))
+    missing = {c for c in set(text) if not c.isspace() and bytes(plain.getmask(c)) == box}
+    if features.check("raqm"):
+        return missing
+    return missing | {c for c in text if unicodedata.bidirectional(c) in ("R", "AL")}
+
+
+def _is_invisible(character: str) -> bool:
+    """Whether a character is a joiner, a mark of direction or a variation selector."""
+    return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
 
 
 @dataclass(frozen=True)
@@ -171,7 +240,10 @@ class TextLine:
 
 def wrap_text(text: str, font_px: int, width: int) -> list[str]:
     """Break text into lines of at most ``width`` pixels; longer words are cut with an ellipsis."""
-    font = ImageFont.load_default(font_px)
+    return _wrap(text, _default_font(font_px), width)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines = [""]
     for piece in text.split():
         word = piece
@@ -206,12 +278,14 @@ def draw_grid(rows: Sequence[Sequence[Image.Image]], side_px: int) -> Image.Imag
     return sheet
 
 
-def _display_size(image: RgbArray) -> tuple[int, int]:
-    """Return width and height in pixels of the drawing."""
+def _resize_to_display(image: RgbArray) -> Image.Image:
+    """Resize an image to the size of its drawing."""
     height, width = image.shape[:2]
     long_side = max(height, width)
     factor = min(max(1.0, MIN_LONG_SIDE_PX / long_side), MAX_LONG_SIDE_PX / long_side)
-    return max(1, round(width * factor)), max(1, round(height * factor))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    method = Image.Resampling.LANCZOS if factor >= 1 else Image.Resampling.BICUBIC
+    return Image.fromarray(_decimate(image)).resize(size, method, reducing_gap=1.5)
 
 
 def _decimate(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -220,31 +294,30 @@ def _decimate(pixels: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(pixels[::step, ::step])
 
 
-def _smooth_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize a mask to ``size`` (width, height) with soft edges: coverage in [0, 1]."""
+def _smooth_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> Image.Image:
+    """Resize a mask to ``size`` (width, height) with soft edges: coverage in 0..255."""
     coverage = Image.fromarray(mask.astype(np.uint8) * 255)
     resized = coverage.resize(size, Image.Resampling.BICUBIC, reducing_gap=1.5)
     if size[0] > mask.shape[1]:  # round the steps of enlarged pixels
         resized = resized.filter(ImageFilter.GaussianBlur(0.35 * size[0] / mask.shape[1]))
-    soft = np.asarray(resized, dtype=np.float32) / np.float32(255)
-    inside: NDArray[np.float32] = np.clip((soft - 0.5) * 4 + 0.5, 0, 1).astype(np.float32)
-    return inside
+    return resized.point(lambda value: min(max(4 * value - 383, 0), 255))
 
 
-def _edge(inside: NDArray[np.float32], line_px: int) -> NDArray[np.float32]:
-    """Return weights in [0, 1] of the edge of a smooth mask, about ``line_px`` wide."""
-    solid = Image.fromarray((inside > 0.5).astype(np.uint8) * 255)
+def _box_around(inside: Image.Image, margin_px: int) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of what is not 0, with a margin."""
+    left, top, right, bottom = inside.getbbox() or (0, 0, 1, 1)
+    return (
+        max(0, left - margin_px),
+        max(0, top - margin_px),
+        min(inside.width, right + margin_px),
+        min(inside.height, bottom + margin_px),
+    )
+
+
+def _edge(inside: Image.Image, line_px: int) -> Image.Image:
+    """Return weights in 0..255 of the edge of a smooth mask, about ``line_px`` wide."""
+    solid = inside.point(lambda value: 255 * (value > 127))
     # Between 0 and 255 where the square around a pixel lies on both sides of the edge: the rank
     # filters give the same band at a cost that grows with the square's area.
-    mean = np.asarray(solid.filter(ImageFilter.BoxBlur(line_px // 2)))
-    band = ((mean > 0) & (mean < 255)).astype(np.uint8) * 255
-    edge = Image.fromarray(band).filter(ImageFilter.GaussianBlur(0.7))
-    return np.asarray(edge, dtype=np.float32) / np.float32(255)
-
-
-def _blend(canvas: NDArray[np.float32], color: Color, weight: NDArray[np.float32]) -> None:
-    """Mix a color into a canvas in place, by weight per pixel."""
-    rows, columns = np.flatnonzero(weight.any(axis=1)), np.flatnonzero(weight.any(axis=0))
-    if len(rows):
-        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        canvas[box] += (np.array(color, dtype=np.float32) - canvas[box]) * weight[box][..., None]
+    mean = solid.filter(ImageFilter.BoxBlur(line_px // 2))
+    return mean.point(lambda value: 255 * (0 < value < 255)).filter(ImageFilter.BoxBlur(0.3))

@@ -26,67 +26,83 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.bench.case import BenchOptions
+from coprs_deploy.bench.comparison import (
+    REGRESSIONS,
+    TIME_TOLERANCE,
+    compare_reports,
+    machine_differences,
+)
+from coprs_deploy.bench.fixtures import gpu_name
+from coprs_deploy.bench.render import render_text, write_outputs
+from coprs_deploy.bench.report import read_report
+from coprs_deploy.bench.request_suites import limit_violations
+from coprs_deploy.bench.run import SUITES, run_benchmark
+from coprs_deploy.cli.options import Option, add_options, read_options
+from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.cli.runtime_arguments import add_bundle_argument
 from coprs_deploy.console import StepPrinter
+from coprs_deploy.engines import RunnerOptions
+from coprs_deploy.machine import available_memory_bytes
+from coprs_deploy.model_config import SAM_SIZES
 
-if TYPE_CHECKING:
-    from coprs_deploy.bench.options import BenchOptions
+
+def _names(text: str, everything: Iterable[str]) -> tuple[str, ...]:
+    return tuple(everything) if text == "all" else tuple(text.split(","))
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    return tuple(RunnerOptions(device=name).device for name in text.split(","))
+
+
+REAL_SIZES = [size for size in SAM_SIZES if size.startswith("vit_")]
+
+OPTIONS = (
+    Option(
+        "suites",
+        "--suite",
+        parse=partial(_names, everything=SUITES),
+        metavar="NAME,NAME",
+        help="suites to run, or `all`",
+    ),
+    Option("checkpoint", parse=Path),
+    Option(
+        "sizes",
+        parse=partial(_names, everything=REAL_SIZES),
+        metavar="SIZE,SIZE",
+        help="SAM sizes with random weights: vit_b,vit_h or `all`",
+    ),
+    Option(
+        "devices",
+        "--device",
+        parse=_devices,
+        help="cpu, cuda, or both with a comma (default: all available devices)",
+    ),
+    Option("calibration", parse=Path, metavar="DIR"),
+    Option("filter", metavar="REGEX", help="run only the cases that match REGEX"),
+    Option("min_time_s", help="measured time of a case (default: 1, with --sizes 12)"),
+    Option("rounds", parse=int),
+    Option("case_timeout_s", help="timeout of a run (default: 30, with --sizes 120)"),
+    Option(
+        "max_memory_bytes",
+        help="memory of cases that are open side by side (default: half of the available memory)",
+    ),
+    Option("tag"),
+    Option("work_dir", parse=Path, metavar="DIR"),
+    Option("prepare_only"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="bundle (default: the demo model)"
-    )
-    parser.add_argument("--suite", metavar="NAME,NAME", help="suites to run, or `all`")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="checkpoint of BUNDLE, for PyTorch cases and other precisions",
-    )
-    parser.add_argument(
-        "--sizes", metavar="SIZE,SIZE", help="SAM sizes with random weights: vit_b,vit_h or `all`"
-    )
-    parser.add_argument(
-        "--device", help="cpu, cuda, or both with a comma (default: all available devices)"
-    )
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="folder of images for int8 calibration"
-    )
-    parser.add_argument(
-        "--filter", default="", metavar="REGEX", help="run only the cases that match REGEX"
-    )
-    parser.add_argument(
-        "--min-time",
-        type=float,
-        metavar="SECONDS",
-        help="measured time of a case (default: 1, with --sizes 12)",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
-    parser.add_argument(
-        "--case-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="timeout of a run (default: 30, with --sizes 120)",
-    )
-    parser.add_argument(
-        "--max-memory",
-        type=float,
-        metavar="GIB",
-        help="memory of cases that are open side by side (default: half of the available memory)",
-    )
-    parser.add_argument("--tag", help="first word of the report's file names")
+    add_bundle_argument(parser)
+    add_options(parser, BenchOptions, OPTIONS)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the report: JSON, Markdown, page"
-    )
-    parser.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="folder of prepared files, kept for reuse"
-    )
-    parser.add_argument(
-        "--prepare-only", action="store_true", help="stop when everything is prepared"
     )
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD.json", "NEW.json"), help="compare reports"
@@ -97,34 +113,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--render", type=Path, metavar="REPORT.json", help="render a report into --out"
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, compare or render."""
     if arguments.compare:
         return _compare(arguments)
-    from coprs_deploy.bench.page import write_outputs
-    from coprs_deploy.bench.report import read_report
-    from coprs_deploy.bench.run import run_benchmark
-    from coprs_deploy.bench.suites.export import limit_violations
-    from coprs_deploy.bench.tables import render_text
-
     if arguments.render:
         report = read_report(arguments.render)
     else:
         options = _options(arguments)
         with StepPrinter() as progress:
-            report = run_benchmark(options, progress)
-    if arguments.prepare_only:
+            report = run_benchmark(options, progress, progress.note)
+    if hasattr(arguments, "prepare_only"):
         log(f"prepared in {arguments.work_dir}: run the same command without --prepare-only")
         return 0
     if arguments.out:
         log(f"wrote {', '.join(map(str, write_outputs(arguments.out, report)))}")
-    if arguments.json:
-        print_json(report.to_json())
-    else:
-        print(render_text(report))
+    print_result(arguments, report.to_json(), render_text(report))
     violations = limit_violations(report)
     for violation in violations:
         log(violation)
@@ -132,42 +138,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> BenchOptions:
-    from coprs_deploy.bench.availability import gpu_name
-    from coprs_deploy.bench.options import BenchOptions
-    from coprs_deploy.bench.suites import SUITES
-    from coprs_deploy.engines import RunnerOptions
-    from coprs_deploy.machine import available_memory_bytes
-    from coprs_deploy.model_config import SAM_SIZES
-
-    def names(text: str | None, everything: tuple[str, ...]) -> tuple[str, ...]:
-        return everything if text == "all" else tuple(text.split(",")) if text else ()
-
-    real_sizes = tuple(size for size in SAM_SIZES if size.startswith("vit_"))
-    sizes = names(arguments.sizes, real_sizes)
-    is_quick = not arguments.suite and not sizes
-    devices = names(arguments.device, ()) or (("cpu", "cuda") if gpu_name() else ("cpu",))
-    for device in devices:
-        RunnerOptions(device=device)  # refuses what is no device
-    memory = arguments.max_memory * 2**30 if arguments.max_memory else available_memory_bytes() / 2
-    return BenchOptions(
+    """Build the options; some defaults depend on whether real sizes are measured."""
+    has_sizes = hasattr(arguments, "sizes")
+    is_quick = not has_sizes and not hasattr(arguments, "suites")
+    rounds = getattr(arguments, "rounds", BenchOptions.rounds)
+    return read_options(
+        arguments,
+        BenchOptions,
+        OPTIONS,
         bundle=arguments.bundle,
-        checkpoint=arguments.checkpoint,
-        suites=names(arguments.suite, tuple(SUITES)),
-        sizes=sizes,
-        devices=devices,
-        filter=arguments.filter,
-        calibration=arguments.calibration,
+        devices=("cpu", "cuda") if gpu_name() else ("cpu",),
         is_quick=is_quick,
-        tag=arguments.tag or ("full-size" if sizes else ""),
+        tag="full-size" if has_sizes else "",
         command=_command(),
-        min_time_s=arguments.min_time or (12.0 if sizes else 1.0),
-        rounds=arguments.rounds,
-        max_rounds=arguments.rounds + (0 if is_quick else 2),
+        min_time_s=12.0 if has_sizes else 1.0,
+        max_rounds=rounds + (0 if is_quick else 2),
         warmup_s=0.5,
-        case_timeout_s=arguments.case_timeout or (120.0 if sizes else 30.0),
-        max_memory_bytes=int(memory),
-        work_dir=arguments.work_dir,
-        prepare_only=arguments.prepare_only,
+        case_timeout_s=120.0 if has_sizes else 30.0,
+        max_memory_bytes=available_memory_bytes() // 2,
     )
 
 
@@ -184,30 +172,17 @@ def _command() -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from coprs_deploy.bench.comparison import (
-        REGRESSIONS,
-        Tolerances,
-        Verdict,
-        compare_reports,
-        machine_differences,
-    )
-    from coprs_deploy.bench.report import read_report
-
     old, new = (read_report(path) for path in arguments.compare)
-    tolerances = Tolerances() if arguments.tolerance is None else Tolerances(arguments.tolerance)
-    findings = compare_reports(old, new, tolerances)
+    tolerance = TIME_TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    findings = compare_reports(old, new, tolerance)
     differences = machine_differences(old, new)
     regressions = [finding for finding in findings if finding.verdict in REGRESSIONS]
-    if arguments.json:
-        shown = [
-            {"place": f.place, "verdict": f.verdict.value, "detail": f.detail} for f in findings
-        ]
-        print_json({"findings": shown, "regressions": len(regressions), "machine": differences})
-    else:
-        for line in differences:
-            print(f"the machine differs: {line}")
-        for finding in findings:
-            if finding.verdict is not Verdict.SAME or finding.detail:
-                print(f"{finding.verdict.value:<13} {finding.place}: {finding.detail}")
-        print(f"{len(findings)} findings, {len(regressions)} regressions")
+    shown = [finding._asdict() for finding in findings]
+    lines = [f"the machine differs: {line}" for line in differences]
+    for finding in findings:
+        if finding.verdict != "same" or finding.detail:
+            lines.append(f"{finding.verdict:<13} {finding.place}: {finding.detail}")
+    lines.append(f"{len(findings)} findings, {len(regressions)} regressions")
+    report = {"findings": shown, "regressions": len(regressions), "machine": differences}
+    print_result(arguments, report, "\n".join(lines))
     return 1 if regressions else 0

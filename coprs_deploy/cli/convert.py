@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from coprs_deploy import conversion
 from coprs_deploy.cli.options import Option, add_options, read_options
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.parser import print_result
 from coprs_deploy.console import StepPrinter
 
 
@@ -31,8 +32,6 @@ OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    from coprs_deploy.conversion import ConversionOptions
-
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--policy",
@@ -58,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint to write"
     )
-    add_options(parser, ConversionOptions, OPTIONS)
-    add_json_flag(parser)
+    add_options(parser, conversion.ConversionOptions, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,18 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.random and not arguments.sam:
         raise ValueError("--sam is missing: name the sam_vit_*.pth file")
 
-    from coprs_deploy import conversion
-
     options = read_options(arguments, conversion.ConversionOptions, OPTIONS)
     with StepPrinter() as progress:
         if arguments.random:
-            checkpoint = conversion.random_checkpoint(
-                arguments.out,
-                arguments.policy_size or "tiny",
-                arguments.sam or "tiny",
-                options,
-                progress,
-            )
+            sizes = arguments.policy_size or "tiny", arguments.sam or "tiny"
+            checkpoint = conversion.random_checkpoint(arguments.out, *sizes, options, progress)
         elif arguments.policy:
             checkpoint = conversion.checkpoint_from_policy_and_sam(
                 arguments.policy, arguments.sam, arguments.out, options, progress
@@ -92,8 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.training_checkpoint, arguments.sam, arguments.out, options, progress
             )
     note = checkpoint.config.provenance.get("note", "")
-    if arguments.json:
-        print_json({"checkpoint": str(checkpoint.path), "note": note})
-    else:
-        log(f"{checkpoint.path}" + (f" ({note})" if note else ""))
+    text = f"{checkpoint.path} ({note})" if note else f"{checkpoint.path}"
+    print_result(arguments, {"checkpoint": str(checkpoint.path), "note": note}, text)
     return 0

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import argparse
 import platform
+from dataclasses import asdict
 
-from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy import engines, policy
+from coprs_deploy.cli.parser import print_json
 from coprs_deploy.machine import MATRIX_UNITS, describe_processor, installed_versions
+from coprs_deploy.policy.policy_dtype import cpu_dtype
 from coprs_deploy.version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of this verb."""
-    add_json_flag(parser)
+    """Declare no arguments besides ``--json``."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Collect the availability of all runtimes and policies, and print it."""
-    from dataclasses import asdict
-
-    from coprs_deploy import engines, policy
-    from coprs_deploy.policy.policy_dtype import cpu_dtype
-
     processor = describe_processor()
     dtypes = {stored: str(cpu_dtype(stored, processor)) for stored in MATRIX_UNITS}
     runtimes = [

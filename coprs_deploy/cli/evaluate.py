@@ -2,32 +2,29 @@
 
 Each example goes through the runtime like a user's request. --out writes a report page, a plot of
 prior IoU against mask IoU, and all predictions. The exit code is 1 if a metric is below its
---require threshold.
+--require threshold, or undefined.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import (
-    GRAPHS,
-    add_bundle_argument,
-    add_runtime_options,
-    open_runtime,
-    runtime_options,
-)
-from coprs_deploy.console import table
-
-if TYPE_CHECKING:
-    from coprs_deploy.data.examples import Example
-    from coprs_deploy.runtime import CoPRS
-
-LOG_EVERY = 50
-"""Examples between two lines of progress."""
+from coprs_deploy.cli.options import add_options, read_options
+from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.cli.runtime_arguments import GRAPHS, add_bundle_argument, open_runtime
+from coprs_deploy.console import StepPrinter, table
+from coprs_deploy.data.examples import Example
+from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, ExampleSet, open_examples
+from coprs_deploy.errors import ImageSizeError
+from coprs_deploy.evaluation.evaluator import evaluate, predict_with
+from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.plots import pyplot
+from coprs_deploy.evaluation.report import write_evaluation
+from coprs_deploy.evaluation.thresholds import check_thresholds, failed_thresholds, parse_thresholds
+from coprs_deploy.runtime import CoPRS, RuntimeOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,21 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=Path, help="example file, .parquet or .jsonl (default: held-out scenes)"
     )
-    parser.add_argument(
-        "--preset", default="plain", help="difficulty preset of the scenes: plain or full"
-    )
+    parser.add_argument("--preset", help="difficulty preset of the scenes: plain (default) or full")
     parser.add_argument(
         "--num-examples",
         type=int,
         help="number of examples with a target (default: 256 scenes, or the whole file)",
     )
-    parser.add_argument(
-        "--num-no-match", type=int, default=64, help="number of no-match scenes (default: 64)"
-    )
+    parser.add_argument("--num-no-match", type=int, help="number of no-match scenes (default: 64)")
     parser.add_argument(
         "--first-seed",
         type=int,
-        default=0,
         help="seed of the first held-out scene (default: 0, as in the training reports)",
     )
     parser.add_argument(
@@ -63,54 +55,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC=VALUE",
         help="acceptance threshold, as in giou=0.93; may be repeated",
     )
-    add_runtime_options(parser, GRAPHS)
-    add_json_flag(parser)
+    add_options(parser, RuntimeOptions, GRAPHS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the metrics, and check the thresholds."""
-    from coprs_deploy.data.sources import SYNTHETIC, open_examples
-    from coprs_deploy.evaluation.evaluator import evaluate, predict_with
-    from coprs_deploy.evaluation.metrics import summarize
-    from coprs_deploy.evaluation.report import write_evaluation
-
-    thresholds = _parse_thresholds(arguments.require)
-    dataset = open_examples(
-        arguments.examples or f"{SYNTHETIC}{arguments.preset}",
-        arguments.num_examples,
-        arguments.num_no_match,
-        arguments.first_seed,
-    )
-    options = runtime_options(arguments, GRAPHS)
-
-    def log_progress(done: int) -> None:
-        if done % LOG_EVERY == 0:
-            log(f"{done} of {len(dataset.examples)} examples")
-
-    with open_runtime(arguments.bundle, options) as coprs:
+    thresholds = parse_thresholds(arguments.require)
+    options = read_options(arguments, RuntimeOptions, GRAPHS)
+    dataset = _open_examples(arguments)
+    check_thresholds(thresholds, dataset.question_types, dataset.num_no_match)
+    count = len(dataset.examples)
+    with open_runtime(arguments.bundle, options) as coprs, StepPrinter() as steps:
         _check_images(dataset.examples, coprs)
+        if arguments.out:  # whatever prevents the report is found before the work
+            pyplot()
+            arguments.out.mkdir(parents=True, exist_ok=True)
         predict = predict_with(coprs.segment, dataset.max_targets)
-        evaluated = evaluate(predict, dataset.examples, on_progress=log_progress)
-    metrics = summarize([each.score for each in evaluated])
-    failed = _failed_thresholds(metrics, thresholds)
-    if arguments.out:
-        write_evaluation(arguments.out, dataset.description, evaluated)
-    if arguments.json:
-        print_json(
-            {"dataset": dataset.description, "metrics": metrics, "failed_thresholds": failed}
+        steps("evaluate")
+        scores = evaluate(
+            predict,
+            dataset.examples,
+            on_progress=lambda done: steps.progress(f"{done} of {count} examples"),
         )
-    else:
-        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-        print(table((dataset.description, ""), rows))
+    metrics = summarize(scores)
+    failed = failed_thresholds(metrics, thresholds)
+    if arguments.out:
+        write_evaluation(arguments.out, dataset.description, scores)
+    report = {**dataset.to_json(), "metrics": metrics, "failed_thresholds": failed}
+    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    print_result(arguments, report, table((dataset.description, ""), rows))
     for line in failed:
         log(line)
     return 1 if failed else 0
 
 
+def _open_examples(arguments: argparse.Namespace) -> ExampleSet:
+    """Open the file, or the scenes; options of scenes are refused with a file."""
+    scenes: dict[str, Any] = {
+        "preset": "plain",
+        "num_no_match": DEFAULT_NUM_NO_MATCH,
+        "first_seed": 0,
+    }
+    given = [name for name in scenes if getattr(arguments, name) is not None]
+    if arguments.examples and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags} select synthetic scenes; leave out either these or --examples")
+    if arguments.examples:
+        return open_examples(arguments.examples, arguments.num_examples)
+    scenes |= {name: getattr(arguments, name) for name in given}
+    source = f"{SYNTHETIC}{scenes.pop('preset')}"
+    return open_examples(source, arguments.num_examples, **scenes)
+
+
 def _check_images(examples: Sequence[Example], coprs: CoPRS) -> None:
     """Check all images against the bundle's valid region before the first prediction."""
-    from coprs_deploy.errors import ImageSizeError
-
     refused = []
     for example in examples:
         try:
@@ -123,24 +121,3 @@ def _check_images(examples: Sequence[Example], coprs: CoPRS) -> None:
             f"{refused[0]}. Synthetic scenes are square: evaluate a bundle with a fixed aspect "
             "ratio on --examples of that aspect ratio"
         )
-
-
-def _parse_thresholds(settings: Sequence[str]) -> dict[str, float]:
-    thresholds = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        try:
-            thresholds[name.strip()] = float(value)
-        except ValueError as error:
-            raise ValueError(
-                f"--require is {setting!r}; accepted: METRIC=VALUE, as in giou=0.93"
-            ) from error
-    return thresholds
-
-
-def _failed_thresholds(metrics: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
-    return [
-        f"{name} is {metrics.get(name, float('nan')):.4f}; required: {threshold:g}"
-        for name, threshold in thresholds.items()
-        if not metrics.get(name, float("-inf")) >= threshold
-    ]

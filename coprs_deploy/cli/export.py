@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.options import Option, add_options, gib, read_options
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.options import Option, add_options, read_options
+from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import StepPrinter
+from coprs_deploy.engines.trt.build import BuildCallbacks
 from coprs_deploy.engines.trt.variants import parse_capabilities
-from coprs_deploy.specs import OptimizationProfile, parse_aspect_ratio
-
-if TYPE_CHECKING:
-    from coprs_deploy.export import ExportReport
+from coprs_deploy.export import ExportOptions, ExportReport, export_checkpoint
+from coprs_deploy.specs import IMAGE_ENCODER, OptimizationProfile, parse_aspect_ratio
 
 GRAPHS = (
     Option("runtime"),
     Option("precision"),
     Option("calibration_images", "--calibration", parse=Path, metavar="DIR"),
     Option("targets", parse=OptimizationProfile.parse, metavar="N | MIN,OPT,MAX"),
-    Option(
-        "images", parse=partial(OptimizationProfile.parse, name="images"), metavar="1 | 1,OPT,MAX"
-    ),
+    Option("images", parse=OptimizationProfile.parse, metavar="1 | 1,OPT,MAX"),
     Option("aspect_ratio", parse=parse_aspect_ratio, metavar="W:H"),
     Option("drop_padding"),
     Option("external_policy"),
@@ -38,38 +33,25 @@ GRAPHS = (
 
 ENGINES = (
     Option("compute_capabilities", parse=parse_capabilities, metavar="SM,SM"),
-    Option(
-        "workspace_bytes",
-        "--workspace",
-        parse=gib,
-        metavar="GIB",
-        help="scratch memory limit of an engine (default: TensorRT's)",
-    ),
+    Option("workspace_bytes", help="scratch memory limit of an engine (default: TensorRT's)"),
     Option("version_compatible"),
     Option("hardware_compatible"),
     Option("cache_dir", parse=Path, metavar="DIR"),
-    Option("max_cache_bytes", "--max-cache-size", parse=gib, metavar="GIB"),
+    Option("max_cache_bytes", "--max-cache-size"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    from coprs_deploy.export.options import ExportOptions
-
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint directory")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle to write")
     add_options(parser, ExportOptions, GRAPHS)
-    add_options(
-        parser.add_argument_group("engines (tensorrt, tensorrt-rtx)"), ExportOptions, ENGINES
-    )
-    add_json_flag(parser)
+    group = parser.add_argument_group("engines (tensorrt, tensorrt-rtx)")
+    add_options(group, ExportOptions, ENGINES)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, and print the equivalence records."""
-    from coprs_deploy.engines.trt.build import BuildCallbacks
-    from coprs_deploy.export import ExportOptions, export_checkpoint
-
     options = read_options(arguments, ExportOptions, GRAPHS + ENGINES)
     with StepPrinter() as progress:
         callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.progress)
@@ -77,24 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.checkpoint, arguments.out, options, progress, callbacks
         )
     records = report.bundle.manifest.equivalence
-    if arguments.json:
-        print_json(
-            {
-                **{k: v for k, v in asdict(report).items() if k != "bundle"},
-                "bundle": str(arguments.out),
-                "equivalence": [record.to_json() for record in records],
-            }
-        )
-    else:
-        print(equivalence_table(records))
-        _log_advice(report, arguments.checkpoint)
+    shown = {
+        **{k: v for k, v in asdict(report).items() if k != "bundle"},
+        "bundle": str(arguments.out),
+        "equivalence": [record.to_json() for record in records],
+    }
+    print_result(arguments, shown, equivalence_table(records))
+    _log_advice(report, arguments.checkpoint)
     return 0
 
 
 def _log_advice(report: ExportReport, checkpoint: Path) -> None:
     """Log size and memory, and the commands that evaluate or verify the bundle where needed."""
-    from coprs_deploy.specs import IMAGE_ENCODER
-
     bundle = report.bundle
     log(
         f"{bundle.path}: weights {report.weights_bytes / 1e6:,.1f} MB; peak memory "

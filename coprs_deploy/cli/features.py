@@ -7,16 +7,14 @@ the output directory.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
-
-if TYPE_CHECKING:
-    from coprs_deploy.images import RgbArray
-
-LOG_SECONDS = 10.0
+from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.cli.parser import log, print_json, print_result
+from coprs_deploy.console import StepPrinter
+from coprs_deploy.data.examples import ExampleFile
+from coprs_deploy.errors import error_body
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,51 +32,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="device of the image encoder: cpu, cuda or cuda:N (default: cpu)",
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the maximum size, compute the embeddings, print the result."""
-    from dataclasses import asdict
-
-    from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.data.examples import ExampleFile
     from coprs_deploy.training.features import compute_features, max_feature_bytes
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     files = [ExampleFile(path) for path in arguments.examples]
     count = sum(len(file) for file in files)
+    if not count:
+        error = ValueError(f"no row can be used: {'; '.join(file.summary() for file in files)}")
+        log(f"coprs-deploy features: {error}")
+        if arguments.json:
+            print_json(error_body(error))
+        return 1
     size = max_feature_bytes(checkpoint, count) / 1e9
     log(f"{count:,} examples, at most {size:,.2f} GB in float16; equal images are stored once")
 
-    def images() -> Iterator[RgbArray]:
-        for file in files:
-            for example in file:
-                yield example.image
+    with StepPrinter() as steps:
+        steps("compute embeddings")
 
-    logged = 0.0
-
-    def progress(done: int, total: int, seconds: float) -> None:
-        nonlocal logged
-        if seconds - logged >= LOG_SECONDS or done == total:
-            logged = seconds
+        def progress(done: int, total: int, seconds: float) -> None:
             left = seconds / done * (total - done)
-            log(f"{done:,} of {total:,} examples, {left / 60:.1f} min left")
+            steps.progress(f"{done:,} of {total:,} examples, {left / 60:.1f} min left")
 
-    report = compute_features(
-        checkpoint,
-        images(),
-        count,
-        arguments.out,
-        images_per_shard=arguments.images_per_shard,
-        device=arguments.device,
-        progress=progress,
-    )
-    if arguments.json:
-        print_json({"features": str(arguments.out), **asdict(report)})
-    else:
-        log(
-            f"{arguments.out}: {report.num_images:,} distinct images in {report.num_examples:,} "
-            f"examples, {report.num_new:,} computed, {report.bytes_written / 1e6:,.1f} MB written"
+        report = compute_features(
+            checkpoint,
+            (example.image for file in files for example in file),
+            count,
+            arguments.out,
+            images_per_shard=arguments.images_per_shard,
+            device=arguments.device,
+            progress=progress,
         )
+    text = (
+        f"{arguments.out}: {report.num_images:,} distinct images in {report.num_examples:,} "
+        f"examples, {report.num_new:,} computed, {report.bytes_written / 1e6:,.1f} MB written"
+    )
+    opened = [file.to_json() for file in files]
+    result = {"features": str(arguments.out), **asdict(report), "files": opened}
+    print_result(arguments, result, text)
     return 0

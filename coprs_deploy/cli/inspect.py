@@ -9,10 +9,12 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from coprs_deploy.bundle import Bundle, EngineRecord, Manifest
-from coprs_deploy.cli.parser import add_json_flag, print_json
+from coprs_deploy.bundle import Bundle, EngineRecord, Manifest, open_bundle
+from coprs_deploy.cli.parser import print_json
 from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import table
+from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
+from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
 from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import IMAGE_ENCODER
 
@@ -26,19 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="engine cache to show (default: $COPRS_DEPLOY_CACHE, or the user's cache folder)",
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the bundle and print its contents."""
-    from coprs_deploy.bundle import open_bundle
-
     bundle = open_bundle(arguments.bundle)
     if arguments.json:
         print_json(bundle.manifest.to_json())
-        return 0
-    for block in _blocks(bundle, arguments.cache_dir):
-        print(block)
+    else:
+        print(*_blocks(bundle, arguments.cache_dir), sep="\n")
     return 0
 
 
@@ -105,9 +103,6 @@ def _engine_line(engine: EngineRecord) -> str:
 
 
 def _cache_lines(cache_dir: Path | None) -> Iterator[str]:
-    from coprs_deploy.engines.trt.cache import TIMING_FOLDER, EngineCache
-    from coprs_deploy.engines.trt.engine import KERNEL_CACHE_FOLDER
-
     cache = EngineCache(cache_dir)
     size = f"{cache.size_bytes() / 1e6:,.1f} MB"
     yield f"engine cache: {cache.root}, {len(cache.entries())} engines, {size}"

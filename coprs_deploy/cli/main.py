@@ -1,8 +1,4 @@
-"""``coprs-deploy``: parse the arguments, run the verb, turn errors into exit codes.
-
-Exit codes: 0 done, 1 a check failed or nothing was found, 2 wrong use, 130 interrupted, 141 the
-reader of a pipe closed it.
-"""
+"""``coprs-deploy``: parse the arguments, run the verb, turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -10,15 +6,17 @@ import argparse
 import importlib
 import io
 import os
+import re
 import select
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from coprs_deploy.cli.parser import SuggestingParser, print_json
 from coprs_deploy.errors import CoPRSError, error_body
@@ -45,6 +43,9 @@ INTERRUPTED = 130
 
 READER_GONE = 141
 """Exit code of a program whose reader closed the pipe: 128 and the number of SIGPIPE."""
+
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|bad allocation", re.IGNORECASE)
+"""Text of the errors of PyTorch and the runtimes that report a failed allocation."""
 
 DESCRIPTION = """Reasoning segmentation with CoPRS: convert public weights, export verified graphs
 and engines, and serve masks with reasoning."""
@@ -73,6 +74,10 @@ def _add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     parser.description = module.__doc__
     parser.set_defaults(run=module.run)
     module.add_arguments(parser)
+    if verb != "serve":  # it runs until it is stopped and has no result
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout, errors included"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # None if the caller closed it, as ``>&-`` does
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr, for paths that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or wrong use
@@ -99,6 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(parsed, error, str(error), 2)
     except KeyboardInterrupt as error:
         return _report(parsed, error, "interrupted", INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "the system refused an allocation"
+        return _report(parsed, error, f"out of memory: {reason}", 2)
     return code
 
 
@@ -112,7 +125,10 @@ def _exit_on_signals() -> Iterator[None]:
     def stop(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
     try:
         yield
     finally:
@@ -122,17 +138,26 @@ def _exit_on_signals() -> Iterator[None]:
 
 def _report(parsed: argparse.Namespace, error: BaseException, message: str, exit_code: int) -> int:
     """Print an error on stderr, and with ``--json`` as JSON on stdout; return the exit code."""
-    print(f"coprs-deploy {parsed.verb}: {message}", file=sys.stderr)
-    if getattr(parsed, "json", False):
-        print_json(error_body(error, message))
+    with _flushed_or_discarded(sys.stderr):
+        print(f"coprs-deploy {parsed.verb}: {message}", file=sys.stderr)
+    with _flushed_or_discarded(sys.stdout):
+        if parsed.verb != "serve" and parsed.json:
+            print_json(error_body(error, message))
     return exit_code
 
 
-def _reader_is_gone() -> bool:
-    """Whether the broken pipe is that of stdout, whose reader has read enough, as ``head`` does.
+@contextmanager
+def _flushed_or_discarded(stream: TextIO) -> Iterator[None]:
+    """Flush a stream after a block; if its disk is full, discard what is still to be written."""
+    try:
+        yield
+        stream.flush()
+    except OSError:
+        _discard(stream)
 
-    The rest of the output is discarded then, because Python flushes it once more at exit.
-    """
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe is that of stdout, whose reader has read enough, as ``head`` does."""
     try:
         stdout = sys.stdout.fileno()
     except io.UnsupportedOperation:
@@ -141,8 +166,14 @@ def _reader_is_gone() -> bool:
     poll.register(stdout, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    _discard(sys.stdout)
     return True
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard what is still to be written, because Python tries once more at exit."""
+    with suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

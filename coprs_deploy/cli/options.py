@@ -11,14 +11,13 @@ import argparse
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 R = TypeVar("R")
 
 GIB = 2**30
-
 _ATTRIBUTE = re.compile(r"    (\w+): (.*)")
 _NONE = re.compile(r"; (?:None|empty) (?:selects |for )?(.*)$")
 
@@ -29,83 +28,83 @@ class Option:
 
     Attributes:
         field: name of the field.
-        flag: name of the option; empty derives it from the field (``--num-threads``), or, for a
-            field that is true by default, its negation (``--no-cuda-graphs``).
-        parse: conversion of the text, which raises ``ValueError`` on a bad one.
-        metavar: placeholder of the value in the help text.
-        choices: accepted values, where the parser can check them.
+        flag: name of the option; empty derives it from the field without its unit
+            (``--num-threads``, ``--timeout``), or, for a field that is true by default, its
+            negation (``--no-cuda-graphs``).
+        parse: conversion of the text, which raises ``ValueError`` on a bad one; None selects that
+            of the field's unit (``_s``, ``_bytes``), or the text itself.
+        metavar: placeholder of the value in the help text; None derives it from unit or field.
         help: help text, where the attribute's own does not fit.
-        repeat: whether the option may be given several times; the field gets all values.
+        collect: conversion of all texts of an option that may be given several times; None for an
+            option that is given once.
     """
 
     field: str
     flag: str = ""
     parse: Callable[[str], Any] | None = None
     metavar: str | None = None
-    choices: Sequence[str] | None = None
     help: str = ""
-    repeat: bool = False
+    collect: Callable[[list[str]], Any] | None = None
 
 
 def gib(text: str) -> int:
-    """Convert a number of GiB to bytes.
-
-    Raises:
-        ValueError: the text is not a number above 0.
-    """
+    """Convert a number of GiB above 0 to bytes."""
     size = float(text)
     if not size > 0:
         raise ValueError(f"{text} GiB is not above 0")
     return int(size * GIB)
 
 
+UNITS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "s": (float, "SECONDS"),
+    "bytes": (gib, "GIB"),
+}
+"""Conversion and placeholder of a field with a unit, by the last word of its name."""
+
+
 def add_options(
     parser: argparse._ActionsContainer, record: type, options: Sequence[Option]
 ) -> None:
-    """Add options for fields of a record.
-
-    Args:
-        parser: the parser, or a group of it.
-        record: a dataclass with defaults, whose docstring has an ``Attributes:`` section.
-        options: the fields to expose, in the order of the help text.
-    """
+    """Add options for fields of a record, whose docstring has an ``Attributes:`` section."""
     documented, defaults = attribute_docs(record), record()
     for option in options:
         default = getattr(defaults, option.field)
         text = option.help or _NONE.sub(r" (default: \1)", documented[option.field])
-        flag = option.flag or "--" + option.field.replace("_", "-")
+        stem, _, unit = option.field.rpartition("_")
+        parse, metavar = UNITS.get(unit, (None, "N" if option.parse is int else unit.upper()))
+        flag = option.flag or "--" + (stem if unit in UNITS else option.field).replace("_", "-")
         settings: dict[str, Any] = {"dest": option.field, "default": argparse.SUPPRESS}
         if isinstance(default, bool):
             if default and not option.flag:
                 flag = flag.replace("--", "--no-", 1)
             settings["action"] = "store_false" if default else "store_true"
         else:
-            settings["metavar"] = option.metavar or (None if option.choices else _metavar(option))
-            settings["choices"] = option.choices
-            if option.parse is not None:
-                settings["type"] = _reporting(option.parse)
-            if option.repeat:
+            settings["metavar"] = option.metavar or metavar
+            if parse := option.parse or parse:
+                settings["type"] = _reporting(parse)
+            if option.collect is not None:
                 settings["action"] = "append"
-            if isinstance(default, str | int | float) and default != "":
+            if not option.help and isinstance(default, str | int | float) and default != "":
                 text += f" (default: {default})"
         parser.add_argument(flag, help=text.replace("%", "%%"), **settings)
 
 
 def read_options(
-    arguments: argparse.Namespace, record: Callable[..., R], options: Sequence[Option]
+    arguments: argparse.Namespace,
+    record: Callable[..., R],
+    options: Sequence[Option],
+    **others: Any,
 ) -> R:
-    """Build a record from the options that were given.
-
-    Args:
-        arguments: what the parser returned.
-        record: the dataclass.
-        options: those passed to :func:`add_options`.
+    """Build a record from the options that were given, and defaults of other fields.
 
     Raises:
         ValueError: the record refuses a value or a combination.
     """
-    given = {o.field: getattr(arguments, o.field) for o in options if hasattr(arguments, o.field)}
-    return record(**given)
+    for option in options:
+        if hasattr(arguments, option.field):
+            value = getattr(arguments, option.field)
+            others[option.field] = option.collect(value) if option.collect else value
+    return record(**others)
 
 
 def attribute_docs(record: type) -> dict[str, str]:
@@ -120,10 +119,6 @@ def attribute_docs(record: type) -> dict[str, str]:
             else:
                 documented[name] += " " + line.strip()
     return {name: text.replace("``", "").rstrip(".") for name, text in documented.items()}
-
-
-def _metavar(option: Option) -> str:
-    return "N" if option.parse is int else option.field.rpartition("_")[2].upper()
 
 
 def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:

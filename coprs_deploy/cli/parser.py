@@ -19,9 +19,7 @@ _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)")
 class SuggestingParser(argparse.ArgumentParser):
     """``ArgumentParser`` whose errors suggest the nearest name, and are JSON with ``--json``.
 
-    Args:
-        fill: adds the arguments, once, when the parser is first used; None adds none.
-        options: options of :class:`argparse.ArgumentParser`.
+    ``fill`` adds the arguments, once, when the parser is first used.
     """
 
     def __init__(
@@ -67,16 +65,22 @@ class SuggestingParser(argparse.ArgumentParser):
         return flags
 
 
-def add_json_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json``: one JSON object on stdout, errors included."""
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object on stdout, errors included"
-    )
-
-
 def print_json(data: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout."""
-    print(json.dumps(data, ensure_ascii=False))
+    """Print one JSON object on stdout, in ASCII if its encoding lacks a character."""
+    text = json.dumps(data, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # also bytes of a path that are not UTF-8
+        text = json.dumps(data)
+    print(text)
+
+
+def print_result(arguments: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
+    """Print the result of a verb on stdout: one JSON object with ``--json``, else the text."""
+    if arguments.json:
+        print_json(data)
+    else:
+        print(text)
 
 
 def log(text: str) -> None:

@@ -10,14 +10,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
-from coprs_deploy.cli.runtime_arguments import (
-    GRAPHS,
-    POLICY,
-    add_runtime_options,
-    open_runtime,
-    runtime_options,
-)
+from coprs_deploy.artifacts import check_writable
+from coprs_deploy.cli.options import add_options, read_options
+from coprs_deploy.cli.parser import log, print_json
+from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, open_runtime
+from coprs_deploy.policy import StopReason
+from coprs_deploy.prompts import FormatViolation
+from coprs_deploy.runtime import RuntimeOptions, SegmentationResult, TextDelta
+
+OPTIONS = GRAPHS + POLICY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="token budget of the response (default: the checkpoint's)",
     )
-    add_runtime_options(parser, GRAPHS + POLICY)
-    add_json_flag(parser)
+    add_options(parser, RuntimeOptions, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Stream one request, print the response, save the result."""
-    from coprs_deploy.policy import StopReason
-    from coprs_deploy.prompts import FormatViolation
-    from coprs_deploy.runtime import SegmentationResult, TextDelta
-
-    options = runtime_options(arguments, GRAPHS + POLICY)
+    options = read_options(arguments, RuntimeOptions, OPTIONS)
+    if arguments.out:
+        check_writable(arguments.out)
     image = sys.stdin.buffer.read() if arguments.image == "-" else arguments.image
     waits = options.policy == "vllm"  # loading it takes a while
     with open_runtime(arguments.bundle, options, log if waits else lambda step: None) as coprs:

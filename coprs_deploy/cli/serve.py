@@ -1,39 +1,49 @@
 """Serve segmentation over HTTP.
 
 Requests are accepted after graphs and policy are loaded and warmed up. GET / is a web page,
-GET /health reports readiness, GET /docs describes the API:
+GET /health reports readiness, GET /openapi.json describes the interface:
 
   curl -F image=@photo.jpg -F "instruction=the cup that is about to fall" localhost:8000/segment
   curl -N -H "Accept: text/event-stream" -F ... localhost:8000/segment    stream of events
 
-No authentication or TLS. To expose beyond localhost, put it behind a reverse proxy.
+With an API key, clients send it as "Authorization: Bearer KEY". No TLS: to expose the server beyond
+localhost, put it behind a reverse proxy.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import signal
 import socket
-from typing import TYPE_CHECKING
+import sys
+import threading
+from collections.abc import Sequence
 
+from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log
 from coprs_deploy.cli.runtime_arguments import (
     GRAPHS,
     POLICY,
     QUEUE,
     add_bundle_argument,
-    add_runtime_options,
     open_runtime,
-    runtime_options,
 )
 from coprs_deploy.errors import MissingDependencyError, install_hint
-
-if TYPE_CHECKING:
-    from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime import RuntimeOptions
 
 PORTS = range(1 << 16)
 
 OPTIONS = QUEUE + GRAPHS + POLICY
+
+API_KEY_VARIABLE = "COPRS_API_KEY"
+
+EXIT_TIMEOUT_S = 10
+"""Time for closing after the last response; then the process ends even if a step is running."""
+
+SWITCH_INTERVAL_S = 0.001
+"""How long a thread keeps the interpreter while the event loop waits; Python's default is 5 ms."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +62,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="size limit of a request (default: 32)",
     )
-    add_runtime_options(parser, OPTIONS)
+    parser.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="path under which a reverse proxy serves this server, such as /segmentation",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin whose pages may use the server, such as https://example.org, or * for any; "
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key that POST requests need (default: {API_KEY_VARIABLE}, which keeps it out of the "
+        "list of processes)",
+    )
+    parser.add_argument(
+        "--grace-period",
+        type=float,
+        default=5,
+        metavar="SECONDS",
+        help="time for running requests to finish at SIGTERM or Ctrl-C (default: 5)",
+    )
+    add_options(parser, RuntimeOptions, OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--port is {arguments.port}; it must be from 0 to {PORTS[-1]}")
     if arguments.max_upload <= 0:
         raise ValueError(f"--max-upload is {arguments.max_upload}; it must be above 0 MiB")
-    options = runtime_options(arguments, OPTIONS)
+    if not 0 <= arguments.grace_period < float("inf"):
+        raise ValueError(f"--grace-period is {arguments.grace_period}; it must be at least 0 s")
+    check_root_path(arguments.root_path)
+    check_origins(arguments.cors_origin)
+    arguments.api_key = read_api_key(arguments.api_key)
+    options = read_options(arguments, RuntimeOptions, OPTIONS)
     try:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
@@ -70,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingDependencyError(
             f"serving needs {error.name}; {install_hint('serve')}"
         ) from error
-    # SIGTERM, which stops a container, ends the server like Ctrl-C: running requests finish.
+    # SIGTERM, which stops a container, ends the server like Ctrl-C.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _bind(arguments.host, arguments.port) as listener:
@@ -84,12 +126,26 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: soc
     import uvicorn
 
     from coprs_deploy.server.app import build_app
-    from coprs_deploy.server.body_limit import MIB
+    from coprs_deploy.server.connection import TimedConnection
+    from coprs_deploy.server.request_guard import MIB
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with open_runtime(arguments.bundle, options, log) as coprs:
         coprs.warm_up()
-        app = build_app(coprs, int(arguments.max_upload * MIB))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        app = build_app(
+            coprs,
+            int(arguments.max_upload * MIB),
+            api_key=arguments.api_key,
+            root_path=arguments.root_path,
+            cors_origins=arguments.cors_origin,
+        )
+        config = uvicorn.Config(
+            app,
+            http=TimedConnection,
+            log_level="warning",
+            timeout_graceful_shutdown=arguments.grace_period,
+        )
+        server = uvicorn.Server(config)
         try:
             listener.listen()  # connections are accepted from here on
             address, port = listener.getsockname()[:2]
@@ -98,6 +154,53 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: soc
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
             log("stopped")
+        finally:
+            _exit_after(EXIT_TIMEOUT_S)
+
+
+def _exit_after(seconds: float) -> None:
+    """End the process even if a thread is in a step that cannot be interrupted, as a prefill."""
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def check_root_path(path: str) -> None:
+    """Refuse a path that no reverse proxy can serve.
+
+    Raises:
+        ValueError: the path does not start with a slash, or ends with one.
+    """
+    if path and not re.fullmatch(r"(/[^/?#\s]+)+", path):
+        raise ValueError(f"--root-path is {path!r}; accepted: a path such as /segmentation")
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Refuse origins that no browser sends.
+
+    Raises:
+        ValueError: an origin is neither ``*`` nor a scheme with a host and an optional port.
+    """
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
+            raise ValueError(
+                f"--cors-origin is {origin!r}; accepted: * or an origin such as https://example.org"
+            )
+
+
+def read_api_key(given: str | None) -> str:
+    """Return the API key from the command line or the environment; empty for none.
+
+    Raises:
+        ValueError: the key is empty, or holds characters that a header cannot carry.
+    """
+    key = os.environ.get(API_KEY_VARIABLE) if given is None else given
+    if key is None:
+        return ""
+    if not re.fullmatch(r"[!-~]+", key):
+        name = API_KEY_VARIABLE if given is None else "--api-key"
+        raise ValueError(f"{name} is empty or holds other than visible ASCII characters")
+    return key
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.artifacts import atomic_write, check_writable
+from coprs_deploy.cli.parser import print_result
+from coprs_deploy.data.contact_sheet import draw_contact_sheet
+from coprs_deploy.data.examples import write_examples
+from coprs_deploy.data.rows import SUFFIXES
+from coprs_deploy.data.synthetic import HELD_OUT_SEED, PRESETS, SceneExamples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,16 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="output file: .png, .parquet or .jsonl"
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate the scenes and write the output file."""
-    from coprs_deploy.data.contact_sheet import draw_contact_sheet
-    from coprs_deploy.data.examples import write_examples
-    from coprs_deploy.data.rows import SUFFIXES
-    from coprs_deploy.data.synthetic import HELD_OUT_SEED, PRESETS, SceneExamples
-
     out: Path = arguments.out
     if arguments.preset not in PRESETS:
         raise ValueError(f"--preset is {arguments.preset!r}; accepted: {', '.join(PRESETS)}")
@@ -52,15 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
             f"--out is {out}; accepted: a name that ends in .png (contact sheet) or in "
             f"{' or '.join(SUFFIXES)} (example file)"
         )
+    if arguments.first_seed < 0:
+        raise ValueError(f"--first-seed is {arguments.first_seed}; it must be at least 0")
+    if arguments.columns < 1:
+        raise ValueError(f"--columns is {arguments.columns}; it must be at least 1")
     first_seed = arguments.first_seed + (HELD_OUT_SEED if arguments.held_out else 0)
     examples = SceneExamples(PRESETS[arguments.preset], arguments.num_examples, first_seed)
+    check_writable(out, is_file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        draw_contact_sheet(list(examples), arguments.columns).save(out)
+        sheet = draw_contact_sheet(list(examples), arguments.columns)
+        with atomic_write(out) as partial:
+            sheet.save(partial, "PNG")
     else:
         write_examples(out, examples)
-    if arguments.json:
-        print_json({"file": str(out), "preset": arguments.preset, "num_examples": len(examples)})
-    else:
-        log(f"{out}: {len(examples)} scenes of the preset {arguments.preset}")
+    report = {"file": str(out), "preset": arguments.preset, "num_examples": len(examples)}
+    text = f"{out}: {len(examples)} scenes of the preset {arguments.preset}"
+    print_result(arguments, report, text)
     return 0

@@ -1,24 +1,24 @@
 """Train a model by a recipe.
 
 A recipe is one TOML file; --list shows those of the package. Re-run the same command to resume an
-interrupted run. Exit code 1 when a stage misses one of its thresholds, or, with --estimate, when a
-stage does not fit into memory.
+interrupted run: SIGINT, SIGTERM and SIGHUP save a state after the current step. Exit code 1 when a
+stage misses one of its thresholds, or, with --estimate, when a stage does not fit into memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from coprs_deploy.cli.parser import add_json_flag, log, print_json
+from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.curriculum.recipe import CurriculumRecipe
+from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
+from coprs_deploy.training.run_directory import CHECKPOINT_FOLDER, read_report
 
-if TYPE_CHECKING:
-    from coprs_deploy.curriculum.recipe import CurriculumRecipe
-    from coprs_deploy.training.recipe import Recipe
+AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a value, such as stages.reasoning.max_steps=100; may be repeated",
     )
+    parser.add_argument(
+        "--export-checkpoint",
+        action="store_true",
+        help="train nothing; write OUT/checkpoint from the newest state of a stopped run",
+    )
     parser.add_argument("--scenes-dir", type=Path, help="folder of rendered scenes to reuse")
     parser.add_argument(
         "--estimate", action="store_true", help="estimate memory and time without training"
@@ -43,13 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-memory", type=float, default=80.0, help="GB per GPU for --estimate (default: 80)"
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List the recipes, estimate, or train."""
     if arguments.list:
-        return _list(arguments.json)
+        return _list(arguments)
     if arguments.recipe is None:
         raise ValueError("RECIPE is missing; `coprs-deploy train --list` lists the recipes")
     recipe = _load(arguments.recipe, arguments.set)
@@ -58,79 +62,88 @@ def run(arguments: argparse.Namespace) -> int:
     return _train(recipe, arguments)
 
 
-def _load(source: str, settings: list[str]) -> Recipe | CurriculumRecipe:
+def _load(source: str, settings: list[str]) -> AnyRecipe:
     """Load a recipe of the type that its ``model.kind`` selects."""
-    from coprs_deploy.curriculum.recipe import CurriculumRecipe
-    from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind
-
-    types: dict[str, type[Recipe] | type[CurriculumRecipe]] = {
-        "checkpoint": Recipe,
-        "tiny": CurriculumRecipe,
-    }
+    types: dict[str, type[AnyRecipe]] = {"checkpoint": Recipe, "tiny": CurriculumRecipe}
     kind = model_kind(source)
     if kind not in types:
         raise ValueError(f"model.kind is {kind!r}; accepted: {', '.join(types)}")
     return load_recipe(source, settings, types[kind])
 
 
-def _list(as_json: bool) -> int:
-    from coprs_deploy.training.recipe import recipe_names
-
+def _list(arguments: argparse.Namespace) -> int:
     descriptions = {name: _load(name, []).description for name in recipe_names()}
-    if as_json:
-        print_json(descriptions)
-        return 0
     width = max(map(len, descriptions))
-    for name, description in descriptions.items():
-        print(f"{name:<{width}}  {description}")
+    lines = (f"{name:<{width}}  {description}" for name, description in descriptions.items())
+    print_result(arguments, descriptions, "\n".join(lines))
     return 0
 
 
-def _train(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.run_directory import read_report
-
+def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
+    if is_worker:
+        from coprs_deploy.training.processes import end_with_launcher
+
+        end_with_launcher()
     try:
-        if recipe.num_processes > 1 and not is_worker:
-            if code := _launch(recipe, arguments, out):
-                return code
-            report = read_report(out)
+        if recipe.num_processes > 1 and not is_worker and not arguments.export_checkpoint:
+            code = _launch(recipe, arguments, out)
         else:
-            report = _run_recipe(recipe, out, arguments.scenes_dir)
-    except KeyboardInterrupt:
+            code = _run_recipe(recipe, out, arguments)
+    except (KeyboardInterrupt, SystemExit):
         if not is_worker:
-            log(
-                f"re-run the same command to resume from the last state in {out}; states are saved "
-                f"every {recipe.save_steps} steps"
-            )
+            log(_kept(out))
         raise
-    if is_worker:  # another exit code than 0 would end the other processes
+    if code > 128 and not is_worker:
+        log(_kept(out))
+    if code or is_worker:  # another exit code than 0 would end the other processes
+        return code
+    if arguments.export_checkpoint:
+        path = str(out / CHECKPOINT_FOLDER)
+        print_result(arguments, {"checkpoint": path}, path)
         return 0
-    _show(report, out, arguments.json)
+    return _show(read_report(out), out, arguments)
+
+
+def _kept(out: Path) -> str:
+    """Say what a stopped run has, and what can be done with it."""
+    states = [(path.stat().st_mtime, path) for path in out.glob("stages/*/state-*")]
+    if not states:
+        return f"no state was saved in {out} since the last stage; re-run the same command"
+    return (
+        f"{max(states)[1]} is kept; re-run the same command to resume from it, or add "
+        f"--export-checkpoint to write {out / CHECKPOINT_FOLDER} from it"
+    )
+
+
+def _show(report: dict[str, Any], out: Path, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.report import page
+
+    shown = {key: value for key, value in report.items() if key not in ("examples", "recipe")}
+    print_result(arguments, shown, page(report))
+    log(f"{out}: checkpoint, report.md, report.json, plots")
     return 0 if report["passed"] else 1
 
 
-def _run_recipe(
-    recipe: Recipe | CurriculumRecipe, out: Path, scenes_dir: Path | None
-) -> dict[str, Any]:
-    """Train in this process."""
-    from coprs_deploy.training.recipe import Recipe
-
+def _run_recipe(recipe: AnyRecipe, out: Path, arguments: argparse.Namespace) -> int:
+    """Train in this process; return the exit code, 0 if the run ended."""
+    scenes_dir, export_only = arguments.scenes_dir, arguments.export_checkpoint
     if isinstance(recipe, Recipe):
         from coprs_deploy.training.run import train
 
         if scenes_dir is not None:
             log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
-        return train(recipe, out)
-    from coprs_deploy.curriculum.run import train_curriculum
+        train(recipe, out, export_only=export_only)
+    else:
+        from coprs_deploy.curriculum.run import train_curriculum
 
-    return train_curriculum(recipe, out, scenes_dir)
+        train_curriculum(recipe, out, scenes_dir, export_only=export_only)
+    return 0
 
 
-def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) -> int:
+def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
     from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
-    from coprs_deploy.training.recipe import Recipe
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
@@ -140,31 +153,18 @@ def _estimate(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace) 
             "any machine"
         )
     estimates = estimate(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
-    if arguments.json:
-        print_json({name: each.to_json() for name, each in estimates.items()})
-    else:
-        print(estimate_page(estimates))
+    shown = {name: each.to_json() for name, each in estimates.items()}
+    print_result(arguments, shown, estimate_page(estimates))
     return 0 if all(each.fits for each in estimates.values()) else 1
 
 
-def _launch(recipe: Recipe | CurriculumRecipe, arguments: argparse.Namespace, out: Path) -> int:
+def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
     """Run this command in several processes that train together; return the exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={recipe.num_processes}", "-m", "coprs_deploy"]
-    command += ["train", arguments.recipe, "--out", str(out)]
+    from coprs_deploy.training.processes import run_processes
+
+    command = [sys.executable, "-m", "coprs_deploy", "train", arguments.recipe, "--out", str(out)]
     for setting in arguments.set:
         command += ["--set", setting]
     if arguments.scenes_dir:
         command += ["--scenes-dir", str(arguments.scenes_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(recipe.num_threads)}
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
-def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
-    if as_json:
-        print_json({k: v for k, v in report.items() if k not in ("examples", "recipe")})
-        return
-    from coprs_deploy.training.report import page
-
-    print(page(report))
-    log(f"{out}: checkpoint, report.md, report.json, plots")
+    return run_processes(command, recipe.num_processes, recipe.num_threads)

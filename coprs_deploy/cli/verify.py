@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from coprs_deploy.cli.options import Option
-from coprs_deploy.cli.parser import add_json_flag, print_json
-from coprs_deploy.cli.runtime_arguments import add_runtime_options, runtime_options
+from coprs_deploy.artifacts import check_writable
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.cli.options import Option, add_options, read_options
+from coprs_deploy.cli.parser import print_result
 from coprs_deploy.cli.tables import equivalence_table
 from coprs_deploy.console import StepPrinter
-
-if TYPE_CHECKING:
-    from coprs_deploy.export.comparison import BackendComparison
+from coprs_deploy.export import verify_bundle
+from coprs_deploy.export.comparison import (
+    BackendComparison,
+    compare_backends,
+    require_onnx_graphs,
+)
+from coprs_deploy.export.comparison_page import write_comparison_page
+from coprs_deploy.export.verifier import verification
+from coprs_deploy.runtime.options import RuntimeOptions
 
 OPTIONS = (
     Option(
@@ -36,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=Path, required=True, metavar="CHECKPOINT", help="its checkpoint"
     )
-    add_runtime_options(parser, OPTIONS)
+    add_options(parser, RuntimeOptions, OPTIONS)
     parser.add_argument(
         "--report",
         type=Path,
@@ -44,16 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a comparison of all backends, from the PyTorch module to every installed "
         "runtime, as one HTML page",
     )
-    add_json_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; exit code 1 if a graph or backend is outside its tolerance."""
-    from coprs_deploy.export import verify_bundle
-
-    options = runtime_options(arguments, OPTIONS)
+    options = read_options(arguments, RuntimeOptions, OPTIONS)
     if arguments.report:
-        _check_report(arguments.bundle)
+        check_writable(arguments.report, is_file=True)
+        require_onnx_graphs(open_bundle(arguments.bundle))  # before the long check
     with StepPrinter() as progress:
         records = verify_bundle(
             arguments.bundle,
@@ -65,31 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
         comparisons = _compare_backends(arguments, progress) if arguments.report else ()
     passed = all(record.passed for record in records) and all(c.passed for c in comparisons)
-    if arguments.json:
-        rows = [record.to_json() for record in records]
-        print_json({"passed": passed, "equivalence": rows})
-    else:
-        print(equivalence_table(records))
+    rows = [record.to_json() for record in records]
+    print_result(arguments, {"passed": passed, "equivalence": rows}, equivalence_table(records))
     return 0 if passed else 1
-
-
-def _check_report(bundle: Path) -> None:
-    """Refuse ``--report`` for a bundle of engines before the long check."""
-    from coprs_deploy.bundle import open_bundle
-    from coprs_deploy.export.comparison import require_onnx_graphs
-
-    require_onnx_graphs(open_bundle(bundle))
 
 
 def _compare_backends(
     arguments: argparse.Namespace, progress: StepPrinter
 ) -> tuple[BackendComparison, ...]:
-    from coprs_deploy.bundle import open_bundle
-    from coprs_deploy.checkpoint import read_checkpoint
-    from coprs_deploy.export.comparison import compare_backends
-    from coprs_deploy.export.comparison_page import write_comparison_page
-    from coprs_deploy.export.verifier import verification
-
     bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
     samples = verification(bundle, checkpoint, None, progress).samples
     comparisons = compare_backends(bundle, checkpoint, samples, progress)

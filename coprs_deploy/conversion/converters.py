@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -291,18 +292,11 @@ def _read_public_policy(root: Path, progress: Progress) -> _PublicPolicy:
             f"the tokenizer in {source} has no <REF_POS>, so this policy was never trained to "
             "generate it; accepted: a checkpoint of CoPRS training"
         )
-    hidden_size, model_type = _hidden_size(model), model.config.model_type
     if shards:
-        return _PublicPolicy(
-            hidden_size,
-            model_type,
-            "merged from FSDP shards",
-            lambda out: save_policy(model, tokenizer, source, out),
-        )
-    # Copied, so that nothing keeps the loaded weights.
-    return _PublicPolicy(
-        hidden_size, model_type, "as it was saved", lambda out: copy_policy_files(source, out, True)
-    )
+        origin, save = "merged from FSDP shards", partial(save_policy, model, tokenizer, source)
+    else:  # copied, so that nothing keeps the loaded weights
+        origin, save = "as it was saved", partial(copy_policy_files, source, with_weights=True)
+    return _PublicPolicy(_hidden_size(model), model.config.model_type, origin, save)
 
 
 def _hidden_size(model: Any) -> int:

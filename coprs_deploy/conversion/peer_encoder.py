@@ -8,9 +8,8 @@ import types
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.checkpoint import SEGMENTATION_FILE, Checkpoint
+from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.errors import MissingDependencyError
-from coprs_deploy.specs import IMAGE_ENCODER
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,6 @@ def segment_anything_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
         MissingDependencyError: segment-anything is not installed.
     """
     import torch
-    from safetensors.torch import load_file
 
     sam = checkpoint.config.model.sam
     encoder: torch.nn.Module = _image_encoder_class()(
@@ -40,9 +38,7 @@ def segment_anything_encoder(checkpoint: Checkpoint) -> torch.nn.Module:
         window_size=sam.window_size,
         out_chans=sam.geometry.out_chans,
     )
-    prefix, stored = f"{IMAGE_ENCODER}.", load_file(checkpoint.path / SEGMENTATION_FILE)
-    weights = {n.removeprefix(prefix): t.float() for n, t in stored.items() if n.startswith(prefix)}
-    encoder.load_state_dict(weights)
+    encoder.load_state_dict(load_segmentation_model(checkpoint).image_encoder.state_dict())
     return encoder.requires_grad_(False).eval()
 
 

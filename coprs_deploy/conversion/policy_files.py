@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.errors import ConversionError
+from coprs_deploy.checkpoint import check_values, without_shared_memory
+from coprs_deploy.errors import CheckpointError, ConversionError
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
 
@@ -47,7 +50,6 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
     Raises:
         ConversionError: the directory has no supported policy, or weights are missing.
     """
-    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForImageTextToText,
@@ -55,10 +57,11 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
         GenerationConfig,
     )
 
+    _refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise ConversionError(f"{path} is not a transformers directory: it has no config.json")
     try:
-        with without_progress_bars():
+        with without_progress_bars(), _without_warnings():
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             if config.model_type not in DEFAULT_PROMPTS:
                 raise ConversionError(
@@ -82,29 +85,75 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
             else:
                 # The auto class accepts no state dict; the class that it selects does.
                 chosen = AutoModelForImageTextToText._model_mapping[type(config)]
-                options |= {"config": config, "state_dict": weights}
+                options |= {"config": config, "state_dict": without_shared_memory(weights)}
                 model, info = chosen.from_pretrained(None, **options)
                 if (path / "generation_config.json").is_file():
                     stored = GenerationConfig.from_pretrained(path, local_files_only=True)
                     model.generation_config = stored
-    except (OSError, ValueError, SafetensorError) as error:
+    except ConversionError:
+        raise
+    except Exception as error:  # damaged files raise whatever their contents lead to
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info.get(kind):
+        if names := sorted(map(str, info.get(kind) or ())):
+            lora = any("lora_" in name for name in names)
             raise ConversionError(
                 f"the weights of the policy in {path} do not fit its config.json: "
-                f"{kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:5]}"
+                f"{kind.replace('_', ' ')} {names[:5]}"
+                + ("; merge the LoRA adapter with peft's merge_and_unload()" if lora else "")
             )
+    try:
+        floats = {
+            n: p
+            for n, p in model.named_parameters()
+            if p.dtype.itemsize > 1 and p.is_floating_point()
+        }
+        check_values(floats, f"the policy in {path}")  # of a quantized one, the rest
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
     return model, tokenizer
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Refuse the directory of a LoRA adapter, with the line that merges it."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "BASE"
+    out = f"{path}-merged"
+    raise ConversionError(
+        f"{path} contains a LoRA adapter of {base}, not a whole model. Merge it, and convert "
+        f"{out}: `from transformers import AutoImageProcessor, AutoModelForImageTextToText, "
+        "AutoTokenizer; from peft import PeftModel; "
+        f"base = AutoModelForImageTextToText.from_pretrained({base!r}, dtype='auto'); "
+        f"PeftModel.from_pretrained(base, {str(path)!r}).merge_and_unload()"
+        f".save_pretrained({out!r}); AutoTokenizer.from_pretrained({base!r}).save_pretrained("
+        f"{out!r}); AutoImageProcessor.from_pretrained({base!r}).save_pretrained({out!r})`. "
+        f"If the weights are merged already, remove {file.name}"
+    )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence transformers' report of the keys that were loaded, which is an error of ours."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def register_reference_token(model: Any, tokenizer: Any) -> bool:
     """Add the special token ``<REF_POS>`` to a policy, with a row in both embedding tables.
 
-    The new row is the mean of the rows in use.
-
-    Returns:
-        Whether the policy was changed; one that has the token is not.
+    The new row is the mean of the rows in use. Returns whether the policy was changed; one that has
+    the token is not.
     """
     import torch
     from transformers import AddedToken

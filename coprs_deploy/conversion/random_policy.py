@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -85,30 +86,28 @@ _CLIP_VISION = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-_TINY_LIMITS = PolicyImageLimits(min_pixels=784, max_pixels=12_544)
-
 _TINY_TEXT = {**_text(64, 2, 2, 128, vocab=512, kv=2), "max_position_embeddings": 2048}
+_tiny = partial(
+    PolicySize,
+    image_limits=PolicyImageLimits(min_pixels=784, max_pixels=12_544),
+    is_scripted=True,
+    dtype="float32",
+)
 
 POLICY_SIZES: Mapping[str, PolicySize] = {
-    "tiny": PolicySize(
+    "tiny": _tiny(
         "qwen2_5_vl",
         _TINY_TEXT | _rope(1e4, 4, 6, 6),
         _QWEN_VISION
         | {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
         | {"fullatt_block_indexes": [1]},
-        image_limits=_TINY_LIMITS,
-        is_scripted=True,
-        dtype="float32",
     ),
-    "tiny-llava": PolicySize(
+    "tiny-llava": _tiny(
         "llava",
         _LLAMA_TEXT | _TINY_TEXT,
         _CLIP_VISION
         | {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
         | {"intermediate_size": 128, "image_size": 56, "projection_dim": 64},
-        image_limits=_TINY_LIMITS,
-        is_scripted=True,
-        dtype="float32",
     ),
     "3b": PolicySize(
         "qwen2_5_vl",
@@ -152,12 +151,9 @@ def build_random_policy(
 ) -> RandomPolicy:
     """Build a policy with random weights.
 
-    Args:
-        size: a name in ``POLICY_SIZES``.
-        seed: seed of the weights.
-        script: text of a tiny policy, one token per entry; a repeated token must have the same
-            successor each time. Without an end token generation does not stop by itself.
-        has_reference_token: whether its tokenizer has ``<REF_POS>``.
+    ``size`` is a name in ``POLICY_SIZES``. ``script`` is the text of a tiny policy, one token per
+    entry; a repeated token must have the same successor each time. Without an end token generation
+    does not stop by itself.
 
     Raises:
         ValueError: a token of the script has two successors.

@@ -1,18 +1,21 @@
-"""Read ``.pth`` and ``.pt`` weight files of other projects without running code from them.
+"""Read weight files of other projects without running code from them.
 
-Files are read with ``weights_only=True`` and memory-mapped, so that a large one is not copied.
-Sharded FSDP training states are merged here too.
+``.pth`` and ``.pt`` files are read with ``weights_only=True`` and memory-mapped, so that large ones
+are not copied. Sharded FSDP training states are merged here too.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.errors import ConversionError
+from coprs_deploy.checkpoint import check_values
+from coprs_deploy.errors import CheckpointError, ConversionError
 from coprs_deploy.model_config import SamConfig
 from coprs_deploy.specs import Geometry
 
@@ -25,56 +28,162 @@ PUBLIC_DECODER_HEADS = 8
 SHARD_FILE = "model_world_size_{size}_rank_{rank}.pt"  # codespell:ignore world
 """File of one rank of a sharded training state of FSDP."""
 
+PARTS = ("image_encoder", "prompt_encoder", "mask_decoder", "heatmap_head")
+"""Modules of the files that are read; what precedes them in all names is removed."""
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that data parallelism, ``torch.compile``, FSDP and activation checkpointing insert."""
+
+_MAX_DEPTH = 2
+"""Entries above a state dict, as in ``{"checkpoint": {"model": ...}}``; optimizers nest deeper."""
+
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a flat state dict.
+    """Read the state dict in a ``.pth``, ``.pt`` or ``.safetensors`` file.
+
+    It may be the only one below an entry such as ``model``. What precedes the names of
+    :data:`PARTS` in all names, such as ``module.``, is removed.
 
     Raises:
-        ConversionError: the file is missing, is of another kind, or would run code when read.
+        ConversionError: the file is missing, of another kind or damaged, would run code when read,
+            has several state dicts, or a tensor with values that are not finite.
     """
+    data = _load(path)
+    found = _find_state_dicts(data)
+    if len(found) > 1:
+        with_parts = {k: v for k, v in found.items() if any(p in n for n in v for p in PARTS)}
+        found = with_parts if len(with_parts) == 1 else found
+    if len(found) != 1:
+        raise ConversionError(_describe_other(path, data, list(found)))
+    (tensors,) = found.values()
+    try:
+        check_values(tensors, str(path))
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    return _without_prefixes(path, tensors)
+
+
+def _find_state_dicts(data: Any) -> dict[tuple[str, ...], Mapping[str, Tensor]]:
+    """Find the dictionaries of tensors nearest to the top, by the keys that lead to them."""
     import torch
 
-    data = _load(path)
-    if not isinstance(data, Mapping) or not data:
-        raise ConversionError(
-            f"{path} contains a {type(data).__name__}, not a dictionary of tensors"
+    level: dict[tuple[str, ...], Any] = {(): data}
+    for _ in range(_MAX_DEPTH + 1):
+        level = {keys: value for keys, value in level.items() if isinstance(value, Mapping)}
+        found = {
+            keys: value
+            for keys, value in level.items()
+            if value
+            and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+        }
+        if found:
+            return found
+        level = {(*keys, k): v for keys, value in level.items() for k, v in value.items()}
+    return {}
+
+
+def _describe_other(path: Path, data: Any, places: list[tuple[str, ...]]) -> str:
+    """Say what a file without a single state dict contains, and how to write one that has."""
+    import torch
+
+    if len(places) > 1:
+        named = ["".join(f"[{key!r}]" for key in keys) for keys in places]
+        return (
+            f"{path} contains {len(places)} state dicts: {', '.join(named[:5])}; write the one to "
+            f"use to a file of its own, as in {_line_to_write(path, f'data{named[0]}')}"
         )
-    others = [key for key, value in data.items() if not isinstance(value, torch.Tensor)]
-    if others:
+    tensors = isinstance(data, Mapping) and any(
+        isinstance(value, torch.Tensor) for value in data.values()
+    )
+    if not tensors:
+        return f"{path} contains a {type(data).__name__}, not a dictionary of tensors"
+    other = next(key for key, value in data.items() if not isinstance(value, torch.Tensor))
+    line = "{k: v for k, v in data.items() if isinstance(v, torch.Tensor)}"
+    return (
+        f"{path} contains {other!r}, which is not a tensor; write the tensors alone: "
+        f"{_line_to_write(path, line)}"
+    )
+
+
+def _line_to_write(path: Path, expression: str, *, weights_only: bool = True) -> str:
+    """Return the line of Python that writes a part of the file, ``data``, to another file."""
+    load = f"torch.load({str(path)!r}, map_location='cpu', weights_only={weights_only})"
+    if path.suffix == ".safetensors":
+        load = f"safetensors.torch.load_file({str(path)!r})"
+    target = str(path.with_name(f"{path.stem}-weights.pth"))
+    return f"`import torch, safetensors.torch; data = {load}; torch.save({expression}, {target!r})`"
+
+
+def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove wrappers, and what precedes the names of :data:`PARTS` in all names."""
+    names = {n: ".".join(part for part in n.split(".") if part not in WRAPPERS) for n in tensors}
+    if len(set(names.values())) < len(names):
         raise ConversionError(
-            f"{path} contains {others[0]!r}, which is not a tensor; accepted: a flat state dict as "
-            "written by torch.save(model.state_dict(), path)"
+            f"{path} contains tensors twice, with and without a wrapper such as 'module.' in their "
+            "names; save the state dict of the model that is wrapped"
         )
-    return dict(data)
+    split = {old: new.split(".") for old, new in names.items()}
+    leads = {tuple(takewhile(lambda part: part not in PARTS, new)) for new in split.values()}
+    lead = leads.pop() if len(leads) == 1 else ()
+    start = 0 if lead in map(tuple, split.values()) else len(lead)
+    return {".".join(split[name][start:]): tensor.detach() for name, tensor in tensors.items()}
 
 
 def _load(path: Path) -> Any:
+    """Read a file without running code from it."""
     import torch
 
     if not path.is_file():
         raise ConversionError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the old file format
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start != b"PK" and start[:1] != b"\x80":  # a zip archive and a pickle: its two formats
-            raise ConversionError(f"{path} is not a PyTorch file") from error
-        if not isinstance(error, pickle.UnpicklingError):
-            raise ConversionError(
-                f"{path} is not a PyTorch file, or was truncated: {error}"
-            ) from error
-        lines = [line.strip() for line in str(error).splitlines()]
-        named = next((n for n in lines if "GLOBAL" in n or n.startswith("Unsupported")), "pickle")
+    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
+        raise ConversionError(_describe_unreadable(path, error)) from error
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_checksums = any(entry.CRC for entry in archive.infolist())
+            damaged = archive.testzip() if has_checksums else None
+    except Exception as error:  # as above
+        raise ConversionError(_describe_unreadable(path, error)) from error
+    if damaged is not None:
+        raise ConversionError(f"{path} is damaged: the checksum of {damaged} in it differs")
+    return data
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConversionError(
-            f"{path} contains more than weights, and reading it could run code ({named}); load it "
-            "where you trust it, and save its state dict alone"
+            f"{path} is not a safetensors file, or is damaged: {error}"
         ) from error
+
+
+def _describe_unreadable(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive and a pickle: its two formats
+        return f"{path} is not a PyTorch file"
+    named = re.search(r"GLOBAL ([\w.]+)|(Unsupported \w+)", str(error))
+    if not isinstance(error, pickle.UnpicklingError) or not named:
+        reason = str(error).partition("\n")[0]
+        return f"{path} is not a PyTorch file, or is damaged: {reason or type(error).__name__}"
+    state = "next((data[k] for k in ('model', 'state_dict') if k in data), data)"
+    return (
+        f"{path} contains more than weights, and reading it could run code ({named[0]}); load it "
+        "where you trust it, and save its state dict alone: "
+        f"{_line_to_write(path, state, weights_only=False)}"
+    )
 
 
 def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
@@ -86,20 +195,22 @@ def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
     tensors = read_state_dict(path)
     try:
         return sam_config_from_shapes({n: tuple(t.shape) for n, t in tensors.items()}), tensors
-    except (KeyError, ValueError, IndexError) as error:
-        shown = ", ".join(sorted(tensors)[:3])
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        shown, inside = ", ".join(sorted(tensors)[:3]), "image_encoder.pos_embed"
+        advice = "accepted: sam_vit_b, sam_vit_l or sam_vit_h as published by segment-anything"
+        prefix = next((n.removesuffix(inside) for n in tensors if n.endswith(f".{inside}")), "")
+        if prefix:
+            (keys,) = _find_state_dicts(_load(path))
+            data = "".join(["data", *(f"[{key!r}]" for key in keys)])
+            part = f"{{k.split({prefix!r})[1]: v for k, v in {data}.items() if {prefix!r} in k}}"
+            advice = f"to take the SAM inside it: {_line_to_write(path, part)}"
         raise ConversionError(
-            f"{path} is not a SAM checkpoint ({error}); it contains {shown}, ...; "
-            "accepted: sam_vit_b, sam_vit_l or sam_vit_h as published by segment-anything"
+            f"{path} is not a SAM checkpoint ({error}); it contains {shown}, ...; {advice}"
         ) from error
 
 
 def sam_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> SamConfig:
-    """Infer the sizes of a SAM model from the shapes of its tensors.
-
-    Raises:
-        KeyError: a required tensor is missing.
-    """
+    """Infer the sizes of a SAM model from the shapes of its tensors, or raise ``KeyError``."""
     encoder, decoder = "image_encoder", "mask_decoder"
     _, grid, _, width = shapes[f"{encoder}.pos_embed"]
     patch = shapes[f"{encoder}.patch_embed.proj.weight"][-1]
@@ -138,11 +249,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def find_shards(directory: Path) -> list[Path]:
-    """List the rank files of a sharded training state in rank order.
-
-    Raises:
-        ConversionError: ranks are missing, or the directory has files of several numbers of ranks.
-    """
+    """List the rank files of a sharded training state in rank order; none may be missing."""
     pattern = SHARD_FILE.format(size=r"(\d+)", rank=r"(\d+)")
     found = {
         (int(match[1]), int(match[2])): path
@@ -162,10 +269,7 @@ def find_shards(directory: Path) -> list[Path]:
 
 
 def merge_shards(paths: list[Path]) -> dict[str, Tensor]:
-    """Merge the shards of an FSDP training state.
-
-    Args:
-        paths: one file per rank, in order; each maps names to sharded or plain tensors.
+    """Merge the shards of an FSDP training state, one file per rank, in order.
 
     Raises:
         ConversionError: a file cannot be read safely, or a tensor is not sharded along one
@@ -173,9 +277,11 @@ def merge_shards(paths: list[Path]) -> dict[str, Tensor]:
     """
     import torch.distributed.tensor  # noqa: F401  allows weights_only to read sharded tensors
 
-    ranks: list[dict[str, Any]] = [_load(path) for path in paths]
-    names = list(ranks[0])
+    ranks: list[Any] = [_load(path) for path in paths]
+    names = list(ranks[0]) if isinstance(ranks[0], dict) else []
     for path, rank in zip(paths, ranks, strict=True):
+        if not isinstance(rank, dict):
+            raise ConversionError(f"{path} contains a {type(rank).__name__}, not a state dict")
         if list(rank) != names:
             raise ConversionError(f"{path} has other tensors than {paths[0]}")
     return {name: _merge(name, [rank.pop(name) for rank in ranks]) for name in names}

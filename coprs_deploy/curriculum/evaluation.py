@@ -33,10 +33,12 @@ from coprs_deploy.data.synthetic.examples import (
 )
 from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.data.synthetic.questions import ask_questions
-from coprs_deploy.evaluation.evaluator import Evaluated, Prediction, evaluate
-from coprs_deploy.evaluation.metrics import EMPTY_IOU, count_pixels, iou
+from coprs_deploy.data.synthetic.scene import Scene
+from coprs_deploy.evaluation.evaluator import Prediction, evaluate
+from coprs_deploy.evaluation.metrics import EMPTY_IOU, ExampleScore, count_pixels, iou
 from coprs_deploy.images import prepare_image, resize_logits
 from coprs_deploy.prompts import read_response
+from coprs_deploy.training.batches import pad_tokens
 from coprs_deploy.training.mask_decoding import decode_targets, whole_images
 from coprs_deploy.training.state import TrainingState
 
@@ -61,11 +63,11 @@ class SceneExample(Example):
     """Example of a stored scene.
 
     Attributes:
-        index: index of the scene.
+        scene: the scene.
         targets: indices of the scene's objects that are targets.
     """
 
-    index: int
+    scene: Scene
     targets: tuple[int, ...]
 
 
@@ -87,21 +89,16 @@ def _scene_example(scenes: StoredScenes, index: int, preset: Preset) -> SceneExa
     scene = scenes.scene(index)
     question = ask_questions(scene, preset, QUESTION_SEED + index)[0]
     example = example_from_question(scene, question, preset, f"held-out-{index}")
-    return SceneExample(**vars(example), index=index, targets=question.targets)
+    return SceneExample(**vars(example), scene=scene, targets=question.targets)
 
 
 class SceneEvaluator:
     """Evaluates a model in training on questions about stored scenes; ``forward`` is in float32."""
 
     def __init__(
-        self,
-        state: TrainingState,
-        scenes: StoredScenes,
-        forward: PackedForward,
-        packer: QuestionPacker,
+        self, state: TrainingState, forward: PackedForward, packer: QuestionPacker
     ) -> None:
         self._state = state
-        self._scenes = scenes
         self._forward = forward
         self._packer = packer
         self._device = next(state.segmentation.parameters()).device
@@ -111,7 +108,7 @@ class SceneEvaluator:
         questions: Sequence[SceneExample],
         teacher_forced: bool = False,
         accelerator: Accelerator | None = None,
-    ) -> list[Evaluated]:
+    ) -> list[ExampleScore]:
         """Predict and score.
 
         Args:
@@ -126,33 +123,32 @@ class SceneEvaluator:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            evaluated = evaluate(
+            scores = evaluate(
                 lambda batch: self._predict(batch, teacher_forced), own, batch_size=BATCH_SIZE
             )
         model.train(was_training)
         if accelerator is not None and accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            evaluated = gather_object(evaluated)
-        return evaluated
+            scores = gather_object(scores)
+        return scores
 
     def generate(self, images: Sequence[Any], instructions: Sequence[str]) -> list[list[int]]:
         """Generate a response per (S, S, 3) uint8 image: token ids without prompt and padding."""
         policy = self._state.policy
         prompts = [self._packer.encode_prompt(text) for text in instructions]
-        width, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self._device)
-        attention_mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        padded = pad_tokens(prompts, policy.tokenizer.pad_token_id, "left")
+        ids, attention_mask = (tensor.to(self._device) for tensor in padded)
         pixels = policy.image_processor(images=list(images), return_tensors="pt")
         sequences = policy.model.generate(
             input_ids=ids,
-            attention_mask=torch.tensor(attention_mask, device=self._device),
+            attention_mask=attention_mask,
             mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
             pixel_values=pixels["pixel_values"].to(self._device),
             image_grid_thw=pixels["image_grid_thw"].to(self._device),
             max_new_tokens=policy.prompt.max_response_tokens,
             do_sample=False,
-        )[:, width:].tolist()
+        )[:, ids.shape[1] :].tolist()
         end = policy.tokenizer.convert_tokens_to_ids(END_TOKEN)
         return [row[: row.index(end) + 1] if end in row else row for row in sequences]
 
@@ -209,15 +205,14 @@ class SceneEvaluator:
         masks: NDArray[np.bool_],
     ) -> Prediction:
         """Collect a prediction and its further metrics; response and target are token ids."""
-        objects = self._scenes.objects[question.index]
         tokenizer = self._state.policy.tokenizer
         text = read_response(
             list(response),
             self._packer.reference_id,
             lambda part: tokenizer.decode(list(part), skip_special_tokens=True),
         ).text
-        locations = {objects[i].location for i in question.targets}
-        selected = self._selected_objects(question.index, masks)
+        locations = {question.scene.objects[i].location for i in question.targets}
+        selected = selected_objects(question.scene, masks)
         extra = {
             "object_accuracy": float(len(masks) > 0 and selected == set(question.targets)),
             "location_accuracy": float(named_locations(text) == locations),
@@ -225,14 +220,14 @@ class SceneEvaluator:
         }
         return Prediction(masks, priors, text, extra)
 
-    def _selected_objects(self, index: int, masks: NDArray[np.bool_]) -> set[int]:
-        """Return the object that each mask overlaps most, if it does so at all."""
-        scene = self._scenes.scene(index)
-        objects = scene.masks(range(len(scene.objects)))
-        overlaps = [
-            [iou(count_pixels(mask, each), empty=EMPTY_IOU) for each in objects] for mask in masks
-        ]
-        return {int(np.argmax(row)) for row in overlaps if max(row) > MIN_OBJECT_IOU}
+
+def selected_objects(scene: Scene, masks: NDArray[np.bool_]) -> set[int]:
+    """Return the object that each mask overlaps most, if it does so at all."""
+    objects = scene.masks(range(len(scene.objects)))
+    overlaps = [
+        [iou(count_pixels(mask, each), empty=EMPTY_IOU) for each in objects] for mask in masks
+    ]
+    return {int(np.argmax(row)) for row in overlaps if max(row) > MIN_OBJECT_IOU}
 
 
 def named_locations(response: str) -> set[str]:

@@ -114,7 +114,7 @@ class QuestionPacker:
         """
         rows = [self._tokenize(pairs, length) for pairs in questions]
         num_prefix = len(self.prefix)
-        longest = num_prefix + max(sum(len(each.ids) for each in row) for row in rows)
+        longest = num_prefix + max(sum(len(tokens) for _, tokens, _ in row) for row in rows)
         shape = (len(rows), length or longest)
         ids = np.full(shape, self._tokenizer.pad_token_id)
         labels = np.full(shape, IGNORED_LABEL)
@@ -143,22 +143,14 @@ class QuestionPacker:
 
     def _tokenize(
         self, pairs: Sequence[InstructionResponse], length: int | None
-    ) -> list[_QuestionTokens]:
-        """Tokenize the questions of one image, without those that do not fit."""
+    ) -> list[tuple[int, list[int], int]]:
+        """Return block number, tokens and size of the prompt of each question that fits."""
         tokenized, left = [], math.inf if length is None else length - len(self.prefix)
         for block, (instruction, response) in enumerate(pairs, start=1):
             prompt = self.encode_prompt(instruction)[len(self.prefix) :]
             is_text = isinstance(response, str)
             ids = [*prompt, *(self._tokenizer(response)["input_ids"] if is_text else response)]
             if len(ids) <= left:
-                tokenized.append(_QuestionTokens(block, ids, len(prompt)))
+                tokenized.append((block, ids, len(prompt)))
                 left -= len(ids)
         return tokenized
-
-
-class _QuestionTokens(NamedTuple):
-    """Block number and tokens of one question; the first ``num_prompt`` belong to the prompt."""
-
-    block: int
-    ids: list[int]
-    num_prompt: int

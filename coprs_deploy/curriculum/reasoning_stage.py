@@ -188,8 +188,7 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
         questions = held_out_questions(
             held_out.preset, held_out.scenes, num_examples, num_examples // 4
         )
-        evaluated = self._context.evaluator.evaluate(questions, accelerator=accelerator)
-        metrics = summarize([each.score for each in evaluated])
+        metrics = summarize(self._context.evaluator.evaluate(questions, accelerator=accelerator))
         if self.settings.segmentation_loss_weight:
             return metrics
         return {k: v for k, v in metrics.items() if k.rpartition(".")[2] in TEXT_METRICS}

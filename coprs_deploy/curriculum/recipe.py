@@ -10,6 +10,7 @@ from coprs_deploy.model_config import SegmentationConfig
 from coprs_deploy.specs import Record
 from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.settings import (
+    MASK_METRICS,
     SegmentationLossWeights,
     StageSettings,
     SyntheticData,
@@ -108,6 +109,8 @@ class PerceptionSettings(StageSettings, frozen=True, tag_field="kind", tag="perc
         torch_compile: whether the transformer blocks are compiled.
     """
 
+    metric_names = ("center", "color", "column", "row", "shape", "size", "texture")
+
     num_language_layers: int = 2
     torch_compile: bool = False
 
@@ -120,6 +123,8 @@ class SegmentationSettings(StageSettings, frozen=True, tag_field="kind", tag="se
         loss_weights: weights of the single segmentation losses.
         auxiliary_loss_weight: weight of the auxiliary heads on the image embedding.
     """
+
+    metric_names = MASK_METRICS
 
     targets_per_image: int = 3
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
@@ -151,6 +156,11 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
         train_image_encoder: whether SAM's image encoder is trained.
         torch_compile: whether the transformer blocks are compiled.
     """
+
+    metric_names = (
+        *("location_accuracy", "exact_match", "no_match_precision", "no_match_recall"),
+        *(*MASK_METRICS, "ciou", "object_accuracy", "pearson_r"),
+    )
 
     questions_per_image: int = 4
     question_type_weights: dict[str, float] = {}

@@ -40,7 +40,11 @@ STAGES: dict[type[StageSettings], Any] = {
 
 
 def train_curriculum(
-    recipe: CurriculumRecipe, out: Path, scenes_dir: Path | None = None
+    recipe: CurriculumRecipe,
+    out: Path,
+    scenes_dir: Path | None = None,
+    *,
+    export_only: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe of a tiny model; a run in ``out`` is resumed.
 
@@ -48,24 +52,30 @@ def train_curriculum(
         recipe: the recipe.
         out: run directory.
         scenes_dir: folder of rendered scenes; ``out/scenes`` by default.
+        export_only: train nothing; write the newest state of the run as its checkpoint.
 
     Returns:
         The report: stages with their thresholds, and metrics of the finished model.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings, or settings contradict each other.
+        ValueError: ``out`` holds a run with other settings, settings contradict each other, or
+            there is no state to export.
         CheckpointError: the initial checkpoint cannot be used.
     """
     with open_run(recipe, out) as run:
+        if export_only:
+            run.directory.require_progress()
         context = build_context(run, scenes_dir or out / "scenes")
-        provenance = _provenance(recipe)
-        trainer = Trainer(run.accelerator, run.recipe, run.directory, context.state)
-        results = {
-            name: trainer.run(build_stage(name, settings, context))
-            for name, settings in recipe.stages.items()
-        }
-        save_checkpoint(run, context.state, provenance)
+        run.provenance.update(_provenance(recipe))
+        trainer = Trainer(run, context.state)
+        stages = (build_stage(name, each, context) for name, each in recipe.stages.items())
+        if export_only:
+            all(map(trainer.restore, stages))
+            save_checkpoint(run, context.state)
+            return {}
+        results = {stage.name: trainer.run(stage) for stage in stages}
+        save_checkpoint(run, context.state)
         round_weights(context.state, recipe.save_dtype)
         return finish_run(run, results, evaluate(run, context))
 
@@ -91,7 +101,7 @@ def build_context(run: Run[CurriculumRecipe], scenes_dir: Path) -> CurriculumCon
         training=SceneSource(preset, training, recipe.seed),
         held_out=SceneSource(preset, held_out, recipe.seed),
         packer=packer,
-        evaluator=SceneEvaluator(state, held_out, exact_forward, packer),
+        evaluator=SceneEvaluator(state, exact_forward, packer),
         dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
     )
 
@@ -126,8 +136,8 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
         for is_forced in (False, True)
     )
     return {
-        "generated": summarize([each.score for each in generated]),
-        "teacher_forced": summarize([each.score for each in teacher_forced]),
+        "generated": summarize(generated),
+        "teacher_forced": summarize(teacher_forced),
         "examples": [each.to_json() for each in generated],
     }
 

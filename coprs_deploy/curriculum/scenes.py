@@ -32,7 +32,7 @@ from coprs_deploy.training.batches import EpochOrder
 
 _MARKER, _IMAGES, _INSTANCE_MAP = "scenes.json", "images.npy", "instance_map.npy"
 
-_SCENES_PER_TASK = 500
+_SCENES_PER_TASK, _CORPUS_SCENES = 500, 2000
 
 
 class SceneBatch(NamedTuple):
@@ -191,15 +191,15 @@ def attribute_values(preset: Preset) -> dict[str, Sequence[Any]]:
     }
 
 
-def corpus(preset: Preset, seed: int = 0, num_scenes: int = 2000) -> list[str]:
+def corpus(preset: Preset) -> list[str]:
     """Return instructions and responses to train the tokenizer on."""
     texts = [f" row{n} col{n}" for n in range(1, vocabulary.GRID_SIZE + 1)] * 50
     texts += [f" {thing}" for thing in preset.things] * 50
     blank = np.zeros((1, 1, 3), np.uint8)
-    for index in range(num_scenes):
+    for index in range(_CORPUS_SCENES):
         scene = make_scene(preset, HELD_OUT_SEED - 1 - index)
         without_image = Scene(blank, scene.instance_map, scene.objects)
-        for question in ask_questions(without_image, preset, seed + index, 4):
+        for question in ask_questions(without_image, preset, index, 4):
             texts += [question.instruction, question.response]
     return texts
 

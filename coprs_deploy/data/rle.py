@@ -1,10 +1,14 @@
-"""COCO run-length encoding (RLE) of masks.
+"""COCO segmentations of masks: run-length encoding (RLE) and polygons.
 
-Runs of zeros and ones alternate in column-major order; each length is stored as the difference to
-the run two before it, five bits per character (the compressed format of pycocotools).
+RLE counts runs of zeros and ones that alternate in column-major order. Uncompressed, the counts are
+a list of lengths; compressed (the format of pycocotools), each length is stored as the difference
+to the run two before it, five bits per character.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +19,11 @@ _FIRST_CHARACTER = 48
 _MAX_CHARACTERS = 7
 """Characters of one number: 35 bits hold any run of an accepted image."""
 
+_FORMS = 'accepted: RLE {"size": [height, width], "counts": ...} or polygons [[x1, y1, ...], ...]'
+
 
 class Rle(Record, frozen=True):
-    """Run-length encoding of a mask.
+    """Compressed run-length encoding of a mask.
 
     Attributes:
         size: height and width in pixels.
@@ -36,31 +42,66 @@ def encode_mask(mask: NDArray[np.bool_]) -> Rle:
     return Rle((mask.shape[0], mask.shape[1]), encoded["counts"].decode("ascii"))
 
 
-def decode_mask(encoded: Rle) -> NDArray[np.bool_]:
-    """Decode a mask.
+def decode_mask(segmentation: object, height: int, width: int) -> NDArray[np.bool_]:
+    """Decode the COCO segmentation of one target.
 
-    pycocotools is not used: with counts that are too short, its result is partly uninitialized.
+    Args:
+        segmentation: RLE as :class:`Rle` or a mapping with its two keys, where ``counts`` is
+            compressed (text or bytes) or a list of run lengths; or a list of polygons
+            ``[x1, y1, x2, y2, ...]`` in pixels, which together are the target.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
-        (H, W) bool.
+        (height, width) bool.
 
     Raises:
-        ValueError: the size is empty, a character is invalid, or the runs do not fill the size.
+        ValueError: the form is not accepted, the size is not that of the image, the runs do not
+            fill the size, or a polygon has fewer than three points or lies far outside.
     """
-    height, width = encoded.size
-    if height < 1 or width < 1:
-        raise ValueError(f"size is {height} x {width}; it needs at least one pixel")
-    runs = _runs(encoded.counts)
+    if isinstance(segmentation, Rle):
+        segmentation = segmentation.to_json()
+    if isinstance(segmentation, list):
+        return _decode_polygons(segmentation, height, width)
+    if not isinstance(segmentation, Mapping) or not {"size", "counts"} <= set(segmentation):
+        found = json_type(segmentation)
+        if isinstance(segmentation, Mapping):
+            found += f" with the keys {', '.join(map(str, segmentation)) or '(none)'}"
+        raise ValueError(f"it is {found}; {_FORMS}")
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, (list, tuple)) or [*map(type, size)] != [int, int]:
+        raise ValueError(f"size is {_shortened(size)}; accepted: [height, width], two integers")
+    if tuple(size) != (height, width):
+        raise ValueError(
+            f"size is {_shortened(size)}, but the image is [{height}, {width}] (height, width)"
+        )
+    runs = counts if isinstance(counts, list) else _decompress(counts)
+    if others := [run for run in runs if type(run) is not int]:
+        raise ValueError(f"counts has {json_type(others[0])} in its list; accepted: integers")
     if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise ValueError(
             f"the runs add up to {sum(runs)} pixels and the size to {height * width}; the counts "
             "are corrupt or belong to another mask"
         )
+    # pycocotools is not used: with counts that are too short, its result is uninitialized in part.
     is_set = np.arange(len(runs)) % 2 == 1
     return np.repeat(is_set, runs).reshape(width, height).T
 
 
-def _runs(counts: str) -> list[int]:
+def json_type(value: object) -> str:
+    """Name the type of a value as JSON does, for error messages."""
+    names = {str: "text", dict: "an object", list: "a list", type(None): "null", int: "an integer"}
+    names |= {float: "a number", bool: "true or false", bytes: "bytes"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _decompress(counts: object) -> list[int]:
+    if isinstance(counts, bytes):
+        counts = counts.decode("latin-1")
+    if not isinstance(counts, str):
+        raise ValueError(f"counts is {json_type(counts)}; accepted: text, bytes or integers")
+    if counts.startswith(("b'", 'b"')):
+        raise ValueError("counts is the repr of Python bytes; write counts.decode() instead")
     runs: list[int] = []
     value = num_characters = 0
     for character in counts:
@@ -79,3 +120,35 @@ def _runs(counts: str) -> list[int]:
     if num_characters:
         raise ValueError("the counts end in the middle of a run length")
     return runs
+
+
+def _decode_polygons(polygons: list[Any], height: int, width: int) -> NDArray[np.bool_]:
+    from pycocotools import mask as coco
+
+    for number, polygon in enumerate(polygons, start=1):
+        if not isinstance(polygon, list):
+            raise ValueError(f"polygon {number} is {json_type(polygon)}; {_FORMS}")
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(
+                f"polygon {number} has {len(polygon)} numbers; accepted: x and y of at least three "
+                "points"
+            )
+        for index, value in enumerate(polygon):
+            side = (width, height)[index % 2]
+            if type(value) not in (int, float) or not -side <= value <= 2 * side:
+                raise ValueError(
+                    f"polygon {number} has the {'xy'[index % 2]} {_shortened(value)} in an image "
+                    f"of {width} x {height} pixels (width x height); coordinates are pixels"
+                )
+    if not polygons:
+        raise ValueError(f"it is an empty list; {_FORMS}")
+    merged = coco.merge(coco.frPyObjects(polygons, height, width))
+    mask = decode_mask(merged, height, width)
+    if not mask.any():
+        raise ValueError("its polygons cover no pixel; coordinates are pixels, not shares")
+    return mask
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

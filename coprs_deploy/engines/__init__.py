@@ -1,8 +1,7 @@
 """Runners: one for each runtime, all with one call signature.
 
-:data:`RUNTIMES` lists the runtimes by the names that users type. A new runtime is a module with
-``open_graph`` and ``availability`` (see :class:`RuntimeModule`) and a row there. A module is
-imported when its runtime is used.
+A new runtime is a module with ``open_graph`` and ``availability`` (see :class:`RuntimeModule`) and
+a row in :data:`RUNTIMES`. A module is imported when its runtime is used.
 """
 
 from __future__ import annotations
@@ -94,14 +93,7 @@ def open_graph(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> Runner:
-    """Open an exported graph with a runtime.
-
-    Args:
-        name: name of the runtime.
-        path: the ONNX or engine file.
-        spec: inputs and outputs.
-        options: how to run it.
-        engine: record of the engine; None for an ONNX file.
+    """Open an exported graph, an ONNX file or an engine with its record, with a runtime.
 
     Raises:
         ValueError: there is no such runtime, or it does not support the inference precision.

@@ -25,8 +25,6 @@ from coprs_deploy.machine import describe_processor, installed_versions
 from coprs_deploy.specs import GraphSpec, Record
 
 AUTOTUNE_FOLDER = "autotune"
-"""Folder of the choices in the cache."""
-
 REVISION = 1
 """Increase when the measurement changes; cached choices go stale."""
 
@@ -42,14 +40,7 @@ NOISE = 0.05
 
 
 class Timing(Record, frozen=True):
-    """Latency of one runtime on one graph.
-
-    Attributes:
-        runtime: value of ``--runtime``.
-        median_ms: median latency without the first run; None if it failed.
-        num_runs: number of timed runs.
-        error: error message if it failed.
-    """
+    """Median latency of one runtime on one graph, without the first run; None if it failed."""
 
     runtime: str
     median_ms: float | None
@@ -66,12 +57,9 @@ class RuntimeChoice(Record, frozen=True):
     """The runtime chosen for one graph.
 
     Attributes:
-        graph: name of the graph.
-        runtime: chosen runtime.
         reason: reason of the choice, in plain words.
         timings: measurements; empty if only one runtime can run the graph.
         date: ISO date of the measurement.
-        is_cached: whether the choice comes from the cache.
     """
 
     graph: str
@@ -96,11 +84,8 @@ def autotune(
 ) -> dict[str, RuntimeChoice]:
     """Choose the fastest runtime of each graph, by name, on this machine.
 
-    Args:
-        bundle: the bundle.
-        options: how its graphs will be run; ``cache_dir`` holds the choices.
-        retune: measure again even if a choice is cached.
-        progress: called with the name of each measurement as it starts.
+    ``options`` says how the graphs will be run; its ``cache_dir`` holds the choices. ``retune``
+    measures again. ``progress`` is called with the name of each measurement as it starts.
 
     Raises:
         CoPRSError: no runtime can run a graph; the error of its own runtime.
@@ -139,12 +124,11 @@ def choice_key(bundle: Bundle, name: str, options: RunnerOptions) -> str:
 
 def _load_choice(cache: Cache, key: str) -> RuntimeChoice | None:
     """Read a cached choice; None if there is none that can be read."""
-    data = cache.load_blob(AUTOTUNE_FOLDER, key) or b""
     try:
-        choice = RuntimeChoice.from_json(json.loads(data))
+        stored = json.loads(cache.load_blob(AUTOTUNE_FOLDER, key) or b"")
+        return msgspec.structs.replace(RuntimeChoice.from_json(stored), is_cached=True)
     except ValueError:
         return None
-    return msgspec.structs.replace(choice, is_cached=True)
 
 
 def _measure(
@@ -188,10 +172,7 @@ def _time(runtime: str, runner: Runner) -> Timing:
 
 
 def random_inputs(spec: GraphSpec) -> dict[str, Array]:
-    """Draw standard normal inputs of a graph, with the largest possible integer sizes.
-
-    One image, and the profile's ``opt`` number of targets.
-    """
+    """Draw normal inputs of one image and ``opt`` targets, with the largest possible sizes."""
     generator = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for tensor in spec.inputs:

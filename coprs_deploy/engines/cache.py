@@ -30,6 +30,7 @@ CACHE_VARIABLE = "COPRS_DEPLOY_CACHE"
 """Environment variable that overrides the cache folder."""
 
 ENGINE_FOLDER = "engines"
+LOCK_FOLDER = "locks"
 RECORD_FILE = "record.json"
 """Marks a complete engine folder; its modification time is the last use."""
 
@@ -77,19 +78,27 @@ class Cache:
                 with atomic_write(path) as partial:
                     partial.write_bytes(data)
         except OSError as error:
-            warnings.warn(
-                f"the cache {self.root} cannot be written ({error.strerror or error}); set "
-                f"{CACHE_VARIABLE} to another folder",
-                stacklevel=2,
-            )
+            self.warn_unwritable(error)
 
-    def is_writable(self) -> bool:
-        """Whether files can be added; the folder is created if it is missing."""
+    def warn_unwritable(self, error: OSError | None = None) -> None:
+        """Warn that files cannot be added, and name the variable that selects another folder."""
+        reason = f" ({error.strerror or error})" if error else ""
+        warnings.warn(
+            f"the cache {self.root} cannot be written{reason}; set {CACHE_VARIABLE} to another "
+            "folder",
+            stacklevel=3,
+        )
+
+    def is_writable(self, folder: str = ".") -> bool:
+        """Whether files can be added to a folder, which is created if it is missing."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            for path in (self.root / folder, self.root / LOCK_FOLDER):
+                path.mkdir(parents=True, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):
+                    return False
         except OSError:
             return False
-        return os.access(self.root, os.W_OK | os.X_OK)
+        return True
 
     def blobs(self, folder: str) -> list[Path]:
         """List the files in a folder of the cache."""
@@ -113,6 +122,9 @@ class Cache:
             Number of removed engines.
         """
         folder = self.root / ENGINE_FOLDER
+        if not self.is_writable(ENGINE_FOLDER):
+            self.warn_unwritable()
+            return 0
         for partial in folder.glob(".*.partial-*"):
             with self._try_lock(partial.name[1:].partition(".")[0]) as is_free:
                 if is_free:
@@ -152,7 +164,7 @@ class Cache:
             yield True
 
     def _lock_of(self, name: str) -> FileLock:
-        path = self.root / "locks" / name
+        path = self.root / LOCK_FOLDER / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return file_lock(path)
 

@@ -59,20 +59,13 @@ class CudaTensor(DeviceTensor):
         array: Array = host.numpy()
         return array
 
-    def rows(self) -> list[CudaTensor]:
-        """Split along the first dimension; the parts share the memory."""
-        return [CudaTensor(self.tensor[i : i + 1], self.ready) for i in range(len(self.tensor))]
-
 
 class CudaDevice:
     """One CUDA stream of one device, and the buffers that its kernels read and write.
 
-    Args:
-        index: index of the device.
-        high_priority: whether its kernels run before those of other streams.
+    Kernels of a stream with high priority run before those of other streams.
 
     Attributes:
-        gpu: name and compute capability of the device.
         stream: the stream as PyTorch's object.
         stream_handle: the ``cudaStream_t`` as an integer, for TensorRT.
 
@@ -129,12 +122,10 @@ class CudaDevice:
             used.record(self.stream)
 
     def _pinned(self, name: str, buffer: Any) -> tuple[Any, Any]:
-        staging = self._staging.get(name)
-        if staging is None or staging[0].shape != buffer.shape:
+        if name not in self._staging or self._staging[name][0].shape != buffer.shape:
             pinned = self._torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
-            staging = (pinned, self._torch.cuda.Event())
-            self._staging[name] = staging
-        return staging
+            self._staging[name] = (pinned, self._torch.cuda.Event())
+        return self._staging[name]
 
     def copy_out(self, buffer: Any) -> CudaTensor:
         """Copy a buffer, which the next call overwrites, into a tensor of its own."""
@@ -145,10 +136,7 @@ class CudaDevice:
         return CudaTensor(copy, ready)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture work as a CUDA graph without running it; it must have run once before.
-
-        Returns:
-            A function that replays the work in one launch.
+        """Capture work, which has run before, as a CUDA graph; returns a function that replays it.
 
         Raises:
             RuntimeUnavailableError: the work cannot be captured.

@@ -154,7 +154,7 @@ def masks_at_original_size(
     Args:
         chunks: (n, 1, M, M) mask logits each; the last chunk may end with repeated targets.
         num_targets: N, the number of targets without repetitions.
-        image: original and unpadded size of the image.
+        image: original size H x W and unpadded size of the image.
         geometry: sizes of the model.
 
     Returns:
@@ -165,9 +165,7 @@ def masks_at_original_size(
         masks = _masks_on_gpu(on_gpu, num_targets, image, geometry)
         if masks is not None:
             return masks
-    logits = join_chunks(chunks, num_targets)
-    host_masks: NDArray[np.bool_] = resize_logits(logits, image, geometry) > 0
-    return host_masks
+    return np.greater(resize_logits(join_chunks(chunks, num_targets), image, geometry), 0)
 
 
 def _masks_on_gpu(
@@ -202,12 +200,9 @@ def _mask_stream(device: torch.device) -> Any:
 def threshold_at_original_size(
     logits: torch.Tensor, image: ResizeTransform, geometry: Geometry
 ) -> torch.Tensor:
-    """Resize (n, 1, M, M) logits as SAM does and threshold them at 0.
+    """Resize (n, 1, M, M) logits as SAM does and threshold them at 0: (n, H, W) bool.
 
     Bilinear to the padded image, crop of the padding, bilinear to the original size.
-
-    Returns:
-        (n, H, W) bool on the same device.
     """
     from torch.nn import functional as F
 

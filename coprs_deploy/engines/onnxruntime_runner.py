@@ -41,9 +41,6 @@ INSTALL = {
     "cpu": install_hint("cpu"),
     "cuda": "pip uninstall onnxruntime; " + install_hint("gpu"),
 }
-SAME_AS_REQUESTED = 1
-"""ONNX Runtime's number for an arena that allocates exactly the requested size."""
-
 _ELEMENT_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -140,8 +137,8 @@ class OrtRunner(Runner):
         for tensor in self.spec.outputs:
             binding.bind_output(tensor.name, *self._device)
         self._session.run_with_iobinding(binding)
-        names = (tensor.name for tensor in self.spec.outputs)
-        return {n: OrtTensor(v) for n, v in zip(names, binding.get_outputs(), strict=True)}
+        pairs = zip(self.spec.outputs, binding.get_outputs(), strict=True)
+        return {tensor.name: OrtTensor(value) for tensor, value in pairs}
 
     def _on_device(self, value: Array | DeviceTensor) -> OrtTensor:
         if isinstance(value, OrtTensor) and (
@@ -177,7 +174,7 @@ def _share_arena() -> None:
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
-    settings = ort.OrtArenaCfg({"arena_extend_strategy": SAME_AS_REQUESTED})
+    settings = ort.OrtArenaCfg({"arena_extend_strategy": 1})  # kSameAsRequested
     ort.create_and_register_allocator(memory, settings)
 
 

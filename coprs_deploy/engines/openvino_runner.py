@@ -42,8 +42,6 @@ from coprs_deploy.specs import GraphSpec
 
 DEVICE = "CPU"
 OPENVINO_FOLDER = "openvino"
-"""Folder of compiled graphs in the cache."""
-
 INSTALL = install_hint("openvino")
 
 CACHED_GRAPH_BYTES = 128_000_000
@@ -85,7 +83,7 @@ class OpenVinoRunner(Runner):
         if path.exists() and graph_bytes(path) <= CACHED_GRAPH_BYTES:
             # The cache key is the content of the model, weights included.
             cache = Cache(options.cache_dir)
-            if cache.is_writable():
+            if cache.is_writable(OPENVINO_FOLDER):
                 settings["CACHE_DIR"] = str(cache.root / OPENVINO_FOLDER)
         suffix = "" if precision == "fp32" else f", {precision}"
         super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{suffix}")
@@ -96,7 +94,8 @@ class OpenVinoRunner(Runner):
         self._lock = threading.Lock()
         try:
             self._model: Any = self._core.read_model(path)
-            if _has_int8(self._model):
+            # OpenVINO reads the Q/DQ pairs of int8 products as FakeQuantize.
+            if any(node.get_type_name() == "FakeQuantize" for node in self._model.get_ops()):
                 require_int8_units()
             self._compiled_for(spec.targets.opt)
         except (RuntimeError, OSError) as error:
@@ -236,10 +235,4 @@ def _import_openvino() -> Any:
 
 def _version(openvino: Any) -> str:
     """Return the version without its build number."""
-    version: str = openvino.__version__
-    return version.partition("-")[0]
-
-
-def _has_int8(model: Any) -> bool:
-    """Whether a graph has int8 products (OpenVINO reads Q/DQ pairs as ``FakeQuantize``)."""
-    return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
+    return str(openvino.__version__).partition("-")[0]

@@ -10,7 +10,7 @@ import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
@@ -54,9 +54,9 @@ class DeviceTensor(ABC):
     def numpy(self) -> Array:
         """Copy the values to the host."""
 
-    @abstractmethod
     def rows(self) -> Sequence[DeviceTensor]:
-        """Split along the first dimension into (1, ...) tensors on the same device."""
+        """Split along the first dimension into (1, ...) tensors, which share the memory."""
+        return [replace(self, tensor=self.tensor[i : i + 1]) for i in range(len(self.tensor))]
 
 
 class HostTensor(DeviceTensor):
@@ -176,22 +176,15 @@ class Runner(Closeable):
         """Run with checked inputs."""
 
     def fused_with(self, following: Runner) -> Runner | None:
-        """Fuse this graph with one that reads its outputs, if the runtime can.
+        """Return a runner with the inputs and outputs of both, to be closed before them.
 
-        Returns:
-            A runner with the inputs and outputs of both, to be closed before them; None if a fused
-            launch has no advantage.
+        None if the runtime cannot fuse this graph with one that reads its outputs.
         """
-        del following
         return None
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array | DeviceTensor]) -> None:
-    """Check names, dtypes and shapes of a graph's inputs.
-
-    Raises:
-        ValueError: an input does not match; states what was found and what is accepted.
-    """
+    """Raise ``ValueError`` unless names, dtypes and shapes are those of a graph's inputs."""
     names = [tensor.name for tensor in spec.inputs]
     if set(inputs) != set(names):
         raise ValueError(

@@ -33,18 +33,11 @@ class TorchTensor(DeviceTensor):
         array: Array = self.tensor.detach().cpu().numpy()
         return array
 
-    def rows(self) -> list[TorchTensor]:
-        """Split along the first dimension; each part has memory of its own."""
-        return [TorchTensor(self.tensor[i : i + 1].clone()) for i in range(len(self.tensor))]
-
 
 class TorchRunner(Runner):
     """One module of a ``SegmentationModel``, run without gradients.
 
-    Args:
-        module: takes the inputs of ``spec`` by position and returns its output.
-        spec: inputs and the output.
-        options: selects the device; CPU by default.
+    The module takes the inputs of ``spec`` by position and returns its only output.
     """
 
     def __init__(

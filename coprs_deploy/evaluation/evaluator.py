@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,30 +31,6 @@ class Prediction:
     priors: NDArray[np.bool_]
     response: str
     extra: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Instruction, response and scores of one example; images and masks are not kept."""
-
-    instruction: str
-    response: str
-    score: ExampleScore
-
-    def to_json(self) -> dict[str, Any]:
-        """Return one flat row: id, texts, counts, IoU and the further metrics."""
-        score = self.score
-        return {
-            "id": score.id,
-            "question_type": score.question_type,
-            "instruction": self.instruction,
-            "response": self.response,
-            "num_targets": score.num_targets,
-            "num_found": score.num_found,
-            "mask_iou": score.mask_iou,
-            "prior_iou": score.prior_iou,
-            **score.extra,
-        }
 
 
 ExampleT = TypeVar("ExampleT", bound=Example)
@@ -99,7 +75,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     on_progress: Callable[[int], None] | None = None,
-) -> list[Evaluated]:
+) -> list[ExampleScore]:
     """Predict examples batch by batch and score the predictions.
 
     Args:
@@ -109,18 +85,16 @@ def evaluate(
         on_progress: called after each batch with the number of examples that are done.
 
     Returns:
-        One record per example, in the order of the examples.
+        One score per example, in the order of the examples.
     """
-    evaluated: list[Evaluated] = []
+    scores: list[ExampleScore] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        evaluated += [
-            Evaluated(example.instruction, prediction.response, score_example(example, prediction))
-            for example, prediction in zip(batch, predict(batch), strict=True)
-        ]
+        pairs = zip(batch, predict(batch), strict=True)
+        scores += [score_example(example, prediction) for example, prediction in pairs]
         if on_progress is not None:
-            on_progress(len(evaluated))
-    return evaluated
+            on_progress(len(scores))
+    return scores
 
 
 def score_example(example: Example, prediction: Prediction) -> ExampleScore:
@@ -133,5 +107,7 @@ def score_example(example: Example, prediction: Prediction) -> ExampleScore:
         num_found=len(prediction.masks),
         mask=count_pixels(union(prediction.masks), ground_truth),
         prior=count_pixels(union(prediction.priors), ground_truth),
+        instruction=example.instruction,
+        response=prediction.response,
         extra=prediction.extra,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ class ExampleScore:
         num_found: number of predicted masks.
         mask: pixel counts of the predicted masks against the targets.
         prior: pixel counts of the priors, thresholded at logit 0, against the targets.
+        instruction: the user's text.
+        response: the whole generated text.
         extra: further metrics of this example, by name.
     """
 
@@ -50,6 +53,8 @@ class ExampleScore:
     num_found: int
     mask: MaskCounts
     prior: MaskCounts
+    instruction: str = ""
+    response: str = ""
     extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -61,6 +66,12 @@ class ExampleScore:
     def prior_iou(self) -> float:
         """IoU of the thresholded priors with the targets."""
         return iou(self.prior, empty=EMPTY_IOU)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one flat row: id, texts, counts, IoU and the further metrics."""
+        names = ("id", "question_type", "instruction", "response", "num_targets", "num_found")
+        ious = {"mask_iou": self.mask_iou, "prior_iou": self.prior_iou}
+        return {**{name: getattr(self, name) for name in names}, **ious, **self.extra}
 
 
 def count_pixels(prediction: NDArray[np.bool_], ground_truth: NDArray[np.bool_]) -> MaskCounts:

@@ -38,7 +38,7 @@ def plot_correlation(path: Path, prior_iou: Sequence[float], mask_iou: Sequence[
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.tight_layout()
-    canvas.savefig(path, dpi=120)
+    canvas.savefig(path, dpi=120, format="png")
     plt.close(canvas)
 
 

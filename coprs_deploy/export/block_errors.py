@@ -35,14 +35,8 @@ def describe_block_errors(
 
     A block's error includes those of the blocks before it. The last block is measured after the
     neck, as the error of the embedding. Each line names the matrix product of the block whose input
-    has the largest rounding error.
-
-    Args:
-        encoder: float32 reference.
-        candidate: graph file that ONNX Runtime runs, with float32 tensors between its blocks.
-        spec: inputs and outputs of the graph.
-        image: (1, 3, S, S) input.
-        ranges: calibration ranges of the candidate's matrix products.
+    has the largest rounding error. ``candidate`` is a graph for ONNX Runtime with float32 tensors
+    between its blocks, ``image`` is (1, 3, S, S).
     """
     wanted = _run_reference(encoder, image)
     path = candidate.with_name(f"{candidate.stem}.blocks.onnx")

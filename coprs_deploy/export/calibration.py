@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CALIBRATION_FOLDER = "calibration"
-"""Directory below the engine cache."""
-
 CALIBRATION_REVISION = 1
 """Incremented when this module computes other ranges from the same images."""
 
@@ -53,10 +52,8 @@ _LIMITS_TRIED = np.linspace(0.05, 1.0, 96)
 class CalibrationImages:
     """Images of a directory without duplicates, in an order given by their contents.
 
-    Attributes:
-        used: files that the ranges are measured on.
-        held_out: one in four files, at most four, that the quantized graph is checked on.
-        sha256: hash over the contents of ``used``.
+    ``held_out`` is one in four files, at most four, that the quantized graph is checked on;
+    ``sha256`` is over the contents of the others.
     """
 
     used: tuple[Path, ...]
@@ -118,11 +115,7 @@ def find_calibration_images(directory: Path) -> CalibrationImages:
 def check_calibration_images(
     images: CalibrationImages, geometry: Geometry, valid_region: ValidRegion | None
 ) -> None:
-    """Check that all images lie inside the valid region of an encoder.
-
-    Raises:
-        ImageError: an image cannot be read, or lies outside.
-    """
+    """Raise :class:`ImageError` unless all images lie inside the valid region of an encoder."""
     if valid_region is None:
         return
     outside = []
@@ -144,17 +137,9 @@ def calibrate(
     geometry: Geometry,
     report: Callable[[str], None] = lambda step: None,
 ) -> dict[str, ProductRange]:
-    """Measure the ranges of the inputs of linear modules.
+    """Measure the input ranges of linear modules, by name, of a float32 encoder on the CPU.
 
-    Args:
-        encoder: float32 image encoder on the CPU.
-        products: names of linear modules of the encoder.
-        images: image files.
-        geometry: sizes of the model.
-        report: called with the number of each image as it starts.
-
-    Returns:
-        Range of each product.
+    ``report`` is called with the number of each image as it starts.
 
     Raises:
         ImageError: an image cannot be read.
@@ -195,22 +180,12 @@ def cached_ranges(
     images: CalibrationImages,
     measure: Callable[[], dict[str, ProductRange]],
 ) -> dict[str, ProductRange]:
-    """Return the ranges of a graph on a set of images, from the cache if they are in it.
-
-    Args:
-        cache: cache of engines and ranges.
-        graph_sha256: hash of the float32 graph.
-        images: calibration images.
-        measure: called to measure the ranges.
-    """
+    """Return the ranges of a float32 graph on a set of images, from the cache if they are in it."""
     key = f"{CALIBRATION_REVISION} {graph_sha256} {images.sha256}"
     name = f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    stored = cache.load_blob(CALIBRATION_FOLDER, name)
-    if stored is not None:
-        try:
-            return msgspec.json.decode(stored, type=dict[str, ProductRange])
-        except ValueError:
-            pass  # damaged from outside: measure again, and replace it
+    with suppress(ValueError):  # missing, or damaged from outside: measure, and replace it
+        stored = cache.load_blob(CALIBRATION_FOLDER, name) or b""
+        return msgspec.json.decode(stored, type=dict[str, ProductRange])
     ranges = measure()
     cache.save_blob(CALIBRATION_FOLDER, name, msgspec.json.encode(ranges))
     return ranges

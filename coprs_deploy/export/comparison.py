@@ -1,28 +1,25 @@
-"""Backend comparison: PyTorch module, traced program, float32 graph, and the graph on each runtime.
+"""Backend comparison: neighbors in the following order are compared.
 
     module -> traced program -> float32 graph -> typed graph on each runtime -> runtime to runtime
 
-The float32 graph is the bundle's own, or is written for the comparison if the bundle's is of lower
-precision. For a fixed aspect ratio, the module restricted to it follows the module; if it drops
-padding, that comparison has no tolerance.
-
-All backends get the same inputs: each graph alone is fed with the module's outputs of the graph
-before it, and end to end each backend runs on its own outputs. Neighbors in the order above are
-compared.
+The float32 graph is written for the comparison if the bundle's is of lower precision. For a fixed
+aspect ratio, the module restricted to it follows the module; if it drops padding, that comparison
+has no tolerance. Each graph alone is fed with the module's outputs of the graph before it, and end
+to end each backend runs on its own outputs.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.artifacts import temporary_directory
 from coprs_deploy.bundle import Bundle, EquivalenceRecord
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines import (
@@ -35,11 +32,12 @@ from coprs_deploy.engines import (
 from coprs_deploy.engines.runner import Array
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import RuntimeUnavailableError
-from coprs_deploy.export.equivalence import run_graph, summarize
+from coprs_deploy.export.equivalence import OUTPUTS, Outputs, run_graphs, summarize
 from coprs_deploy.export.graph_check import NO_TOLERANCE
 from coprs_deploy.export.graph_writer import write_graph
+from coprs_deploy.export.onnx_graph import example_inputs
 from coprs_deploy.export.precision import FP32
-from coprs_deploy.export.samples import RunnerOpener, SampleInput
+from coprs_deploy.export.samples import SampleInput
 from coprs_deploy.export.tolerances import END_TO_END, TOLERANCES, Tolerance
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
@@ -68,26 +66,12 @@ _NO_TOLERANCES: Mapping[str, Tolerance] = dict.fromkeys(
 )
 """For dropped padding; its effect on masks is a record of the manifest."""
 
-OUTPUTS = {
-    IMAGE_ENCODER: "image_embedding",
-    PRIOR: "prior_logits",
-    MASK_DECODER: "mask_logits",
-    END_TO_END: "mask_logits",
-}
-"""Name of the compared tensor of each graph."""
-
-Outputs = Mapping[str, list[Array]]
-"""Outputs of one backend: one array per sample, by graph name and ``end_to_end``."""
-
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference between two backends in one output.
+    """Difference between two backends in one output, worst case over all samples.
 
     Attributes:
-        record: worst case over all samples; ``record.graph`` names the graph.
-        output: tensor name.
-        allowed: tolerance.
         heatmap: (G, G) or (4 G, 4 G) absolute difference of the worst sample, averaged over the
             other dimensions.
     """
@@ -100,13 +84,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class BackendComparison:
-    """Comparison of two backends, for each graph and end to end.
-
-    Attributes:
-        reference: name of the reference backend.
-        candidate: name of the candidate backend.
-        differences: one per graph, then end to end.
-    """
+    """Comparison of two backends by name, with one difference per graph, then end to end."""
 
     reference: str
     candidate: str
@@ -145,11 +123,7 @@ def compare_backends(
 ) -> tuple[BackendComparison, ...]:
     """Compare all backends that are available here, in the order of this module's docstring.
 
-    Args:
-        bundle: ONNX graphs of ``checkpoint``.
-        checkpoint: checkpoint that the bundle was exported from.
-        samples: inputs.
-        report: called with the name of each backend as it starts.
+    ``report`` is called with the name of each backend as it starts.
 
     Raises:
         ValueError: the bundle contains engines, which only their own GPU can run.
@@ -180,16 +154,17 @@ def compare_backends(
         allowed = _NO_TOLERANCES if valid_region.drops_padding else float32
         follow(FIXED_ASPECT_MODULE, module, allowed)
     report(TRACED)
-    traced = _run(lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module)
+    traced = run_graphs(
+        lambda n: TorchRunner(trace(modules[n], specs[n]), specs[n]), samples, module
+    )
     follow(TRACED, traced, TRACING)
     if graphs[IMAGE_ENCODER].precision != FP32:
         report(FLOAT32_GRAPH)
-        with tempfile.TemporaryDirectory(prefix="coprs-comparison-") as temporary:
-            directory = Path(temporary)
+        with temporary_directory("coprs-comparison-") as directory:
             paths = {name: directory / f"{name}.onnx" for name in modules}
             for name, path in paths.items():
                 write_graph(modules[name], specs[name], path, {}, precision=FP32, scratch=directory)
-            written = _run(
+            written = run_graphs(
                 lambda n: open_graph("onnxruntime", paths[n], specs[n], RunnerOptions()),
                 samples,
                 module,
@@ -208,11 +183,7 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
     """Trace a module as export does, and return the program as a callable module."""
     import torch
 
-    count = spec.targets.opt  # the encoder runs one image at a time here
-    examples = tuple(
-        torch.zeros(tensor.shape_for(count), dtype=getattr(torch, tensor.dtype))
-        for tensor in spec.inputs
-    )
+    examples = example_inputs(spec, spec.targets.opt)  # the encoder runs one image at a time here
     with torch.no_grad():
         program = torch.export.export(module, examples).module()
 
@@ -224,31 +195,6 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> torch.nn.Module:
     return Traced()
 
 
-def _run(
-    opener: RunnerOpener, samples: Sequence[SampleInput], module: Outputs | None = None
-) -> dict[str, list[Array]]:
-    """Run every graph of a backend on every sample.
-
-    Args:
-        opener: opens the graphs of the backend.
-        samples: inputs.
-        module: outputs of the module, which feed the next graph; None for the backend's own.
-    """
-    fed = [sample.first_inputs() for sample in samples]
-    own = [sample.first_inputs() for sample in samples]
-    outputs: dict[str, list[Array]] = {}
-    for name in GRAPH_NAMES:
-        with opener(name) as runner:
-            outputs[name] = [run_graph(runner, values) for values in fed]
-            for values in own:
-                values[OUTPUTS[name]] = run_graph(runner, values)
-        reference = outputs[name] if module is None else module[name]
-        for values, output in zip(fed, reference, strict=True):
-            values[OUTPUTS[name]] = output
-    outputs[END_TO_END] = [values["mask_logits"] for values in own]
-    return outputs
-
-
 def _run_model(
     model: SegmentationModel, specs: Mapping[str, GraphSpec], samples: Sequence[SampleInput]
 ) -> dict[str, list[Array]]:
@@ -256,7 +202,7 @@ def _run_model(
     import torch
 
     modules = model.graph_modules()
-    outputs = _run(lambda name: TorchRunner(modules[name], specs[name]), samples)
+    outputs = run_graphs(lambda name: TorchRunner(modules[name], specs[name]), samples)
     masks = []
     for sample in samples:
         inputs = (sample.prepared.image, sample.concentration, sample.prepared.unpadded_size)
@@ -279,14 +225,11 @@ def _run_runtimes(
         backend = f"{precision} graph on {runtime}"
         report(backend)
         try:
-            backends[backend] = _run(_graph_opener(bundle, runtime), samples, module)
+            opener = partial(open_bundle_graph, bundle, options=RunnerOptions(), runtime=runtime)
+            backends[backend] = run_graphs(opener, samples, module)
         except RuntimeUnavailableError as error:
             report(f"{backend} is skipped: {error}")
     return backends
-
-
-def _graph_opener(bundle: Bundle, runtime: str) -> RunnerOpener:
-    return lambda name: open_bundle_graph(bundle, name, RunnerOptions(), runtime)
 
 
 def _compare(

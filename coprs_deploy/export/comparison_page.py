@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.artifacts import write_text
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.export.comparison import BackendComparison, Difference
 from coprs_deploy.specs import IMAGE_ENCODER
@@ -20,16 +21,12 @@ from coprs_deploy.visualization import colorize
 HEATMAP_PX = 176
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d1d22; --soft: #666; --line: #d8d8de; --bg: #fff;
-  --good: #0a7a33; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --soft: #a0a0aa; --line: #3a3a42;
-  --bg: #17171b; --good: #5fd38a; --bad: #ff8a80; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--bg);
-  max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-p { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; } p { opacity: .7; }
+.good { color: light-dark(#0a7a33, #5fd38a); } .bad { color: light-dark(#b3261e, #ff8a80); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #8884;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }
@@ -43,19 +40,13 @@ def write_comparison_page(
 ) -> None:
     """Write the comparison as one self-contained HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(comparison_page_html(bundle, comparisons, num_samples), encoding="utf-8")
+    write_text(path, comparison_page_html(bundle, comparisons, num_samples))
 
 
 def comparison_page_html(
     bundle: Bundle, comparisons: Sequence[BackendComparison], num_samples: int
 ) -> str:
-    """Render the comparison as HTML without references to other files.
-
-    Args:
-        bundle: compared bundle.
-        comparisons: result of :func:`coprs_deploy.export.comparison.compare_backends`.
-        num_samples: number of images that every backend was given.
-    """
+    """Render the result of ``compare_backends`` as HTML without references to other files."""
     manifest = bundle.manifest
     versions = ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
     if not all(comparison.passed for comparison in comparisons):

@@ -16,9 +16,21 @@ from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.engines.runner import Array, Runner
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.evaluation.metrics import count_pixels, iou
 from coprs_deploy.export.samples import RunnerOpener, SampleInput
 from coprs_deploy.export.tolerances import END_TO_END, Tolerance
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
+
+OUTPUTS = {
+    IMAGE_ENCODER: "image_embedding",
+    PRIOR: "prior_logits",
+    MASK_DECODER: "mask_logits",
+    END_TO_END: "mask_logits",
+}
+"""Name of the compared tensor of each graph."""
+
+Outputs = Mapping[str, list[Array]]
+"""Outputs of one backend: one array per sample, by graph name and ``end_to_end``."""
 
 
 def reference_opener(checkpoint: Checkpoint, specs: Mapping[str, GraphSpec]) -> RunnerOpener:
@@ -52,43 +64,60 @@ def compare_graphs(
         reference: opens PyTorch's modules.
         candidate: opens the graphs under test.
         samples: inputs.
-        tolerances: by graph name and ``end_to_end``.
+        tolerances: by graph name and ``end_to_end``, as the records that are returned.
         report: called with the name of each step as it starts.
-        known: the reference's outputs by graph; missing ones are computed and added, so that the
-            next comparison on the same samples reuses them.
-
-    Returns:
-        One record per graph, and one for ``end_to_end``.
+        known: the reference's outputs by graph; computed and added if it is empty.
     """
     known = {} if known is None else known
+    if not known:
+        known |= run_graphs(reference, samples, report=lambda name: report(f"reference {name}"))
+    found = run_graphs(
+        candidate, samples, known, lambda name: report(f"candidate {name}"), encodes_batches=True
+    )
+    fused = _fused_masks(candidate, samples, found[IMAGE_ENCODER])
+    found[END_TO_END] = fused or found[END_TO_END]
     records = []
-    # The inputs of each graph: the reference's outputs of the graph before it, or (end to end)
-    # the candidate's own.
-    exact = [sample.first_inputs() for sample in samples]
-    own = [sample.first_inputs() for sample in samples]
-    for name in GRAPH_NAMES:
-        if name not in known:
-            report(f"reference {name}")
-            with reference(name) as runner:
-                known[name] = [run_graph(runner, values) for values in exact]
-        expected = known[name]
-        report(f"candidate {name}")
-        with candidate(name) as runner:
-            found = [run_graph(runner, values) for values in exact]
-            follows = found if name == IMAGE_ENCODER else [run_graph(runner, v) for v in own]
-            output = runner.spec.outputs[0].name
-            batched, wanted = _encode_batches(runner, exact, expected)
-        records.append(summarize(name, [*found, *batched], [*expected, *wanted], tolerances[name]))
-        for values, result in zip([*exact, *own], [*expected, *follows], strict=True):
-            values[output] = result
-    last = [values["mask_logits"] for values in exact]
-    final = _fused_masks(candidate, own) or [values["mask_logits"] for values in own]
-    records.append(summarize(END_TO_END, final, last, tolerances[END_TO_END]))
+    for name, outputs in found.items():
+        expected = known[MASK_DECODER if name == END_TO_END else name]
+        repeated = [expected[number % len(expected)] for number in range(len(outputs))]
+        records.append(summarize(name, outputs, repeated, tolerances[name]))
     return tuple(records)
 
 
+def run_graphs(
+    opener: RunnerOpener,
+    samples: Sequence[SampleInput],
+    reference: Outputs | None = None,
+    report: Callable[[str], None] = lambda name: None,
+    *,
+    encodes_batches: bool = False,
+) -> dict[str, list[Array]]:
+    """Run each graph of a backend on every sample, and all three in a row as ``end_to_end``.
+
+    The outputs of ``reference`` feed the next graph; None selects the backend's own. With
+    ``encodes_batches``, embeddings of the samples in batches follow those of single images.
+    """
+    outputs: dict[str, list[Array]] = {}
+    fed = [sample.first_inputs() for sample in samples]
+    own = [sample.first_inputs() for sample in samples]
+    for name in GRAPH_NAMES:
+        report(name)
+        with opener(name) as runner:
+            found = [run_graph(runner, values) for values in fed]
+            follows = found
+            if name != IMAGE_ENCODER and reference is not None:
+                follows = [run_graph(runner, values) for values in own]
+            batches = _encode_batches(runner, fed) if encodes_batches else []
+        expected = found if reference is None else reference[name]
+        for values, output in zip([*fed, *own], [*expected, *follows], strict=True):
+            values[OUTPUTS[name]] = output
+        outputs[name] = [*found, *batches]
+    outputs[END_TO_END] = [values["mask_logits"] for values in own]
+    return outputs
+
+
 def _fused_masks(
-    candidate: RunnerOpener, inputs: Sequence[Mapping[str, Array]]
+    candidate: RunnerOpener, samples: Sequence[SampleInput], embeddings: Sequence[Array]
 ) -> list[Array] | None:
     """Decode with the fused launch of prior and mask decoder; None if the runtime has none."""
     with candidate(PRIOR) as prior, candidate(MASK_DECODER) as decoder:
@@ -96,6 +125,10 @@ def _fused_masks(
         if fused is None:
             return None
         with fused:
+            inputs = (
+                {**sample.first_inputs(), "image_embedding": embedding}
+                for sample, embedding in zip(samples, embeddings, strict=False)
+            )
             outputs = (fused(**_inputs_of(fused, values)) for values in inputs)
             return [np.asarray(output["mask_logits"].numpy()) for output in outputs]
 
@@ -103,11 +136,7 @@ def _fused_masks(
 def require_equivalence(
     records: Sequence[EquivalenceRecord], tolerances: Mapping[str, Tolerance]
 ) -> None:
-    """Raise if any record is outside its tolerance.
-
-    Raises:
-        EquivalenceError: lists each failing graph with measured values and limits.
-    """
+    """Raise :class:`EquivalenceError` with measured values and limits of each failing record."""
     lines = []
     for record in records:
         if not record.passed:
@@ -134,12 +163,9 @@ def cosine_similarity(found: Array, expected: Array) -> float:
 
 
 def relative_error(found: Array, expected: Array, order: float = math.inf) -> float:
-    """Return the norm of the difference over the norm of the reference, in float64.
+    """Return the norm of the difference over the norm of the reference, unless that is zero.
 
-    Args:
-        found: array to compare.
-        expected: reference; if it is zero, the norm of the difference is returned.
-        order: infinity for the largest absolute values, 2 for the Euclidean norm.
+    The order is infinity for the largest absolute values, 2 for the Euclidean norm; in float64.
     """
     wanted = expected.astype(np.float64).ravel()
     difference = found.astype(np.float64).ravel() - wanted
@@ -149,27 +175,18 @@ def relative_error(found: Array, expected: Array, order: float = math.inf) -> fl
 
 def mask_iou(first: Array, second: Array) -> float:
     """Return the IoU of two arrays of mask logits thresholded at 0; 1.0 if both are empty."""
-    a, b = first > 0, second > 0
-    union = np.count_nonzero(a | b)
-    return float(np.count_nonzero(a & b) / union) if union else 1.0
+    return iou(count_pixels(first > 0, second > 0), empty=1.0)
 
 
-def _encode_batches(
-    runner: Runner, inputs: Sequence[Mapping[str, Array]], expected: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    """Encode samples in the batch sizes above 1 that the runtime uses.
-
-    Returns:
-        The encoder's and the reference's embeddings, image by image; empty for a static graph.
-    """
-    images, found, wanted = runner.spec.images, list[Array](), list[Array]()
-    for size in {images.opt, images.max} - {1}:
-        chosen = [number % len(inputs) for number in range(size)]
+def _encode_batches(runner: Runner, inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
+    """Encode samples in the batch sizes above 1 that the runtime uses; none for a static graph."""
+    images, found = runner.spec.images, list[Array]()
+    for size in sorted({images.opt, images.max} - {1}):
+        chosen = ((len(found) + number) % len(inputs) for number in range(size))
         batch = np.concatenate([inputs[number]["image"] for number in chosen])
         encoded = runner(image=batch)[runner.spec.outputs[0].name]
         found += [np.asarray(row.numpy()) for row in encoded.rows()]
-        wanted += [expected[number] for number in chosen]
-    return found, wanted
+    return found
 
 
 def run_graph(runner: Runner, values: Mapping[str, Array]) -> Array:
@@ -185,16 +202,7 @@ def _inputs_of(runner: Runner, values: Mapping[str, Array]) -> dict[str, Array]:
 def summarize(
     name: str, found: Sequence[Array], expected: Sequence[Array], allowed: Tolerance
 ) -> EquivalenceRecord:
-    """Summarize the differences of one graph by the worst sample.
-
-    A value that is not finite, on either side, fails.
-
-    Args:
-        name: name of the record.
-        found: candidate's output for each sample.
-        expected: reference's output for each sample.
-        allowed: tolerance.
-    """
+    """Summarize the differences of one graph by the worst sample; values must be finite."""
     max_abs_error = largest = mean_error = 0.0
     cosine = iou = 1.0
     finite = True
@@ -226,5 +234,5 @@ def summarize(
         mask_iou=None if allowed.mask_iou is None else iou,
         inputs=len(found),
         passed=passed,
-        has_tolerance=allowed.is_finite,
+        has_tolerance=math.isfinite(allowed.relative_error),
     )

@@ -29,7 +29,9 @@ from coprs_deploy.bundle import (
 )
 from coprs_deploy.checkpoint import (
     POLICY_DIRECTORY,
+    SEGMENTATION_FILE,
     Checkpoint,
+    check_values,
     load_segmentation_model,
     read_checkpoint,
 )
@@ -58,7 +60,6 @@ from coprs_deploy.export.precision import (
     FP32,
     INT8,
     OPSETS,
-    graph_precision,
     rest_precision,
     write_rounded_graph,
 )
@@ -70,11 +71,6 @@ from coprs_deploy.version import __version__
 
 SEED = 0
 """Seed of the samples; verify uses 1."""
-
-INT8_ADVICE = (
-    "What to try: more images in --calibration, of the kind that the model will see, or "
-    "--precision fp16"
-)
 
 Progress = Callable[[str], None]
 
@@ -170,6 +166,7 @@ class _Export:
         self.timer.start("load checkpoint")
         self.checkpoint, config = checkpoint, checkpoint.config.model
         self.model = load_segmentation_model(checkpoint)
+        check_values(self.model.state_dict(), str(checkpoint.path / SEGMENTATION_FILE))
         self.weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         valid_region = None
         if options.aspect_ratio is not None:
@@ -186,10 +183,9 @@ class _Export:
             options.images,
             valid_region,
         )
-        self.precisions = {
-            name: graph_precision(name, options.runtime, options.precision) for name in GRAPH_NAMES
-        }
         self.rest = rest_precision(options.runtime, options.precision)
+        self.precisions = dict.fromkeys(GRAPH_NAMES, self.rest)
+        self.precisions[IMAGE_ENCODER] = options.precision  # the only graph with int8 products
         self.cache = EngineCache(options.cache_dir)
         self.peak_bytes_export = 0
         self.timer.start("fingerprint checkpoint")
@@ -279,7 +275,10 @@ class _Export:
             encoder.set_valid_region(spec.valid_region)
             image = check.samples[0].prepared.image
             lines = describe_block_errors(encoder, path, spec, image, ranges)
-            raise EquivalenceError(f"{error}\n{lines}\n{INT8_ADVICE}") from error
+            raise EquivalenceError(
+                f"{error}\n{lines}\nWhat to try: more images in --calibration, of the kind that "
+                "the model will see, or --precision fp16"
+            ) from error
 
     def _build_engines(
         self, target: BuildTarget, graphs: Mapping[str, Path], bundle_dir: Path

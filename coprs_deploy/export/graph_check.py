@@ -27,7 +27,12 @@ from coprs_deploy.export.equivalence import (
 )
 from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.precision import FP32, rest_precision, write_rounded_graph
-from coprs_deploy.export.samples import RunnerOpener, draw_masked_samples, sample_inputs
+from coprs_deploy.export.samples import (
+    RunnerOpener,
+    decode,
+    draw_masked_samples,
+    sample_inputs,
+)
 from coprs_deploy.export.tolerances import END_TO_END, Tolerance
 from coprs_deploy.images import PreparedImage, mask_cells
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
@@ -51,13 +56,8 @@ NO_TOLERANCE = Tolerance(
 class GraphCheck:
     """Compare graphs of a checkpoint with PyTorch in float32 on the CPU.
 
-    Args:
-        checkpoint: weights.
-        specs: graph name to inputs and outputs.
-        tolerances: by graph name and ``end_to_end``.
-        report: called with the name of each step as it starts.
-        seed: seed of the samples.
-        images: images of the samples where masks are compared all together; empty draws some.
+    ``specs`` and ``tolerances`` are by graph name. ``report`` is called with the name of each step.
+    ``images`` are those of the samples where masks are compared all together; empty draws some.
     """
 
     def __init__(
@@ -94,12 +94,7 @@ class GraphCheck:
     def compare(
         self, candidate: RunnerOpener, step_prefix: str = ""
     ) -> tuple[EquivalenceRecord, ...]:
-        """Compare three graphs, each alone and then end to end; they may fail.
-
-        Args:
-            candidate: opens the graphs under test.
-            step_prefix: prefix of the reported steps.
-        """
+        """Compare three graphs, each alone and then end to end; they may fail."""
         return compare_graphs(
             reference=self._reference,
             candidate=candidate,
@@ -115,12 +110,7 @@ class GraphCheck:
         """Compare ONNX graphs, on the CPU if their runtime needs a GPU.
 
         Graphs of lower precision are first compared with their roundings written out as float32
-        operations, which shows on any CPU what a GPU computes.
-
-        Args:
-            graphs: path of each graph.
-            options: runtime and precision of the graphs.
-            scratch: directory for the rounded graphs.
+        operations, which shows on any CPU what a GPU computes; ``scratch`` is for these graphs.
 
         Raises:
             EquivalenceError: a graph is outside its tolerance.
@@ -150,10 +140,7 @@ class GraphCheck:
     def require_engines(
         self, engines: Mapping[str, EngineRecord], runtime: str, directory: Path
     ) -> tuple[tuple[EquivalenceRecord, ...], dict[str, EngineRecord]]:
-        """Compare the engines in a directory on this machine's GPU.
-
-        Returns:
-            The equivalence records, and the engine records with layers, memory and GPU.
+        """Compare the engines in a directory on this machine's GPU, and complete their records.
 
         Raises:
             EquivalenceError: an engine is outside its tolerance.
@@ -179,11 +166,11 @@ class GraphCheck:
         return records
 
     def dropped_padding(self) -> tuple[EquivalenceRecord, ...]:
-        """Compare masks with and without padding in the encoder, in PyTorch.
+        """Compare masks with and without padding in the encoder, in PyTorch, after :meth:`compare`.
 
         Returns:
             The record of the mask logits inside the images, whose mask IoU is the cIoU; empty if
-            the encoder computes the padding. Requires a :meth:`compare` before it.
+            the encoder computes the padding.
         """
         encoder = self._specs[IMAGE_ENCODER]
         if not encoder.drops_padding:
@@ -204,14 +191,10 @@ class GraphCheck:
             for sample, embedding, whole_masks in zip(
                 samples, embeddings, known[MASK_DECODER], strict=True
             ):
-                priors = prior(image_embedding=embedding, concentration=sample.concentration)
-                masks = decoder(
-                    image_embedding=embedding,
-                    prior_logits=priors["prior_logits"],
-                    unpadded_size=sample.prepared.unpadded_size,
-                )
-                height, width = mask_cells(sample.prepared.unpadded_size, config.geometry)
-                found.append(np.ravel(masks["mask_logits"].numpy()[..., :height, :width]))
+                image = sample.prepared
+                _, masks = decode(prior, decoder, image, embedding, sample.concentration)
+                height, width = mask_cells(image.unpadded_size, config.geometry)
+                found.append(np.ravel(masks[..., :height, :width]))
                 expected.append(np.ravel(whole_masks[..., :height, :width]))
         return (summarize(WITHOUT_PADDING, found, expected, NO_TOLERANCE),)
 
@@ -219,11 +202,7 @@ class GraphCheck:
 def open_unverified(
     runtime: str, path: Path, spec: GraphSpec, engine: EngineRecord, options: RunnerOptions
 ) -> tuple[Runner, EngineRecord]:
-    """Open an engine to verify it, without the warning that it never ran.
-
-    Returns:
-        The runner, and the engine's record with layers, memory and GPU as read back.
-    """
+    """Open an engine to verify it; its record gets layers, memory and GPU as read back."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedEngineWarning)
         runner = open_graph(runtime, path, spec, options, engine)

@@ -28,15 +28,9 @@ def write_graph(
     precision: str,
     scratch: Path,
 ) -> None:
-    """Write a module as ONNX in fp32, bf16 or fp16.
+    """Write a module as ONNX in fp32, bf16 or fp16; see :func:`export_onnx_graph`.
 
-    Args:
-        module: float32 module on the CPU with the tensors of ``spec``.
-        spec: inputs and outputs.
-        path: file to write; large weights go to ``<path>.data``.
-        metadata: stored in the file under ``coprs_deploy.*``.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        scratch: directory for the intermediate float32 graph.
+    ``scratch`` is for the intermediate float32 graph.
     """
     if precision == FP32:
         export_onnx_graph(module, spec, path, metadata, OPSETS[precision])
@@ -61,20 +55,11 @@ def write_int8_graph(
     on_step: Callable[[str], None],
     on_progress: Callable[[str], None],
 ) -> Ranges:
-    """Write the image encoder as ONNX with int8 matrix products.
+    """Write the image encoder as ONNX with int8 products; see :func:`export_onnx_graph`.
 
-    Args:
-        encoder: float32 image encoder on the CPU.
-        spec: inputs and outputs.
-        path: file to write; large weights go to ``<path>.data``.
-        metadata: stored in the file under ``coprs_deploy.*``.
-        rest: precision of everything but the int8 products.
-        scratch: directory for intermediate graphs.
-        images: calibration images.
-        geometry: sizes of the model.
-        cache: keeps calibration ranges for the next export.
-        on_step: called with the name of each step as it starts.
-        on_progress: called with each calibration image.
+    ``rest`` is the precision of everything else, ``scratch`` is for intermediate graphs, and
+    ``cache`` keeps the calibration ranges for the next export. ``on_step`` is called with the name
+    of each step, ``on_progress`` with each calibration image.
 
     Returns:
         The calibration ranges.

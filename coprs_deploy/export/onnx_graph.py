@@ -46,14 +46,10 @@ def export_onnx_graph(
     metadata: Mapping[str, str],
     opset: int = OPSET,
 ) -> None:
-    """Write a module as ONNX and check the file.
+    """Write a float32 module on the CPU as ONNX and check the file.
 
-    Args:
-        module: float32 module on the CPU; takes and returns the tensors of ``spec`` in order.
-        spec: names, dtypes and shapes of inputs and outputs.
-        path: file to write; large weights go to ``<path>.data`` beside it.
-        metadata: stored in the file under ``coprs_deploy.*``.
-        opset: opset version.
+    It takes and returns the tensors of ``spec`` in order. Large weights go to ``<path>.data``.
+    ``metadata`` is stored in the file under ``coprs_deploy.*``.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
@@ -76,7 +72,7 @@ def export_onnx_graph(
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
-            tuple(_example(tensor) for tensor in spec.inputs),
+            example_inputs(spec, 2),  # torch.export would treat 0 or 1 as constants
             dynamo=True,
             opset_version=opset,
             input_names=[tensor.name for tensor in spec.inputs],
@@ -127,9 +123,7 @@ def check_onnx_graph(path: Path, spec: GraphSpec) -> None:
 def module_of(scopes: str | None) -> str:
     """Return the name of a node's module, such as ``blocks.0.attn.qkv``.
 
-    Args:
-        scopes: the node's metadata under :data:`SCOPES`: names of the modules around it, then its
-            own.
+    ``scopes`` is its metadata under :data:`SCOPES`: names of the modules around it, then its own.
     """
     names = ast.literal_eval(scopes or "[]")
     return str(names[-2]) if len(names) > 1 else ""
@@ -144,11 +138,13 @@ def _tensor_spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, dtype, shape)
 
 
-def _example(tensor: TensorSpec) -> torch.Tensor:
+def example_inputs(spec: GraphSpec, count: int) -> tuple[torch.Tensor, ...]:
+    """Return zeros of the inputs' shapes and dtypes, for a number of targets or images."""
     import torch
 
-    # torch.export would treat 0 or 1 as constants instead of a symbolic dimension.
-    return torch.zeros(tensor.shape_for(2), dtype=getattr(torch, tensor.dtype))
+    return tuple(
+        torch.zeros(t.shape_for(count), dtype=getattr(torch, t.dtype)) for t in spec.inputs
+    )
 
 
 @contextmanager
@@ -159,8 +155,7 @@ def _quiet_exporter() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coprs_deploy.bundle import TRT_VARIANT_NAMES
 from coprs_deploy.engines.trt.build import BuildSettings
-from coprs_deploy.export.precision import INT8, check_precision
+from coprs_deploy.export.precision import INT8, PRECISIONS
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import OptimizationProfile
 
@@ -79,7 +79,8 @@ class ExportOptions:
             )
 
     def _check_precision(self) -> None:
-        check_precision(self.precision)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
         if (self.runtime, self.precision) == ("onnxruntime", "bf16"):
             raise ValueError(
                 "precision is 'bf16', which ONNX Runtime's CPU provider does not implement; "

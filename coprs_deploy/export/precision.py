@@ -28,7 +28,7 @@ from coprs_deploy.export.onnx_graph import (
     OPSET,
     check_onnx_graph,
 )
-from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
+from coprs_deploy.specs import MASK_DECODER, PRIOR, GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,57 +59,29 @@ OPSETS: Mapping[str, int] = {FP32: OPSET, BF16: 22, FP16: OPSET, INT8: OPSET}
 
 @dataclass(frozen=True)
 class Float32Part:
-    """Nodes that compute in float32 whatever the precision of the graph.
+    """Nodes that compute in float32 in graphs of some precisions.
 
-    Attributes:
-        graph: graph name; None for all graphs.
-        operator: operator of the nodes.
-        onwards: False for every node of that operator; True for the last one and all nodes after
-            it.
-        reason: justification.
-        precisions: precisions of the graph that need it.
+    They are all nodes of an operator in one graph, or in every graph if it is None; with
+    ``onwards``, the last one and all nodes after it.
     """
 
     graph: str | None
     operator: str
-    onwards: bool
-    reason: str
+    onwards: bool = False
     precisions: tuple[str, ...] = (BF16, FP16)
 
 
 FLOAT32_PARTS = (
-    Float32Part(
-        None,
-        "LayerNormalization",
-        False,
-        "the variance sums squares: float16 overflows from 256 on, bfloat16 loses the mean",
-    ),
-    Float32Part(
-        PRIOR,
-        "MatMul",
-        True,
-        "scores, fusion and resizing are a thousandth of the work, and the heat map is read "
-        "as logits",
-    ),
-    Float32Part(
-        MASK_DECODER,
-        "Where",
-        False,
-        "prior logits arrive in float32 and are combined with the padding's -50 before rounding",
-    ),
-    Float32Part(
-        MASK_DECODER,
-        "ConvTranspose",
-        False,
-        "TensorRT for RTX 1.7 cannot build a transposed convolution in bfloat16",
-        (BF16,),
-    ),
-    Float32Part(
-        MASK_DECODER,
-        "MatMul",
-        True,
-        "the last product sums few terms of both signs, and the mask is the sign of the sum",
-    ),
+    # The variance sums squares: float16 overflows from 256 on, bfloat16 loses the mean.
+    Float32Part(None, "LayerNormalization"),
+    # Scores, fusion and resizing are a thousandth of the work; the heat map is read as logits.
+    Float32Part(PRIOR, "MatMul", onwards=True),
+    # Prior logits arrive in float32 and are combined with the padding's -50 before rounding.
+    Float32Part(MASK_DECODER, "Where"),
+    # TensorRT for RTX 1.7 cannot build a transposed convolution in bfloat16.
+    Float32Part(MASK_DECODER, "ConvTranspose", precisions=(BF16,)),
+    # The last product sums few terms of both signs, and the mask is the sign of the sum.
+    Float32Part(MASK_DECODER, "MatMul", onwards=True),
 )
 """Nodes that keep float32.
 
@@ -118,24 +90,9 @@ the fusion of the attention.
 """
 
 
-def check_precision(precision: str) -> None:
-    """Check the name of a precision.
-
-    Raises:
-        ValueError: the name is unknown; the accepted ones are listed.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
-
-
 def rest_precision(runtime: str, precision: str) -> str:
     """Return the precision outside the int8 products; others apply to the whole graph."""
     return INT8_RESTS[runtime] if precision == INT8 else precision
-
-
-def graph_precision(name: str, runtime: str, precision: str) -> str:
-    """Return the precision of one graph of an export: only the image encoder becomes int8."""
-    return precision if name == IMAGE_ENCODER else rest_precision(runtime, precision)
 
 
 def low_type(precision: str) -> ir.DataType:
@@ -147,24 +104,17 @@ def low_type(precision: str) -> ir.DataType:
 
 
 def type_graph(source: Path, target: Path, spec: GraphSpec, precision: str) -> None:
-    """Write a float32 graph in a lower precision, and check the file.
+    """Write a float32 graph in bf16 or fp16, and check the file.
 
-    Args:
-        source: float32 graph of the opset in :data:`OPSETS`; its products may be int8.
-        target: another path; large weights go to ``<target>.data`` beside it.
-        spec: inputs and outputs, which do not change.
-        precision: ``bf16`` or ``fp16``.
+    The source has the opset in :data:`OPSETS`; its products may be int8. Inputs and outputs do not
+    change. Large weights go to ``<target>.data``.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
         EquivalenceError: the written graph is not valid or has another signature.
     """
     assert precision in (BF16, FP16) and source != target
-    try:
-        import onnx_ir as ir
-    except ImportError as error:
-        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
-    model = ir.load(source)
+    model = load_graph(source)
     kept = float32_nodes(model.graph, spec.name, precision)
     _Typing(model.graph, low_type(precision)).apply(kept)
     names = [node.name or "" for node in model.graph if node in kept]
@@ -189,6 +139,19 @@ def float32_nodes(graph: ir.Graph, name: str, precision: str) -> set[ir.Node]:
         chosen = nodes[named[-1] :] if part.onwards else [nodes[i] for i in named]
         kept.update(chosen)
     return kept
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Load a graph without its external weights.
+
+    Raises:
+        MissingDependencyError: the exporter's packages are not installed.
+    """
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
+    return ir.load(path)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -297,11 +260,7 @@ MOVES = frozenset(
 
 
 def write_rounded_graph(source: Path, target: Path) -> int:
-    """Write the float32 graph that rounds wherever a typed graph does.
-
-    Args:
-        source: graph written by :func:`type_graph`.
-        target: another path; large weights go to ``<target>.data`` beside it.
+    """Write the float32 graph that rounds wherever a graph of :func:`type_graph` does.
 
     Returns:
         Number of rounded tensors, without weights.

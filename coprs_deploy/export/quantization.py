@@ -14,25 +14,25 @@ than this package is tested with.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export.calibration import INT8_LIMIT, Ranges
-from coprs_deploy.export.onnx_graph import INSTALL, SCOPES, check_onnx_graph, module_of
-from coprs_deploy.export.precision import BF16, FP16, FP32, INT8_PRODUCTS, low_type, save_graph
+from coprs_deploy.export.onnx_graph import SCOPES, check_onnx_graph, module_of
+from coprs_deploy.export.precision import (
+    FP16,
+    INT8_PRODUCTS,
+    load_graph,
+    low_type,
+    save_graph,
+)
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-SMALLEST_SCALES: Mapping[str, float] = {FP32: 2.0**-126, BF16: 2.0**-126, FP16: 2.0**-14}
-"""Smallest normal number of each type; a smaller scale would lose precision."""
 
 
 def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
@@ -56,25 +56,21 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
 
 def product_names(path: Path) -> list[str]:
     """Return the names of the products that :func:`quantize_graph` makes int8."""
-    return list(find_products(_load(path).graph))
+    return list(find_products(load_graph(path).graph))
 
 
 def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, rest: str) -> None:
     """Write a float32 graph with int8 products, and check the file.
 
-    Args:
-        source: exported float32 graph.
-        target: another path; large weights go to ``<target>.data`` beside it.
-        spec: inputs and outputs, which do not change.
-        ranges: calibration range of every product.
-        rest: precision that the rest of the graph gets afterwards; scales are rounded to it.
+    Inputs and outputs do not change. Large weights go to ``<target>.data``. Scales are rounded to
+    ``rest``, the precision that the rest of the graph gets afterwards.
 
     Raises:
         MissingDependencyError: the exporter's packages are not installed.
         EquivalenceError: the written graph is not valid or has another signature.
     """
     assert source != target
-    model = _load(source)
+    model = load_graph(source)
     products = find_products(model.graph)
     assert products.keys() == ranges.keys(), "the ranges belong to another graph"
     for name, node in products.items():
@@ -82,14 +78,6 @@ def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, 
     model.metadata_props[INT8_PRODUCTS] = json.dumps(list(products))
     save_graph(model, target)
     check_onnx_graph(target, spec)
-
-
-def _load(path: Path) -> ir.Model:
-    try:
-        import onnx_ir as ir
-    except ImportError as error:
-        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
-    return ir.load(path)
 
 
 def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, rest: str) -> None:
@@ -153,7 +141,6 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
 def _scales(limits: NDArray[Any], rest: str) -> NDArray[np.float32]:
     """Return the scale of each limit as a normal number of the type of the rest."""
-    smallest = SMALLEST_SCALES[rest]
-    rounded = np.maximum(limits / INT8_LIMIT, smallest).astype(low_type(rest).numpy())
-    scales: NDArray[np.float32] = rounded.astype(np.float32)
-    return scales
+    dtype = low_type(rest).numpy()
+    smallest = 2.0**-14 if rest == FP16 else 2.0**-126  # subnormal numbers are less precise
+    return np.maximum(limits / INT8_LIMIT, smallest).astype(dtype).astype(np.float32)

@@ -74,8 +74,12 @@ def sample_inputs(
     samples = []
     shapes = _ANY_SHAPES if valid_region is None else _shapes_within(valid_region)
     size = (num_targets, policy_hidden_size)
-    for draw, (height, width) in zip((_draw_scene, _draw_noise, _draw_scene), shapes, strict=True):
-        image = prepare_image(draw(generator, height, width), geometry)
+    for number, (height, width) in enumerate(shapes):
+        if number == 1:
+            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        else:
+            pixels = _draw_scene(generator, height, width)
+        image = prepare_image(pixels, geometry)
         samples.append(SampleInput(image, generator.standard_normal(size, dtype=np.float32)))
     return samples
 
@@ -89,12 +93,8 @@ def draw_masked_samples(
 ) -> tuple[list[SampleInput], dict[str, list[Array]]]:
     """Draw concentrations, and keep for each target the one with the best-sized float32 mask.
 
-    Args:
-        images: prepared images.
-        reference: opens PyTorch's modules; the encoder runs once per image.
-        policy_hidden_size: D.
-        num_targets: N, concentrations per image.
-        seed: equal seeds give equal inputs.
+    ``reference`` opens PyTorch's modules; the encoder runs once per image. The other arguments are
+    those of :func:`sample_inputs`.
 
     Returns:
         One sample per image, and the reference's outputs on the samples by graph, as
@@ -113,25 +113,26 @@ def draw_masked_samples(
             nearest = np.full(num_targets, np.inf)
             for _ in range(NUM_DRAWS):
                 drawn = generator.standard_normal(size, dtype=np.float32)
-                _, masks = _decode(prior, decoder, image, embedding, drawn)
+                _, masks = decode(prior, decoder, image, embedding, drawn)
                 distances = np.abs((masks > 0).mean(axis=(1, 2, 3)) - PREFERRED_MASK_RATIO)
                 for target in np.flatnonzero(distances < nearest):
                     best[target], nearest[target] = drawn[target], distances[target]
             sample = SampleInput(image, np.stack(best))
-            priors, masks = _decode(prior, decoder, image, embedding, sample.concentration)
+            priors, masks = decode(prior, decoder, image, embedding, sample.concentration)
             known[PRIOR].append(priors)
             known[MASK_DECODER].append(masks)
             samples.append(sample)
     return samples, known
 
 
-def _decode(
+def decode(
     prior: Runner,
     decoder: Runner,
     image: PreparedImage,
     embedding: Array,
     concentration: NDArray[np.float32],
 ) -> tuple[Array, Array]:
+    """Return the prior logits and the mask logits of concentrations on an image embedding."""
     priors = prior(image_embedding=embedding, concentration=concentration)["prior_logits"].numpy()
     masks = decoder(
         image_embedding=embedding, prior_logits=priors, unpadded_size=image.unpadded_size
@@ -146,10 +147,6 @@ def _shapes_within(valid_region: ValidRegion) -> tuple[tuple[int, int], ...]:
     exact = unpadded_size(down, across, size)
     longer = (height // 2, width) if width > height else (height, width // 2)
     return exact, (height, width), (max(1, longer[0]), max(1, longer[1]))
-
-
-def _draw_noise(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _draw_scene(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:

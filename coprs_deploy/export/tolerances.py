@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,11 +31,6 @@ class Tolerance:
     mask_iou: float | None
     reason: str
     pools_masks: bool = False
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether any finite output can exceed it."""
-        return math.isfinite(self.relative_error)
 
 
 _FLOAT32_ENCODER = "up to 32 blocks of float32 sums in another order; ViT-H measures below 2e-5"

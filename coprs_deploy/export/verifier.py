@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.bundle import Bundle, EngineRecord, EquivalenceRecord, open_bundle, write_manifest
+from coprs_deploy.artifacts import check_writable
+from coprs_deploy.bundle import (
+    MANIFEST_FILE,
+    Bundle,
+    EngineRecord,
+    EquivalenceRecord,
+    open_bundle,
+    write_manifest,
+)
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
 from coprs_deploy.errors import EquivalenceError
@@ -31,7 +40,7 @@ def verify_bundle(
     """Compare a bundle's graphs with PyTorch again, on other samples than export's.
 
     Engines that pass on a GPU are marked as verified on it in the manifest; if one fails, the
-    marks are removed.
+    marks are removed. A bundle that cannot be written is a warning.
 
     Args:
         bundle_path: bundle directory.
@@ -50,9 +59,12 @@ def verify_bundle(
         EquivalenceError: the bundle was exported from another checkpoint.
         ValueError: the runtime cannot run these graphs.
         EngineMismatchError: an engine does not fit the library or GPU, or carries host code.
+        OSError: the bundle has engines, and its manifest cannot be written.
     """
     bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
     _check_fingerprint(bundle, checkpoint)
+    if any(graph.engine for graph in bundle.manifest.graphs.values()):
+        check_writable(bundle.path / MANIFEST_FILE, is_file=True)  # engines are marked there
     if runtime is not None:
         check_runtime(bundle.manifest.graphs[IMAGE_ENCODER], runtime)
     options = RunnerOptions(device=device, allow_engine_host_code=allow_engine_host_code)
@@ -107,6 +119,11 @@ def _record_verification(
             graphs[name], engine=msgspec.structs.replace(engine, verified_on=verified_on)
         )
     equivalence = records if passed else manifest.equivalence
-    write_manifest(
-        bundle.path, msgspec.structs.replace(manifest, graphs=graphs, equivalence=equivalence)
-    )
+    changed = msgspec.structs.replace(manifest, graphs=graphs, equivalence=equivalence)
+    try:
+        write_manifest(bundle.path, changed)
+    except OSError as error:
+        warnings.warn(
+            f"{bundle.path} cannot be written ({error.strerror}): its engines keep their marks",
+            stacklevel=3,
+        )

@@ -19,14 +19,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class RelativeAttention(nn.Module):
-    """Multi-head self-attention over a grid of cells, with optional relative positions.
-
-    Args:
-        width: token width C.
-        heads: number of attention heads.
-        grid: largest number of rows and columns G.
-        use_rel_pos: whether to add SAM's decomposed relative positions to the logits.
-    """
+    """Multi-head self-attention over at most G x G cells, optionally with relative positions."""
 
     def __init__(self, width: int, heads: int, grid: int, use_rel_pos: bool) -> None:
         super().__init__()
@@ -174,11 +167,8 @@ class SamImageEncoder(nn.Module):
 
         Before the first global block, windows of pure padding do not depend on the image: their
         values are computed here, once, on a blank image. With ``drops_padding`` the padding joins
-        the other cells only after the last block, and image cells never attend to it.
-
-        Args:
-            valid_region: result of :meth:`coprs_deploy.model_config.SamConfig.valid_region`; None
-                for the whole square.
+        the other cells only after the last block, and image cells never attend to it. None selects
+        the whole square.
         """
         self.padding_from = None
         if valid_region is None:

@@ -19,12 +19,9 @@ def mask_padding(prior_logits: Tensor, unpadded_size: Tensor, geometry: Geometry
     ``ceil(size / mask_stride)`` cells (public code).
 
     Args:
-        prior_logits: (N, 1, 4 G, 4 G).
+        prior_logits: (N, 1, 4 G, 4 G); the result has the same shape.
         unpadded_size: int64 (2,), height and width in pixels of the padded image.
         geometry: sizes of the model.
-
-    Returns:
-        (N, 1, 4 G, 4 G) logits, -50 in the padding.
     """
     first_pixel = geometry.mask_stride * torch.arange(
         geometry.mask_size, device=prior_logits.device

@@ -162,7 +162,7 @@ class CoPRS(Closeable):
 
     def stream(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -179,7 +179,7 @@ class CoPRS(Closeable):
 
     async def asegment(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -190,7 +190,7 @@ class CoPRS(Closeable):
 
     async def astream(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -252,7 +252,7 @@ class CoPRS(Closeable):
         self._check_usable()
         size, region = self._geometry.image_size, self.valid_region
         height, width = (region.height, region.width) if region else (size, size)
-        image = self._decode(np.full((height, width, 3), 128, dtype=np.uint8))
+        image = self.decode(np.full((height, width, 3), 128, dtype=np.uint8))
         prepared = prepare_image(image.rgb, self._geometry)
         images = self._graphs.images
         for batch_size in sorted({images.min, images.opt, images.max}):
@@ -302,7 +302,7 @@ class CoPRS(Closeable):
 
     def _start(
         self,
-        source: ImageSource,
+        source: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int,
         max_new_tokens: int | None = None,
@@ -311,12 +311,25 @@ class CoPRS(Closeable):
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter()
         deadline = None if self._timeout_s is None else start + self._timeout_s
-        image = self._decode(source)
+        image = self.decode(source)
         request = PolicyRequest(image.rgb, instruction, max_targets, max_new_tokens, deadline)
         pending = self._cache.get_or_submit(image)
         return self._run(start, image, request, pending, stream_prior)
 
-    def _decode(self, source: ImageSource) -> DecodedImage:
+    def decode(self, source: ImageSource | DecodedImage) -> DecodedImage:
+        """Decode and check an image ahead of its request.
+
+        Args:
+            source: a path, bytes, a Pillow image or an array; see ``images.load_image``.
+
+        Returns:
+            The image, which the methods for requests take in place of ``source``.
+
+        Raises:
+            ImageError: the image cannot be used, or its shape is outside the valid region.
+        """
+        if isinstance(source, DecodedImage):
+            return source
         start = time.perf_counter()
         rgb = load_image(source)
         rgb.setflags(write=False)  # the encoder may still read it when the result is returned

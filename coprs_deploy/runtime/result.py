@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.images import ResizeTransform, RgbArray, mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
-from coprs_deploy.visualization import draw_heatmap, draw_overlay
+from coprs_deploy.visualization import MAX_LONG_SIDE_PX, draw_heatmap, draw_overlay
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -42,6 +42,14 @@ class LowResolutionLogits:
     def at_original_size(self) -> NDArray[np.float32]:
         """(N, H, W) float32 logits."""
         return resize_logits(self.logits, self.resize, self.geometry)
+
+    def reduced(self, max_side_px: int) -> NDArray[np.float32]:
+        """(N, H, W) float32 logits at the image size, or at ``max_side_px`` if that is smaller."""
+        height, width = self.resize.original_size
+        factor = min(1.0, max_side_px / max(height, width))
+        size = (max(1, round(factor * height)), max(1, round(factor * width)))
+        resize = ResizeTransform(self.resize.unpadded_size, size)
+        return resize_logits(self.logits, resize, self.geometry)
 
     @cached_property
     def stability_scores(self) -> NDArray[np.float64]:
@@ -73,6 +81,10 @@ class PriorEvent:
     def prior(self) -> NDArray[np.float32]:
         """(H, W) float32 heat map of the last target in [0, 1]."""
         return sigmoid(self.prior_logits[-1])
+
+    def reduced_prior(self, max_side_px: int) -> NDArray[np.float32]:
+        """(H, W) float32 heat map of all targets in [0, 1], at most ``max_side_px`` long."""
+        return sigmoid(self._prior_logits.reduced(max_side_px).max(axis=0))
 
 
 @dataclass(frozen=True)
@@ -283,17 +295,17 @@ class SegmentationResult:
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
         written = {"overlay": root / "overlay.png", "result": root / "result.json"}
-        self.plot().save(written["overlay"])
+        _save_png(self.plot(), written["overlay"])
         masks = self.masks if self.found else self.mask[None]
-        priors = sigmoid(self.prior_logits) if self.found else self.prior[None]
+        no_prior = np.zeros((1, 1, 1), dtype=np.float32)
+        priors = sigmoid(self._prior_logits.reduced(MAX_LONG_SIDE_PX)) if self.found else no_prior
         for number, (mask, prior) in enumerate(zip(masks, priors, strict=True), start=1):
             suffix = f"-{number}" if len(masks) > 1 else ""
             written[f"mask{suffix}"] = root / f"mask{suffix}.png"
             written[f"prior{suffix}"] = root / f"prior{suffix}.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(written[f"mask{suffix}"])
-            draw_heatmap(self.image, prior).save(written[f"prior{suffix}"])
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        written["result"].write_text(text, encoding="utf-8")
+            _save_png(Image.fromarray(mask.astype(np.uint8) * 255), written[f"mask{suffix}"])
+            _save_png(draw_heatmap(self.image, prior), written[f"prior{suffix}"])
+        write_json(written["result"], self.to_json())
         return written
 
     def _rle(self) -> list[dict[str, Any]]:
@@ -314,6 +326,11 @@ class SegmentationResult:
             f"SegmentationResult({found}, {self.stop_reason}, {self.timings.total_ms:.0f} ms, "
             f"reasoning={reasoning!r})"
         )
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    with atomic_write(path) as partial:
+        image.save(partial, "PNG")
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

@@ -1,12 +1,13 @@
 """The HTTP application.
 
-    GET  /         web page
-    GET  /health   200 as soon as requests are accepted
-    POST /segment  form with ``image`` (a file), ``instruction``, ``max_targets``,
-                   ``max_new_tokens``
+    GET  /              web page
+    GET  /health        200 as soon as requests are accepted
+    GET  /openapi.json  description of the interface
+    POST /segment       form with ``image`` (a file), ``instruction``, ``max_targets``,
+                        ``max_new_tokens``
 
 The response is one JSON object (``SegmentationResult.to_json``), or server-sent events
-(``server/events.py``) with ``Accept: text/event-stream``. An error is
+(``server/events.py``) if the client accepts ``text/event-stream``. An error is
 ``{"error": message, "type": class name}`` with its own status (``server/error_handlers.py``). A
 client that disconnects cancels its request.
 """
@@ -14,92 +15,173 @@ client that disconnects cancels its request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
 from importlib import resources
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, Form, Request, UploadFile
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
+from fastapi.security import HTTPBearer
+from starlette.types import Receive, Scope, Send
 
-from coprs_deploy.images import load_image
+from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.server.body_limit import BodyLimit
+from coprs_deploy.server.bodies import (
+    COMMON_RESPONSES,
+    EVENT_STREAM,
+    SEGMENT_RESPONSES,
+    UNAUTHORIZED,
+    HealthBody,
+    ResultBody,
+)
 from coprs_deploy.server.error_handlers import add_handlers
-from coprs_deploy.server.events import EVENT_STREAM, encode_events
+from coprs_deploy.server.events import encode_events
+from coprs_deploy.server.request_guard import RequestGuard
+from coprs_deploy.server.steps import run_step
 from coprs_deploy.version import __version__
 
-T = TypeVar("T")
+STALL_TIMEOUT_S = 30.0
+"""How long a client may send nothing of its body, or read nothing of its response."""
 
-router = APIRouter()
+public = APIRouter()
+protected = APIRouter()
 
 
-def build_app(coprs: CoPRS, max_upload_bytes: int) -> FastAPI:
+def build_app(
+    coprs: CoPRS,
+    max_upload_bytes: int,
+    *,
+    api_key: str = "",
+    root_path: str = "",
+    cors_origins: Sequence[str] = (),
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+) -> FastAPI:
     """Build the application.
 
     Args:
         coprs: serves the requests; closing it is left to the caller.
         max_upload_bytes: size limit of a request.
+        api_key: key that ``POST`` needs in ``Authorization: Bearer KEY``; empty for none.
+        root_path: path under which a reverse proxy serves the application, as ``/segmentation``.
+        cors_origins: origins whose pages may use the server; ``*`` for any.
+        stall_timeout_s: how long a client may send or read nothing, in seconds.
     """
-    app = FastAPI(title="coprs-deploy", version=__version__)
+    app = FastAPI(
+        title="coprs-deploy",
+        version=__version__,
+        docs_url=None,  # its page loads scripts from another server
+        redoc_url=None,
+        responses=COMMON_RESPONSES,
+    )
     app.state.coprs = coprs
-    app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=max_upload_bytes)
+    app.include_router(public)
+    if api_key:
+        bearer = [Depends(HTTPBearer(auto_error=False))]  # for the document; RequestGuard checks
+        app.include_router(protected, dependencies=bearer, responses=UNAUTHORIZED)
+    else:
+        app.include_router(protected)
+    app.add_middleware(
+        RequestGuard,
+        max_bytes=max_upload_bytes,
+        api_key=api_key,
+        root_path=root_path,
+        stall_timeout_s=stall_timeout_s,
+    )
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization"],
+        )
     add_handlers(app)
     return app
 
 
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+@public.get("/", response_class=HTMLResponse, include_in_schema=False)
+@public.head("/", response_class=HTMLResponse, include_in_schema=False)
 async def page() -> str:
     """Return the web page."""
     return resources.files("coprs_deploy.server").joinpath("page.html").read_text("utf-8")
 
 
-@router.get("/health")
-async def health(request: Request) -> dict[str, str]:
+@public.head("/health", include_in_schema=False)
+@public.get("/health")
+async def health(request: Request) -> HealthBody:
     """Report readiness, version and runtime."""
     coprs: CoPRS = request.app.state.coprs
-    return {"status": "ok", "version": __version__, "runtime": coprs.description}
+    return HealthBody(status="ok", version=__version__, runtime=coprs.description)
 
 
-@router.post("/segment", response_model=None)
+@protected.post("/segment", response_model=ResultBody, responses=SEGMENT_RESPONSES)
 async def segment(
     request: Request,
     image: Annotated[UploadFile, File(description="an image file that Pillow can read")],
-    instruction: Annotated[str, Form(description="what to segment")],
+    instruction: Annotated[
+        str, Form(description="what to segment", max_length=MAX_INSTRUCTION_CHARS)
+    ],
     max_targets: Annotated[int, Form(ge=1, description="maximum number of targets")] = 1,
     max_new_tokens: Annotated[int | None, Form(ge=1, description="token budget")] = None,
 ) -> Response:
     """Segment one image by one instruction."""
     coprs: CoPRS = request.app.state.coprs
-    data = await image.read()
-    if EVENT_STREAM in request.headers.get("accept", ""):
-        rgb = await run_in_threadpool(load_image, data)
-        stream = coprs.astream(rgb, instruction, max_targets, max_new_tokens)
-        events = encode_events(rgb, stream)
-        # An invalid request fails here, before the status is sent.
-        first = await _unless_disconnected(request, anext(events))
-        if first is None:
-            await events.aclose()
-            return _disconnected()
+    accepts_stream = _accepts_stream(request.headers.get("accept", ""))
+    respond = _stream_events if accepts_stream else _return_result
+    work = respond(coprs, image, instruction, max_targets, max_new_tokens)
+    response = await _unless_disconnected(request, work)
+    return response or Response(status_code=499)  # for the log only
+
+
+async def _return_result(coprs: CoPRS, upload: UploadFile, *request: Any) -> Response:
+    image = await run_step(coprs.decode, await upload.read())
+    result = await coprs.asegment(image, *request)
+    return await run_step(lambda: JSONResponse(result.to_json()))
+
+
+async def _stream_events(coprs: CoPRS, upload: UploadFile, *request: Any) -> Response:
+    image = await run_step(coprs.decode, await upload.read())
+    events = encode_events(image.rgb, coprs.astream(image, *request))
+    first = await anext(events)  # an invalid request fails here, before the status is sent
+    return _EventStreamResponse(first, events)
+
+
+class _EventStreamResponse(StreamingResponse):
+    """Server-sent events; the generator is closed, whatever ends the response."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        async def chain() -> AsyncGenerator[bytes, None]:
+            yield first
+            async for event in rest:
+                yield event
+
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_chain(first, events), media_type=EVENT_STREAM, headers=headers)
-    result = await _unless_disconnected(
-        request, coprs.asegment(data, instruction, max_targets, max_new_tokens)
-    )
-    if result is None:
-        return _disconnected()
-    return JSONResponse(await run_in_threadpool(result.to_json))
+        super().__init__(chain(), media_type=EVENT_STREAM, headers=headers)
+        self._events = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
 
 
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for event in rest:
-        yield event
+def _accepts_stream(accept: str) -> bool:
+    """Whether an Accept header names the event stream, and JSON with no higher quality."""
+    qualities = {}
+    for part in accept.lower().split(","):
+        media_type, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        with suppress(ValueError):
+            qualities[media_type] = float(quality)
+    wanted = qualities.get(EVENT_STREAM, 0.0)
+    return wanted > 0 and wanted >= qualities.get("application/json", 0.0)
 
 
-async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:
+async def _unless_disconnected(
+    request: Request, work: Coroutine[Any, Any, Response]
+) -> Response | None:
     """Await the work; cancel it and return None if the client disconnects first."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_wait_for_disconnect(request))
@@ -118,8 +200,3 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None
 async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _disconnected() -> Response:
-    """Return a response for the log only: the client has disconnected."""
-    return Response(status_code=499)

@@ -9,7 +9,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from coprs_deploy.errors import CoPRSError, QueueFullError, RequestTimeoutError, error_body
+from coprs_deploy.errors import (
+    CoPRSError,
+    QueueFullError,
+    RequestTimeoutError,
+    error_body,
+    shorten,
+)
 
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (QueueFullError, 503),
@@ -23,13 +29,14 @@ RETRY_AFTER = {503: {"Retry-After": "1"}}
 """Retry header by status, in seconds."""
 
 FORM = "accepted: a form with image (a file), instruction, and optional max_targets, max_new_tokens"
-NOT_FOUND = "Not found. Endpoints: GET /, /health, /docs; POST /segment"
+NOT_FOUND = "Not found. Endpoints: GET /, /health, /openapi.json; POST /segment"
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Register the handlers of all expected errors."""
+    """Register the handlers of all errors."""
     app.add_exception_handler(RequestValidationError, _invalid_form)
     app.add_exception_handler(HTTPException, _not_routed)
+    app.add_exception_handler(Exception, _unexpected)
     for error_class, _ in STATUSES:
         app.add_exception_handler(error_class, _failed)
 
@@ -37,6 +44,12 @@ def add_handlers(app: FastAPI) -> None:
 async def _failed(request: Request, error: Exception) -> Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     return JSONResponse(error_body(error), status, RETRY_AFTER.get(status))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """Hide the text of a bug from the client; the server logs its traceback."""
+    message = "internal error; the log of the server has its traceback"
+    return JSONResponse(error_body(error, message), 500)
 
 
 async def _invalid_form(request: Request, error: Exception) -> Response:
@@ -54,9 +67,9 @@ def _problem(problem: dict[str, Any]) -> str:
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
-    """Convert 404/405 and malformed multipart into the JSON error envelope."""
+    """Convert 404, 405, 408 and malformed multipart into the JSON error envelope."""
     assert isinstance(error, HTTPException)
-    place = f"{request.method} {request.url.path}"
+    place = f"{request.method} {shorten(request.url.path)}"
     if error.status_code in (404, 405):
         message = f"{place}: {NOT_FOUND}"
     else:

@@ -17,15 +17,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
 
 from coprs_deploy.errors import CoPRSError, error_body
-from coprs_deploy.images import RgbArray, sigmoid
+from coprs_deploy.images import RgbArray
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import PriorEvent, SegmentationResult
-from coprs_deploy.visualization import draw_heatmap, draw_overlay
+from coprs_deploy.server.steps import run_step
+from coprs_deploy.visualization import MAX_LONG_SIDE_PX, draw_heatmap, draw_overlay
 
-EVENT_STREAM = "text/event-stream"
 JPEG_QUALITY = 88
 
 
@@ -44,7 +43,13 @@ async def encode_events(
     has_begun = False
     try:
         async for event in stream:
-            yield await run_in_threadpool(_encode, rgb, event)
+            if isinstance(event, TextDelta):
+                yield _write("text", {"text": event.text})
+            elif isinstance(event, PriorEvent):
+                yield await run_step(_encode_prior, rgb, event)
+            else:
+                overlay = await run_step(draw_overlay, rgb, event.masks)
+                yield await run_step(_encode_result, event, overlay)
             has_begun = True
     except (CoPRSError, ValueError) as error:
         if not has_begun:
@@ -55,14 +60,13 @@ async def encode_events(
             await stream.aclose()
 
 
-def _encode(rgb: RgbArray, event: TextDelta | PriorEvent | SegmentationResult) -> bytes:
-    if isinstance(event, TextDelta):
-        return _write("text", {"text": event.text})
-    if isinstance(event, PriorEvent):
-        prior = sigmoid(event.prior_logits.max(axis=0))  # all targets
-        return _write("prior", {"image": _data_url(draw_heatmap(rgb, prior))})
-    overlay = _data_url(draw_overlay(rgb, event.masks))
-    return _write("result", {**event.to_json(), "image": overlay})
+def _encode_prior(rgb: RgbArray, event: PriorEvent) -> bytes:
+    heatmap = draw_heatmap(rgb, event.reduced_prior(MAX_LONG_SIDE_PX))
+    return _write("prior", {"image": _data_url(heatmap)})
+
+
+def _encode_result(result: SegmentationResult, overlay: Image.Image) -> bytes:
+    return _write("result", {**result.to_json(), "image": _data_url(overlay)})
 
 
 def _write(name: str, data: dict[str, Any]) -> bytes:

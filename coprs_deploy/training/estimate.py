@@ -9,7 +9,7 @@ evenly over the GPUs (FSDP2), the segmentation modules are replicated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -94,19 +94,10 @@ class TransformerSizes(NamedTuple):
 
 
 class ModelSizes(NamedTuple):
-    """Sizes of a policy and a segmentation path.
+    """Sizes of a policy (tied embeddings counted once) and a segmentation path.
 
-    Attributes:
-        language: language layers.
-        vision: vision tower.
-        policy: parameters of the policy, tied embeddings counted once.
-        output_embeddings: parameters of the output embeddings.
-        vocab_size: vocabulary size.
-        patches_per_token: vision patches per image token.
-        image_encoder: parameters of the image encoder.
-        segmentation_head: parameters of prior, prompt encoder and mask decoder.
-        grid_cells: cells of an image embedding, G * G.
-        embedding_channels: channels of an image embedding, C.
+    ``segmentation_head`` counts prior, prompt encoder and mask decoder; ``embedding_size`` is
+    C * G * G of an image embedding.
     """
 
     language: TransformerSizes
@@ -118,7 +109,7 @@ class ModelSizes(NamedTuple):
     image_encoder: int
     segmentation_head: int
     grid_cells: int
-    embedding_channels: int
+    embedding_size: int
 
 
 class Workload(NamedTuple):
@@ -127,39 +118,23 @@ class Workload(NamedTuple):
     Attributes:
         rows: completions (or examples) per step of all GPUs.
         rows_per_pass: rows per forward pass of a GPU.
-        rows_per_prompt: completions per prompt.
         prompt_tokens: prompt length, image tokens included.
-        image_tokens: image tokens of a prompt.
-        response_tokens: response length.
-        max_targets: masks per row.
-        gpus: number of GPUs.
         checkpointing: whether a layer keeps its input only and is recomputed.
         activation_size: bytes per number of an activation.
         has_features: whether image embeddings are precomputed.
-        rollout: sampling backend, ``transformers``, ``colocate`` or ``server``; empty for a
-            supervised stage.
-        engine_memory: share of GPU memory for a colocated engine.
-        engine_sleeps: whether a colocated engine frees its memory during the update.
-        has_reference: whether a frozen reference is loaded.
-        adapter_parameters: parameters of the adapters; 0 trains whole weights.
+        grpo: settings of a GRPO stage; None for a supervised one.
     """
 
     rows: int
     rows_per_pass: int
-    rows_per_prompt: int = 1
     prompt_tokens: int = 1300  # paper, B.3 and section 3.3
     image_tokens: int = 900
     response_tokens: int = 2000
-    max_targets: int = 1
     gpus: int = 1
     checkpointing: bool = False
     activation_size: float = FLOAT32_BYTES
     has_features: bool = False
-    rollout: Literal["", "transformers", "colocate", "server"] = ""
-    engine_memory: float = 0.0
-    engine_sleeps: bool = True
-    has_reference: bool = False
-    adapter_parameters: int = 0
+    grpo: GrpoSettings | None = None
 
     @property
     def row_tokens(self) -> int:
@@ -167,27 +142,45 @@ class Workload(NamedTuple):
         return self.prompt_tokens + self.response_tokens
 
     @property
+    def lora_rank(self) -> int:
+        """Rank of the adapters; 0 trains whole weights."""
+        return self.grpo.lora.r if self.grpo else 0
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the policy is sharded; adapters are trained on a replicated one."""
-        return self.gpus > 1 and not self.adapter_parameters
+        return self.gpus > 1 and not self.lora_rank
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen reference is loaded."""
+        return self.grpo is not None and self.grpo.beta > 0 and not self.lora_rank
+
+    @property
+    def rollout(self) -> str:
+        """``transformers``, ``colocate`` or ``server``; empty for a supervised stage."""
+        if self.grpo is None:
+            return ""
+        return self.grpo.vllm_mode if self.grpo.use_vllm else "transformers"
 
 
 class Estimate(Record, frozen=True):
     """Memory per GPU and time per step of a stage.
 
     Attributes:
-        gpus: number of GPUs.
-        gpu: assumed GPU.
         memory: bytes per GPU by part; ``peak`` is their largest sum at one time.
-        seconds: seconds by part, computed, not measured; ``step`` is their sum.
+        seconds: seconds of a step by part, computed, not measured; ``step`` is their sum.
+        hours: hours of all steps at the maximum length, without evaluations.
+        disk: bytes of the run directory by part; ``peak`` is their largest sum at one time.
         fits: whether the peak is below 90 % of the memory.
-        notes: remarks.
     """
 
     gpus: int
     gpu: GpuSpec
     memory: dict[str, float]
     seconds: dict[str, float]
+    hours: float
+    disk: dict[str, float]
     fits: bool
     notes: tuple[str, ...] = ()
 
@@ -206,15 +199,16 @@ def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str,
     sizes, gpu = model_sizes(*build_on_meta(recipe.model)), gpu or GpuSpec()
     estimates = {}
     for name, settings in recipe.stages.items():
-        work = workload(recipe, settings, sizes.language, gpus)
+        work = workload(recipe, settings, gpus)
         memory = memory_bytes(sizes, work, gpu)
         fits = memory["peak"] < USABLE_MEMORY * gpu.memory_gb * GIGABYTE
         notes: tuple[str, ...] = ()
         if work.rollout == "transformers" and work.is_sharded:
             notes = ("each sampled token gathers the sharded policy; use_vllm = true avoids it",)
-        estimates[name] = Estimate(
-            gpus, gpu, memory, step_seconds(sizes, work, gpu), fits=fits, notes=notes
-        )
+        seconds = step_seconds(sizes, work, gpu)
+        hours = settings.max_steps * seconds["step"] / 3600
+        disk = disk_bytes(sizes, work, recipe, settings)
+        estimates[name] = Estimate(gpus, gpu, memory, seconds, hours, disk, fits, notes)
     return estimates
 
 
@@ -224,6 +218,8 @@ def model_sizes(policy: nn.Module, segmentation: SegmentationModel) -> ModelSize
     text, vision = config.text_config, config.vision_config
     layers: Any = policy.model.language_model.layers  # type: ignore[union-attr]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    width, tower = vision.hidden_size, vision_tower(policy)
     geometry = segmentation.config.geometry
     encoder = _count(segmentation.image_encoder)
     return ModelSizes(
@@ -234,13 +230,7 @@ def model_sizes(policy: nn.Module, segmentation: SegmentationModel) -> ModelSize
             text.num_hidden_layers,
             _count(layers),
         ),
-        vision=TransformerSizes(
-            vision.hidden_size,
-            vision.intermediate_size,
-            vision.hidden_size,
-            getattr(vision, "depth", None) or vision.num_hidden_layers,
-            _count(vision_tower(policy)),
-        ),
+        vision=TransformerSizes(width, vision.intermediate_size, width, depth, _count(tower)),
         policy=_count(policy),
         output_embeddings=policy.get_output_embeddings().weight.numel(),  # type: ignore[operator]
         vocab_size=text.vocab_size,
@@ -248,7 +238,7 @@ def model_sizes(policy: nn.Module, segmentation: SegmentationModel) -> ModelSize
         image_encoder=encoder,
         segmentation_head=_count(segmentation) - encoder,
         grid_cells=geometry.grid_size**2,
-        embedding_channels=geometry.out_chans,
+        embedding_size=geometry.out_chans * geometry.grid_size**2,
     )
 
 
@@ -256,34 +246,25 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def workload(
-    recipe: Recipe, settings: StageSettings, language: TransformerSizes, gpus: int
-) -> Workload:
+def workload(recipe: Recipe, settings: StageSettings, gpus: int) -> Workload:
     """Return the sizes of a step of a stage."""
-    rows = settings.global_batch_size
+    grpo = settings if isinstance(settings, GrpoSettings) else None
+    rows = settings.global_batch_size * (grpo.num_generations if grpo else 1)
+    per_gpu = -(-rows // gpus)
     work = Workload(
         rows=rows,
-        rows_per_pass=-(-rows // gpus),
+        rows_per_pass=per_gpu,
         gpus=gpus,
         checkpointing=recipe.model.gradient_checkpointing,
         activation_size=FLOAT32_BYTES * (1 if recipe.precision == "fp32" else AUTOCAST_RATIO),
         has_features=isinstance(recipe.data, ExampleData) and bool(recipe.data.features),
+        grpo=grpo,
     )
-    if not isinstance(settings, GrpoSettings):
+    if grpo is None:
         return work
-    rows *= settings.num_generations
-    per_gpu = -(-rows // gpus)
     return work._replace(
-        rows=rows,
-        rows_per_pass=min(per_gpu, settings.per_device_train_batch_size or per_gpu),
-        rows_per_prompt=settings.num_generations,
-        response_tokens=settings.max_completion_length or work.response_tokens,
-        max_targets=settings.max_targets,
-        rollout=settings.vllm_mode if settings.use_vllm else "transformers",
-        engine_memory=settings.vllm_gpu_memory_utilization,
-        engine_sleeps=settings.vllm_enable_sleep_mode,
-        has_reference=settings.beta > 0 and not settings.lora.r,
-        adapter_parameters=settings.lora.r * language.adapter_parameters,
+        rows_per_pass=min(per_gpu, grpo.per_device_train_batch_size or per_gpu),
+        response_tokens=grpo.max_completion_length or work.response_tokens,
     )
 
 
@@ -292,11 +273,12 @@ def memory_bytes(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, f
     memory = resident_bytes(sizes, work)
     resident = sum(memory.values())
     update, rollout = activation_bytes(sizes, work), 0.0
-    if work.rollout == "colocate":
-        rollout = work.engine_memory * gpu.memory_gb * GIGABYTE
+    is_kept = False
+    if work.grpo is not None and work.rollout == "colocate":
+        rollout = work.grpo.vllm_gpu_memory_utilization * gpu.memory_gb * GIGABYTE
+        is_kept = not work.grpo.vllm_enable_sleep_mode
     elif work.rollout == "transformers":
         rollout = sizes.language.cache_bytes(work.rows / work.gpus * work.row_tokens)
-    is_kept = work.rollout == "colocate" and not work.engine_sleeps
     memory |= {"activations": update, "rollout (KV cache, engine)": rollout}
     memory["peak"] = resident + max(update + (rollout if is_kept else 0.0), rollout)
     return memory
@@ -304,19 +286,18 @@ def memory_bytes(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, f
 
 def activation_bytes(sizes: ModelSizes, work: Workload) -> float:
     """Return the bytes of the activations of a forward and backward pass on one GPU."""
-    rows = work.rows_per_pass
-    embedding = sizes.embedding_channels * sizes.grid_cells
+    rows, max_targets = work.rows_per_pass, work.grpo.max_targets if work.grpo else 1
     return (
         sizes.language.activation_bytes(rows * work.row_tokens, work)
         + sizes.vision.activation_bytes(rows * work.image_tokens * sizes.patches_per_token, work)
         + 3 * LOGIT_CHUNK * sizes.vocab_size * FLOAT32_BYTES
-        + rows * work.max_targets * DECODER_TENSORS * embedding * work.activation_size
+        + rows * max_targets * DECODER_TENSORS * sizes.embedding_size * work.activation_size
     )
 
 
 def resident_bytes(sizes: ModelSizes, work: Workload) -> dict[str, float]:
     """Return the bytes held per GPU between steps by part; float32 except gathered layers."""
-    head, adapters = sizes.segmentation_head, work.adapter_parameters
+    head, adapters = sizes.segmentation_head, work.lora_rank * sizes.language.adapter_parameters
     shards = work.gpus if work.is_sharded else 1
     trainable = (adapters or sizes.policy) / shards + head
     layer = sizes.language.parameters / sizes.language.num_layers
@@ -329,6 +310,28 @@ def resident_bytes(sizes: ModelSizes, work: Workload) -> dict[str, float]:
         "optimizer": 2 * FLOAT32_BYTES * trainable,
         "gathered layers": gathered if work.is_sharded else 0.0,
     }
+
+
+def disk_bytes(
+    sizes: ModelSizes, work: Workload, recipe: Recipe, settings: StageSettings
+) -> dict[str, float]:
+    """Return the bytes of the files of a stage, and their peak: while a state replaces another."""
+    segmentation = sizes.segmentation_head + sizes.image_encoder
+    weights = sizes.policy + segmentation
+    trained = work.lora_rank * sizes.language.adapter_parameters or sizes.policy
+    trained += sizes.segmentation_head
+    # The trainer of supervised stages saves all weights, TRL's those that are trained.
+    saved = trained if work.grpo else weights
+    state = FLOAT32_BYTES * (saved + 2 * trained)
+    size = FLOAT32_BYTES if recipe.save_dtype == "float32" else BFLOAT16_BYTES
+    disk = {
+        "state to resume from": float(state),
+        "weights of the finished stage": float(FLOAT32_BYTES * weights),
+        "checkpoint": float(size * weights),
+        "checkpoint-best": float(size * weights) if settings.eval_steps else 0.0,
+    }
+    disk["peak"] = sum(disk.values()) + state
+    return disk
 
 
 def step_seconds(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, float]:
@@ -344,11 +347,11 @@ def step_seconds(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, f
     scoring = forward + logits
     seconds = {"update": (4 if work.checkpointing else 3) * forward + 3 * logits}
     if not work.has_features:
-        images = max(1.0, rows / work.rows_per_prompt)
+        images = max(1.0, rows / (work.grpo.num_generations if work.grpo else 1))
         seconds["image encoder"] = 2 * sizes.image_encoder * sizes.grid_cells * images / flops
     if work.rollout:
         seconds["masks for the reward"] = forward
-        if work.has_reference or work.adapter_parameters:
+        if work.has_reference or work.lora_rank:
             seconds["reference"] = scoring
         if work.rollout != "transformers":
             seconds["log probabilities of the rollout"] = scoring
@@ -382,6 +385,11 @@ def _lines(name: str, one: Estimate) -> Iterator[str]:
     for part, seconds in one.seconds.items():
         if part != "step":
             yield f"  {part:<44}{seconds:>10.2f} s"
+    yield f"  {3600 * one.hours / step:,.0f} steps: {one.hours:.1f} h, without evaluations"
+    yield f"  disk: at most {one.disk['peak'] / GIGABYTE:.1f} GB in the run directory"
+    for part, size in one.disk.items():
+        if size and part != "peak":
+            yield f"  {part:<44}{size / GIGABYTE:>10.2f} GB"
     yield (
         f"  assumed: {gpu.teraflops:g} TFLOP/s at {gpu.flops_utilization:.0%}, "
         f"{gpu.bandwidth_gb:g} GB/s at {gpu.bandwidth_utilization:.0%}, links {gpu.link_gb:g} GB/s"

@@ -1,8 +1,7 @@
 """Precomputed SAM image embeddings on disk, for training with a frozen image encoder.
 
     features.json              fingerprint of the encoder and shape of an embedding
-    shard-00000.safetensors    float16 embeddings by the content key of their image
-    shard-00000.json           their checksums, written last: a shard without it is ignored
+    shard-00000.safetensors    float16 embeddings by the content key of their image, with checksums
 
 Equal images are stored once. An interrupted computation resumes with the missing images. Every
 embedding is checked against its checksum when it is read.
@@ -14,10 +13,11 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,22 +34,15 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "features.json"
 LOCK_FILE = ".lock"
-SCHEMA_VERSION = 1
 
 Progress = Callable[[int, int, float], None]
 """Callback with the images done, their total, and the seconds so far."""
 
 
 class FeatureIndex(Record, frozen=True):
-    """Index of a directory of embeddings.
+    """Index of a directory: fingerprint of the encoder, and shape of an embedding, (C, G, G)."""
 
-    Attributes:
-        schema_version: schema version of the file.
-        encoder: hash of the image encoder's weights and of the geometry.
-        shape: shape of an embedding, (C, G, G).
-    """
-
-    schema_version: int
+    schema_version: Literal[1]
     encoder: str
     shape: tuple[int, int, int]
 
@@ -58,7 +51,7 @@ class FeatureStore:
     """Embeddings by image content in a directory, read one at a time.
 
     Raises:
-        ArtifactError: no embeddings, or another schema version.
+        ArtifactError: no embeddings, another schema version, or a damaged file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -90,8 +83,6 @@ class FeatureStore:
         Raises:
             ArtifactError: the embedding is missing or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         key = image_key(image)
         if key not in self._shards:
             raise ArtifactError(
@@ -100,11 +91,8 @@ class FeatureStore:
                 "same --out adds missing embeddings"
             )
         shard, checksum = self._shards[key]
-        try:
-            with safe_open(shard, framework="pt") as stored:
-                tensor: Tensor = stored.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(shard, str(error)) from error
+        with _open_shard(shard) as stored:
+            tensor: Tensor = stored.get_tensor(key)
         if tuple(tensor.shape) != self.index.shape or _checksum(tensor) != checksum:
             raise _damaged(shard, f"checksum of {key} does not match")
         return tensor
@@ -133,15 +121,7 @@ def load_images(
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """Result of a computation.
-
-    Attributes:
-        num_images: distinct images of the given examples, all stored now.
-        num_new: embeddings computed by this call.
-        num_examples: examples read.
-        bytes_written: bytes written by this call.
-        seconds: duration of the call in seconds.
-    """
+    """Result of a computation: distinct images (all stored now), those computed, examples read."""
 
     num_images: int
     num_new: int
@@ -190,7 +170,12 @@ def compute_features(
         model = load_segmentation_model(checkpoint)
         _open_index(out, model)
         known = set(_read_shards(out))
-        _require_disk(out, max_feature_bytes(checkpoint, max(0, num_images - len(known))))
+        needed = max_feature_bytes(checkpoint, max(0, num_images - len(known)))
+        if needed > (free := shutil.disk_usage(out).free):
+            raise ArtifactError(
+                f"the embeddings need up to {needed / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB "
+                f"are free at {out}; choose another disk with --out"
+            )
         model.image_encoder.to(device)
         requested, shard = set[str](), dict[str, Tensor]()
         total = num_new = written = 0
@@ -222,9 +207,9 @@ def encoder_fingerprint(model: SegmentationModel) -> str:
 
 def _open_index(out: Path, model: SegmentationModel) -> None:
     """Write the index of a new directory; an existing one must be of the same encoder."""
-    geometry = model.config.geometry
-    shape = (geometry.out_chans, geometry.grid_size, geometry.grid_size)
-    index = FeatureIndex(SCHEMA_VERSION, encoder_fingerprint(model), shape)
+    size = model.config.geometry.grid_size
+    shape = (model.config.geometry.out_chans, size, size)
+    index = FeatureIndex(1, encoder_fingerprint(model), shape)
     if not (out / INDEX_FILE).is_file():
         write_json(out / INDEX_FILE, index.to_json())
     elif _read_index(out) != index:
@@ -248,16 +233,15 @@ def _encode(model: SegmentationModel, image: RgbArray, device: str) -> Tensor:
 
 
 def _write_shard(out: Path, tensors: dict[str, Tensor]) -> int:
-    """Write a shard, then its checksums; return its size in bytes."""
+    """Write a shard; return its size in bytes."""
     from safetensors.torch import save_file
 
     if not tensors:
         return 0
-    numbers = [int(path.stem.partition("-")[2]) for path in out.glob("shard-*.json")]
+    numbers = [int(path.stem.partition("-")[2]) for path in out.glob("shard-*.safetensors")]
     path = out / f"shard-{max(numbers, default=-1) + 1:05d}.safetensors"
     with atomic_write(path) as partial:
-        save_file(tensors, partial)
-    write_json(path.with_suffix(".json"), {k: _checksum(tensor) for k, tensor in tensors.items()})
+        save_file(tensors, partial, {key: _checksum(tensor) for key, tensor in tensors.items()})
     return path.stat().st_size
 
 
@@ -269,32 +253,29 @@ def _read_index(path: Path) -> FeatureIndex:
             f"features CHECKPOINT EXAMPLES --out {path}`"
         )
     try:
-        index = FeatureIndex.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return FeatureIndex.from_json(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ArtifactError(f"cannot parse {file}: {error}; recompute the embeddings") from error
-    if index.schema_version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"schema_version of {file} is {index.schema_version}; accepted: {SCHEMA_VERSION}; "
-            "recompute the embeddings"
-        )
-    return index
 
 
 def _read_shards(path: Path) -> dict[str, tuple[Path, str]]:
     """Map the key of each embedding to its file and checksum."""
     shards: dict[str, tuple[Path, str]] = {}
-    for listing in sorted(path.glob("shard-*.json")):
-        shard = listing.with_suffix(".safetensors")
-        if not shard.is_file():
-            raise ArtifactError(
-                f"{shard} is missing; remove {listing.name} and recompute with the same --out"
-            )
-        try:
-            checksums: dict[str, Any] = json.loads(listing.read_text(encoding="utf-8"))
-            shards.update({key: (shard, str(value)) for key, value in checksums.items()})
-        except (ValueError, AttributeError) as error:
-            raise _damaged(shard, f"{listing.name}: {error}") from error
+    for shard in sorted(path.glob("shard-*.safetensors")):
+        with _open_shard(shard) as stored:
+            shards.update({key: (shard, value) for key, value in stored.metadata().items()})
     return shards
+
+
+@contextmanager
+def _open_shard(shard: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, str(error)) from error
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -304,15 +285,5 @@ def _checksum(tensor: Tensor) -> str:
 
 def _damaged(shard: Path, reason: str) -> ArtifactError:
     return ArtifactError(
-        f"{shard} is damaged ({reason}); remove it and {shard.stem}.json, and recompute with the "
-        "same --out"
+        f"{shard} is damaged ({reason}); remove it and recompute with the same --out"
     )
-
-
-def _require_disk(out: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed_bytes > free:
-        raise ArtifactError(
-            f"the embeddings need up to {needed_bytes / 1e9:,.1f} GB, but only "
-            f"{free / 1e9:,.1f} GB are free at {out}; choose another disk with --out"
-        )

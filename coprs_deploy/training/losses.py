@@ -28,12 +28,7 @@ DICE_SMOOTHING = 1.0
 
 
 class Mean(NamedTuple):
-    """Weighted mean as a sum and its divisor.
-
-    Attributes:
-        total: () float, sum of the weighted values.
-        weight: () float, sum of the weights.
-    """
+    """Weighted mean as a sum of the weighted values and a sum of the weights, () float each."""
 
     total: Tensor
     weight: Tensor
@@ -44,10 +39,6 @@ class Mean(NamedTuple):
         if weights is None:
             return cls(values.float().sum(), values.new_tensor(values.numel(), dtype=torch.float32))
         return cls((values.float() * weights).sum(), weights.float().sum())
-
-    def value(self) -> Tensor:
-        """Return the mean over this process; 0 without values."""
-        return self.total / self.weight.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def inside_image(unpadded_size: Tensor, mask_size: int, mask_stride: int) -> Tensor:
@@ -136,16 +127,18 @@ def segmentation_losses(
     }
 
 
-def token_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Mean:
+def token_cross_entropy(
+    logits: Tensor, labels: Tensor, token_weights: Tensor | None = None
+) -> Mean:
     """Cross-entropy of the next token, weighted by token.
 
     Args:
         logits: (T, V) logits of the next token.
         labels: int64 (T,), the next token.
-        token_weights: (V,) weight of each token of the vocabulary as a label.
+        token_weights: (V,) weight of each token of the vocabulary as a label; 1 by default.
     """
     loss = F.cross_entropy(logits.float(), labels, reduction="none")
-    return Mean.of(loss, token_weights[labels])
+    return Mean.of(loss, None if token_weights is None else token_weights[labels])
 
 
 def _mean_inside(loss: Tensor, inside: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ADAMW_RMS = 0.2
 """Typical root mean square of an AdamW step, so that both optimizers share a learning rate."""
 
+MOMENTUM = 0.95
+"""Decay of Muon's momentum."""
+
+NUM_ITERATIONS = 4
+"""Newton-Schulz iterations per step of Muon."""
+
 _SMALLEST_NORM = 1e-7
 
 
@@ -35,24 +41,27 @@ def build_optimizers(objective: nn.Module, settings: Optimizer) -> list[torch.op
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, weight in objective.named_parameters():
         if weight.requires_grad:
-            is_segmentation = "segmentation" in name.split(".")
+            parts = name.split(".")
             is_muon = settings.name == "muon" and is_hidden(name, weight)
-            peak = settings.learning_rate * _lr_multiplier(name, settings)
-            key = (is_muon, peak, is_segmentation)
+            multipliers = settings.lr_multipliers
+            factors = [multipliers[part] for part in parts if part in multipliers] or [1.0]
+            key = (is_muon, settings.learning_rate * factors[-1], "segmentation" in parts)
             groups.setdefault(key, []).append(weight)
-    optimizers: list[torch.optim.Optimizer] = []
-    for is_muon in (False, True):
-        chosen = [
+    adamw, muon = (
+        [
             {"params": weights, "lr": peak, "peak_lr": peak}
             for (kind, peak, _), weights in groups.items()
             if kind == is_muon
         ]
-        if chosen and is_muon:
-            optimizers.append(Muon(chosen, weight_decay=settings.weight_decay))
-        elif chosen:
-            optimizers.append(
-                torch.optim.AdamW(chosen, betas=settings.betas, weight_decay=settings.weight_decay)
-            )
+        for is_muon in (False, True)
+    )
+    optimizers: list[torch.optim.Optimizer] = []
+    if adamw:
+        optimizers.append(
+            torch.optim.AdamW(adamw, betas=settings.betas, weight_decay=settings.weight_decay)
+        )
+    if muon:
+        optimizers.append(Muon(muon, weight_decay=settings.weight_decay))
     return optimizers
 
 
@@ -84,66 +93,47 @@ def set_lr_factor(optimizers: Iterable[Any], factor: float) -> None:
             group["lr"] = group["peak_lr"] * factor
 
 
-def _lr_multiplier(name: str, settings: Optimizer) -> float:
-    multipliers = settings.lr_multipliers
-    found = [multipliers[part] for part in name.split(".") if part in multipliers]
-    return found[-1] if found else 1.0
-
-
 class Muon(torch.optim.Optimizer):
     """Muon: updates matrices by orthogonalized Nesterov momentum.
 
     Args:
-        groups: parameter groups; every parameter is a matrix.
-        lr: learning rate on AdamW's scale.
-        momentum: decay of the momentum.
+        groups: parameter groups, each with its ``lr`` on AdamW's scale; every parameter is a
+            matrix.
         weight_decay: decoupled weight decay.
-        num_iterations: Newton-Schulz iterations per step.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        num_iterations: int = 4,
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, groups: Iterable[dict[str, Any]], weight_decay: float = 0.0) -> None:
+        super().__init__(groups, {"weight_decay": weight_decay})
         for group in self.param_groups:
             for weight in group["params"]:
                 assert weight.ndim == 2, f"Muon updates matrices, not shape {tuple(weight.shape)}"
-        self._num_iterations = num_iterations
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
-        loss = closure() if closure is not None else None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape.setdefault(weight.shape, []).append(weight)
             for shape, weights in by_shape.items():
-                directions = torch.stack([self._direction(w, group["momentum"]) for w in weights])
-                steps = orthogonalize(directions, self._num_iterations)
+                steps = orthogonalize(torch.stack([self._direction(w) for w in weights]))
                 scale = group["lr"] * ADAMW_RMS * max(shape) ** 0.5
                 for weight, step in zip(weights, steps, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(step, alpha=-scale)
-        return loss
 
-    def _direction(self, weight: Tensor, momentum: float) -> Tensor:
+    def _direction(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         assert weight.grad is not None, "only matrices with a gradient are updated"
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         buffer: Tensor = state["momentum_buffer"]
-        buffer.lerp_(weight.grad, 1 - momentum)
-        return weight.grad.lerp(buffer, momentum)
+        buffer.lerp_(weight.grad, 1 - MOMENTUM)
+        return weight.grad.lerp(buffer, MOMENTUM)
 
 
-def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Orthogonalize matrices by Newton-Schulz iterations, (N, R, C) float to float32.
 
     All singular values end near 1.
@@ -153,7 +143,7 @@ def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
     x = matrices.float()
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
-    for _ in range(num_iterations):
+    for _ in range(NUM_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     result: Tensor = x.mT if is_tall else x

@@ -5,6 +5,9 @@ Shared by :class:`~coprs_deploy.training.trainer.Trainer` and the GRPO stage.
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -13,24 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coprs_deploy.training.run_directory import WEIGHTS_FILE, RunDirectory
+from coprs_deploy.artifacts import atomic_write, write_json
+from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+RESULT_FILE = "result.json"
+WEIGHTS_FILE = "weights.pt"
+PROGRESS_FILE = "progress.json"
+BEST_FILE = "best.json"
+
 
 class StageProgress:
     """Progress of a stage in its run directory; only the main process writes.
 
-    ``steps_before``, the steps of earlier stages, is the offset of the curves.
-
-    Attributes:
-        path: folder of the stage.
-        state: folder of the state to resume from; None starts from the first step.
-        step: number of steps in that state.
-        init_metrics: metrics before the first step.
+    ``steps_before``, the steps of earlier stages, is the offset of the curves. ``state`` is the
+    folder of the state to resume from, after ``step`` steps; None starts from the first step.
     """
 
     def __init__(
@@ -46,17 +50,42 @@ class StageProgress:
         self.path = directory.stage(name)
         self.state: Path | None = None
         self.step, self.init_metrics, self._seconds_before = 0, dict[str, float](), 0.0
-        if latest := directory.latest_state(name):
-            self.state, saved = latest
+        if complete := [file.parent for file in self.path.glob(f"state-*/{PROGRESS_FILE}")]:
+            self.state = max(complete, key=lambda path: int(path.name.removeprefix("state-")))
+            saved = json.loads((self.state / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.step, self.init_metrics = saved["step"], saved["init_metrics"]
             self._seconds_before = saved["seconds"]
+        self.best: dict[str, float] = {}
+        if (best := self.path / BEST_FILE).is_file():
+            saved = json.loads(best.read_text(encoding="utf-8"))
+            self.best = saved if saved["step"] <= self.step else {}
+        if self.step > settings.max_steps:
+            raise ValueError(
+                f"stages.{name}.max_steps is {settings.max_steps}, and {self.state} has "
+                f"{self.step} steps; accepted: {self.step} (ends the stage with it) or more"
+            )
         self._started = time.perf_counter()
 
+    @property
+    def kept_step(self) -> int:
+        """Last step of what a resumed run keeps in its logs; -1 keeps nothing."""
+        return self.step if self.state else -1
+
     def start(self) -> None:
-        """Rewind the log to the state, and start the clock."""
-        if self._accelerator.is_main_process:
+        """Remove incomplete states, rewind the logs to the resume point, and start the clock."""
+        accelerator = self._accelerator
+        if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._directory.rewind_log(self._name, self.step)
+            for partial in self.path.glob("checkpoint-*"):
+                shutil.rmtree(partial)
+            self._directory.rewind_log(self._name, self.kept_step)
+            position = f"resumed from step {self.step}" if self.state else "from its first step"
+            text = f"{self._name}: {self._settings.max_steps} steps, {position}"
+            print(text, file=sys.stderr, flush=True)
+        if not accelerator.trackers:
+            writer = {"purge_step": self._steps_before + self.step + 1}
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": writer})
+        accelerator.wait_for_everyone()
         self._started = time.perf_counter()
 
     def seconds(self) -> float:
@@ -77,27 +106,51 @@ class StageProgress:
         text = f"{self._name:<14} {step:>6}/{max_steps}  {shown}  {times}"
         print(text, file=sys.stderr, flush=True)
 
-    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of an evaluation, without those of single question types on stderr."""
+    def log_evaluation(self, step: int, metrics: Mapping[str, float], best_metric: str) -> bool:
+        """Log the metrics of an evaluation, without those of single question types on stderr.
+
+        Returns:
+            Whether ``best_metric`` is the best of several evaluations so far.
+        """
         shown = "  ".join(
             f"{name} {value:.3f}"
             for name, value in metrics.items()
             if "." not in name and not name.endswith("_stderr")
         )
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()}, f"eval: {shown}")
+        value, best = metrics.get(best_metric, math.nan), self.best.get("value", -math.inf)
+        if not self._settings.eval_steps or not value > best or step == 0:
+            return False
+        self.best = {"step": step, "value": value}
+        return True
 
-    def commit(self, step: int, partial: Path) -> None:
-        """Make a folder that all processes have written the state to resume from."""
+    def commit_best(self) -> None:
+        """Record the evaluation whose checkpoint was written as the best one."""
+        write_json(self.path / BEST_FILE, self.best)
+
+    def partial_state(self, step: int) -> Path:
+        """Return the folder in which all processes write a state; the name is TRL's."""
+        return self.path / f"checkpoint-{step}"
+
+    def commit(self, step: int) -> None:
+        """Make a written state the one to resume from; older states are removed."""
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
+            partial, final = self.partial_state(step), self.path / f"state-{step:06d}"
             saved = {"step": step, "seconds": self.seconds(), "init_metrics": self.init_metrics}
-            self._directory.commit_state(self._name, partial, saved)
+            write_json(partial / PROGRESS_FILE, saved)
+            shutil.rmtree(final, ignore_errors=True)
+            with atomic_write(final) as complete:
+                partial.rename(complete)
+            for state in self.path.glob("state-*"):
+                if state != final:
+                    shutil.rmtree(state)
         self._accelerator.wait_for_everyone()
 
     def finish(
         self, state: TrainingState, metrics: dict[str, float], num_parameters: int
     ) -> dict[str, Any]:
-        """Write the weights and the result of the stage; return the result."""
+        """Write the weights and the result of the stage, remove its states; return the result."""
         thresholds = {
             name: {
                 "required": required,
@@ -111,22 +164,36 @@ class StageProgress:
             "seconds": self.seconds(),
             "metrics": metrics,
             "init_metrics": self.init_metrics,
+            "best": self.best,
             "thresholds": thresholds,
             "parameters": num_parameters,
         }
         if self._accelerator.is_main_process:
             torch.save(state.state_dict(), self.path / WEIGHTS_FILE)
-            self._directory.finish_stage(self._name, result)
+            write_json(self.path / RESULT_FILE, result)  # last: it marks a finished stage
+            for folder in self.path.glob("state-*"):
+                shutil.rmtree(folder)
         self._accelerator.wait_for_everyone()
         return result
 
 
 def load_finished_stage(
-    directory: RunDirectory, name: str, state: TrainingState
+    directory: RunDirectory, name: str, settings: StageSettings, state: TrainingState
 ) -> dict[str, Any] | None:
-    """Load the weights of a finished stage; return its result, or None before its end."""
-    result = directory.stage_result(name)
-    if result is not None:
-        file = directory.stage(name) / WEIGHTS_FILE
-        state.load_state_dict(torch.load(file, weights_only=True))
+    """Load the weights of a finished stage; return its result, or None before its end.
+
+    Raises:
+        ValueError: it ended after another number of steps than ``max_steps``.
+    """
+    file = directory.stage(name) / RESULT_FILE
+    if not file.is_file():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if result["steps"] != settings.max_steps:
+        raise ValueError(
+            f"stages.{name}.max_steps is {settings.max_steps}, and the stage ended after "
+            f"{result['steps']} steps; accepted: {result['steps']}; to train on, start a run in "
+            f"another directory with model.path={directory.path / 'checkpoint'}"
+        )
+    state.load_state_dict(torch.load(file.with_name(WEIGHTS_FILE), weights_only=True))
     return result

@@ -12,6 +12,7 @@ a checkpoint; recipes of the tiny model are
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,10 @@ import msgspec
 from coprs_deploy.specs import Record
 from coprs_deploy.training.settings import (
     CheckpointModel,
+    Count,
     ExampleData,
     GrpoSettings,
+    Positive,
     SupervisedSettings,
     SyntheticData,
 )
@@ -42,7 +45,6 @@ FREE_TABLES = (
 """Tables whose keys are not fields of a record."""
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
-_INVALID_KIND = re.compile(r"Invalid value '[^']*' - at `\$\.(\w+)[^`]*\.kind`")
 
 
 class RunSettings(Record, frozen=True, kw_only=True):
@@ -62,17 +64,20 @@ class RunSettings(Record, frozen=True, kw_only=True):
             on a CPU but leaves a GPU idle meanwhile.
         logging_steps: steps between two lines of the log.
         save_steps: steps between two states that a run can resume from.
+        best_metric: metric of the evaluations during a stage (``eval_steps``) whose best value
+            selects the weights in ``checkpoint-best``.
     """
 
     description: str
-    seed: int = 0
+    seed: Count = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    num_processes: int = 1
-    num_threads: int = 1
-    num_workers: int = 0
-    logging_steps: int = 10
-    save_steps: int = 200
+    num_processes: Positive = 1
+    num_threads: Positive = 1
+    num_workers: Count = 0
+    logging_steps: Positive = 10
+    save_steps: Positive = 200
+    best_metric: str = "giou"
 
 
 class Recipe(RunSettings, frozen=True, kw_only=True):
@@ -161,20 +166,19 @@ def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _find(source: str, readers: tuple[str, ...]) -> Path:
-    candidates = (
-        [Path(source)]
-        if source.endswith(".toml")
-        else [folder / f"{source}.toml" for folder in RECIPE_FOLDERS]
-    )
-    for path in candidates:
-        if path.is_file():
-            return path
+    packaged = [folder / f"{source}.toml" for folder in RECIPE_FOLDERS]
+    paths = [Path(source)] if source.endswith(".toml") else packaged
+    if found := next(filter(Path.is_file, paths), None):
+        return found
     names = recipe_names()
     reader = f" (the base of {readers[-1]})" if readers else ""
-    hint = _suggestion(source, names, cutoff=0.6)
+    if source.endswith(".toml"):
+        raise ValueError(f"the recipe file {source}{reader} does not exist")
+    if Path(f"{source}.toml").is_file():
+        names.append(f"{source}.toml")
     raise ValueError(
         f"there is no recipe {source!r}{reader}; accepted: {', '.join(names)}, or a .toml file"
-        f"{hint}"
+        f"{_suggestion(source, names, cutoff=0.6)}"
     )
 
 
@@ -192,22 +196,33 @@ def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _convert(data: object, where: str, recipe_type: type[R]) -> R:
     try:
-        return recipe_type.from_json(data)
+        recipe = recipe_type.from_json(data)
     except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at ")
+        records = _records_at(recipe_type, path.strip("`$").replace("[...]", "").split(".")[1:])
         hint = ""
-        if unknown := _UNKNOWN_FIELD.search(str(error)):
-            hint = _suggestion(unknown[1], _field_names())
-        elif invalid := _INVALID_KIND.search(str(error)):
-            hint = f"; accepted: {', '.join(_accepted_kinds(recipe_type, invalid[1]))}"
+        if unknown := _UNKNOWN_FIELD.search(reason):
+            fields = sorted({name for record in records for name in record.__struct_fields__})
+            hint = _suggestion(unknown[1], fields) or f"; accepted: {', '.join(fields)}"
+        elif path.endswith(".kind`"):
+            hint = f"; accepted: {', '.join(record.__struct_config__.tag for record in records)}"
         raise ValueError(f"{where} is not valid: {error}{hint}") from error
+    for key, value in _leaves(recipe.to_json()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} is not valid: {key} is {value}; accepted: a finite number")
+    return recipe
 
 
-def _accepted_kinds(recipe_type: type[RunSettings], table: str) -> list[str]:
-    """List the accepted values of ``kind`` in a table: ``model``, ``data`` or ``stages``."""
-    annotation = get_type_hints(recipe_type)[table]
-    if table == "stages":
-        annotation = get_args(annotation)[1]
-    return [record.__struct_config__.tag for record in get_args(annotation) or (annotation,)]
+def _records_at(recipe_type: type[RunSettings], path: Sequence[str]) -> list[Any]:
+    """List the types of the records that a recipe may have at a path, ``kind`` left out."""
+    records: list[Any] = [recipe_type]
+    for name in path:
+        hints = (get_type_hints(record).get(name) for record in records)
+        found = [each for hint in hints for each in (get_args(hint) or (hint,))]
+        found = [inner for each in found for inner in (get_args(each) or (each,))]
+        if name != "kind":
+            records = [each for each in found if hasattr(each, "__struct_fields__")]
+    return records
 
 
 def _assign(data: dict[str, Any], key: str, value: object) -> None:
@@ -241,13 +256,3 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ob
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, list(value) if isinstance(value, tuple) else value
-
-
-def _field_names() -> list[str]:
-    found: set[str] = set()
-    waiting: list[type] = [Record]
-    while waiting:
-        record = waiting.pop()
-        found.update(getattr(record, "__struct_fields__", ()))
-        waiting.extend(record.__subclasses__())
-    return sorted(found)

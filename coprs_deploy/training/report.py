@@ -10,19 +10,9 @@ from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.plots import plot_correlation, pyplot
 from coprs_deploy.training.run_directory import RunDirectory
 
-HEAD_COLORS = {"auxiliary": "#c7d2da", "reference_head": "#e8cfa9"}
-"""Color of the losses of auxiliary heads, by the first part of their names."""
-
 
 class Panel(NamedTuple):
-    """One panel of a stage's plot.
-
-    Attributes:
-        title: title.
-        keys: keys of the log; one that ends in a slash stands for all that start with it.
-        is_log: whether the vertical axis is logarithmic.
-        limits: limits of the vertical axis.
-    """
+    """One panel of a stage's plot; a key that ends in a slash stands for all that start with it."""
 
     title: str
     keys: tuple[str, ...]
@@ -34,7 +24,6 @@ SUPERVISED_PANELS = (
     Panel("loss", ("loss", "loss/"), is_log=True),
     Panel("evaluation", ("eval/",), limits=(0, 1.02)),
 )
-"""Panels of the stages that minimize supervised losses."""
 
 GRPO_PANELS = (
     Panel("reward", ("reward", "rewards/mask/mean", "rewards/format/mean", "eval/reward")),
@@ -44,7 +33,6 @@ GRPO_PANELS = (
     Panel("gradient norm", ("grad_norm",)),
     Panel("learning rate", ("learning_rate/",), is_log=True),
 )
-"""Panels of a GRPO stage."""
 
 
 def write_report(directory: RunDirectory, report: Mapping[str, Any]) -> None:
@@ -83,6 +71,15 @@ def page(report: Mapping[str, Any]) -> str:
             lines += ["", f"Held-out examples, greedy decoding, before and after {name}:", ""]
             after = {f"before/{metric}": value for metric, value in result["metrics"].items()}
             lines += _comparison(("before", "after"), before, after)
+        elif result.get("metrics") and "generated" not in report:
+            lines += ["", f"Held-out examples, teacher-forced, after {name}:", ""]
+            shown = {m: v for m, v in result["metrics"].items() if "." not in m}
+            lines += markdown_table(
+                ("", "value"), [(_label(m), f"{v:.4f}") for m, v in shown.items()]
+            )
+        if result.get("best"):
+            step, value = result["best"]["step"], result["best"]["value"]
+            lines += ["", f"Best evaluation of {name}: step {step:g}, {value:.4f}."]
     if "generated" in report:
         lines += ["", "Held-out scenes, weights as stored:", ""]
         columns = ("generated", "teacher-forced")
@@ -126,43 +123,30 @@ def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> Non
     rows, columns = (2, 3) if is_grpo else (1, 2)
     mpl_figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns + 1, 3.5 * rows + 0.5))
     for axes, panel in zip(grid.flat, panels, strict=True):
-        _plot_panel(axes, panel, lines)
+        for key in sorted({k for line in lines for k in line if _is_shown(k, panel)}):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), **_style(key))
+        axes.set(xlabel="step", title=panel.title, yscale="log" if panel.is_log else "linear")
+        axes.set_ylim(panel.limits)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=6)
     mpl_figure.suptitle(name)
     mpl_figure.tight_layout()
     mpl_figure.savefig(path, dpi=120)
     plt.close(mpl_figure)
 
 
-def _plot_panel(axes: Any, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
-    labels = set[str]()
-    for key in sorted({k for line in lines for k in line if _is_shown(k, panel)}):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if not points:
-            continue
-        label, style = _curve(key)
-        axes.plot(*zip(*points, strict=True), label="" if label in labels else label, **style)
-        labels.add(label)
-    axes.set(xlabel="step", title=panel.title)
-    if panel.is_log:
-        axes.set_yscale("log")
-    if panel.limits:
-        axes.set_ylim(panel.limits)
-    axes.grid(alpha=0.3)
-    if labels:
-        axes.legend(fontsize=6)
-
-
-def _curve(key: str) -> tuple[str, dict[str, Any]]:
+def _style(key: str) -> dict[str, Any]:
     """Return label and style of a key of the log."""
     if key == "loss":
-        return "loss", {"color": "black", "linewidth": 1.8}
+        return {"label": key, "color": "black", "linewidth": 1.8}
     if key.startswith("eval/"):
-        return _label(key), {"marker": "o", "markersize": 3, "linewidth": 1.4}
-    group = key.removeprefix("loss/").partition(".")[0]
-    if key.startswith("loss/") and group in HEAD_COLORS:
-        # Up to twenty heads: one color and one legend entry per group.
-        return _label(group), {"color": HEAD_COLORS[group], "linewidth": 0.6, "zorder": 1}
-    return _label(key), {"linewidth": 1.0}
+        return {"label": _label(key), "marker": "o", "markersize": 3, "linewidth": 1.4}
+    if key.startswith("loss/") and "." in key:  # up to twenty auxiliary heads
+        return {"color": "#c7d2da", "linewidth": 0.6, "zorder": 1}
+    return {"label": _label(key), "linewidth": 1.0}
 
 
 def _is_shown(key: str, panel: Panel) -> bool:

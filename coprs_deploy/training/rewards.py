@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coprs_deploy.prompts import FormatViolation, Response
-from coprs_deploy.training.settings import ResponseFormat, RewardWeights
+from coprs_deploy.training.settings import ResponseFormat
 
 SOFT_IOU_WEIGHT, SOFT_DICE_WEIGHT, HARD_IOU_WEIGHT = 0.5, 0.2, 0.3
 """Parts of the mask score (paper, B.2)."""
@@ -95,11 +95,6 @@ def format_score(
         _MINOR_VIOLATIONS[response_format],
     }
     return IMPERFECT_FORMAT_SCORE if violations & minor else 1.0
-
-
-def total_reward(mask_scores: Tensor, format_scores: Tensor, weights: RewardWeights) -> Tensor:
-    """Return the weighted sum of both scores; (N,) each, in [0, 1]."""
-    return weights.mask * mask_scores + weights.format * format_scores
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

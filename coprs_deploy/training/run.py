@@ -8,84 +8,124 @@ run by :mod:`coprs_deploy.curriculum.run` with :func:`open_run`, :func:`save_che
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
-from coprs_deploy.data.examples import ExampleFile
-from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
-from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
-from coprs_deploy.training.features import FeatureStore
-from coprs_deploy.training.progress import load_finished_stage
+from coprs_deploy.training.examples import ExampleSets, open_data
+from coprs_deploy.training.processes import StopRequest
+from coprs_deploy.training.progress import StageProgress, load_finished_stage
 from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_directory import (
+    BEST_CHECKPOINT_FOLDER,
     CHECKPOINT_FOLDER,
     REPORT_FILE,
     RunDirectory,
     all_passed,
 )
-from coprs_deploy.training.settings import CheckpointModel, ExampleData, SupervisedSettings
-from coprs_deploy.training.state import TrainingState, state_from_checkpoint
-from coprs_deploy.training.supervised_stage import ExampleSets, SupervisedStage
+from coprs_deploy.training.settings import (
+    LORA_TARGETS,
+    CheckpointModel,
+    GrpoSettings,
+    SupervisedSettings,
+)
+from coprs_deploy.training.state import TrainingState, freeze_unused, state_from_checkpoint
+from coprs_deploy.training.supervised_stage import SupervisedStage
 from coprs_deploy.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from coprs_deploy.training.grpo.stage import GrpoStage
-
 
 @dataclass(frozen=True)
 class Run(Generic[R]):
-    """An open run.
+    """An open run: its recipe with the precision of this machine, and ``time.perf_counter()``.
 
-    Attributes:
-        recipe: recipe with the precision of this machine.
-        accelerator: processes, device and precision.
-        directory: run directory.
-        started: time of the start, as ``time.perf_counter`` gives it.
+    ``provenance`` is written into its checkpoints.
     """
 
     recipe: R
     accelerator: Accelerator
     directory: RunDirectory
     started: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def save_best(
+        self,
+        state: TrainingState,
+        progress: StageProgress,
+        policy_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write ``checkpoint-best``; all processes take part."""
+        if self.accelerator.is_main_process:
+            state.save_checkpoint(
+                self.directory.path / BEST_CHECKPOINT_FOLDER,
+                self.recipe.save_dtype,
+                self.provenance | progress.best,
+                overwrite=True,
+                policy_weights=policy_weights,
+            )
+            progress.commit_best()
+        self.accelerator.wait_for_everyone()
 
 
-def train(recipe: Recipe, out: Path) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, *, export_only: bool = False) -> dict[str, Any]:
     """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
 
+    Args:
+        recipe: the recipe.
+        out: run directory.
+        export_only: train nothing; write the newest state of the run as its checkpoint.
+
     Returns:
-        The report: stages with their metrics and thresholds.
+        The report: stages with their metrics and thresholds; empty with ``export_only``.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings, or settings contradict each other.
+        ValueError: ``out`` holds a run with other settings or data, settings and data contradict
+            each other, or there is no state to export.
         CheckpointError: the initial checkpoint cannot be used.
     """
     with open_run(recipe, out) as run:
+        if export_only:
+            run.directory.require_progress()
         checkpoint = read_checkpoint(recipe.model.path or CHECKPOINT)
+        data = open_data(recipe)
+        if run.accelerator.is_main_process:
+            source = checkpoint.fingerprint()
+            run.directory.check_inputs({"model.path": source, **data.contents})
+            run.provenance.update({"recipe": recipe.description, "from": source})
+        run.accelerator.wait_for_everyone()
         state = state_from_checkpoint(checkpoint)
-        results = _train_stages(run, checkpoint, state)
-        provenance = {"recipe": recipe.description, "from": checkpoint.fingerprint()}
-        save_checkpoint(run, state, provenance)
-        return finish_run(run, results)
+        if data.features is not None:
+            data.features.require_encoder(state.segmentation)
+        vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+        examples = ExampleSets(data.training, data.held_out, vision, recipe.seed, data.features)
+        if run.accelerator.is_main_process:
+            log_run(run, checkpoint, examples)
+        results = _train_stages(run, checkpoint, state, examples, export_only=export_only)
+        save_checkpoint(run, state)
+        return {} if export_only else finish_run(run, results)
 
 
 @contextmanager
@@ -97,15 +137,32 @@ def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
         ValueError: ``out`` holds a run with other settings.
         ArtifactError: another process trains in ``out``.
     """
-    recipe = resolve_precision(recipe)
+    recipe = resolve_precision(type(recipe).from_json(recipe.to_json()))  # checks the ranges
     accelerator = _accelerator(recipe, out)
     directory = RunDirectory(out)
     with directory.lock() if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             directory.open(recipe)
-        accelerator.init_trackers("tensorboard")
-        yield Run(recipe, accelerator, directory, time.perf_counter())
+        run = Run(recipe, accelerator, directory, time.perf_counter())
+        with run.stop.handled():
+            yield run
     accelerator.end_training()
+
+
+def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> None:
+    """Say on stderr what is trained, on what, and where."""
+    accelerator, recipe = run.accelerator, run.recipe
+    skipped = len(getattr(examples.training, "problems", ()))
+    print(
+        f"{checkpoint.path}: {len(examples.training):,} training examples"
+        f"{f' ({skipped:,} invalid rows left out)' if skipped else ''}, "
+        f"{len(examples.held_out):,} held out; {accelerator.device}, {recipe.precision}, "
+        f"processes: {accelerator.num_processes}, threads: {recipe.num_threads}",
+        *(f"{name}: {settings.batch_text()} per step" for name, settings in recipe.stages.items()),
+        sep="\n",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def resolve_precision(recipe: R) -> R:
@@ -120,21 +177,18 @@ def resolve_precision(recipe: R) -> R:
     return msgspec.structs.replace(recipe, precision="bf16" if has_bf16 else "fp32")
 
 
-def save_checkpoint(run: Run[Any], state: TrainingState, provenance: dict[str, Any]) -> None:
-    """Write the finished checkpoint of a run; all processes take part."""
+def save_checkpoint(run: Run[Any], state: TrainingState) -> None:
+    """Write the checkpoint of a run; all processes take part."""
     if run.accelerator.is_main_process:
         path = run.directory.path / CHECKPOINT_FOLDER
-        state.save_checkpoint(path, run.recipe.save_dtype, provenance, overwrite=True)
+        state.save_checkpoint(path, run.recipe.save_dtype, run.provenance, overwrite=True)
     run.accelerator.wait_for_everyone()
 
 
 def finish_run(
     run: Run[Any], results: dict[str, Any], evaluation: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write ``report.json``, ``report.md`` and plots; all processes take part.
-
-    ``evaluation`` has further entries of the report, which is returned.
-    """
+    """Write and return the report with ``evaluation`` added; all processes take part."""
     report = {
         "recipe": run.recipe.to_json(),
         "minutes": sum(result["seconds"] for result in results.values()) / 60,
@@ -151,13 +205,9 @@ def finish_run(
 
 
 def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
-    try:
+    with _extra_packages():
         from accelerate import Accelerator
         from torch.utils import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"training needs {error.name}; {install_hint('train')}"
-        ) from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(recipe.num_threads)
     return Accelerator(
@@ -168,14 +218,34 @@ def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
     )
 
 
-def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState) -> dict[str, Any]:
-    """Train all stages in order; return their results by name."""
+@contextmanager
+def _extra_packages() -> Iterator[None]:
+    """Name the extra that brings a missing package."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"training needs {error.name}; {install_hint('train')}"
+        ) from error
+
+
+def _train_stages(
+    run: Run[Recipe],
+    checkpoint: Checkpoint,
+    state: TrainingState,
+    examples: ExampleSets,
+    *,
+    export_only: bool,
+) -> dict[str, Any]:
+    """Train all stages in order; return their results by name.
+
+    With ``export_only``, load the weights of the finished stages and of the one that was stopped.
+    """
     recipe, accelerator, directory = run.recipe, run.accelerator, run.directory
     state.segmentation.to(accelerator.device)
     if accelerator.distributed_type != "FSDP":  # sharding moves each process's share itself
         state.policy.model.to(accelerator.device)
-    examples = open_examples(recipe, checkpoint, state)
-    trainer = Trainer(accelerator, recipe, directory, state)
+    trainer = Trainer(run, state)
     results: dict[str, Any] = {}
     for name, settings in recipe.stages.items():
         state.policy.model.requires_grad_(True)
@@ -184,51 +254,42 @@ def _train_stages(run: Run[Recipe], checkpoint: Checkpoint, state: TrainingState
             vision_tower(state.policy.model).requires_grad_(False)
         if isinstance(settings, SupervisedSettings):
             stage = SupervisedStage(name, settings, state, examples)
+            state.add_trained()
             if recipe.model.gradient_checkpointing:
                 enable_gradient_checkpointing(state.policy.model)
-            results[name] = trainer.run(stage)
+            if not export_only:
+                results[name] = trainer.run(stage)
+            elif not trainer.restore(stage):
+                break
             continue
-        results[name] = (
-            load_finished_stage(directory, name, state)
-            or _grpo_stage()(
-                run,
-                name,
-                settings,
-                state,
-                examples,
-                steps_before=sum(result["steps"] for result in results.values()),
-                policy_path=None if results else checkpoint.policy_path,
-            ).run()
+        freeze_unused(state.segmentation)
+        state.add_trained(partial(is_trained_by_grpo, settings))
+        if finished := load_finished_stage(directory, name, settings, state):
+            results[name] = finished
+            continue
+        with _extra_packages():
+            from coprs_deploy.training.grpo.stage import GrpoStage
+        grpo = GrpoStage(
+            run,
+            name,
+            settings,
+            state,
+            examples,
+            steps_before=sum(result["steps"] for result in results.values()),
+            policy_path=None if results else checkpoint.policy_path,
         )
+        if export_only:
+            grpo.restore()
+            break
+        results[name] = grpo.run()
     return results
 
 
-def _grpo_stage() -> type[GrpoStage]:
-    """Import the GRPO stage, which needs TRL."""
-    try:
-        from coprs_deploy.training.grpo.stage import GrpoStage
-    except ImportError as error:
-        raise MissingDependencyError(f"GRPO needs {error.name}; {install_hint('train')}") from error
-    return GrpoStage
-
-
-def open_examples(recipe: Recipe, checkpoint: Checkpoint, state: TrainingState) -> ExampleSets:
-    """Open the training and held-out examples: example files, or generated scenes."""
-    data = recipe.data
-    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
-    if isinstance(data, ExampleData):
-        features = FeatureStore(data.features) if data.features else None
-        if features is not None:
-            features.require_encoder(state.segmentation)
-        training, held_out = ExampleFile(data.training), ExampleFile(data.held_out)
-        return ExampleSets(training, held_out, vision, recipe.seed, features)
-    preset = PRESETS[data.preset]
-    return ExampleSets(
-        SceneExamples(preset, data.num_training_scenes),
-        held_out_examples(preset, data.num_held_out_scenes, data.num_no_match_scenes),
-        vision,
-        recipe.seed,
-    )
+def is_trained_by_grpo(settings: GrpoSettings, part: str, name: str) -> bool:
+    """Return whether a GRPO stage trains a weight: no image encoder, and what its mode says."""
+    if part == "segmentation":
+        return settings.mode != "rl" and not name.startswith("image_encoder.")
+    return not settings.lora.r or bool(re.match(LORA_TARGETS, name))
 
 
 def vision_tower(policy: Any) -> nn.Module:
@@ -246,11 +307,7 @@ def enable_gradient_checkpointing(policy: Any) -> None:
 
 
 def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:
-    """Build policy and segmentation path of the named sizes on the meta device.
-
-    Raises:
-        ValueError: a size has no such name.
-    """
+    """Build policy and segmentation path of the named sizes on the meta device."""
     from transformers import AutoModelForImageTextToText
 
     for name, found, known in (

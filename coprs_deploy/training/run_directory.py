@@ -1,21 +1,22 @@
 """Run directory: settings, log, resumable states and results of one run.
 
 recipe.json            all settings, resolved
+inputs.json            contents of data and checkpoint that the run started from, as hashes
 environment.json       versions, machine, commit
 log.jsonl              one line per logged step
 tensorboard/           the same as curves
 scenes/                rendered scenes, unless ``--scenes-dir`` names another folder
 stages/NAME/state-N/   weights, optimizers and position after N steps
 stages/NAME/result.json, weights.pt
-checkpoint/            the finished model
+checkpoint/            the finished model, or that of the newest state (``--export-checkpoint``)
+checkpoint-best/       the best model at an evaluation, if there are several
 report.json, report.md, plots/
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,31 @@ from coprs_deploy.training.recipe import RunSettings, changed_keys
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
-RESULT_FILE = "result.json"
-WEIGHTS_FILE = "weights.pt"
-PROGRESS_FILE = "progress.json"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
+BEST_CHECKPOINT_FOLDER = "checkpoint-best"
 
-FREE_KEYS = ("description", "logging_steps", "save_steps", "num_threads", "num_workers")
-"""Settings that a resumed run may change: they change weights by rounding only."""
+INPUTS_FILE = "inputs.json"
+
+FREE_KEYS = (
+    *("description", "logging_steps", "save_steps", "save_dtype", "best_metric"),
+    *("num_threads", "num_workers", "model.gradient_checkpointing", "model.policy", "model.sam"),
+    # Compared by content: see RunDirectory.check_inputs.
+    *("model.path", "model.init_from", "data.training", "data.held_out", "data.features"),
+)
+"""Settings that a resumed run may change."""
+
+FREE_STAGE_KEYS = (
+    *("max_steps", "eval_steps", "num_eval_examples", "thresholds", "num_completions_to_print"),
+    *("per_device_train_batch_size", "max_targets", "allow_missing_responses"),
+    *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+    *("vllm_server_host", "vllm_server_port"),
+)
+"""Settings of a stage that a resumed run may change."""
 
 
 class RunDirectory:
-    """Paths and small files of one run.
-
-    Attributes:
-        path: the directory.
-    """
+    """Lock, settings and log of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,10 +71,7 @@ class RunDirectory:
         return exclusive(self.path / LOCK_FILE, message)
 
     def open(self, recipe: RunSettings) -> bool:
-        """Start a run, or find the one to resume.
-
-        Returns:
-            Whether there is a run to resume.
+        """Start a run, or find the one to resume; return whether there is one.
 
         Raises:
             ValueError: the directory holds a run with other settings.
@@ -75,51 +82,59 @@ class RunDirectory:
             write_json(self.path / "environment.json", environment())
             write_json(file, recipe.to_json())
             return False
-        changed = [k for k in changed_keys(_read(file), recipe.to_json()) if k not in FREE_KEYS]
-        if changed:
+        before, now = json.loads(file.read_text(encoding="utf-8")), recipe.to_json()
+        changed = changed_keys(before, now)
+        refused = [key for key in changed if not _is_free(key)]
+        if refused and self.has_progress():
             raise ValueError(
-                f"{self.path} holds a run with other settings ({', '.join(changed[:5])}); "
+                f"{self.path} holds a run with other settings ({', '.join(refused[:5])}); "
                 "choose another directory with --out, or remove this one"
             )
+        if changed:
+            write_json(file, now)
         return True
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Record the contents of data and checkpoint at the start; later ones must be equal.
+
+        Raises:
+            ValueError: the run started from other data or another checkpoint.
+        """
+        file = self.path / INPUTS_FILE
+        if not (file.is_file() and self.has_progress()):
+            write_json(file, inputs)
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if changed := [
+            f"{name} (was: {before.get(name)}; now: {inputs.get(name)})"
+            for name in sorted(before.keys() | inputs.keys())
+            if before.get(name) != inputs.get(name)
+        ]:
+            raise ValueError(
+                f"{self.path} holds a run with other contents of {', '.join(changed)}; restore "
+                "them, or choose another directory with --out"
+            )
+
+    def has_progress(self) -> bool:
+        """Return whether a stage has a state or is finished."""
+        patterns = ("stages/*/state-*", "stages/*/result.json")
+        return any(any(self.path.glob(pattern)) for pattern in patterns)
+
+    def require_progress(self) -> None:
+        """Check that there is something to write a checkpoint from.
+
+        Raises:
+            ValueError: no stage has a state or is finished.
+        """
+        if not self.has_progress():
+            raise ValueError(
+                f"{self.path} has no saved state; one is saved every save_steps steps and when a "
+                "signal stops the run"
+            )
 
     def stage(self, name: str) -> Path:
         """Return the folder of a stage."""
         return self.path / "stages" / name
-
-    def stage_result(self, name: str) -> dict[str, Any] | None:
-        """Read the result of a finished stage; None before its end."""
-        file = self.stage(name) / RESULT_FILE
-        return _read(file) if file.is_file() else None
-
-    def latest_state(self, name: str) -> tuple[Path, dict[str, Any]] | None:
-        """Find the last complete state of a stage, with its progress."""
-        complete = [file.parent for file in self.stage(name).glob(f"state-*/{PROGRESS_FILE}")]
-        if not complete:
-            return None
-        state = max(complete, key=lambda folder: int(folder.name.removeprefix("state-")))
-        return state, _read(state / PROGRESS_FILE)
-
-    def commit_state(self, name: str, partial: Path, progress: dict[str, Any]) -> None:
-        """Make a written state the one to resume from; older states are removed."""
-        write_json(partial / PROGRESS_FILE, progress)
-        for path in partial.rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-        final = self.stage(name) / f"state-{progress['step']:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for state in self.stage(name).glob("state-*"):
-            if state != final:
-                shutil.rmtree(state)
-
-    def finish_stage(self, name: str, result: dict[str, Any]) -> None:
-        """Write a stage's result, last of all its files, and remove its states."""
-        write_json(self.stage(name) / RESULT_FILE, result)
-        for state in self.stage(name).glob("*state-*"):
-            shutil.rmtree(state)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to the log."""
@@ -127,24 +142,37 @@ class RunDirectory:
             file.write(json.dumps(line) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Read the log without a truncated last line."""
-        file = self.path / LOG_FILE
-        if not file.is_file():
-            return []
-        lines = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return lines
+        """Read the log without a truncated line."""
+        return read_lines(self.path / LOG_FILE)
 
     def rewind_log(self, stage: str, step: int) -> None:
-        """Remove the lines after the step that a stage resumes from."""
-        kept = [x for x in self.read_log() if x["stage"] != stage or x["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        with atomic_write(self.path / LOG_FILE) as partial:
-            partial.write_text(text, encoding="utf-8")
+        """Remove the lines after the step that a stage resumes from; -1 removes all of it."""
+        rewind_lines(
+            self.path / LOG_FILE, lambda line: line["stage"] != stage or line["step"] <= step
+        )
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read JSON lines without a truncated one; none if there is no file."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_lines(file: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove lines of a file of JSON lines."""
+    kept = [line for line in read_lines(file) if is_kept(line)]
+    with atomic_write(file) as partial:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        partial.write_text(text, encoding="utf-8")
+
+
+def _is_free(key: str) -> bool:
+    """Whether a resumed run may change a dotted key."""
+    parts = key.split(".")
+    is_of_stage = parts[0] == "stages" and len(parts) > 2
+    return key in FREE_KEYS or (is_of_stage and parts[2] in FREE_STAGE_KEYS)
 
 
 def all_passed(results: dict[str, Any]) -> bool:
@@ -155,9 +183,5 @@ def all_passed(results: dict[str, Any]) -> bool:
 
 def read_report(path: Path) -> dict[str, Any]:
     """Read the report of a finished run."""
-    return _read(path / REPORT_FILE)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+    report: dict[str, Any] = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    return report

@@ -7,15 +7,24 @@ stages of the tiny model are in :mod:`coprs_deploy.curriculum.recipe`.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
 
 from coprs_deploy.specs import Record
 
+MASK_METRICS = ("giou", "prior_giou", "precision_at_50")
+"""Metrics of masks in an evaluation."""
 
-def _check_minimum(record: Record, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(record, name) < least:
-            raise ValueError(f"{name} is {getattr(record, name)}; it must be at least {least}")
+COMPLETION_METRICS = ("reward", "format_score", "count_accuracy", "completion_length")
+"""Metrics of generated completions in an evaluation."""
+
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Weight = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Momentum = Annotated[float, Meta(ge=0, lt=1)]
+PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 
 
 class SegmentationLossWeights(Record, frozen=True):
@@ -30,14 +39,11 @@ class SegmentationLossWeights(Record, frozen=True):
             trained from random weights need it for sharp edges.
     """
 
-    prior_bce: float = 1.0
-    prior_dice: float = 0.0
-    mask_dice: float = 1.5
-    mask_focal: float = 0.0
-    mask_bce: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_minimum(self, 0, *self.__struct_fields__)
+    prior_bce: Weight = 1.0
+    prior_dice: Weight = 0.0
+    mask_dice: Weight = 1.5
+    mask_focal: Weight = 0.0
+    mask_bce: Weight = 0.0
 
 
 class ResponseFormat(str, Enum):
@@ -58,11 +64,11 @@ class RewardWeights(Record, frozen=True):
         format: weight of the format reward, in [0, 1].
     """
 
-    mask: float = 0.7
-    format: float = 0.3
+    mask: Share = 0.7
+    format: Share = 0.3
 
     def __post_init__(self) -> None:
-        if min(self.mask, self.format) < 0 or abs(self.mask + self.format - 1) > 1e-6:
+        if abs(self.mask + self.format - 1) > 1e-6:
             raise ValueError(
                 f"reward_weights is {{ mask = {self.mask:g}, format = {self.format:g} }}; "
                 "accepted: two weights in [0, 1] that add up to 1; set both"
@@ -102,9 +108,9 @@ class SyntheticData(Record, frozen=True, tag_field="kind", tag="synthetic"):
     """
 
     preset: Literal["plain", "full"] = "plain"
-    num_training_scenes: int = 36_000
-    num_held_out_scenes: int = 1024
-    num_no_match_scenes: int = 256
+    num_training_scenes: Positive = 36_000
+    num_held_out_scenes: Positive = 1024
+    num_no_match_scenes: Count = 256
 
 
 class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
@@ -139,16 +145,16 @@ class Optimizer(Record, frozen=True):
         min_lr_ratio: final learning rate as a share of the peak.
     """
 
-    learning_rate: float = 2e-3
-    lr_multipliers: dict[str, float] = {}
+    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3
+    lr_multipliers: dict[str, Weight] = {}
     name: Literal["muon", "adamw"] = "muon"
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 60
+    weight_decay: Weight = 0.01
+    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
+    max_grad_norm: Weight = 1.0
+    warmup_steps: Count = 60
     lr_decay_type: Literal["linear", "cosine"] = "linear"
-    lr_decay_ratio: float = 0.6
-    min_lr_ratio: float = 0.02
+    lr_decay_ratio: Share = 0.6
+    min_lr_ratio: Share = 0.02
 
 
 class StageSettings(Record, frozen=True):
@@ -163,15 +169,27 @@ class StageSettings(Record, frozen=True):
         thresholds: acceptance thresholds at the end of the stage, metric to smallest value.
     """
 
-    max_steps: int
-    global_batch_size: int = 32
+    max_steps: Positive
+    global_batch_size: Positive = 32
     optimizer: Optimizer = Optimizer()
-    eval_steps: int = 0
-    num_eval_examples: int = 256
+    eval_steps: Count = 0
+    num_eval_examples: Positive = 256
     thresholds: dict[str, float] = {}
 
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    """Metrics of an evaluation, without a group in front, as in ``relation.giou``."""
+
     def __post_init__(self) -> None:
-        _check_minimum(self, 1, "max_steps", "global_batch_size", "num_eval_examples")
+        known = self.metric_names
+        for name in self.thresholds:
+            if name.rpartition(".")[2] not in known:
+                raise ValueError(
+                    f"thresholds has {name!r}, and an evaluation measures: {', '.join(known)}"
+                )
+
+    def batch_text(self) -> str:
+        """Return what a step learns from."""
+        return f"{self.global_batch_size} examples"
 
 
 class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supervised"):
@@ -182,12 +200,17 @@ class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supe
         segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
         loss_weights: weights of the single segmentation losses.
         train_image_encoder: whether SAM's image encoder is trained.
+        allow_missing_responses: whether examples without a response are trained on their
+            ``<REF_POS>`` alone, which teaches answers without reasoning; else they are refused.
     """
 
-    language_loss_weight: float = 1.0
-    segmentation_loss_weight: float = 0.0
+    metric_names = MASK_METRICS
+
+    language_loss_weight: Weight = 1.0
+    segmentation_loss_weight: Weight = 0.0
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     train_image_encoder: bool = False
+    allow_missing_responses: bool = False
 
 
 PAPER_OPTIMIZER = Optimizer(
@@ -205,6 +228,13 @@ PAPER_OPTIMIZER = Optimizer(
 """AdamW, cosine decay from the peak to 1/6.7 of it, without warm-up (paper, B.3)."""
 
 
+LORA_TARGETS = (
+    r".*language_model\.layers\.\d+\."
+    r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate_proj|up_proj|down_proj))"
+)
+"""Language-model matrices that get adapters, in both policy families."""
+
+
 class Lora(Record, frozen=True):
     """LoRA adapters on the language model, merged into the finished checkpoint (PEFT's keys).
 
@@ -214,13 +244,9 @@ class Lora(Record, frozen=True):
         lora_dropout: dropout probability on the adapter's input.
     """
 
-    r: int = 0
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.r < 0:
-            raise ValueError(f"lora.r is {self.r}; accepted: 0 (off) or a rank of at least 1")
+    r: Count = 0
+    lora_alpha: Annotated[float, Meta(gt=0)] = 32.0
+    lora_dropout: Momentum = 0.0
 
 
 class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
@@ -266,54 +292,53 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
         num_completions_to_print: completions written with their masks at each evaluation.
     """
 
+    metric_names = (*COMPLETION_METRICS, *MASK_METRICS, "giou_stderr", "reward_stderr")
+
     optimizer: Optimizer = PAPER_OPTIMIZER
     mode: Literal["joint", "rl", "segmentation"] = "joint"
-    num_generations: int = 8
+    num_generations: Annotated[int, Meta(ge=2)] = 8
     loss_type: Literal["grpo", "dapo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    beta: float = 0.2
+    epsilon: Weight = 0.2
+    epsilon_high: Weight = 0.2
+    beta: Weight = 0.2
     entropy_coef: float = 0.0
     mask_truncated_completions: bool = False
-    num_iterations: int = 1
-    per_device_train_batch_size: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_completion_length: int = 0
-    max_targets: int = 1
+    num_iterations: Positive = 1
+    per_device_train_batch_size: Count = 0
+    temperature: Annotated[float, Meta(gt=0)] = 1.0
+    top_p: PositiveShare = 1.0
+    top_k: Count = 0
+    max_completion_length: Count = 0
+    max_targets: Positive = 1
     reward_weights: RewardWeights = RewardWeights()
     response_format: ResponseFormat = ResponseFormat.PAPER
-    segmentation_loss_weight: float = 0.3
+    segmentation_loss_weight: Weight = 0.3
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     late_loss_weights: SegmentationLossWeights = SegmentationLossWeights(
         mask_dice=3.0, mask_focal=10.0
     )
-    late_from_step: int = 1500
+    late_from_step: Count = 1500
     lora: Lora = Lora()
     use_vllm: bool = False
     vllm_mode: Literal["colocate", "server"] = "colocate"
-    vllm_tensor_parallel_size: int = 1
-    vllm_gpu_memory_utilization: float = 0.35
+    vllm_tensor_parallel_size: Positive = 1
+    vllm_gpu_memory_utilization: PositiveShare = 0.35
     vllm_enable_sleep_mode: bool = True
     vllm_server_host: str = "127.0.0.1"
-    vllm_server_port: int = 8000
-    num_completions_to_print: int = 8
+    vllm_server_port: Annotated[int, Meta(ge=1, le=65535)] = 8000
+    num_completions_to_print: Count = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_minimum(self, 2, "num_generations")
-        _check_minimum(self, 1, "num_iterations", "max_targets")
-        _check_minimum(self, 0, "per_device_train_batch_size", "max_completion_length")
-        _check_minimum(self, 0, "late_from_step", "segmentation_loss_weight")
-        _check_minimum(self, 0, "beta", "epsilon", "epsilon_high")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         if self.optimizer.name != "adamw":
             raise ValueError(
                 f"optimizer.name is {self.optimizer.name!r}; accepted for GRPO: 'adamw'"
             )
+
+    def batch_text(self) -> str:
+        """Return what a step learns from."""
+        return f"{self.global_batch_size} prompts x {self.num_generations} completions"
 
     def loss_weights_at(self, step: int) -> SegmentationLossWeights:
         """Return the weights of the segmentation losses in a step, counted from 0."""

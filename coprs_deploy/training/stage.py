@@ -19,12 +19,7 @@ S = TypeVar("S", bound=StageSettings)
 
 
 class StageOutput(NamedTuple):
-    """Losses and metrics of one batch.
-
-    Attributes:
-        losses: name to mean; the trainer adds them, weighted by the stage's coefficients.
-        metrics: name to mean, for the log.
-    """
+    """Losses of a batch, which the trainer adds by the stage's coefficients, and its metrics."""
 
     losses: dict[str, Mean]
     metrics: dict[str, Mean]
@@ -33,11 +28,7 @@ class StageOutput(NamedTuple):
 class TrainingStage(ABC, Generic[S]):
     """One stage of a run.
 
-    Attributes:
-        name: name of the stage in the recipe.
-        settings: settings of the stage.
-        objective: module that maps a batch to a :class:`StageOutput`; it holds every parameter
-            that is trained.
+    ``objective`` maps a batch to a :class:`StageOutput` and holds every parameter that is trained.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,37 +34,25 @@ UNUSED_PARTS = (
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """Policy in memory, with the parts of its directory.
-
-    Attributes:
-        model: transformers model.
-        tokenizer: its tokenizer.
-        image_processor: its image processor.
-        prompt: prompt template of the training.
-    """
+    """Policy in memory: transformers model, tokenizer and image processor, and its prompt."""
 
     model: Any
     tokenizer: Any
     image_processor: Any
     prompt: PromptTemplate
 
-    def save(self, directory: Path, dtype: str) -> None:
-        """Write the transformers directory, with weights in a dtype that torch names ``dtype``.
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the transformers directory.
 
         The configuration keeps the dtype of the training: weights stored in half precision compute
         in full precision.
         """
-        trained_dtype = self.model.dtype
-        self.model.to(getattr(torch, dtype))
-        try:
-            with without_progress_bars():
-                self.model.save_pretrained(directory)
-        finally:
-            self.model.to(trained_dtype)
+        with without_progress_bars():
+            self.model.save_pretrained(directory, state_dict=dict(weights))
         config = deepcopy(self.model.config)
-        config.dtype = trained_dtype
+        config.dtype = self.model.dtype
         for part in (config.text_config, config.vision_config):
-            part.dtype = trained_dtype
+            part.dtype = self.model.dtype
         config.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.image_processor.save_pretrained(directory)
@@ -73,18 +62,15 @@ class PolicyParts:
 class TrainingState:
     """The parts of a model in training.
 
-    Attributes:
-        policy: policy with tokenizer, image processor and prompt.
-        segmentation: segmentation path.
-        auxiliary_heads: heads used in training only; empty for a model that starts from a
-            checkpoint.
-        image_limits: smallest and largest number of pixels of the policy's input image.
+    ``auxiliary_heads`` are used in training only; a model that starts from a checkpoint has none.
+    ``trained`` has the names of the weights that a stage of the run trains; None stands for all.
     """
 
     policy: PolicyParts
     segmentation: SegmentationModel
     auxiliary_heads: nn.Module
     image_limits: PolicyImageLimits
+    trained: set[str] | None = None
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return all weights by part."""
@@ -96,19 +82,56 @@ class TrainingState:
             part.load_state_dict(state[name])
 
     def save_checkpoint(
-        self, path: Path, dtype: str, provenance: dict[str, Any], overwrite: bool = False
+        self,
+        path: Path,
+        dtype: str,
+        provenance: dict[str, Any],
+        overwrite: bool = False,
+        policy_weights: Mapping[str, Tensor] | None = None,
     ) -> Checkpoint:
-        """Write a checkpoint directory, with weights in a dtype that torch names ``dtype``."""
-        tensors = {
-            name: tensor.detach().to("cpu", getattr(torch, dtype))
-            for name, tensor in self.segmentation.state_dict().items()
-        }
+        """Write a checkpoint directory; the weights in memory stay as they are.
+
+        Args:
+            path: the directory.
+            dtype: dtype of the trained weights, by torch's name; others are stored without loss.
+            provenance: origin of the weights, for information only.
+            overwrite: whether an existing checkpoint is replaced.
+            policy_weights: weights under the names of the plain policy; None takes its own.
+        """
+        policy = self.policy.model.state_dict() if policy_weights is None else policy_weights
         config = CheckpointConfig(
             self.segmentation.config, self.policy.prompt, self.image_limits, provenance
         )
         return write_checkpoint(
-            path, config, tensors, lambda folder: self.policy.save(folder, dtype), overwrite
+            path,
+            config,
+            self._stored("segmentation", self.segmentation.state_dict(), dtype),
+            lambda folder: self.policy.save(folder, self._stored("policy", policy, dtype)),
+            overwrite,
         )
+
+    def add_trained(self, is_trained: Callable[[str, str], bool] | None = None) -> None:
+        """Add the weights of a stage to :attr:`trained`: by default those that need a gradient."""
+        names = {
+            f"{part}.{name}"
+            for part, module in self._parts().items()
+            for name, weight in module.state_dict(keep_vars=True).items()
+            if weight.requires_grad and (is_trained is None or is_trained(part, name))
+        }
+        self.trained = names | (self.trained or set())
+
+    def _stored(self, part: str, weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+        """Convert the weights of a part for a checkpoint; shared ones stay shared."""
+        half, stored, known = getattr(torch, dtype), dict[str, Tensor](), dict[Any, Tensor]()
+        for name, weight in weights.items():
+            key = (weight.data_ptr(), weight.shape)
+            if key not in known:
+                is_kept = self.trained is not None and f"{part}.{name}" not in self.trained
+                target = _exact_dtype(weight, half) if is_kept else half
+                target = target if weight.is_floating_point() else weight.dtype
+                known[key] = weight.detach().to("cpu", target)
+            stored[name] = known[key]
+        return stored
 
     def _parts(self) -> dict[str, nn.Module]:
         return {
@@ -116,6 +139,14 @@ class TrainingState:
             "segmentation": self.segmentation,
             "auxiliary_heads": self.auxiliary_heads,
         }
+
+
+def _exact_dtype(weight: Tensor, preferred: torch.dtype) -> torch.dtype:
+    """Return the smallest dtype that stores a weight without loss, ``preferred`` if it does."""
+    for dtype in (preferred, torch.float16, torch.bfloat16):
+        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
+            return dtype
+    return weight.dtype
 
 
 def state_from_checkpoint(checkpoint: Checkpoint) -> TrainingState:

@@ -7,7 +7,6 @@ resized and padded. Targets follow the ``<REF_POS>`` tokens of the response in o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.batches import EpochOrder, pad_tokens
+from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, load_images
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
@@ -37,25 +37,6 @@ from coprs_deploy.training.state import TrainingState, freeze_unused
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True)
-class ExampleSets:
-    """Training and held-out examples.
-
-    Attributes:
-        training: examples to train on.
-        held_out: examples to evaluate on.
-        vision: image preprocessing of the policy.
-        seed: seed of the order.
-        features: precomputed image embeddings.
-    """
-
-    training: Sequence[Example]
-    held_out: Sequence[Example]
-    vision: VisionProcessor
-    seed: int
-    features: FeatureStore | None = None
 
 
 class ExampleBatch(NamedTuple):
@@ -95,17 +76,15 @@ class ExampleObjective(nn.Module):
         hidden = self.policy.model(**batch.inputs, use_cache=False).last_hidden_state
         has_label = batch.labels != IGNORED_LABEL
         logits = self.policy.get_output_embeddings()(hidden[has_label])
-        token_weights = torch.ones(logits.shape[-1], device=logits.device)
-        losses = {"language": token_cross_entropy(logits, batch.labels[has_label], token_weights)}
+        losses = {"language": token_cross_entropy(logits, batch.labels[has_label])}
         if not self._settings.segmentation_loss_weight:
             return StageOutput(losses, {})
         model, rows = self.segmentation, batch.references[:, 0]
-        geometry = model.config.geometry
-        trains_encoder = torch.is_grad_enabled() and self._settings.train_image_encoder
-        with torch.set_grad_enabled(trains_encoder):
-            embedding = (
-                batch.images.float() if batch.is_encoded else encode_images(model, batch.images)
-            )
+        geometry, embedding = model.config.geometry, batch.images.float()
+        if not batch.is_encoded:
+            trains_encoder = torch.is_grad_enabled() and self._settings.train_image_encoder
+            with torch.set_grad_enabled(trains_encoder):
+                embedding = encode_images(model, batch.images)
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
@@ -123,40 +102,31 @@ class ExampleCollector:
     def __init__(
         self, state: TrainingState, vision: VisionProcessor, features: FeatureStore | None = None
     ) -> None:
-        self._features = features
-        self._tokenizer = state.policy.tokenizer
-        self._prompt = state.policy.prompt
-        self._limits = state.image_limits
+        self._features, self._vision = features, vision
+        self._tokenizer, self._prompt = state.policy.tokenizer, state.policy.prompt
+        self._limits = (state.image_limits.min_pixels, state.image_limits.max_pixels)
         self._geometry = state.segmentation.config.geometry
-        self._vision = vision
-        self._reference_id = self._tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
-        self._image_id = self._tokenizer.convert_tokens_to_ids(self._prompt.image_token)
+        self._reference_id, self._image_id = self._tokenizer.convert_tokens_to_ids(
+            [REFERENCE_TOKEN, self._prompt.image_token]
+        )
 
     def __call__(self, examples: Sequence[Example]) -> ExampleBatch:
         """Collect examples; each keeps its whole response."""
-        limits = (self._limits.min_pixels, self._limits.max_pixels)
-        inputs_of = [self._vision(fit_pixel_count(example.image, *limits)) for example in examples]
-        encoded = [
-            self._encode(example, vision.num_tokens)
-            for example, vision in zip(examples, inputs_of, strict=True)
+        inputs_of = [self._vision(fit_pixel_count(e.image, *self._limits)) for e in examples]
+        pairs = zip(examples, inputs_of, strict=True)
+        encoded = [self._encode(example, vision.num_tokens) for example, vision in pairs]
+        ids, attended = pad_tokens([tokens for tokens, _ in encoded], self._tokenizer.pad_token_id)
+        next_tokens = [
+            [IGNORED_LABEL] * (start - 1) + tokens[start:] + [IGNORED_LABEL]
+            for tokens, start in encoded
         ]
-        ids, attention_mask = pad_tokens(
-            [tokens for tokens, _ in encoded], self._tokenizer.pad_token_id
-        )
-        labels, _ = pad_tokens(
-            [
-                [IGNORED_LABEL] * (start - 1) + tokens[start:] + [IGNORED_LABEL]
-                for tokens, start in encoded
-            ],
-            IGNORED_LABEL,
-        )
         references = [
             (row, column)
             for row, (tokens, start) in enumerate(encoded)
             for column in range(start, len(tokens))
             if tokens[column] == self._reference_id
         ]
-        inputs = {"input_ids": ids, "attention_mask": attention_mask}
+        inputs = {"input_ids": ids, "attention_mask": attended}
         for name in inputs_of[0].tensors:
             inputs[name] = torch.cat([vision.tensors[name] for vision in inputs_of])
         if inputs_of[0].marks_image_tokens:
@@ -170,7 +140,7 @@ class ExampleCollector:
         grid = self._geometry.mask_size
         return ExampleBatch(
             inputs,
-            labels,
+            pad_tokens(next_tokens, IGNORED_LABEL)[0],
             torch.tensor(references, dtype=torch.int64).reshape(-1, 2),
             images,
             torch.stack(masks) if masks else torch.zeros(0, 1, grid, grid),
@@ -187,11 +157,7 @@ class ExampleCollector:
 
 
 class SupervisedStage(TrainingStage[SupervisedSettings]):
-    """Cross-entropy on the response, and segmentation losses where they have a weight.
-
-    Raises:
-        ValueError: the image encoder is trained on precomputed embeddings.
-    """
+    """Cross-entropy on the response, and segmentation losses where they have a weight."""
 
     def __init__(
         self, name: str, settings: SupervisedSettings, state: TrainingState, examples: ExampleSets
@@ -234,5 +200,5 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
             self.objective,
             lambda indices: self._collect([self._held_out[i] for i in indices]),
             min(num_examples, len(self._held_out)),
-            batch_size=self.settings.global_batch_size,
+            self.settings.global_batch_size,
         )

@@ -2,56 +2,61 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from coprs_deploy.training.batches import step_batches
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.optim import build_optimizers, lr_factor, set_lr_factor
 from coprs_deploy.training.progress import StageProgress, load_finished_stage
-from coprs_deploy.training.recipe import RunSettings
-from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.stage import StageOutput, TrainingStage, reduce_means
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from coprs_deploy.training.run import Run
 
 
 class Trainer:
     """Runs stages one after the other on one training state."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        recipe: RunSettings,
-        directory: RunDirectory,
-        state: TrainingState,
-    ) -> None:
-        self._accelerator = accelerator
-        self._recipe = recipe
-        self._directory = directory
-        self._state = state
+    def __init__(self, run: Run[Any], state: TrainingState) -> None:
+        self._run, self._state = run, state
+        self._accelerator = run.accelerator
         self._steps_before = 0
 
     def run(self, stage: TrainingStage[Any]) -> dict[str, Any]:
         """Run a stage to its end, from its last saved state if there is one; return its result."""
-        result = load_finished_stage(self._directory, stage.name, self._state)
+        directory = self._run.directory
+        result = load_finished_stage(directory, stage.name, stage.settings, self._state)
         if result is None:
             result = self._train(stage)
         self._steps_before += stage.settings.max_steps
         return result
 
-    def _train(self, stage: TrainingStage[Any]) -> dict[str, Any]:
-        accelerator, settings, recipe = self._accelerator, stage.settings, self._recipe
-        torch.manual_seed(recipe.seed)
-        progress = StageProgress(
-            self._directory, accelerator, stage.name, settings, self._steps_before
+    def restore(self, stage: TrainingStage[Any]) -> bool:
+        """Load the weights of a stage, finished or stopped; return whether it is finished."""
+        directory = self._run.directory
+        if load_finished_stage(directory, stage.name, stage.settings, self._state):
+            return True
+        if newest := self._progress(stage).state:
+            weights = torch.load(newest / "pytorch_model.bin", map_location="cpu", mmap=True)
+            names = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+            stage.objective.load_state_dict(names)
+        return False
+
+    def _progress(self, stage: TrainingStage[Any]) -> StageProgress:
+        directory = self._run.directory
+        return StageProgress(
+            directory, self._accelerator, stage.name, stage.settings, self._steps_before
         )
+
+    def _train(self, stage: TrainingStage[Any]) -> dict[str, Any]:
+        accelerator, settings, recipe = self._accelerator, stage.settings, self._run.recipe
+        torch.manual_seed(recipe.seed)
+        progress, stop = self._progress(stage), self._run.stop
         if progress.state is None:
             progress.init_metrics = stage.prepare(accelerator)
         objective, *optimizers = accelerator.prepare(
@@ -63,24 +68,38 @@ class Trainer:
         objective.train()
         ranks = (accelerator.process_index, accelerator.num_processes)
         batches = step_batches(stage, progress.step, *ranks, recipe.num_workers)
-        for step, batch in enumerate(batches, start=progress.step):
-            factor = lr_factor(settings.optimizer, step, settings.max_steps)
-            output = self._step(stage, objective, optimizers, batch, factor)
-            done = step + 1
-            is_last = done == settings.max_steps
-            if done % recipe.logging_steps == 0 or is_last:
-                self._log(stage, progress, done, factor, output)
-            if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
-                progress.log_evaluation(done, self._evaluate(stage))
-                objective.train()
-            if done % recipe.save_steps == 0 and not is_last:
-                self._save(progress, done)
-        metrics = self._evaluate(stage)
-        progress.log_evaluation(settings.max_steps, metrics)
+        with stop.while_steps_run():
+            for step, batch in enumerate(batches, start=progress.step):
+                factor = lr_factor(settings.optimizer, step, settings.max_steps)
+                output = self._step(stage, objective, optimizers, batch, factor)
+                done = step + 1
+                is_last = done == settings.max_steps
+                if done % recipe.logging_steps == 0 or is_last:
+                    self._log(stage, progress, done, factor, output)
+                if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
+                    self._evaluate(stage, progress, done)
+                    objective.train()
+                is_stopped = not is_last and stop.is_agreed(accelerator)
+                if is_stopped or (done % recipe.save_steps == 0 and not is_last):
+                    partial = str(progress.partial_state(done))
+                    accelerator.save_state(partial, safe_serialization=False)
+                    progress.commit(done)
+                if is_stopped:
+                    stop.exit()
+        metrics = self._evaluate(stage, progress, settings.max_steps)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
         result = progress.finish(self._state, metrics, num_parameters)
         accelerator.free_memory()
         return result
+
+    def _evaluate(
+        self, stage: TrainingStage[Any], progress: StageProgress, step: int
+    ) -> dict[str, float]:
+        """Evaluate, and write the checkpoint of the best weights so far."""
+        metrics = stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
+        if progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
+            self._run.save_best(self._state, progress)
+        return metrics
 
     def _step(
         self,
@@ -135,22 +154,31 @@ class Trainer:
         line = {"loss": total, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
         progress.log(step, line, f"loss {total:8.4f}", lr_factor=factor)
 
-    def _evaluate(self, stage: TrainingStage[Any]) -> dict[str, float]:
-        return stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
-
-    def _save(self, progress: StageProgress, step: int) -> None:
-        """Write a state under a temporary name, then rename it."""
-        partial = progress.path / f".state-{step:06d}"
-        if self._accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(partial), safe_serialization=False)
-        progress.commit(step, partial)
-
 
 def loss_coefficient(name: str, coefficients: Mapping[str, float]) -> float:
     """Look up a loss by its name, then by its first part with a star (``auxiliary.*``)."""
     group = f"{name.partition('.')[0]}.*"
     assert name in coefficients or group in coefficients, f"the loss {name} has no coefficient"
     return coefficients[name] if name in coefficients else coefficients[group]
+
+
+def step_batches(
+    stage: TrainingStage[Any], first_step: int, rank: int, num_ranks: int, num_workers: int
+) -> Iterator[Any]:
+    """Prepare the batches of the remaining steps, in order.
+
+    A batch depends on its step alone, so the number of worker processes changes no value.
+    """
+    steps = range(stage.settings.max_steps)
+    loader: DataLoader[Any] = DataLoader(
+        steps,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=steps[first_step:],
+        num_workers=num_workers,
+        collate_fn=lambda step: stage.batch(step, rank, num_ranks),  # type: ignore[arg-type]
+        # A stage holds the model: forking avoids a copy of it, which no batch needs.
+        multiprocessing_context="fork" if num_workers else None,
+        # Otherwise the loader's seed would be drawn from the random stream of the training.
+        generator=torch.Generator(),
+    )
+    return iter(loader)

@@ -69,7 +69,7 @@ def test_demo_graphs_are_equivalent_to_the_checkpoint():
 def test_demo_model_reaches_the_thresholds_on_held_out_scenes(coprs):
     dataset = open_examples("synthetic:plain", 48, 16)
     evaluated = evaluate(predict_with(coprs.segment, dataset.max_targets), dataset.examples)
-    metrics = summarize([each.score for each in evaluated])
+    metrics = summarize(evaluated)
     for name, threshold in THRESHOLDS.items():
         assert metrics[name] >= threshold, (name, metrics[name])
 
@@ -106,9 +106,8 @@ def test_evaluate_verb_fails_below_a_required_threshold(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["failed_thresholds"] == []
     assert (tmp_path / "report.md").is_file()
-    assert main([*command, "--require", "giou=1.01"]) == 1
-    assert "required: 1.01" in capsys.readouterr().err
-    assert main([*command, "--require", "giou"]) == 2
+    assert main([*command, "--require", "giou=1"]) == 1
+    assert "required: 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

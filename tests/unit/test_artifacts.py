@@ -18,12 +18,15 @@ from coprs_deploy.artifacts import (
     FileRecord,
     atomic_write,
     check_replaceable,
+    check_writable,
     exclusive,
     fingerprint,
     hash_file,
     new_directory,
     record_files,
+    temporary_directory,
     write_json,
+    write_text,
 )
 from coprs_deploy.errors import ArtifactError
 
@@ -38,11 +41,17 @@ def write_kind(path, content="old"):
 
 
 def contents(path):
+    """Return the files below a directory, without hidden ones."""
+    files = {file.relative_to(path): file for file in path.rglob("[!.]*") if file.is_file()}
     return {
-        file.relative_to(path).as_posix(): file.read_text()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
+        name.as_posix(): file.read_text()
+        for name, file in sorted(files.items())
+        if not any(part.startswith(".") for part in name.parts)
     }
+
+
+def hidden_in(path):
+    return [entry.name for entry in path.rglob(".*")]
 
 
 def names_in(path):
@@ -58,8 +67,8 @@ OLD = {MARKER: "old", "weights": "of the old"}
 def test_new_directory_appears_when_block_ends(tmp_path):
     target = tmp_path / "deep" / "er" / "model"
     with new_directory(target, MARKER) as partial:
-        assert partial.parent == target.parent
-        assert partial.name.startswith(".")
+        assert partial.parent.parent == target.parent
+        assert partial.parent.name.startswith(".")
         assert not target.exists()
         (partial / MARKER).write_text("new")
         (partial / "folder").mkdir()
@@ -95,6 +104,7 @@ def test_new_directory_failing_block_keeps_old_directory(tmp_path):
         raise ValueError("the reason")
     assert contents(target) == OLD
     assert names_in(tmp_path) == ["model"]
+    assert hidden_in(tmp_path) == []
 
 
 def test_new_directory_overwrite_replaces_all_files(tmp_path):
@@ -104,6 +114,7 @@ def test_new_directory_overwrite_replaces_all_files(tmp_path):
         assert contents(target) == OLD
     assert contents(target) == {MARKER: "new"}
     assert names_in(tmp_path) == ["model"]
+    assert hidden_in(tmp_path) == []
 
 
 def test_new_directory_gives_the_permissions_of_new_files(tmp_path):
@@ -127,6 +138,7 @@ def test_new_directory_read_only_old_directory_is_replaced(tmp_path):
         (partial / MARKER).write_text("new")
     assert contents(target) == {MARKER: "new"}
     assert names_in(tmp_path) == ["model"]
+    assert hidden_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -155,7 +167,7 @@ def test_new_directory_second_writer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_new_directory_fills_a_mount_point_in_place(tmp_path, monkeypatch, overwrite):
+def test_new_directory_fills_an_existing_directory_in_place(tmp_path, overwrite):
     target = tmp_path / "volume"
     if overwrite:
         write_kind(target)
@@ -163,9 +175,8 @@ def test_new_directory_fills_a_mount_point_in_place(tmp_path, monkeypatch, overw
         target.mkdir()
     (target / "lost+found").mkdir()
     inode = target.stat().st_ino
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
     with new_directory(target, MARKER, overwrite) as partial:
-        assert partial.parent == target
+        assert partial.parent.parent == target
         (partial / MARKER).write_text("new")
         (partial / "folder").mkdir()
     assert target.stat().st_ino == inode
@@ -189,26 +200,34 @@ def test_new_directory_full_disk_is_one_os_error(tmp_path, error):
     assert names_in(tmp_path) == []
 
 
-def test_new_directory_moves_back_what_a_killed_process_moved_aside(tmp_path):
-    aside = tmp_path / ".model.old-1"
-    write_kind(aside / "model")
-    with (
-        pytest.raises(ValueError, match="the reason"),
-        new_directory(tmp_path / "model", MARKER, overwrite=True),
-    ):
-        raise ValueError("the reason")
-    assert contents(tmp_path) == {f"model/{name}": text for name, text in OLD.items()}
-
-
 KILLED_WRITER = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 from coprs_deploy.artifacts import new_directory
 
+calls = 0
+
+def killed_at(number, function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == number:
+            os._exit(9)
+        return function(*arguments, **options)
+    return call
+
+number = int(sys.argv[2])
 with new_directory(Path(sys.argv[1]), "config.json", overwrite=True) as partial:
-    (partial / "config.json").write_text("new")
-    os._exit(9)
+    for name in ("config.json", "graph"):
+        (partial / name).write_text("new")
+    if number == 0:
+        os._exit(9)
+    for owner, name in ((Path, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "rmdir")):
+        setattr(owner, name, killed_at(number, getattr(owner, name)))
+    if sys.argv[3:]:
+        raise SystemExit
 """
+NEW = {MARKER: "new", "graph": "new"}
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -216,13 +235,59 @@ def test_new_directory_killed_process_leaves_target_unchanged(tmp_path, exists):
     target = tmp_path / "model"
     if exists:
         write_kind(target)
-    run = subprocess.run([sys.executable, "-c", KILLED_WRITER, target], check=False)
+    run = subprocess.run([sys.executable, "-c", KILLED_WRITER, target, "0"], check=False)
     assert run.returncode == 9
     assert (contents(target) == OLD) if exists else not target.exists()
     with new_directory(target, MARKER, overwrite=True) as partial:
         (partial / MARKER).write_text("newer")
     assert contents(target) == {MARKER: "newer"}
-    assert names_in(tmp_path) == ["model"]  # what the killed process left is gone
+    assert hidden_in(tmp_path) == []  # what the killed process left is gone
+
+
+@pytest.mark.parametrize("kind", ["full", "empty", "missing"])
+def test_new_directory_killed_at_any_moment_is_old_or_new_after_the_next_run(tmp_path, kind):
+    codes = []
+    for number in range(1, 40):
+        place = tmp_path / str(number)
+        target = place / "model"
+        place.mkdir()
+        if kind == "full":
+            write_kind(target)
+        elif kind == "empty":
+            target.mkdir()
+        before = contents(target) if kind != "missing" else {}
+        run = subprocess.run(
+            [sys.executable, "-c", KILLED_WRITER, target, str(number)], check=False
+        )
+        codes.append(run.returncode)
+        check_replaceable(target, MARKER, overwrite=True)
+        with (
+            pytest.raises(ValueError, match="the reason"),
+            new_directory(target, MARKER, overwrite=True),
+        ):
+            assert contents(target) in (before, NEW)
+            raise ValueError("the reason")
+        assert contents(place) in tuple(
+            {f"model/{name}": text for name, text in content.items()} for content in (before, NEW)
+        )
+        assert hidden_in(place) == []
+        if run.returncode == 0:
+            break
+    assert codes == [9] * (len(codes) - 1) + [0]
+    assert len(codes) > {"full": 9, "empty": 6, "missing": 3}[kind]
+
+
+def test_new_directory_user_file_beside_an_unfinished_replacement_is_kept(tmp_path):
+    target = write_kind(tmp_path / "model")
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, target, "4"], check=False)
+    (target / "thesis.txt").write_text("mine")
+    with (
+        pytest.raises(ValueError, match="the reason"),
+        new_directory(target, MARKER, overwrite=True),
+    ):
+        raise ValueError("the reason")
+    assert contents(target) == {**OLD, "thesis.txt": "mine"}
+    assert hidden_in(tmp_path) == []
 
 
 def test_new_directory_failed_rename_restores_old_directory(tmp_path, monkeypatch):
@@ -230,7 +295,7 @@ def test_new_directory_failed_rename_restores_old_directory(tmp_path, monkeypatc
     rename = Path.rename
 
     def fail_to_take_the_place(self, destination):
-        if ".partial-" in self.name:
+        if self.parent.name == "new":
             raise OSError("no space left")
         return rename(self, destination)
 
@@ -240,16 +305,32 @@ def test_new_directory_failed_rename_restores_old_directory(tmp_path, monkeypatc
         new_directory(target, MARKER, overwrite=True) as partial,
     ):
         (partial / MARKER).write_text("new")
-    assert target.exists()
     assert contents(target) == OLD
+    assert names_in(tmp_path) == ["model"]
+    assert hidden_in(tmp_path) == []
 
 
-def test_new_directory_accepts_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with new_directory(Path(), MARKER) as partial:
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_new_directory_working_directory_stays_the_same_directory(tmp_path, monkeypatch, overwrite):
+    target = tmp_path / "here"
+    if overwrite:
+        write_kind(target)
+    else:
+        target.mkdir()
+    monkeypatch.chdir(target)
+    with new_directory(Path(), MARKER, overwrite) as partial:
         (partial / MARKER).write_text("new")
-    assert contents(tmp_path / "here") == {MARKER: "new"}
+    assert contents(Path()) == contents(target) == {MARKER: "new"}
+    assert names_in(tmp_path) == ["here"]
+
+
+@pytest.mark.parametrize("name", ["a b", "new\nline", "\udcff.bin", "[x]*", "n" * 255])
+def test_new_directory_any_name_is_accepted(tmp_path, name):
+    target = write_kind(tmp_path / name)
+    with new_directory(target, MARKER, overwrite=True) as partial:
+        (partial / MARKER).write_text("new")
+    assert contents(target) == {MARKER: "new"}
+    assert names_in(tmp_path) == [name]
 
 
 # Refusals
@@ -310,20 +391,28 @@ def test_new_directory_empty_directory_is_filled(tmp_path, overwrite):
         (partial / MARKER).write_text("new")
     assert contents(tmp_path / "model") == {MARKER: "new"}
     assert names_in(tmp_path) == ["model"]
+    assert hidden_in(tmp_path) == []
 
 
-def test_new_directory_replaces_link_and_keeps_its_target(tmp_path):
-    behind = write_kind(tmp_path / "behind")
-    (tmp_path / "model").symlink_to(behind, target_is_directory=True)
-    with new_directory(tmp_path / "model", MARKER, overwrite=True) as partial:
+@pytest.mark.parametrize("kind", ["full", "empty", "missing"])
+def test_new_directory_follows_a_link(tmp_path, kind):
+    (tmp_path / "disk").mkdir()
+    behind, link = tmp_path / "disk" / "behind", tmp_path / "model"
+    if kind == "full":
+        write_kind(behind)
+    elif kind == "empty":
+        behind.mkdir()
+    link.symlink_to(behind, target_is_directory=True)
+    with new_directory(link, MARKER, overwrite=True) as partial:
+        assert partial.is_relative_to(tmp_path / "disk")
         (partial / MARKER).write_text("new")
-    assert contents(tmp_path / "model") == {MARKER: "new"}
-    assert not (tmp_path / "model").is_symlink()
-    assert contents(behind) == OLD
+    assert contents(behind) == {MARKER: "new"}
+    assert link.is_symlink()
+    assert names_in(tmp_path / "disk") == ["behind"]
 
 
-def test_new_directory_dangling_link_is_refused(tmp_path):
-    (tmp_path / "model").symlink_to(tmp_path / "nowhere")
+def test_new_directory_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "model").symlink_to(tmp_path / "model")
     assert_refused(tmp_path / "model", "it is not replaced", overwrite=True)
 
 
@@ -399,16 +488,84 @@ def test_atomic_write_failing_block_keeps_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_atomic_write_directory_replaces_leftovers(tmp_path):
+def test_atomic_write_removes_leftovers_of_killed_processes_only(tmp_path):
     path = tmp_path / "weights"
-    left = tmp_path / ".weights.partial"
-    write_kind(left)
+    own, other = (tmp_path / f".weights.new-{number}" for number in (os.getpid(), os.getppid()))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    write_kind(own)
+    write_kind(tmp_path / f".weights.new-{ended.pid}")
+    other.write_text("being written")
     with atomic_write(path) as partial:
-        assert partial == left and not left.exists()
+        assert names_in(tmp_path) == [other.name]
         partial.mkdir()
         (partial / "one").write_text("1")
     assert [file.name for file in path.iterdir()] == ["one"]
-    assert list(tmp_path.iterdir()) == [path]
+    assert names_in(tmp_path) == [other.name, "weights"]
+
+
+def test_atomic_write_follows_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    for text in ("first", "second"):
+        with atomic_write(tmp_path / "link") as partial:
+            partial.write_text(text)
+        assert contents(tmp_path / "disk") == {"file": text}
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_atomic_write_pipe_is_written_directly(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    write_text(tmp_path / "pipe", "content")
+    assert reader.communicate(timeout=60)[0] == b"content"
+    assert names_in(tmp_path) == ["pipe"]
+
+
+def test_atomic_write_full_disk_names_the_file(tmp_path):
+    path = tmp_path / "file.bin"
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(path):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert names_in(tmp_path) == []
+
+
+def test_write_json_path_that_is_not_utf8_is_read_back(tmp_path):
+    path = os.fsdecode(b"/data/\xff.png")
+    write_json(tmp_path / "file.json", {"path": path, "name": "Größe"})
+    assert json.loads((tmp_path / "file.json").read_text("utf-8")) == {
+        "path": path,
+        "name": "Größe",
+    }
+
+
+# Early checks
+
+
+def test_check_writable_accepts_what_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for directory in (tmp_path, tmp_path / "new", tmp_path / "new" / "deep"):
+        check_writable(directory)
+    for file in (tmp_path / "file", tmp_path / "other", tmp_path / "new" / "f", Path(os.devnull)):
+        check_writable(file, is_file=True)
+    assert names_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_file", "number", "named"),
+    [
+        ("file", False, errno.ENOTDIR, "file"),
+        ("file/below", False, errno.ENOTDIR, "file"),
+        ("file/below", True, errno.ENOTDIR, "file"),
+        ("", True, errno.EISDIR, ""),
+    ],
+)
+def test_check_writable_names_what_is_in_the_way(tmp_path, path, is_file, number, named):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"[Dd]irectory") as caught:
+        check_writable(tmp_path / path, is_file=is_file)
+    assert caught.value.errno == number
+    assert Path(caught.value.filename) == tmp_path / named
 
 
 HOLD = """
@@ -453,3 +610,43 @@ def test_exclusive_without_lock_support_raises_and_leaves_no_marker(tmp_path, mo
     with pytest.raises(OSError, match="no locks here"), exclusive(tmp_path / ".lock", "taken"):
         pass
     assert all(file.read_bytes() == b"" for file in tmp_path.iterdir())
+
+
+# Temporary directories
+
+KILLED_USER = """
+import os, sys
+from pathlib import Path
+from coprs_deploy.artifacts import temporary_directory
+with temporary_directory("work-", Path(sys.argv[1])) as folder:
+    (folder / "file").touch()
+    print(folder, flush=True)
+    if sys.argv[2] == "wait":
+        sys.stdin.read()
+    os._exit(9)
+"""
+
+
+def test_temporary_directory_is_removed_at_the_end(tmp_path):
+    with temporary_directory("work-", tmp_path) as folder:
+        assert folder.parent == tmp_path and folder.name.startswith("work-")
+        (folder / "file").touch()
+    assert names_in(tmp_path) == []
+
+
+def test_temporary_directory_removes_those_of_killed_processes_only(tmp_path):
+    command = [sys.executable, "-c", KILLED_USER, tmp_path]
+    assert subprocess.run([*command, "end"], check=False).returncode == 9
+    assert len(names_in(tmp_path)) == 1
+    (tmp_path / "other-1").mkdir()
+    with subprocess.Popen(
+        [*command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        theirs = Path(running.stdout.readline().strip()).name
+        assert names_in(tmp_path) == ["other-1", theirs]
+        with temporary_directory("work-", tmp_path) as folder:
+            assert names_in(tmp_path) == sorted(["other-1", theirs, folder.name])
+        running.stdin.close()
+    with temporary_directory("work-", tmp_path):
+        pass
+    assert names_in(tmp_path) == ["other-1"]

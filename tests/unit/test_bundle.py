@@ -15,6 +15,7 @@ from coprs_deploy.bundle import (
     GraphRecord,
     Manifest,
     PolicyRecord,
+    hash_manifest,
     open_bundle,
     read_manifest,
     write_manifest,
@@ -79,7 +80,8 @@ def change_manifest(root, change):
     file = root / MANIFEST_FILE
     data = json.loads(file.read_text())
     change(data)
-    file.write_text(json.dumps(data))
+    del data["sha256"]
+    file.write_text(json.dumps({**data, "sha256": hash_manifest(data)}))
 
 
 # Valid bundles
@@ -309,6 +311,16 @@ def test_open_bundle_manifest_without_json_is_refused(root, content):
     (root / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json is not valid: .*; export"):
         open_bundle(root)
+
+
+def test_open_bundle_edited_manifest_is_refused(root):
+    file = root / MANIFEST_FILE
+    text = file.read_text()
+    file.write_text(text.replace("123.675", "123.676"))
+    with pytest.raises(BundleIntegrityError, match=r"manifest\.json was changed \(SHA-256 differs"):
+        open_bundle(root)
+    file.write_text(json.dumps(json.loads(text), sort_keys=True))  # another layout
+    assert open_bundle(root).manifest == manifest_of(root)
 
 
 @pytest.mark.parametrize("data", [[], "bundle", 1, None])

@@ -143,6 +143,22 @@ def fail_to_save(directory):
     raise OSError("no space left")
 
 
+def test_write_checkpoint_shared_memory_is_written(tmp_path, tensors):
+    shape = tensors["mask_decoder.mask_tokens.weight"].shape
+    whole = torch.arange(2.0 * shape.numel())
+    same = whole[: shape.numel()].reshape(shape)
+    shared = {
+        **tensors,
+        "mask_decoder.mask_tokens.weight": same,
+        "mask_decoder.iou_token.weight": same[:1],
+        "prompt_encoder.no_mask_embed.weight": same[:1],
+    }
+    written = write_checkpoint(tmp_path / "shared", CONFIG, shared, save_policy)
+    stored = load_file(written.path / SEGMENTATION_FILE)
+    assert stored.keys() == shared.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in shared.items())
+
+
 def test_write_checkpoint_failing_policy_leaves_nothing(tmp_path, tensors):
     with pytest.raises(OSError, match="no space left"):
         write_checkpoint(tmp_path / "checkpoint", CONFIG, tensors, fail_to_save)
@@ -287,6 +303,16 @@ def test_load_model_truncated_file_is_refused(checkpoint, kept):
     file = checkpoint.path / SEGMENTATION_FILE
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"segmentation\.safetensors cannot be read: ."):
+        load_segmentation_model(checkpoint)
+
+
+def test_load_model_integers_are_refused(checkpoint, tensors):
+    stored = {**tensors, PRIOR_QUERY: tensors[PRIOR_QUERY].int()}
+    save_file(stored, checkpoint.path / SEGMENTATION_FILE)
+    message = (
+        r"segmentation\.safetensors has prior\.q_proj\.weight as torch\.int32; accepted: dense"
+    )
+    with pytest.raises(CheckpointError, match=message):
         load_segmentation_model(checkpoint)
 
 

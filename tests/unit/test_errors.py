@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from coprs_deploy import errors
-from coprs_deploy.errors import CoPRSError, error_body, install_hint
+from coprs_deploy.errors import CoPRSError, error_body, install_hint, shorten
 from tests import ROOT
 
 CLASSES = [
@@ -82,6 +82,17 @@ def test_every_error_can_be_pickled(error):
 def test_error_body_holds_message_and_class():
     error = errors.QueueFullError("2 requests are active")
     assert error_body(error) == {"error": "2 requests are active", "type": "QueueFullError"}
+
+
+def test_shorten_leaves_out_the_middle_of_long_texts_only():
+    assert shorten("x" * 200) == "x" * 200
+    assert shorten("a" * 150 + "b" * 150) == "a" * 100 + "...(100 characters)..." + "b" * 100
+
+
+def test_error_body_shortens_long_messages():
+    text = error_body(ValueError("y" * 1_000_000))["error"]
+    assert text.startswith("yyy")
+    assert len(text) < 2_100
 
 
 def test_install_hints_name_extras_of_the_package():

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from coprs_deploy.errors import ImageSizeError
 from coprs_deploy.images import (
     fit_pixel_count,
     image_key,
@@ -152,7 +153,7 @@ def test_fit_pixel_count_has_its_worked_values(size, limits, expected):
 )
 def test_fit_pixel_count_keeps_the_limits_and_the_aspect_ratio(height, width, min_pixels, room):
     max_pixels = min_pixels * room
-    assume(max(height, width) <= max_pixels * min(height, width))
+    assume(max(height, width) <= min(max_pixels, 200) * min(height, width))
     assume(max(height, width) <= min_pixels or height * width >= min_pixels)
     image = fit_pixel_count(np.zeros((height, width, 3), dtype=np.uint8), min_pixels, max_pixels)
     area = height * width
@@ -167,8 +168,24 @@ def test_fit_pixel_count_keeps_the_limits_and_the_aspect_ratio(height, width, mi
 
 
 def test_fit_pixel_count_keeps_the_upper_limit_for_a_line_of_pixels():
-    image = fit_pixel_count(np.zeros((1, 4_000, 3), dtype=np.uint8), 16, 1_000)
-    assert image.height * image.width <= 1_000
+    image = fit_pixel_count(np.zeros((1, 200, 3), dtype=np.uint8), 16, 100)
+    assert image.height * image.width <= 100
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [((1, 500), "500"), ((201, 1), "201"), ((3, 1000), "333.3")]
+)
+def test_fit_pixel_count_of_an_extreme_aspect_ratio_is_refused(size, ratio):
+    height, width = size
+    message = f"the image is {width} x {height}, an aspect ratio of {ratio}; .* at most 200"
+    with pytest.raises(ImageSizeError, match=message):
+        fit_pixel_count(np.zeros((*size, 3), dtype=np.uint8), 3_136, 705_600)
+
+
+@pytest.mark.parametrize("size", [(1, 200), (200, 1), (100, 19_999), (19_999, 100)])
+def test_fit_pixel_count_rounding_keeps_the_largest_aspect_ratio(size):
+    image = fit_pixel_count(np.zeros((*size, 3), dtype=np.uint8), 3_136, 705_600)
+    assert max(image.size) <= 200 * min(image.size)
 
 
 def test_fit_pixel_count_keeps_the_upper_limit_when_it_equals_the_lower_one():

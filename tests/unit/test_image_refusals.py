@@ -3,7 +3,10 @@
 import io
 import re
 import struct
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,8 +35,66 @@ def test_load_image_missing_file_is_named(tmp_path):
 
 
 def test_load_image_directory_is_refused(tmp_path):
-    with pytest.raises(ImageDecodeError, match=re.escape(f"{str(tmp_path)!r} is a directory")):
+    with pytest.raises(
+        ImageDecodeError, match=re.escape(f"{str(tmp_path)!r} cannot be opened: Is a dir")
+    ):
         load_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://example.org/a.png",
+        "file:///a.png",
+        "data:image/png;base64," + "A" * 2_000_000,
+        Path("http://example.org/a.png"),
+    ],
+)
+def test_load_image_url_is_not_fetched_and_the_message_is_short(source):
+    with pytest.raises(ImageDecodeError, match="is a URL; URLs are not fetched") as error:
+        load_image(source)
+    assert len(str(error.value)) < 400
+    assert str(source)[:20] in str(error.value)
+
+
+def test_load_image_path_that_cannot_be_opened_is_named_once_and_shortened(tmp_path):
+    with pytest.raises(ImageDecodeError, match="cannot be opened: File name too long") as error:
+        load_image(tmp_path / ("x" * 3_000))
+    assert len(str(error.value)) < 400
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ImageDecodeError, match=r"a\.png/b' cannot be opened: Not a directory"):
+        load_image(tmp_path / "a.png" / "b")
+
+
+HEIC_START = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
+
+
+def test_load_image_heic_names_the_library_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(HEIC_START)
+    for source in (HEIC_START, tmp_path / "a.heic"):
+        with pytest.raises(ImageDecodeError, match=r"is HEIC, .* pip install pillow-heif"):
+            load_image(source)
+
+
+def test_load_image_heic_is_read_when_the_library_is_installed(monkeypatch):
+    class HeifImage(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            self._size, self._mode = (5, 3), "RGB"
+
+        def load(self):
+            self.im = Image.new(self.mode, self.size).im
+
+    def register():
+        Image.register_open("HEIF", HeifImage, lambda start: start[4:12] == b"ftypheic")
+
+    for registry in ("OPEN", "ID"):
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
+    library = types.SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", library)
+    assert_is_rgb(load_image(HEIC_START), 3, 5)
 
 
 def test_load_image_empty_bytes_are_refused():

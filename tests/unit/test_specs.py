@@ -232,9 +232,3 @@ def test_graph_spec_count_of_returns_number_from_input_shapes():
     shapes = {"image_embedding": (1, 256, 64, 64), "concentration": (7, 64)}
     assert specs[PRIOR].count_of(shapes) == 7
     assert graph_specs(Geometry(), 64)[PRIOR].count_of(shapes) is None
-
-
-@pytest.mark.parametrize("text", ["x", "1,2", "3,2,1", "0"])
-def test_profile_parse_error_names_option(text):
-    with pytest.raises(ValueError, match=f"images is '{text}'"):
-        OptimizationProfile.parse(text, "images")

@@ -110,24 +110,23 @@ def resolve(
         UnclearError: values differ by less than ``clear_px``, or several objects match a singular.
     """
     pool = candidates(expression, objects, clear_px)
+    directions = []
     for relation, anchor in expression.relations:
         found = resolve(anchor, objects, clear_px)
         if not found:
             return ()
+        origin = objects[found[0]]
         if relation == NEAREST:
-            pool = _nearest(pool, objects[found[0]], objects, clear_px)
-    directions = [
-        (DIRECTIONS[relation], objects[resolve(anchor, objects, clear_px)[0]])
-        for relation, anchor in expression.relations
-        if relation in DIRECTIONS
-    ]
+            pool = _ranked(pool, 1, clear_px, [distance(item, origin) for item in objects])
+        else:
+            directions.append((DIRECTIONS[relation], origin))
     pool = [i for i in pool if _is_in_directions(objects[i], directions, clear_px)]
     if expression.extreme in SIZE_EXTREMES:
-        pool = _extreme_size(pool, expression.extreme, objects)
-    elif expression.extreme in EXTREMES:
-        pool = _ranked(pool, 1, EXTREMES[expression.extreme], objects, clear_px)
-    elif expression.rank and expression.side:
-        pool = _ranked(pool, expression.rank, SIDES[expression.side], objects, clear_px)
+        sign = SIZE_EXTREMES[expression.extreme]
+        sizes = [sign * vocabulary.SIZES.index(item.size) for item in objects]
+        pool = _ranked(pool, 1, 1, sizes)
+    elif side := EXTREMES.get(expression.extreme or "") or SIDES.get(expression.side or ""):
+        pool = _ranked(pool, expression.rank or 1, clear_px, positions(side, objects))
     if len(pool) > 1 and not expression.is_plural:
         raise UnclearError("several objects match")
     return tuple(pool)
@@ -163,49 +162,18 @@ def _is_in_directions(
     return True
 
 
-def _nearest(
-    pool: Sequence[int], origin: SceneObject, objects: Sequence[SceneObject], clear_px: float
-) -> list[int]:
-    ordered = sorted(pool, key=lambda i: distance(objects[i], origin))
-    nearest = [distance(objects[i], origin) for i in ordered[:2]]
-    if len(nearest) > 1 and nearest[1] - nearest[0] < clear_px:
-        raise UnclearError("two objects are at a similar distance")
-    return ordered[:1]
-
-
-def _extreme_size(pool: list[int], extreme: str, objects: Sequence[SceneObject]) -> list[int]:
-    def order(i: int) -> int:
-        return SIZE_EXTREMES[extreme] * vocabulary.SIZES.index(objects[i].size)
-
-    ordered = sorted(pool, key=order)
-    if len(ordered) > 1 and order(ordered[0]) == order(ordered[1]):
-        raise UnclearError("two objects have the same size")
-    return ordered[:1]
-
-
-def _ranked(
-    pool: list[int],
-    rank: int,
-    direction: tuple[int, int],
-    objects: Sequence[SceneObject],
-    clear_px: float,
-) -> list[int]:
-    """Return the object of a rank; the order must be clear up to the next object."""
-    ordered = in_order(pool, direction, objects)
-    axis, sign = direction
-    values = [sign * objects[i].center[axis] for i in ordered[: rank + 1]]
-    gaps = [later - earlier for earlier, later in pairwise(values)]
-    if gaps and min(gaps) < clear_px:
-        raise UnclearError("two objects are at a similar position")
+def _ranked(pool: list[int], rank: int, margin: float, values: Sequence[float]) -> list[int]:
+    """Return the object of a rank by the objects' values, clear up to the next object."""
+    ordered = sorted(pool, key=values.__getitem__)
+    if any(values[j] - values[i] < margin for i, j in pairwise(ordered[: rank + 1])):
+        raise UnclearError("two objects have a similar position, distance or size")
     return ordered[rank - 1 : rank]
 
 
-def in_order(
-    pool: Sequence[int], direction: tuple[int, int], objects: Sequence[SceneObject]
-) -> list[int]:
-    """Sort indices by position from a side of ``SIDES``."""
+def positions(direction: tuple[int, int], objects: Sequence[SceneObject]) -> list[float]:
+    """Return the position of each object, counted from a side of ``SIDES``."""
     axis, sign = direction
-    return sorted(pool, key=lambda i: sign * objects[i].center[axis])
+    return [sign * item.center[axis] for item in objects]
 
 
 def distance(item: SceneObject, other: SceneObject) -> float:

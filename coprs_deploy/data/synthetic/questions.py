@@ -33,10 +33,11 @@ from coprs_deploy.data.synthetic.expressions import (
     resolve,
 )
 from coprs_deploy.data.synthetic.presets import Preset
-from coprs_deploy.data.synthetic.reasoning import write_reasoning, write_response
+from coprs_deploy.data.synthetic.reasoning import write_reasoning
 from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.scene import Scene, SceneObject
 from coprs_deploy.data.synthetic.wording import write_instruction
+from coprs_deploy.prompts import REFERENCE_TOKEN
 
 DRAFTS_PER_TYPE = 60
 """Drafts of one question type before another type is tried."""
@@ -73,7 +74,8 @@ class Question:
     @property
     def response(self) -> str:
         """Whole response: reasoning, then one ``<REF_POS>`` per target or "nothing matches"."""
-        return write_response(self.reasoning, len(self.targets))
+        ending = " ".join([REFERENCE_TOKEN] * len(self.targets)) or "nothing matches"
+        return f"<think>{self.reasoning}</think> {ending}"
 
 
 def ask_questions(scene: Scene, preset: Preset, seed: int, count: int = 1) -> list[Question]:

@@ -20,15 +20,11 @@ from coprs_deploy.data.synthetic.expressions import (
     Expression,
     candidates,
     distance,
-    in_order,
+    positions,
     resolve,
 )
 from coprs_deploy.data.synthetic.scene import SceneObject
 from coprs_deploy.data.synthetic.wording import noun, phrase
-from coprs_deploy.prompts import REFERENCE_TOKEN
-
-NOTHING_MATCHES = "nothing matches"
-"""Text after the reasoning of a no-match response, instead of ``<REF_POS>``."""
 
 MATCHES = " matches"
 """Mark of a candidate that fulfills the relations."""
@@ -65,12 +61,6 @@ def write_reasoning(
     return " ".join([*sentences, _conclude(targets)])
 
 
-def write_response(reasoning: str, num_targets: int) -> str:
-    """Format a whole response: tagged reasoning, then one ``<REF_POS>`` per target."""
-    ending = " ".join([REFERENCE_TOKEN] * num_targets) or NOTHING_MATCHES
-    return f"<think>{reasoning}</think> {ending}"
-
-
 def _locate(expression: Expression, found: Sequence[SceneObject]) -> str:
     location = f"at {found[0].location}" if found else "nowhere"
     text = phrase(expression)
@@ -103,7 +93,7 @@ def _list_candidates(
     pool = candidates(expression, objects, clear_px)
     order = ""
     if expression.side:
-        pool = in_order(pool, SIDES[expression.side], objects)
+        pool.sort(key=positions(SIDES[expression.side], objects).__getitem__)
         order = f" from the {expression.side}"
     origins = [
         objects[resolve(anchor, objects, clear_px)[0]]

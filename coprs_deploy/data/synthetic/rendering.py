@@ -36,12 +36,15 @@ BACKGROUND_TINT = 20.0
 
 def render(layout: Layout, preset: Preset, rng: PortableRng) -> RgbArray:
     """Render a layout, (H, W, 3) uint8 RGB."""
-    canvas = _render_background(rng.choice(preset.backgrounds), preset.image_size, rng)
+    size = preset.image_size
+    background = rng.choice(preset.backgrounds)
+    base = rng.uniform(*BACKGROUND_LIGHTNESS) + BACKGROUND_TINT * rng.array(3)
+    tint = 1 + 0.35 * rng.array(3)
+    canvas: NDArray[np.float32] = base + _pattern(background, size, rng)[..., None] * tint
     for spec, footprint in zip(layout.specs, layout.footprints, strict=True):
         window = canvas[footprint.rows, footprint.columns]
         coverage = footprint.coverage.astype(np.float32) / SAMPLES_PER_SIDE**2
         window += coverage[..., None] * (_render_object(spec, footprint, preset, rng) - window)
-    size = preset.image_size
     canvas += LIGHTNESS_NOISE * rng.noise(size, size, 1)
     canvas += COLOR_NOISE * rng.noise(size, size, 3)
     np.clip(canvas, 0, 255, out=canvas)
@@ -90,14 +93,6 @@ def _dark_samples(
     else:
         assert texture == "plain", f"no texture {texture!r}"
     return dark
-
-
-def _render_background(background: str, size: int, rng: PortableRng) -> NDArray[np.float32]:
-    """Return (size, size, 3) float32."""
-    base = rng.uniform(*BACKGROUND_LIGHTNESS) + BACKGROUND_TINT * rng.array(3)
-    tint = 1 + 0.35 * rng.array(3)
-    rendered: NDArray[np.float32] = base + _pattern(background, size, rng)[..., None] * tint
-    return rendered
 
 
 def _pattern(background: str, size: int, rng: PortableRng) -> NDArray[np.float32]:

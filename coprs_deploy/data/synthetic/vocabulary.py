@@ -39,12 +39,3 @@ THINGS = (
 )
 # fmt: on
 """Nouns of objects that no scene has, for no-match instructions."""
-
-# fmt: off
-UNSEEN_THINGS = (
-    "elephant", "guitar", "sandwich", "airplane", "umbrella", "kite", "zebra", "pizza",
-    "suitcase", "robot", "candle", "ladder", "bear", "truck", "keyboard", "mirror", "rabbit",
-    "tower", "cylinder", "octagon",
-)
-# fmt: on
-"""Further such nouns that training never uses, to measure the response to unknown nouns."""

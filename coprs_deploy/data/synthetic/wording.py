@@ -1,8 +1,8 @@
 """Wording: expressions and instructions in English.
 
 Every term has a list of synonyms. The first is canonical: the preset ``plain`` and all reasoning
-use it; the preset ``full`` samples from the list. :mod:`coprs_deploy.data.synthetic.verifier` reads
-these texts with its own grammar.
+use it; the preset ``full`` samples from the list. The tests read these texts with an independent
+grammar.
 """
 
 from __future__ import annotations

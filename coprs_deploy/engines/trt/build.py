@@ -28,7 +28,7 @@ from coprs_deploy.engines.trt.variants import (
     make_logger,
 )
 from coprs_deploy.errors import EngineBuildError
-from coprs_deploy.specs import GraphSpec, OptimizationProfile, Record, TensorSpec
+from coprs_deploy.specs import GraphSpec, Record
 
 BUILDER_REVISION = 1
 """Increase when this module builds another engine from the same graph; cached engines go stale."""
@@ -38,27 +38,16 @@ _ERRORS_SHOWN = 3
 
 @dataclass(frozen=True)
 class BuildCallbacks:
-    """Callbacks of an engine build.
-
-    Attributes:
-        on_note: called with a line to print.
-        on_progress: called often, from another thread, with the library's current step.
-    """
+    """Called with lines to print and, from another thread, with the library's current step."""
 
     on_note: Callable[[str], None] = lambda line: None
     on_progress: Callable[[str], None] = lambda text: None
 
 
 class BuildSettings(Record, frozen=True):
-    """Settings of an engine build.
+    """Settings of an engine build; see :class:`~coprs_deploy.bundle.EngineRecord`.
 
-    Attributes:
-        variant: ``tensorrt`` or ``tensorrt-rtx``.
-        compute_capabilities: GPUs to build for without a GPU, as ``sm_89``; empty selects the GPU
-            of this machine.
-        workspace_bytes: limit of scratch memory; None leaves it to the library.
-        version_compatible: build an engine that later versions load; it carries host code.
-        hardware_compatible: build an engine that runs on every GPU from sm_80 on.
+    ``compute_capabilities`` lists GPUs to build for without a GPU; empty selects this machine's.
     """
 
     variant: str
@@ -85,14 +74,7 @@ class BuildSettings(Record, frozen=True):
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """Result of an engine build.
-
-    Attributes:
-        data: the serialized engine; a buffer of the library.
-        seconds: wall time, parsing included.
-        network_layers: number of layers of the parsed network.
-        timing_cache: the timing cache after the build; None if the variant has none.
-    """
+    """Serialized engine in a buffer of the library, and the timing cache if the variant has one."""
 
     data: Any
     seconds: float
@@ -107,14 +89,10 @@ def build_engine_bytes(
     timing_cache: bytes | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> BuiltEngine:
-    """Parse a graph, compile it and return the serialized engine.
+    """Parse an ONNX file, compile it and return the serialized engine.
 
-    Args:
-        graph: an ONNX file; its external weights are in the same folder.
-        spec: inputs and outputs that the network must have.
-        settings: build settings.
-        timing_cache: kernel timings of an earlier build; ignored if they do not match.
-        on_progress: called, from another thread, with the library's current step.
+    ``timing_cache`` holds kernel timings of an earlier build, which are ignored if they do not
+    match. ``on_progress`` is called from another thread with the library's current step.
 
     Raises:
         MissingDependencyError: the library is not installed.
@@ -142,9 +120,7 @@ class _Build:
     def __init__(self, graph: Path, spec: GraphSpec, settings: BuildSettings) -> None:
         variant = TRT_VARIANTS[settings.variant]
         self._library = variant.load()
-        self._graph = graph
-        self._spec = spec
-        self._settings = settings
+        self._graph, self._spec, self._settings = graph, spec, settings
         self._name = f"{variant.title} {self._library.__version__}"
         check_capabilities(self._library, variant, settings.compute_capabilities)
 
@@ -267,7 +243,8 @@ class _Build:
         profile = builder.create_optimization_profile()
         for tensor in self._spec.inputs:
             if any(isinstance(size, str) for size in tensor.shape):
-                profile.set_shape(tensor.name, *profile_shapes(tensor, self._spec.profile))
+                counts = (self._spec.profile.min, self._spec.profile.opt, self._spec.profile.max)
+                profile.set_shape(tensor.name, *map(tensor.shape_for, counts))
         return profile
 
 
@@ -292,11 +269,6 @@ def _advice(errors: list[str]) -> str:
 def _parser_error(error: Any) -> str:
     where = f"node {error.node_name()!r} ({error.node_operator()})" if error.node() >= 0 else "file"
     return f"{where}: {error.desc()}"
-
-
-def profile_shapes(tensor: TensorSpec, profile: OptimizationProfile) -> tuple[tuple[int, ...], ...]:
-    """Return the min, opt and max shapes of an input."""
-    return tuple(tensor.shape_for(count) for count in (profile.min, profile.opt, profile.max))
 
 
 def _make_monitor(library: Any, on_progress: Callable[[str], None], cancelled: Event) -> Any:

@@ -17,12 +17,19 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.artifacts import FileRecord, fingerprint, hash_file, new_directory, write_json
+from coprs_deploy.artifacts import (
+    FileRecord,
+    atomic_write,
+    fingerprint,
+    hash_file,
+    new_directory,
+    write_json,
+)
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.cache import (
     ENGINE_FOLDER,
@@ -57,14 +64,7 @@ FIXED_MEMORY_BYTES = 500_000_000
 
 
 class BuildTarget(Record, frozen=True):
-    """What engines are built for, resolved before anything is exported.
-
-    Attributes:
-        settings: build settings, with the compute capabilities filled in if the variant lists them.
-        version: version of the library.
-        gpu: name of the GPU that builds; None without one.
-        compute_capabilities: GPUs that run the engines.
-    """
+    """What engines are built for: the settings, the library, and the GPUs that build and run."""
 
     settings: BuildSettings
     version: str
@@ -73,16 +73,7 @@ class BuildTarget(Record, frozen=True):
 
 
 class EngineKey(Record, frozen=True):
-    """Everything that determines an engine; equal keys mean the same engine.
-
-    Attributes:
-        target: settings, library version and GPUs.
-        graph_sha256: hash of the ONNX graph, external weights included.
-        spec: inputs, outputs and optimization profile.
-        precision: precision of the graph.
-        platform: operating system and processor architecture.
-        revision: :data:`BUILDER_REVISION`.
-    """
+    """Everything that determines an engine; equal keys mean the same engine."""
 
     target: BuildTarget
     graph_sha256: str
@@ -117,20 +108,25 @@ class EngineCache(Cache):
         """Write the engine of a key to a file; build it unless a valid one is in the cache.
 
         ``build`` writes the engine to a path and returns its record; ``on_wait`` is called if
-        another process is building this engine.
-
-        Returns:
-            The engine's record, and whether it was in the cache.
+        another process is building this engine. Returns the engine's record, and whether it was in
+        the cache.
         """
         entry = self.root / ENGINE_FOLDER / key.digest()
-        with self.lock(key.digest(), on_wait):
+        is_writable = self.is_writable(ENGINE_FOLDER)
+        with self.lock(key.digest(), on_wait) if is_writable else nullcontext():
             found = self._find(entry, key)
-            if found is None:
+            if found is not None:
+                shutil.copyfile(entry / ENGINE_FILE, out)
+                return found, True
+            with atomic_write(out) as partial:
+                engine = build(partial)
+            try:
                 with new_directory(entry, RECORD_FILE) as partial:
-                    engine = build(partial / ENGINE_FILE)
+                    shutil.copyfile(out, partial / ENGINE_FILE)
                     write_json(partial / RECORD_FILE, CacheEntry(key, engine).to_json())
-            shutil.copyfile(entry / ENGINE_FILE, out)
-        return (engine, False) if found is None else (found, True)
+            except OSError as error:  # read-only, or a full disk
+                self.warn_unwritable(error)
+        return engine, False
 
     def entries(self) -> list[CacheEntry]:
         """List the cached engines, except those whose record cannot be read."""
@@ -157,7 +153,8 @@ class EngineCache(Cache):
         except (ValueError, OSError) as error:
             problem = f"cannot be read ({error})"
         if problem is None:
-            os.utime(entry / RECORD_FILE)  # the last use, for prune()
+            with suppress(OSError):  # a read-only cache
+                os.utime(entry / RECORD_FILE)  # the last use, for prune()
             return record.engine
         warnings.warn(f"the cached engine in {entry} {problem}: it is rebuilt", stacklevel=2)
         shutil.rmtree(entry, ignore_errors=True)
@@ -215,7 +212,6 @@ def build_engine(
 
     Raises:
         EngineBuildError: the graph cannot be parsed or compiled.
-        KeyboardInterrupt: Ctrl-C; nothing is written.
     """
     callbacks = callbacks or BuildCallbacks()
     system = f"{platform.system()}-{platform.machine()}"
@@ -261,19 +257,16 @@ def _build(
 
 
 def check_build_resources(graphs: list[Path], out: Path, cache: Cache) -> str:
-    """Check the free disk space for building ONNX files into a folder and the cache.
-
-    Returns:
-        A sentence with the memory and disk space that the builds take.
+    """Check the disk space for builds into a folder and the cache, and say what they take.
 
     Raises:
         EngineBuildError: there is too little disk space.
     """
     sizes = [graph_bytes(graph) for graph in graphs]
     memory = FIXED_MEMORY_BYTES + MEMORY_FACTOR * max(sizes)
-    cache.root.mkdir(parents=True, exist_ok=True)
-    devices = [folder.stat().st_dev for folder in (out, cache.root)]
-    for folder, device in zip((out, cache.root), devices, strict=True):
+    folders = (out, cache.root) if cache.is_writable() else (out,)
+    devices = [folder.stat().st_dev for folder in folders]
+    for folder, device in zip(folders, devices, strict=True):
         needed = 2 * sum(sizes) * devices.count(device)
         free = shutil.disk_usage(folder).free
         if free < needed:

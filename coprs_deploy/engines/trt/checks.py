@@ -47,11 +47,7 @@ def with_wildcards(tensor: TensorSpec) -> TensorSpec:
 
 
 def signature_mismatch(spec: GraphSpec, found: Sequence[TensorSpec]) -> str | None:
-    """Compare an engine's tensors with a specification, in any order.
-
-    Returns:
-        A description of the difference; None if they are equal.
-    """
+    """Describe how an engine's tensors, in any order, differ from a specification, or None."""
     expected = (*spec.inputs, *spec.outputs)
     if sorted(found, key=str) == sorted(map(with_wildcards, expected), key=str):
         return None
@@ -65,10 +61,7 @@ def signature_mismatch(spec: GraphSpec, found: Sequence[TensorSpec]) -> str | No
 class EngineDescription:
     """A compiled network as its engine file describes it.
 
-    Attributes:
-        tensors: inputs and outputs; dynamic sizes are -1.
-        compute_capabilities: GPUs that it was compiled for, as ``sm_89``.
-        types: number of tensors of the compiled network by element type.
+    ``types`` is the number of its tensors by element type; dynamic sizes of ``tensors`` are -1.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -125,7 +118,7 @@ def check_loadable(
     if version != engine.version and not is_later:
         raise EngineMismatchError(
             f"{name} was built by {title} {engine.version}, and {version} is installed. Install "
-            f"that version, or rebuild: {_rebuild_command(engine)}"
+            f"that version, or rebuild: {rebuild_command(engine)}"
         )
     capability = gpu.compute_capability
     is_covered = engine.hardware_compatible and int(capability[3:]) >= 80
@@ -133,15 +126,12 @@ def check_loadable(
         raise EngineMismatchError(
             f"{name} was built for {', '.join(engine.compute_capabilities)}, and this GPU "
             f"({gpu.name}) is {capability}. Build it for this GPU: "
-            f"{_rebuild_command(engine, capability)}"
+            f"{rebuild_command(engine, capability)}"
         )
 
 
-def _rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:
-    """Return the export command that rebuilds an engine, for one more GPU if given.
-
-    Precision and profile are in the manifest, not in the engine's record.
-    """
+def rebuild_command(engine: EngineRecord, capability: str | None = None) -> str:
+    """Return the export command that rebuilds an engine, for one more GPU if given."""
     variant, runtime = TRT_VARIANTS[engine.variant], engine.variant
     flags = []
     if variant.builds_without_gpu:
@@ -163,29 +153,21 @@ def _rebuild_command(engine: EngineRecord, capability: str | None = None) -> str
     )
 
 
-def rebuild_advice(engine: EngineRecord) -> str:
-    """Return the advice to rebuild an engine, with the command."""
-    return f"Rebuild it: {_rebuild_command(engine)}"
-
-
 def read_engine(path: Path, engine: EngineRecord) -> bytes:
-    """Read an engine file and check its size and hash.
-
-    Raises:
-        BundleError: the file cannot be read.
-        BundleIntegrityError: it is not the file that was built.
-    """
+    """Read an engine file; raise :class:`BundleError` unless size and hash are those built."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error}. {rebuild_advice(engine)}") from error
+        raise BundleError(
+            f"{path} cannot be read: {error}. Rebuild it: {rebuild_command(engine)}"
+        ) from error
     if len(data) != engine.size_bytes:
         raise BundleIntegrityError(
             f"{path} has {len(data)} bytes, not {engine.size_bytes}: it was truncated or changed. "
-            f"{rebuild_advice(engine)}"
+            f"Rebuild it: {rebuild_command(engine)}"
         )
     if hashlib.sha256(data).hexdigest() != engine.sha256:
         raise BundleIntegrityError(
-            f"{path} was changed (SHA-256 differs). {rebuild_advice(engine)}"
+            f"{path} was changed (SHA-256 differs). Rebuild it: {rebuild_command(engine)}"
         )
     return data

@@ -13,7 +13,7 @@ from coprs_deploy.engines.runner import RunnerOptions
 from coprs_deploy.engines.trt.checks import (
     check_loadable,
     read_engine,
-    rebuild_advice,
+    rebuild_command,
     signature_mismatch,
     tensor_spec,
 )
@@ -28,8 +28,6 @@ class TrtEngine:
     """One engine on one GPU, which must be the thread's current device during calls.
 
     Attributes:
-        spec: inputs and outputs.
-        description: library, version and GPU in one line.
         layers: layers of the compiled network, one line each.
         device_memory_bytes: scratch memory of one execution context.
 
@@ -61,11 +59,11 @@ class TrtEngine:
         if loaded is None:
             raise BundleError(
                 f"{variant.title} {library.__version__} refuses {path}: {logger}. "
-                f"{rebuild_advice(engine)}"
+                f"Rebuild it: {rebuild_command(engine)}"
             )
         mismatch = signature_mismatch(spec, _io_tensors(loaded))
         if mismatch is not None:
-            raise BundleIntegrityError(f"{path}: {mismatch}. {rebuild_advice(engine)}")
+            raise BundleIntegrityError(f"{path}: {mismatch}. Rebuild it: {rebuild_command(engine)}")
         verified = f"verified on {engine.verified_on}" if engine.verified_on else "never verified"
         self.spec = spec
         self.description = (
@@ -97,12 +95,7 @@ class TrtEngine:
         return config, kernel_cache
 
     def make_context(self, buffers: dict[str, Any], count: int) -> Any:
-        """Create an execution context on device buffers for a number of targets or images.
-
-        Raises:
-            RuntimeUnavailableError: the GPU has too little free memory.
-            BundleError: the engine refuses a shape or a tensor name.
-        """
+        """Create an execution context on device buffers for a number of targets or images."""
         arguments = () if self._config is None else (self._config,)
         context = self._engine.create_execution_context(*arguments)
         if context is None:
@@ -120,11 +113,7 @@ class TrtEngine:
         return context
 
     def execute(self, context: Any, stream_handle: int) -> None:
-        """Enqueue one run of a context on a CUDA stream.
-
-        Raises:
-            RuntimeUnavailableError: TensorRT cannot enqueue it.
-        """
+        """Enqueue one run of a context on a CUDA stream."""
         if not context.execute_async_v3(stream_handle):
             raise RuntimeUnavailableError(
                 f"{self.description} could not run {self.spec.name}: {self._logger}"

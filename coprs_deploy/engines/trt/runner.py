@@ -28,6 +28,7 @@ from coprs_deploy.errors import (
     EngineMismatchError,
     MissingDependencyError,
     RuntimeUnavailableError,
+    install_hint,
 )
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec
 
@@ -52,11 +53,6 @@ class FusedRunner(Runner):
     Tensors of the same name share a buffer: an output of one engine that a later one takes is read
     in place, and is an output of the runner too. Calls from several threads are serialized, because
     a context runs one call at a time. Close the runner before those that own the engines.
-
-    Args:
-        engines: engines, in the order in which they run.
-        device: the stream and its buffers.
-        cuda_graphs: whether the work is captured once and replayed.
     """
 
     def __init__(self, engines: Sequence[TrtEngine], device: CudaDevice, cuda_graphs: bool) -> None:
@@ -97,11 +93,7 @@ class FusedRunner(Runner):
             }
 
     def _binding_for(self, inputs: Mapping[str, Array | DeviceTensor]) -> _Binding:
-        """Return the binding for the number of targets or images in the inputs.
-
-        Raises:
-            ValueError: the number is outside the optimization profile.
-        """
+        """Return the binding for the number of targets or images in the inputs."""
         count = self.spec.count_of({name: value.shape for name, value in inputs.items()})
         profile = self.spec.profile
         if count is not None and not profile.min <= count <= profile.max:
@@ -137,13 +129,7 @@ class FusedRunner(Runner):
 
 
 class TrtRunner(FusedRunner):
-    """One engine on one GPU.
-
-    Attributes:
-        gpu_name: name of the GPU.
-        layers: layers of the compiled network, one line each.
-        device_memory_bytes: scratch memory of one execution context.
-    """
+    """One engine on one GPU; ``layers`` and ``device_memory_bytes`` are those of the engine."""
 
     def __init__(self, engine: TrtEngine, device: CudaDevice, cuda_graphs: bool) -> None:
         super().__init__([engine], device, cuda_graphs)
@@ -179,12 +165,7 @@ def open_engine(
     options: RunnerOptions,
     engine: EngineRecord | None = None,
 ) -> TrtRunner:
-    """Open an engine file; see :func:`coprs_deploy.engines.open_graph`.
-
-    Raises:
-        EngineMismatchError: the engine is for another variant, version or GPU.
-        BundleError: it has no record, or is not the file that was built.
-    """
+    """Open an engine file; see :func:`coprs_deploy.engines.open_graph`."""
     if engine is None:
         raise BundleError(
             f"the engine {path} has no record: engines are loaded only with their record in a "
@@ -223,7 +204,7 @@ def trt_availability(variant: TrtVariant) -> list[Availability]:
     try:
         library = variant.load()
     except MissingDependencyError:
-        return [Availability(variant.name, False, "not installed", variant.install)]
+        return [Availability(variant.name, False, "not installed", install_hint(variant.name))]
     detail, remedy = library.__version__, ""
     supported = supported_capabilities(library)
     gpu = current_gpu()

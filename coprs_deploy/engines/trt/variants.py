@@ -17,22 +17,11 @@ from coprs_deploy.errors import MissingDependencyError, install_hint
 
 @dataclass(frozen=True)
 class TrtVariant:
-    """One of the two TensorRT libraries.
-
-    Attributes:
-        name: value of ``--runtime``, and the extra that installs it.
-        title: product name in messages.
-        builds_without_gpu: whether ``--compute-capabilities`` may list GPUs that are not present.
-    """
+    """One of the two TensorRT libraries; the name is also the extra that installs it."""
 
     name: str
     title: str
     builds_without_gpu: bool
-
-    @property
-    def install(self) -> str:
-        """The pip command that installs it."""
-        return install_hint(self.name)
 
     def load(self) -> Any:
         """Import the library; it has no type annotations.
@@ -44,7 +33,7 @@ class TrtVariant:
             return importlib.import_module(self.name.replace("-", "_"))
         except (ImportError, OSError) as error:
             raise MissingDependencyError(
-                f"{self.title} cannot be imported ({error}); {self.install}"
+                f"{self.title} cannot be imported ({error}); {install_hint(self.name)}"
             ) from error
 
 

@@ -10,17 +10,11 @@ import torch
 from trl import GRPOConfig
 
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.settings import GrpoSettings, Lora
+from coprs_deploy.training.settings import LORA_TARGETS, GrpoSettings, Lora
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LORA_TARGETS = (
-    r".*language_model\.layers\.\d+\."
-    r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate_proj|up_proj|down_proj))"
-)
-"""Language-model matrices that get adapters, in both policy families."""
 
 TRL_SETTINGS = (
     *("max_steps", "num_generations", "num_iterations", "temperature", "top_p", "top_k"),
@@ -33,10 +27,7 @@ TRL_SETTINGS = (
 
 
 def split_batch(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
-    """Split the completions of a step into forward passes.
-
-    Returns:
-        Completions per forward pass, and gradient accumulation steps of each process.
+    """Split the completions of a step: completions and number of forward passes of a process.
 
     Raises:
         ValueError: the completions cannot be split evenly.

@@ -24,13 +24,13 @@ ATTRIBUTE = "segmentation"
 
 
 class SegmentationRequest(NamedTuple):
-    """Inputs of the mask decoding in a forward pass over B rows.
+    """Inputs of the mask decoding of K masks in each of B rows.
 
     Attributes:
-        image_embedding: (B, C, G, G) embedding of each row's image.
+        image_embedding: (B, C, G, G).
         inside: (B, 1, M, M), 1 for mask cells of the image and 0 for padding.
         first_column: column of the first completion token; ``<REF_POS>`` before it is ignored.
-        num_targets: masks per row, K.
+        num_targets: K.
     """
 
     image_embedding: Tensor
@@ -50,14 +50,9 @@ class SegmentationHead(nn.Module):
         self.mask_decoder = model.mask_decoder
 
     def forward(self, request: SegmentationRequest, concentration: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode K targets per row.
+        """Decode K targets per row to prior and mask logits, (B, K, M, M) each.
 
-        Args:
-            request: image embeddings and padding of B rows.
-            concentration: (B, K, D) hidden states of ``<REF_POS>``, zero where it is missing.
-
-        Returns:
-            Prior logits and mask logits, (B, K, M, M) each.
+        ``concentration`` is (B, K, D), hidden states of ``<REF_POS>``, zero where it is missing.
         """
         rows, targets, _ = concentration.shape
         dtype = self.prior.q_proj.weight.dtype
@@ -129,7 +124,7 @@ def reference_columns(
         ids: int64 (B, L) tokens of prompts and completions.
         reference_id: token id of ``<REF_POS>``.
         first_column: column of the first completion token.
-        num_targets: masks per row, K.
+        num_targets: K.
 
     Returns:
         Columns, int64 (B, K), 0 where missing; and whether each exists, bool (B, K).

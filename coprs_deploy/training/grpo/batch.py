@@ -36,7 +36,7 @@ class GroundTruth(NamedTuple):
     """Inputs of the segmentation path and ground-truth masks of B rows.
 
     Attributes:
-        image_embedding: (B, C, G, G) image embeddings.
+        image_embedding: (B, C, G, G).
         inside: (B, 1, M, M), 1 for mask cells of the image and 0 for padding.
         masks: (B, K, M, M), share of each cell covered by a target; zeros beyond the last target.
         num_targets: int64 (B,), at most K.
@@ -53,9 +53,9 @@ class GroundTruth(NamedTuple):
             self.image_embedding, self.inside, first_column, self.masks.shape[1]
         )
 
-    def rows(self, start: int, stop: int) -> GroundTruth:
-        """Return the rows from ``start`` to ``stop``."""
-        return GroundTruth(*(tensor[start:stop] for tensor in self))
+    def rows(self, chosen: slice) -> GroundTruth:
+        """Return some rows."""
+        return GroundTruth(*(tensor[chosen] for tensor in self))
 
     @property
     def is_target(self) -> Tensor:
@@ -65,27 +65,22 @@ class GroundTruth(NamedTuple):
 
 
 class PromptCollator:
-    """Convert examples to prompts and ground truth.
+    """Convert examples to prompts and ground truth with at most ``max_targets`` masks each.
 
-    Args:
-        state: the model; its image encoder stays frozen.
-        features: precomputed image embeddings; None computes them.
-        max_targets: maximum number of targets per prompt, K.
+    Image embeddings come from ``features``, or from the frozen image encoder.
     """
 
     def __init__(
         self, state: TrainingState, features: FeatureStore | None, max_targets: int
     ) -> None:
-        self._limits = state.image_limits
+        self._limits = (state.image_limits.min_pixels, state.image_limits.max_pixels)
         self._segmentation = state.segmentation
         self.geometry = state.segmentation.config.geometry
-        self._features = features
-        self._max_targets = max_targets
+        self._features, self._max_targets = features, max_targets
 
     def item(self, example: Example, key: Any) -> PromptItem:
         """Resize the image of an example for the policy; ``key`` identifies it in the batch."""
-        limits = (self._limits.min_pixels, self._limits.max_pixels)
-        image = fit_pixel_count(example.image, *limits)
+        image = fit_pixel_count(example.image, *self._limits)
         image.info[IMAGE_KEY] = key
         return PromptItem(example, image)
 
@@ -118,8 +113,7 @@ class PromptCollator:
                 f"max_targets is {most}; example {example.id} has {count} targets; raise "
                 "max_targets in the recipe, or remove the example"
             )
-        grid = self.geometry.mask_size
-        masks = torch.zeros(most, grid, grid)
+        masks = torch.zeros(most, self.geometry.mask_size, self.geometry.mask_size)
         for number, mask in enumerate(example.masks):
             masks[number] = fit_mask(mask, size, self.geometry)[0]
         return masks

@@ -69,9 +69,7 @@ def average_gradients(replicated: nn.Module) -> None:
     from torch import distributed
 
     count = distributed.get_world_size()  # codespell:ignore world
-    for weight in replicated.parameters():
-        if not weight.requires_grad:
-            continue
+    for weight in filter(lambda weight: weight.requires_grad, replicated.parameters()):
         if weight.grad is None:  # no row with a target in this process
             weight.grad = torch.zeros_like(weight)
         distributed.all_reduce(weight.grad)
@@ -79,11 +77,7 @@ def average_gradients(replicated: nn.Module) -> None:
 
 
 def check_sharding_settings(settings: GrpoSettings) -> None:
-    """Check that settings are supported by sharded training (FSDP).
-
-    Raises:
-        ValueError: adapters, or no gradient clipping.
-    """
+    """Refuse adapters, and training without gradient clipping, for a sharded policy (FSDP)."""
     if settings.lora.r:
         raise ValueError(
             f"lora.r is {settings.lora.r}; accepted with a sharded policy (FSDP): 0; adapters are "
@@ -96,11 +90,24 @@ def check_sharding_settings(settings: GrpoSettings) -> None:
         )
 
 
-def gather_policy(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
-    """Gather the weights of a sharded policy without its segmentation head (collective call).
+def policy_weights(trainer: Any) -> dict[str, Tensor]:
+    """Return the policy's current weights under the names of the plain policy (collective call).
 
-    Returns:
-        Name to whole tensor in the main process; empty in the others.
+    Shards are gathered (only in the main process), adapters are merged into copies.
     """
-    gathered: dict[str, Tensor] = accelerator.get_state_dict(model)
-    return {n: t for n, t in gathered.items() if not n.startswith(f"{ATTRIBUTE}.")}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model)
+    elif hasattr(model, "peft_config"):
+        model, weights = model.get_base_model(), {}
+        for name, module in model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                with torch.no_grad():
+                    delta = module.get_delta_weight(module.active_adapters[0])
+                    weights[f"{name}.weight"] = module.base_layer.weight + delta
+        for name, weight in model.state_dict().items():
+            if ".lora_" not in name:
+                weights.setdefault(name.replace(".base_layer.", "."), weight)
+    else:
+        weights = model.state_dict()
+    return {n: t for n, t in weights.items() if not n.startswith(f"{ATTRIBUTE}.")}

@@ -1,4 +1,4 @@
-"""Evaluation of a policy in GRPO training: greedy responses, then masks at the image's size.
+"""Evaluation of a policy in GRPO training: greedy responses, and sheets of sampled completions.
 
 Scores and metrics are those of :mod:`coprs_deploy.evaluation`, with four more per example:
 ``reward``, ``format_score``, ``count_accuracy`` (as many ``<REF_POS>`` as targets) and
@@ -7,33 +7,47 @@ Scores and metrics are those of :mod:`coprs_deploy.evaluation`, with four more p
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from coprs_deploy.evaluation.evaluator import Evaluated, Prediction, evaluate
-from coprs_deploy.evaluation.metrics import mask_metrics, standard_error
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.evaluation.evaluator import Prediction, evaluate
+from coprs_deploy.evaluation.metrics import (
+    ExampleScore,
+    count_pixels,
+    iou,
+    mask_metrics,
+    standard_error,
+    union,
+)
+from coprs_deploy.images import prepare_image, resize_logits, sigmoid
 from coprs_deploy.training.grpo.scores import mask_scores
-from coprs_deploy.training.rewards import total_reward
+from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
+from coprs_deploy.visualization import add_caption, draw_grid, draw_heatmap, draw_overlay
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
     from coprs_deploy.training.grpo.batch import PromptItem
     from coprs_deploy.training.grpo.trainer import JointTrainer
 
+COMPLETIONS_FILE = "completions.jsonl"
+
+TILE_PX = 240
+"""Side of one image on a sheet, in pixels."""
+
 BATCH_SIZE = 32
 """Prompts that are generated together."""
 
-MASK_METRICS = ("giou", "prior_giou", "precision_at_50")
-COMPLETION_METRICS = ("reward", "format_score", "count_accuracy", "completion_length")
 
-
-def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[Evaluated]:
+def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[ExampleScore]:
     """Evaluate greedy responses; all processes take part and each returns all results."""
     from accelerate.utils import gather_object
 
@@ -51,25 +65,17 @@ def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[
         batch_size=BATCH_SIZE,
     )[: len(own)]
     model.train(was_training)
-    gathered: list[Evaluated] = gather_object(evaluated) if num_processes > 1 else evaluated
+    gathered: list[ExampleScore] = gather_object(evaluated) if num_processes > 1 else evaluated
     return gathered
 
 
-def summarize(evaluated: Sequence[Evaluated]) -> dict[str, float]:
-    """Compute metrics over all examples, and mask metrics over those with a target.
-
-    Returns:
-        ``COMPLETION_METRICS``, ``MASK_METRICS``, ``giou_stderr`` and ``reward_stderr``; those of
-        masks are nan if no example has a target.
-    """
-    scores = [each.score for each in evaluated]
+def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
+    """Average metrics over all examples; those of masks are nan if no example has a target."""
     present = [score for score in scores if score.num_targets]
     of_masks = mask_metrics(present)
+    means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
     return {
-        **{
-            name: float(np.mean([score.extra[name] for score in scores]))
-            for name in COMPLETION_METRICS
-        },
+        **means,
         **{name: of_masks.get(name, math.nan) for name in MASK_METRICS},
         "giou_stderr": standard_error([score.mask_iou for score in present]),
         "reward_stderr": standard_error([score.extra["reward"] for score in scores]),
@@ -84,10 +90,9 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
     ground_truth = parts.collator.ground_truth(items, trainer.accelerator.device)
     decoded = trainer.decode(items, ground_truth, responses)
     format_scores = parts.reader.format_scores(responses, ground_truth.num_targets.tolist())
+    weights = parts.settings.reward_weights
     scores = mask_scores(decoded, ground_truth).float().cpu()
-    rewards = total_reward(
-        scores, torch.tensor(format_scores), parts.settings.reward_weights
-    ).tolist()
+    rewards = (weights.mask * scores + weights.format * torch.tensor(format_scores)).tolist()
     parts.processor.clear_cache()
     predictions = []
     for row, example in enumerate(examples):
@@ -145,3 +150,82 @@ def at_image_size(
     geometry = trainer.parts.collator.geometry
     prepared = prepare_image(example.image, geometry)
     return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry)
+
+
+def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
+    """Write completions of the last rollout to ``step-N.png`` and ``completions.jsonl``.
+
+    Different prompts come first. A row of the sheet is one completion: the ground truth, its prior
+    and its mask, or empty fields if it named no target, and below them instruction and response.
+    """
+    rollout = trainer.rollout
+    decoded = rollout.decoded if rollout else None
+    if rollout is None or decoded is None or not count:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    reader, lines, sheets = trainer.parts.reader, [], []
+    for number in spread([item.example.id for item in rollout.items], count):
+        example, is_found = rollout.items[number].example, decoded.is_found[number]
+        completion = rollout.completions[number]
+        found = _largest(trainer, example, decoded.prior_logits[number][is_found])
+        mask = _largest(trainer, example, decoded.mask_logits[number][is_found])
+        gt = union(example.masks)
+        predicted = np.zeros_like(gt) if mask is None else mask > 0
+        targets = int(rollout.ground_truth.num_targets[number])
+        line = {
+            "step": step,
+            "id": example.id,
+            "instruction": example.instruction,
+            "response": reader.read(completion).text,
+            "format_score": reader.format_scores([completion], [targets])[0],
+            "mask_iou": iou(count_pixels(predicted, gt), empty=0.0) if targets else None,
+            "num_targets": targets,
+            "num_found": int(is_found.sum()),
+        }
+        lines.append(line)
+        empty = Image.new("RGB", (TILE_PX, TILE_PX), "gray")
+        tiles = [draw_overlay(example.image, gt[None] if targets else gt[None][:0])]
+        tiles.append(empty if found is None else draw_heatmap(example.image, sigmoid(found)))
+        tiles.append(empty if mask is None else draw_overlay(example.image, predicted[None]))
+        sheets.append(_captioned(draw_grid([tiles], TILE_PX), line))
+    _stack(sheets).save(directory / f"step-{step:06d}.png")
+    with (directory / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def spread(prompts: Sequence[str], count: int) -> list[int]:
+    """Choose ``count`` rows: the first of each prompt, then the second of each, and so on."""
+    seen = Counter[str]()
+    turns = []
+    for number, prompt in enumerate(prompts):
+        turns.append((seen[prompt], number))
+        seen[prompt] += 1
+    return [number for _, number in sorted(turns)[:count]]
+
+
+def _captioned(tiles: Image.Image, line: Mapping[str, Any]) -> Image.Image:
+    """Add the numbers, the instruction and the response below a row of a sheet."""
+    quality = "no-match" if line["mask_iou"] is None else f"IoU {line['mask_iou']:.2f}"
+    numbers = f"{quality}, {line['num_found']} of {line['num_targets']} targets named"
+    tiles = add_caption(tiles, "ground truth | prior | mask: " + numbers)
+    return add_caption(add_caption(tiles, line["instruction"]), line["response"] or "(empty)")
+
+
+def _stack(rows: Sequence[Image.Image]) -> Image.Image:
+    """Arrange rows of one width below each other."""
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def _largest(
+    trainer: JointTrainer, example: Example, found: torch.Tensor
+) -> NDArray[np.float32] | None:
+    """Return the maximum of (N, M, M) logits at the image size, (H, W); None if N is 0."""
+    if not len(found):
+        return None
+    largest: NDArray[np.float32] = at_image_size(trainer, example, found.float().amax(0)[None])[0]
+    return largest

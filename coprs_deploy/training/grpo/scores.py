@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coprs_deploy.prompts import Response, read_response
+from coprs_deploy.prompts import REFERENCE_TOKEN, Response, read_response
 from coprs_deploy.training.grpo.batch import GroundTruth
 from coprs_deploy.training.losses import Mean, segmentation_losses
 from coprs_deploy.training.mask_decoding import intersection_over_union
@@ -17,12 +17,9 @@ from coprs_deploy.training.settings import ResponseFormat, SegmentationLossWeigh
 
 
 class DecodedMasks(NamedTuple):
-    """Decoded priors and masks of B completions.
+    """Decoded priors and masks of B completions, (B, K, M, M) each.
 
-    Attributes:
-        prior_logits: (B, K, M, M) prior logits.
-        mask_logits: (B, K, M, M) mask logits.
-        is_found: bool (B, K), whether the completion has this ``<REF_POS>``.
+    ``is_found``, bool (B, K), says whether the completion has this ``<REF_POS>``.
     """
 
     prior_logits: Tensor
@@ -31,27 +28,19 @@ class DecodedMasks(NamedTuple):
 
 
 class ResponseReader:
-    """Parse completions from token ids: decoded text would have lost ``<REF_POS>``.
+    """Parse completions from token ids: decoded text would have lost ``<REF_POS>``."""
 
-    Args:
-        reference_id: token id of ``<REF_POS>``.
-        decode: token ids to text without special tokens.
-        response_format: format rules of the format score.
-    """
-
-    def __init__(
-        self,
-        reference_id: int,
-        decode: Callable[[Sequence[int]], str],
-        response_format: ResponseFormat,
-    ) -> None:
-        self._reference_id = reference_id
-        self._decode = decode
-        self._response_format = response_format
+    def __init__(self, tokenizer: Any, response_format: ResponseFormat) -> None:
+        self._tokenizer, self._response_format = tokenizer, response_format
+        self._reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
 
     def read(self, ids: Sequence[int]) -> Response:
         """Parse one completion."""
-        return read_response(ids, self._reference_id, self._decode)
+        return read_response(
+            ids,
+            self._reference_id,
+            lambda ids: self._tokenizer.decode(list(ids), skip_special_tokens=True),
+        )
 
     def format_scores(
         self, completions: Sequence[Sequence[int]], num_targets: Sequence[int]

@@ -16,20 +16,25 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
+from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import PromptCollator
-from coprs_deploy.training.grpo.distribution import gather_policy
-from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
+from coprs_deploy.training.grpo.distribution import load_trainable_weights, policy_weights
+from coprs_deploy.training.grpo.evaluation import (
+    COMPLETIONS_FILE,
+    evaluate_policy,
+    summarize,
+    write_samples,
+)
 from coprs_deploy.training.grpo.processor import PolicyProcessor
-from coprs_deploy.training.grpo.samples import write_samples
 from coprs_deploy.training.grpo.scores import ResponseReader
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
 from coprs_deploy.training.progress import StageProgress
 from coprs_deploy.training.recipe import Recipe
+from coprs_deploy.training.run_directory import rewind_lines
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.state import TrainingState
-from coprs_deploy.training.supervised_stage import ExampleSets
 
 if TYPE_CHECKING:
     from coprs_deploy.training.run import Run
@@ -64,28 +69,19 @@ class GrpoStage:
         self._policy_path = policy_path
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, from the last state if there is one; evaluate.
-
-        Returns:
-            Result of the stage: metrics before and after, thresholds, seconds.
-
-        Raises:
-            ValueError: settings and data do not fit together.
-        """
-        progress, accelerator = self.progress, self._run.accelerator
+        """Train to the end, from the last state if there is one; return the result."""
+        progress, accelerator, stop = self.progress, self._run.accelerator, self._run.stop
         progress.start()
         if accelerator.is_main_process:
-            for unfinished in progress.path.glob("checkpoint-*"):
-                shutil.rmtree(unfinished)
-        accelerator.wait_for_everyone()
-        policy, tokenizer = self._state.policy.model, self._state.policy.tokenizer
-        policy.config.name_or_path = str(self._policy_path or self._reference())
-        head = SegmentationHead(self._state.segmentation)
-        head.requires_grad_(self.settings.mode != "rl")
-        reference_id = tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN)
-        attachment = Attachment(policy, head, reference_id)
-        trainer = self._trainer(policy, reference_id)
-        trainer.train(resume_from_checkpoint=str(progress.state) if progress.state else None)
+            self._rewind_samples()
+        trainer, attachment = self._attach()
+        if progress.state and progress.step == self.settings.max_steps:
+            load_trainable_weights(progress.state, trainer.model)
+        else:
+            with stop.while_steps_run():
+                trainer.train(resume_from_checkpoint=progress.state and str(progress.state))
+        if trainer.state.global_step < self.settings.max_steps and stop.is_agreed(accelerator):
+            stop.exit()
         metrics = self.evaluate(trainer, self.settings.max_steps)
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         self._take_weights(trainer, attachment)
@@ -94,39 +90,71 @@ class GrpoStage:
             shutil.rmtree(progress.path / REFERENCE_FOLDER, ignore_errors=True)
         return result
 
+    def restore(self) -> None:
+        """Load the weights of the newest state, if there is one; not for a sharded policy."""
+        if self.progress.state is not None:
+            trainer, attachment = self._attach()
+            load_trainable_weights(self.progress.state, trainer.model)
+            self._take_weights(trainer, attachment)
+
     def evaluate(self, trainer: JointTrainer, step: int) -> dict[str, float]:
         """Evaluate the current weights on the held-out examples, and write samples."""
         evaluated = evaluate_policy(trainer, self._held_out)
         metrics = summarize(evaluated)
-        self.progress.log_evaluation(step, metrics)
+        if self.progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
+            self._run.save_best(self._state, self.progress, policy_weights(trainer))
         if self._run.accelerator.is_main_process:
-            root = self._run.directory.path
-            directory = root / HELD_OUT_FOLDER / self._name
-            directory.mkdir(parents=True, exist_ok=True)
+            held_out, samples = self._folders()
+            held_out.mkdir(parents=True, exist_ok=True)
             rows = [each.to_json() for each in evaluated]
-            write_json(directory / f"step-{step:06d}.json", {"examples": rows})
-            samples = root / SAMPLES_FOLDER / self._name
+            write_json(held_out / f"step-{step:06d}.json", {"examples": rows})
             write_samples(trainer, samples, step, self.settings.num_completions_to_print)
         return metrics
+
+    def is_stopped(self) -> bool:
+        """Return whether the training is to stop (collective call)."""
+        return self._run.stop.is_agreed(self._run.accelerator)
+
+    def _folders(self) -> tuple[Path, Path]:
+        """Return the folders of held-out responses and of samples."""
+        root = self._run.directory.path
+        return root / HELD_OUT_FOLDER / self._name, root / SAMPLES_FOLDER / self._name
+
+    def _rewind_samples(self) -> None:
+        """Remove responses and samples after the step that the stage resumes from."""
+        kept = self.progress.kept_step
+        for folder in self._folders():
+            for file in folder.glob("step-*"):
+                if int(file.stem.removeprefix("step-")) > kept:
+                    file.unlink()
+        completions = self._folders()[1] / COMPLETIONS_FILE
+        if completions.is_file():
+            rewind_lines(completions, lambda line: line["step"] <= kept)
+
+    def _attach(self) -> tuple[JointTrainer, Attachment]:
+        """Build the trainer of the policy with its segmentation head."""
+        policy, tokenizer = self._state.policy.model, self._state.policy.tokenizer
+        policy.config.name_or_path = str(self._policy_path or self._reference())
+        head = SegmentationHead(self._state.segmentation)
+        head.requires_grad_(self.settings.mode != "rl")
+        attachment = Attachment(policy, head, tokenizer.convert_tokens_to_ids(REFERENCE_TOKEN))
+        return self._trainer(policy), attachment
 
     def _log(self, step: int, line: dict[str, float]) -> None:
         """Log the metrics of a step, under TRL's names and ours."""
         found = {name: value for name, value in line.items() if value is not None}
-        shown = f"reward {line['reward']:7.4f}  loss {line['loss']:8.4f}"
+        cut = line.get("completions/clipped_ratio", 0.0)
+        shown = f"reward {line['reward']:7.4f}  loss {line['loss']:8.4f}  cut off {cut:4.0%}"
         self.progress.log(step, found, shown)
 
-    def _trainer(self, policy: Any, reference_id: int) -> JointTrainer:
+    def _trainer(self, policy: Any) -> JointTrainer:
         settings, state, examples = self.settings, self._state, self._examples
         tokenizer, prompt = state.policy.tokenizer, state.policy.prompt
         parts = GrpoParts(
             policy=policy,
             processor=PolicyProcessor(tokenizer, examples.vision, prompt),
             collator=PromptCollator(state, examples.features, settings.max_targets),
-            reader=ResponseReader(
-                reference_id,
-                lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                settings.response_format,
-            ),
+            reader=ResponseReader(tokenizer, settings.response_format),
             examples=examples.training,
             settings=settings,
         )
@@ -170,7 +198,7 @@ class GrpoStage:
         """Gather a sharded policy into the training state of the main process."""
         from transformers import AutoModelForImageTextToText
 
-        weights = gather_policy(trainer.model, trainer.accelerator)
+        weights = policy_weights(trainer)
         if self._run.accelerator.is_main_process:
             parts = self._state.policy
             copy = AutoModelForImageTextToText.from_pretrained(
@@ -198,10 +226,13 @@ class _StageCallback(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
         elif settings.eval_steps and state.global_step % settings.eval_steps == 0:
             self._stage.evaluate(self.trainer, state.global_step)
+        # A state in the middle of a rollout could not be resumed.
+        is_whole = state.global_step % settings.num_iterations == 0
+        if self._stage.is_stopped() and is_whole and state.global_step < settings.max_steps:
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        progress = self._stage.progress
-        progress.commit(state.global_step, progress.path / f"checkpoint-{state.global_step}")
+        self._stage.progress.commit(state.global_step)
 
 
 def prompt_order(examples: Sequence[Example], settings: GrpoSettings, seed: int) -> Any:

@@ -64,14 +64,7 @@ class GrpoParts:
 
 @dataclass
 class ScoredRollout:
-    """One batch of sampled completions with their masks.
-
-    Attributes:
-        items: prompt of each completion.
-        ground_truth: ground truth of each completion.
-        completions: token ids of each completion.
-        decoded: decoded masks; None before scoring.
-    """
+    """One batch of sampled completions, token ids each; ``decoded`` is None before scoring."""
 
     items: list[PromptItem]
     ground_truth: GroundTruth
@@ -171,22 +164,10 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> DecodedMasks:
         """Decode the masks of given completions (collective call)."""
         rows = self.args.per_device_train_batch_size
-        parts = [
-            self._decode_rows(
-                items[start : start + rows],
-                gt.rows(start, start + rows),
-                completions[start : start + rows],
-            )
-            for start in range(0, len(items), rows)
-        ]
-        return DecodedMasks(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-    def _decode_rows(
-        self,
-        items: Sequence[PromptItem],
-        gt: GroundTruth,
-        completions: Sequence[Sequence[int]],
-    ) -> DecodedMasks:
+        if len(items) > rows:
+            slices = [slice(start, start + rows) for start in range(0, len(items), rows)]
+            parts = [self.decode(items[s], gt.rows(s), completions[s]) for s in slices]
+            return DecodedMasks(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
         processor = self.parts.processor
         fields = processor([[item.image] for item in items], [i.example.instruction for i in items])
         ids, attended = pad_tokens(completions, processor.tokenizer.pad_token_id)

@@ -1,6 +1,7 @@
 """``coprs-deploy``: imports, errors and exit codes."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -82,6 +83,17 @@ def test_main_returns_the_exit_code_of_the_verb(doctor, code):
         (FileNotFoundError(2, "No such file", "a.png"), "a.png: No such file", 2),
         (OSError("disk full"), "disk full", 2),
         (KeyboardInterrupt(), "interrupted", INTERRUPTED),
+        (MemoryError(), "out of memory: the system refused an allocation", 2),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes\nException raised"),
+            "out of memory: DefaultCPUAllocator: can't allocate memory: 8 bytes",
+            2,
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of memory: CUDA out of memory. Tried to allocate 2 GiB",
+            2,
+        ),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -98,10 +110,58 @@ def test_main_turns_an_error_into_a_message_and_an_exit_code(
         assert captured.out == ""
 
 
-def test_main_does_not_hide_a_bug(doctor):
-    doctor(failing(KeyError("name")))
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("error", [KeyError("name"), RuntimeError("a bug")])
+def test_main_does_not_hide_a_bug(doctor, error):
+    doctor(failing(error))
+    with pytest.raises(type(error)):
         main(["doctor"])
+
+
+def test_main_warning_is_one_line():
+    program = (
+        "import sys, warnings\nfrom coprs_deploy.cli import doctor, main\n"
+        "doctor.run = lambda arguments: warnings.warn('the cache cannot be written') or 0\n"
+        "main.main(['doctor'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "warning: the cache cannot be written\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_main_signal_ends_the_verb_unless_the_caller_ignores_it(doctor, number, is_ignored):
+    doctor(lambda arguments: os.kill(os.getpid(), number) or 0)
+    previous = signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        if is_ignored:  # nohup
+            assert main(["doctor"]) == 0
+        else:
+            with pytest.raises(SystemExit) as stop:
+                main(["doctor"])
+            assert stop.value.code == 128 + number
+        assert signal.getsignal(number) == (signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_main_prints_paths_that_are_not_utf8(tmp_path, encoding, as_json):
+    out = tmp_path / os.fsdecode("größe \xff.png".encode("latin-1"))
+    command = ["synth", "--num-examples", "1", "--out", out, *(["--json"] if as_json else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "coprs_deploy", *command],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    assert out.is_file()
+    if as_json:
+        assert json.loads(done.stdout)["file"] == str(out)
+    else:
+        assert rb"gr\udcf6\udcdfe \udcff.png" in done.stdout
 
 
 @pytest.mark.parametrize(

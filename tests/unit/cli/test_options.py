@@ -36,6 +36,8 @@ class Record(Base):
         cache_dir: folder of the cache; None for no cache.
         sizes: sizes; empty for all.
         tags: labels.
+        case_timeout_s: timeout of a run.
+        max_memory_bytes: memory.
 
     More text.
     """
@@ -45,6 +47,8 @@ class Record(Base):
     cache_dir: Path | None = None
     sizes: tuple[int, ...] = ()
     tags: list[str] = field(default_factory=list)
+    case_timeout_s: float = 30.0
+    max_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.name == "none":
@@ -62,10 +66,12 @@ OPTIONS = (
     Option("num_threads", parse=int),
     Option("cuda_graphs", help="disable CUDA graph capture"),
     Option("overwrite"),
-    Option("name", choices=("plain", "full", "none")),
+    Option("name"),
     Option("cache_dir", parse=Path, metavar="DIR"),
     Option("sizes", "--only-sizes", parse=numbers),
-    Option("tags", repeat=True),
+    Option("tags", collect=sorted),
+    Option("case_timeout_s", help="timeout in SECONDS"),
+    Option("max_memory_bytes"),
 )
 
 
@@ -83,7 +89,7 @@ def help_of(parser):
 def test_option_names_follow_the_fields_and_negate_true_ones(parser):
     assert list(help_of(parser)) == [
         *("--num-threads", "--no-cuda-graphs", "--overwrite", "--name", "--cache-dir"),
-        *("--only-sizes", "--tags"),
+        *("--only-sizes", "--tags", "--case-timeout", "--max-memory"),
     ]
 
 
@@ -96,10 +102,13 @@ def test_option_help_is_the_attribute_documentation_with_the_default(parser):
     assert texts["--cache-dir"] == "folder of the cache (default: no cache)"
     assert texts["--only-sizes"] == "sizes (default: all)"
     assert texts["--tags"] == "labels"
+    assert texts["--case-timeout"] == "timeout in SECONDS"
     shown = parser.format_help()
     assert "--num-threads N" in shown
     assert "--cache-dir DIR" in shown
     assert "--only-sizes SIZES" in shown
+    assert "--case-timeout SECONDS" in shown
+    assert "--max-memory GIB" in shown
     assert "100 % of it" in shown
 
 
@@ -108,10 +117,18 @@ def test_read_options_without_options_gives_the_defaults_of_the_record(parser):
 
 
 def test_read_options_takes_the_given_values(parser):
-    given = "--num-threads 2 --no-cuda-graphs --overwrite --only-sizes 1,2 --tags a --tags b"
-    arguments = parser.parse_args(given.split())
+    given = "--num-threads 2 --no-cuda-graphs --overwrite --only-sizes 1,2 --tags b --tags a"
+    arguments = parser.parse_args([*given.split(), "--case-timeout", "1.5", "--max-memory", "2"])
     record = read_options(arguments, Record, OPTIONS)
-    assert record == Record(2, False, True, "plain", None, (1, 2), ["a", "b"])
+    assert record == Record(
+        2, False, True, "plain", None, (1, 2), ["a", "b"], 1.5, max_memory_bytes=2 * GIB
+    )
+
+
+def test_read_options_prefers_a_given_value_to_a_default_of_the_caller(parser):
+    arguments = parser.parse_args(["--name", "full"])
+    record = read_options(arguments, Record, OPTIONS, name="other", overwrite=True)
+    assert (record.name, record.overwrite) == ("full", True)
 
 
 def test_read_options_lets_the_record_refuse_a_value(parser):
@@ -125,7 +142,7 @@ def test_read_options_lets_the_record_refuse_a_value(parser):
     [
         (["--only-sizes", "a"], "argument --only-sizes: sizes is 'a'; accepted: N,N"),
         (["--num-threads", "a"], "argument --num-threads: invalid int value: 'a'"),
-        (["--name", "other"], "argument --name: invalid choice: 'other'"),
+        (["--max-memory", "0"], "argument --max-memory: 0 GiB is not above 0"),
     ],
 )
 def test_refused_value_shows_the_message_of_its_converter(parser, capsys, arguments, message):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from coprs_deploy.cli.main import VERBS, build_parser
-from coprs_deploy.cli.parser import SuggestingParser, add_json_flag, log, print_json
+from coprs_deploy.cli.parser import SuggestingParser, log, print_json, print_result
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def verbs():
             built.append(name)
             parser.add_argument("--preset", choices=("plain", "full"))
             parser.add_argument(flag, action="store_true")
-            add_json_flag(parser)
+            parser.add_argument("--json", action="store_true")
 
         return add
 
@@ -104,6 +104,14 @@ def test_every_argument_of_every_verb_has_a_help_text(verb, capsys):
     for action in verbs.choices[verb]._actions:
         assert action.help, (verb, action.dest)
         assert not action.help.endswith("."), (verb, action.dest)
+
+
+@pytest.mark.parametrize(
+    ("as_json", "shown"), [(False, "2 images\n"), (True, '{"num_images": 2}\n')]
+)
+def test_print_result_prints_text_or_one_object(capsys, as_json, shown):
+    print_result(argparse.Namespace(json=as_json), {"num_images": 2}, "2 images")
+    assert capsys.readouterr().out == shown
 
 
 def test_log_writes_to_stderr_and_print_json_to_stdout(capsys):

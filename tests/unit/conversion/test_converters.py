@@ -282,6 +282,19 @@ class TestPublicTraining:
         expected = "<think> this generated policy follows a script</think><REF_POS>"
         assert generate(checkpoint).response.text == expected
 
+    def test_public_training_shards_that_share_memory_are_separated(
+        self, public_directory, sam_file, tmp_path
+    ):
+        (file,) = (public_directory / "huggingface").glob("*.safetensors")
+        weights = load_file(file)
+        file.unlink()
+        table = next(name for name in weights if name.endswith("embed_tokens.weight"))
+        weights["lm_head.weight"] = weights[table]
+        torch.save(weights, shard(public_directory, 1, 0))
+        checkpoint = checkpoint_from_public_training(public_directory, sam_file, tmp_path / "c")
+        (stored,) = checkpoint.policy_path.glob("*.safetensors")
+        assert_same(load_file(stored), weights)
+
     @pytest.mark.parametrize("with_head", [True, False])
     def test_public_training_sharded_tied_embeddings_stay_tied(
         self, public_directory, sam_file, tmp_path, monkeypatch, with_head

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -157,6 +160,67 @@ def test_load_policy_wrong_weights_are_named(untuned_policy, tmp_path, misfit, i
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=message):
         load_policy(directory, None if is_in_directory else weights)
+
+
+@pytest.mark.parametrize("is_in_directory", [True, False])
+def test_load_policy_values_that_are_not_finite_are_named(
+    untuned_policy, tmp_path, is_in_directory
+):
+    weights = load_file(untuned_policy / "model.safetensors")
+    weights["lm_head.weight"][3, 5] = torch.nan
+    directory = tmp_path / "policy"
+    shutil.copytree(untuned_policy, directory)
+    if is_in_directory:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"not finite .*: 1 of the .* of lm_head\.weight"):
+        load_policy(directory, None if is_in_directory else weights)
+
+
+def test_load_policy_wrong_weights_print_no_report_of_the_library(untuned_policy, tmp_path):
+    weights = load_file(untuned_policy / "model.safetensors")
+    strangers = {f"layers.{number}.lora_A.weight": torch.zeros(2) for number in range(50)}
+    directory = tmp_path / "policy"
+    shutil.copytree(untuned_policy, directory)
+    save_file({**weights, **strangers}, directory / "model.safetensors", metadata={"format": "pt"})
+    program = (
+        "import sys; from pathlib import Path; "
+        "from coprs_deploy.conversion.policy_files import load_policy; "
+        "load_policy(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, directory]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "LOAD REPORT" not in result.stdout + result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert "unexpected keys ['layers.0.lora_A.weight'" in error
+    assert error.endswith("merge the LoRA adapter with peft's merge_and_unload()")
+
+
+def test_load_policy_adapter_is_refused_with_the_line_that_merges_it(untuned_policy, tmp_path):
+    model, _ = load_policy(untuned_policy)
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(untuned_policy)
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    with pytest.raises(ConversionError, match=r"LoRA adapter of .*, not a whole model") as caught:
+        load_policy(adapter)
+
+    line = str(caught.value).split("`")[1]
+    subprocess.run([sys.executable, "-c", line], check=True)
+
+    merged = load_policy(tmp_path / "adapter-merged")[0].state_dict()
+    expected = adapted.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "adapter-merged" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_load_policy_adapter_without_base_is_refused(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ConversionError, match="contains a LoRA adapter of BASE, not a whole model"):
+        load_policy(tmp_path)
 
 
 def test_load_policy_without_weights_is_refused(untuned_policy, tmp_path):

@@ -1,5 +1,6 @@
 """Weight files of other projects: reading, and refusing without running code."""
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -172,11 +174,7 @@ def test_read_state_dict_missing_file_or_directory_is_named(tmp_path):
         ([torch.zeros(1)], "contains a list, not a dictionary of tensors"),
         ({}, "contains a dict, not a dictionary of tensors"),
         (torch.zeros(1), "contains a Tensor, not a dictionary of tensors"),
-        (
-            {"model": {"w": torch.zeros(1)}},
-            "contains 'model', which is not a tensor; accepted: a flat",
-        ),
-        ({"w": torch.zeros(1), "epoch": 3}, "contains 'epoch', which is not a tensor"),
+        ({"model": {"state_dict": {"deep": {"w": torch.zeros(1)}}}}, "contains a dict, not a"),
     ],
 )
 def test_read_state_dict_other_content_is_refused(tmp_path, data, message):
@@ -184,6 +182,131 @@ def test_read_state_dict_other_content_is_refused(tmp_path, data, message):
     torch.save(data, path)
     with pytest.raises(ConversionError, match=message):
         read_state_dict(path)
+
+
+def prefixed(prefix, tensors):
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+    "param_groups": [{"lr": 1e-4, "params": [0]}],
+}
+WRAPPED = {
+    "an entry": lambda tensors: {"model": tensors},
+    "two entries": lambda tensors: {"checkpoint": {"state_dict": tensors}},
+    "an optimizer": lambda tensors: {"model": tensors, "optimizer": OPTIMIZER, "epoch": 3},
+    "a flat optimizer": lambda tensors: {"m": tensors, "opt": {"exp_avg": torch.zeros(2)}},
+    "a scalar tensor": lambda tensors: {"model": tensors, "ema_decay": torch.tensor(0.999)},
+    "data parallelism": lambda tensors: prefixed("module.", tensors),
+    "Lightning": lambda tensors: {"state_dict": prefixed("model.", tensors), "loops": {}},
+    "a compiled model": lambda tensors: prefixed("module._orig_mod.", tensors),
+    "a compiled part": lambda tensors: {
+        name.replace("mask_decoder.", "mask_decoder._orig_mod."): tensor
+        for name, tensor in tensors.items()
+    },
+    "parameters": lambda tensors: {n: torch.nn.Parameter(t) for n, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_read_sam_wrapped_state_dict_is_read(tmp_path, sam_tensors, sam_config, wrap):
+    path = tmp_path / "sam.pth"
+    torch.save(wrap(sam_tensors), path)
+    config, tensors = read_sam(path)
+    assert config == sam_config
+    assert_same(tensors, sam_tensors)
+
+
+def test_read_sam_safetensors_file_is_read(tmp_path, sam_tensors, sam_config):
+    path = tmp_path / "sam.safetensors"
+    save_file(prefixed("module.", sam_tensors), path)
+    config, tensors = read_sam(path)
+    assert config == sam_config
+    assert_same(tensors, dict(sorted(sam_tensors.items())))
+
+
+def test_read_state_dict_encoder_alone_keeps_its_names(tmp_path):
+    weight = {"image_encoder.blocks.0.norm1.weight": torch.ones(2)}
+    path = tmp_path / "encoder.pth"
+    torch.save(prefixed("module.", weight), path)
+    assert_same(read_state_dict(path), weight)
+
+
+class Settings(argparse.Namespace):
+    """What training scripts store beside the weights."""
+
+
+UNCLEAR = {
+    "two models": lambda tensors: {"ema": tensors, "model": tensors},
+    "tensors and others": lambda tensors: {**tensors, "epoch": 3},
+    "a larger model": lambda tensors: {
+        "state_dict": {**prefixed("model.sam.", tensors), "model.lm.weight": torch.zeros(2)}
+    },
+    "code": lambda tensors: {"model": tensors, "args": Settings(lr=1e-4)},
+}
+
+
+@pytest.mark.parametrize("wrap", UNCLEAR.values(), ids=UNCLEAR)
+def test_read_sam_unclear_file_is_refused_with_the_line_that_fixes_it(tmp_path, sam_tensors, wrap):
+    path = tmp_path / "it's a file.pth"
+    torch.save(wrap(sam_tensors), path)
+    with pytest.raises(ConversionError) as caught:
+        read_sam(path)
+    line = str(caught.value).split("`")[1]
+    subprocess.run([sys.executable, "-c", line], check=True, cwd=Path.cwd())
+    assert_same(read_sam(tmp_path / "it's a file-weights.pth")[1], sam_tensors)
+
+
+def test_read_state_dict_name_with_and_without_wrapper_is_refused(tmp_path):
+    path = tmp_path / "twice.pth"
+    torch.save({"module.a.w": torch.zeros(1), "a.w": torch.ones(1)}, path)
+    with pytest.raises(ConversionError, match=r"twice\.pth contains tensors twice"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (
+            torch.tensor([1.0, float("nan"), 2.0]),
+            r"not finite \(NaN or inf\): 1 of the 3 of b\.w\.",
+        ),
+        (torch.tensor([float("inf"), -float("inf")]), r"not finite .*: 2 of the 2 of b\.w\."),
+        (torch.tensor([1, 2]), r"b\.w as torch\.int64; accepted: dense floating-point"),
+        (torch.eye(2).to_sparse(), r"b\.w as torch\.sparse_coo; accepted: dense floating-point"),
+        (torch.zeros(2, device="meta"), r"b\.w as an empty tensor; accepted: dense"),
+        (
+            torch.zeros(2, dtype=torch.float8_e4m3fn),
+            r"b\.w as torch\.float8_e4m3fn; accepted: dense",
+        ),
+        (torch.zeros(2, dtype=torch.complex64), r"b\.w as torch\.complex64; accepted: dense"),
+    ],
+)
+def test_read_state_dict_unusable_values_are_named(tmp_path, tensor, message):
+    path = tmp_path / "sam.pth"
+    torch.save({"a.w": torch.zeros(2), "b.w": tensor}, path)
+    with pytest.raises(ConversionError, match=r"sam\.pth has .*" + message):
+        read_state_dict(path)
+
+
+def test_read_state_dict_flipped_weights_are_named(tmp_path, sam_file):
+    data = bytearray(sam_file.read_bytes())
+    data[len(data) // 2] ^= 1
+    path = tmp_path / "sam.pth"
+    path.write_bytes(data)
+    with pytest.raises(ConversionError, match=r"sam\.pth is damaged: the checksum of .* differs"):
+        read_state_dict(path)
+
+
+def test_read_state_dict_without_checksums_is_read(tmp_path, sam_tensors):
+    path = tmp_path / "sam.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(sam_tensors, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(read_state_dict(path), sam_tensors)
 
 
 def test_read_sam_other_model_is_refused(tmp_path):
@@ -362,6 +485,13 @@ def test_merge_shards_without_tensor_is_refused(tmp_path, values):
     for rank, value in enumerate(values):
         torch.save({"weight": value}, shard(tmp_path, 2, rank))
     with pytest.raises(ConversionError, match=r"weight is a (list|int), which cannot be merged"):
+        merge_shards(find_shards(tmp_path))
+
+
+def test_merge_shards_other_content_is_refused(tmp_path, weights):
+    torch.save(weights, shard(tmp_path, 2, 0))
+    torch.save([1], shard(tmp_path, 2, 1))
+    with pytest.raises(ConversionError, match=r"rank_1\.pt contains a list, not a state dict"):
         merge_shards(find_shards(tmp_path))
 
 

@@ -85,7 +85,7 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, t
     )
     packer = QuestionPacker(state.policy.tokenizer, state.policy.prompt, 8)
     forward = PackedForward(state.policy.model, 128, torch.float32)
-    evaluator = SceneEvaluator(state, scenes, forward, packer)
+    evaluator = SceneEvaluator(state, forward, packer)
     states = np.random.default_rng(0).standard_normal((2, 128), dtype=np.float32)
     policy = FixedPolicy(states)
     with CoPRS(graphs, policy, bundle.manifest.geometry) as coprs:
@@ -102,12 +102,11 @@ def test_scene_evaluator_masks_are_those_of_the_exported_bundle(state, scenes, t
 def test_teacher_forced_evaluation_scores_the_target_responses(state, scenes):
     packer = QuestionPacker(state.policy.tokenizer, state.policy.prompt, 8)
     forward = PackedForward(state.policy.model, 128, torch.float32)
-    evaluator = SceneEvaluator(state, scenes, forward, packer)
+    evaluator = SceneEvaluator(state, forward, packer)
     questions = held_out_questions(PLAIN, scenes, 4, 2)
     assert [q.question_type == "none" for q in questions] == [False] * 4 + [True] * 2
-    assert [q.index for q in questions] == [0, 1, 2, 3, 5, 4]
-    evaluated = evaluator.evaluate(questions, teacher_forced=True)
-    scores = [each.score for each in evaluated]
+    assert [q.id for q in questions] == [f"plain-held-out-{i}" for i in (0, 1, 2, 3, 5, 4)]
+    scores = evaluator.evaluate(questions, teacher_forced=True)
     for score in scores:
         assert score.extra["exact_match"] == score.extra["location_accuracy"] == 1
     assert [score.num_found for score in scores] == [1] * 4 + [0] * 2
@@ -119,7 +118,7 @@ def test_teacher_forced_evaluation_scores_the_target_responses(state, scenes):
 
 def test_prediction_of_a_target_mask_selects_its_object(state, scenes):
     packer = QuestionPacker(state.policy.tokenizer, state.policy.prompt, 8)
-    evaluator = SceneEvaluator(state, scenes, None, packer)
+    evaluator = SceneEvaluator(state, None, packer)
     question = held_out_questions(PLAIN, scenes, 1, 0)[0]
     ids = state.policy.tokenizer(question.response)["input_ids"]
     right = evaluator._prediction(question, ids, ids, question.masks, question.masks)

@@ -171,4 +171,4 @@ def tiny_checkpoint(parts, tmp_path_factory, write_recipe):
     state.save_checkpoint(path, "float32", {})
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     forward = PackedForward(parts.model, SIZES.image_size, torch.float32)
-    return read_checkpoint(path), SceneEvaluator(state, None, forward, packer)
+    return read_checkpoint(path), SceneEvaluator(state, forward, packer)

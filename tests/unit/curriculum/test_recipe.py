@@ -48,7 +48,7 @@ def test_load_recipe_with_settings_changes_these_values_only():
         ("stages.reasoning.max_step=7", "did you mean stages.reasoning.max_steps"),
         ("sed=1", "did you mean seed"),
         ("stages.reasoning.max_steps=many", "Expected `int`"),
-        ("stages.reasoning.max_steps=0", "must be at least 1"),
+        ("stages.reasoning.max_steps=0", "Expected `int` >= 1"),
         ("data.preset=plane", "Invalid enum value 'plane'"),
         ("seed", "takes key=value"),
         ("model.segmentation.policy_hidden_size=96", "must be equal"),

@@ -37,11 +37,25 @@ def test_file_source_is_opened_whole_or_in_part(tmp_path):
     assert part.description == "3 examples of some.jsonl"
 
 
-def test_file_source_without_valid_examples_is_refused(tmp_path):
-    path = tmp_path / "none.jsonl"
-    write_examples(path, [])
-    with pytest.raises(ValueError, match="has no valid example"):
-        open_examples(path)
+def test_source_counts_question_types_and_no_match_examples(tmp_path, dataset):
+    assert len(dataset.question_types) == 6 and "none" not in dataset.question_types
+    assert dataset.num_no_match == 2
+    path = tmp_path / "some.parquet"
+    write_examples(path, dataset.examples)
+    file = open_examples(path)
+    assert (file.question_types, file.num_no_match) == (dataset.question_types, 2)
+    assert file.max_targets == max(len(example.masks) for example in dataset.examples)
+    assert "skipped_rows" not in dataset.to_json()
+    assert file.to_json()["skipped_rows"] == []
+
+
+def test_file_source_names_the_number_of_skipped_rows(tmp_path):
+    path = tmp_path / "some.jsonl"
+    write_examples(path, SceneExamples(PRESETS["plain"], 2))
+    path.write_text("{}\n" + path.read_text())
+    with pytest.warns(UserWarning, match="row 1, column id"):
+        file = open_examples(path)
+    assert file.description == "2 examples of some.jsonl, 1 skipped"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def perfect(examples):
 
 def test_evaluate_perfect_predictions_returns_perfect_metrics(dataset):
     evaluated = evaluate(perfect, dataset.examples)
-    metrics = summarize([each.score for each in evaluated])
+    metrics = summarize(evaluated)
     assert metrics["giou"] == metrics["prior_giou"] == metrics["ciou"] == 1
     assert metrics["no_match_recall"] == metrics["no_match_precision"] == 1
     assert metrics["known"] == 1
@@ -38,7 +38,7 @@ def test_evaluate_calls_predict_batch_by_batch(dataset, batch_size, batches):
     evaluated = evaluate(predict, dataset.examples, batch_size=batch_size, on_progress=done.append)
     assert sizes == batches
     assert done == np.cumsum(batches).tolist()
-    assert [each.score.id for each in evaluated] == [each.id for each in dataset.examples]
+    assert [each.id for each in evaluated] == [each.id for each in dataset.examples]
 
 
 def test_evaluate_with_a_missing_prediction_is_refused(dataset):

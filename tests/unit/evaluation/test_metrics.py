@@ -28,7 +28,7 @@ def score(question_type, mask, prior=(1, 1), num_targets=1, num_found=1, extra=N
         num_found,
         MaskCounts(*mask),
         MaskCounts(*prior),
-        extra or {},
+        extra=extra or {},
     )
 
 

@@ -37,3 +37,8 @@ def test_metric_table_has_one_row_per_question_type():
         "| relation | 0.7500 |",
         "| two | 1.0000 |",
     ]
+
+
+def test_metric_table_keeps_a_question_type_with_a_dot_whole():
+    lines = metric_table({"giou": 0.5, "v1.2.giou": 0.75})
+    assert lines[-3:] == ["| question type | giou |", "|---|---|", "| v1.2 | 0.7500 |"]

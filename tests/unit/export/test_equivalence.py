@@ -207,7 +207,7 @@ def test_compare_graphs_steps_are_announced():
     steps = []
     compare_graphs(opener(), opener(), sample_inputs(GEOMETRY, 6), LIMITS, steps.append)
     assert steps == [
-        f"{side} {name}" for name in GRAPH_NAMES for side in ("reference", "candidate")
+        f"{side} {name}" for side in ("reference", "candidate") for name in GRAPH_NAMES
     ]
 
 

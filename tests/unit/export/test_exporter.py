@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 
 from coprs_deploy.artifacts import record_files
 from coprs_deploy.bundle import open_bundle, read_manifest
@@ -194,7 +196,7 @@ class TestReport:
             "load checkpoint",
             "fingerprint checkpoint",
             *(f"export {name}" for name in GRAPH_NAMES),
-            *(f"check {side} {n}" for n in GRAPH_NAMES for side in ("reference", "candidate")),
+            *(f"check {side} {n}" for side in ("reference", "candidate") for n in GRAPH_NAMES),
             "write bundle",
         ]
         assert list(report.seconds) == steps
@@ -272,6 +274,17 @@ class TestEquivalence:
         ):
             export_checkpoint(tiny_checkpoint, tmp_path / "bundle")
         assert list(tmp_path.iterdir()) == []
+
+    def test_export_weights_that_are_not_finite_are_named_first(self, tiny_checkpoint, tmp_path):
+        checkpoint = tmp_path / "checkpoint"
+        shutil.copytree(tiny_checkpoint, checkpoint)
+        weights = load_file(checkpoint / "segmentation.safetensors")
+        weights["prior.k_proj.weight"][0, 0] = torch.inf
+        save_file(weights, checkpoint / "segmentation.safetensors")
+        steps, message = [], r"not finite .*: 1 of the .* of prior\.k_proj\.weight"
+        with pytest.raises(CheckpointError, match=message):
+            export_checkpoint(checkpoint, tmp_path / "bundle", progress=steps.append)
+        assert steps == ["load checkpoint"]
 
     def test_export_failure_keeps_existing_bundle(
         self, tiny_bundle, tiny_checkpoint, tmp_path, written_graphs

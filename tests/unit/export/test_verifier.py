@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import msgspec
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from coprs_deploy.artifacts import hash_file
+from coprs_deploy.artifacts import FileRecord, hash_file
+from coprs_deploy.bundle import read_manifest, write_manifest
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
 from coprs_deploy.errors import BundleError, BundleIntegrityError, CheckpointError, EquivalenceError
 from coprs_deploy.export import verify_bundle
@@ -73,11 +75,10 @@ def test_verify_changed_graph_with_updated_manifest_fails(bundle_copy, tiny_chec
     )
     weight.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(weight), weight.name))
     onnx.save(model, graph)
-    manifest = bundle_copy / "manifest.json"
-    data = json.loads(manifest.read_text())
-    record = next(file for file in data["files"] if file["path"] == "prior.onnx")
-    record |= {"sha256": hash_file(graph), "size_bytes": graph.stat().st_size}
-    manifest.write_text(json.dumps(data))
+    changed = FileRecord("prior.onnx", graph.stat().st_size, hash_file(graph))
+    manifest = read_manifest(bundle_copy)
+    files = tuple(changed if file.path == "prior.onnx" else file for file in manifest.files)
+    write_manifest(bundle_copy, msgspec.structs.replace(manifest, files=files))
 
     records = {record.graph: record for record in verify_bundle(bundle_copy, tiny_checkpoint)}
     assert not records["prior"].passed

@@ -1,13 +1,13 @@
 """CoPRS with real bundles: equality with PyTorch, broken bundles, and no-match results."""
 
-import json
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from coprs_deploy.bundle import open_bundle
+from coprs_deploy.bundle import open_bundle, read_manifest, write_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint, write_checkpoint
 from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
@@ -140,9 +140,9 @@ class TestLoading:
     def test_load_policy_of_another_hidden_size_is_refused(self, tiny_bundle, tmp_path):
         copied = tmp_path / "bundle"
         shutil.copytree(tiny_bundle, copied)
-        manifest = json.loads((copied / "manifest.json").read_text())
-        manifest["policy"]["hidden_size"] = 32
-        (copied / "manifest.json").write_text(json.dumps(manifest))
+        manifest = read_manifest(copied)
+        policy = msgspec.structs.replace(manifest.policy, hidden_size=32)
+        write_manifest(copied, msgspec.structs.replace(manifest, policy=policy))
         message = "policy hidden size 64 does not match prior input size 32; use the policy"
         with pytest.raises(BundleError, match=message):
             CoPRS.load(copied)

@@ -1,38 +1,29 @@
 """The HTTP application on a runtime of fakes."""
 
-import asyncio
 import base64
 import io
 import json
 import threading
 
-import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from coprs_deploy.errors import PolicyError
-from coprs_deploy.server.app import build_app
-from coprs_deploy.server.events import EVENT_STREAM
-from tests.unit.runtime_fakes import WAIT, FakePolicy, join_stream_threads
-
-MAX_BYTES = 100_000
-
-
-def png(shape=(20, 30)):
-    file = io.BytesIO()
-    Image.fromarray(np.full((*shape, 3), 99, np.uint8)).save(file, "PNG")
-    return file.getvalue()
+from coprs_deploy.server.app import MAX_INSTRUCTION_CHARS, _accepts_stream, build_app
+from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
+from tests.unit.runtime_fakes import WAIT, FakePolicy
+from tests.unit.server.asgi import MAX_BYTES, png
 
 
 @pytest.fixture
 def connect(build):
     """Build a client of an application, and its policy."""
 
-    def builder(policy=None, **options):
+    def builder(policy=None, app_options=None, **options):
         policy = policy or FakePolicy()
         coprs, _ = build(policy, **options)
-        return TestClient(build_app(coprs, MAX_BYTES)), policy
+        return TestClient(build_app(coprs, MAX_BYTES, **(app_options or {}))), policy
 
     return builder
 
@@ -97,6 +88,119 @@ class TestResults:
         assert page.headers["content-type"].startswith("text/html")
         assert "<form" in page.text
         assert "://" not in page.text  # no external resources
+        assert client.get("/docs").status_code == 404  # FastAPI's page loads external scripts
+
+    @pytest.mark.parametrize("path", ["/", "/health", "/openapi.json"])
+    def test_head_has_the_status_of_get(self, connect, path):
+        client, _ = connect()
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.headers["content-type"]) == (
+            200,
+            get.headers["content-type"],
+        )
+
+    def test_page_works_under_any_path_of_a_proxy(self, connect):
+        client, _ = connect()
+        page = client.get("/").text
+        for link in ('href="openapi.json"', 'fetch("segment"', 'fetch("health")'):
+            assert link in page
+
+    @pytest.mark.parametrize(
+        ("accept", "expected"),
+        [
+            (EVENT_STREAM, True),
+            ("Text/Event-Stream; q=0.5", True),
+            ("application/json, text/event-stream", True),
+            ("text/event-stream;q=0.2, */*;q=0.1", True),
+            ("text/event-stream;q=0", False),
+            ("text/event-stream; charset=utf-8; q=0.000, application/json", False),
+            ("application/json, text/event-stream;q=0.5", False),
+            ("text/event-stream;q=no", False),
+            ("*/*", False),
+            ("", False),
+        ],
+    )
+    def test_stream_is_sent_to_clients_that_accept_it(self, accept, expected):
+        assert _accepts_stream(accept) is expected
+
+    def test_refused_stream_becomes_json(self, connect):
+        client, _ = connect()
+        response = post(client, headers={"Accept": "text/event-stream;q=0"})
+        assert response.headers["content-type"] == "application/json"
+        assert response.json()["found"]
+
+
+class TestDocument:
+    def test_document_describes_what_is_sent(self, connect):
+        client, _ = connect()
+        responses = client.get("/openapi.json").json()["paths"]["/segment"]["post"]["responses"]
+        result = responses.pop("200")["content"]
+        assert set(result) == {"application/json", EVENT_STREAM}
+        assert result["application/json"]["schema"]["$ref"].endswith("/ResultBody")
+        assert set(map(int, responses)) == {400, 404, 405, 408, 411, 413, 422, 500, 503, 504}
+        for response in responses.values():
+            schema = response["content"]["application/json"]["schema"]
+            assert schema["$ref"].endswith("/ErrorBody")
+
+    def test_bodies_have_the_fields_of_the_document(self, connect):
+        client, _ = connect()
+        result = ResultBody.model_validate(post(client).json())
+        assert result.found
+        for refused in (client.get("/nowhere"), client.get("/segment"), post(client, b"no image")):
+            assert ErrorBody.model_validate(refused.json()).error
+
+    def test_document_of_a_server_with_a_key_asks_for_it(self, connect):
+        client, _ = connect(app_options={"api_key": "secret"})
+        document = client.get("/openapi.json").json()
+        assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+        operation = document["paths"]["/segment"]["post"]
+        assert operation["security"] == [{"HTTPBearer": []}]
+        assert "401" in operation["responses"]
+        assert "security" not in document["paths"]["/health"]["get"]
+
+
+class TestOptions:
+    @pytest.mark.parametrize("path", ["/health", "/api/v1/health"])
+    def test_root_path_may_be_removed_by_the_proxy_or_not(self, connect, path):
+        client, _ = connect(app_options={"root_path": "/api/v1"})
+        assert client.get(path).status_code == 200
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/api/v1"}]
+
+    def test_cors_allows_the_given_origins_only(self, connect):
+        client, _ = connect(app_options={"cors_origins": ["https://a.example"]})
+        name = "access-control-allow-origin"
+        preflight_headers = {
+            "Origin": "https://a.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization",
+        }
+        preflight = client.options("/segment", headers=preflight_headers)
+        assert (preflight.status_code, preflight.headers[name]) == (200, "https://a.example")
+        refused = client.get("/nowhere", headers={"Origin": "https://a.example"})
+        assert refused.headers[name] == "https://a.example"  # so that a page can read the error
+        assert name not in client.get("/health", headers={"Origin": "https://b.example"}).headers
+
+    def test_cors_is_off_by_default(self, connect):
+        client, _ = connect()
+        response = client.get("/health", headers={"Origin": "https://a.example"})
+        assert "access-control-allow-origin" not in response.headers
+
+    @pytest.mark.parametrize(
+        "given", [None, "Bearer wrong", "Bearer secre", "secret", "Bearer \xe9"]
+    )
+    def test_request_without_the_api_key_is_refused(self, connect, given):
+        client, policy = connect(app_options={"api_key": "secret"})
+        headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+        response = post(client, headers=headers)
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        assert response.json()["type"] == "Unauthorized"
+        assert policy.requests == []
+
+    def test_request_with_the_api_key_is_served(self, connect):
+        client, _ = connect(app_options={"api_key": "secret"})
+        response = post(client, headers={"Authorization": "Bearer secret"})
+        assert response.status_code == 200
+        assert client.get("/health").status_code == client.get("/").status_code == 200
 
 
 class TestRefusals:
@@ -146,7 +250,7 @@ class TestRefusals:
         for method, path, status in (("GET", "/segment", 405), ("POST", "/result", 404)):
             response = client.request(method, path)
             assert response.status_code == status
-            endpoints = "Not found. Endpoints: GET /, /health, /docs; POST /segment"
+            endpoints = "Not found. Endpoints: GET /, /health, /openapi.json; POST /segment"
             assert response.json() == {
                 "error": f"{method} {path}: {endpoints}",
                 "type": "RequestError",
@@ -170,6 +274,34 @@ class TestRefusals:
         client, _ = connect()
         response = client.post("/segment", content=iter([b"x"]))
         assert response.status_code == 411
+
+    def test_unknown_path_of_any_length_has_a_short_message(self, connect):
+        client, _ = connect()
+        assert len(client.get("/" + "x" * 50_000).json()["error"]) < 400
+
+    def test_content_length_that_is_no_number_is_refused_with_411(self, connect):
+        client, _ = connect()
+        response = client.post("/segment", content=b"", headers={"Content-Length": "ten"})
+        assert response.status_code == 411
+        assert "Content-Length is 'ten'" in response.json()["error"]
+
+    def test_instruction_above_the_limit_is_refused_before_the_policy(self, connect):
+        client, policy = connect()
+        response = post(client, instruction="x" * (MAX_INSTRUCTION_CHARS + 1))
+        assert response.status_code == 422
+        assert "instruction: String should have at most 20000" in response.json()["error"]
+        assert policy.requests == []
+
+    def test_bug_returns_500_without_its_text(self, connect):
+        def fail():
+            raise RuntimeError("secret detail")
+
+        coprs_client, _ = connect(FakePolicy(during=fail))
+        client = TestClient(coprs_client.app, raise_server_exceptions=False)
+        response = post(client)
+        assert response.status_code == 500
+        assert ErrorBody.model_validate(response.json()).type == "RuntimeError"
+        assert "secret" not in response.text
 
     def test_full_queue_returns_503_with_retry_after(self, connect):
         begun, release = threading.Event(), threading.Event()
@@ -207,61 +339,3 @@ class TestRefusals:
         events = events_of(post(client, headers={"Accept": EVENT_STREAM}))
         assert events[0] == ("text", {"text": "some"})
         assert events[1:] == [("error", {"error": "out of memory", "type": "PolicyError"})]
-
-
-@pytest.mark.parametrize("accepted", ["application/json", EVENT_STREAM])
-@pytest.mark.parametrize("num_deltas", [0, 1])
-def test_disconnected_client_cancels_its_request(build, accepted, num_deltas):
-    begun, release = threading.Event(), threading.Event()
-    deltas = iter(range(9))
-
-    def during():
-        if next(deltas) >= num_deltas:
-            begun.set()
-            release.wait(WAIT)
-
-    policy = FakePolicy(deltas=("a",) * 4, during=during)
-    coprs, _ = build(policy)
-    app = build_app(coprs, MAX_BYTES)
-    body = (
-        b'--x\r\nContent-Disposition: form-data; name="instruction"\r\n\r\nthe cup\r\n'
-        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-        + png()
-        + b"\r\n--x--\r\n"
-    )
-    headers = {
-        "content-type": "multipart/form-data; boundary=x",
-        "content-length": str(len(body)),
-        "accept": accepted,
-    }
-
-    async def connect_and_leave():
-        messages = [{"type": "http.request", "body": body}]
-
-        async def receive():
-            if messages:
-                return messages.pop()
-            await asyncio.to_thread(begun.wait, WAIT)
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            pass
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": "/segment",
-            "query_string": b"",
-            "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
-        }
-        await asyncio.wait_for(app(scope, receive, send), WAIT)
-
-    asyncio.run(connect_and_leave())
-    release.set()
-    assert policy.was_abandoned.wait(WAIT)
-    assert policy.num_abandoned == 1
-    assert next(deltas) < 4  # the remaining deltas were not written
-    join_stream_threads()
-    assert coprs._limit.num_active == 0

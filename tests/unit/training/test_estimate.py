@@ -160,6 +160,19 @@ def test_estimate_of_the_paper_fits_eight_gpus_and_not_one(name):
     assert not estimate(recipe, 1)["grpo"].fits
 
 
+def test_estimate_has_the_time_of_all_steps_and_the_disk():
+    recipe = load_recipe("grpo_7b", ["stages.grpo.max_steps=3600"])
+    one = estimate(recipe, 8)["grpo"]
+    assert one.hours == pytest.approx(one.seconds["step"])
+    assert one.disk["checkpoint"] == pytest.approx(2 * 8.93e9, rel=0.01)
+    assert one.disk["state to resume from"] > 3 * 4 * 8.2e9
+    assert one.disk["peak"] > 2 * one.disk["state to resume from"]
+    once = load_recipe("grpo_7b", ["stages.grpo.eval_steps=0", "save_dtype=float32"])
+    other = estimate(once, 8)["grpo"].disk
+    assert other["checkpoint-best"] == 0
+    assert other["checkpoint"] == 2 * one.disk["checkpoint"]
+
+
 def test_estimate_with_vllm_has_no_gathering():
     slow = estimate(load_recipe("grpo_7b"), 8)["grpo"]
     fast = estimate(load_recipe(VLLM_RECIPE), 8)["grpo"]

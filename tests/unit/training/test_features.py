@@ -87,32 +87,20 @@ def test_embedding_with_a_changed_byte_is_refused(store, images):
 
 
 @pytest.mark.parametrize("cut", [0, 5, 2000])
-def test_embedding_in_a_truncated_shard_is_refused(store, images, cut):
+def test_feature_store_with_a_truncated_shard_is_refused(store, cut):
     shard = store / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:cut])
-    with pytest.raises(ArtifactError, match="damaged"):
-        FeatureStore(store).embedding(images[0])
-
-
-def test_shard_without_checksums_is_ignored(checkpoint, images, store):
-    (store / "shard-00002.json").unlink()
-    assert len(FeatureStore(store)) == 4
-    assert compute_features(checkpoint, images, 5, store).num_new == 1
-    assert image_key(images[4]) in FeatureStore(store)
+    with pytest.raises(ArtifactError, match=r"shard-00000\.safetensors is damaged"):
+        FeatureStore(store)
 
 
 def test_compute_features_recomputes_a_removed_shard(checkpoint, images, store):
-    for name in ("shard-00000.json", "shard-00000.safetensors"):
-        (store / name).unlink()
+    (store / "shard-00000.safetensors").unlink()
+    assert len(FeatureStore(store)) == 3
+    assert image_key(images[0]) not in FeatureStore(store)
     assert compute_features(checkpoint, images, 5, store).num_new == 2
     opened = FeatureStore(store)
     assert all(opened.embedding(image).shape == opened.index.shape for image in images)
-
-
-def test_feature_store_without_a_listed_shard_is_refused(store):
-    (store / "shard-00001.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors is missing"):
-        FeatureStore(store)
 
 
 def test_features_of_another_encoder_are_refused(store, images, tmp_path):
@@ -154,6 +142,19 @@ def test_features_command_run_twice_computes_nothing_new(tiny_checkpoint, tmp_pa
         assert "3 examples, at most" in shown.err
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are invalid:UserWarning")
+def test_features_command_without_a_valid_row_fails_with_the_reasons(
+    tiny_checkpoint, tmp_path, capsys
+):
+    file = tmp_path / "bad.jsonl"
+    write_examples(file, SceneExamples(PLAIN, 2))
+    file.write_text(file.read_text().replace('"counts": "', '"counts": "~'))
+    out = tmp_path / "store"
+    assert main(["features", str(tiny_checkpoint), str(file), "--out", str(out)]) != 0
+    assert "row 1" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_killed_features_command_resumes(tiny_checkpoint, tmp_path):
     file, out = tmp_path / "some.jsonl", tmp_path / "store"
@@ -163,7 +164,7 @@ def test_killed_features_command_resumes(tiny_checkpoint, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while len(list(out.glob("shard-*.json"))) < 2:
+    while len(list(out.glob("shard-*.safetensors"))) < 2:
         assert process.poll() is None, "the command ended before it could be killed"
         assert time.monotonic() < deadline, "no shard was written"
         time.sleep(0.005)

@@ -102,7 +102,20 @@ def test_load_recipe_with_settings_changes_these_values_only():
         ("stages.grpo.max_step=7", "did you mean stages.grpo.max_steps"),
         ("sed=1", "did you mean seed"),
         ("stages.grpo.max_steps=many", "Expected `int`"),
-        ("stages.grpo.max_steps=0", "must be at least 1"),
+        ("stages.grpo.max_steps=0", "Expected `int` >= 1"),
+        ("save_steps=0", "Expected `int` >= 1"),
+        ("num_threads=0", "Expected `int` >= 1"),
+        ("num_processes=0", "Expected `int` >= 1"),
+        ("seed=-1", "Expected `int` >= 0"),
+        ("stages.grpo.optimizer.learning_rate=-1e-4", "Expected `float` > 0"),
+        ("stages.grpo.optimizer.learning_rate=inf", "learning_rate is inf"),
+        ("stages.grpo.optimizer.betas=[0.9, 1.0]", "Expected `float` < 1"),
+        ("stages.grpo.optimizer.lr_multipliers.prior=-1", "Expected `float` >= 0"),
+        ("stages.grpo.top_p=0", "Expected `float` > 0"),
+        ("stages.grpo.temperature=nan", "temperature"),
+        ("stages.grpo.lora.r=-1", "Expected `int` >= 0"),
+        ("stages.grpo.thresholds.miou=0.2", "thresholds has 'miou'.*measures: .*giou"),
+        ("data.num_training_scenes=0", "Expected `int` >= 1"),
         ("stages.grpo.kind=perception", "accepted: supervised, grpo"),
         ("data.preset=plane", "Invalid enum value 'plane'"),
         ("data.kind=scenes", "accepted: synthetic, examples"),
@@ -119,6 +132,38 @@ def test_load_recipe_of_an_unknown_name_suggests_the_nearest():
         load_recipe("grpo_dmo")
 
 
+def test_load_recipe_of_a_missing_file_says_so(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"recipe file .*mine\.toml does not exist"):
+        load_recipe(str(tmp_path / "mine.toml"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('base = "grpo_demo"')
+    with pytest.raises(ValueError, match=r"did you mean mine\.toml"):
+        load_recipe("mine")
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "message"),
+    [
+        ("stages.grpo", "steps = 3", "did you mean max_steps"),
+        ("stages.grpo.optimizer", "rate = 3", "did you mean"),
+        ("stages.grpo.optimizer", "foo = 3", "accepted: .*learning_rate"),
+        ("data", "training_scenes = 3", "did you mean num_training_scenes"),
+    ],
+)
+def test_unknown_key_of_a_table_names_one_of_the_same_table(tmp_path, table, line, message):
+    path = tmp_path / "derived.toml"
+    path.write_text(f'base = "grpo_demo"\n[{table}]\n{line}')
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(str(path))
+    assert "save_steps" not in str(error.value).replace("eval_steps", "")
+
+
+@pytest.mark.parametrize("recipe", ["demo", "full"])
+def test_threshold_of_an_unknown_metric_of_the_tiny_model_is_refused(recipe, capsys):
+    assert main(["train", recipe, "--set", "stages.joint.thresholds.miou=0.2"]) == 2
+    assert "thresholds has 'miou'" in capsys.readouterr().err
+
+
 def test_load_recipe_of_another_model_kind_names_the_accepted_one():
     with pytest.raises(ValueError, match="accepted: checkpoint"):
         load_recipe("demo")
@@ -131,7 +176,7 @@ def test_load_recipe_of_another_model_kind_names_the_accepted_one():
         ("base = 3", "must be the name or path of a recipe"),
         ('base = "derived.toml"', "is its own base"),
         ('base = "grpo_demo"\n[stages.grpo]\nnum_generation = 2', "did you mean num_generations"),
-        ('base = "grpo_demo"\n[stages.grpo]\nnum_generations = 1', "must be at least 2"),
+        ('base = "grpo_demo"\n[stages.grpo]\nnum_generations = 1', "Expected `int` >= 2"),
         ('base = "grpo_demo"\n[stages.grpo]\nmode = "both"', "Invalid enum value"),
         ('base = "grpo_demo"\n[stages.grpo.optimizer]\nname = "muon"', "'adamw'"),
     ],
@@ -259,16 +304,21 @@ def test_train_with_an_unknown_key_suggests_the_nearest(capsys):
         ("demo", "coprs_deploy.curriculum.run.train_curriculum"),
     ],
 )
-def test_train_interrupted_says_how_to_resume(recipe, function, capsys, monkeypatch, tmp_path):
-    def interrupted(*_):
+def test_train_interrupted_says_what_is_kept(recipe, function, capsys, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(function, interrupted)
-    out = str(tmp_path / "run")
-    assert main(["train", recipe, "--set", "num_processes=1", "--out", out]) == 130
+    out = tmp_path / "run"
+    command = ["train", recipe, "--set", "num_processes=1", "--out", str(out)]
+    assert main(command) == 130
+    assert f"no state was saved in {out}" in capsys.readouterr().err
+    state = out / "stages" / "one" / "state-000020"
+    state.mkdir(parents=True)
+    assert main(command) == 130
     message = capsys.readouterr().err
-    assert f"re-run the same command to resume from the last state in {out}" in message
-    assert f"every {100 if recipe == 'demo' else 20} steps" in message
+    assert f"{state} is kept; re-run the same command to resume from it" in message
+    assert f"--export-checkpoint to write {out / 'checkpoint'}" in message
 
 
 def test_train_estimate_of_a_tiny_model_is_refused(capsys):

@@ -29,6 +29,14 @@ def test_page_of_a_grpo_stage_shows_metrics_before_and_after():
     assert "| reward | 0.5000 | 0.7000 |" in page(report_of(stage))
 
 
+def test_page_of_a_supervised_stage_shows_its_metrics_and_best_evaluation():
+    stage = STAGE | {"metrics": {"giou": 0.7}, "best": {"step": 2, "value": 0.75}}
+    text = page(report_of(stage))
+    assert "teacher-forced, after one" in text
+    assert "| giou | 0.7000 |" in text
+    assert "Best evaluation of one: step 2, 0.7500." in text
+
+
 def test_page_of_a_finished_model_shows_both_evaluations():
     metrics = {"generated": {"giou": 0.8, "pearson_r": 0.5}, "teacher_forced": {"giou": 0.9}}
     text = page(report_of(STAGE) | metrics)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprs_deploy.prompts import read_response
-from coprs_deploy.training.rewards import format_score, mask_score, total_reward
+from coprs_deploy.training.rewards import format_score, mask_score
 from coprs_deploy.training.settings import ResponseFormat, RewardWeights
 
 REFERENCE = 0
@@ -120,14 +120,7 @@ class TestFormatScore:
             format_score(respond("<think>x</think><REF_POS>"), num_targets=-1)
 
 
-def test_total_reward_is_the_weighted_sum():
-    masks, formats = torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.0])
-    assert total_reward(masks, formats, RewardWeights()).tolist() == pytest.approx([0.97, 0.35])
-    weights = RewardWeights(mask=0, format=1)
-    assert total_reward(masks, formats, weights).tolist() == pytest.approx([0.9, 0])
-
-
 @pytest.mark.parametrize(("mask", "format_weight"), [(1.2, -0.2), (0.5, 0.3), (0.7, 0.7)])
 def test_reward_weights_that_do_not_add_up_to_one_are_refused(mask, format_weight):
-    with pytest.raises(ValueError, match=r"add up to 1"):
-        RewardWeights(mask=mask, format=format_weight)
+    with pytest.raises(ValueError, match=r"add up to 1|<= 1"):
+        RewardWeights.from_json({"mask": mask, "format": format_weight})

@@ -1,26 +1,103 @@
 """Run directory: locking, resuming and the log."""
 
+import json
+
 import pytest
+from accelerate import Accelerator
 
 from coprs_deploy.errors import ArtifactError
+from coprs_deploy.training.progress import StageProgress
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run_directory import RunDirectory, all_passed
+from coprs_deploy.training.settings import SupervisedSettings
+
+
+def with_progress(directory):
+    """Give a run directory a state."""
+    (directory.stage("supervised") / "state-000001").mkdir(parents=True)
+    return directory
 
 
 def test_open_with_other_settings_raises(tmp_path):
-    directory = RunDirectory(tmp_path / "run")
+    directory = with_progress(RunDirectory(tmp_path / "run"))
     assert not directory.open(load_recipe("supervised_7b"))
     assert directory.open(load_recipe("supervised_7b"))
-    changed = load_recipe("supervised_7b", ["stages.supervised.max_steps=9"])
-    with pytest.raises(ValueError, match=r"stages\.supervised\.max_steps"):
+    changed = load_recipe("supervised_7b", ["stages.supervised.global_batch_size=9"])
+    with pytest.raises(ValueError, match=r"stages\.supervised\.global_batch_size"):
         directory.open(changed)
 
 
-def test_open_with_other_free_keys_resumes(tmp_path):
+def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     directory.open(load_recipe("supervised_7b"))
-    free = ["num_threads=3", "num_workers=1", "save_steps=7", "logging_steps=2", "description=x"]
-    assert directory.open(load_recipe("supervised_7b", free))
+    changed = load_recipe("supervised_7b", ["seed=9"])
+    directory.open(changed)
+    with_progress(directory)
+    assert directory.open(changed)
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        directory.open(load_recipe("supervised_7b"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        (
+            "supervised_7b",
+            [
+                *("num_threads=3", "num_workers=1", "save_steps=7", "logging_steps=2"),
+                *("description=x", "save_dtype=float32", "best_metric=prior_giou"),
+                *("model.path=./elsewhere", "data.training=./data/training.parquet"),
+                *("data.features=features", "model.gradient_checkpointing=false"),
+                *("stages.supervised.max_steps=9", "stages.supervised.eval_steps=3"),
+                *("stages.supervised.num_eval_examples=5", "stages.supervised.thresholds.giou=0.1"),
+            ],
+        ),
+        (
+            "grpo_7b",
+            [
+                *("stages.grpo.per_device_train_batch_size=1", "stages.grpo.max_targets=2"),
+                *("stages.grpo.num_completions_to_print=2", "stages.grpo.max_steps=7"),
+                "stages.grpo.vllm_gpu_memory_utilization=0.2",
+            ],
+        ),
+    ],
+)
+def test_open_with_other_free_keys_resumes_and_records_them(tmp_path, recipe, settings):
+    directory = with_progress(RunDirectory(tmp_path / "run"))
+    directory.open(load_recipe(recipe))
+    changed = load_recipe(recipe, settings)
+    assert directory.open(changed)
+    assert json.loads((directory.path / "recipe.json").read_text()) == json.loads(
+        json.dumps(changed.to_json())
+    )
+
+
+@pytest.mark.parametrize("setting", ["seed=5", "stages.grpo.beta=0.1", "data.kind=synthetic"])
+def test_open_with_another_training_raises(tmp_path, setting):
+    directory = with_progress(RunDirectory(tmp_path / "run"))
+    directory.open(load_recipe("grpo_demo"))
+    with pytest.raises(ValueError, match="other settings"):
+        directory.open(load_recipe("grpo_demo", [setting, "model.freeze_vision_tower=true"]))
+
+
+def test_check_inputs_refuses_other_contents(tmp_path):
+    directory = with_progress(RunDirectory(tmp_path))
+    inputs = {"model.path": "a", "data.training": {"examples": 30, "hash": "b"}}
+    directory.check_inputs(inputs)
+    directory.check_inputs(inputs)
+    fewer = inputs | {"data.training": {"examples": 20, "hash": "c"}}
+    with pytest.raises(ValueError, match=r"contents of data\.training .*30.*20"):
+        directory.check_inputs(fewer)
+    assert directory.check_inputs(inputs) is None
+
+
+def test_check_inputs_before_the_first_state_takes_the_new_ones(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.check_inputs({"model.path": "a"})
+    directory.check_inputs({"model.path": "b"})
+    with_progress(directory)
+    with pytest.raises(ValueError, match=r"model\.path"):
+        directory.check_inputs({"model.path": "a"})
 
 
 def test_lock_held_by_another_run_raises(tmp_path):
@@ -45,15 +122,45 @@ def test_rewind_log_removes_later_lines_of_the_stage(tmp_path):
     assert kept == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
 
 
-def test_commit_state_replaces_older_states(tmp_path):
+def progress_of(directory, **settings):
+    settings = SupervisedSettings(**{"max_steps": 9, **settings})
+    return StageProgress(directory, Accelerator(cpu=True), "one", settings, 0)
+
+
+def test_commit_replaces_older_states(tmp_path):
     directory = RunDirectory(tmp_path)
     for step in (2, 4):
-        partial = directory.stage("one") / f".state-{step}"
-        partial.mkdir(parents=True)
-        directory.commit_state("one", partial, {"step": step})
-    path, progress = directory.latest_state("one")
-    assert progress == {"step": 4}
-    assert list(directory.stage("one").iterdir()) == [path]
+        progress = progress_of(directory)
+        progress.init_metrics = {"before": float(step)}
+        progress.partial_state(step).mkdir(parents=True)
+        progress.commit(step)
+    progress = progress_of(directory)
+    assert progress.step == progress.kept_step == 4
+    assert progress.init_metrics == {"before": 4.0}
+    assert list(directory.stage("one").iterdir()) == [progress.state]
+
+
+def test_progress_with_fewer_steps_than_the_state_raises(tmp_path):
+    directory = RunDirectory(tmp_path)
+    progress_of(directory).partial_state(4).mkdir(parents=True)
+    progress_of(directory).commit(4)
+    with pytest.raises(ValueError, match=r"max_steps is 3, .*accepted: 4 .*or more"):
+        progress_of(directory, max_steps=3)
+    assert progress_of(directory, max_steps=4).step == 4
+
+
+def test_log_evaluation_tells_the_best_of_several(tmp_path):
+    directory = RunDirectory(tmp_path)
+    progress = progress_of(directory, eval_steps=1)
+    progress.start()
+    values = {0: 0.9, 1: 0.3, 2: float("nan"), 3: 0.2, 4: 0.5}
+    found = {step: progress.log_evaluation(step, {"giou": v}, "giou") for step, v in values.items()}
+    assert found == {0: False, 1: True, 2: False, 3: False, 4: True}
+    progress.commit_best()
+    progress.partial_state(4).mkdir()
+    progress.commit(4)
+    assert progress_of(directory, eval_steps=1).best == {"step": 4, "value": 0.5}
+    assert not progress_of(directory).log_evaluation(5, {"giou": 1.0}, "giou")
 
 
 @pytest.mark.parametrize("passed", [True, False])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.conversion import random_checkpoint
 from coprs_deploy.data.examples import Example, write_examples
 from coprs_deploy.data.synthetic import PLAIN, SceneExamples
 from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.mask_decoding import fit_mask
@@ -18,7 +19,7 @@ from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
-from coprs_deploy.training.supervised_stage import ExampleCollector, ExampleSets, SupervisedStage
+from coprs_deploy.training.supervised_stage import ExampleCollector, SupervisedStage
 from coprs_deploy.training.trainer import loss_coefficient
 
 SETTINGS = SupervisedSettings(
@@ -79,7 +80,7 @@ def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
     totals = []
     for _ in range(5):
         output = stage.objective(batch)
-        loss = sum(mean.value() for mean in output.losses.values())
+        loss = sum(mean.total / mean.weight for mean in output.losses.values())
         totals.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -124,7 +125,8 @@ def test_stage_with_precomputed_embeddings_gives_the_losses_of_the_encoder(
         stage = SupervisedStage("supervised", SETTINGS, state, sets)
         batch = stage.batch(0, 0, 1)
         assert (batch.images.shape[1:] == store.index.shape) == (features is not None)
-        losses.append({k: v.value().item() for k, v in stage.objective(batch).losses.items()})
+        means = stage.objective(batch).losses
+        losses.append({name: (mean.total / mean.weight).item() for name, mean in means.items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     settings = msgspec.structs.replace(SETTINGS, train_image_encoder=True)
     with pytest.raises(ValueError, match="leave one of them out"):
@@ -144,7 +146,7 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
         f"data.training={tmp_path / 'training.jsonl'}",
         f"data.held_out={tmp_path / 'held_out.jsonl'}",
         "precision=fp32",
-        "save_dtype=float32",
+        "save_dtype=bfloat16",
         "num_threads=1",
         f"num_workers={2 * has_features}",
     ]
@@ -157,6 +159,8 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     report = train(recipe, tmp_path / "run")
     assert report["stages"]["supervised"]["metrics"].keys() >= {"giou", "prior_giou"}
     finished = read_checkpoint(tmp_path / "run" / "checkpoint")
+    if has_features:
+        FeatureStore(features).require_encoder(load_segmentation_model(finished))
     trained = state_from_checkpoint(finished).state_dict()
     before = state_from_checkpoint(checkpoint).state_dict()
     query_head = trained["segmentation"]["prior.q_proj.weight"]

@@ -17,8 +17,6 @@ from coprs_deploy.data.synthetic import (
     FULL,
     PLAIN,
     PRESETS,
-    QUESTION_TYPES,
-    ask_questions,
     make_scene,
     vocabulary,
 )
@@ -26,12 +24,23 @@ from coprs_deploy.data.synthetic import (
     scene as scene_module,
 )
 from coprs_deploy.data.synthetic.expressions import Description, Expression, UnclearError, resolve
+from coprs_deploy.data.synthetic.presets import QUESTION_TYPES
+from coprs_deploy.data.synthetic.questions import ask_questions
 from coprs_deploy.data.synthetic.reasoning import write_reasoning
 from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.scene import SceneObject
-from coprs_deploy.data.synthetic.verifier import AmbiguousError, false_statements, read_instruction
 from coprs_deploy.data.synthetic.wording import SYNONYMS, phrase, write_instruction
 from coprs_deploy.prompts import REFERENCE_TOKEN
+from tests.unit.data.synthetic.verifier import AmbiguousError, false_statements, read_instruction
+
+# fmt: off
+UNKNOWN_THINGS = (
+    "elephant", "guitar", "sandwich", "airplane", "umbrella", "kite", "zebra", "pizza",
+    "suitcase", "robot", "candle", "ladder", "bear", "truck", "keyboard", "mirror", "rabbit",
+    "tower", "cylinder", "octagon",
+)
+# fmt: on
+"""Nouns that no scene and no generated question has."""
 
 NUM_SCENES = {"plain": 1600, "full": 700}
 QUESTIONS_PER_SCENE = 3
@@ -220,10 +229,10 @@ def test_preset_with_one_question_type_asks_only_that(question_type):
 
 def test_unknown_nouns_match_nothing():
     everything = {*vocabulary.FULL_SHAPES, *(w for words in SYNONYMS.values() for w in words)}
-    assert not everything & {*vocabulary.THINGS, *vocabulary.UNSEEN_THINGS}
-    assert not set(vocabulary.THINGS) & set(vocabulary.UNSEEN_THINGS)
+    assert not everything & {*vocabulary.THINGS, *UNKNOWN_THINGS}
+    assert not set(vocabulary.THINGS) & set(UNKNOWN_THINGS)
     objects = make_scene(FULL, 1).objects
-    for thing in vocabulary.UNSEEN_THINGS:
+    for thing in UNKNOWN_THINGS:
         assert read_instruction(f"Where is the {thing}?", objects) == ()
 
 

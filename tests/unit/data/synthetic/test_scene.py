@@ -16,11 +16,11 @@ from coprs_deploy.data.synthetic import (
     FULL,
     PLAIN,
     PRESETS,
-    Preset,
     make_scene,
     vocabulary,
 )
 from coprs_deploy.data.synthetic.layout import CELL_MARGIN, Layout, make_layout
+from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.data.synthetic.rendering import render
 from coprs_deploy.data.synthetic.rng import PortableRng
 from coprs_deploy.data.synthetic.shapes import covers, measures

@@ -1,17 +1,22 @@
 """The engine cache: which keys hit, which entries are valid, what is removed."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coprs_deploy.bundle import EngineRecord
 from coprs_deploy.engines.trt.build import BuildSettings
 from coprs_deploy.engines.trt.cache import BuildTarget, EngineCache, EngineKey
 from coprs_deploy.specs import Geometry, OptimizationProfile, graph_specs
+from tests.unit.damage import Damaged, damages
 
 FORK = multiprocessing.get_context("fork")
 GPUS = ("sm_80", "sm_89")
@@ -164,6 +169,61 @@ def test_a_failed_build_leaves_no_entry(cache, build, tmp_path, error):
     assert not (tmp_path / "one").exists()
     assert list((cache.root / "engines").iterdir()) == []
     assert cache.get_or_build(KEY, tmp_path / "one", build)[1] is False
+
+
+def test_get_or_build_without_a_writable_cache_builds_and_warns(cache, build, tmp_path):
+    cache.root.touch()  # a file in its place stops root, too
+    with pytest.warns(UserWarning, match="cannot be written .* set COPRS_DEPLOY_CACHE"):
+        engine, was_cached = cache.get_or_build(KEY, tmp_path / "one", build)
+    assert not was_cached and engine == record_of(b"engine 1")
+    assert (tmp_path / "one").read_bytes() == b"engine 1"
+    with pytest.warns(UserWarning, match="cannot be written; set COPRS_DEPLOY_CACHE"):
+        assert cache.prune(0) == 0
+
+
+def test_get_or_build_with_a_full_disk_keeps_the_engine(cache, build, tmp_path, monkeypatch):
+    def copy_to_full_disk(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy_to_full_disk)
+    with pytest.warns(UserWarning, match=r"cannot be written \(No space left on device\)"):
+        _, was_cached = cache.get_or_build(KEY, tmp_path / "one", build)
+    assert not was_cached
+    assert (tmp_path / "one").read_bytes() == b"engine 1"
+    assert cache.entries() == []
+    assert [path.name for path in (cache.root / "engines").iterdir()] == []
+
+
+def test_get_or_build_reads_a_cache_that_cannot_be_written(cache, build, tmp_path, monkeypatch):
+    cache.get_or_build(KEY, tmp_path / "one", build)
+    monkeypatch.setattr(cache, "is_writable", lambda folder: False)
+    monkeypatch.setattr(os, "utime", raise_permission_error)
+    assert cache.get_or_build(KEY, tmp_path / "two", build)[1]
+    assert (tmp_path / "two").read_bytes() == b"engine 1"
+
+
+def raise_permission_error(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+@pytest.fixture(scope="module")
+def cached_engine(tmp_path_factory):
+    """A cache with one engine, of which one file at a time is damaged."""
+    root = tmp_path_factory.mktemp("engine")
+    EngineCache(root / "cache").get_or_build(KEY, root / "out", Builder())
+    return Damaged(root / "cache", root / "damaged")
+
+
+@pytest.mark.fuzz
+@given(name=st.sampled_from(["model.engine", "record.json"]), damage=damages())
+@pytest.mark.filterwarnings("ignore:the cached engine")
+def test_get_or_build_damaged_entry_gives_the_engine_of_its_record(cached_engine, name, damage):
+    cache, out = EngineCache(cached_engine.root), cached_engine.root.parent / "copy"
+    with cached_engine.file(f"engines/{KEY.digest()}/{name}", damage):
+        engine, was_cached = cache.get_or_build(KEY, out, Builder())
+    assert out.read_bytes() == b"engine 1"
+    assert engine.sha256 == hashlib.sha256(b"engine 1").hexdigest()
+    assert was_cached or engine == record_of(b"engine 1")
 
 
 def test_two_processes_build_one_engine_once(cache, tmp_path):

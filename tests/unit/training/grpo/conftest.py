@@ -74,11 +74,7 @@ def build_setup(
             state.policy.prompt,
         ),
         PromptCollator(state, None, settings.max_targets),
-        ResponseReader(
-            reference_id,
-            lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-            settings.response_format,
-        ),
+        ResponseReader(tokenizer, settings.response_format),
         examples,
         settings,
     )

@@ -19,6 +19,7 @@ from coprs_deploy.training.grpo.distribution import (
     check_sharding_settings,
     exclude_segmentation,
     load_trainable_weights,
+    policy_weights,
     save_trainable_weights,
     trainable_weights,
 )
@@ -121,6 +122,26 @@ def test_exclude_segmentation_syncs_the_policy_weights_only(make_setup, rank):
     assert received.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(received[name], weight), name
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_policy_weights_are_those_of_the_merged_policy(make_setup, rank):
+    setup = make_setup(lora=Lora(r=rank))
+    trainer = setup.trainer
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    kept = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    found = policy_weights(trainer)
+    assert all(torch.equal(weight, kept[n]) for n, weight in trainer.model.state_dict().items())
+    if rank:
+        trainer.model.merge_and_unload()
+    setup.attachment.detach()
+    expected = setup.state.policy.model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-6), name
 
 
 def test_load_trainable_weights_requires_the_same_names(make_setup, tmp_path):

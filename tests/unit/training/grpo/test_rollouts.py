@@ -1,8 +1,11 @@
 """Prompts, ground gt, scores and evaluation, for both policy families."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.data.examples import Example
@@ -14,8 +17,15 @@ from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
-from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
+from coprs_deploy.training.grpo.evaluation import (
+    TILE_PX,
+    evaluate_policy,
+    spread,
+    summarize,
+    write_samples,
+)
 from coprs_deploy.training.grpo.scores import DecodedMasks, grid_ious, mask_scores, row_losses
+from coprs_deploy.training.grpo.trainer import ScoredRollout
 from coprs_deploy.training.losses import segmentation_losses
 from coprs_deploy.training.settings import SegmentationLossWeights
 
@@ -89,8 +99,8 @@ def test_joint_trainer_with_several_targets_updates_weights(family, request, mak
     assert len(setup.lines) == 2
     assert all(np.isfinite(line["loss"]) for line in setup.lines)
     evaluated = evaluate_policy(setup.trainer, examples)
-    assert [each.score.id for each in evaluated] == ["two", "one", "none", "other"]
-    assert [each.score.num_targets for each in evaluated] == [2, 1, 0, 1]
+    assert [each.id for each in evaluated] == ["two", "one", "none", "other"]
+    assert [each.num_targets for each in evaluated] == [2, 1, 0, 1]
 
 
 def test_gradient_checkpointing_keeps_the_gradient(make_setup):
@@ -129,7 +139,7 @@ def test_mask_scores_are_means_over_targets():
     with_references = DecodedMasks(*decoded[:2], torch.ones(4, 2, dtype=torch.bool))
     assert mask_scores(with_references, gt).tolist() == pytest.approx([1.0, 1.0, 1.0, 0.0])
     found = grid_ious(decoded, gt)
-    assert float(found["giou"].value()) == pytest.approx(3 / 5)
+    assert (found["giou"].total / found["giou"].weight).item() == pytest.approx(3 / 5)
 
 
 def test_mask_scores_ignore_the_padding():
@@ -164,7 +174,7 @@ def test_row_losses_average_over_the_targets_of_a_row_first():
                     gt.inside[row : row + 1],
                     weights,
                 )
-                expected += float(one[name].value()) / count
+                expected += (one[name].total / one[name].weight).item() / count
         assert float(loss) == pytest.approx(expected, rel=1e-5), name
 
 
@@ -186,6 +196,34 @@ def test_ground_truth_of_too_many_targets_is_refused(make_setup, examples):
         collator.ground_truth([item], torch.device("cpu"))
 
 
+def test_spread_takes_other_prompts_first():
+    assert spread(["a", "a", "b", "b", "c"], 4) == [0, 2, 4, 1]
+    assert spread(["a", "a"], 8) == [0, 1]
+
+
+def test_write_samples_of_a_response_without_reference_shows_no_prior(
+    make_setup, examples, tmp_path
+):
+    trainer = make_setup(examples=examples[1:3]).trainer
+    collator, tokenizer = trainer.parts.collator, trainer.parts.processor.tokenizer
+    items = [collator.item(example, n) for n, example in enumerate(examples[1:3])]
+    gt = collator.ground_truth(items, torch.device("cpu"))
+    logits = torch.ones_like(gt.masks)
+    decoded = DecodedMasks(logits, logits, torch.tensor([[False], [False]]))
+    completions = [tokenizer("nothing")["input_ids"]] * 2
+    trainer.rollout = ScoredRollout(items, gt, completions, decoded)
+    write_samples(trainer, tmp_path, 3, 2)
+    lines = [json.loads(x) for x in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    found = [(x["id"], x["num_targets"], x["num_found"], x["mask_iou"]) for x in lines]
+    assert found == [("one", 1, 0, 0.0), ("none", 0, 0, None)]
+    assert lines[0]["response"] == "nothing"
+    sheet = Image.open(tmp_path / "step-000003.png")
+    for column in (1, 2):
+        pixel = (column * TILE_PX + TILE_PX // 2, TILE_PX // 2)
+        assert sheet.getpixel(pixel) == (128, 128, 128), "a prior or mask was invented"
+    assert sheet.height > 2 * TILE_PX, "the text is missing"
+
+
 @pytest.mark.slow
 def test_evaluate_policy_agrees_with_the_runtime(make_setup):
     examples = held_out_examples(PRESETS["plain"], 6, 2)
@@ -194,8 +232,8 @@ def test_evaluate_policy_agrees_with_the_runtime(make_setup):
         expected = evaluate(predict_with(coprs.segment, 1), examples)
     for ours, theirs in zip(evaluated, expected, strict=True):
         assert ours.response == theirs.response
-        assert ours.score.mask_iou == pytest.approx(theirs.score.mask_iou, abs=2e-3)
-        assert ours.score.prior_iou == pytest.approx(theirs.score.prior_iou, abs=2e-3)
+        assert ours.mask_iou == pytest.approx(theirs.mask_iou, abs=2e-3)
+        assert ours.prior_iou == pytest.approx(theirs.prior_iou, abs=2e-3)
     metrics = summarize(evaluated)
     assert metrics["giou"] > 0.9
     assert metrics["count_accuracy"] == 1

@@ -1,0 +1,103 @@
+"""Acceptance thresholds: parsing, metrics that the data do not define, comparison."""
+
+import pytest
+
+from coprs_deploy.evaluation.metrics import ExampleScore, MaskCounts, summarize
+from coprs_deploy.evaluation.thresholds import (
+    METRICS,
+    check_thresholds,
+    failed_thresholds,
+    parse_thresholds,
+)
+
+
+def test_thresholds_are_read_by_metric_and_question_type():
+    settings = ["giou=0.93", " ordinal.precision_at_50 = 1 ", "pearson_r=-0.5", "ciou=0"]
+    expected = {"giou": 0.93, "ordinal.precision_at_50": 1.0, "pearson_r": -0.5, "ciou": 0.0}
+    assert parse_thresholds(settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("miou=0.2", r"metric of 'miou=0.2' is 'miou'; accepted: giou, .*; did you mean giou\?"),
+        ("precision_at50=0.2", r"did you mean precision_at_50\?"),
+        ("ordinal.gio=0.2", r"did you mean ordinal.giou\?"),
+        ("ordinal.pearson_r=0.2", "accepted: .*TYPE.METRIC for giou, ciou, precision_at_50"),
+        (".giou=0.2", "is '.giou'"),
+        ("0.93", "is '0.93'"),
+        ("=0.93", "is ''"),
+        ("giou", "'giou' has no number; accepted: METRIC=VALUE, as in giou=0.93"),
+        ("giou=", "has no number"),
+        ("giou=high", "has no number"),
+        ("giou=0.9=0.8", "has no number"),
+        ("giou=-0.1", "giou is required to be -0.1; accepted: 0 to 1"),
+        ("giou=93", "accepted: 0 to 1"),
+        ("giou=nan", "accepted: 0 to 1"),
+        ("giou=inf", "accepted: 0 to 1"),
+        ("pearson_r=-1.1", "accepted: -1 to 1"),
+    ],
+)
+def test_threshold_that_cannot_be_meant_is_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        parse_thresholds(["ciou=0.5", setting])
+
+
+def test_two_thresholds_of_one_metric_are_refused():
+    with pytest.raises(ValueError, match=r"giou has two thresholds, 0.9 and 0.5"):
+        parse_thresholds(["giou=0.9", "giou=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("name", "question_types", "num_no_match", "reason"),
+    [
+        ("giou", (), 3, "there is no example with a target"),
+        ("pearson_r", ("ordinal",), 3, "at least two examples with a target"),
+        ("no_match_recall", ("ordinal",), 0, "there is no no-match example"),
+        ("no_match_precision", ("ordinal",), 0, "there is no no-match example"),
+        ("nearest.giou", ("ordinal", "", "several"), 1, "question types: ordinal, several"),
+        ("nearest.giou", ("", ""), 1, "question types: none"),
+    ],
+)
+def test_metric_that_the_examples_do_not_define_is_refused(
+    name, question_types, num_no_match, reason
+):
+    with pytest.raises(ValueError, match=f"{name} is undefined for these examples: .*{reason}"):
+        check_thresholds({name: 0.5}, question_types, num_no_match)
+
+
+def test_metrics_of_complete_examples_are_accepted():
+    thresholds = {**dict.fromkeys(METRICS, 0.5), "ordinal.giou": 0.5}
+    check_thresholds(thresholds, ("ordinal", "", "several"), 1)
+
+
+def scores(*found):
+    """Score one no-match example and one example per number: predicted masks and their IoU."""
+    hit = MaskCounts(1, 2)
+    present = [ExampleScore("a", "", 1, 1, MaskCounts(n, 10), hit) for n in found]
+    return [ExampleScore("b", "", 0, 1, MaskCounts(0, 5), hit), *present]
+
+
+def test_every_metric_that_can_be_required_is_computed():
+    found = scores(4, 8)
+    found.append(ExampleScore("c", "", 0, 0, MaskCounts(0, 0), MaskCounts(0, 0)))
+    found.append(ExampleScore("d", "", 1, 1, MaskCounts(1, 2), MaskCounts(3, 4)))
+    assert set(summarize(found)) == set(METRICS)
+
+
+def test_metrics_below_their_threshold_fail():
+    metrics = summarize(scores(4, 8))
+    assert metrics["giou"] == pytest.approx(0.6)
+    assert failed_thresholds(metrics, {"giou": 0.59, "no_match_recall": 0.0}) == []
+    assert failed_thresholds(metrics, {"giou": 0.61, "ciou": 0.6}) == [
+        "giou is 0.6000; required: 0.61"
+    ]
+
+
+def test_metric_that_the_predictions_do_not_define_fails_with_the_reason():
+    metrics = summarize(scores(4, 8))
+    required = {"no_match_precision": 0.0, "pearson_r": -1.0}
+    assert failed_thresholds(metrics, required) == [
+        "no_match_precision is undefined: every example got a mask; required: 0",
+        "pearson_r is undefined: the IoU of all priors, or of all masks, is the same; required: -1",
+    ]

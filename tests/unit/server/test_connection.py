@@ -1,0 +1,84 @@
+"""Connections whose requests are never finished, over real sockets."""
+
+import asyncio
+import json
+
+import pytest
+import uvicorn
+
+from coprs_deploy.server.connection import TimedConnection
+from tests.unit.runtime_fakes import WAIT
+
+HEAD = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4\r\n\r\n"
+
+
+class ShortConnection(TimedConnection):
+    request_timeout_s = 0.1
+
+
+async def app(scope, receive, send):
+    """Respond with the body, or refuse a GET before its body is read."""
+    body = b"" if scope["method"] == "GET" else (await receive())["body"]
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def answers(*pieces, pause_s=0.0):
+    """Send pieces of a request to a server and return all that it sends until it closes."""
+
+    async def exchange():
+        config = uvicorn.Config(
+            app, http=ShortConnection, port=0, log_level="critical", lifespan="off"
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.ensure_future(server._serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(pause_s)
+        try:
+            return await asyncio.wait_for(reader.read(), WAIT)
+        finally:
+            writer.close()
+            server.should_exit = True
+            await serving
+
+    return asyncio.run(exchange())
+
+
+def test_connection_without_a_request_is_closed():
+    assert answers() == b""
+
+
+@pytest.mark.parametrize("kept_alive", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_head_that_is_not_finished_ends_in_408(kept_alive):
+    answer = answers(kept_alive, b"GET / HTTP/1.1\r\nHo", pause_s=0.05)
+    assert answer.startswith(b"HTTP/1.1 200" if kept_alive else b"HTTP/1.1 408")
+    head, _, body = answer[answer.index(b"HTTP/1.1 408") :].partition(b"\r\n\r\n")
+    assert b"Connection: close" in head
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert json.loads(body) == {
+        "error": "the head of the request took over 0.1 s",
+        "type": "RequestError",
+    }
+
+
+def test_body_after_its_refusal_is_not_awaited():
+    request = b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
+    assert answers(request, b"x", pause_s=0.02).startswith(b"HTTP/1.1 200")
+
+
+def test_malformed_request_is_refused_in_json():
+    answer = answers(b"no http\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "RequestError"
+
+
+def test_request_that_is_served_for_longer_is_not_cut():
+    answer = answers(HEAD, b"body", pause_s=0.3)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(b"body")
