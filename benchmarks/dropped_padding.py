@@ -14,13 +14,24 @@ from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coprs_deploy import demo
-from coprs_deploy.bench.accuracy import gt_metrics, last_mask, mask_agreement
-from coprs_deploy.bench.reference import ask, open_policy, open_torch_graphs, scenes
-from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.evaluation.metrics import MaskCounts, count_pixels, union
-from coprs_deploy.images import prepare_image
+from coprs_deploy.bench.accuracy import ask, mask_agreement, open_policy, scenes
+from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
+from coprs_deploy.engines import SegmentationGraphs
+from coprs_deploy.engines.graphs import masks_at_original_size
+from coprs_deploy.evaluation.metrics import (
+    EMPTY_IOU,
+    MaskCounts,
+    count_pixels,
+    giou,
+    precision_at,
+    union,
+)
+from coprs_deploy.export.equivalence import reference_opener
+from coprs_deploy.images import PreparedImage, prepare_image
+from coprs_deploy.specs import GRAPH_NAMES, Geometry, ValidRegion, graph_specs
 
 ASPECT_RATIO = (16, 9)
 
@@ -38,7 +49,7 @@ def evaluate_dropped_padding(count: int) -> dict[str, float]:
         The number of scenes, mean and smallest IoU of the two masks, and gIoU and P@0.5 with
         padding and without.
     """
-    source, place = read_checkpoint(demo.CHECKPOINT), str(demo.CHECKPOINT)
+    source = read_checkpoint(demo.CHECKPOINT)
     geometry = source.config.model.geometry
     valid_region = source.config.model.sam.valid_region(ASPECT_RATIO, drops_padding=True)
     height = valid_region.height
@@ -47,14 +58,14 @@ def evaluate_dropped_padding(count: int) -> dict[str, float]:
     counts: dict[str, list[MaskCounts]] = {"with_padding": [], "without_padding": []}
     with (
         open_policy(source) as policy,
-        open_torch_graphs(place) as padded,
-        open_torch_graphs(place, valid_region) as dropped,
+        open_graphs(source) as padded,
+        open_graphs(source, valid_region) as dropped,
     ):
         for example in islice(upper, count):
             concentrations = ask(policy, example).concentrations
             prepared = prepare_image(np.ascontiguousarray(example.image[:height]), geometry)
             with_padding, without = (
-                last_mask(graphs, graphs.encode(prepared), concentrations, prepared, geometry)
+                last_mask(graphs, concentrations, prepared, geometry)
                 for graphs in (padded, dropped)
             )
             target = union(example.masks)[:height]
@@ -62,11 +73,34 @@ def evaluate_dropped_padding(count: int) -> dict[str, float]:
             counts["with_padding"].append(count_pixels(with_padding, target))
             counts["without_padding"].append(count_pixels(without, target))
     ious = {"mask_iou_mean": float(np.mean(agreement)), "mask_iou_min": float(np.min(agreement))}
-    return {"scenes": len(agreement), **ious} | {
-        f"{metric}_{name}": value
-        for name, pairs in counts.items()
-        for metric, value in gt_metrics(pairs).items()
-    }
+    metrics = {"scenes": len(agreement), **ious}
+    for name, pairs in counts.items():
+        metrics[f"giou_{name}"] = giou(pairs, empty=EMPTY_IOU)
+        metrics[f"precision_at_50_{name}"] = precision_at(pairs, 0.5, empty=EMPTY_IOU)
+    return metrics
+
+
+def open_graphs(source: Checkpoint, valid_region: ValidRegion | None = None) -> SegmentationGraphs:
+    """Open PyTorch's float32 modules, for all images or for a valid region."""
+    config = source.config.model
+    specs = graph_specs(config.geometry, config.policy_hidden_size, valid_region=valid_region)
+    open_graph = reference_opener(source, specs)
+    return SegmentationGraphs({name: open_graph(name) for name in GRAPH_NAMES})
+
+
+def last_mask(
+    graphs: SegmentationGraphs,
+    concentrations: NDArray[np.float32],
+    prepared: PreparedImage,
+    geometry: Geometry,
+) -> NDArray[np.bool_]:
+    """Segment the last target of (N, D) concentrations: (H, W) bool, empty without a target."""
+    if not len(concentrations):
+        return np.zeros(prepared.original_size, np.bool_)
+    embedding = graphs.encode(prepared)
+    _, chunks = graphs.priors_and_masks(embedding, concentrations[-1:], prepared.unpadded_size)
+    mask: NDArray[np.bool_] = masks_at_original_size(chunks, 1, prepared, geometry)[0]
+    return mask
 
 
 def main(arguments: Sequence[str]) -> int:

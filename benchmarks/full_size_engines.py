@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.bench.process import call_once
+from coprs_deploy.bench.worker import call_once
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
 from coprs_deploy.console import markdown_table
 from coprs_deploy.engines import RunnerOptions, open_graph

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from coprs_deploy import demo
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.bench.statistics import median_interval
+from coprs_deploy.bench.report import median_interval
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.images import RgbArray, prepare_image

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from coprs_deploy.bench.case import OUTPUT_FILE, TOTAL, Values, Workload, write_arrays
-from coprs_deploy.bench.reference import ask, open_policy, open_torch_graphs, scenes
+from coprs_deploy.bench import accuracy
+from coprs_deploy.bench.case import TOTAL, Values, Workload
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.policy import Policy
+from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.result import SegmentationResult, Timings
@@ -34,106 +33,76 @@ STAGES = {
 
 
 def open_requests(
-    bundle: str, count: int, *, device: str, runtime: str | None = None, **settings: Any
+    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 2, **settings: Any
 ) -> Workload:
-    """Open a bundle as a user does, with requests on ``count`` scenes in turn."""
-    max_cached_images = settings.pop("max_cached_images", 0)
-    options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=max_cached_images)
-    return RequestWorkload(CoPRS.load(bundle, options), count, **settings)
+    """Open a bundle as a user does, with requests on held-out scenes in turn."""
+    options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=cached)
+    return _RequestWorkload(CoPRS.load(bundle, options), **settings)
 
 
-def open_torch_requests(checkpoint: str, count: int, side: int | None = None) -> RequestWorkload:
+def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     """Open PyTorch's float32 modules in place of the graphs, on the CPU."""
-    source = read_checkpoint(checkpoint)
-    graphs, policy = open_torch_graphs(checkpoint), open_policy(source)
-    coprs = CoPRS(graphs, policy, source.config.model.geometry, RuntimeOptions(max_cached_images=0))
-    return RequestWorkload(coprs, count, side=side)
+    modules = accuracy.open_reference(checkpoint)
+    policy = accuracy.open_policy(read_checkpoint(checkpoint))
+    options = RuntimeOptions(max_cached_images=0)
+    coprs = CoPRS(modules.graphs(), policy, modules.geometry, options)
+    return _RequestWorkload(coprs, **settings)
 
 
-def open_batch(bundle: str, images: int, device: str) -> Workload:
-    """Open one request on each of several images; a run is all of them."""
-    options = RuntimeOptions(device=device, max_cached_images=2)
-    return _BatchWorkload(CoPRS.load(bundle, options), images)
+@dataclass
+class _RequestWorkload(Workload):
+    """Requests on ``count`` scenes, one after the other; the mean of ``questions`` on each counts.
 
-
-class RequestWorkload(Workload):
-    """Requests on one scene after the other.
-
-    Args:
-        coprs: closed with the workload.
-        count: number of scenes.
-        cached: compute the embeddings of all scenes before.
-        questions: requests on the same image in one run, whose mean counts.
-        side: enlarge images to this side; None keeps the scenes' own.
+    ``images`` is a number of scenes on which requests are made at once; a run is all of them.
+    ``side`` enlarges scenes. ``warms_cache`` computes the embeddings of all scenes before.
     """
 
-    def __init__(
-        self,
-        coprs: CoPRS,
-        count: int,
-        *,
-        cached: bool = False,
-        questions: int = 1,
-        side: int | None = None,
-    ) -> None:
-        self._coprs, self._questions, self._scenes = coprs, questions, scenes(count)
-        self._images: list[Any] = [scene.image for scene in self._scenes]
-        if side is not None:
-            images = (Image.fromarray(image) for image in self._images)
-            enlarged = (image.resize((side, side), Image.Resampling.BICUBIC) for image in images)
-            self._images = [np.asarray(image) for image in enlarged]
-        self._next, self._tokens = itertools.cycle(range(count)), list[int]()
-        for image in self._images if cached else ():
-            coprs.segment(image, "the circle", max_new_tokens=1)
+    coprs: CoPRS
+    reference: accuracy.SceneReference
+    count: int
+    warms_cache: bool = False
+    questions: int = 1
+    images: int = 0
+    side: int | None = None
 
-    def _ask(self, index: int) -> list[SegmentationResult]:
-        image, instruction = self._images[index], self._scenes[index].instruction
-        return [self._coprs.segment(image, instruction) for _ in range(self._questions)]
+    def __post_init__(self) -> None:
+        self._scenes = accuracy.scenes(self.images or self.count, self.side)
+        self._tokens: list[int] = []
+        self._next = itertools.cycle(self._scenes)
+        for scene in self._scenes if self.warms_cache else ():
+            self.coprs.segment(scene.image, "the circle", max_new_tokens=1)
 
     def run(self) -> Mapping[str, float]:
-        """Answer the next question, or several on one image; their mean counts."""
-        timings = [result.timings for result in self._ask(next(self._next))]
-        self._tokens += [each.response_tokens for each in timings]
-        stages = [stage_times(each) for each in timings]
+        if self.images:
+            start = time.perf_counter()
+            self._results()
+            return {TOTAL: 1e3 * (time.perf_counter() - start) / len(self._scenes)}
+        scene = next(self._next)
+        results = [
+            self.coprs.segment(scene.image, scene.instruction) for _ in range(self.questions)
+        ]
+        self._tokens += [result.timings.response_tokens for result in results]
+        stages = [stage_times(result.timings) for result in results]
         return {name: sum(each[name] for each in stages) / len(stages) for name in stages[0]}
 
-    def results(self) -> Iterable[SegmentationResult]:
-        """Return the last result on every scene."""
-        return (self._ask(index)[-1] for index in range(len(self._scenes)))
+    def _results(self) -> list[SegmentationResult]:
+        """Return a result on every scene."""
+        requests = [(scene.image, scene.instruction) for scene in self._scenes]
+        if self.images:  # the next image is encoded meanwhile
+            return list(self.coprs.segment_many(requests))
+        return [self.coprs.segment(*request) for request in requests]
 
-    def masks(self) -> Values:
-        """Return mask and ground truth of every scene, at the size of the image."""
+    def finish(self) -> Mapping[str, Any]:
+        """Compare the mask of every scene; report the length of responses."""
         found: Values = {}
-        for index, (result, scene) in enumerate(zip(self.results(), self._scenes, strict=True)):
+        for index, (result, scene) in enumerate(zip(self._results(), self._scenes, strict=True)):
             found[f"{index}.mask"] = result.mask
-            ground_truth = Image.fromarray(np.any(scene.masks, axis=0))
-            ground_truth = ground_truth.resize(result.mask.shape[::-1], Image.Resampling.NEAREST)
-            found[f"{index}.ground_truth"] = np.asarray(ground_truth)
-        return found
-
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        """Write mask and ground truth of every scene."""
-        write_arrays(folder / OUTPUT_FILE, self.masks())
+            found[f"{index}.ground_truth"] = union(scene.masks)
         tokens = {"response_tokens": float(np.median(self._tokens))} if self._tokens else {}
-        return {"metrics": tokens}
+        return {"metrics": tokens, "accuracy": self.reference.accuracy(found)}
 
     def close(self) -> None:
-        """Free graphs and policy."""
-        self._coprs.close()
-
-
-class _BatchWorkload(RequestWorkload):
-    """One request on each of several images, the next of which is encoded meanwhile."""
-
-    def run(self) -> Mapping[str, float]:
-        """Answer all requests; the time of one image counts."""
-        start = time.perf_counter()
-        for _ in self.results():
-            pass
-        return {TOTAL: 1e3 * (time.perf_counter() - start) / len(self._scenes)}
-
-    def results(self) -> Iterable[SegmentationResult]:
-        return self._coprs.segment_many([(s.image, s.instruction) for s in self._scenes])
+        self.coprs.close()
 
 
 def stage_times(timings: Timings) -> dict[str, float]:
@@ -145,35 +114,39 @@ def stage_times(timings: Timings) -> dict[str, float]:
     return {TOTAL: timings.total_ms, **stages}
 
 
-def open_policy_alone(
-    checkpoint: str, count: int, *, library: str, dtype: str, device: str = "cpu"
-) -> Workload:
-    """Open the policy of a checkpoint by a library, without any graph."""
-    return _PolicyWorkload(open_policy(read_checkpoint(checkpoint), dtype, library, device), count)
+@dataclass
+class PolicyWorkload(Workload):
+    """The policy of a checkpoint by a library, without any graph, on scenes in turn."""
 
+    checkpoint: Path
+    reference: accuracy.SceneReference
+    count: int
+    library: str
+    dtype: str
+    device: str = "cpu"
 
-class _PolicyWorkload(Workload):
-    """Responses of the policy, one after the other."""
-
-    def __init__(self, policy: Policy, count: int) -> None:
-        self._policy, self._scenes = policy, scenes(count)
+    def __post_init__(self) -> None:
+        source = read_checkpoint(self.checkpoint)
+        self._policy = accuracy.open_policy(source, self.dtype, self.library, self.device)
+        self._scenes, self._metrics = accuracy.scenes(self.count), dict[str, list[float]]()
         self._next = itertools.cycle(self._scenes)
-        self._speeds: list[float] = []
-        self._prompt_tokens = 0
 
     def run(self) -> Mapping[str, float]:
-        result = ask(self._policy, next(self._next))
-        self._speeds.append(1e3 * len(result.token_ids) / result.decode_ms)
-        self._prompt_tokens = result.num_prompt_tokens
+        """Ask about the next scene."""
+        result = accuracy.ask(self._policy, next(self._next))
+        speed = 1e3 * len(result.token_ids) / result.decode_ms
+        self._metrics.setdefault("tokens_per_s", []).append(speed)
+        self._metrics["prompt_tokens"] = [float(result.num_prompt_tokens)]
         return {"prefill": result.prefill_ms, "decode": result.decode_ms}
 
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        """Write the concentrations of every scene; report tokens per second."""
-        vectors = [ask(self._policy, scene).concentrations for scene in self._scenes]
-        found = {f"{i}.concentration": each for i, each in enumerate(vectors)}
-        write_arrays(folder / OUTPUT_FILE, found)
-        speed = float(np.median(self._speeds))
-        return {"metrics": {"tokens_per_s": speed, "prompt_tokens": float(self._prompt_tokens)}}
+    def finish(self) -> Mapping[str, Any]:
+        """Compare concentrations, and their masks by float32 graphs; report tokens per second."""
+        found = accuracy.scene_outputs(
+            self._policy, accuracy.open_reference(self.checkpoint), self._scenes
+        )
+        metrics = {name: float(np.median(values)) for name, values in self._metrics.items()}
+        return {"metrics": metrics, "accuracy": self.reference.accuracy(found)}
 
     def close(self) -> None:
+        """Free the policy."""
         self._policy.close()

@@ -1,32 +1,31 @@
-"""Cases, groups and workloads: what a suite plans, and what a worker process opens and runs."""
+"""Options of a run; cases, groups and workloads: what a suite measures, and what a worker opens."""
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
-from coprs_deploy.bench.report import Accuracy, Skipped
+from coprs_deploy.bench.report import Skipped
 from coprs_deploy.closing import Closeable
+from coprs_deploy.model_config import SAM_SIZES
 
 TOTAL = "total"
 """Key of a run's own measurement, used instead of the worker's clock."""
 
-DEVICE = "device"
-"""Key of the time between two device events."""
-
-OUTPUT_FILE = "outputs.safetensors"
-"""What a workload leaves for the evaluation of its accuracy."""
-
 Values: TypeAlias = dict[str, NDArray[Any]]
+Progress: TypeAlias = Callable[[str], None]
 
-Evaluate: TypeAlias = Callable[[Mapping[str, Path]], Mapping[str, Accuracy]]
-"""Return the accuracy of cases by name, given the folders of their outputs."""
+
+def ignore(step: str) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class Case:
 
     Attributes:
         target: ``module:function`` or ``path.py:function``; called in the worker process with
-            ``settings`` (plain data) as keywords, it returns a :class:`Workload`.
+            ``settings`` as keywords, it returns a :class:`Workload`.
+        settings: plain data, or functions that make it once the filter has selected the case, and
+            may raise ``WorkerError``.
         labels: properties, as ``runtime``, ``precision``, ``device``.
-        prepare: make what the case needs and return further settings; called once the filter has
-            selected the case, and may raise ``WorkerError``.
         estimated_bytes: resident memory that the worker will need.
         error: why the case cannot be run here; empty otherwise.
     """
@@ -47,7 +46,6 @@ class Case:
     target: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    prepare: Callable[[], Mapping[str, Any]] | None = None
     estimated_bytes: int = 700_000_000
     error: str = ""
 
@@ -58,31 +56,26 @@ class Group:
 
     Attributes:
         baseline: name of the case whose time counts as 1; None compares nothing.
-        evaluate: measures accuracy; None where cases report their own, or there is none.
         unit: what one run is.
         parameter: label that the cases scale over.
         runs: minimum number of long, cold runs, without warm-up; 0 measures accuracy only; None
             measures by time.
         timeout_s: limit of one run; None takes that of the options.
+        suite: name of its suite.
     """
 
-    suite: str
     name: str
-    cases: tuple[Case, ...]
+    cases: Sequence[Case]
     baseline: str | None = None
-    evaluate: Evaluate | None = None
     unit: str = "one run"
     parameter: str = ""
     runs: int | None = None
     timeout_s: float | None = None
+    suite: str = ""
 
 
-@dataclass(frozen=True)
-class SuitePlan:
-    """What a suite measures here, and what it skips."""
-
-    groups: tuple[Group, ...]
-    skipped: tuple[Skipped, ...] = ()
+SuiteCases: TypeAlias = Iterator[Group | Skipped]
+"""What a suite measures here, and what it skips; the run adds the name of the suite."""
 
 
 class Workload(Closeable):
@@ -93,15 +86,15 @@ class Workload(Closeable):
         """Do once what is measured, to its very end.
 
         Returns:
-            Milliseconds by stage, if any; under :data:`TOTAL` or :data:`DEVICE` the time that
-            counts instead of the worker's clock.
+            Milliseconds by stage, if any; under :data:`TOTAL` the time that counts instead of the
+            worker's clock.
         """
 
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        """Write outputs for the evaluation into a folder, after the last run.
+    def finish(self) -> Mapping[str, Any]:
+        """Measure accuracy, after the last run.
 
         Returns:
-            ``metrics`` (numbers by name) and ``accuracy`` (an :class:`Accuracy` as JSON), if any.
+            ``metrics`` (numbers by name) and ``accuracy``, a ``report.Accuracy``, if any.
         """
         return {}
 
@@ -111,20 +104,72 @@ class Workload(Closeable):
 
 def write_arrays(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name."""
-    from safetensors.numpy import save_file
-
     save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path)
 
 
-def read_arrays(path: Path) -> Values:
-    """Read what :func:`write_arrays` wrote."""
-    from safetensors.numpy import load_file
-
-    values: Values = load_file(path)
-    return values
+def read_inputs(folder: Path) -> Iterator[Values]:
+    """Read the input files of a benchmark in order, see ``preparation.write_inputs``."""
+    for index in range(len(list(folder.glob("[0-9]*.safetensors")))):
+        yield load_file(folder / f"{index}.safetensors")
 
 
-def read_inputs(folder: str | Path) -> Iterator[Values]:
-    """Read the input files of a benchmark in order, see :mod:`coprs_deploy.bench.reference`."""
-    for index in range(len(list(Path(folder).glob("[0-9]*.safetensors")))):
-        yield read_arrays(Path(folder) / f"{index}.safetensors")
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure, and how.
+
+    Attributes:
+        bundle: bundle to measure; None takes the demo model.
+        checkpoint: checkpoint of the bundle, for PyTorch cases and other precisions.
+        suites: names of suites; empty takes the default ones.
+        sizes: SAM sizes to measure with random weights, where a suite needs no policy.
+        devices: ``cpu``, ``cuda`` or both.
+        filter: regular expression; only cases whose ``group: case`` matches are run.
+        calibration: folder of images for int8.
+        is_quick: leave out what takes long: lower precisions on a CPU, the small graphs alone, some
+            of the repetitions.
+        tag: first word of the report's file names; empty takes the model's name.
+        command: command that makes the report again.
+        min_time_s: measured time of a case, all rounds together.
+        rounds: number of rounds.
+        max_rounds: number of rounds while a median is not yet stable.
+        warmup_s: unmeasured time before the first round; at least two runs, or one longer run.
+        case_timeout_s: seconds after which opening a case, or one run, is given up.
+        max_memory_bytes: memory of the cases of a group that are open side by side.
+        work_dir: folder of prepared files, kept for the next run; None takes a temporary one.
+        prepare_only: stop when everything is prepared.
+    """
+
+    bundle: Path | None = None
+    checkpoint: Path | None = None
+    suites: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
+    filter: str = ""
+    calibration: Path | None = None
+    is_quick: bool = False
+    tag: str = ""
+    command: str = "coprs-deploy bench"
+    min_time_s: float = 3.0
+    rounds: int = 3
+    max_rounds: int = 5
+    warmup_s: float = 1.0
+    case_timeout_s: float = 120.0
+    max_memory_bytes: int = 4_000_000_000
+    work_dir: Path | None = None
+    prepare_only: bool = False
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if size not in SAM_SIZES:
+                raise ValueError(f"sizes names {size!r}; accepted: {', '.join(SAM_SIZES)}, all")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds is {self.rounds}; accepted: 1 and more")
+        if self.checkpoint and not self.bundle:
+            raise ValueError("--checkpoint needs BUNDLE; the demo model has its own checkpoint")
+        if self.prepare_only and self.work_dir is None:
+            raise ValueError("--prepare-only keeps what it makes: name a folder with --work-dir")
+        try:
+            re.compile(self.filter)
+        except re.error as error:
+            text = f"--filter is {self.filter!r}; accepted: a regular expression ({error})"
+            raise ValueError(text) from error

@@ -6,58 +6,40 @@ two 95 % intervals of the medians overlap nor the ranges of their medians by rou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+import re
 from typing import NamedTuple
 
 from coprs_deploy.bench.report import CaseResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms
 
+REGRESSIONS = ("slower", "more_memory", "less_accurate", "fails")
+"""Verdicts that set the exit code; the others: same, faster, fixed, new, removed."""
 
-class Verdict(str, Enum):
-    """What became of a case."""
+TIME_TOLERANCE, MEMORY_TOLERANCE = 0.05, 0.10
+"""Shares of the old median and of the old peak by which they may grow."""
 
-    SAME = "same"
-    FASTER = "faster"
-    SLOWER = "slower"
-    MORE_MEMORY = "more_memory"
-    LESS_ACCURATE = "less_accurate"
-    FAILS = "fails"
-    FIXED = "fixed"
-    REMOVED = "removed"
-    NEW = "new"
-
-
-REGRESSIONS = (Verdict.SLOWER, Verdict.MORE_MEMORY, Verdict.LESS_ACCURATE, Verdict.FAILS)
-"""Verdicts that set the exit code."""
+ACCURACY_TOLERANCES = {
+    "mask_iou_mean": 0.005,
+    "giou": 0.005,
+    "embedding_cosine": 0.001,
+    "concentration_cosine": 0.001,
+}
+"""Absolute amounts by which the fields of an accuracy may fall."""
 
 
-@dataclass(frozen=True)
-class Tolerances:
-    """Largest changes that are no regression.
-
-    Attributes:
-        time: share of the old median.
-        memory: share of the old peak.
-        iou: absolute, of the mean IoU with float32 or with the ground truth.
-        cosine: absolute, of the smallest cosine.
-    """
-
-    time: float = 0.05
-    memory: float = 0.10
-    iou: float = 0.005
-    cosine: float = 0.001
+VERSION = re.compile(r" \d\S*\.[^\s,]*|,")
+"""What is taken out of the names of cases: versions, and commas."""
 
 
 class Finding(NamedTuple):
     """A case of both reports: its place, the verdict, and the numbers."""
 
     place: str
-    verdict: Verdict
+    verdict: str
     detail: str
 
 
-def compare_reports(old: Report, new: Report, tolerances: Tolerances) -> list[Finding]:
+def compare_reports(old: Report, new: Report, tolerance: float = TIME_TOLERANCE) -> list[Finding]:
     """Compare every case of two reports.
 
     Cases are matched by suite, group and name, without the versions of libraries: the effect of an
@@ -72,73 +54,62 @@ def compare_reports(old: Report, new: Report, tolerances: Tolerances) -> list[Fi
             f"the reports have no case in common ({old.tag}, {len(before)} cases; {new.tag}, "
             f"{len(after)} cases): compare two of the same suites and bundle"
         )
-    findings = []
-    for place, case in before.items():
-        if place in after:
-            findings += _compare(place, case, after[place], tolerances)
-        else:
-            findings.append(Finding(place, Verdict.REMOVED, "not in the new report"))
-    added = {place: case for place, case in after.items() if place not in before}
-    return findings + [Finding(place, Verdict.NEW, case.error) for place, case in added.items()]
+    return [
+        Finding(place, *verdict)
+        for place in dict.fromkeys([*before, *after])
+        for verdict in _compare(before.get(place), after.get(place), tolerance)
+    ]
 
 
 def machine_differences(old: Report, new: Report) -> list[str]:
     """Describe the differences between the two machines."""
-    pairs = (
-        (field, str(getattr(old.machine, field)), str(getattr(new.machine, field)))
-        for field in ("processor", "cores", "gpu", "driver")
-    )
-    return [f"{field}: {was} then, {now} now" for field, was, now in pairs if was != now]
+    fields = ("processor", "cores", "gpu", "driver")
+    pairs = [(name, getattr(old.machine, name), getattr(new.machine, name)) for name in fields]
+    return [f"{name}: {was} then, {now} now" for name, was, now in pairs if was != now]
 
 
 def _cases(report: Report) -> dict[str, CaseResult]:
     return {
-        f"{group.suite} / {group.name} / {_without_versions(case.name)}": case
+        f"{group.suite} / {group.name} / {VERSION.sub('', case.name)}": case
         for group in report.groups
         for case in group.cases
     }
 
 
-def _without_versions(name: str) -> str:
-    words = (word.rstrip(",") for word in name.split())
-    return " ".join(w for w in words if not (w[0].isdigit() and w.count(".") >= 1))
-
-
-def _compare(place: str, old: CaseResult, new: CaseResult, tolerances: Tolerances) -> list[Finding]:
-    if new.error and not old.error:
-        return [Finding(place, Verdict.FAILS, new.error)]
-    if old.error:
-        return [Finding(place, Verdict.SAME if new.error else Verdict.FIXED, new.error)]
-    findings = []
+def _compare(
+    old: CaseResult | None, new: CaseResult | None, tolerance: float
+) -> list[tuple[str, str]]:
+    """Return verdicts with their numbers."""
+    if new is None:
+        return [("removed", "not in the new report")]
+    if old is None:
+        return [("new", new.error)]
+    if old.error or new.error:
+        verdict = "fixed" if not new.error else "same" if old.error else "fails"
+        return [(verdict, new.error)]
+    found = []
     if old.latency is not None and new.latency is not None:
-        findings.append(_compare_times(place, old.latency, new.latency, tolerances.time))
+        found.append(_compare_times(old.latency, new.latency, tolerance))
     was, now = old.peak_bytes, new.peak_bytes
-    if was and now and now > was * (1 + tolerances.memory):
-        detail = f"{format_bytes(was)} -> {format_bytes(now)}"
-        findings.append(Finding(place, Verdict.MORE_MEMORY, detail))
-    for name, tolerance in (
-        ("mask_iou_mean", tolerances.iou),
-        ("giou", tolerances.iou),
-        ("embedding_cosine", tolerances.cosine),
-        ("concentration_cosine", tolerances.cosine),
-    ):
+    if was and now and now > was * (1 + MEMORY_TOLERANCE):
+        found.append(("more_memory", f"{format_bytes(was)} -> {format_bytes(now)}"))
+    for name, allowed in ACCURACY_TOLERANCES.items():
         first, second = getattr(old.accuracy, name, None), getattr(new.accuracy, name, None)
-        if first is not None and (second is None or second < first - tolerance):
+        if first is not None and (second is None or second < first - allowed):
             shown = "none" if second is None else f"{second:.5f}"
-            detail = f"{name} {first:.5f} -> {shown}"
-            findings.append(Finding(place, Verdict.LESS_ACCURATE, detail))
-    return findings or [Finding(place, Verdict.SAME, "")]
+            found.append(("less_accurate", f"{name} {first:.5f} -> {shown}"))
+    return found or [("same", "")]
 
 
-def _compare_times(place: str, old: Latency, new: Latency, tolerance: float) -> Finding:
+def _compare_times(old: Latency, new: Latency, tolerance: float) -> tuple[str, str]:
     change = new.p50 / old.p50 - 1
     detail = f"{format_ms(old.p50)} -> {format_ms(new.p50)} ({change:+.1%})"
     if abs(change) <= tolerance:
-        return Finding(place, Verdict.SAME, detail)
+        return "same", detail
     low, high = (old, new) if old.p50 < new.p50 else (new, old)
     is_apart = low.ci_high < high.ci_low
     if low.round_medians and high.round_medians:
         is_apart = is_apart and max(low.round_medians) < min(high.round_medians)
     if not is_apart:
-        return Finding(place, Verdict.SAME, f"{detail}, within the noise")
-    return Finding(place, Verdict.SLOWER if change > 0 else Verdict.FASTER, detail)
+        return "same", f"{detail}, within the noise"
+    return "slower" if change > 0 else "faster", detail

@@ -1,85 +1,124 @@
-"""Fixtures: checkpoints, bundles, inputs and float32 references, each made once."""
+"""Fixtures: what runs here; checkpoints, bundles, inputs and float32 references, each made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from coprs_deploy import demo
-from coprs_deploy.bench.availability import runtime_version
-from coprs_deploy.bench.case import Evaluate
-from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.process import Worker, WorkerError, call_once
-from coprs_deploy.bench.report import Accuracy
-from coprs_deploy.bundle import (
-    TRT_VARIANT_NAMES,
-    EngineRecord,
-    Manifest,
-    open_bundle,
-    read_manifest,
-)
-from coprs_deploy.checkpoint import POLICY_DIRECTORY, SEGMENTATION_FILE, read_checkpoint
-from coprs_deploy.closing import Closeable
+from coprs_deploy.bench.accuracy import GraphReference, SceneReference
+from coprs_deploy.bench.case import BenchOptions, Progress, ignore
+from coprs_deploy.bench.report import Skipped
+from coprs_deploy.bench.worker import WorkerError, call_once
+from coprs_deploy.bundle import TRT_VARIANT_NAMES, Bundle, Manifest, open_bundle, read_manifest
+from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
+from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
-from coprs_deploy.specs import IMAGE_ENCODER, PRIOR, OptimizationProfile
+from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.export import ExportOptions
+from coprs_deploy.export.precision import FP32, INT8
+from coprs_deploy.machine import installed_versions
+from coprs_deploy.specs import IMAGE_ENCODER, PRIOR
 
-T = TypeVar("T")
 
-DEMO_INPUTS = 16
-RANDOM_INPUTS = {"tiny": 3, "vit_b": 2, "vit_l": 1, "vit_h": 1}
-"""Numbers of inputs for accuracy; PyTorch's reference of a large encoder takes long."""
+def version_of(*packages: str) -> str:
+    """Return the version of the first of these packages that is installed; empty without one."""
+    versions = installed_versions(packages)
+    return next((versions[package] for package in packages if package in versions), "")
+
+
+def runtime_version(runtime: str) -> str:
+    """Return the version of a runtime's package; empty where it is not installed."""
+    return version_of(*["onnxruntime-gpu"] * (runtime == "onnxruntime"), runtime)
+
+
+def gpu_name() -> str | None:
+    """Name the GPU and its compute capability; None without a GPU."""
+    gpu = current_gpu()
+    return f"{gpu.name} ({gpu.compute_capability})" if gpu else None
+
+
+def runtimes_here(
+    devices: tuple[str, ...], runtime: str = ""
+) -> tuple[list[tuple[str, str]], list[Skipped]]:
+    """List runtimes that can run graphs here, each with a device, and those that are skipped."""
+    present, skipped = [], []
+    for name in [runtime] if runtime else runtime_names():
+        for entry in runtime_module(name).availability():
+            default = "cuda" if name in TRT_VARIANT_NAMES else "cpu"
+            device = entry.name.partition(" ")[2] or default
+            if not entry.is_available:
+                skipped.append(Skipped(entry.name, entry.detail, entry.remedy))
+            elif device in devices:
+                present.append((name, device))
+            else:
+                skipped.append(Skipped(entry.name, "the device is not in --device"))
+    return present, skipped
+
+
+def matmul_precisions(runtime: str, precision: str) -> tuple[str, ...]:
+    """List the precisions in which a runtime can compute a graph's float32 products here."""
+    if runtime != "openvino" or precision not in (FP32, INT8) or not version_of("openvino"):
+        return (FP32,)
+    return openvino_runner.inference_precisions()
+
+
+def missing_builders(devices: tuple[str, ...]) -> list[Skipped]:
+    """List the TensorRT variants that cannot build engines here."""
+    skipped = []
+    for name in TRT_VARIANT_NAMES:
+        try:
+            TRT_VARIANTS[name].load()
+            if not TRT_VARIANTS[name].builds_without_gpu and "cuda" not in devices:
+                reason = "engines are built on the GPU that runs them, and there is none"
+                skipped.append(Skipped(name, reason))
+        except MissingDependencyError as error:
+            skipped.append(Skipped(name, str(error)))
+    return skipped
+
+
+RANDOM_MODELS = {"tiny": (3, 1), "vit_b": (2, 375), "vit_l": (1, 1250), "vit_h": (1, 2564)}
+"""Number of inputs, as PyTorch's reference of a large encoder takes long, and megabytes."""
 
 CALIBRATION_IMAGES, FEW_CALIBRATION_IMAGES = 32, 4
 """For the int8 of trained weights, and of random ones, whose speed does not depend on them."""
 
+PREPARATION = "coprs_deploy.bench.preparation"
 PREPARE_TIMEOUT_S = 1800.0
 
-WIDE = "16:9"
+WIDE = (16, 9)
 """Aspect ratio of most cameras, which encoders of real size are measured for too."""
 
+ALL_GRAPHS = "all three graphs"
+"""Stands for the name of a graph where all of them run, one after the other."""
 
-@dataclass(frozen=True)
-class ExportVariant:
-    """Variant of an export, written as the options of ``export``; empty takes any aspect ratio."""
 
-    targets: str = "1"
-    images: str = "1"
-    aspect_ratio: str = ""
-    drop_padding: bool = False
+def variant_of(manifest: Manifest) -> ExportOptions:
+    """Return the options that make the graphs of a bundle static, and fit them to images."""
+    encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
+    return ExportOptions(
+        targets=prior.targets,
+        images=encoder.images,
+        aspect_ratio=encoder.valid_region.aspect_ratio if encoder.valid_region else None,
+        drop_padding=encoder.drops_padding,
+    )
 
-    @property
-    def description(self) -> str:
-        """The fixed aspect ratio in words; empty for any."""
-        padding = " without padding" if self.drop_padding else ""
-        return f"for {self.aspect_ratio}{padding}" if self.aspect_ratio else ""
 
-    @property
-    def suffix(self) -> str:
-        """End of the names of its folders."""
-        parts = [f"{self.targets}x{self.images}".replace(",", "-")]
-        parts += [self.aspect_ratio.replace(":", "to")] if self.aspect_ratio else []
-        return "-".join([*parts, *["dropped"] * self.drop_padding])
+def shape_words(variant: ExportOptions) -> str:
+    """Describe a fixed aspect ratio; empty for any."""
+    if variant.aspect_ratio is None:
+        return ""
+    return "for {}:{}".format(*variant.aspect_ratio) + " without padding" * variant.drop_padding
 
-    def matches(self, manifest: Manifest) -> bool:
-        """Whether the graphs of a bundle are of this variant."""
-        encoder, prior = manifest.graphs[IMAGE_ENCODER].spec, manifest.graphs[PRIOR].spec
-        profiles = (OptimizationProfile.parse(self.targets), OptimizationProfile.parse(self.images))
-        found = ExportVariant.of(manifest)
-        wanted = (*profiles, self.aspect_ratio, self.drop_padding)
-        return wanted == (prior.targets, encoder.images, found.aspect_ratio, found.drop_padding)
 
-    @classmethod
-    def of(cls, manifest: Manifest) -> ExportVariant:
-        """Return a bundle's aspect ratio, with one image and one target in a call."""
-        valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
-        if valid_region is None:
-            return cls()
-        width, height = valid_region.aspect_ratio
-        return cls(aspect_ratio=f"{width}:{height}", drop_padding=valid_region.drops_padding)
+def variant_words(variant: ExportOptions) -> list[str]:
+    """Return the words that name the files of a variant."""
+    return [f"{variant.targets.max}x{variant.images.max}", *shape_words(variant).split()]
 
 
 @dataclass(frozen=True)
@@ -89,6 +128,7 @@ class Model:
     Attributes:
         num_inputs: number of inputs for accuracy.
         has_gt: whether its masks of held-out scenes mean something.
+        random_bytes: size of random weights, which need not exist yet; 0 for other models.
         variant: variant of its bundle.
     """
 
@@ -97,8 +137,20 @@ class Model:
     bundle: Path | None
     num_inputs: int = 3
     has_gt: bool = False
-    is_random: bool = False
-    variant: ExportVariant = ExportVariant()
+    random_bytes: int = 0
+    variant: ExportOptions = field(default_factory=ExportOptions)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is a SAM size with random weights."""
+        return self.random_bytes > 0
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the segmentation weights; 0 where they are unknown."""
+        if self.checkpoint is None or self.is_random:
+            return self.random_bytes
+        return (self.checkpoint / SEGMENTATION_FILE).stat().st_size
 
     @property
     def estimated_bytes(self) -> int:
@@ -106,27 +158,32 @@ class Model:
 
         A ViT-B of 375 MB peaks near 2 GB, a ViT-H of 2.5 GB near 7 GB.
         """
-        file = self.checkpoint / SEGMENTATION_FILE if self.checkpoint is not None else None
-        stored = file.stat().st_size if file is not None else 0
+        stored = self.weights_bytes
         return 100_000_000 + (1_000_000_000 + 5 * stored // 2 if stored > 50_000_000 else 0)
 
     @property
     def request_bytes(self) -> int:
         """Memory of a process with libraries, graphs and policy."""
-        folder = self.checkpoint / POLICY_DIRECTORY if self.checkpoint is not None else None
-        if folder is None and self.bundle is not None:
-            folder = self.bundle / read_manifest(self.bundle).policy.path
-        policy = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
-        return 600_000_000 + self.estimated_bytes + 6 * policy // 5
+        assert self.bundle is not None
+        files = Bundle(self.bundle, read_manifest(self.bundle)).policy_path.rglob("*")
+        return 600_000_000 + self.estimated_bytes + 6 * sum(f.stat().st_size for f in files) // 5
 
-    def holds(self, runtimes: list[str], precision: str, variant: ExportVariant) -> bool:
-        """Whether its own bundle has such graphs, which can run here."""
-        manifest = read_manifest(self.bundle) if self.bundle is not None else None
-        if manifest is None or not variant.matches(manifest):
-            return False
-        graph = manifest.graphs[IMAGE_ENCODER]
-        is_loadable = graph.engine is None or _loads_here(graph.engine)
-        return is_loadable and graph.runtime in runtimes and graph.precision == precision
+    @cached_property
+    def fingerprint(self) -> str:
+        """First digits of the fingerprint of its weights; random ones are always the same."""
+        if self.is_random:
+            return "random"
+        if self.checkpoint is not None:
+            return read_checkpoint(self.checkpoint).fingerprint()[:12]
+        assert self.bundle is not None
+        return read_manifest(self.bundle).checkpoint_fingerprint[:12]
+
+    def labels(
+        self, runtime: str = "", precision: str = "", device: str = "", /, **more: object
+    ) -> dict[str, str]:
+        """Return the labels of a case; without the empty ones."""
+        named = {"runtime": runtime, "precision": precision, "device": device, **more}
+        return {"model": self.name} | {name: str(value) for name, value in named.items() if value}
 
 
 def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
@@ -137,7 +194,7 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
         ValueError: it was exported from another checkpoint.
     """
     if bundle is None:
-        return Model("demo", demo.CHECKPOINT, demo.BUNDLE, DEMO_INPUTS, has_gt=True)
+        return Model("demo", demo.CHECKPOINT, demo.BUNDLE, num_inputs=16, has_gt=True)
     manifest = open_bundle(bundle).manifest
     if checkpoint is not None:
         found = read_checkpoint(checkpoint).fingerprint()
@@ -146,64 +203,82 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
                 f"--checkpoint {checkpoint} ({found[:12]}) is not what {bundle} was exported from "
                 f"({manifest.checkpoint_fingerprint[:12]}); name that one, or leave it out"
             )
-    return Model(bundle.resolve().name, checkpoint, bundle, variant=ExportVariant.of(manifest))
+    return Model(bundle.resolve().name, checkpoint, bundle, variant=variant_of(manifest))
 
 
-class Fixtures(Closeable):
+class Fixtures:
     """Fixtures of one benchmark run, in a folder; what an earlier run left there is used again."""
 
-    def __init__(
-        self, folder: Path, options: BenchOptions, progress: Callable[[str], None] = lambda s: None
-    ) -> None:
+    def __init__(self, folder: Path, options: BenchOptions, progress: Progress = ignore) -> None:
         self.folder, self.options, self.progress = folder, options, progress
         self.model = open_model(options.bundle, options.checkpoint)
-        self._made: dict[Path, Any] = {}
-        self._reference: Worker | None = None
+        self._errors: dict[Path, WorkerError] = {}
+        self._pending: dict[str, float] | None = None
 
     def models(self) -> list[Model]:
         """Return the sizes with random weights, or else the requested model."""
-        return [self._random(size) for size in self.options.sizes] or [self.model]
+        models = []
+        for size in self.options.sizes:
+            count, megabytes = RANDOM_MODELS[size]
+            checkpoint = self.folder / f"random-checkpoint-{size}"
+            models.append(Model(size, checkpoint, None, count, random_bytes=megabytes * 10**6))
+        return models or [self.model]
 
-    def _random(self, size: str) -> Model:
-        out = self.make(f"{size}-checkpoint", "make_random_checkpoint", sam=size)
-        return Model(size, out, None, RANDOM_INPUTS[size], is_random=True)
-
-    def make(self, name: str, function: str, **settings: Any) -> Path:
+    def make(self, function: str, *names: object, **settings: Any) -> Path:
         """Make a file or folder by a function of :mod:`coprs_deploy.bench.preparation`, once.
 
-        The function runs in a process of its own; what an earlier run made is taken as it is.
+        The function runs in a process of its own; what an earlier run made under the same names is
+        taken as it is.
 
         Raises:
-            WorkerError: it failed.
+            WorkerError: it failed, now or when it was first called in this run.
         """
-        out = self.folder / name
-        unfinished = out.with_name(f"unfinished-{name}")
-
-        def made() -> Path:
-            if not out.exists():
-                self.progress(f"{function.replace('_', ' ')}: {name}")
-                target = f"coprs_deploy.bench.preparation:{function}"
-                call_once(target, PREPARE_TIMEOUT_S, out=str(unfinished), **_plain(settings))
-                unfinished.rename(out)
-            return out
-
-        return self.once(out, made)
-
-    def once(self, key: Path, make: Callable[[], T]) -> T:
-        """Make something once a run; an error is raised again, not tried again."""
-        if key not in self._made:
+        name = " ".join([function.replace("_", " "), *map(str, names)])
+        out = self.folder / re.sub(r"[^\w.]+", "-", name)
+        if self._pending is not None and not out.exists():
+            self._pending[name] = self._estimated_seconds(names)
+        elif not out.exists() and out not in self._errors:
+            self.progress(name)
+            target, unfinished = f"{PREPARATION}:{function}", self.folder / f"unfinished-{out.name}"
             try:
-                self._made[key] = make()
+                call_once(target, PREPARE_TIMEOUT_S, out=unfinished, **settings)
+                unfinished.rename(out)
             except WorkerError as error:
-                self._made[key] = error
-        if isinstance(self._made[key], WorkerError):
-            raise self._made[key]
-        made: T = self._made[key]
-        return made
+                self._errors[out] = error
+        if out in self._errors:
+            raise self._errors[out]
+        return out
+
+    def _estimated_seconds(self, names: Sequence[object]) -> float:
+        """Estimate a step for the model that its first name names, on two idle cores."""
+        models = {model.name: model for model in (self.model, *self.models())}
+        model = models.get(str(names[0]))
+        return 1 if model is None else 10 + model.weights_bytes / 10**7
+
+    def pending(self, prepare: Callable[[], object]) -> dict[str, float]:
+        """Return what a preparation would make, and the seconds that each step takes roughly."""
+        self._pending = {}
+        try:
+            prepare()
+            return self._pending
+        finally:
+            self._pending = None
+
+    def weights(self, model: Model) -> Path:
+        """Return the checkpoint of a model, made if it is a random one.
+
+        Raises:
+            WorkerError: it has none, or making it failed.
+        """
+        if model.checkpoint is None:
+            raise WorkerError("the bundle has no such graphs; name its checkpoint: --checkpoint")
+        if not model.is_random:
+            return model.checkpoint
+        return self.make("random_checkpoint", model.name, sam=model.name)
 
     def bundle(
-        self, model: Model, runtime: str, precision: str, variant: ExportVariant | None = None
-    ) -> str:
+        self, model: Model, runtime: str, precision: str, variant: ExportOptions | None = None
+    ) -> Path:
         """Return a bundle for a runtime: the model's own, an earlier export or a new one.
 
         Runtimes that read ONNX files share a bundle; without a variant it is the model's own.
@@ -213,91 +288,57 @@ class Fixtures(Closeable):
         """
         variant, is_engine = variant or model.variant, runtime in TRT_VARIANT_NAMES
         alike = [runtime] if is_engine else ["onnxruntime", "openvino"]
-        if model.holds(alike, precision, variant):
-            return str(model.bundle)
-        if model.checkpoint is None:
-            raise WorkerError("the bundle has no such graphs; name its checkpoint: --checkpoint")
-        made_of = [self.once(model.checkpoint, read_checkpoint(model.checkpoint).fingerprint)[:12]]
-        gpu = current_gpu()
-        if is_engine and gpu is not None:
-            made_of += [runtime_version(runtime), gpu.compute_capability]
-        kind = [model.name, runtime if is_engine else "onnx", precision, variant.suffix]
-        calibration = self.calibration(model, variant) if precision == "int8" else None
-        settings = {"runtime": runtime, "precision": precision, "calibration": calibration}
-        source = {"checkpoint": model.checkpoint, **settings, **asdict(variant)}
-        out = self.make("-".join(kind + made_of), "export_bundle", **source)
-        return str(open_bundle(out).path)
+        if model.bundle is not None and variant == model.variant:
+            graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
+            if graph.runtime in alike and graph.precision == precision:
+                return model.bundle
+        settings = {"checkpoint": self.weights(model)}
+        names = [model.name, runtime if is_engine else "onnx", precision, *variant_words(variant)]
+        if is_engine and (gpu := current_gpu()) is not None:
+            names += [runtime_version(runtime), gpu.compute_capability]
+        options = self.export_options(model, runtime, precision, variant)
+        names.append(model.fingerprint)
+        made = self.make("export_bundle", *names, options=options, **settings)
+        return made if self._pending is not None else open_bundle(made).path
 
-    def calibration(self, model: Model, variant: ExportVariant) -> str:
+    def export_options(
+        self, model: Model, runtime: str, precision: str, variant: ExportOptions | None = None
+    ) -> ExportOptions:
+        """Complete the options of an export, whose policy is a reference."""
+        variant = variant or ExportOptions()
+        images = self._calibration(model, variant) if precision == INT8 else None
+        fixed = replace(variant, external_policy=True, overwrite=True)
+        return replace(fixed, runtime=runtime, precision=precision, calibration_images=images)
+
+    def _calibration(self, model: Model, variant: ExportOptions) -> Path:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""
         if self.options.calibration is not None:
-            return str(self.options.calibration)
+            return self.options.calibration
         if not (model.has_gt or model.is_random):
             raise WorkerError("int8 is calibrated on images; name a folder with --calibration")
         count = CALIBRATION_IMAGES if model.has_gt else FEW_CALIBRATION_IMAGES
-        name = f"calibration-{count}-{variant.aspect_ratio.replace(':', 'to') or 'square'}"
-        settings = {"count": count, "aspect_ratio": variant.aspect_ratio}
-        return str(self.make(name, "draw_images", **settings))
+        settings = {"count": count, "aspect_ratio": variant.aspect_ratio or (1, 1)}
+        return self.make("draw_images", *settings.values(), **settings)
 
-    def inputs(self, model: Model, count: int | None = None) -> str:
-        """Return the folder of a model's inputs and their float32 outputs."""
+    def inputs(self, model: Model, count: int | None = None) -> GraphReference:
+        """Return a model's inputs and their float32 outputs."""
+        source = {"checkpoint": model.checkpoint and self.weights(model), "bundle": model.bundle}
         count = model.num_inputs if count is None else count
-        folder = self.folder / f"{model.name}-inputs-{count}"
+        aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else None)
+        names = [model.name, count, *variant_words(model.variant), model.fingerprint]
+        names += ["own"] * (model.checkpoint is None)
+        settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
+        return GraphReference(self.make("write_inputs", *names, **source, **settings), **source)
 
-        def write() -> str:
-            self.progress(f"{model.name}: inputs and float32 reference")
-            aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else "")
-            source = {"checkpoint": model.checkpoint, "bundle": model.bundle}
-            settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
-            target = "coprs_deploy.bench.reference:write_inputs"
-            self.call_reference(target, folder=folder, **source, **settings)
-            return str(folder)
-
-        return self.once(folder, write)
-
-    def evaluate(self, function: str, **settings: Any) -> Evaluate:
-        """Bind a function of :mod:`coprs_deploy.bench.accuracy`; it calls settings that can be."""
-
-        def evaluate(outputs: Mapping[str, Path]) -> Mapping[str, Accuracy]:
-            given = {name: v() if callable(v) else v for name, v in settings.items()}
-            target = f"coprs_deploy.bench.accuracy:{function}"
-            found = self.call_reference(target, outputs=_plain(outputs), **given)
-            return {name: Accuracy.from_json(accuracy) for name, accuracy in found.items()}
-
-        return evaluate
-
-    def evaluate_graphs(self, model: Model, count: int | None = None) -> Evaluate:
-        """Compare the outputs of a model's graphs with float32."""
-        source = {"checkpoint": model.checkpoint, "bundle": model.bundle}
-        return self.evaluate("evaluate_graphs", folder=partial(self.inputs, model, count), **source)
-
-    def call_reference(self, target: str, **settings: Any) -> Any:
-        """Call a function in the one process that holds PyTorch; it is paused between calls."""
-        if self._reference is None:
-            self._reference = Worker()
-        self._reference.resume()
+    def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
+        """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
+        model, file, note = self.model, None, ""
+        count = count if side else max(count, 16)  # one file for all of the same size
+        settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
         try:
-            result = self._reference.call(target, PREPARE_TIMEOUT_S, **_plain(settings))
-        except WorkerError:
-            self.close()
-            raise
-        self._reference.pause()
-        return result
-
-    def close(self) -> None:
-        """End the process that holds the reference."""
-        if self._reference is not None:
-            self._reference.close()
-            self._reference = None
-
-
-def _loads_here(engine: EngineRecord) -> bool:
-    """Whether an engine is for the library and the GPU of this machine."""
-    gpu, version = current_gpu(), TRT_VARIANTS[engine.variant].load().__version__
-    is_here = gpu is not None and gpu.compute_capability in engine.compute_capabilities
-    return is_here and engine.version == version
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn paths into strings, which JSON can hold."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+            if model.checkpoint is not None:
+                names = (model.name, count, side or "own size", model.fingerprint)
+                file = self.make("write_scenes", *names, **settings)
+        except WorkerError as error:  # times and the ground truth are still worth having
+            note = f"PyTorch float32 failed: {error}"
+        return SceneReference(file, model.has_gt, note)

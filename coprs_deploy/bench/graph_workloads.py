@@ -1,29 +1,32 @@
-"""Graphs as workloads: one graph or all three, through any runtime."""
+"""Graphs through any runtime as workloads; PyTorch and segment-anything's encoder beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coprs_deploy.bench.case import DEVICE, OUTPUT_FILE, Values, Workload, read_inputs, write_arrays
+from coprs_deploy.bench.accuracy import GraphReference
+from coprs_deploy.bench.case import Values, Workload, read_inputs
+from coprs_deploy.bench.fixtures import ALL_GRAPHS
 from coprs_deploy.bundle import Bundle, read_manifest
-from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.engines import DeviceTensor, Runner, RunnerOptions, open_graph
-from coprs_deploy.engines.trt.runner import TrtRunner
-from coprs_deploy.specs import GRAPH_NAMES, MASK_DECODER, PRIOR, graph_specs
+from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.conversion.peer_encoder import segment_anything_encoder
+from coprs_deploy.engines import Runner, RunnerOptions, open_graph
+from coprs_deploy.engines.torch_runner import TorchRunner
+from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, MASK_DECODER, PRIOR, graph_specs
 
-ALL_GRAPHS = "all three graphs"
-"""Stands for the name of a graph where all of them run, one after the other."""
+TORCH_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def open_bundle_graphs(
-    bundle: str,
+    bundle: Path,
     runtime: str,
     graph: str,
-    inputs: str,
+    inputs: GraphReference,
     *,
     device: str = "cpu",
     inference_precision: str = "fp32",
@@ -34,106 +37,155 @@ def open_bundle_graphs(
     Image and concentration of an input are repeated ``repeat`` times in one call.
     """
     # Its files were checked when it was made or first opened; here the time to open is measured.
-    opened = Bundle(Path(bundle), read_manifest(bundle))
+    opened = Bundle(bundle, read_manifest(bundle))
     options = RunnerOptions(device=device, inference_precision=inference_precision)
     runners = {}
     for name in GRAPH_NAMES if graph == ALL_GRAPHS else graph.split("+"):
         record, path = opened.manifest.graphs[name], opened.graph_path(name)
         runners[name] = open_graph(runtime, path, record.spec, options, record.engine)
-    return RunnerWorkload(runners, inputs, device, repeat)
+    return _open_runners(runners, inputs, device, repeat)
 
 
-def open_rounded_graphs(checkpoint: str, folder: str, inputs: str) -> Workload:
+def open_rounded_graphs(checkpoint: Path, folder: Path, inputs: GraphReference) -> Workload:
     """Open the three graphs of a precision with their roundings explicit, on the CPU."""
-    config = read_checkpoint(checkpoint).config.model
+    config, options = read_checkpoint(checkpoint).config.model, RunnerOptions()
     specs = graph_specs(config.geometry, config.policy_hidden_size)
-    paths = {name: Path(folder) / f"{name}.onnx" for name in GRAPH_NAMES}
-    runners = {n: open_graph("onnxruntime", p, specs[n], RunnerOptions()) for n, p in paths.items()}
-    return RunnerWorkload(runners, inputs, "cpu")
+    paths = {name: folder / f"{name}.onnx" for name in GRAPH_NAMES}
+    runners = {n: open_graph("onnxruntime", p, specs[n], options) for n, p in paths.items()}
+    return _open_runners(runners, inputs)
 
 
-class RunnerWorkload(Workload):
-    """Runners in a row: each is fed with the inputs and with the outputs of those before it."""
+def open_module(
+    checkpoint: Path,
+    graph: str,
+    inputs: GraphReference,
+    *,
+    precision: str,
+    device: str,
+    compiled: bool = False,
+    segment_anything: bool = False,
+) -> Workload:
+    """Open a graph, or all three, as PyTorch modules; or segment-anything's own image encoder.
 
-    def __init__(
-        self, runners: Mapping[str, Runner], inputs: str, device: str, repeat: int = 1
-    ) -> None:
-        self._runners = list(runners.values())
-        self._owned = list(self._runners)
-        if PRIOR in runners and MASK_DECODER in runners:
-            fused = runners[PRIOR].fused_with(runners[MASK_DECODER])
-            if fused is not None:  # as a request runs them
-                self._runners[-2:] = [fused]
-                self._owned.insert(0, fused)
-        self._inputs, self._repeat = inputs, repeat
-        self._first = self._repeated(next(read_inputs(inputs)))
-        self._clock = device_clock(device, self._runners)
+    In another precision, inputs are cast to it and outputs back, as in a graph.
+    """
+    import torch
 
-    def _repeated(self, sample: Values) -> Values:
-        if self._repeat > 1:
-            for name in ("image", "concentration"):
-                sample[name] = np.repeat(sample[name][:1], self._repeat, axis=0)
-        return sample
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    source, options = read_checkpoint(checkpoint), RunnerOptions(device=device)
+    config, dtype = source.config.model, getattr(torch, TORCH_TYPES[precision])
 
-    def run(self) -> Mapping[str, float]:
-        """Run the graphs once, with the first input."""
-        return self._clock(lambda: self._once(self._first))
+    def cast(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.to(dtype) if each.is_floating_point() else each for each in arguments)
 
-    def _once(self, sample: Values) -> dict[str, DeviceTensor]:
+    modules: Mapping[str, Any]
+    if segment_anything:
+        modules = {IMAGE_ENCODER: segment_anything_encoder(source)}
+    else:
+        modules = load_segmentation_model(source).graph_modules()
+    specs, runners = graph_specs(config.geometry, config.policy_hidden_size), {}
+    for name in modules if graph == ALL_GRAPHS else [graph]:
+        module: Any = torch.compile(modules[name]) if compiled else modules[name]
+        module.register_forward_pre_hook(cast)
+        module.register_forward_hook(lambda _, arguments, output: output.float())
+        runners[name] = TorchRunner(module.to(dtype), specs[name], options)
+    return _open_runners(runners, inputs, device)
+
+
+def open_exported_onnxruntime(
+    path: Path, inputs: GraphReference, device: str, precision: str
+) -> Workload:
+    """Open an exported encoder in a default session of ONNX Runtime, on CUDA without TF32."""
+    import onnxruntime
+
+    name, options = "CPUExecutionProvider", dict[str, str]()
+    if device.startswith("cuda"):
+        name, options = "CUDAExecutionProvider", {"use_tf32": "0"}
+        onnxruntime.preload_dlls()  # the CUDA libraries of PyTorch's wheels
+    session = onnxruntime.InferenceSession(path, providers=[(name, options)])
+    if session.get_providers()[0] != name:
+        raise RuntimeError(f"ONNX Runtime chose {session.get_providers()[0]}, not {name}")
+
+    def call(sample: Values) -> Values:
+        return {"image_embedding": session.run(None, {"image": sample["image"]})[0]}
+
+    return _GraphWorkload(call, inputs)
+
+
+def open_exported_openvino(
+    path: Path, inputs: GraphReference, device: str, precision: str
+) -> Workload:
+    """Open an exported encoder in OpenVINO; bf16 is its default on processors with such units."""
+    from coprs_deploy.engines.openvino_runner import openvino_core
+
+    hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
+    request = openvino_core().compile_model(path, device.upper(), hint).create_infer_request()
+
+    def call(sample: Values) -> Values:
+        return {"image_embedding": request.infer({"image": sample["image"]})[0]}
+
+    return _GraphWorkload(call, inputs)
+
+
+def _open_runners(
+    runners: Mapping[str, Runner], inputs: GraphReference, device: str = "cpu", repeat: int = 1
+) -> Workload:
+    """Open runners in a row: each is fed with the inputs and the outputs of those before it."""
+    row, owned = list(runners.values()), list(runners.values())
+    if PRIOR in runners and MASK_DECODER in runners:
+        fused = runners[PRIOR].fused_with(runners[MASK_DECODER])
+        if fused is not None:  # as a request runs them
+            row[-2:] = [fused]
+            owned.insert(0, fused)
+
+    def call(sample: Values) -> Mapping[str, Any]:
         known: dict[str, Any] = dict(sample)
-        outputs: dict[str, DeviceTensor] = {}
-        for runner in self._runners:
-            result = runner(**{tensor.name: known[tensor.name] for tensor in runner.spec.inputs})
-            outputs.update(result)
-            known.update(result)
+        outputs: dict[str, Any] = {}
+        for runner in row:
+            outputs |= runner(**{tensor.name: known[tensor.name] for tensor in runner.spec.inputs})
+            known |= outputs
+        if device.startswith("cuda"):  # a run ends when the device has finished
+            import torch
+
+            torch.cuda.synchronize()
         return outputs
 
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        """Write the outputs of every input; of a repeated one, the last."""
-        found = {}
-        for index, sample in enumerate(read_inputs(self._inputs)):
-            for name, value in self._once(self._repeated(sample)).items():
-                array = value.numpy()
-                found[f"{index}.{name}"] = array[-1:] if self._repeat > 1 else array
-        write_arrays(folder / OUTPUT_FILE, found)
+    return _GraphWorkload(call, inputs, repeat, owned)
+
+
+@dataclass
+class _GraphWorkload(Workload):
+    """A function of graph inputs, measured with the first of them."""
+
+    call: Callable[[Values], Mapping[str, Any]]
+    inputs: GraphReference
+    repeat: int = 1
+    owned: Sequence[Runner] = ()
+
+    def __post_init__(self) -> None:
+        self._first = self._repeated(next(read_inputs(self.inputs.folder)))
+
+    def _repeated(self, sample: Values) -> Values:
+        if self.repeat == 1:
+            return sample
+        names = ("image", "concentration")
+        return sample | {n: np.repeat(sample[n][:1], self.repeat, axis=0) for n in names}
+
+    def run(self) -> Mapping[str, float]:
+        self.call(self._first)
         return {}
 
+    def _outputs(self, sample: Values) -> Values:
+        """Return the outputs of a sample on the host; of a repeated one, the last."""
+        outputs = self.call(self._repeated(sample)).items()
+        found = {name: v if isinstance(v, np.ndarray) else v.numpy() for name, v in outputs}
+        last = slice(-1, None) if self.repeat > 1 else slice(None)
+        return {name: value[last].astype(np.float32) for name, value in found.items()}
+
+    def finish(self) -> Mapping[str, Any]:
+        return {"accuracy": self.inputs.accuracy(self._outputs)}
+
     def close(self) -> None:
-        """Free the graphs."""
-        for runner in self._owned:
+        for runner in self.owned:
             runner.close()
-
-
-Clock = Callable[[Callable[[], object]], Mapping[str, float]]
-
-
-def device_clock(device: str, runners: list[Runner]) -> Clock:
-    """Return what times a run on a device.
-
-    On the CPU that is the worker's clock. On CUDA the run ends when the device has finished, and
-    where the stream is known (PyTorch's, or an engine's own) two events on it measure.
-    """
-    stream: Any = None
-    if device.startswith("cuda"):
-        import torch
-
-        events: Any = torch.cuda.Event  # it has no types
-        streams = [runner.stream for runner in runners if isinstance(runner, TrtRunner)]
-        stream = streams[0] if len(streams) == len(runners) == 1 else None
-        if all(runner.description.startswith("torch") for runner in runners):
-            stream = torch.cuda.current_stream()
-
-    def clock(work: Callable[[], object]) -> Mapping[str, float]:
-        if stream is None:
-            work()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            return {}
-        begin, end = events(enable_timing=True), events(enable_timing=True)
-        begin.record(stream)
-        work()
-        end.record(stream)
-        torch.cuda.synchronize()
-        return {DEVICE: begin.elapsed_time(end)}
-
-    return clock

@@ -1,49 +1,137 @@
-"""The worker process of a case: reads requests as lines of JSON and responds with one line each.
+"""Worker processes: calls of functions by name, and the one workload that a worker holds.
 
-    {"do": "call", "target": "module:function", "settings": {...}}    call any function
-    {"do": "open", "target": "module:function", "settings": {...}}    open a workload
-    {"do": "run", "max_runs": 20, "seconds": 1.5}                     run it for a while
-    {"do": "finish", "folder": "..."}                                 write its outputs
-
-A target may also be ``path.py:function``. Whatever libraries print goes to stderr.
+A request is a pair ``(target, settings)``, a response a pair ``(result, error)``. A target is
+``module:function`` or ``path.py:function``. Whatever libraries print goes to the worker's log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
-import importlib.util
-import json
+import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 from coprs_deploy.bench.case import TOTAL, Workload
+from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import CoPRSError
 from coprs_deploy.machine import peak_memory_bytes
 
-PR_SET_PDEATHSIG = 1
-"""From ``linux/prctl.h``."""
+SERVE = "from coprs_deploy.bench.worker import main; main()"
+
+
+class WorkerError(CoPRSError):
+    """A worker could not answer a request; the message, one line, is the error of the case."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(textwrap.shorten(message, 400))
+
+
+class Worker(Closeable):
+    """One process that runs :mod:`coprs_deploy.bench.worker`."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
+        self._connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def call(self, target: str, timeout_s: float, /, **settings: Any) -> Any:
+        """Call a function in the process and return its result.
+
+        Raises:
+            WorkerError: the function failed, or the process died or timed out and is gone.
+        """
+        try:
+            self._connection.send((target, settings))
+            if not self._connection.poll(timeout_s):
+                self._kill()
+                raise WorkerError(f"stopped: it took longer than the timeout of {timeout_s:.0f} s")
+            result, error = self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerError(self._exit_error()) from None
+        if error:
+            raise WorkerError(error)
+        return result
+
+    def pause(self) -> None:
+        """Stop all of its threads."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Continue them."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self.resume()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self._log.close()
+
+    def _kill(self) -> None:
+        """Kill the process and the processes that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _exit_error(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        reason += " (out of memory?)" if -code == signal.SIGKILL else ""
+        return ": ".join([f"the process ended with {reason}", *last])
+
+
+def call_once(target: str, timeout_s: float, /, **settings: Any) -> Any:
+    """Call a function in a process of its own and return its result.
+
+    Raises:
+        WorkerError: the function failed, or the process died or timed out.
+    """
+    with Worker() as worker:
+        return worker.call(target, timeout_s, **settings)
+
+
+_workloads: list[Workload] = []
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Serve the connection of the file descriptor in the first argument until it is closed."""
     _die_with_parent()
-    handler = _RequestHandler()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as responses:
-        os.dup2(2, 1)
-        for line in sys.stdin:
+    connection = Connection(int(sys.argv[1]))
+    with contextlib.suppress(EOFError):
+        while True:
+            target, settings = connection.recv()
             try:
-                response = handler.handle(json.loads(line))
+                response = (load_target(target)(**settings), "")
             except Exception as error:  # whatever it is, it becomes the error of the case
-                response = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(response), file=responses, flush=True)
-        if handler.workload is not None:
-            handler.workload.close()
+                response = (None, f"{type(error).__name__}: {error}")
+            connection.send(response)
+    for workload in _workloads:
+        workload.close()
 
 
 def _die_with_parent() -> None:
@@ -51,63 +139,63 @@ def _die_with_parent() -> None:
     parent = os.getppid()
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
         if os.getppid() != parent:  # it was gone before the kernel knew
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _RequestHandler:
-    def __init__(self) -> None:
-        self.workload: Workload | None = None
-
-    def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        action = request["do"]
-        if action == "call":
-            return {"result": load_target(request["target"])(**request["settings"])}
-        if action == "open":
-            if str(request["settings"].get("device", "")).startswith("cuda"):
-                import torch  # noqa: F401  # so that memory can be read before anything is opened
-            before, start = device_bytes(), time.perf_counter()
-            self.workload = load_target(request["target"])(**request["settings"])
-            return {"open_ms": 1e3 * (time.perf_counter() - start), "device_before": before}
-        assert self.workload is not None, "open comes first"
-        if action == "run":
-            runs = run_for(self.workload, request["max_runs"], request["seconds"])
-            return {"runs": runs, "peak_bytes": peak_memory_bytes(), "device_bytes": device_bytes()}
-        assert action == "finish", action
-        folder = Path(request["folder"])
-        folder.mkdir(parents=True, exist_ok=True)
-        return dict(self.workload.finish(folder))
+def open_workload(target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Open the workload of a case."""
+    if str(settings.get("device", "")).startswith("cuda"):
+        import torch  # noqa: F401  # so that memory can be read before anything is opened
+    before, start = device_bytes(), time.perf_counter()
+    _workloads.append(load_target(target)(**settings))
+    return {"open_ms": 1e3 * (time.perf_counter() - start), "device_before": before}
 
 
-def run_for(workload: Workload, max_runs: int, seconds: float) -> list[dict[str, float]]:
+def run_workload(max_runs: int, seconds: float) -> dict[str, Any]:
     """Run until the time or the number of runs is reached; at least once."""
     runs: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while not runs or (len(runs) < max_runs and time.perf_counter() < end):
         start = time.perf_counter()
-        stages = workload.run()
+        stages = _workloads[-1].run()
         elapsed_ms = 1e3 * (time.perf_counter() - start)
         runs.append({TOTAL: elapsed_ms, **stages})
-    return runs
+    return {"runs": runs, "peak_bytes": peak_memory_bytes(), "device_bytes": device_bytes()}
+
+
+def finish_workload() -> dict[str, Any]:
+    """Return metrics and accuracy of the workload."""
+    return dict(_workloads[-1].finish())
+
+
+class FunctionWorkload(Workload):
+    """A function as a workload: a run is a call.
+
+    It returns, if any: ``stages`` in milliseconds, ``metrics`` and ``accuracy``.
+    """
+
+    def __init__(self, function: str, **settings: Any) -> None:
+        self._call, self._made = partial(load_target(function), **settings), dict[str, Any]()
+
+    def run(self) -> Mapping[str, float]:
+        """Call the function."""
+        self._made = self._call()
+        stages: Mapping[str, float] = self._made.pop("stages", {})
+        return stages
+
+    def finish(self) -> Mapping[str, Any]:
+        """Return what the last call did."""
+        return self._made
 
 
 def load_target(target: str) -> Any:
     """Return the function of ``module:function`` or ``path.py:function``."""
     place, _, name = target.rpartition(":")
-    module = load_script(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, name)
-
-
-def load_script(path: Path) -> ModuleType:
-    """Import a script by its path, once."""
-    name = f"_script_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    if place.endswith(".py"):
+        return runpy.run_path(place)[name]
+    return getattr(importlib.import_module(place), name)
 
 
 def device_bytes() -> int | None:
@@ -117,7 +205,3 @@ def device_bytes() -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
-
-
-if __name__ == "__main__":
-    main()

@@ -30,22 +30,18 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from coprs_deploy.artifacts import check_writable
-from coprs_deploy.bench.availability import gpu_name
+from coprs_deploy.bench.case import BenchOptions
 from coprs_deploy.bench.comparison import (
     REGRESSIONS,
-    Tolerances,
-    Verdict,
+    TIME_TOLERANCE,
     compare_reports,
     machine_differences,
 )
-from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.page import write_outputs
+from coprs_deploy.bench.fixtures import gpu_name
+from coprs_deploy.bench.render import render_text, write_outputs
 from coprs_deploy.bench.report import read_report
-from coprs_deploy.bench.run import run_benchmark
-from coprs_deploy.bench.suites import SUITES
-from coprs_deploy.bench.suites.export import limit_violations
-from coprs_deploy.bench.tables import render_text
+from coprs_deploy.bench.request_suites import limit_violations
+from coprs_deploy.bench.run import SUITES, run_benchmark
 from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.cli.runtime_arguments import add_bundle_argument
@@ -123,14 +119,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, compare or render."""
     if arguments.compare:
         return _compare(arguments)
-    if arguments.out:
-        check_writable(arguments.out)
     if arguments.render:
         report = read_report(arguments.render)
     else:
         options = _options(arguments)
         with StepPrinter() as progress:
-            report = run_benchmark(options, progress)
+            report = run_benchmark(options, progress, progress.note)
     if hasattr(arguments, "prepare_only"):
         log(f"prepared in {arguments.work_dir}: run the same command without --prepare-only")
         return 0
@@ -179,15 +173,15 @@ def _command() -> str:
 
 def _compare(arguments: argparse.Namespace) -> int:
     old, new = (read_report(path) for path in arguments.compare)
-    tolerances = Tolerances() if arguments.tolerance is None else Tolerances(arguments.tolerance)
-    findings = compare_reports(old, new, tolerances)
+    tolerance = TIME_TOLERANCE if arguments.tolerance is None else arguments.tolerance
+    findings = compare_reports(old, new, tolerance)
     differences = machine_differences(old, new)
     regressions = [finding for finding in findings if finding.verdict in REGRESSIONS]
-    shown = [{"place": f.place, "verdict": f.verdict.value, "detail": f.detail} for f in findings]
+    shown = [finding._asdict() for finding in findings]
     lines = [f"the machine differs: {line}" for line in differences]
     for finding in findings:
-        if finding.verdict is not Verdict.SAME or finding.detail:
-            lines.append(f"{finding.verdict.value:<13} {finding.place}: {finding.detail}")
+        if finding.verdict != "same" or finding.detail:
+            lines.append(f"{finding.verdict:<13} {finding.place}: {finding.detail}")
     lines.append(f"{len(findings)} findings, {len(regressions)} regressions")
     report = {"findings": shown, "regressions": len(regressions), "machine": differences}
     print_result(arguments, report, "\n".join(lines))

@@ -103,7 +103,12 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
                 + ("; merge the LoRA adapter with peft's merge_and_unload()" if lora else "")
             )
     try:
-        check_values(dict(model.named_parameters()), f"the policy in {path}")
+        floats = {
+            n: p
+            for n, p in model.named_parameters()
+            if p.dtype.itemsize > 1 and p.is_floating_point()
+        }
+        check_values(floats, f"the policy in {path}")  # of a quantized one, the rest
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
     return model, tokenizer

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.options import BenchOptions
+from coprs_deploy.bench import graph_suites
+from coprs_deploy.bench.case import BenchOptions
 from coprs_deploy.bench.report import read_report
-from coprs_deploy.bench.run import run_benchmark
-from coprs_deploy.bench.suites import SUITES, precision
+from coprs_deploy.bench.run import SUITES, run_benchmark
 from coprs_deploy.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_bench_start_policy_and_scaling_are_evaluated(suites, pattern, tmp_path)
 
 @pytest.mark.slow
 def test_bench_precision_has_accuracy_without_latency(monkeypatch):
-    monkeypatch.setattr(precision, "SCENES", 1)
+    monkeypatch.setattr(graph_suites, "SCENES", 1)
     options = BenchOptions(suites=("precision",), filter="fp16", case_timeout_s=300)
     (group,) = run_benchmark(options).groups
     (case,) = group.cases
@@ -119,7 +119,7 @@ def test_bench_precision_has_accuracy_without_latency(monkeypatch):
 
 @pytest.mark.extended
 def test_bench_precision_orders_the_precisions(monkeypatch):
-    monkeypatch.setattr(precision, "SCENES", 4)
+    monkeypatch.setattr(graph_suites, "SCENES", 4)
     report = run_benchmark(BenchOptions(suites=("precision",), case_timeout_s=300))
     (group,) = report.groups
     accuracy = {case.labels["precision"]: case.accuracy for case in group.cases}

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.worker import load_script
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
-dropped_padding = load_script(ROOT / "benchmarks/dropped_padding.py")
+
+dropped_padding = load_script("benchmarks/dropped_padding.py")
 
 
 @pytest.mark.slow

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.process import WorkerError
-from coprs_deploy.bench.worker import load_script
+from coprs_deploy.bench.worker import WorkerError
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
-full_size_engines = load_script(ROOT / "benchmarks/full_size_engines.py")
+
+full_size_engines = load_script("benchmarks/full_size_engines.py")
 
 GPUS = ["sm_80", "sm_89", "sm_120"]
 HALF = {"bf16": "bfloat16", "fp16": "float16", "int8": "float16"}

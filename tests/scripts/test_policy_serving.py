@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.worker import load_script
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
-policy_serving = load_script(ROOT / "benchmarks/policy_serving.py")
+
+policy_serving = load_script("benchmarks/policy_serving.py")
 
 
 CAPTURE = {

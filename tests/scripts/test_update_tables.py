@@ -5,12 +5,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coprs_deploy.bench.page import write_outputs
+from coprs_deploy.bench.render import write_outputs
 from coprs_deploy.bench.report import read_report
-from coprs_deploy.bench.worker import load_script
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
-update_tables = load_script(ROOT / "benchmarks/update_tables.py")
+
+update_tables = load_script("benchmarks/update_tables.py")
 
 
 def test_tables_of_readme_and_docs_are_those_of_the_committed_reports():

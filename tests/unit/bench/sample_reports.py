@@ -9,8 +9,9 @@ from coprs_deploy.bench.report import (
     Memory,
     Report,
     Skipped,
+    ratio_of_rounds,
+    summarize_runs,
 )
-from coprs_deploy.bench.statistics import ratio_of_rounds, summarize_runs
 from coprs_deploy.machine import Machine
 
 
@@ -50,6 +51,6 @@ def report(*cases, tag="demo", date="2026-11-25", **changes):
             commit="0123abcd",
         ),
         groups=(group,),
-        skipped=(Skipped("engines", "tensorrt", "not installed", "pip install tensorrt"),),
+        skipped=(Skipped("tensorrt", "not installed", "pip install tensorrt", "engines"),),
     )
     return msgspec.structs.replace(made, **changes)

@@ -7,23 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.bench.case import Case, Group
-from coprs_deploy.bench.measurement import measure_group
-from coprs_deploy.bench.options import BenchOptions
-from coprs_deploy.bench.process import Worker, WorkerError
-from coprs_deploy.bench.report import Accuracy
+from coprs_deploy.bench.case import BenchOptions, Case, Group
+from coprs_deploy.bench.run import measure_group
+from coprs_deploy.bench.worker import Worker, WorkerError
 
-TARGET = "coprs_deploy.bench.suites.start:open_command"
+TARGET = "coprs_deploy.bench.worker:FunctionWorkload"
+RUN = "coprs_deploy.bench.request_suites:run_code"
 QUICK = BenchOptions(min_time_s=0.2, rounds=2, max_rounds=2, warmup_s=0.1, case_timeout_s=300)
 SMALL = BenchOptions(min_time_s=0.1, rounds=2, warmup_s=0.1, case_timeout_s=300, max_memory_bytes=1)
 
 
 def case(name, code="pass", **changes):
-    return Case(name, TARGET, {"code": code}, {"device": "cpu"}, **changes)
+    return Case(name, TARGET, {"function": RUN, "code": code}, {"device": "cpu"}, **changes)
 
 
 def measure(*cases, options=QUICK, **changes):
-    return measure_group(Group("start", "group", cases, cases[0].name, **changes), options)
+    return measure_group(Group("group", cases, cases[0].name, **changes), options)
 
 
 def test_measure_side_by_side_compares_rounds_with_the_baseline():
@@ -43,16 +42,22 @@ def test_measure_without_memory_opens_each_case_again():
     assert [len(found.latency.round_medians) for found in result.cases] == [2, 2]
 
 
-def test_measure_without_runs_evaluates_accuracy_only():
-    evaluated = []
-
-    def evaluate(outputs):
-        evaluated.extend(outputs)
-        return {name: Accuracy(inputs=1) for name in outputs}
-
-    result = measure(case("a"), case("b"), options=SMALL, runs=0, evaluate=evaluate)
-    assert evaluated == ["a", "b"]
-    assert [found.accuracy.inputs for found in result.cases] == [1, 1]
+@pytest.mark.parametrize("options", [QUICK, SMALL])
+def test_measure_without_runs_measures_accuracy_only(options, tmp_path):
+    script = tmp_path / "workloads.py"
+    script.write_text(
+        "from coprs_deploy.bench.case import Workload\n"
+        "from coprs_deploy.bench.report import Accuracy\n"
+        "class Finished(Workload):\n"
+        "    def run(self):\n"
+        "        raise AssertionError('it has no runs')\n"
+        "    def finish(self):\n"
+        "        return {'accuracy': Accuracy(inputs=3)}\n"
+    )
+    cases = [Case(name, f"{script}:Finished") for name in "ab"]
+    result = measure(*cases, options=options, runs=0)
+    assert [found.error for found in result.cases] == ["", ""]
+    assert [found.accuracy.inputs for found in result.cases] == [3, 3]
     assert [found.latency for found in result.cases] == [None, None]
 
 
@@ -61,7 +66,7 @@ def test_measure_failed_cases_are_reported_with_their_error():
         case("good"),
         case("broken", "raise SystemExit('no such thing')"),
         case("not prepared", error="export failed"),
-        Case("unknown", "coprs_deploy.bench.suites.start:nothing"),
+        Case("unknown", "coprs_deploy.bench.request_suites:nothing"),
     )
     assert result.cases[0].latency is not None
     assert result.cases[1].error == "RuntimeError: no such thing"
@@ -87,7 +92,7 @@ def test_worker_that_exits_reports_its_exit_code():
 
 def test_worker_stopped_ends_with_its_parent():
     code = (
-        "from coprs_deploy.bench.process import Worker; import os; w = Worker();"
+        "from coprs_deploy.bench.worker import Worker; import os; w = Worker();"
         "pid = w.call('os:getpid', 300); w.pause(); print(pid, flush=True); os._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -107,16 +112,6 @@ def test_measure_counted_runs_have_no_warm_up():
     result = measure(case("cold"), runs=4)
     assert result.cases[0].latency.n == 6  # three rounds of two
     assert "first_run_ms" not in result.cases[0].metrics
-
-
-def test_measure_failed_evaluation_is_a_note():
-    def evaluate(outputs):
-        raise WorkerError("no reference")
-
-    result = measure(case("a"), evaluate=evaluate)
-    assert result.cases[0].accuracy.note == "could not be evaluated: no reference"
-    found = measure(case("a"), evaluate=lambda outputs: {"a": Accuracy(inputs=3, giou=0.5)})
-    assert found.cases[0].accuracy.giou == 0.5
 
 
 def test_worker_loads_a_case_of_a_script_by_path(tmp_path):

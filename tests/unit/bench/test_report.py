@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from sample_reports import case, report
 
-from coprs_deploy.bench.page import render_html, write_outputs
+from coprs_deploy.bench.render import (
+    render_html,
+    render_markdown,
+    render_text,
+    write_outputs,
+)
 from coprs_deploy.bench.report import CaseResult, GroupResult, read_report
-from coprs_deploy.bench.tables import render_markdown, render_text
 from coprs_deploy.errors import ArtifactError
 
 REPORTS = Path(__file__).parents[3] / "benchmarks/reports"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coprs_deploy.bench.statistics import (
+from coprs_deploy.bench.report import (
     MAX_SAMPLES,
     is_stable,
     median_interval,

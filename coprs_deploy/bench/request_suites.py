@@ -1,0 +1,231 @@
+"""Whole requests by stage, the policy alone, the start of a process, and scaling sweeps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coprs_deploy import policy
+from coprs_deploy.bench.accuracy import SceneReference, scenes
+from coprs_deploy.bench.case import TOTAL, Case, Group, SuiteCases
+from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
+from coprs_deploy.bench.graph_suites import precisions, runtime_name
+from coprs_deploy.bench.report import Report, Skipped
+from coprs_deploy.bundle import read_manifest
+from coprs_deploy.evaluation.metrics import union
+from coprs_deploy.export import ExportOptions
+from coprs_deploy.export.precision import FP32
+from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
+
+WORKLOADS = "coprs_deploy.bench.answer_workloads"
+FUNCTION = "coprs_deploy.bench.worker:FunctionWorkload"
+
+COUNT, QUICK_COUNT = 16, 8
+"""Number of scenes, used in turn."""
+
+RUNS, QUICK_RUNS = 6, 3
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+STEPS = ("interpreter", "import", "load", "first request")
+IMPORT = "import coprs_deploy"
+PARSE = "from coprs_deploy.cli.main import build_parser; build_parser()"
+FIRST_MASK = """
+import json, sys, time
+start = time.time()
+from coprs_deploy import CoPRS
+from coprs_deploy.machine import peak_memory_bytes
+imported = time.time()
+bundle, device, image, instruction, mask = sys.argv[1:]
+from coprs_deploy.runtime import RuntimeOptions
+coprs = CoPRS.load(bundle, RuntimeOptions(device=device))
+loaded = time.time()
+result = coprs.segment(image, instruction)
+done = time.time()
+print(json.dumps([start, imported, loaded, done, peak_memory_bytes()]))
+import numpy as np
+np.save(mask, result.mask)
+"""
+
+
+def answer_cases(fixtures: Fixtures) -> SuiteCases:
+    """Yield whole requests: each runtime and precision that a bundle exists for or is made for."""
+    model, is_quick = fixtures.model, fixtures.options.is_quick
+    present, skipped = runtimes_here(fixtures.options.devices)
+    yield from skipped
+    count, memory = QUICK_COUNT if is_quick else COUNT, model.request_bytes
+    shared = {"count": count, "reference": partial(fixtures.scene_reference, count)}
+    # What a lower precision costs and gains shows in the graphs; the policy stays the same.
+    kinds = [(*kind, d) for r, d in present for kind in precisions(model, [r])]
+    kinds = [kind for kind in kinds if model.checkpoint is None or kind[1] == FP32]
+    cases = []
+    for kind, cached in itertools.product(kinds, (False,) if is_quick else (False, True)):
+        runtime, precision, device = kind
+        name = f"{runtime_name(runtime, device, precision)}, {'cached' if cached else 'new'} image"
+        settings = {**shared, "runtime": runtime, "device": device, "warms_cache": cached}
+        settings["bundle"] = partial(fixtures.bundle, model, runtime, precision)
+        settings["cached"] = count if cached else 0
+        target = f"{WORKLOADS}:open_requests"
+        cases.append(Case(name, target, settings, model.labels(*kind), memory))
+    baseline = f"coprs-deploy modules, PyTorch {version_of('torch')} eager cpu fp32"
+    if model.checkpoint is not None:
+        target, labels = f"{WORKLOADS}:open_torch_requests", ("torch eager", FP32, "cpu")
+        settings = {**shared, "checkpoint": model.checkpoint}
+        cases.append(Case(baseline, target, settings, model.labels(*labels), memory))
+    yield Group(f"{model.name}: whole requests", cases, baseline, "one request")
+
+
+def policy_cases(fixtures: Fixtures) -> SuiteCases:
+    """Yield the policy alone: each library that is here, on each device in each dtype."""
+    model, entries = fixtures.model, policy.availability()
+    yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
+    libraries, cases = [entry.name for entry in entries if entry.is_available], []
+    for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):
+        name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
+        settings: dict[str, Any] = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
+        settings |= {"library": library, "dtype": dtype, "device": device}
+        settings["reference"] = partial(fixtures.scene_reference, QUICK_COUNT)
+        labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:PolicyWorkload"
+        cases.append(Case(name, target, settings, model.labels(*labels), model.request_bytes))
+    baseline = cases[0].name if cases else None
+    yield Group(f"{model.name}: policy", cases, baseline, "one response")
+
+
+def start_cases(fixtures: Fixtures) -> SuiteCases:
+    """Yield the cases of the start without a model, and the first mask on each device."""
+    model, options = fixtures.model, fixtures.options
+    assert model.bundle is not None
+    graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
+    present, skipped = runtimes_here(options.devices, graph.runtime)
+    yield from skipped
+    cases = []
+    for name, code in (("import coprs_deploy", IMPORT), ("coprs-deploy, arguments parsed", PARSE)):
+        settings = {"function": f"{__name__}:run_code", "code": code}
+        cases.append(Case(name, FUNCTION, settings, model.labels(device="cpu")))
+    for _, device in present:
+        on_device = "" if device == "cpu" else f" {device}"
+        name = f"first mask, {graph.runtime}{on_device} {graph.precision}"
+        labels = model.labels(graph.runtime, graph.precision, device)
+        settings = {"function": f"{__name__}:segment_first", "bundle": str(model.bundle)}
+        first = {"device": device, "reference": partial(fixtures.scene_reference, 1)}
+        cases.append(Case(name, FUNCTION, settings | first, labels))
+    runs = QUICK_RUNS if options.is_quick else RUNS
+    yield Group(f"{model.name}: start", cases, unit="one process, to its end", runs=runs)
+
+
+def run_code(code: str, *arguments: str) -> dict[str, Any]:
+    """Run a piece of Python in a process; return ``stdout``."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RuntimeError(last[0])
+    return {"stdout": done.stdout}
+
+
+def segment_first(bundle: str, device: str, reference: SceneReference) -> dict[str, Any]:
+    """Load a bundle and answer one request, about a held-out scene, in a new process."""
+    (scene,) = scenes(1)
+    with tempfile.TemporaryDirectory(prefix="coprs-deploy-") as folder:
+        image, mask = (str(Path(folder) / name) for name in ("scene.png", "mask.npy"))
+        Image.fromarray(scene.image).save(image)
+        began = time.time()
+        done = run_code(FIRST_MASK, bundle, device, image, scene.instruction, mask)
+        found = {"0.mask": np.load(mask), "0.ground_truth": union(scene.masks)}
+    *times, peak = json.loads(done["stdout"].strip().splitlines()[-1])
+    steps = zip(STEPS, [began, *times], times, strict=False)
+    stages = {TOTAL: 1e3 * (times[-1] - began)} | {n: 1e3 * (end - at) for n, at, end in steps}
+    accuracy = reference.accuracy(found)
+    return {"stages": stages, "metrics": {"peak_bytes": float(peak)}, "accuracy": accuracy}
+
+
+RUNTIME = "onnxruntime"
+
+COUNTS, SIDES = (1, 2, 4, 8), (128, 512, 1024, 2048, 4096)
+
+TARGETS = ExportOptions(targets=OptimizationProfile(1, 4, 16))
+IMAGES = ExportOptions(images=OptimizationProfile(1, 2, 8))
+GRAPH_SWEEPS = (
+    ("prior and mask decoder, targets on one image", "targets", TARGETS, (*COUNTS, 16)),
+    ("image encoder, images in one call", "images", IMAGES, COUNTS),
+)
+"""Title, parameter, variant of the export, and values."""
+
+REQUEST_SWEEPS = (
+    ("questions on one image, time of one", "questions", COUNTS, 8),
+    ("images at once, time of one", "images", COUNTS, 8),
+    ("side of the image in pixels", "side", SIDES, 4),
+)
+"""Title, parameter, its values, and number of scenes."""
+
+
+def scaling_cases(fixtures: Fixtures) -> SuiteCases:
+    """Yield a group for each sweep on each device."""
+    present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
+    yield from skipped
+    bundle = partial(fixtures.bundle, runtime=RUNTIME, precision=FP32)
+    for _, device in present:
+        for model, sweep in itertools.product(fixtures.models(), GRAPH_SWEEPS):
+            title, parameter, variant, values = sweep
+            graph = IMAGE_ENCODER if parameter == "images" else f"{PRIOR}+{MASK_DECODER}"
+            shared = {"graph": graph, "runtime": RUNTIME, "inputs": partial(fixtures.inputs, model)}
+            shared["bundle"] = partial(bundle, model, variant=variant)
+            each = {n: {**shared, "repeat": n} for n in values}
+            yield _sweep(model, device, (title, parameter), each)
+        for title, parameter, values, count in REQUEST_SWEEPS:
+            shared = {"bundle": partial(bundle, fixtures.model), "count": count}
+            sides = {n: n if parameter == "side" else None for n in values}
+            references = {n: partial(fixtures.scene_reference, count, sides[n]) for n in values}
+            each = {n: {**shared, parameter: n, "reference": references[n]} for n in values}
+            yield _sweep(fixtures.model, device, (title, parameter), each)
+
+
+def _sweep(
+    model: Model, device: str, described: tuple[str, str], each: Mapping[int, dict[str, Any]]
+) -> Group:
+    """Describe the cases of a sweep by their settings, given title and parameter."""
+    (title, parameter), cases = described, []
+    for value, settings in each.items():
+        target, memory = f"{WORKLOADS}:open_requests", 0
+        if "graph" in settings:
+            target = "coprs_deploy.bench.graph_workloads:open_bundle_graphs"
+            memory = value * model.estimated_bytes if parameter == "images" else 700_000_000
+        name = f"{value} x {value} pixels" if parameter == "side" else f"{value} {parameter}"
+        labels, given = (
+            model.labels(RUNTIME, FP32, device, **{parameter: value}),
+            {"device": device},
+        )
+        cases.append(Case(name, target, settings | given, labels, memory or model.request_bytes))
+    name = f"{model.name}: {title}" + (f", on {device}" if device != "cpu" else "")
+    return Group(name, cases, cases[0].name, "as the name says", parameter)
+
+
+LIMITS = {
+    "convert": {"peak_over_weights": 2.0},
+    "onnxruntime": {"export_s": 180, "export_peak_over_weights": 1.5, "peak_over_weights": 3.0},
+}
+"""Limits of ViT-H in float32 on two cores: seconds, and peak memory in multiples of the weights. A
+smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
+
+
+def limit_violations(report: Report) -> list[str]:
+    """List the limits that the cases of ViT-H exceed; empty when all are kept."""
+    cases = [case for group in report.groups if group.suite == "export" for case in group.cases]
+    return [
+        f"vit_h, {case.name}: {metric} is {case.metrics[metric]:.2f}, the limit is {limit:g}"
+        for case in cases
+        if case.labels["model"] == "vit_h" and case.labels.get("precision", "fp32") == "fp32"
+        for metric, limit in LIMITS.get(case.labels["runtime"], {}).items()
+        if case.metrics.get(metric, 0) > limit
+    ]
