@@ -233,8 +233,8 @@ class SceneReference:
             compared = {"mask_iou_mean": float(np.mean(ious)), "mask_iou_min": float(np.min(ious))}
             compared["concentration_cosine"] = _min_cosine(found, expected)
         keys = [(f"{i}.mask", f"{i}.ground_truth") for i in numbers] if self.has_gt else []
-        counts = [count_pixels(found[mask], found[gt]) for mask, gt in keys]
-        return Accuracy(len(numbers), **compared, **_gt_metrics(counts), note=self.note)
+        gt = [count_pixels(*(found[key] for key in pair)) for pair in keys]
+        return Accuracy(len(numbers), **compared, **_gt_metrics(gt), note=self.note)
 
 
 def mask_agreement(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:

@@ -1,4 +1,4 @@
-"""Options of a run; cases, groups and workloads: what a suite measures, and what a worker opens."""
+"""Options of a run; cases, groups and workloads: what a suite plans, and what a worker opens."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Group:
     suite: str = ""
 
 
-SuiteCases: TypeAlias = Iterator[Group | Skipped]
+Planned: TypeAlias = Iterator[Group | Skipped]
 """What a suite measures here, and what it skips; the run adds the name of the suite."""
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.bench.case import Case, Group, SuiteCases
+from coprs_deploy.bench.case import Case, Group, Planned
 from coprs_deploy.bench.fixtures import (
     ALL_GRAPHS,
     PREPARATION,
@@ -37,17 +37,17 @@ RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
 
 
-def engines_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield a group for each model, device and graph."""
+def engines_suite(fixtures: Fixtures) -> Planned:
+    """List a group for each model, device and graph."""
     devices, is_quick = fixtures.options.devices, fixtures.options.is_quick
     present, skipped = runtimes_here(devices)
     yield from skipped
     graphs = (IMAGE_ENCODER, ALL_GRAPHS) if is_quick else (*GRAPH_NAMES, ALL_GRAPHS)
     for model, device, graph in itertools.product(fixtures.models(), devices, graphs):
-        group = _GroupCases(fixtures, model, graph, device)
+        planned = _GroupCases(fixtures, model, graph, device)
         runtimes = [runtime for runtime, where in present if where == device]
-        cases = [*group.graph_cases(runtimes), *group.peer_cases()]
-        name, baseline = f"{model.name}: {graph} on {device}", group.torch_name("eager", FP32)
+        cases = [*planned.graph_cases(runtimes), *planned.peer_cases()]
+        name, baseline = f"{model.name}: {graph} on {device}", planned.torch_name("eager", FP32)
         yield Group(name, cases, baseline, "one image, one target")
 
 
@@ -155,8 +155,8 @@ class _GroupCases:
 SCENES = 128
 
 
-def precision_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield a case for each precision, every rounding explicit, as a GPU will round."""
+def precision_suite(fixtures: Fixtures) -> Planned:
+    """List a case for each precision, every rounding explicit, as a GPU will round."""
     model, cases = fixtures.model, []
     inputs = partial(fixtures.inputs, model, SCENES if model.has_gt else None)
     for precision in (FP32, FP16, BF16):
@@ -179,8 +179,8 @@ ALONE = 1 << 60
 """Estimated memory of a case that is open alone."""
 
 
-def export_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield a conversion of SAM's real sizes, and an export for each runtime and precision."""
+def export_suite(fixtures: Fixtures) -> Planned:
+    """List a conversion of SAM's real sizes, and an export for each runtime and precision."""
     skipped = missing_builders(fixtures.options.devices)
     yield from skipped
     missing = {entry.name for entry in skipped}

@@ -104,10 +104,10 @@ def write_inputs(
     if has_gt:
         assert checkpoint is not None
         with open_policy(read_checkpoint(checkpoint)) as policy:
-            examples = [(example, ask(policy, example).concentrations) for example in scenes(count)]
-        examples = [(example, vectors) for example, vectors in examples if len(vectors)]
-        found = [{"ground_truth": union(example.masks)} for example, _ in examples]
-        drawn = [SampleInput(prepare_image(e.image, geometry), v[-1:]) for e, v in examples]
+            answered = [(example, ask(policy, example).concentrations) for example in scenes(count)]
+        answered = [(example, vectors) for example, vectors in answered if len(vectors)]
+        found = [{"ground_truth": union(example.masks)} for example, _ in answered]
+        drawn = [SampleInput(prepare_image(e.image, geometry), v[-1:]) for e, v in answered]
     else:
         shape = aspect_ratio or (1, 1)
         longest = unpadded_size(*shape[::-1], geometry.image_size)

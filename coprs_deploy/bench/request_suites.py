@@ -18,7 +18,7 @@ from PIL import Image
 
 from coprs_deploy import policy
 from coprs_deploy.bench.accuracy import SceneReference, scenes
-from coprs_deploy.bench.case import TOTAL, Case, Group, SuiteCases
+from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
 from coprs_deploy.bench.graph_suites import precisions, runtime_name
 from coprs_deploy.bench.report import Report, Skipped
@@ -59,8 +59,8 @@ np.save(mask, result.mask)
 """
 
 
-def answer_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield whole requests: each runtime and precision that a bundle exists for or is made for."""
+def answer_suite(fixtures: Fixtures) -> Planned:
+    """List whole requests: each runtime and precision that a bundle exists for or is made for."""
     model, is_quick = fixtures.model, fixtures.options.is_quick
     present, skipped = runtimes_here(fixtures.options.devices)
     yield from skipped
@@ -86,8 +86,8 @@ def answer_cases(fixtures: Fixtures) -> SuiteCases:
     yield Group(f"{model.name}: whole requests", cases, baseline, "one request")
 
 
-def policy_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield the policy alone: each library that is here, on each device in each dtype."""
+def policy_suite(fixtures: Fixtures) -> Planned:
+    """List the policy alone: each library that is here, on each device in each dtype."""
     model, entries = fixtures.model, policy.availability()
     yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
@@ -102,8 +102,8 @@ def policy_cases(fixtures: Fixtures) -> SuiteCases:
     yield Group(f"{model.name}: policy", cases, baseline, "one response")
 
 
-def start_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield the cases of the start without a model, and the first mask on each device."""
+def start_suite(fixtures: Fixtures) -> Planned:
+    """List the start without a model, and the first mask on each device."""
     model, options = fixtures.model, fixtures.options
     assert model.bundle is not None
     graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
@@ -170,8 +170,8 @@ REQUEST_SWEEPS = (
 """Title, parameter, its values, and number of scenes."""
 
 
-def scaling_cases(fixtures: Fixtures) -> SuiteCases:
-    """Yield a group for each sweep on each device."""
+def scaling_suite(fixtures: Fixtures) -> Planned:
+    """List a group for each sweep on each device."""
     present, skipped = runtimes_here(fixtures.options.devices, RUNTIME)
     yield from skipped
     bundle = partial(fixtures.bundle, runtime=RUNTIME, precision=FP32)

@@ -1,4 +1,4 @@
-"""One benchmark, from its options to its report: selection, preparation, interleaved rounds.
+"""One benchmark, from its options to its report: planning, preparation, interleaved rounds.
 
 The cases of a group are open side by side in a worker process each, and all but one are stopped, so
 that none takes another one's time. Where their memory does not fit, each is opened again in every
@@ -19,7 +19,7 @@ import numpy as np
 
 from coprs_deploy.artifacts import temporary_directory
 from coprs_deploy.bench import graph_suites, request_suites
-from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Progress, SuiteCases, ignore
+from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned, Progress, ignore
 from coprs_deploy.bench.fixtures import Fixtures, gpu_name, shape_words
 from coprs_deploy.bench.report import (
     SCHEMA_VERSION,
@@ -37,14 +37,14 @@ from coprs_deploy.bench.report import (
 from coprs_deploy.bench.worker import Worker, WorkerError
 from coprs_deploy.machine import machine_record
 
-SUITES: Mapping[str, Callable[[Fixtures], SuiteCases]] = {
-    "engines": graph_suites.engines_cases,
-    "answer": request_suites.answer_cases,
-    "policy": request_suites.policy_cases,
-    "start": request_suites.start_cases,
-    "scaling": request_suites.scaling_cases,
-    "export": graph_suites.export_cases,
-    "precision": graph_suites.precision_cases,
+SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
+    "engines": graph_suites.engines_suite,
+    "answer": request_suites.answer_suite,
+    "policy": request_suites.policy_suite,
+    "start": request_suites.start_suite,
+    "scaling": request_suites.scaling_suite,
+    "export": graph_suites.export_suite,
+    "precision": graph_suites.precision_suite,
 }
 """Function of each suite, by the name that users type."""
 
@@ -116,8 +116,8 @@ def list_groups(fixtures: Fixtures) -> tuple[list[Group], list[Skipped]]:
             reason = f"its scenes are square, and the bundle is {shape_words(model.variant)}"
         elif model.checkpoint is None and name in CHECKPOINT_SUITES:
             reason = "it is measured from a checkpoint; name it with --checkpoint"
-        cases_of_suite = iter([Skipped(model.name, reason)]) if reason else SUITES[name](fixtures)
-        for entry in cases_of_suite:
+        planned = iter([Skipped(model.name, reason)]) if reason else SUITES[name](fixtures)
+        for entry in planned:
             if isinstance(entry, Group):
                 groups.append(replace(select(entry, fixtures.options.filter), suite=name))
             else:  # what several suites skip for one reason is named once

@@ -47,7 +47,7 @@ def test_named_target_resolves(target):
     assert callable(load_target(target))
 
 
-def test_groups_of_the_demo_model_names_functions_that_resolve_and_makes_nothing(tmp_path):
+def test_groups_of_the_demo_model_name_functions_that_resolve_and_makes_nothing(tmp_path):
     groups, _ = run.list_groups(Fixtures(tmp_path, BenchOptions(suites=tuple(SUITES))))
     cases = [case for group in groups for case in group.cases]
     assert {group.suite for group in groups} == set(SUITES)
@@ -144,8 +144,8 @@ def test_suite_of_square_scenes_is_skipped_for_an_aspect_ratio(tmp_path):
 
 def test_select_without_the_baseline_takes_the_first_case():
     group = Group("demo", (Case("base"), Case("b"), Case("c")), "base")
-    assert run.list_groups(group, "").baseline == "base"
-    kept = run.list_groups(group, "demo: [bc]$")
+    assert run.select(group, "").baseline == "base"
+    kept = run.select(group, "demo: [bc]$")
     assert [case.name for case in kept.cases] == ["b", "c"]
     assert kept.baseline == "b"
 
