@@ -63,6 +63,12 @@ class ArtifactError(CoPRSError):
     """Files on disk cannot be used."""
 
 
+class NoValidRowError(ArtifactError):
+    """Every row of an example file is invalid."""
+
+    exit_code = 1
+
+
 class CheckpointError(ArtifactError):
     """A checkpoint directory is incomplete, or its tensors do not match its configuration."""
 
