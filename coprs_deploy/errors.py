@@ -169,7 +169,7 @@ def check_number(
         raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {limits}")
 
 
-def check_type(name: str, value: object, *accepted: type) -> None:
+def check_type(name: str, value: object, *accepted: Any) -> None:
     """Check the type of an argument.
 
     Raises:
