@@ -222,11 +222,13 @@ def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
     import torch
 
     for name, tensor in tensors.items():
-        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-        if tensor.is_meta or not (kind == tensor.dtype and tensor.is_floating_point()):
+        kind: object = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        if tensor.is_meta:
+            kind = "an empty tensor"
+        if kind not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise CheckpointError(
-                f"{where} has {name} as {'an empty tensor' if tensor.is_meta else kind}; "
-                "accepted: dense floating-point weights"
+                f"{where} has {name} as {kind}; accepted: dense floating-point weights of 16 bits "
+                "or more"
             )
 
 

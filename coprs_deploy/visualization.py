@@ -199,7 +199,8 @@ def _drawable(text: str, font_px: int) -> tuple[str, ImageFont.FreeTypeFont]:
     missing = _missing(text, font)
     drawn = "".join(character for character in text if character not in missing)
     count = sum(character in missing and not _is_invisible(character) for character in text)
-    note = f" (no font for {count} of {len(text)} characters)" if count else ""
+    num_visible = len("".join(text.split()))
+    note = f" (no font for {count} of {num_visible} characters)" if count else ""
     return (drawn + note).strip(), font
 
 

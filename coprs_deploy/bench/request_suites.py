@@ -21,7 +21,7 @@ from coprs_deploy.bench.accuracy import SceneReference, scenes
 from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
 from coprs_deploy.bench.graph_suites import precisions, runtime_name
-from coprs_deploy.bench.report import Skipped
+from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.export import ExportOptions
@@ -209,3 +209,23 @@ def _sweep(
         cases.append(Case(name, target, settings | given, labels, memory or model.request_bytes))
     name = f"{model.name}: {title}" + (f", on {device}" if device != "cpu" else "")
     return Group(name, cases, cases[0].name, "as the name says", parameter)
+
+
+LIMITS = {
+    "convert": {"peak_over_weights": 2.0},
+    "onnxruntime": {"export_s": 180, "export_peak_over_weights": 1.5, "peak_over_weights": 3.0},
+}
+"""Limits of ViT-H in float32 on two cores: seconds, and peak memory in multiples of the weights. A
+smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
+
+
+def limit_violations(report: Report) -> list[str]:
+    """List the limits that the cases of ViT-H exceed; empty when all are kept."""
+    cases = [case for group in report.groups if group.suite == "export" for case in group.cases]
+    return [
+        f"vit_h, {case.name}: {metric} is {case.metrics[metric]:.2f}, the limit is {limit:g}"
+        for case in cases
+        if case.labels["model"] == "vit_h" and case.labels.get("precision", "fp32") == "fp32"
+        for metric, limit in LIMITS.get(case.labels["runtime"], {}).items()
+        if case.metrics.get(metric, 0) > limit
+    ]

@@ -40,7 +40,8 @@ from coprs_deploy.bench.comparison import (
 )
 from coprs_deploy.bench.fixtures import gpu_name
 from coprs_deploy.bench.render import render_text, write_outputs
-from coprs_deploy.bench.report import Report, read_report
+from coprs_deploy.bench.report import read_report
+from coprs_deploy.bench.request_suites import limit_violations
 from coprs_deploy.bench.run import SUITES, run_benchmark
 from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import log, print_result
@@ -95,14 +96,6 @@ OPTIONS = (
     Option("work_dir", parse=Path, metavar="DIR"),
     Option("prepare_only"),
 )
-
-
-LIMITS = {
-    "convert": {"peak_over_weights": 2.0},
-    "onnxruntime": {"export_s": 180, "export_peak_over_weights": 1.5, "peak_over_weights": 3.0},
-}
-"""Limits of ViT-H in float32 on two cores: seconds, and peak memory in multiples of the weights. A
-smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,15 +189,3 @@ def _compare(arguments: argparse.Namespace) -> int:
     report = {"findings": shown, "regressions": len(regressions), "machine": differences}
     print_result(arguments, report, "\n".join(lines))
     return 1 if regressions else 0
-
-
-def limit_violations(report: Report) -> list[str]:
-    """List the limits that the cases of ViT-H exceed; empty when all are kept."""
-    cases = [case for group in report.groups if group.suite == "export" for case in group.cases]
-    return [
-        f"vit_h, {case.name}: {metric} is {case.metrics[metric]:.2f}, the limit is {limit:g}"
-        for case in cases
-        if case.labels["model"] == "vit_h" and case.labels.get("precision", "fp32") == "fp32"
-        for metric, limit in LIMITS.get(case.labels["runtime"], {}).items()
-        if case.metrics.get(metric, 0) > limit
-    ]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 
-SMALL_POLICY = 100_000_000
+SMALL_POLICY = 10_000_000
 """Number of parameters below which a policy runs on one thread. Its operators take microseconds:
 threads gain little, and beside another busy process each operator waits for their time slices."""
 

@@ -26,6 +26,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from fastapi.security import HTTPBearer
 from starlette.types import Receive, Scope, Send
 
+from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.server.bodies import (
     COMMON_RESPONSES,
@@ -40,9 +41,6 @@ from coprs_deploy.server.events import encode_events
 from coprs_deploy.server.request_guard import RequestGuard
 from coprs_deploy.server.steps import run_step
 from coprs_deploy.version import __version__
-
-MAX_INSTRUCTION_LENGTH = 10_000
-"""Characters; more would only be tokenized to be refused, at 4 s a megabyte."""
 
 STALL_TIMEOUT_S = 30.0
 """How long a client may send nothing of its body, or read nothing of its response."""
@@ -122,7 +120,7 @@ async def segment(
     request: Request,
     image: Annotated[UploadFile, File(description="an image file that Pillow can read")],
     instruction: Annotated[
-        str, Form(description="what to segment", max_length=MAX_INSTRUCTION_LENGTH)
+        str, Form(description="what to segment", max_length=MAX_INSTRUCTION_CHARS)
     ],
     max_targets: Annotated[int, Form(ge=1, description="maximum number of targets")] = 1,
     max_new_tokens: Annotated[int | None, Form(ge=1, description="token budget")] = None,

@@ -1,17 +1,25 @@
 """``coprs-deploy serve`` as a process: results, refusals and shutdown."""
 
+import contextlib
+import http.client
+import io
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 
 import pytest
+from PIL import Image
 
 from coprs_deploy import CoPRS
 from coprs_deploy.cli.main import main
+from coprs_deploy.cli.serve import EXIT_TIMEOUT_S, read_api_key
 from coprs_deploy.errors import install_hint
 from tests import ROOT
 
@@ -29,28 +37,77 @@ def form(image):
     return b"\r\n".join(parts)
 
 
-@pytest.mark.slow
-def test_serve_returns_the_result_of_the_runtime_and_stops_on_sigterm():
-    command = [sys.executable, "-m", "coprs_deploy", "serve", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+@contextlib.contextmanager
+def serving(*arguments, **environment):
+    """Start a server; yield its process and its address."""
+    command = [sys.executable, "-m", "coprs_deploy", "serve", "--port", "0", *arguments]
+    environment = {**os.environ, **environment}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         try:
             lines = iter(server.stderr.readline, "")
             address = next(line for line in lines if re.match(r"http://127\.0\.0\.1:\d+$", line))
-            request = urllib.request.Request(
-                f"{address.strip()}/segment",
-                form(SCENE.read_bytes()),
-                {"Content-Type": "multipart/form-data; boundary=x"},
-            )
-            with urllib.request.urlopen(request, timeout=60) as response:
-                result = json.load(response)
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(timeout=60) == 0
-            assert server.stderr.read().endswith("stopped\n")
+            yield server, address.strip()
         finally:
             server.kill()
+
+
+def post(address, image, **headers):
+    headers["Content-Type"] = "multipart/form-data; boundary=x"
+    request = urllib.request.Request(f"{address}/segment", form(image), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+@pytest.mark.slow
+def test_serve_returns_the_result_of_the_runtime_and_stops_on_sigterm():
+    with serving(COPRS_API_KEY="secret") as (server, address):
+        result = post(address, SCENE.read_bytes(), Authorization="Bearer secret")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(address, SCENE.read_bytes())
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+        assert server.stderr.read().endswith("stopped\n")
     with CoPRS.load() as coprs:
         expected = coprs.segment(SCENE, INSTRUCTION).to_json()
     assert {**result, "timings": None} == {**expected, "timings": None}
+
+
+@pytest.mark.slow
+def test_serve_stops_on_sighup():
+    with serving() as (server, _):
+        server.send_signal(signal.SIGHUP)
+        assert server.wait(timeout=60) == 0
+        stderr = server.stderr.read()
+    assert stderr.endswith("stopped\n")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_serve_stops_on_sigterm_within_seconds_under_load():
+    """Eight images of 36 megapixels take longer than the grace period; they get 503."""
+    file = io.BytesIO()
+    Image.new("RGB", (6_000, 6_000)).save(file, "PNG")
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with serving("--grace-period", "0.5") as (server, address):
+        post(address, SCENE.read_bytes())
+        host = address.removeprefix("http://")
+        half_sent = socket.create_connection(host.split(":"))
+        half_sent.sendall(b"GET / HTTP/1.1\r\nHo")
+        connections = [http.client.HTTPConnection(host, timeout=60) for _ in range(8)]
+        for connection in connections:
+            connection.request("POST", "/segment", form(file.getvalue()), headers)
+        with urllib.request.urlopen(f"{address}/health", timeout=60) as response:
+            assert response.status == 200
+        server.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        statuses = [connection.getresponse().status for connection in connections]
+        assert server.wait(timeout=60) == 0
+        assert time.monotonic() - start < 0.5 + EXIT_TIMEOUT_S + 5
+        half_sent.close()
+        for connection in connections:
+            connection.close()
+    assert 503 in statuses
+    assert set(statuses) <= {200, 503}
 
 
 def test_serve_address_in_use_is_refused_before_loading(capsys):
@@ -70,11 +127,30 @@ def test_serve_address_in_use_is_refused_before_loading(capsys):
         (["--timeout", "0"], "timeout_s is 0.0; it must be above 0"),
         (["--max-queue-size", "-1"], "max_queue_size is -1; it must be at least 0"),
         (["--policy", "vlm"], "policy is 'vlm'; accepted: "),
+        (["--grace-period", "-1"], "--grace-period is -1.0; it must be at least 0 s"),
+        (["--root-path", "api/"], "--root-path is 'api/'; accepted: a path such as /"),
+        (["--cors-origin", "a.example"], "--cors-origin is 'a.example'; accepted: * or an origin"),
+        (["--cors-origin", "https://a.example/page"], "accepted: * or an origin"),
+        (["--api-key", ""], "--api-key is empty or holds other than visible ASCII characters"),
     ],
 )
 def test_serve_arguments_out_of_range_are_refused(arguments, part, capsys):
     assert main(["serve", *arguments]) == 2
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "from-variable"), ("given", "given")])
+def test_serve_api_key_is_read_from_the_environment(monkeypatch, given, expected):
+    monkeypatch.setenv("COPRS_API_KEY", "from-variable")
+    assert read_api_key(given) == expected
+    monkeypatch.delenv("COPRS_API_KEY")
+    assert read_api_key(None) == ""
+
+
+def test_serve_empty_api_key_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("COPRS_API_KEY", "")
+    with pytest.raises(ValueError, match="COPRS_API_KEY is empty"):
+        read_api_key(None)
 
 
 def test_serve_missing_library_names_the_pip_line(monkeypatch, capsys):

@@ -295,6 +295,12 @@ def test_16_bit_values_are_rounded_to_the_nearest_level():
     np.testing.assert_array_equal(load_image(Image.fromarray(values))[..., 0], nearest)
 
 
+@pytest.mark.parametrize("shape", [(1, 70_000), (300, 301), (70_000, 1), (217, 302)])
+def test_image_of_several_strips_keeps_every_pixel(shape):
+    rgb = colors(*shape)
+    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(rgb), "PNG")), rgb)
+
+
 @pytest.mark.parametrize(
     "view",
     [lambda a: a[:, ::-1], lambda a: a[::2, ::3], np.asfortranarray, lambda a: a.swapaxes(0, 1)],

@@ -22,6 +22,8 @@ ignore_pycocotools = pytest.mark.filterwarnings(
 def test_rle_agrees_with_pycocotools(height, width, seed, share):
     mask = np.random.default_rng(seed).random((height, width)) < share
     encoded = encode_mask(mask)
+    packed = coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
+    assert encoded.counts == packed.decode()
     found = decode_mask(encoded, height, width)
     np.testing.assert_array_equal(found, mask)
     assert found.dtype == np.bool_

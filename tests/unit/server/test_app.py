@@ -10,7 +10,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from coprs_deploy.errors import PolicyError
-from coprs_deploy.server.app import MAX_INSTRUCTION_LENGTH, _accepts_stream, build_app
+from coprs_deploy.server.app import MAX_INSTRUCTION_CHARS, _accepts_stream, build_app
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
 from tests.unit.runtime_fakes import WAIT, FakePolicy
 from tests.unit.server.asgi import MAX_BYTES, png
@@ -287,9 +287,9 @@ class TestRefusals:
 
     def test_instruction_above_the_limit_is_refused_before_the_policy(self, connect):
         client, policy = connect()
-        response = post(client, instruction="x" * (MAX_INSTRUCTION_LENGTH + 1))
+        response = post(client, instruction="x" * (MAX_INSTRUCTION_CHARS + 1))
         assert response.status_code == 422
-        assert "instruction: String should have at most 10000" in response.json()["error"]
+        assert "instruction: String should have at most 20000" in response.json()["error"]
         assert policy.requests == []
 
     def test_bug_returns_500_without_its_text(self, connect):

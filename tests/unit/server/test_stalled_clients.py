@@ -36,7 +36,7 @@ def test_disconnected_client_cancels_its_request(build, accept, num_deltas):
     assert policy.num_abandoned == 1
     assert next(deltas) < 4  # the remaining deltas were not written
     join_stream_threads()
-    assert coprs.num_active_requests == 0
+    assert coprs._limit.num_active == 0
 
 
 @pytest.mark.parametrize("name", ["draw_heatmap", "draw_overlay"])
@@ -57,7 +57,7 @@ def test_client_that_leaves_during_a_drawing_ends_its_request(build, monkeypatch
     asyncio.run(exchange.run(build_app(coprs, MAX_BYTES)))  # ends before the drawing does
     assert not release.is_set()
     join_stream_threads()
-    assert coprs.num_active_requests == 0
+    assert coprs._limit.num_active == 0
     release.set()
     assert "event: result" not in exchange.text
 
@@ -149,7 +149,7 @@ def test_client_that_stops_reading_ends_its_request(build):
     assert len(exchange.sent) == 3
     assert policy.was_abandoned.wait(WAIT)
     join_stream_threads()
-    assert coprs.num_active_requests == 0
+    assert coprs._limit.num_active == 0
 
 
 @BOTH

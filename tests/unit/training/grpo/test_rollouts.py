@@ -1,8 +1,11 @@
 """Prompts, ground gt, scores and evaluation, for both policy families."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.data.examples import Example
@@ -14,8 +17,15 @@ from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
-from coprs_deploy.training.grpo.evaluation import evaluate_policy, summarize
+from coprs_deploy.training.grpo.evaluation import (
+    TILE_PX,
+    evaluate_policy,
+    spread,
+    summarize,
+    write_samples,
+)
 from coprs_deploy.training.grpo.scores import DecodedMasks, grid_ious, mask_scores, row_losses
+from coprs_deploy.training.grpo.trainer import ScoredRollout
 from coprs_deploy.training.losses import segmentation_losses
 from coprs_deploy.training.settings import SegmentationLossWeights
 
@@ -184,6 +194,34 @@ def test_ground_truth_of_too_many_targets_is_refused(make_setup, examples):
     item = collator.item(examples[0], 0)
     with pytest.raises(ValueError, match="max_targets is 1; example two has 2 targets"):
         collator.ground_truth([item], torch.device("cpu"))
+
+
+def test_spread_takes_other_prompts_first():
+    assert spread(["a", "a", "b", "b", "c"], 4) == [0, 2, 4, 1]
+    assert spread(["a", "a"], 8) == [0, 1]
+
+
+def test_write_samples_of_a_response_without_reference_shows_no_prior(
+    make_setup, examples, tmp_path
+):
+    trainer = make_setup(examples=examples[1:3]).trainer
+    collator, tokenizer = trainer.parts.collator, trainer.parts.processor.tokenizer
+    items = [collator.item(example, n) for n, example in enumerate(examples[1:3])]
+    gt = collator.ground_truth(items, torch.device("cpu"))
+    logits = torch.ones_like(gt.masks)
+    decoded = DecodedMasks(logits, logits, torch.tensor([[False], [False]]))
+    completions = [tokenizer("nothing")["input_ids"]] * 2
+    trainer.rollout = ScoredRollout(items, gt, completions, decoded)
+    write_samples(trainer, tmp_path, 3, 2)
+    lines = [json.loads(x) for x in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    found = [(x["id"], x["num_targets"], x["num_found"], x["mask_iou"]) for x in lines]
+    assert found == [("one", 1, 0, 0.0), ("none", 0, 0, None)]
+    assert lines[0]["response"] == "nothing"
+    sheet = Image.open(tmp_path / "step-000003.png")
+    for column in (1, 2):
+        pixel = (column * TILE_PX + TILE_PX // 2, TILE_PX // 2)
+        assert sheet.getpixel(pixel) == (128, 128, 128), "a prior or mask was invented"
+    assert sheet.height > 2 * TILE_PX, "the text is missing"
 
 
 @pytest.mark.slow
