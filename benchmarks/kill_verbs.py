@@ -52,7 +52,8 @@ PRELOADED = (
 """Modules that the process imports from which runs are forked; unknown ones are ignored."""
 
 RUN_VERB = """
-import atexit, os, sys
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 os.setsid()
 os.chdir(folder)
 os.environ.update(environment)
