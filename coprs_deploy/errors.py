@@ -63,6 +63,12 @@ class ArtifactError(CoPRSError):
     """Files on disk cannot be used."""
 
 
+class NoValidRowError(ArtifactError):
+    """Every row of an example file is invalid."""
+
+    exit_code = 1
+
+
 class CheckpointError(ArtifactError):
     """A checkpoint directory is incomplete, or its tensors do not match its configuration."""
 
@@ -163,7 +169,7 @@ def check_number(
         raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {limits}")
 
 
-def check_type(name: str, value: object, *accepted: type) -> None:
+def check_type(name: str, value: object, *accepted: Any) -> None:
     """Check the type of an argument.
 
     Raises:

@@ -45,8 +45,7 @@ def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
     modules = accuracy.open_reference(checkpoint)
     policy = accuracy.open_policy(read_checkpoint(checkpoint))
     options = RuntimeOptions(max_cached_images=0)
-    coprs = CoPRS(modules.graphs(), policy, modules.geometry, options)
-    return _RequestWorkload(coprs, **settings)
+    return _RequestWorkload(CoPRS(modules.graphs(), policy, modules.geometry, options), **settings)
 
 
 @dataclass

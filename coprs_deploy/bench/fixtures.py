@@ -292,13 +292,12 @@ class Fixtures:
             graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
             if graph.runtime in alike and graph.precision == precision:
                 return model.bundle
-        settings = {"checkpoint": self.weights(model)}
         names = [model.name, runtime if is_engine else "onnx", precision, *variant_words(variant)]
         if is_engine and (gpu := current_gpu()) is not None:
             names += [runtime_version(runtime), gpu.compute_capability]
         options = self.export_options(model, runtime, precision, variant)
         names.append(model.fingerprint)
-        made = self.make("export_bundle", *names, options=options, **settings)
+        made = self.make("export_bundle", *names, checkpoint=self.weights(model), options=options)
         return made if self._pending is not None else open_bundle(made).path
 
     def export_options(
@@ -333,7 +332,6 @@ class Fixtures:
     def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
         """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
         model, file, note = self.model, None, ""
-        count = count if side else max(count, 16)  # one file for all of the same size
         settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
         try:
             if model.checkpoint is not None:

@@ -237,10 +237,11 @@ class _Measurement:
             if self._side_by_side and number >= self._min_rounds and all(stable):
                 break
             first, is_last = number % len(self._alive), number == self._max_rounds - 1
-            for running in self._alive[first:] + self._alive[:first]:
-                if not running.error:
-                    case = f"round {number + 1}, {running.case.name}"
-                    self._progress(f"{self._group.name}: {case}")
+            title = f"{self._group.name}: round {number + 1}"
+            opens = number == 0 or not self._side_by_side
+            for place, running in enumerate(self._alive[first:] + self._alive[:first]):
+                if opens or place == 0:
+                    self._progress(f"{title}, {running.case.name}" if opens else title)
                 self._attempt(running, self._measure)
                 if is_last and not self._side_by_side:
                     self._attempt(running, self._finish)

@@ -30,6 +30,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.bench.case import BenchOptions
 from coprs_deploy.bench.comparison import (
     REGRESSIONS,
@@ -119,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, compare or render."""
     if arguments.compare:
         return _compare(arguments)
+    if arguments.out:
+        check_writable(arguments.out)
     if arguments.render:
         report = read_report(arguments.render)
     else:

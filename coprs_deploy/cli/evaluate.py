@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.cli.runtime_arguments import GRAPHS, add_bundle_argument, open_runtime
@@ -61,15 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the metrics, and check the thresholds."""
     thresholds = parse_thresholds(arguments.require)
+    if arguments.out:  # whatever prevents the report is found before the work
+        check_writable(arguments.out)
+        pyplot()
     options = read_options(arguments, RuntimeOptions, GRAPHS)
     dataset = _open_examples(arguments)
     check_thresholds(thresholds, dataset.question_types, dataset.num_no_match)
+    if arguments.out:  # whatever prevents the report is found before the work
+        pyplot()
+        check_writable(arguments.out)
     count = len(dataset.examples)
     with open_runtime(arguments.bundle, options) as coprs, StepPrinter() as steps:
         _check_images(dataset.examples, coprs)
-        if arguments.out:  # whatever prevents the report is found before the work
-            pyplot()
-            arguments.out.mkdir(parents=True, exist_ok=True)
         predict = predict_with(coprs.segment, dataset.max_targets)
         steps("evaluate")
         scores = evaluate(

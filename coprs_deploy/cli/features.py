@@ -10,11 +10,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.cli.parser import log, print_json, print_result
+from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.data.examples import ExampleFile
-from coprs_deploy.errors import error_body
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the maximum size, compute the embeddings, print the result."""
+    check_writable(arguments.out)
     from coprs_deploy.training.features import compute_features, max_feature_bytes
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     files = [ExampleFile(path) for path in arguments.examples]
     count = sum(len(file) for file in files)
-    if not count:
-        error = ValueError(f"no row can be used: {'; '.join(file.summary() for file in files)}")
-        log(f"coprs-deploy features: {error}")
-        if arguments.json:
-            print_json(error_body(error))
-        return 1
     size = max_feature_bytes(checkpoint, count) / 1e9
     log(f"{count:,} examples, at most {size:,.2f} GB in float16; equal images are stored once")
 

@@ -112,13 +112,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingDependencyError(
             f"serving needs {error.name}; {install_hint('serve')}"
         ) from error
-    # SIGTERM, which stops a container, ends the server like Ctrl-C.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM, which stops a container, and SIGHUP end the server like Ctrl-C.
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if previous[signal.SIGHUP] != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         with _bind(arguments.host, arguments.port) as listener:
             _serve(arguments, options, listener)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 

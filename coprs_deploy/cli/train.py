@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
@@ -81,6 +82,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    check_writable(out)
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
     if is_worker:
         from coprs_deploy.training.processes import end_with_launcher

@@ -94,6 +94,12 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
         raise
     except Exception as error:  # damaged files raise whatever their contents lead to
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error
+    _check_weights(model, info, path)
+    return model, tokenizer
+
+
+def _check_weights(model: Any, info: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that do not fit the model, or are not finite."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, info.get(kind) or ())):
             lora = any("lora_" in name for name in names)
@@ -102,16 +108,16 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
                 f"{kind.replace('_', ' ')} {names[:5]}"
                 + ("; merge the LoRA adapter with peft's merge_and_unload()" if lora else "")
             )
+    # Quantized weights are left to the library that unpacks them.
+    floats = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.dtype.itemsize > 1
+    }
     try:
-        floats = {
-            n: p
-            for n, p in model.named_parameters()
-            if p.dtype.itemsize > 1 and p.is_floating_point()
-        }
-        check_values(floats, f"the policy in {path}")  # of a quantized one, the rest
+        check_values(floats, f"the policy in {path}")
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-    return model, tokenizer
 
 
 def _refuse_adapter(path: Path) -> None:

@@ -43,7 +43,7 @@ from PIL import ExifTags, Image
 from coprs_deploy.artifacts import atomic_write
 from coprs_deploy.data.rle import decode_mask, encode_mask, json_type
 from coprs_deploy.data.rows import COLUMNS, ExampleRow, FieldError, open_rows, row_writer
-from coprs_deploy.errors import ArtifactError
+from coprs_deploy.errors import ArtifactError, NoValidRowError
 from coprs_deploy.images import RgbArray, load_image
 from coprs_deploy.prompts import REFERENCE_TOKEN, check_instruction
 
@@ -209,7 +209,7 @@ class ExampleFile(LazyExamples):
         self.problems = tuple(problems)
         self.ignored_columns = tuple(self._rows.ignored_columns)
         if not self._valid:
-            raise ArtifactError(f"{self.summary()}; at least one row must be valid")
+            raise NoValidRowError(f"{self.summary()}; at least one row must be valid")
         if problems or self.ignored_columns:
             warnings.warn(self.summary(), stacklevel=2)
 

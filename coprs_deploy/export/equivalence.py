@@ -70,17 +70,18 @@ def compare_graphs(
     """
     known = {} if known is None else known
     if not known:
-        known |= run_graphs(reference, samples, report=lambda name: report(f"reference {name}"))
+        outputs = run_graphs(reference, samples, report=lambda name: report(f"reference {name}"))
+        known |= {name: outputs[name] for name in GRAPH_NAMES}
     found = run_graphs(
         candidate, samples, known, lambda name: report(f"candidate {name}"), encodes_batches=True
     )
     fused = _fused_masks(candidate, samples, found[IMAGE_ENCODER])
     found[END_TO_END] = fused or found[END_TO_END]
     records = []
-    for name, outputs in found.items():
+    for name, values in found.items():
         expected = known[MASK_DECODER if name == END_TO_END else name]
-        repeated = [expected[number % len(expected)] for number in range(len(outputs))]
-        records.append(summarize(name, outputs, repeated, tolerances[name]))
+        repeated = [expected[number % len(expected)] for number in range(len(values))]
+        records.append(summarize(name, values, repeated, tolerances[name]))
     return tuple(records)
 
 

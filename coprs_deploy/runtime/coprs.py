@@ -6,7 +6,7 @@ import asyncio
 import os
 import reprlib
 import time
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -122,6 +122,7 @@ class CoPRS(Closeable):
         if policy is not None:
             options = replace(options, policy=policy)
         check_type("bundle", bundle, str, Path, NoneType)
+        check_type("progress", progress, Callable)
         _check_process(cls._loaded_in)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)

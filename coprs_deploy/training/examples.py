@@ -69,9 +69,7 @@ def open_data(recipe: Recipe) -> OpenedData:
     for name in ("training", "held_out"):
         path = getattr(data, name)
         contained = Contents(features)
-        files[name] = file = ExampleFile(path, inspect=contained.add)
-        if not len(file):
-            raise ValueError(f"no row can be used: {file.summary()}")
+        files[name] = ExampleFile(path, inspect=contained.add)
         _check_targets(recipe, path, contained.num_targets)
         _check_responses(recipe, path, contained.without_response)
         if features is not None and contained.without_embedding:
@@ -79,7 +77,7 @@ def open_data(recipe: Recipe) -> OpenedData:
                 f"{path}: {_named(contained.without_embedding)} no embedding in {features.path}; "
                 f"add them with `coprs-deploy features CHECKPOINT {path} --out {features.path}`"
             )
-        contents[f"data.{name}"] = {"examples": len(file), "hash": contained.hexdigest()}
+        contents[f"data.{name}"] = {"examples": len(files[name]), "hash": contained.hexdigest()}
     return OpenedData(files["training"], files["held_out"], features, contents)
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ class StopRequest:
         if not (self._runs_steps and is_first):
             self.exit()
         if os.environ.get("RANK", "0") == "0":
-            text = f"{signal.Signals(number).name}: stopping after this step; repeat to stop now"
-            print(text, file=sys.stderr, flush=True)
+            text = f"{signal.Signals(number).name}: stopping after this step; repeat to stop now\n"
+            with suppress(OSError):  # a handler may interrupt a print, so it must not print
+                os.write(2, text.encode())
 
 
 def run_processes(command: Sequence[str], count: int, num_threads: int) -> int:

@@ -73,6 +73,16 @@ def test_serve_returns_the_result_of_the_runtime_and_stops_on_sigterm():
 
 
 @pytest.mark.slow
+def test_serve_stops_on_sighup():
+    with serving() as (server, _):
+        server.send_signal(signal.SIGHUP)
+        assert server.wait(timeout=60) == 0
+        stderr = server.stderr.read()
+    assert stderr.endswith("stopped\n")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
 def test_serve_stops_on_sigterm_within_seconds_under_load():
     """Eight images of 36 megapixels take longer than the grace period; they get 503."""
     file = io.BytesIO()

@@ -201,32 +201,50 @@ def test_new_directory_full_disk_is_one_os_error(tmp_path, error):
 
 
 KILLED_WRITER = """
-import os, shutil, sys
+import json, os, sys
 from pathlib import Path
 from coprs_deploy.artifacts import new_directory
 
-calls = 0
+def write(target, last):
+    '''Replace the target; end without any cleanup at the given system call.'''
+    calls = 0
 
-def killed_at(number, function):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == number:
+    def ending(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                os._exit(9)
+            return function(*arguments, **options)
+        return call
+
+    with new_directory(target, "config.json", overwrite=True) as partial:
+        for name in ("config.json", "graph"):
+            (partial / name).write_text("new")
+        if last == 0:
             os._exit(9)
-        return function(*arguments, **options)
-    return call
+        for owner, name in ((Path, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "rmdir")):
+            setattr(owner, name, ending(getattr(owner, name)))
 
-number = int(sys.argv[2])
-with new_directory(Path(sys.argv[1]), "config.json", overwrite=True) as partial:
-    for name in ("config.json", "graph"):
-        (partial / name).write_text("new")
-    if number == 0:
-        os._exit(9)
-    for owner, name in ((Path, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "rmdir")):
-        setattr(owner, name, killed_at(number, getattr(owner, name)))
-    if sys.argv[3:]:
-        raise SystemExit
+codes = []
+for target, last in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        write(Path(target), last)
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes)
 """
+
+
+def kill_writers(*targets):
+    """Write directories in processes that end at their n-th call; return their exit codes."""
+    words = json.dumps([(str(target), last) for target, last in targets])
+    command = [sys.executable, "-c", KILLED_WRITER, words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
 NEW = {MARKER: "new", "graph": "new"}
 
 
@@ -235,8 +253,7 @@ def test_new_directory_killed_process_leaves_target_unchanged(tmp_path, exists):
     target = tmp_path / "model"
     if exists:
         write_kind(target)
-    run = subprocess.run([sys.executable, "-c", KILLED_WRITER, target, "0"], check=False)
-    assert run.returncode == 9
+    assert kill_writers((target, 0)) == [9]
     assert (contents(target) == OLD) if exists else not target.exists()
     with new_directory(target, MARKER, overwrite=True) as partial:
         (partial / MARKER).write_text("newer")
@@ -246,20 +263,16 @@ def test_new_directory_killed_process_leaves_target_unchanged(tmp_path, exists):
 
 @pytest.mark.parametrize("kind", ["full", "empty", "missing"])
 def test_new_directory_killed_at_any_moment_is_old_or_new_after_the_next_run(tmp_path, kind):
-    codes = []
-    for number in range(1, 40):
-        place = tmp_path / str(number)
-        target = place / "model"
-        place.mkdir()
+    targets = [(tmp_path / str(last) / "model", last) for last in range(1, 40)]
+    for target, _ in targets:
+        target.parent.mkdir()
         if kind == "full":
             write_kind(target)
         elif kind == "empty":
             target.mkdir()
-        before = contents(target) if kind != "missing" else {}
-        run = subprocess.run(
-            [sys.executable, "-c", KILLED_WRITER, target, str(number)], check=False
-        )
-        codes.append(run.returncode)
+    before = OLD if kind == "full" else {}
+    codes = kill_writers(*targets)
+    for target, _ in targets:
         check_replaceable(target, MARKER, overwrite=True)
         with (
             pytest.raises(ValueError, match="the reason"),
@@ -267,19 +280,17 @@ def test_new_directory_killed_at_any_moment_is_old_or_new_after_the_next_run(tmp
         ):
             assert contents(target) in (before, NEW)
             raise ValueError("the reason")
-        assert contents(place) in tuple(
-            {f"model/{name}": text for name, text in content.items()} for content in (before, NEW)
-        )
-        assert hidden_in(place) == []
-        if run.returncode == 0:
-            break
-    assert codes == [9] * (len(codes) - 1) + [0]
-    assert len(codes) > {"full": 9, "empty": 6, "missing": 3}[kind]
+        assert contents(target) in (before, NEW)
+        assert names_in(target.parent) in ([], ["model"])
+        assert hidden_in(target.parent) == []
+    num_calls = codes.index(0)
+    assert codes == [9] * num_calls + [0] * (len(codes) - num_calls)
+    assert num_calls > {"full": 9, "empty": 6, "missing": 2}[kind]
 
 
 def test_new_directory_user_file_beside_an_unfinished_replacement_is_kept(tmp_path):
     target = write_kind(tmp_path / "model")
-    subprocess.run([sys.executable, "-c", KILLED_WRITER, target, "4"], check=False)
+    assert kill_writers((target, 4)) == [9]
     (target / "thesis.txt").write_text("mine")
     with (
         pytest.raises(ValueError, match="the reason"),

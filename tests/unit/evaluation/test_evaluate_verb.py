@@ -53,6 +53,15 @@ def test_file_without_a_valid_row_is_wrong_use(verb, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("coprs_deploy.cli.evaluate.open_runtime")
+    out = tmp_path / "file"
+    out.write_text("kept")
+    assert main(["evaluate", "--num-examples", "1", "--out", str(out)]) == 2
+    assert f"{out}: Not a directory" in capsys.readouterr().err
+    assert out.read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

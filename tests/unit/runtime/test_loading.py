@@ -8,6 +8,7 @@ import torch
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines.autotune import RuntimeChoice
 from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.policy.torch_settings import torch_threads
 from coprs_deploy.policy.vllm_policy.settings import VllmSettings
 from coprs_deploy.runtime import CoPRS, RuntimeOptions, loading
 from coprs_deploy.runtime.loading import choose_runtimes, open_graphs
@@ -125,9 +126,9 @@ def test_load_num_threads_reaches_graphs_and_every_step_of_the_policy(
         model = coprs._policy._model
         for module in (model.model, model.lm_head):
             module.register_forward_pre_hook(lambda *_: found.append(torch.get_num_threads()))
-        before = torch.get_num_threads()
-        result = coprs.segment(scene, "the red disc")
-        assert torch.get_num_threads() == before
+        with torch_threads(2):
+            result = coprs.segment(scene, "the red disc")
+            assert torch.get_num_threads() == 2
         sessions = [runner._session for runner in coprs._graphs.runners.values()]
     assert len(found) >= 2 * result.timings.response_tokens
     assert set(found) == {expected}

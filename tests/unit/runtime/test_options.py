@@ -50,6 +50,7 @@ def test_options_out_of_range_are_refused(options, message):
     ("arguments", "message"),
     [
         ({"bundle": 3}, "bundle is 3; accepted: str, Path, None"),
+        ({"progress": True}, "progress is True; accepted: Callable"),
         ({"options": {"device": "cpu"}}, "options is {'device': 'cpu'}; accepted: RuntimeOptions"),
     ],
 )

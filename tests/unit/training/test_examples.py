@@ -8,6 +8,7 @@ import pytest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.data.examples import Example, write_examples
 from coprs_deploy.data.synthetic import PLAIN, SceneExamples
+from coprs_deploy.errors import NoValidRowError
 from coprs_deploy.training.examples import Contents, open_data
 from coprs_deploy.training.features import compute_features
 from coprs_deploy.training.recipe import load_recipe
@@ -82,11 +83,10 @@ def test_open_data_with_an_image_without_embedding_is_refused(
         open_data(recipe_of(tmp_path, *sets.values(), features))
 
 
-@pytest.mark.filterwarnings("ignore:.*rows are invalid:UserWarning")
 def test_open_data_without_a_valid_row_is_refused(tmp_path, scenes):
     recipe = recipe_of(tmp_path, scenes[:1], scenes[1:])
     (tmp_path / "training.jsonl").write_text('{"id": "1"}\n')
-    with pytest.raises(Exception, match=r"training\.jsonl"):
+    with pytest.raises(NoValidRowError, match=r"training\.jsonl"):
         open_data(recipe)
 
 
@@ -113,7 +113,7 @@ def test_contents_depend_on_every_part_and_the_order_but_not_on_the_file(tmp_pat
     assert digest(scenes[::-1]) != whole
     hashes = set()
     for name in ("one.jsonl", "two.parquet"):
-        write_examples(tmp_path / name, scenes, images_as_files=name == "one.jsonl")
+        write_examples(tmp_path / name, scenes)
         (tmp_path / "recipe.toml").write_text(
             f'base = "grpo_demo"\n[data]\nkind = "examples"\ntraining = "{tmp_path / name}"\n'
             f'held_out = "{tmp_path / name}"'

@@ -189,6 +189,30 @@ def test_export_checkpoint_has_the_weights_of_the_newest_state(tmp_path, recipe,
     assert not short.exists()
 
 
+CHANGES = {
+    "supervised": ("max_steps=3", "eval_steps=1", "num_eval_examples=1"),
+    "grpo": ("max_steps=3", "per_device_train_batch_size=2", "max_targets=2", "eval_steps=0"),
+}
+"""Settings of a stage that a resumed run changes."""
+
+
+def test_resumed_run_may_change_memory_evaluation_and_length(tmp_path, recipe, stage, whole_run):
+    out = tmp_path / "changed"
+    process = start(recipe, out)
+    wait_for_step(process, out, 1)
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    step = len(losses_of(out))
+    assert step < 3, "the run was stopped too late"
+    changes = [word for each in CHANGES[stage] for word in ("--set", f"stages.{stage}.{each}")]
+    finish(recipe, out, *changes)
+    assert [n for n, _ in losses_of(out)] == [1, 2, 3]
+    found, expected = losses_of(out), losses_of(whole_run)
+    assert found[:step] == expected[:step]
+    # The schedule of the learning rate ends earlier, which the first resumed step does not show.
+    assert found[step][1] == pytest.approx(expected[step][1], rel=0.05)
+
+
 def test_finished_run_with_more_steps_names_the_way_on(tmp_path, recipe, stage, whole_run):
     done = subprocess.run(
         command_of(recipe, whole_run, "--set", f"stages.{stage}.max_steps=99"),

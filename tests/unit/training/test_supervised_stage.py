@@ -135,12 +135,15 @@ def test_stage_with_precomputed_embeddings_gives_the_losses_of_the_encoder(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*rows are invalid:UserWarning")
 @pytest.mark.parametrize("has_features", [False, True])
 def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     checkpoint, examples, tmp_path, has_features
 ):
     for name in ("training", "held_out"):
         write_examples(tmp_path / f"{name}.jsonl", examples)
+    with (tmp_path / "training.jsonl").open("a") as file:
+        file.write('{"id": "last"}\n')
     settings = [
         f"model.path={checkpoint.path}",
         f"data.training={tmp_path / 'training.jsonl'}",
@@ -158,6 +161,9 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
     report = train(recipe, tmp_path / "run")
     assert report["stages"]["supervised"]["metrics"].keys() >= {"giou", "prior_giou"}
+    training, held_out = report["files"]
+    assert [row["column"] for row in training["skipped_rows"]] == ["instruction"]
+    assert held_out["skipped_rows"] == []
     finished = read_checkpoint(tmp_path / "run" / "checkpoint")
     if has_features:
         FeatureStore(features).require_encoder(load_segmentation_model(finished))
