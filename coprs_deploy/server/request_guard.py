@@ -98,10 +98,11 @@ class RequestGuard:
         if not (length.isascii() and length.isdigit()):
             message = f"Content-Length is {length[:40]!r}; send the number of bytes of the body"
             return _refuse(411, "LengthRequired", message)
-        if int(length[:20]) <= self._max_bytes:
+        num_bytes = int(length.lstrip("0")[:20] or "0")
+        if num_bytes <= self._max_bytes:
             return None
         message = (
-            f"the request has {int(length[:20]) / MIB:.1f} MiB; accepted: at most "
+            f"the request has {num_bytes / MIB:.1f} MiB; accepted: at most "
             f"{self._max_bytes / MIB:g} MiB; send a smaller image, or start the server with a "
             "larger --max-upload"
         )

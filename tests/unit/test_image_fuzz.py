@@ -62,7 +62,7 @@ def damaged(draw, data):
     start, length = draw(st.integers(0, len(data))), draw(st.integers(0, 64))
     part = bytes(damage[start : start + length])
     damage[start : start + length] = part * draw(st.sampled_from([1, 1, 0, 2, 9]))
-    return bytes(damage[: draw(st.sampled_from([len(damage), draw(st.integers(1, len(damage)))]))])
+    return bytes(damage[: draw(st.sampled_from([len(damage), draw(st.integers(0, len(damage)))]))])
 
 
 @contextlib.contextmanager

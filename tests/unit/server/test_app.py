@@ -279,6 +279,12 @@ class TestRefusals:
         client, _ = connect()
         assert len(client.get("/" + "x" * 50_000).json()["error"]) < 400
 
+    @pytest.mark.parametrize("length", [f"{MAX_BYTES + 1:030}", "9" * 5_000])
+    def test_content_length_of_many_digits_is_compared_with_the_limit(self, connect, length):
+        client, _ = connect()
+        response = client.post("/segment", content=b"", headers={"Content-Length": length})
+        assert response.status_code == 413
+
     def test_content_length_that_is_no_number_is_refused_with_411(self, connect):
         client, _ = connect()
         response = client.post("/segment", content=b"", headers={"Content-Length": "ten"})
