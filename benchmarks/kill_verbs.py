@@ -52,15 +52,18 @@ PRELOADED = (
 """Modules that the process imports from which runs are forked; unknown ones are ignored."""
 
 RUN_VERB = """
-import atexit, os, sys
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 os.setsid()
 os.chdir(folder)
 os.environ.update(environment)
 for stream, path in ((1, os.devnull), (2, stderr)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
-from coprs_deploy.cli.main import main
 try:
+    from coprs_deploy.cli.main import main
     code = main(arguments)
+except KeyboardInterrupt:
+    code = 130  # while the program starts, as a shell shows it
 finally:
     atexit._run_exitfuncs()
 sys.exit(code)

@@ -308,6 +308,11 @@ def _is_unfinished(path: Path) -> bool:
     return any(any(place.glob(pattern)) for place in (real, real.parent))
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, or that which a link points to, if they are missing."""
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+
+
 def _entries(path: Path) -> Iterator[Path]:
     """List a directory without what its file system or an unfinished write keeps there."""
     for entry in path.iterdir():

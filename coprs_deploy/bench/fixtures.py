@@ -19,7 +19,7 @@ from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import BundleError, MissingDependencyError
 from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.machine import installed_versions
@@ -141,14 +141,9 @@ class Model:
     variant: ExportOptions = field(default_factory=ExportOptions)
 
     @property
-    def is_random(self) -> bool:
-        """Whether it is a SAM size with random weights."""
-        return self.random_bytes > 0
-
-    @property
     def weights_bytes(self) -> int:
         """Size of the segmentation weights; 0 where they are unknown."""
-        if self.checkpoint is None or self.is_random:
+        if self.checkpoint is None or self.random_bytes:
             return self.random_bytes
         return (self.checkpoint / SEGMENTATION_FILE).stat().st_size
 
@@ -171,7 +166,7 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """First digits of the fingerprint of its weights; random ones are always the same."""
-        if self.is_random:
+        if self.random_bytes:
             return "random"
         if self.checkpoint is not None:
             return read_checkpoint(self.checkpoint).fingerprint()[:12]
@@ -272,7 +267,7 @@ class Fixtures:
         """
         if model.checkpoint is None:
             raise WorkerError("the bundle has no such graphs; name its checkpoint: --checkpoint")
-        if not model.is_random:
+        if not model.random_bytes:
             return model.checkpoint
         return self.make("random_checkpoint", model.name, sam=model.name)
 
@@ -298,7 +293,10 @@ class Fixtures:
         options = self.export_options(model, runtime, precision, variant)
         names.append(model.fingerprint)
         made = self.make("export_bundle", *names, checkpoint=self.weights(model), options=options)
-        return made if self._pending is not None else open_bundle(made).path
+        try:
+            return made if self._pending is not None else open_bundle(made).path
+        except BundleError as error:  # a kept one was changed, or is of another version
+            raise WorkerError(str(error)) from None
 
     def export_options(
         self, model: Model, runtime: str, precision: str, variant: ExportOptions | None = None
@@ -313,7 +311,7 @@ class Fixtures:
         """Return a folder of images for int8: the user's, or scenes cut to an aspect ratio."""
         if self.options.calibration is not None:
             return self.options.calibration
-        if not (model.has_gt or model.is_random):
+        if not (model.has_gt or model.random_bytes):
             raise WorkerError("int8 is calibrated on images; name a folder with --calibration")
         count = CALIBRATION_IMAGES if model.has_gt else FEW_CALIBRATION_IMAGES
         settings = {"count": count, "aspect_ratio": variant.aspect_ratio or (1, 1)}
@@ -323,7 +321,7 @@ class Fixtures:
         """Return a model's inputs and their float32 outputs."""
         source = {"checkpoint": model.checkpoint and self.weights(model), "bundle": model.bundle}
         count = model.num_inputs if count is None else count
-        aspect_ratio = model.variant.aspect_ratio or (WIDE if model.is_random else None)
+        aspect_ratio = model.variant.aspect_ratio or (WIDE if model.random_bytes else None)
         names = [model.name, count, *variant_words(model.variant), model.fingerprint]
         names += ["own"] * (model.checkpoint is None)
         settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}

@@ -67,7 +67,7 @@ def runtime_name(runtime: str, device: str, precision: str) -> str:
 
 def variants(model: Model, graph: str, precision: str) -> tuple[ExportOptions, ...]:
     """List the measured variants: encoders of real size also for one aspect ratio."""
-    if graph != IMAGE_ENCODER or precision not in (FP32, INT8) or not model.is_random:
+    if graph != IMAGE_ENCODER or precision not in (FP32, INT8) or not model.random_bytes:
         return (model.variant,)
     wide = ExportOptions(aspect_ratio=WIDE)
     return (ExportOptions(), wide, ExportOptions(aspect_ratio=WIDE, drop_padding=True))
@@ -186,7 +186,7 @@ def export_suite(fixtures: Fixtures) -> Planned:
     missing = {entry.name for entry in skipped}
     for model in fixtures.models():
         kinds = [kind for kind in TOLERANCES if kind[0] not in missing]
-        cases = [_conversion(fixtures, model)] if model.is_random else []
+        cases = [_conversion(fixtures, model)] if model.random_bytes else []
         cases += [_export(fixtures, model, *kind) for kind in kinds]
         name, limit = f"{model.name}: export", PREPARE_TIMEOUT_S
         yield Group(name, cases, unit="one export", runs=1, timeout_s=limit)

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from coprs_deploy.artifacts import write_json, write_text
+from coprs_deploy.artifacts import make_directory, write_json, write_text
 from coprs_deploy.bench.report import Accuracy, CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 
@@ -83,7 +83,7 @@ Timed = Sequence[tuple[CaseResult, Latency]]
 
 def write_outputs(folder: Path, report: Report) -> list[Path]:
     """Write a report as JSON, Markdown and HTML under its own name; return the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     paths = [folder / f"{report.stem}.{ending}" for ending in ("json", "md", "html")]
     write_json(paths[0], report.to_json())
     write_text(paths[1], render_markdown(report))

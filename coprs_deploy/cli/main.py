@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or wrong use
         return int(stop.code or 0)
+    except KeyboardInterrupt:  # while the modules of the verb are imported
+        return INTERRUPTED
     try:
         with _exit_on_signals():
             code: int = parsed.run(parsed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from coprs_deploy.artifacts import atomic_write, check_writable
+from coprs_deploy.artifacts import atomic_write, check_writable, make_directory
 from coprs_deploy.cli.parser import print_result
 from coprs_deploy.data.contact_sheet import draw_contact_sheet
 from coprs_deploy.data.examples import write_examples
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     first_seed = arguments.first_seed + (HELD_OUT_SEED if arguments.held_out else 0)
     examples = SceneExamples(PRESETS[arguments.preset], arguments.num_examples, first_seed)
     check_writable(out, is_file=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     if out.suffix == ".png":
         sheet = draw_contact_sheet(list(examples), arguments.columns)
         with atomic_write(out) as partial:

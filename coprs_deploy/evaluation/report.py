@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coprs_deploy.artifacts import atomic_write, write_text
+from coprs_deploy.artifacts import atomic_write, make_directory, write_text
 from coprs_deploy.evaluation.metrics import ExampleScore, summarize
 from coprs_deploy.evaluation.plots import plot_correlation
 
@@ -26,7 +26,7 @@ def write_evaluation(directory: Path, title: str, scores: Sequence[ExampleScore]
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     present = [score for score in scores if score.num_targets]
     lines = [f"# {title}", "", *metric_table(summarize(scores))]
     if present:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.artifacts import write_text
+from coprs_deploy.artifacts import make_directory, write_text
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.export.comparison import BackendComparison, Difference
 from coprs_deploy.specs import IMAGE_ENCODER
@@ -39,7 +39,7 @@ def write_comparison_page(
     path: Path, bundle: Bundle, comparisons: Sequence[BackendComparison], num_samples: int
 ) -> None:
     """Write the comparison as one self-contained HTML page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_text(path, comparison_page_html(bundle, comparisons, num_samples))
 
 

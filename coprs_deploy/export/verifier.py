@@ -8,9 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.artifacts import check_writable
 from coprs_deploy.bundle import (
-    MANIFEST_FILE,
     Bundle,
     EngineRecord,
     EquivalenceRecord,
@@ -59,12 +57,9 @@ def verify_bundle(
         EquivalenceError: the bundle was exported from another checkpoint.
         ValueError: the runtime cannot run these graphs.
         EngineMismatchError: an engine does not fit the library or GPU, or carries host code.
-        OSError: the bundle has engines, and its manifest cannot be written.
     """
     bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
     _check_fingerprint(bundle, checkpoint)
-    if any(graph.engine for graph in bundle.manifest.graphs.values()):
-        check_writable(bundle.path / MANIFEST_FILE, is_file=True)  # engines are marked there
     if runtime is not None:
         check_runtime(bundle.manifest.graphs[IMAGE_ENCODER], runtime)
     options = RunnerOptions(device=device, allow_engine_host_code=allow_engine_host_code)

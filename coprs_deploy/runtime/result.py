@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.artifacts import atomic_write, write_json
+from coprs_deploy.artifacts import atomic_write, make_directory, write_json
 from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.images import ResizeTransform, RgbArray, mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
@@ -293,7 +293,7 @@ class SegmentationResult:
             ``prior`` (with the target's number if there are several).
         """
         root = Path(directory)
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         written = {"overlay": root / "overlay.png", "result": root / "result.json"}
         _save_png(self.plot(), written["overlay"])
         masks = self.masks if self.found else self.mask[None]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coprs_deploy.artifacts import atomic_write, exclusive, write_json
+from coprs_deploy.artifacts import atomic_write, exclusive, make_directory, write_json
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray, image_key, prepare_image
@@ -165,7 +165,7 @@ def compute_features(
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard is {images_per_shard}; accepted: 1 or more")
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     with exclusive(out / LOCK_FILE, f"another process is writing to {out}; wait for it"):
         model = load_segmentation_model(checkpoint)
         _open_index(out, model)

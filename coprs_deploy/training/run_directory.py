@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.artifacts import atomic_write, exclusive, write_json
+from coprs_deploy.artifacts import atomic_write, exclusive, make_directory, write_json
 from coprs_deploy.machine import environment
 from coprs_deploy.training.recipe import RunSettings, changed_keys
 
@@ -63,7 +63,7 @@ class RunDirectory:
         Raises:
             ArtifactError: another process trains in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         message = (
             f"another process trains in {self.path}; wait for it, stop it, or choose another "
             "directory with --out"
@@ -78,7 +78,7 @@ class RunDirectory:
         """
         file = self.path / RECIPE_FILE
         if not file.is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             write_json(self.path / "environment.json", environment())
             write_json(file, recipe.to_json())
             return False

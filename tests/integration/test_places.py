@@ -54,6 +54,7 @@ def is_root() -> bool:
 
 pytestmark = pytest.mark.slow
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs root and mount namespaces")
+extended = pytest.mark.extended
 needs_root = pytest.mark.skipif(not is_root(), reason="needs root, to be another user")
 
 COMMANDS = {
@@ -119,15 +120,20 @@ def hidden(files: list[str]) -> list[str]:
     ("setup", "out", "inside"),
     [
         pytest.param("mkdir vol; mount -t tmpfs tmpfs vol", "vol", False, marks=needs_mounts),
-        pytest.param("mkdir a vol; mount --bind a vol", "vol", False, marks=needs_mounts),
-        pytest.param("mkdir vol; mount -t tmpfs tmpfs vol", "vol/new", False, marks=needs_mounts),
-        ("mkdir here", "here", True),
-        ("mkdir disk; ln -s disk link", "link", False),
+        pytest.param(
+            *("mkdir a vol; mount --bind a vol", "vol", False), marks=[needs_mounts, extended]
+        ),
+        pytest.param(
+            *("mkdir vol; mount -t tmpfs tmpfs vol", "vol/new", False),
+            marks=[needs_mounts, extended],
+        ),
+        pytest.param("mkdir here", "here", True, marks=extended),
+        pytest.param("mkdir disk; ln -s disk link", "link", False, marks=extended),
         ("mkdir disk; ln -s disk/new link", "link", False),
-        (":", "two  words 'and' \"quotes\"", False),
-        (":", "new\nline", False),
+        pytest.param(":", "two  words 'and' \"quotes\"", False, marks=extended),
+        pytest.param(":", "new\nline", False, marks=extended),
         (":", os.fsdecode(b"not utf-8 \xff"), False),
-        (":", "deep/er", False),
+        pytest.param(":", "deep/er", False, marks=extended),
     ],
     ids=[
         *("mount", "bind mount", "in a mount", "working directory", "link", "dangling link"),
@@ -148,7 +154,7 @@ def test_verbs_write_to_any_place(tmp_path, setup, out, inside):
         pytest.param(
             "mkdir vol; mount -t tmpfs -o ro tmpfs vol",
             *("vol", "", errno.EROFS, "vol"),
-            marks=needs_mounts,
+            marks=[needs_mounts, extended],
         ),
         pytest.param(
             "mkdir vol; mount -t tmpfs -o ro tmpfs vol",
@@ -158,14 +164,14 @@ def test_verbs_write_to_any_place(tmp_path, setup, out, inside):
         pytest.param(
             "mkdir vol; chown 12345 vol",
             *("vol", UNPRIVILEGED, errno.EACCES, "vol"),
-            marks=needs_root,
+            marks=[needs_root, extended],
         ),
         pytest.param(
             "mkdir vol; chown 12345 vol",
             *("vol/new", UNPRIVILEGED, errno.EACCES, "vol"),
             marks=needs_root,
         ),
-        ("touch vol", "vol/new", "", errno.ENOTDIR, "vol"),
+        pytest.param("touch vol", "vol/new", "", errno.ENOTDIR, "vol", marks=extended),
     ],
     ids=["read-only mount", "in a read-only mount", "foreign", "in a foreign", "below a file"],
 )
@@ -178,7 +184,7 @@ def test_verbs_refuse_a_place_that_cannot_be_written(tmp_path, setup, out, prefi
 
 
 @needs_mounts
-@pytest.mark.parametrize("out", ["vol", "vol/new"])
+@pytest.mark.parametrize("out", [pytest.param("vol", marks=extended), "vol/new"])
 def test_verbs_on_a_full_disk_name_the_path_and_leave_nothing_unfinished(tmp_path, out):
     results = run_verbs(tmp_path, out, "mkdir vol; mount -t tmpfs -o size=16k tmpfs vol")
     for verb, (code, stderr, files) in results.items():
@@ -192,7 +198,7 @@ def test_verbs_on_a_full_disk_name_the_path_and_leave_nothing_unfinished(tmp_pat
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("more", [[], ["--json"]])
-@pytest.mark.parametrize("buffering", ["", "1"])
+@pytest.mark.parametrize("buffering", ["", pytest.param("1", marks=extended)])
 def test_verb_with_a_full_disk_behind_its_output_is_exit_code_2(stream, more, buffering):
     command = [sys.executable, "-m", "coprs_deploy", "inspect", demo.BUNDLE]
     if stream == "stderr":

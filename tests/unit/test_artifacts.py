@@ -22,6 +22,7 @@ from coprs_deploy.artifacts import (
     exclusive,
     fingerprint,
     hash_file,
+    make_directory,
     new_directory,
     record_files,
     temporary_directory,
@@ -621,6 +622,15 @@ def test_exclusive_without_lock_support_raises_and_leaves_no_marker(tmp_path, mo
     with pytest.raises(OSError, match="no locks here"), exclusive(tmp_path / ".lock", "taken"):
         pass
     assert all(file.read_bytes() == b"" for file in tmp_path.iterdir())
+
+
+def test_make_directory_creates_what_a_link_points_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "new")
+    for path in (tmp_path / "link", tmp_path / "link", tmp_path / "deep" / "er"):
+        make_directory(path)
+        assert path.is_dir()
+    assert (tmp_path / "link").is_symlink()
+    assert names_in(tmp_path / "disk") == ["new"]
 
 
 # Temporary directories

@@ -102,6 +102,13 @@ def test_bundle_int8_is_shared_by_runtimes_that_read_onnx(tiny_checkpoint, tmp_p
     assert fixtures.bundle(model, "openvino", "int8", DROPPED) == made
 
 
+def test_kept_bundle_that_was_changed_is_the_error_of_its_cases(tmp_path, monkeypatch):
+    fixtures = Fixtures(tmp_path, BenchOptions())
+    monkeypatch.setattr(fixtures, "make", lambda *names, **settings: tmp_path / "nothing")
+    with pytest.raises(WorkerError, match="there is no bundle"):
+        fixtures.bundle(fixtures.model, "onnxruntime", "fp32", WIDE)
+
+
 def test_bundle_with_its_own_profile_is_measured_as_it_is(tmp_path):
     fixtures = Fixtures(tmp_path, BenchOptions())
     model = replace(fixtures.model, variant=MANY)

@@ -75,7 +75,9 @@ learning_rate = 1e-3
 """
 
 
-@pytest.fixture(scope="module", params=["supervised", "grpo"])
+@pytest.fixture(
+    scope="module", params=["supervised", pytest.param("grpo", marks=pytest.mark.extended)]
+)
 def stage(request):
     return request.param
 
@@ -137,7 +139,7 @@ def whole_run(recipe, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.extended)])
 def test_stopped_run_keeps_a_state_and_resumes_to_the_same_bits(
     tmp_path, recipe, stage, whole_run, name
 ):
@@ -162,7 +164,6 @@ def test_stopped_run_keeps_a_state_and_resumes_to_the_same_bits(
     assert losses_of(out) == losses_of(whole_run)
     resumed = weights_of(out, stage)
     assert all(torch.equal(tensor, final[key]) for key, tensor in resumed.items())
-    assert [f.name for f in (out / "tensorboard").iterdir()]
     curves = EventAccumulator(str(out / "tensorboard")).Reload()
     steps = [event.step for event in curves.Scalars(f"{stage}/loss")]
     assert steps == [step for step, _ in losses_of(whole_run)]
@@ -170,7 +171,7 @@ def test_stopped_run_keeps_a_state_and_resumes_to_the_same_bits(
 
 def test_export_checkpoint_has_the_weights_of_the_newest_state(tmp_path, recipe, stage):
     """A run that ends after two steps has the weights of the state after two of them."""
-    out, short = tmp_path / "killed", tmp_path / "short"
+    out = tmp_path / "killed"
     process = start(recipe, out, "--set", "save_steps=2")
     while not list((out / "stages" / stage).glob("state-000002/progress.json")):
         assert process.poll() is None, log_of(out)
@@ -186,7 +187,6 @@ def test_export_checkpoint_has_the_weights_of_the_newest_state(tmp_path, recipe,
     for part, tensors in exported.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, ended[f"{part}.{name}"]), name
-    assert not short.exists()
 
 
 CHANGES = {
@@ -239,7 +239,6 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, recipe, stage)
     checkpoint = read_checkpoint(out / "checkpoint-best")
     assert checkpoint.config.provenance["step"] == best
     if best == 2:
-        assert checkpoint.fingerprint() != ""
         found = state_from_checkpoint(checkpoint).state_dict()
         for name, tensor in found["policy"].items():
             assert torch.equal(tensor, weights_of(out, stage)[f"policy.{name}"]), name
