@@ -279,8 +279,9 @@ def run(verbs: Sequence[str], signals: Sequence[signal.Signals], repeat: int, se
                 outcome = outcomes[verb, number.name] = Outcome()
                 for _ in range(repeat):
                     interrupt(place, number, moments.uniform(0, place.seconds), outcome)
-                for violation in outcome.violations:
-                    print(violation, file=sys.stderr, flush=True)
+                counts = f"{outcome.interrupted} interrupted, {outcome.finished} finished"
+                for line in (f"{verb} {number.name}: {counts}", *outcome.violations):
+                    print(line, file=sys.stderr, flush=True)
     rows = [
         (
             f"{verb} {number}",

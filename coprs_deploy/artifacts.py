@@ -261,9 +261,16 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
 
     Raises:
         ArtifactError: ``path`` exists, and ``overwrite`` is false or it is not a directory with
-            the marker file.
+            the marker file; or its name is not UTF-8.
         OSError: nothing can be written there.
     """
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ArtifactError(
+            f"{str(path)!r} is not UTF-8, which libraries that open graphs and tokenizers need; "
+            "choose another name"
+        ) from error
     if path.exists() or path.is_symlink():
         is_empty = path.is_dir() and not any(_entries(path))
         if not is_empty and not (path / marker).is_file() and not _is_unfinished(path):

@@ -6,6 +6,7 @@
     │   └── ImageSizeError          too many pixels, none, or outside the bundle's valid region
     ├── InstructionError            the instruction is empty or too long
     ├── ArtifactError               files on disk cannot be used
+    │   ├── NoValidRowError         every row of an example file is invalid
     │   ├── CheckpointError         a checkpoint is incomplete or inconsistent
     │   ├── ConversionError         a public weight file cannot be converted
     │   └── BundleError             a bundle is missing, incompatible, or incomplete

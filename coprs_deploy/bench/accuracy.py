@@ -109,10 +109,9 @@ def scenes(count: int, side: int | None = None) -> list[Example]:
 
     ``side`` enlarges them to this side in pixels.
     """
-    size = (side or 0, side or 0)
 
     def enlarged(array: NDArray[Any], resampling: Image.Resampling) -> NDArray[Any]:
-        return np.asarray(Image.fromarray(array).resize(size, resampling))
+        return np.asarray(Image.fromarray(array).resize((side or 0, side or 0), resampling))
 
     examples = held_out_examples(PLAIN, count, 0)
     for index, example in enumerate(examples if side else ()):

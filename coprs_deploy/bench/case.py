@@ -24,10 +24,6 @@ Values: TypeAlias = dict[str, NDArray[Any]]
 Progress: TypeAlias = Callable[[str], None]
 
 
-def ignore(step: str) -> None:
-    """Show no progress."""
-
-
 @dataclass(frozen=True)
 class Case:
     """One measurement; its name says exactly what is run.
@@ -83,19 +79,13 @@ class Workload(Closeable):
 
     @abstractmethod
     def run(self) -> Mapping[str, float]:
-        """Do once what is measured, to its very end.
+        """Do once what is measured, to its very end; return milliseconds by stage, if any.
 
-        Returns:
-            Milliseconds by stage, if any; under :data:`TOTAL` the time that counts instead of the
-            worker's clock.
+        The time under :data:`TOTAL` counts instead of the worker's clock.
         """
 
     def finish(self) -> Mapping[str, Any]:
-        """Measure accuracy, after the last run.
-
-        Returns:
-            ``metrics`` (numbers by name) and ``accuracy``, a ``report.Accuracy``, if any.
-        """
+        """Measure accuracy at the end; return ``metrics`` (numbers) and ``accuracy``, if any."""
         return {}
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from coprs_deploy import demo
 from coprs_deploy.bench.accuracy import GraphReference, SceneReference
-from coprs_deploy.bench.case import BenchOptions, Progress, ignore
+from coprs_deploy.bench.case import BenchOptions, Progress
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
 from coprs_deploy.bundle import TRT_VARIANT_NAMES, Bundle, Manifest, open_bundle, read_manifest
@@ -207,7 +207,7 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
 class Fixtures:
     """Fixtures of one benchmark run, in a folder; what an earlier run left there is used again."""
 
-    def __init__(self, folder: Path, options: BenchOptions, progress: Progress = ignore) -> None:
+    def __init__(self, folder: Path, options: BenchOptions, progress: Progress) -> None:
         self.folder, self.options, self.progress = folder, options, progress
         self.model = open_model(options.bundle, options.checkpoint)
         self._errors: dict[Path, WorkerError] = {}

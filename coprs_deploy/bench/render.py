@@ -262,8 +262,7 @@ def _stages(staged: Sequence[CaseResult]) -> tuple[float, list[str]]:
     parts = []
     for row, case in enumerate(staged):
         y, x = ROW * row + 14, float(LEFT)
-        total = format_ms(sum(case.stages.values()))
-        parts.append(_text(LEFT, y - 3, f"{case.name}: {total}"))
+        parts.append(_text(LEFT, y - 3, f"{case.name}: {format_ms(sum(case.stages.values()))}"))
         for color, name in enumerate(names):
             width = unit * case.stages.get(name, 0.0)
             parts.append(_line(x, y + 6, x + width, y + 6, color=f"c{color % 8}", width=12))

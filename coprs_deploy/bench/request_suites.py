@@ -21,11 +21,11 @@ from coprs_deploy.bench.accuracy import SceneReference, scenes
 from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
 from coprs_deploy.bench.graph_suites import precisions, runtime_name
-from coprs_deploy.bench.report import Report, Skipped
+from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.export import ExportOptions
-from coprs_deploy.export.precision import FP32
+from coprs_deploy.export.precision import BF16, FP32
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, OptimizationProfile
 
 WORKLOADS = "coprs_deploy.bench.answer_workloads"
@@ -36,10 +36,7 @@ COUNT, QUICK_COUNT = 16, 8
 
 RUNS, QUICK_RUNS = 6, 3
 
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
-
 STEPS = ("interpreter", "import", "load", "first request")
-IMPORT = "import coprs_deploy"
 PARSE = "from coprs_deploy.cli.main import build_parser; build_parser()"
 FIRST_MASK = """
 import json, sys, time
@@ -91,12 +88,13 @@ def policy_suite(fixtures: Fixtures) -> Planned:
     model, entries = fixtures.model, policy.availability()
     yield from (Skipped(e.name, e.detail, e.remedy) for e in entries if not e.is_available)
     libraries, cases = [entry.name for entry in entries if entry.is_available], []
-    for library, device, dtype in itertools.product(libraries, fixtures.options.devices, DTYPES):
+    dtypes = {"float32": FP32, "bfloat16": BF16}
+    for library, device, dtype in itertools.product(libraries, fixtures.options.devices, dtypes):
         name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
         settings: dict[str, Any] = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
         settings |= {"library": library, "dtype": dtype, "device": device}
         settings["reference"] = partial(fixtures.scene_reference, QUICK_COUNT)
-        labels, target = (library, DTYPES[dtype], device), f"{WORKLOADS}:PolicyWorkload"
+        labels, target = (library, dtypes[dtype], device), f"{WORKLOADS}:PolicyWorkload"
         cases.append(Case(name, target, settings, model.labels(*labels), model.request_bytes))
     baseline = cases[0].name if cases else None
     yield Group(f"{model.name}: policy", cases, baseline, "one response")
@@ -110,7 +108,7 @@ def start_suite(fixtures: Fixtures) -> Planned:
     present, skipped = runtimes_here(options.devices, graph.runtime)
     yield from skipped
     cases = []
-    for name, code in (("import coprs_deploy", IMPORT), ("coprs-deploy, arguments parsed", PARSE)):
+    for name, code in (("import coprs_deploy",) * 2, ("coprs-deploy, arguments parsed", PARSE)):
         settings = {"function": f"{__name__}:run_code", "code": code}
         cases.append(Case(name, FUNCTION, settings, model.labels(device="cpu")))
     for _, device in present:
@@ -209,23 +207,3 @@ def _sweep(
         cases.append(Case(name, target, settings | given, labels, memory or model.request_bytes))
     name = f"{model.name}: {title}" + (f", on {device}" if device != "cpu" else "")
     return Group(name, cases, cases[0].name, "as the name says", parameter)
-
-
-LIMITS = {
-    "convert": {"peak_over_weights": 2.0},
-    "onnxruntime": {"export_s": 180, "export_peak_over_weights": 1.5, "peak_over_weights": 3.0},
-}
-"""Limits of ViT-H in float32 on two cores: seconds, and peak memory in multiples of the weights. A
-smaller size pays the fixed cost of the libraries (about 0.5 GB) against smaller weights."""
-
-
-def limit_violations(report: Report) -> list[str]:
-    """List the limits that the cases of ViT-H exceed; empty when all are kept."""
-    cases = [case for group in report.groups if group.suite == "export" for case in group.cases]
-    return [
-        f"vit_h, {case.name}: {metric} is {case.metrics[metric]:.2f}, the limit is {limit:g}"
-        for case in cases
-        if case.labels["model"] == "vit_h" and case.labels.get("precision", "fp32") == "fp32"
-        for metric, limit in LIMITS.get(case.labels["runtime"], {}).items()
-        if case.metrics.get(metric, 0) > limit
-    ]

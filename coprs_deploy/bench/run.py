@@ -19,7 +19,7 @@ import numpy as np
 
 from coprs_deploy.artifacts import temporary_directory
 from coprs_deploy.bench import graph_suites, request_suites
-from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned, Progress, ignore
+from coprs_deploy.bench.case import TOTAL, BenchOptions, Case, Group, Planned, Progress
 from coprs_deploy.bench.fixtures import Fixtures, gpu_name, shape_words
 from coprs_deploy.bench.report import (
     SCHEMA_VERSION,
@@ -67,9 +67,7 @@ MAX_RUNS = 1000
 """Largest number of runs of a case in one round."""
 
 
-def run_benchmark(
-    options: BenchOptions, progress: Progress = ignore, note: Progress = ignore
-) -> Report:
+def run_benchmark(options: BenchOptions, progress: Progress, note: Progress) -> Report:
     """Select, filter, prepare and measure.
 
     ``progress`` is called with the name of each step, ``note`` with a line that announces them.
@@ -150,10 +148,9 @@ def prepare(group: Group) -> Group:
 def announcement(groups: Sequence[Group], fixtures: Fixtures) -> str:
     """Say what is measured, what is prepared for it, and how long that takes at least."""
     options = fixtures.options
-    timed = sum(len(group.cases) for group in groups if group.runs is None)
-    seconds = timed * (options.min_time_s + options.warmup_s)
-    total = sum(len(group.cases) for group in groups)
-    text = f"{total} cases, measured for {seconds:.0f} s or more"
+    runs = [group.runs for group in groups for _ in group.cases]
+    seconds = runs.count(None) * (options.min_time_s + options.warmup_s)
+    text = f"{len(runs)} cases, measured for {seconds:.0f} s or more"
     pending = fixtures.pending(lambda: [prepare(group) for group in groups])
     if not pending:
         return text
@@ -203,7 +200,7 @@ class _Running:
             self.worker = None
 
 
-def measure_group(group: Group, options: BenchOptions, progress: Progress = ignore) -> GroupResult:
+def measure_group(group: Group, options: BenchOptions, progress: Progress) -> GroupResult:
     """Measure the prepared cases of a group; failed cases are reported with their error."""
     measurement = _Measurement(group, options, progress)
     try:

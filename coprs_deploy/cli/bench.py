@@ -39,9 +39,9 @@ from coprs_deploy.bench.comparison import (
     machine_differences,
 )
 from coprs_deploy.bench.fixtures import gpu_name
+from coprs_deploy.bench.graph_suites import limit_violations
 from coprs_deploy.bench.render import render_text, write_outputs
 from coprs_deploy.bench.report import read_report
-from coprs_deploy.bench.request_suites import limit_violations
 from coprs_deploy.bench.run import SUITES, run_benchmark
 from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import log, print_result

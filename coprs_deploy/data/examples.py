@@ -180,8 +180,8 @@ class ExampleFile(LazyExamples):
         Raises:
             ValueError: the suffix is not supported.
             FileNotFoundError: the file does not exist.
-            ArtifactError: the file does not match its suffix, a column is missing, or no row is
-                valid.
+            ArtifactError: the file does not match its suffix, or a column is missing.
+            NoValidRowError: no row is valid.
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)

@@ -110,7 +110,7 @@ def test_bench_start_policy_and_scaling_are_evaluated(suites, pattern, tmp_path)
 def test_bench_precision_has_accuracy_without_latency(monkeypatch):
     monkeypatch.setattr(graph_suites, "SCENES", 1)
     options = BenchOptions(suites=("precision",), filter="fp16", case_timeout_s=300)
-    (group,) = run_benchmark(options).groups
+    (group,) = run_benchmark(options, print, print).groups
     (case,) = group.cases
     assert case.error == ""
     assert case.latency is None
@@ -120,7 +120,8 @@ def test_bench_precision_has_accuracy_without_latency(monkeypatch):
 @pytest.mark.extended
 def test_bench_precision_orders_the_precisions(monkeypatch):
     monkeypatch.setattr(graph_suites, "SCENES", 4)
-    report = run_benchmark(BenchOptions(suites=("precision",), case_timeout_s=300))
+    options = BenchOptions(suites=("precision",), case_timeout_s=300)
+    report = run_benchmark(options, print, print)
     (group,) = report.groups
     accuracy = {case.labels["precision"]: case.accuracy for case in group.cases}
     assert accuracy["fp32"].mask_iou_mean == 1

@@ -142,6 +142,10 @@ def hidden(files: list[str]) -> list[str]:
 )
 def test_verbs_write_to_any_place(tmp_path, setup, out, inside):
     for verb, (code, stderr, files) in run_verbs(tmp_path, out, setup, inside=inside).items():
+        if verb == "convert" and "\udcff" in out:  # the tokenizers' library needs UTF-8
+            assert code == 2 and "is not UTF-8" in stderr, stderr
+            assert files == [], files
+            continue
         assert code == 0 or (verb, code) == ("segment", 1), (verb, stderr)
         assert f"{out}/{WRITTEN[verb]}" in files or "link" in out, (verb, files)
         assert any(file.endswith(WRITTEN[verb]) for file in files), (verb, files)

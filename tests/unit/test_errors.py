@@ -68,6 +68,7 @@ def test_exit_code_1_is_for_failed_checks_only():
     assert {error.__name__ for error in CLASSES if error.exit_code == 1} == {
         "BundleIntegrityError",
         "EquivalenceError",
+        "NoValidRowError",
     }
     assert {error.exit_code for error in CLASSES} == {1, 2}
 

@@ -48,7 +48,7 @@ def test_named_target_resolves(target):
 
 
 def test_groups_of_the_demo_model_name_functions_that_resolve_and_makes_nothing(tmp_path):
-    groups, _ = run.list_groups(Fixtures(tmp_path, BenchOptions(suites=tuple(SUITES))))
+    groups, _ = run.list_groups(Fixtures(tmp_path, BenchOptions(suites=tuple(SUITES)), print))
     cases = [case for group in groups for case in group.cases]
     assert {group.suite for group in groups} == set(SUITES)
     assert len(cases) > 40
@@ -67,7 +67,7 @@ def test_variants_are_described_by_their_aspect_ratio():
 @pytest.mark.parametrize("variant", [WIDE, DROPPED])
 def test_variant_of_an_export_is_the_exported_one(variant, tiny_checkpoint, tmp_path):
     model = Model("tiny", tiny_checkpoint, None)
-    options = Fixtures(tmp_path, BenchOptions()).export_options(
+    options = Fixtures(tmp_path, BenchOptions(), print).export_options(
         model, "onnxruntime", "fp32", variant
     )
     out = tmp_path / "bundle"
@@ -95,7 +95,7 @@ def test_inputs_fit_the_aspect_ratio(tiny_bundle, tmp_path, aspect_ratio, sides)
 
 @pytest.mark.slow
 def test_bundle_int8_is_shared_by_runtimes_that_read_onnx(tiny_checkpoint, tmp_path):
-    fixtures = Fixtures(tmp_path, BenchOptions(sizes=("tiny",)))
+    fixtures = Fixtures(tmp_path, BenchOptions(sizes=("tiny",)), print)
     model = Model("tiny", tiny_checkpoint, None, has_gt=True)
     made = fixtures.bundle(model, "onnxruntime", "int8", DROPPED)
     assert variant_of(read_manifest(made)) == DROPPED
@@ -103,27 +103,27 @@ def test_bundle_int8_is_shared_by_runtimes_that_read_onnx(tiny_checkpoint, tmp_p
 
 
 def test_kept_bundle_that_was_changed_is_the_error_of_its_cases(tmp_path, monkeypatch):
-    fixtures = Fixtures(tmp_path, BenchOptions())
+    fixtures = Fixtures(tmp_path, BenchOptions(), print)
     monkeypatch.setattr(fixtures, "make", lambda *names, **settings: tmp_path / "nothing")
     with pytest.raises(WorkerError, match="there is no bundle"):
         fixtures.bundle(fixtures.model, "onnxruntime", "fp32", WIDE)
 
 
 def test_bundle_with_its_own_profile_is_measured_as_it_is(tmp_path):
-    fixtures = Fixtures(tmp_path, BenchOptions())
+    fixtures = Fixtures(tmp_path, BenchOptions(), print)
     model = replace(fixtures.model, variant=MANY)
     assert fixtures.bundle(model, "onnxruntime", "fp32") == demo.BUNDLE
 
 
 def test_bundle_without_checkpoint_raises(tiny_bundle, tmp_path):
-    fixtures, model = Fixtures(tmp_path, BenchOptions()), Model("mine", None, tiny_bundle)
+    fixtures, model = Fixtures(tmp_path, BenchOptions(), print), Model("mine", None, tiny_bundle)
     assert fixtures.bundle(model, "openvino", "fp32") == tiny_bundle
     with pytest.raises(WorkerError, match="name its checkpoint"):
         fixtures.bundle(model, "onnxruntime", "fp32", WIDE)
 
 
 def test_make_error_is_raised_again_without_another_try(tmp_path, monkeypatch):
-    fixtures = Fixtures(tmp_path, BenchOptions())
+    fixtures = Fixtures(tmp_path, BenchOptions(), print)
     with pytest.raises(WorkerError, match="AttributeError"):
         fixtures.make("no_such_function", "name")
     monkeypatch.setattr("coprs_deploy.bench.fixtures.call_once", None)
@@ -136,12 +136,12 @@ def test_failed_float32_reference_is_a_note(tmp_path, monkeypatch):
         raise WorkerError("out of memory")
 
     monkeypatch.setattr("coprs_deploy.bench.fixtures.call_once", fail)
-    reference = Fixtures(tmp_path, BenchOptions()).scene_reference(4)
+    reference = Fixtures(tmp_path, BenchOptions(), print).scene_reference(4)
     assert reference == SceneReference(None, True, "PyTorch float32 failed: out of memory")
 
 
 def test_suite_of_square_scenes_is_skipped_for_an_aspect_ratio(tmp_path):
-    fixtures = Fixtures(tmp_path, BenchOptions(suites=("answer", "start")))
+    fixtures = Fixtures(tmp_path, BenchOptions(suites=("answer", "start")), print)
     fixtures.model = Model("mine", None, None, variant=WIDE)
     groups, (skipped,) = run.list_groups(fixtures)
     assert groups == []
@@ -175,7 +175,7 @@ ENCODER = r"vit_b: image_encoder.*onnxruntime .* cpu fp32$"
 
 def prepared_names(folder, pattern):
     options = BenchOptions(suites=("engines",), sizes=("vit_b", "vit_h"), filter=pattern)
-    fixtures = Fixtures(folder, options)
+    fixtures = Fixtures(folder, options, print)
     groups, _ = run.list_groups(fixtures)
     return list(fixtures.pending(lambda: [run.prepare(group) for group in groups]))
 
@@ -203,7 +203,7 @@ def test_announcement_counts_cases_and_estimates_the_preparation(tmp_path, work_
     options = BenchOptions(
         suites=("engines",), sizes=("vit_b",), filter=ENCODER, work_dir=work_dir, min_time_s=12
     )
-    fixtures = Fixtures(tmp_path, options)
+    fixtures = Fixtures(tmp_path, options, print)
     groups, _ = run.list_groups(fixtures)
     text = run.announcement(groups, fixtures)
     # Two cases of 12 s and a warm-up second; four steps of 10 s and .1 s a megabyte.

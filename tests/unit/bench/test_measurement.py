@@ -22,7 +22,7 @@ def case(name, code="pass", **changes):
 
 
 def measure(*cases, options=QUICK, **changes):
-    return measure_group(Group("group", cases, cases[0].name, **changes), options)
+    return measure_group(Group("group", cases, cases[0].name, **changes), options, print)
 
 
 def test_measure_side_by_side_compares_rounds_with_the_baseline():

@@ -40,16 +40,16 @@ def test_json_output_lists_the_skipped_rows(verb, partly_valid, tmp_path, capsys
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "features"])
-def test_file_without_a_valid_row_is_wrong_use(verb, tmp_path, capsys):
+def test_file_without_a_valid_row_fails(verb, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "a"}\n' * 3)
     arguments = {
         "evaluate": ["evaluate", "--examples", str(path)],
         "features": ["features", str(demo.CHECKPOINT), str(path), "--out", str(tmp_path / "out")],
     }
-    assert main([*arguments[verb], "--json"]) == 2
+    assert main([*arguments[verb], "--json"]) == 1
     shown = json.loads(capsys.readouterr().out)
-    assert "3 of 3 rows are invalid" in shown["error"] and shown["type"] == "ArtifactError"
+    assert "3 of 3 rows are invalid" in shown["error"] and shown["type"] == "NoValidRowError"
     assert not (tmp_path / "out").exists()
 
 

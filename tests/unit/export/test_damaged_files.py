@@ -19,8 +19,6 @@ from coprs_deploy.errors import CoPRSError
 from coprs_deploy.specs import GRAPH_NAMES
 from tests.unit.damage import Damaged, damages
 
-pytestmark = pytest.mark.fuzz
-
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle, tmp_path_factory):
@@ -32,6 +30,7 @@ def checkpoint(tiny_checkpoint, tmp_path_factory):
     return Damaged(tiny_checkpoint, tmp_path_factory.mktemp("damaged") / "checkpoint")
 
 
+@pytest.mark.fuzz
 @given(data=st.data(), damage=damages())
 def test_open_bundle_damaged_file_is_equal_or_refused(bundle, tiny_bundle, data, damage):
     name = data.draw(st.sampled_from(bundle.names))
@@ -41,6 +40,7 @@ def test_open_bundle_damaged_file_is_equal_or_refused(bundle, tiny_bundle, data,
         assert name == "manifest.json" or path.read_bytes() == (tiny_bundle / name).read_bytes()
 
 
+@pytest.mark.fuzz
 @given(name=st.sampled_from(GRAPH_NAMES), damage=damages())
 def test_open_graph_damaged_onnx_file_runs_or_is_refused(bundle, name, damage):
     graph = read_manifest(bundle.root).graphs[name]
@@ -60,6 +60,7 @@ def test_open_graph_undamaged_onnx_files_run(bundle):
                 assert np.isfinite(output.numpy()).all()
 
 
+@pytest.mark.fuzz
 @given(data=st.data(), damage=damages())
 def test_load_segmentation_model_damaged_checkpoint_is_equal_or_refused(checkpoint, data, damage):
     name = data.draw(st.sampled_from(["config.json", "segmentation.safetensors"]))
@@ -70,6 +71,7 @@ def test_load_segmentation_model_damaged_checkpoint_is_equal_or_refused(checkpoi
         check_values(model.state_dict(), "the checkpoint")
 
 
+@pytest.mark.fuzz
 @given(data=st.data(), damage=damages())
 def test_load_policy_damaged_directory_is_loaded_or_refused(checkpoint, data, damage):
     names = [name for name in checkpoint.names if name.startswith("policy/")]
@@ -90,6 +92,7 @@ def weight_files(tiny_checkpoint, tmp_path_factory):
     return Damaged(root, tmp_path_factory.mktemp("damaged") / "weights"), tensors
 
 
+@pytest.mark.fuzz
 @given(damage=damages())
 def test_read_sam_damaged_file_is_equal_or_refused(weight_files, damage):
     files, tensors = weight_files
@@ -98,6 +101,7 @@ def test_read_sam_damaged_file_is_equal_or_refused(weight_files, damage):
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.fuzz
 @given(damage=damages())
 def test_read_sam_damaged_file_of_the_old_format_is_read_or_refused(weight_files, damage):
     files, _ = weight_files
