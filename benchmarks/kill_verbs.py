@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -37,6 +38,9 @@ from coprs_deploy.data.examples import write_examples
 from coprs_deploy.data.synthetic import PLAIN, SceneExamples
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+
+EVENTS = re.compile(r"events\.out\.tfevents\..*")
+"""Name of TensorBoard's files: each run of a training adds one."""
 
 MARK = "COPRS_KILL_VERBS"
 """Environment variable by which the processes of one run are found."""
@@ -150,8 +154,9 @@ class Place:
         }
 
     def files(self) -> set[str]:
-        """Return the paths of all files and folders."""
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
+        """Return the paths of all files and folders; those of TensorBoard hold time and process."""
+        paths = (str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
+        return {EVENTS.sub("events", path) for path in paths}
 
     def clear(self) -> None:
         """Start again: remove the output, or put there what will be replaced."""

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -196,10 +197,12 @@ def test_main_error_with_closed_stderr_does_not_go_to_stdout(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_main_signal_during_an_export_leaves_nothing_behind(tmp_path, number):
     command = ["export", demo.CHECKPOINT, "--out", tmp_path / "bundle"]
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, "-m", "coprs_deploy", *command],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        preexec_fn=reset,  # noqa: PLW1509  # a job in the background ignores SIGINT
     )
     assert b"load checkpoint" in process.stderr.readline()  # the graphs are being written
     process.send_signal(number)
