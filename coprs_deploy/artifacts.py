@@ -116,6 +116,8 @@ def _replace_entries(path: Path, scratch: Path, marker: str) -> None:
     names = sorted(os.listdir(scratch / NEW), key=lambda name: name == marker)  # noqa: PTH208
     (scratch / NAMES).write_text(json.dumps(names), encoding="utf-8")
     (scratch / OLD).mkdir()
+    for written in (scratch / NAMES, scratch / OLD):  # on the disk before any rename is
+        _sync(written)
     for entry in sorted(_entries(path), key=lambda entry: entry.name != marker):
         entry.rename(scratch / OLD / entry.name)
     for name in names:
@@ -160,7 +162,7 @@ def _named_if_full(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden path that replaces ``path`` when the block succeeds.
 
-    Readers see the complete old or new file; of two writers the last one wins. If the block raises,
+    Readers see the complete old or new file; of two processes that write it the last one wins. If the block raises,
     nothing is left behind and ``path`` is unchanged; leftovers of killed processes are removed. A
     link is followed. A device or pipe is written directly.
 

@@ -140,7 +140,7 @@ class PolicyRecord(Record, frozen=True):
 
 
 class PolicyEquivalence(Record, frozen=True):
-    """Difference between a policy's graphs and PyTorch in float32, over questions on scenes.
+    """Difference between a policy's graphs and PyTorch in float32, over instructions about scenes.
 
     Attributes:
         relative_error: largest absolute difference of a hidden state at ``<REF_POS>``, over the
@@ -149,7 +149,7 @@ class PolicyEquivalence(Record, frozen=True):
         cosine: smallest cosine similarity of two such states.
         token_agreement: share of the tokens that the graphs wrote and PyTorch would have written.
         mask_iou: cIoU of the masks that PyTorch decodes from both.
-        inputs: number of questions.
+        inputs: number of instructions.
         tokens: number of tokens compared.
         passed: whether every value is within the tolerance.
     """

@@ -158,7 +158,7 @@ def _json_writer(path: Path) -> Iterator[WriteRow]:
 
 
 class ParquetRows:
-    """Rows of a Parquet file; the last row group is cached.
+    """Rows of a Parquet file; the row group read most recently is cached.
 
     Attributes:
         numbers: number of each row, from 1.
@@ -232,6 +232,8 @@ def _open_parquet(path: Path) -> Any:
     pyarrow = _import_pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(path)
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise ArtifactError(f"{path} is not a Parquet file: {error}") from error
 

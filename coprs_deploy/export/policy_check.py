@@ -1,8 +1,8 @@
 """Equivalence check of a policy's graphs: tokens, hidden states and masks against PyTorch.
 
-The graphs answer questions about generated scenes. PyTorch then reads each prompt with that
-response in one pass in float32, whatever the stored dtype, and says which token it would have
-written at each place.
+The graphs respond to instructions about generated scenes. PyTorch then reads each prompt with that
+response in one float32 pass, whatever the stored dtype, which gives the token that it would have
+chosen at each position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from coprs_deploy.bundle import PolicyEquivalence
 from coprs_deploy.checkpoint import Checkpoint
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
-from coprs_deploy.export.equivalence import reference_opener
+from coprs_deploy.evaluation.metrics import count_pixels, iou
+from coprs_deploy.export.equivalence import cosine_similarity, reference_opener
 from coprs_deploy.export.policy_graphs import load_policy
 from coprs_deploy.export.tolerances import PolicyTolerance
 from coprs_deploy.images import RgbArray, fit_pixel_count, prepare_image
@@ -30,8 +31,8 @@ from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, graph_specs
 
-NUM_QUESTIONS = 4
-"""Generated scenes with one question each."""
+NUM_SAMPLES = 4
+"""Generated scenes with one instruction each."""
 
 MAX_TOKENS = 96
 """Tokens of a response that are compared; the longest of the demo model has 77."""
@@ -39,7 +40,7 @@ MAX_TOKENS = 96
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One question and what the graphs made of it.
+    """One instruction and the response of the graphs.
 
     Attributes:
         image: (H, W, 3) uint8.
@@ -73,48 +74,38 @@ def compare_policy(
         report: called with the name of each step as it starts.
     """
     report("candidate policy")
-    samples = answer(checkpoint, graphs)
+    samples = decode_samples(checkpoint, graphs)
     report("reference policy")
     expected, chosen = read_in_float32(checkpoint, samples)
     report("policy masks")
-    found_masks, expected_masks = (
-        decode_masks(checkpoint, samples, concentrations)
-        for concentrations in ([s.states[-1] for s in samples], [e[-1] for e in expected])
-    )
-    differences = [
-        sample.states[-1] - states[-1] for sample, states in zip(samples, expected, strict=True)
-    ]
+    concentrations = [[s.states[-1], e[-1]] for s, e in zip(samples, expected, strict=True)]
+    found_masks, expected_masks = decode_masks(checkpoint, samples, concentrations)
+    differences = [found - wanted for found, wanted in concentrations]
     scale = max(float(np.abs(states[-1]).max()) for states in expected)
     equal = [
         int(written == wanted)
         for sample, tokens in zip(samples, chosen, strict=True)
         for written, wanted in zip(sample.token_ids[: sample.num_written], tokens, strict=False)
     ]
-    cosines = [
-        float(s.states[-1] @ e[-1] / np.linalg.norm(s.states[-1]) / np.linalg.norm(e[-1]))
-        for s, e in zip(samples, expected, strict=True)
-    ]
-    union = np.logical_or(found_masks, expected_masks).sum()
-    both = np.logical_and(found_masks, expected_masks).sum()
     values = {
         "relative_error": max(float(np.abs(d).max()) for d in differences) / scale,
-        "mean_error": float(np.mean(differences)) / scale,
-        "cosine": min(cosines),
+        "mean_error": max((float(d.mean()) for d in differences), key=abs) / scale,
+        "cosine": min(cosine_similarity(found, wanted) for found, wanted in concentrations),
         "token_agreement": float(np.mean(equal)),
-        "mask_iou": float(both / union) if union else 1.0,
+        "mask_iou": iou(count_pixels(found_masks, expected_masks), empty=1.0),
     }
     return PolicyEquivalence(
         inputs=len(samples), tokens=len(equal), passed=tolerance.accepts(values), **values
     )
 
 
-def answer(checkpoint: Checkpoint, graphs: Path) -> list[PolicySample]:
-    """Answer questions about generated scenes with the graphs."""
+def decode_samples(checkpoint: Checkpoint, graphs: Path) -> list[PolicySample]:
+    """Decode responses to instructions about generated scenes with the graphs."""
     config, samples = checkpoint.config, []
     limits = config.policy_image
     with OpenVinoPolicy(graphs, config.prompt, limits.min_pixels, limits.max_pixels) as policy:
         reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
-        for example in held_out_examples(PRESETS["plain"], NUM_QUESTIONS, 0):
+        for example in held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0):
             request = PolicyRequest(example.image, example.instruction)
             with policy.start(request) as decoding:
                 tokens, states = list[int](), []
@@ -214,29 +205,34 @@ def computed_in_float32(model: Any) -> Iterator[None]:
 def decode_masks(
     checkpoint: Checkpoint,
     samples: Sequence[PolicySample],
-    concentrations: Sequence[NDArray[np.float32]],
+    concentrations: Sequence[Sequence[NDArray[np.float32]]],
 ) -> NDArray[np.bool_]:
     """Decode concentrations with PyTorch's segmentation model.
 
+    Args:
+        checkpoint: weights.
+        samples: the images.
+        concentrations: (D,) vectors, K for each sample.
+
     Returns:
-        (samples, M, M) masks.
+        (K, samples, M, M) masks.
     """
     config = checkpoint.config.model
     geometry = config.geometry
     reference = reference_opener(checkpoint, graph_specs(geometry, config.policy_hidden_size))
     prepared = [prepare_image(sample.image, geometry) for sample in samples]
-    masks = []
+    masks: list[list[NDArray[np.bool_]]] = []
     with reference(IMAGE_ENCODER) as encoder:
         embeddings = [encoder(image=p.image)["image_embedding"].numpy() for p in prepared]
     with reference(PRIOR) as prior, reference(MASK_DECODER) as decoder:
-        for image, embedding, concentration in zip(
-            prepared, embeddings, concentrations, strict=True
-        ):
-            logits = prior(image_embedding=embedding, concentration=concentration[None])
-            decoded = decoder(
-                image_embedding=embedding,
-                prior_logits=logits["prior_logits"].numpy(),
-                unpadded_size=image.unpadded_size,
-            )
-            masks.append(decoded["mask_logits"].numpy()[0, 0] > 0)
-    return np.array(masks)
+        for image, embedding, vectors in zip(prepared, embeddings, concentrations, strict=True):
+            masks.append([])
+            for vector in vectors:
+                logits = prior(image_embedding=embedding, concentration=vector[None])
+                decoded = decoder(
+                    image_embedding=embedding,
+                    prior_logits=logits["prior_logits"].numpy(),
+                    unpadded_size=image.unpadded_size,
+                )
+                masks[-1].append(decoded["mask_logits"].numpy()[0, 0] > 0)
+    return np.array(masks).swapaxes(0, 1)

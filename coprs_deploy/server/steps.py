@@ -15,10 +15,12 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_POOL = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="image-step")
+_POOL = ThreadPoolExecutor(
+    max(1, len(os.sched_getaffinity(0)) // 2), thread_name_prefix="image-step"
+)
 
 
 async def run_step(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a function in the pool."""
+    """Run a function in a thread of the pool; return its result."""
     call = asyncio.get_running_loop().run_in_executor
     return await call(_POOL, lambda: function(*args, **kwargs))

@@ -1,7 +1,7 @@
 """Policy in OpenVINO on the CPU: graphs, numpy and ``tokenizers``; no torch, no transformers.
 
-Requests from several threads alternate token by token. What the previous requests have read of the
-same image, and of the prompt up to the instruction, is not read again.
+Requests from several threads alternate token by token. The vision tokens of recent images, and the
+keys and values of the prompt up to the instruction, are reused.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MAX_CACHED_PROMPTS = 2
 """Images whose vision tokens, keys and values are kept; a 3B policy needs 50 MB for each."""
 
 SMALL_DECODER_BYTES = 100_000_000
-"""Size below which a decoder runs on one thread: its operators take microseconds, and beside
-another busy process each of them would wait for the time slices of all threads."""
+"""Size of the decoder's weights below which decoder and vision tower run on one thread: operators
+take microseconds, and beside another busy process each would wait for the slices of all threads."""
 
 
 @dataclass(frozen=True)
