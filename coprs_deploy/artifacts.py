@@ -162,9 +162,9 @@ def _named_if_full(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden path that replaces ``path`` when the block succeeds.
 
-    Readers see the complete old or new file; of two processes that write it the last one wins. If the block raises,
-    nothing is left behind and ``path`` is unchanged; leftovers of killed processes are removed. A
-    link is followed. A device or pipe is written directly.
+    Readers see the complete old or new file; of two processes that write it the last one wins. If
+    the block raises, nothing is left behind and ``path`` is unchanged; leftovers of killed
+    processes are removed. A link is followed. A device or pipe is written directly.
 
     Args:
         path: a file, which may exist, or a directory, which must not.
