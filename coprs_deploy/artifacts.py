@@ -266,8 +266,9 @@ def check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
             the marker file; or its name is not UTF-8.
         OSError: nothing can be written there.
     """
+    path = Path(os.path.realpath(path))  # the target of a link, which need not exist
     try:
-        os.path.realpath(path).encode()
+        str(path).encode()
     except UnicodeEncodeError as error:
         raise ArtifactError(
             f"{str(path)!r} is not UTF-8, which libraries that open graphs and tokenizers need; "

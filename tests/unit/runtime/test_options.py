@@ -10,7 +10,7 @@ from coprs_deploy.runtime import CoPRS, RuntimeOptions
     ("options", "message"),
     [
         ({"device": "tpu"}, "device is 'tpu'; accepted: 'cpu', 'cuda' or 'cuda:N'"),
-        ({"policy": "gpt"}, "policy is 'gpt'; accepted: transformers, vllm"),
+        ({"policy": "gpt"}, "policy is 'gpt'; accepted: auto, openvino, transformers, vllm"),
         ({"retune": True}, "retune is True and runtime is None; accepted: retune with the runtime"),
         ({"max_cached_images": -1}, "max_cached_images is -1; it must be at least 0"),
         ({"max_queue_size": -1}, "max_queue_size is -1; it must be at least 0"),
@@ -31,7 +31,7 @@ from coprs_deploy.runtime import CoPRS, RuntimeOptions
         ({"policy_device": "tpu"}, "policy_device is 'tpu'; accepted: 'cpu', 'cuda' or 'cuda:N'"),
         ({"policy_device": 0}, "policy_device is 0; accepted: 'cpu', 'cuda' or 'cuda:N'"),
         ({"policy_dtype": "bf16"}, "policy_dtype is 'bf16'; accepted: float32, bfloat16, float16"),
-        ({"policy": 3}, "policy is 3; accepted: transformers, vllm"),
+        ({"policy": 3}, "policy is 3; accepted: auto, openvino, transformers, vllm"),
         ({"runtime": 3}, "runtime is 3; accepted: str, None"),
         ({"retune": "yes"}, "retune is 'yes'; accepted: bool"),
         ({"cuda_graphs": 1}, "cuda_graphs is 1; accepted: bool"),
@@ -65,5 +65,5 @@ def test_options_numbers_of_numpy_are_accepted():
 
 
 def test_load_unknown_policy_is_refused(tiny_bundle):
-    with pytest.raises(ValueError, match="policy is 'gpt'; accepted: transformers, vllm"):
+    with pytest.raises(ValueError, match="policy is 'gpt'; accepted: auto, openvino, transformers, vllm"):
         CoPRS.load(tiny_bundle, policy="gpt")
