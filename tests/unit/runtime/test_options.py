@@ -65,5 +65,7 @@ def test_options_numbers_of_numpy_are_accepted():
 
 
 def test_load_unknown_policy_is_refused(tiny_bundle):
-    with pytest.raises(ValueError, match="policy is 'gpt'; accepted: auto, openvino, transformers, vllm"):
+    with pytest.raises(
+        ValueError, match="policy is 'gpt'; accepted: auto, openvino, transformers, vllm"
+    ):
         CoPRS.load(tiny_bundle, policy="gpt")

@@ -196,6 +196,7 @@ CHANGES = {
 """Settings of a stage that a resumed run changes."""
 
 
+@pytest.mark.extended
 def test_resumed_run_may_change_memory_evaluation_and_length(tmp_path, recipe, stage, whole_run):
     out = tmp_path / "changed"
     process = start(recipe, out)
@@ -224,6 +225,7 @@ def test_finished_run_with_more_steps_names_the_way_on(tmp_path, recipe, stage, 
     assert "to train on, start a run in another directory with model.path=" in done.stderr
 
 
+@pytest.mark.extended
 def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, recipe, stage):
     out = tmp_path / "best"
     every_step = ("--set", f"stages.{stage}.eval_steps=1")
@@ -244,7 +246,7 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, recipe, stage)
             assert torch.equal(tensor, weights_of(out, stage)[f"policy.{name}"]), name
 
 
-@pytest.mark.parametrize("end", ["TERM", "KILL"])
+@pytest.mark.parametrize("end", [pytest.param("TERM", marks=pytest.mark.extended), "KILL"])
 def test_end_of_the_parent_of_two_processes_ends_both(tmp_path, recipe, stage, end):
     out = tmp_path / "two"
     two = ("--set", "num_processes=2")

@@ -35,7 +35,14 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava", "qwen2_5_vl-bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "qwen2_5_vl",
+        "llava",
+        pytest.param("qwen2_5_vl-bfloat16", marks=pytest.mark.extended),
+    ],
+)
 def pair(request, tmp_path_factory):
     """The same random policy in OpenVINO and in transformers; its text depends on the image."""
     family, _, dtype = request.param.partition("-")
