@@ -22,7 +22,7 @@ FUZZ_S = 17 * 60
 
 # A test marked `fuzz` sets no `max_examples` of its own, so that the profile decides.
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("fast", derandomize=True, **UNTIMED)
+settings.register_profile("fast", derandomize=True, max_examples=40, **UNTIMED)
 settings.register_profile("fuzz", max_examples=200, print_blob=True, **UNTIMED)
 settings.load_profile("fast")
 

@@ -117,6 +117,7 @@ def test_choose_policy_takes_graphs_where_they_run(bundle, tiny_bundle):
     }
 
 
+@pytest.mark.extended
 def test_an_export_outside_the_tolerance_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch):
     impossible = PolicyTolerance(0, 0, 1, 1, 1, "none")
     monkeypatch.setitem(POLICY_TOLERANCES, "fp32", impossible)

@@ -246,7 +246,8 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, recipe, stage)
             assert torch.equal(tensor, weights_of(out, stage)[f"policy.{name}"]), name
 
 
-@pytest.mark.parametrize("end", [pytest.param("TERM", marks=pytest.mark.extended), "KILL"])
+@pytest.mark.extended
+@pytest.mark.parametrize("end", ["TERM", "KILL"])
 def test_end_of_the_parent_of_two_processes_ends_both(tmp_path, recipe, stage, end):
     out = tmp_path / "two"
     two = ("--set", "num_processes=2")
