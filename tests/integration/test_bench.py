@@ -81,6 +81,7 @@ def test_bench_bundle_without_checkpoint_is_its_own_reference(tiny_bundle):
         ),
     ],
 )
+@pytest.mark.extended
 def test_bench_start_policy_and_scaling_are_evaluated(suites, pattern, tmp_path):
     done = bench(
         "--suite",
@@ -107,6 +108,7 @@ def test_bench_start_policy_and_scaling_are_evaluated(suites, pattern, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_bench_precision_has_accuracy_without_latency(monkeypatch):
     monkeypatch.setattr(graph_suites, "SCENES", 1)
     options = BenchOptions(suites=("precision",), filter="fp16", case_timeout_s=300)

@@ -90,6 +90,7 @@ def test_failed_requests_are_lost_and_not_timed():
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_short_run_loses_no_request(tmp_path):
     seconds = 6
     with soak.serving(None) as (server, address):

@@ -81,6 +81,7 @@ def test_train_killed_and_resumed_gives_identical_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_train_with_two_processes_gives_the_losses_of_one(tmp_path, write_recipe, scenes_dir):
     outs = {}
     for num_processes in (1, 2):
@@ -95,6 +96,7 @@ def test_train_with_two_processes_gives_the_losses_of_one(tmp_path, write_recipe
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_train_with_workers_gives_identical_losses(tmp_path, whole_run, write_recipe, scenes_dir):
     out = tmp_path / "workers"
     assert start(write_recipe(max_steps=8), out, tmp_path / "scenes", "num_workers=2").wait() in (

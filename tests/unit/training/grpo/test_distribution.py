@@ -57,6 +57,7 @@ def run_task(task, out, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_joint_trainer_in_two_processes_logs_the_metrics_of_one(tmp_path):
     one, two = (run_task(str(n), tmp_path / f"{n}.json", n) for n in (1, 2))
     assert len(one["lines"]) == len(two["lines"]) == 3

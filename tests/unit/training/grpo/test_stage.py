@@ -77,6 +77,7 @@ def whole_run(tmp_path_factory, write_grpo_recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_killed_run_resumes_to_the_same_bits(tmp_path, whole_run, write_grpo_recipe):
     out = tmp_path / "killed"
     recipe = write_grpo_recipe()
