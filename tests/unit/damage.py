@@ -44,8 +44,19 @@ class Damaged:
     def file(self, name, damage):
         path = self.root / name
         whole = path.read_bytes()
-        path.write_bytes(damage(whole))
+        _replace(path, damage(whole))
         try:
             yield path
         finally:
-            path.write_bytes(whole)
+            _replace(path, whole)
+
+
+def _replace(path, data):
+    """Give a path a new file.
+
+    Loading threads of transformers outlive an error that they raise. A file that is truncated in
+    place while they read their mapping of it ends the process with SIGBUS.
+    """
+    changed = path.with_name(path.name + ".changed")
+    changed.write_bytes(data)
+    changed.replace(path)
