@@ -119,20 +119,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a verb as Ctrl-C does: what is unfinished is removed."""
+    """Let SIGTERM and SIGHUP end a verb as Ctrl-C does: what is unfinished is removed.
+
+    A library in which a signal arrives may raise an error of its own instead of the exception of
+    the signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received: list[int] = []
 
-    def stop(number: int, frame: object) -> NoReturn:
+    def stop(number: int, frame: object = None) -> NoReturn:
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in signals}
     for number, handler in previous.items():
         if handler != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
         yield
+    except Exception:
+        if received:
+            stop(received[0])
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
