@@ -104,6 +104,27 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, whole_run, write_grpo_rec
 
 
 @pytest.mark.slow
+@pytest.mark.extended
+def test_run_killed_in_its_last_evaluation_has_the_samples_of_its_last_step(
+    tmp_path, write_grpo_recipe
+):
+    out = tmp_path / "killed"
+    recipe = write_grpo_recipe(steps=2)
+    process = start(recipe, out)
+    while not list((out / "stages" / "grpo").glob("state-000002/progress.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (out / "stages" / "grpo" / "result.json").exists()
+    assert start(recipe, out).wait() == 0
+    samples = out / "samples" / "grpo"
+    assert (samples / "step-000002.png").is_file()
+    lines = (samples / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 2]
+
+
+@pytest.mark.slow
 def test_run_writes_log_samples_held_out_and_plots(whole_run):
     log = RunDirectory(whole_run).read_log()
     steps = [line for line in log if "reward" in line]
