@@ -278,7 +278,6 @@ def _train_stages(
             settings,
             state,
             examples,
-            steps_before=sum(result["steps"] for result in results.values()),
             policy_path=None if results else checkpoint.policy_path,
         )
         if export_only:

@@ -59,11 +59,10 @@ class GrpoStage:
         state: TrainingState,
         examples: ExampleSets,
         *,
-        steps_before: int,
         policy_path: Path | None,
     ) -> None:
         self.settings = settings
-        self.progress = StageProgress(run.directory, run.accelerator, name, settings, steps_before)
+        self.progress = StageProgress(run.directory, run.accelerator, name, run.recipe.stages)
         self._run, self._name, self._state, self._examples = run, name, state, examples
         self._held_out: list[Example] = list(examples.held_out[: settings.num_eval_examples])
         self._policy_path = policy_path
