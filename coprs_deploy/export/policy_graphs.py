@@ -386,5 +386,5 @@ def _import_converters(precision: str) -> None:
         except ImportError as error:
             raise MissingDependencyError(
                 f"--policy-runtime openvino with precision {precision} needs {package}; "
-                f"{install_hint('openvino')}"
+                f"{install_hint('policy-export')}"
             ) from error
