@@ -30,6 +30,7 @@ from coprs_deploy.policy.openvino_policy.graphs import (
 )
 from coprs_deploy.policy.openvino_policy.positions import MASKED, QwenVision
 from coprs_deploy.policy.openvino_policy.tokenizer import TOKENIZER_FILE
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 
 
@@ -81,6 +82,7 @@ def load_policy(policy: Path) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
+    check_policy_size(policy)
     try:
         with without_progress_bars():
             model = AutoModelForImageTextToText.from_pretrained(
