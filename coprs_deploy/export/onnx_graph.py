@@ -36,7 +36,7 @@ STACK_TRACE = "pkg.torch.onnx.stack_trace"
 """Metadata key of a node's source lines. They contain paths of the machine and are removed, so
 that one checkpoint gives the same bytes everywhere."""
 
-INSTALL = install_hint("cpu")
+INSTALL = install_hint("export")
 
 
 def export_onnx_graph(

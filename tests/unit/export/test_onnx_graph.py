@@ -170,5 +170,5 @@ def test_check_graph_invalid_file_is_refused(prior, tmp_path):
 
 def test_export_missing_package_names_pip_line(prior, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("cpu"))):
+    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("export"))):
         export_onnx_graph(prior, SPEC, tmp_path / "prior.onnx", {})
