@@ -93,7 +93,7 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
                 if (path / "generation_config.json").is_file():
                     stored = GenerationConfig.from_pretrained(path, local_files_only=True)
                     model.generation_config = stored
-    except ConversionError:
+    except (ConversionError, MemoryError):
         raise
     except Exception as error:  # damaged files raise whatever their contents lead to
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from coprs_deploy.data.rle import Rle, json_type
-from coprs_deploy.errors import ArtifactError, MissingDependencyError
+from coprs_deploy.errors import ArtifactError, import_failure
 from coprs_deploy.specs import Record
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -243,6 +243,5 @@ def _import_pyarrow() -> Any:
         importlib.import_module("pyarrow.parquet")
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise MissingDependencyError(
-            "Parquet files need pyarrow, which is not installed: pip install pyarrow"
-        ) from error
+        need = "a Parquet file"
+        raise import_failure(error, "pyarrow", "pip install pyarrow", needed_by=need) from error

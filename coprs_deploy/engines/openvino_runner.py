@@ -35,6 +35,7 @@ from coprs_deploy.errors import (
     BundleError,
     MissingDependencyError,
     RuntimeUnavailableError,
+    import_failure,
     install_hint,
 )
 from coprs_deploy.machine import describe_processor
@@ -229,7 +230,7 @@ def _import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependencyError(f"OpenVINO is not installed; {INSTALL}") from error
+        raise import_failure(error, "openvino", INSTALL, title="OpenVINO") from error
     return openvino
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coprs_deploy.errors import MissingDependencyError, PolicyError, install_hint
+from coprs_deploy.errors import PolicyError, import_failure, install_hint
 from coprs_deploy.export.policy_compression import compress_graph
 from coprs_deploy.policy.openvino_policy.graphs import (
     DECODER_FILE,
@@ -386,7 +386,5 @@ def _import_converters(precision: str) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise MissingDependencyError(
-                f"--policy-runtime openvino with precision {precision} needs {package}; "
-                f"{install_hint('policy-export')}"
-            ) from error
+            need, hint = f"the policy's {precision} graph", install_hint("policy-export")
+            raise import_failure(error, package, hint, needed_by=need) from error

@@ -54,6 +54,8 @@ def check_policy_size(path: Path, stored_bytes: int | None = None) -> None:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers computes with the numbers, whatever they are
         raise PolicyError(f"{path / 'config.json'} is not valid: {error}") from error
     needed = sum(tensor.numel() for tensor in model.parameters())

@@ -30,6 +30,8 @@ class FileTokenizer:
         file = path / TOKENIZER_FILE
         try:
             self.backend_tokenizer: Any = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except MemoryError:
+            raise
         except Exception as error:  # the library raises the class Exception itself
             raise PolicyError(f"{file} cannot be loaded as a tokenizer: {error}") from error
         self.eos_token_id = eos_token_id
