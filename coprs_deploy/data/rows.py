@@ -37,6 +37,7 @@ class ExampleRow(Record, frozen=True, omit_defaults=True):
     response: str = ""
     question_type: str = ""
     source: str = ""
+    ignore_mask: Rle | None = None
 
 
 COLUMNS = ExampleRow.__struct_fields__
@@ -209,7 +210,7 @@ def _parquet_writer(path: Path) -> Iterator[WriteRow]:
     pyarrow = _import_pyarrow()
     text = pyarrow.string()
     rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int32())), ("counts", text)])
-    others = {"masks": pyarrow.list_(rle), "image": pyarrow.binary()}
+    others = {"masks": pyarrow.list_(rle), "image": pyarrow.binary(), "ignore_mask": rle}
     schema = pyarrow.schema(dict.fromkeys(COLUMNS, text) | others)
     pending: list[dict[str, Any]] = []
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
