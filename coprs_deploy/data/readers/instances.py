@@ -173,6 +173,12 @@ def check_size(record: ImageRecord, image: RgbArray, path: Path) -> None:
         )
 
 
+def stack_masks(masks: Sequence[NDArray[np.bool_]], size: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Stack the masks that are not empty to (N, H, W)."""
+    filled = [mask for mask in masks if mask.any()]
+    return np.stack(filled) if filled else np.zeros((0, *size), dtype=np.bool_)
+
+
 def _span(segmentation: msgspec.Raw, base: int) -> tuple[int, int]:
     """Return the first and last byte of a segmentation in the mapped file; zeros without one."""
     if not memoryview(segmentation):

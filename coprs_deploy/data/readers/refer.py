@@ -12,18 +12,17 @@ have one target; those of gRefCOCO none, one or several, crowd annotations left 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
 from coprs_deploy.data.image_columns import image_name_of
 from coprs_deploy.data.readers.images import ImageFiles
-from coprs_deploy.data.readers.instances import InstanceFile, check_size
+from coprs_deploy.data.readers.instances import InstanceFile, check_size, stack_masks
 from coprs_deploy.data.readers.pickles import read_plain_pickle
 from coprs_deploy.errors import ArtifactError
 
@@ -251,12 +250,6 @@ def find_reference_file(folder: Path, dataset: str, split_by: str) -> Path:
         f"{wanted} is missing: looked in {looked}; the root must contain {dataset}/{wanted} and "
         f"{dataset}/instances.json"
     )
-
-
-def stack_masks(masks: Sequence[NDArray[np.bool_]], size: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Stack the masks that are not empty to (N, H, W)."""
-    filled = [mask for mask in masks if mask.any()]
-    return np.stack(filled) if filled else np.zeros((0, *size), dtype=np.bool_)
 
 
 def _read_references(path: Path) -> list[_Reference]:
