@@ -15,8 +15,6 @@ from coprs_deploy.errors import ImageError
 from coprs_deploy.images import load_image
 from tests.unit.image_samples import assert_is_rgb, colors, encoded, exif_block, frames
 
-pytestmark = pytest.mark.fuzz
-
 LIMIT_S = 20
 """CPU time of one image; the largest that a damaged header can announce takes about 2 s."""
 
@@ -75,6 +73,7 @@ def bounded():
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.fuzz
 @given(draw=st.data())
 def test_load_image_of_a_damaged_file_gives_an_image_or_an_image_error(name, draw):
     data = draw.draw(damaged(FILES[name]))
@@ -93,6 +92,7 @@ def test_load_image_of_an_intact_file_gives_an_image(name):
     assert_is_rgb(rgb, *rgb.shape[:2])
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200))
 def test_load_image_of_arbitrary_bytes_gives_an_image_or_an_image_error(data):
     with bounded(), contextlib.suppress(ImageError):
@@ -110,6 +110,7 @@ ANY_SHAPE = st.one_of(
 )
 
 
+@pytest.mark.fuzz
 @given(draw=st.data())
 def test_load_image_of_any_array_gives_an_image_of_its_size_or_a_value_error(draw):
     array = draw.draw(arrays.arrays(draw.draw(ANY_DTYPE), draw.draw(ANY_SHAPE)))
@@ -126,6 +127,7 @@ def test_load_image_of_any_array_gives_an_image_of_its_size_or_a_value_error(dra
     assert array.tobytes() == before.tobytes()  # also for objects that are unequal to themselves
 
 
+@pytest.mark.fuzz
 @given(
     arrays.arrays(
         st.sampled_from([np.float16, np.float32, np.float64]),
