@@ -111,6 +111,18 @@ def load_image(source: ImageSource) -> RgbArray:
     )
 
 
+def decoded_bytes(data: bytes) -> int:
+    """Read the size of an image file's pixels as RGB from its header; 0 if it will be refused."""
+    try:
+        with _open(io.BytesIO(data)) as image:
+            num_pixels = image.width * image.height
+    except MemoryError:
+        raise
+    except Exception:  # decoding reports it
+        return 0
+    return 3 * num_pixels if num_pixels <= MAX_IMAGE_PIXELS else 0
+
+
 def image_key(rgb: RgbArray) -> str:
     """Return a content hash of a decoded image that is stable across processes."""
     digest = hashlib.blake2b(str(rgb.shape).encode(), digest_size=16)

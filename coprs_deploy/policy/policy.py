@@ -54,15 +54,24 @@ class PolicyRequest:
         Raises:
             RequestTimeoutError: the deadline has passed.
         """
-        if self.deadline is None:
-            return None
-        remaining = self.deadline - time.perf_counter()
-        if remaining <= 0:
-            raise RequestTimeoutError(
-                f"the request {reprlib.repr(self.instruction)} passed its deadline and was "
-                "abandoned; increase the timeout, or reduce max_new_tokens"
-            )
-        return remaining
+        return remaining_s(self.deadline, self.instruction)
+
+
+def remaining_s(deadline: float | None, instruction: str) -> float | None:
+    """Return the seconds until the deadline of a request; None if there is none.
+
+    Raises:
+        RequestTimeoutError: the deadline has passed.
+    """
+    if deadline is None:
+        return None
+    remaining = deadline - time.perf_counter()
+    if remaining <= 0:
+        raise RequestTimeoutError(
+            f"the request {reprlib.repr(instruction)} passed its deadline and was abandoned; "
+            "increase the timeout, or reduce max_new_tokens"
+        )
+    return remaining
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""Limit on concurrent requests: those that the policy serves at once, and a queue behind them."""
+"""Limits on concurrent requests: on their number, and on the memory of their images."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from coprs_deploy.errors import QueueFullError
+from coprs_deploy.errors import CoPRSError, QueueFullError
+from coprs_deploy.images import RgbArray, decoded_bytes, load_image
 
 
 class ConcurrencyLimit:
@@ -42,3 +46,118 @@ class ConcurrencyLimit:
         finally:
             with self._lock:
                 self.num_active -= 1
+
+
+NUM_IMAGE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
+IMAGE_CORES = threading.BoundedSemaphore(NUM_IMAGE_CORES)
+"""Cores that decode and draw the images of uploads: half of them, so that the others answer."""
+
+MAX_IMAGE_BYTES = 1 << 30
+"""Memory of the decoded images of uploads; the largest image has a quarter of it."""
+
+POLL_SECONDS = 0.2
+"""Time after which a waiting request notices that it was abandoned or closed."""
+
+
+class ImageMemory:
+    """Bound of the memory of decoded images, which are waited for in the order of arrival.
+
+    Args:
+        max_bytes: size of the pixels that are in use at once; a single larger image is accepted.
+
+    Attributes:
+        used_bytes: size of the pixels in use.
+    """
+
+    def __init__(self, max_bytes: int = MAX_IMAGE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self.used_bytes = 0
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, num_bytes: int, check: Callable[[], None]) -> Iterator[None]:
+        """Occupy memory inside the block, when it is free.
+
+        ``check`` is called while waiting; what it raises ends the wait.
+        """
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                while self._waiting[0] is not ticket or not self._fits(num_bytes):
+                    check()
+                    self._changed.wait(POLL_SECONDS)
+                self.used_bytes += num_bytes
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.used_bytes -= num_bytes
+                self._changed.notify_all()
+
+    def _fits(self, num_bytes: int) -> bool:
+        return not self.used_bytes or self.used_bytes + num_bytes <= self._max_bytes
+
+
+class UploadedImage:
+    """Image file whose decoding waits for memory and for a core.
+
+    Attributes:
+        decode_started: ``time.perf_counter()`` when it was decoded.
+    """
+
+    def __init__(self, data: bytes, memory: ImageMemory) -> None:
+        self._data = data
+        self._memory = memory
+        self._is_abandoned = False
+        self._arrived = time.perf_counter()
+        self._rgb: RgbArray | None = None
+        self.decode_started = self._arrived
+
+    @property
+    def waited_ms(self) -> float:
+        """Time from its arrival to its decoding."""
+        return 1e3 * (self.decode_started - self._arrived)
+
+    @property
+    def rgb(self) -> RgbArray:
+        """(H, W, 3) uint8, once it was decoded."""
+        assert self._rgb is not None, "it is decoded before the first event"
+        return self._rgb
+
+    @contextmanager
+    def in_memory(self, check: Callable[[], None]) -> Iterator[None]:
+        """Occupy the memory of its pixels inside the block; see :meth:`ImageMemory.hold`."""
+
+        def check_all() -> None:
+            self._require_interest()
+            check()
+
+        with self._memory.hold(decoded_bytes(self._data), check_all):
+            yield
+
+    def decode(self) -> RgbArray:
+        """Decode it when a core is free.
+
+        Raises:
+            ImageError: it cannot be used.
+            CoPRSError: the request was abandoned.
+        """
+        with IMAGE_CORES:
+            self._require_interest()
+            self.decode_started = time.perf_counter()
+            self._rgb = load_image(self._data)
+        self._data = b""
+        return self._rgb
+
+    def abandon(self) -> None:
+        """End the wait."""
+        self._is_abandoned = True
+
+    def _require_interest(self) -> None:
+        if self._is_abandoned:
+            raise CoPRSError("the request was abandoned")

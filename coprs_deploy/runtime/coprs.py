@@ -8,6 +8,7 @@ import reprlib
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from coprs_deploy.images import (
     prepare_image,
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
-from coprs_deploy.runtime.concurrency import ConcurrencyLimit
+from coprs_deploy.policy.policy import remaining_s
+from coprs_deploy.runtime.concurrency import ConcurrencyLimit, UploadedImage
 from coprs_deploy.runtime.encoder import (
     DecodedImage,
     EmbeddingCache,
@@ -46,6 +48,9 @@ from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
 from coprs_deploy.specs import Geometry
 
 StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult
+
+RequestImage: TypeAlias = ImageSource | DecodedImage | UploadedImage
+"""Image of a request; one that was uploaded waits for memory before it is decoded."""
 
 
 class CoPRS(Closeable):
@@ -163,7 +168,7 @@ class CoPRS(Closeable):
 
     def stream(
         self,
-        image: ImageSource | DecodedImage,
+        image: RequestImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -175,12 +180,14 @@ class CoPRS(Closeable):
             ``SegmentationResult``. Closing the generator abandons the request.
         """
         self._check_usable()
-        with self._limit.slot():
-            yield from self._start(image, instruction, max_targets, max_new_tokens, True)
+        start = time.perf_counter()
+        with self._limit.slot(), self._in_memory(image, instruction, start):
+            arguments = (image, instruction, max_targets, max_new_tokens)
+            yield from self._start(*arguments, stream_prior=True, start=start)
 
     async def asegment(
         self,
-        image: ImageSource | DecodedImage,
+        image: RequestImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -191,7 +198,7 @@ class CoPRS(Closeable):
 
     async def astream(
         self,
-        image: ImageSource | DecodedImage,
+        image: RequestImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -204,6 +211,8 @@ class CoPRS(Closeable):
             while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
                 yield event
         finally:
+            if isinstance(image, UploadedImage):
+                image.abandon()
             # Close in the same thread, after the running step: a generator cannot be closed while
             # it runs. The event loop must not wait for it.
             thread.submit(events.close)
@@ -301,27 +310,44 @@ class CoPRS(Closeable):
         if self._is_closed:
             raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
 
+    def _in_memory(
+        self, image: RequestImage, instruction: str, start: float
+    ) -> AbstractContextManager[None]:
+        """Wait, up to the deadline, until there is memory for an uploaded image; hold it."""
+
+        def check() -> None:
+            remaining_s(self._deadline(start), instruction)
+            if self._is_closed:
+                raise CoPRSError("CoPRS was closed during the request")
+
+        return image.in_memory(check) if isinstance(image, UploadedImage) else nullcontext()
+
+    def _deadline(self, start: float) -> float | None:
+        return None if self._timeout_s is None else start + self._timeout_s
+
     def _start(
         self,
-        source: ImageSource | DecodedImage,
+        source: RequestImage,
         instruction: str,
         max_targets: int,
         max_new_tokens: int | None = None,
+        *,
         stream_prior: bool = False,
+        start: float | None = None,
     ) -> Generator[StreamEvent, None, None]:
         """Check the request and submit its image to the encoder; return the rest to be run."""
-        start = time.perf_counter()
-        deadline = None if self._timeout_s is None else start + self._timeout_s
-        image = self.decode(source)
+        start = time.perf_counter() if start is None else start
+        image, deadline = self.decode(source), self._deadline(start)
         request = PolicyRequest(image.rgb, instruction, max_targets, max_new_tokens, deadline)
         pending = self._cache.get_or_submit(image)
         return self._run(start, image, request, pending, stream_prior)
 
-    def decode(self, source: ImageSource | DecodedImage) -> DecodedImage:
+    def decode(self, source: RequestImage) -> DecodedImage:
         """Decode and check an image ahead of its request.
 
         Args:
-            source: a path, bytes, a Pillow image or an array; see ``images.load_image``.
+            source: a path, bytes, a Pillow image or an array; see ``images.load_image``. An
+                uploaded image waits for a core.
 
         Returns:
             The image, which the methods for requests take in place of ``source``.
@@ -331,13 +357,17 @@ class CoPRS(Closeable):
         """
         if isinstance(source, DecodedImage):
             return source
-        start = time.perf_counter()
-        rgb = load_image(source)
+        start, waited_ms = time.perf_counter(), 0.0
+        if isinstance(source, UploadedImage):
+            rgb = source.decode()
+            start, waited_ms = source.decode_started, source.waited_ms
+        else:
+            rgb = load_image(source)
         rgb.setflags(write=False)  # the encoder may still read it when the result is returned
         resize = ResizeTransform.of(rgb, self._geometry)
         check_valid_region(resize, self.valid_region)
         key = content_key(rgb) if self._cache.capacity else ""
-        return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start))
+        return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start), waited_ms)
 
     def _run(
         self,
@@ -371,7 +401,7 @@ class CoPRS(Closeable):
             num_tokens = len(result.token_ids)
             timings = replace(
                 decoded.timings,
-                queue_ms=result.queue_ms,
+                queue_ms=image.waited_ms + result.queue_ms,
                 image_decode_ms=image.decode_ms,
                 policy_preprocess_ms=result.preprocess_ms,
                 image_encoder_ms=encoder_ms,

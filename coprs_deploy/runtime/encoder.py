@@ -33,12 +33,14 @@ class DecodedImage:
         resize: size of the image in the padded input of the image encoder.
         cache_key: content hash; empty if embeddings are not cached.
         decode_ms: duration of decoding and hashing.
+        waited_ms: how long it waited to be decoded.
     """
 
     rgb: RgbArray
     resize: ResizeTransform
     cache_key: str
     decode_ms: float
+    waited_ms: float = 0.0
 
 
 @dataclass(frozen=True)

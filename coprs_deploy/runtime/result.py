@@ -92,7 +92,7 @@ class Timings:
     """Wall time of each part of a request in milliseconds, and token counts.
 
     Attributes:
-        queue_ms: wait for the policy.
+        queue_ms: wait for the policy, and of an image that was uploaded for memory and a core.
         image_decode_ms: decoding of the image, and its content hash if embeddings are cached.
         policy_preprocess_ms: image preprocessing of the policy; with vLLM only the resize, since
             its engine does the rest within ``prefill_ms``.

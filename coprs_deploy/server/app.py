@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.runtime import CoPRS
+from coprs_deploy.runtime.concurrency import MAX_IMAGE_BYTES, ImageMemory, UploadedImage
 from coprs_deploy.server.bodies import (
     COMMON_RESPONSES,
     EVENT_STREAM,
@@ -57,6 +58,7 @@ def build_app(
     root_path: str = "",
     cors_origins: Sequence[str] = (),
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    max_image_bytes: int = MAX_IMAGE_BYTES,
 ) -> FastAPI:
     """Build the application.
 
@@ -67,6 +69,7 @@ def build_app(
         root_path: path under which a reverse proxy serves the application, as ``/segmentation``.
         cors_origins: origins whose pages may use the server; ``*`` for any.
         stall_timeout_s: how long a client may send or read nothing, in seconds.
+        max_image_bytes: memory of the decoded images; further requests wait.
     """
     app = FastAPI(
         title="coprs-deploy",
@@ -76,6 +79,7 @@ def build_app(
         responses=COMMON_RESPONSES,
     )
     app.state.coprs = coprs
+    app.state.image_memory = ImageMemory(max_image_bytes)
     app.include_router(public)
     if api_key:
         bearer = [Depends(HTTPBearer(auto_error=False))]  # for the document; RequestGuard checks
@@ -129,20 +133,19 @@ async def segment(
     coprs: CoPRS = request.app.state.coprs
     accepts_stream = _accepts_stream(request.headers.get("accept", ""))
     respond = _stream_events if accepts_stream else _return_result
-    work = respond(coprs, image, instruction, max_targets, max_new_tokens)
+    uploaded = UploadedImage(await image.read(), request.app.state.image_memory)
+    work = respond(coprs, uploaded, instruction, max_targets, max_new_tokens)
     response = await _unless_disconnected(request, work)
     return response or Response(status_code=499)  # for the log only
 
 
-async def _return_result(coprs: CoPRS, upload: UploadFile, *request: Any) -> Response:
-    image = await run_step(coprs.decode, await upload.read())
+async def _return_result(coprs: CoPRS, image: UploadedImage, *request: Any) -> Response:
     result = await coprs.asegment(image, *request)
     return await run_step(lambda: JSONResponse(result.to_json()))
 
 
-async def _stream_events(coprs: CoPRS, upload: UploadFile, *request: Any) -> Response:
-    image = await run_step(coprs.decode, await upload.read())
-    events = encode_events(image.rgb, coprs.astream(image, *request))
+async def _stream_events(coprs: CoPRS, image: UploadedImage, *request: Any) -> Response:
+    events = encode_events(image, coprs.astream(image, *request))
     first = await anext(events)  # an invalid request fails here, before the status is sent
     return _EventStreamResponse(first, events)
 

@@ -22,6 +22,7 @@ from coprs_deploy.errors import CoPRSError, error_body
 from coprs_deploy.images import RgbArray
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import PriorEvent, SegmentationResult
+from coprs_deploy.runtime.concurrency import UploadedImage
 from coprs_deploy.server.steps import run_step
 from coprs_deploy.visualization import MAX_LONG_SIDE_PX, draw_heatmap, draw_overlay
 
@@ -29,12 +30,12 @@ JPEG_QUALITY = 88
 
 
 async def encode_events(
-    rgb: RgbArray, stream: AsyncIterator[TextDelta | PriorEvent | SegmentationResult]
+    image: UploadedImage, stream: AsyncIterator[TextDelta | PriorEvent | SegmentationResult]
 ) -> AsyncGenerator[bytes, None]:
     """Encode the events of :meth:`CoPRS.astream`; later errors become an ``error`` event.
 
     Args:
-        rgb: (H, W, 3) uint8, the decoded image.
+        image: image of the stream.
         stream: its events; closed at the end.
 
     Raises:
@@ -46,9 +47,9 @@ async def encode_events(
             if isinstance(event, TextDelta):
                 yield _write("text", {"text": event.text})
             elif isinstance(event, PriorEvent):
-                yield await run_step(_encode_prior, rgb, event)
+                yield await run_step(_encode_prior, image.rgb, event)
             else:
-                overlay = await run_step(draw_overlay, rgb, event.masks)
+                overlay = await run_step(draw_overlay, image.rgb, event.masks)
                 yield await run_step(_encode_result, event, overlay)
             has_begun = True
     except (CoPRSError, ValueError) as error:

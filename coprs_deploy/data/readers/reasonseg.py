@@ -24,7 +24,7 @@ from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
 from coprs_deploy.data.image_columns import image_name_of
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.rows import FieldError
-from coprs_deploy.errors import ArtifactError, MissingDependencyError
+from coprs_deploy.errors import ArtifactError, import_failure
 from coprs_deploy.prompts import REFERENCE_TOKEN
 
 SPLITS = ("train", "val", "test", "explanatory")
@@ -257,10 +257,8 @@ def _import_opencv() -> Any:
     try:
         return importlib.import_module("cv2")
     except ImportError as error:
-        raise MissingDependencyError(
-            "the masks of ReasonSeg are defined by the polygons that OpenCV draws, which is not "
-            "installed: pip install opencv-python-headless"
-        ) from error
+        remedy, need = "pip install opencv-python-headless", "a ReasonSeg mask, which OpenCV draws,"
+        raise import_failure(error, "cv2", remedy, title="OpenCV", needed_by=need) from error
 
 
 def _find_folder(root: Path, split: str) -> Path:

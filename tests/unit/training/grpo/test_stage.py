@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,6 +192,17 @@ def test_run_writes_log_samples_held_out_and_plots(whole_run):
     assert list((whole_run / "tensorboard").rglob("events.*"))
     assert not list(whole_run.glob("stages/*/*state-*"))
     assert not list(whole_run.glob("stages/*/checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_run_says_what_it_trains_on_and_how_much_was_cut_off(whole_run):
+    text = (whole_run.parent / "whole.log").read_text()
+    assert re.search(r"checkpoint: 12 training examples, 2 held out; cpu, (fp32|bf16), ", text)
+    assert "processes: 1, threads: 1" in text
+    assert "grpo: 2 prompts x 2 completions" in text
+    assert "grpo: 4 steps, from its first step" in text
+    shown = r"grpo +2/4  reward +[\d.]+  loss +[-\d.]+  cut off +\d+% +[\d.]+ min, [\d.]+ left"
+    assert re.search(shown, text)
 
 
 @pytest.mark.slow
