@@ -101,7 +101,7 @@ def test_folder_of_the_hub_is_opened_by_its_splits(tmp_path):
     assert all_splits(tmp_path) == [f"{tmp_path}:{s}" for s in ("test", "train", "validation")]
     for split in ("train", "val", "validation", "testA"):
         assert len(open_source(f"{tmp_path}:{split}")) == 2
-    with pytest.raises(ValueError, match=r"has several splits; accepted: .*:SPLIT with test, train"):
+    with pytest.raises(ValueError, match=r"has several splits; accepted: .* with test, train"):
         open_source(tmp_path)
     with pytest.raises(ValueError, match="has no split 'testB'"):
         open_source(f"{tmp_path}:testB")
