@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.data.examples import Example, ExampleSource
+from coprs_deploy.data.examples import Example, ExampleFile, ExampleSource
 from coprs_deploy.data.readers.registry import SourceOptions, open_source, require_images
 from coprs_deploy.data.selection import Selection
 from coprs_deploy.data.synthetic.examples import held_out_examples
@@ -76,7 +76,8 @@ def open_examples(
     require_images(examples)
     if num_examples is not None and len(examples) > num_examples:
         examples = Selection(examples, range(num_examples))
-    description = f"{len(examples)} examples of {examples.description}"
+    name = examples.path.name if isinstance(examples, ExampleFile) else examples.description
+    description = f"{len(examples)} examples of {name}"
     if examples.problems:
         description += f", {len(examples.problems)} skipped"
     pairs = zip(examples.question_types, examples.num_targets, strict=True)

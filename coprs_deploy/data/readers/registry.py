@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,21 +72,38 @@ def open_source(
     max_examples: int | None = None,
     inspect: Callable[[Example], None] | None = None,
 ) -> ExampleSource:
-    """Open the examples of a source.
+    """Open the examples of a source; invalid rows are skipped with a warning.
 
     Args:
         source: name or path, as in the docstring of this module.
         options: how to open it.
         max_examples: of an example file, stop after this number of valid rows.
-        inspect: of an example file, called with each valid example while the file is opened.
+        inspect: called with each valid example, in order, which decodes all of them.
 
     Raises:
         ValueError: the name or the split is unknown.
         FileNotFoundError: a file or folder does not exist.
-        ArtifactError: a file cannot be read, or has no valid example.
+        ArtifactError: a file cannot be read, has no valid example, or with ``inspect``, an example
+            is invalid.
         MissingDependencyError: pyarrow is needed and not installed.
     """
-    options, text = options or SourceOptions(), str(source)
+    found = _open(str(source), options or SourceOptions(), max_examples, inspect)
+    if not isinstance(found, ExampleFile):  # which does both while it is opened
+        if found.problems:
+            warnings.warn(found.summary(), stacklevel=2)
+        if inspect is not None:
+            require_images(found)
+            for example in found:
+                inspect(example)
+    return found
+
+
+def _open(
+    text: str,
+    options: SourceOptions,
+    max_examples: int | None,
+    inspect: Callable[[Example], None] | None,
+) -> ExampleSource:
     name, *parts = text.split(":")
     if name in SPLIT_BY:
         return _open_refer(name, parts, options)
