@@ -146,7 +146,7 @@ def _inspection_text(found: Inspection) -> str:
         "rows": f"{found.num_rows:,}",
         "examples": f"{found.num_examples:,}",
         "distinct images": f"{found.num_images:,}",
-        **{f"with {number} targets": f"{count:,}" for number, count in found.targets.items()},
+        **{_targets_label(number): f"{count:,}" for number, count in found.targets.items()},
         **{f"type {name}": f"{count:,}" for name, count in found.question_types.items() if name},
         "decoded": f"{found.num_decoded:,}",
         "with an ignore mask": f"{found.num_with_ignore_mask:,}",
@@ -167,6 +167,10 @@ def _inspection_text(found: Inspection) -> str:
         if len(found.problems) > REPORTED:
             lines.append(f"  and {len(found.problems) - REPORTED:,} more; --json lists all")
     return "\n".join(lines)
+
+
+def _targets_label(number: int) -> str:
+    return {0: "no target", 1: "one target"}.get(number, f"{number} targets")
 
 
 def _check(arguments: argparse.Namespace) -> int:

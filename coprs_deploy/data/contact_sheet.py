@@ -21,8 +21,8 @@ FAINT_INK = (96, 96, 104)
 OUTLINE = (255, 0, 200)
 """RGB; a color that no object has, drawn between the mask and a white line."""
 
-IGNORED_OUTLINE = FAINT_INK
-"""RGB of the outline of the ignore mask."""
+IGNORED_OUTLINE = INK
+"""RGB; outline of the ignore mask, on a white line as those of targets."""
 
 LABEL_FONT_PX, INSTRUCTION_FONT_PX, RESPONSE_FONT_PX = 12, 17, 13
 
@@ -66,6 +66,7 @@ def draw_targets(example: Example) -> Image.Image:
     image = Image.fromarray(example.image).resize(size, Image.Resampling.BICUBIC)
     canvas = np.array(image)
     if example.ignore_mask is not None:
+        canvas[outline_band(example.ignore_mask, size, OUTLINE_PX + 2)] = WHITE
         canvas[outline_band(example.ignore_mask, size, OUTLINE_PX)] = IGNORED_OUTLINE
     for mask in example.masks:
         canvas[outline_band(mask, size, OUTLINE_PX + 2)] = WHITE
