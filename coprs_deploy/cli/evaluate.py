@@ -1,4 +1,4 @@
-"""Evaluate a bundle end to end on held-out synthetic scenes or on a file of examples.
+"""Evaluate a bundle end to end on held-out synthetic scenes, a data set, or a file of examples.
 
 Each example goes through the runtime like a user's request. --out writes a report page, a plot of
 prior IoU against mask IoU, and all predictions. The exit code is 1 if a metric is below its
@@ -18,6 +18,7 @@ from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.cli.runtime_arguments import GRAPHS, add_bundle_argument, open_runtime
 from coprs_deploy.console import StepPrinter, table
 from coprs_deploy.data.examples import Example
+from coprs_deploy.data.readers.registry import SourceOptions
 from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, ExampleSet, open_examples
 from coprs_deploy.errors import ImageSizeError
 from coprs_deploy.evaluation.evaluator import evaluate, predict_with
@@ -32,7 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     add_bundle_argument(parser)
     parser.add_argument(
-        "--examples", type=Path, help="example file, .parquet or .jsonl (default: held-out scenes)"
+        "--examples",
+        metavar="SOURCE",
+        help="example file or data set, as in refcoco:testA (default: held-out scenes)",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the public data sets (default: $COPRS_DEPLOY_DATA, or the current folder)",
     )
     parser.add_argument("--preset", help="difficulty preset of the scenes: plain (default) or full")
     parser.add_argument(
@@ -94,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open_examples(arguments: argparse.Namespace) -> ExampleSet:
-    """Open the file, or the scenes; options of scenes are refused with a file."""
+    """Open the source, or the scenes; options of scenes are refused with a source."""
     scenes: dict[str, Any] = {
         "preset": "plain",
         "num_no_match": DEFAULT_NUM_NO_MATCH,
@@ -104,8 +113,11 @@ def _open_examples(arguments: argparse.Namespace) -> ExampleSet:
     if arguments.examples and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{flags} select synthetic scenes; leave out either these or --examples")
+    if arguments.root and not arguments.examples:
+        raise ValueError("--root is the folder of data sets; name one with --examples")
     if arguments.examples:
-        return open_examples(arguments.examples, arguments.num_examples)
+        options = SourceOptions(arguments.root)
+        return open_examples(arguments.examples, arguments.num_examples, options=options)
     scenes |= {name: getattr(arguments, name) for name in given}
     source = f"{SYNTHETIC}{scenes.pop('preset')}"
     return open_examples(source, arguments.num_examples, **scenes)

@@ -14,14 +14,23 @@ from coprs_deploy.artifacts import check_writable
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
-from coprs_deploy.data.examples import ExampleFile
+from coprs_deploy.data.readers.registry import SourceOptions, open_source, require_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint directory")
     parser.add_argument(
-        "examples", metavar="EXAMPLES", type=Path, nargs="+", help=".parquet or .jsonl files"
+        "examples",
+        metavar="EXAMPLES",
+        nargs="+",
+        help="example files or data sets, as in refcoco:train",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the public data sets (default: $COPRS_DEPLOY_DATA, or the current folder)",
     )
     parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument(
@@ -40,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     from coprs_deploy.training.features import compute_features, max_feature_bytes
 
     checkpoint = read_checkpoint(arguments.checkpoint)
-    files = [ExampleFile(path) for path in arguments.examples]
+    options = SourceOptions(arguments.root)
+    files = [open_source(source, options) for source in arguments.examples]
+    for file in files:
+        require_images(file)
     count = sum(len(file) for file in files)
     size = max_feature_bytes(checkpoint, count) / 1e9
     log(f"{count:,} examples, at most {size:,.2f} GB in float16; equal images are stored once")

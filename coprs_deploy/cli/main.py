@@ -34,6 +34,7 @@ VERBS = {
     "features": "precompute SAM's image embeddings for training",
     "evaluate": "evaluate a bundle on held-out scenes or your own examples",
     "bench": "measure speed, memory and accuracy",
+    "data": "inspect, check and convert data sets",
     "synth": "generate synthetic scenes: a contact sheet, or a file of examples",
 }
 """Summary of each verb; its module is imported when it is chosen."""

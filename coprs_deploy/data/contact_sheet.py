@@ -21,6 +21,9 @@ FAINT_INK = (96, 96, 104)
 OUTLINE = (255, 0, 200)
 """RGB; a color that no object has, drawn between the mask and a white line."""
 
+IGNORED_OUTLINE = INK
+"""RGB; outline of the ignore mask, on a white line as those of targets."""
+
 LABEL_FONT_PX, INSTRUCTION_FONT_PX, RESPONSE_FONT_PX = 12, 17, 13
 
 
@@ -56,12 +59,15 @@ def draw_contact_sheet(examples: Sequence[Example], columns: int = 6) -> Image.I
 
 
 def draw_targets(example: Example) -> Image.Image:
-    """Resize an example's image to a long side of ``TILE_PX``, and outline its targets."""
+    """Resize an image to a long side of ``TILE_PX``; outline its targets and its ignore mask."""
     height, width = example.image.shape[:2]
     factor = TILE_PX / max(height, width)
     size = (round(width * factor), round(height * factor))
     image = Image.fromarray(example.image).resize(size, Image.Resampling.BICUBIC)
     canvas = np.array(image)
+    if example.ignore_mask is not None:
+        canvas[outline_band(example.ignore_mask, size, OUTLINE_PX + 2)] = WHITE
+        canvas[outline_band(example.ignore_mask, size, OUTLINE_PX)] = IGNORED_OUTLINE
     for mask in example.masks:
         canvas[outline_band(mask, size, OUTLINE_PX + 2)] = WHITE
         canvas[outline_band(mask, size, OUTLINE_PX)] = OUTLINE

@@ -208,6 +208,15 @@ class ExampleSource(LazyExamples):
                 f"{self.description}, example {position + 1}, {error.field}: {error}"
             ) from error
 
+    def summary(self) -> str:
+        """Return one line: the number of rows, and invalid ones with the first reasons."""
+        if not self.problems:
+            return f"{self.description}: all {len(self)} rows are valid"
+        return (
+            f"{self.description}: {len(self.problems)} of {self.num_rows} rows are invalid and "
+            f"skipped: {_first_of([str(problem) for problem in self.problems])}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the number of rows and all skipped rows."""
         return {
@@ -252,7 +261,7 @@ class ExampleFile(ExampleSource):
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
-        self.description = self.path.name
+        self.description = str(self.path)
         self._rows = open_rows(self.path)
         self._valid: list[int] = []
         self.num_rows = 0
@@ -306,12 +315,7 @@ class ExampleFile(ExampleSource):
         """Return one line: invalid rows with the first reasons, and ignored columns."""
         if not self.num_rows:
             return f"{self.path} has no rows"
-        text = f"{self.path}: all {len(self)} rows are valid"
-        if self.problems:
-            text = (
-                f"{self.path}: {len(self.problems)} of {self.num_rows} rows are invalid and "
-                f"skipped: {_first_of([str(problem) for problem in self.problems])}"
-            )
+        text = super().summary()
         if self.ignored_columns:
             text += f"; ignored columns: {_first_of([*map(_with_hint, self.ignored_columns)])}"
         return text

@@ -1,4 +1,4 @@
-"""Sources of examples for evaluation: held-out synthetic scenes, or an example file."""
+"""Sources of examples for evaluation: held-out synthetic scenes, public data sets, or files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.data.examples import Example, ExampleFile
+from coprs_deploy.data.examples import Example, ExampleFile, ExampleSource
+from coprs_deploy.data.readers.registry import SourceOptions, open_source, require_images
+from coprs_deploy.data.selection import Selection
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 
@@ -37,9 +39,9 @@ class ExampleSet:
     num_no_match: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return the description, and of a file the skipped rows and ignored columns."""
-        file = self.examples.to_json() if isinstance(self.examples, ExampleFile) else {}
-        return {"dataset": self.description, **file}
+        """Return the description, and of a source on disk the skipped rows."""
+        source = self.examples.to_json() if isinstance(self.examples, ExampleSource) else {}
+        return {"dataset": self.description, **source}
 
 
 def open_examples(
@@ -47,33 +49,41 @@ def open_examples(
     num_examples: int | None = None,
     num_no_match: int = DEFAULT_NUM_NO_MATCH,
     first_seed: int = 0,
+    options: SourceOptions | None = None,
 ) -> ExampleSet:
     """Open the examples of a source.
 
     Args:
-        source: path of an example file, or ``synthetic:PRESET`` for held-out scenes.
-        num_examples: number of examples with a target; None is 256 scenes, or the whole file.
-        num_no_match: number of additional no-match scenes; not used for a file.
-        first_seed: seed of the first held-out scene, counted from 0; not used for a file.
+        source: ``synthetic:PRESET`` for held-out scenes, or a name or path as in
+            :mod:`coprs_deploy.data.readers.registry`.
+        num_examples: number of scenes with a target, by default 256; of other sources the first
+            examples, by default all.
+        num_no_match: number of additional no-match scenes; used for scenes only.
+        first_seed: seed of the first held-out scene, counted from 0; used for scenes only.
+        options: root of the data sets and folder of the images; not used for scenes.
 
     Raises:
-        ValueError: the preset is unknown, or a number is too small.
+        ValueError: the preset, name or split is unknown, or a number is too small.
         FileNotFoundError: the file does not exist.
-        ArtifactError: the file cannot be read, or has no valid example.
+        ArtifactError: the source cannot be read, has no valid example, or lacks images.
     """
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples is {num_examples}; it must be at least 1")
     if str(source).startswith(SYNTHETIC):
         preset = str(source).removeprefix(SYNTHETIC)
         return _open_scenes(preset, num_examples or DEFAULT_NUM_SCENES, num_no_match, first_seed)
-    file = ExampleFile(source, num_examples)
-    description = f"{len(file)} examples of {file.path.name}"
-    if file.problems:
-        description += f", {len(file.problems)} skipped"
-    pairs = zip(file.question_types, file.num_targets, strict=True)
+    examples = open_source(source, options, max_examples=num_examples)
+    require_images(examples)
+    if num_examples is not None and len(examples) > num_examples:
+        examples = Selection(examples, range(num_examples))
+    name = examples.path.name if isinstance(examples, ExampleFile) else examples.description
+    description = f"{len(examples)} examples of {name}"
+    if examples.problems:
+        description += f", {len(examples.problems)} skipped"
+    pairs = zip(examples.question_types, examples.num_targets, strict=True)
     types = tuple(question_type for question_type, num_targets in pairs if num_targets)
-    most = max(1, *file.num_targets)
-    return ExampleSet(description, file, most, types, len(file) - len(types))
+    most = max([1, *examples.num_targets])
+    return ExampleSet(description, examples, most, types, len(examples) - len(types))
 
 
 def _open_scenes(name: str, num_examples: int, num_no_match: int, first_seed: int) -> ExampleSet:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from coprs_deploy.data.examples import Example, ExampleFile
+from coprs_deploy.data.examples import Example
+from coprs_deploy.data.readers.registry import open_source
 from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.images import image_key
@@ -50,7 +51,7 @@ class OpenedData:
 
 
 def open_data(recipe: Recipe) -> OpenedData:
-    """Open example files or generated scenes, and check every example against the stages.
+    """Open files, data sets or generated scenes, and check every example against the stages.
 
     Raises:
         ValueError: examples have too many targets or no response for a stage, or no embedding.
@@ -69,7 +70,7 @@ def open_data(recipe: Recipe) -> OpenedData:
     for name in ("training", "held_out"):
         path = getattr(data, name)
         contained = Contents(features)
-        files[name] = ExampleFile(path, inspect=contained.add)
+        files[name] = open_source(path, inspect=contained.add)
         _check_targets(recipe, path, contained.num_targets)
         _check_responses(recipe, path, contained.without_response)
         if features is not None and contained.without_embedding:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
-from coprs_deploy.data.examples import ExampleFile
+from coprs_deploy.data.examples import ExampleSource
 from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
@@ -126,7 +126,7 @@ def train(recipe: Recipe, out: Path, *, export_only: bool = False) -> dict[str, 
             log_run(run, checkpoint, examples)
         results = _train_stages(run, checkpoint, state, examples, export_only=export_only)
         save_checkpoint(run, state)
-        files = [file for file in (data.training, data.held_out) if isinstance(file, ExampleFile)]
+        files = [file for file in (data.training, data.held_out) if isinstance(file, ExampleSource)]
         skipped = {"files": [file.to_json() for file in files]} if files else {}
         return {} if export_only else finish_run(run, results, skipped)
 

@@ -114,11 +114,11 @@ class SyntheticData(Record, frozen=True, tag_field="kind", tag="synthetic"):
 
 
 class ExampleData(Record, frozen=True, tag_field="kind", tag="examples"):
-    """Example files (image, instruction, masks, reasoning).
+    """Example files (image, instruction, masks, reasoning), or public data sets by name.
 
     Attributes:
-        training: file of training examples.
-        held_out: file of held-out examples.
+        training: file of training examples, or a data set, as in ``refcoco:train``.
+        held_out: file of held-out examples, or a data set.
         features: folder of image embeddings, as ``coprs-deploy features`` writes it; empty
             computes them in every step.
     """

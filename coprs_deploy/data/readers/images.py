@@ -30,7 +30,7 @@ class ImageFiles:
             names: paths of the images relative to their folder, or names.
             folders: at least one folder, the most usual one first.
         """
-        wanted = set(names)
+        wanted = self._wanted = set(names)
         self.num_wanted = len(wanted)
         found = {folder: _existing(folder, wanted) for folder in folders}
         self.folder = max(found, key=lambda folder: len(found[folder]))
@@ -56,6 +56,11 @@ class ImageFiles:
             last = (name, load_image_source(path, "image"))
             self._last = last
         return last[1]
+
+    def empty(self) -> list[str]:
+        """Return the names of image files without content, as a stopped download leaves them."""
+        found = self._wanted - set(self.missing)
+        return sorted(name for name in found if not self.path(name).stat().st_size)
 
     def report(self) -> str:
         """Return one sentence: how many images were found, and where they were looked for."""

@@ -261,10 +261,15 @@ def _import_opencv() -> Any:
         raise import_failure(error, "cv2", remedy, title="OpenCV", needed_by=need) from error
 
 
+def has_split(root: Path, split: str) -> bool:
+    """Whether there is a folder with annotations of a split."""
+    return any(any((root / folder / split).glob("*.json")) for folder in FOLDERS)
+
+
 def _find_folder(root: Path, split: str) -> Path:
     candidates = [root / folder / split for folder in FOLDERS]
     for candidate in candidates:
-        if candidate.is_dir() and any(candidate.glob("*.json")):
+        if any(candidate.glob("*.json")):
             return candidate
     looked = ", ".join(
         f"{path} ({'no JSON files' if path.is_dir() else 'no such folder'})" for path in candidates

@@ -221,6 +221,23 @@ def in_split(found: str, split: str) -> bool:
     return split in found if split == "test" else found == split
 
 
+def splits_of(root: Path, dataset: str, split_by: str = "") -> list[str]:
+    """Return the splits of a data set in the order of its file; those of a letter each for "AB".
+
+    Raises:
+        FileNotFoundError: the file of references does not exist.
+        ArtifactError: the file cannot be read.
+    """
+    path = find_reference_file(root / dataset, dataset, split_by or SPLIT_BY[dataset][0])
+    found = dict.fromkeys(reference.split for reference in _read_references(path))
+    names: dict[str, None] = {}
+    for name in found:
+        letters = name.removeprefix("test")
+        parts = [f"test{letter}" for letter in letters] if name != letters and letters else [name]
+        names |= dict.fromkeys(parts)
+    return list(names)
+
+
 def find_reference_file(folder: Path, dataset: str, split_by: str) -> Path:
     """Return the file of references of a data set.
 

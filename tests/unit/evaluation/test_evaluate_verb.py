@@ -8,6 +8,7 @@ from coprs_deploy import demo
 from coprs_deploy.cli.main import main
 from coprs_deploy.data.examples import write_examples
 from coprs_deploy.data.synthetic import PLAIN, SceneExamples
+from tests.unit.data.readers.layouts import Refer
 
 
 @pytest.fixture
@@ -83,3 +84,47 @@ def test_threshold_is_refused_before_the_work(setting, message, tmp_path, capsys
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_evaluate_of_a_data_set_equals_that_of_the_same_examples_in_a_file(tmp_path, capsys):
+    examples = list(SceneExamples(PLAIN, 3))
+    write_examples(tmp_path / "scenes.jsonl", examples)
+    builder = Refer(tmp_path / "data", image_folder="images")
+    for number, example in enumerate(examples, start=1):
+        builder.add_example(number, example, "testA")
+    builder.write()
+    metrics = []
+    for source in ("refcoco:testA", tmp_path / "scenes.jsonl"):
+        arguments = ["evaluate", "--examples", source, "--root", tmp_path / "data", "--json"]
+        assert main([*map(str, arguments)]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["dataset"].startswith("3 examples of ")
+        metrics.append({k: v for k, v in shown["metrics"].items() if "." not in k})
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["giou"] > 0
+
+
+def test_features_and_training_take_a_data_set(tmp_path, capsys, monkeypatch):
+    from coprs_deploy.training.examples import open_data
+    from coprs_deploy.training.recipe import load_recipe
+
+    builder = Refer(tmp_path / "data", image_folder="images")
+    for number, example in enumerate(SceneExamples(PLAIN, 2), start=1):
+        builder.add_example(number, example, "train")
+        builder.refs[-1]["sentences"].append({"sent_id": 100 + number, "sent": "it"})
+    builder.write()
+    out = tmp_path / "features"
+    arguments = ["features", demo.CHECKPOINT, "refcoco:train", "--root", tmp_path / "data"]
+    assert main([*map(str, arguments), "--out", str(out), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["num_images"], shown["num_examples"]) == (2, 4)
+    monkeypatch.setenv("COPRS_DEPLOY_DATA", str(tmp_path / "data"))
+    text = '[data]\nkind = "examples"\ntraining = "refcoco:train"\nheld_out = "refcoco:train"\n'
+    (tmp_path / "recipe.toml").write_text(f'base = "grpo_demo"\n{text}features = "{out}"\n')
+    opened = open_data(load_recipe(str(tmp_path / "recipe.toml"), []))
+    assert len(opened.training) == opened.contents["data.training"]["examples"] == 4
+
+
+def test_root_without_a_data_set_is_refused(tmp_path, capsys):
+    assert main(["evaluate", "--root", str(tmp_path)]) == 2
+    assert "name one with --examples" in capsys.readouterr().err

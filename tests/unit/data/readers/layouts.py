@@ -139,6 +139,19 @@ class Refer:
             }
         )
 
+    def add_example(self, image_id, example, split):
+        """Add the only target of an example, with its image as PNG and its instruction."""
+        height, width = example.image.shape[:2]
+        (mask,) = example.masks
+        name = f"{image_id:012d}.png"
+        record = {"id": image_id, "file_name": name, "height": height, "width": width}
+        self.images[image_id] = record
+        (self.root / self.image_folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(example.image).save(self.root / self.image_folder / name)
+        annotation = {"id": image_id, "image_id": image_id, "segmentation": compressed(mask)}
+        self.annotations.append(annotation)
+        self.refer(image_id, image_id, split, example.instruction)
+
     def write(self, split_by="unc", suffix=".p"):
         """Write the files; return the root."""
         folder = self.root / self.dataset
