@@ -3,8 +3,8 @@
     python training/build_demo_model.py RUN [--reports DIRECTORY] [--only-report]
 
 ``make demo-model`` calls this after ``coprs-deploy train demo``. ``--only-report`` copies the
-report of the run and leaves the package unchanged; ``--only-card`` writes the model card again from
-the report in DIRECTORY.
+report of the run and leaves the package unchanged; ``--only-bundle`` exports the checkpoint of the
+package again and ``--only-card`` writes the model card again, both from the report in DIRECTORY.
 """
 
 from __future__ import annotations
@@ -57,12 +57,26 @@ def build_demo_model(run: Path, root: Path = demo.ROOT, reports: Path = REPORTS)
     _check_size(_size(source.path))
     with new_directory(root / "checkpoint", CONFIG_FILE, overwrite=True) as partial:
         shutil.copytree(source.path, partial, dirs_exist_ok=True)
-    options = ExportOptions(external_policy=True, overwrite=True)
+    total = export_bundle(root)
+    environment = copy_report(run, reports)
+    write_model_card(report, environment, root)
+    return total
+
+
+def export_bundle(root: Path) -> int:
+    """Export the checkpoint in ``root``, with the policy as graphs beside its weights.
+
+    Returns:
+        Size of checkpoint and bundle in bytes.
+
+    Raises:
+        ValueError: they are too large.
+        EquivalenceError: a graph differs from PyTorch by more than its tolerance.
+    """
+    options = ExportOptions(policy_runtime="both", external_policy=True, overwrite=True)
     export_checkpoint(root / "checkpoint", root / "bundle", options)
     total = _model_size(root)
     _check_size(total)
-    environment = copy_report(run, reports)
-    write_model_card(report, environment, root)
     return total
 
 
@@ -119,8 +133,8 @@ def model_card(report: Mapping[str, Any], environment: Mapping[str, Any], size_b
         f"{policy['vision_hidden_size']} and {policy['vision_depth']} blocks.",
         f"- Segmentation: SAM, image encoder with embedding size {sam['encoder_embed_dim']} and "
         f"{sam['encoder_depth']} blocks, images of {preset.image_size} pixels.",
-        f"- {size_bytes / 1e6:.1f} MB: checkpoint in {recipe['save_dtype']}, three graphs in "
-        "float32.",
+        f"- {size_bytes / 1e6:.1f} MB: checkpoint in {recipe['save_dtype']}, segmentation "
+        "graphs in float32, policy graphs in int8.",
         "",
         "## Training data",
         *_data(preset, data["num_training_scenes"]),
@@ -213,9 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=demo.ROOT, help="directory of the model")
     parser.add_argument("--reports", type=Path, default=REPORTS, help="directory of the report")
     parser.add_argument("--only-report", action="store_true", help="copy the report only")
+    parser.add_argument("--only-bundle", action="store_true", help="export the bundle again")
     parser.add_argument("--only-card", action="store_true", help="write the model card only")
     options = parser.parse_args(arguments)
-    if options.only_card:
+    if options.only_bundle:
+        export_bundle(options.root)
+    if options.only_bundle or options.only_card:
         report = read_report(options.reports)
         write_model_card(report, report["environment"], options.root)
         return 0

@@ -1,7 +1,8 @@
 """Paths of the demo model: a small model trained by the recipe ``demo``.
 
     checkpoint/      float16 weights, for ``coprs-deploy export`` and further training
-    bundle/          the graphs for ONNX Runtime; its policy is that of the checkpoint
+    bundle/          the graphs for ONNX Runtime, the policy as int8 graphs for OpenVINO; its policy
+                     weights are those of the checkpoint
     MODEL_CARD.md    training data, evaluation and limits
 
 ``make demo-model`` trains it and writes all three.

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from coprs_deploy import CoPRS, demo
-from coprs_deploy.bundle import open_bundle
+from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.main import main
 from coprs_deploy.data.sources import open_examples
@@ -56,8 +56,19 @@ def test_demo_files_contain_no_path_of_a_machine():
     assert ABSOLUTE_PATH.search('{"_name_or_path": "/home/someone/policy"}')
     for path in files:
         assert not ABSOLUTE_PATH.search(path.read_text(encoding="utf-8")), path
-    for path in demo.ROOT.rglob("*.onnx"):
+    graphs = [path for path in demo.ROOT.rglob("*") if path.suffix in {".onnx", ".xml"}]
+    assert len(graphs) == 5
+    for path in graphs:
         assert b".py" not in path.read_bytes(), path
+        assert b"/home/" not in path.read_bytes(), path
+
+
+def test_demo_bundle_has_its_policy_as_graphs_beside_the_weights(coprs):
+    found = read_manifest(demo.BUNDLE).policy_graphs
+    assert (found.runtime, found.precision) == ("openvino", "int8")
+    assert found.equivalence.passed
+    assert found.equivalence.token_agreement == 1
+    assert "openvino qwen2_5_vl on cpu, int8" in coprs.description
 
 
 @pytest.mark.slow
