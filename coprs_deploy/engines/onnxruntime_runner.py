@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INSTALL = {
     "cpu": install_hint("cpu"),
-    "cuda": "pip uninstall onnxruntime; " + install_hint("gpu"),
+    "cuda": "pip uninstall onnxruntime; " + install_hint("gpu,torch"),
 }
 _ELEMENT_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
@@ -189,8 +189,8 @@ def availability() -> list[Availability]:
     """Report which of the two providers can be used on this machine."""
     try:
         ort = _import_onnxruntime("cpu")
-    except MissingDependencyError as error:
-        return [Availability("onnxruntime", False, str(error), INSTALL["cpu"])]
+    except MissingDependencyError:
+        return [Availability("onnxruntime", False, "not installed", INSTALL["cpu"])]
     present = ort.get_available_providers()
     return [
         Availability(

@@ -42,7 +42,7 @@ from coprs_deploy.specs import GraphSpec
 
 DEVICE = "CPU"
 OPENVINO_FOLDER = "openvino"
-INSTALL = install_hint("openvino")
+INSTALL = install_hint("edge")
 
 CACHED_GRAPH_BYTES = 128_000_000
 """Size limit of cached graphs. A compiled graph contains a second copy of the weights, and ViT-B
@@ -214,8 +214,8 @@ def availability() -> list[Availability]:
     """Report whether OpenVINO is installed, and the precisions that this processor supports."""
     try:
         openvino = _import_openvino()
-    except MissingDependencyError as error:
-        return [Availability("openvino cpu", False, str(error), INSTALL)]
+    except MissingDependencyError:
+        return [Availability("openvino cpu", False, "not installed", INSTALL)]
     int8 = ["int8"] if describe_processor().has_int8_units else []
     precisions = ", ".join([*inference_precisions(), *int8])
     return [Availability("openvino cpu", True, f"{_version(openvino)}, {precisions}")]

@@ -18,7 +18,7 @@ from coprs_deploy.engines.runner import (
     RunnerOptions,
     host_array,
 )
-from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.errors import RuntimeUnavailableError, install_hint
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def availability() -> list[Availability]:
     try:
         import torch
     except ImportError:
-        return [Availability("torch", False, "not installed", "pip install torch")]
+        return [Availability("torch", False, "not installed", install_hint("torch"))]
     cuda = torch.cuda.is_available()
     return [
         Availability("torch cpu", True, torch.__version__),
