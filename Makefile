@@ -4,6 +4,7 @@
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
 # make fuzz           property tests marked `fuzz` with random examples, for at most 20 minutes
 # make lint           format, lint, types, import contracts, words
+# make check-extras   resolve the extras that the docs install together; reads the package index
 # make check          lint and the fast tests: before every commit
 # make format         format the code and fix what ruff can fix
 # make demo-model     train the demo model, put it into the package, record its golden outputs
@@ -22,7 +23,7 @@ DEMO ?= demo-output
 # One process per core, four at most; the crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo test test-extended test-vllm fuzz lint check format demo-model report clean
+.PHONY: demo test test-extended test-vllm fuzz lint check-extras check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -66,6 +67,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+check-extras: $(VENV)/.dev
+	$(BIN)/python .ci/check_extras.py
 
 check: lint
 	$(PYTEST) -m "not slow and not extended" --quiet

@@ -58,6 +58,7 @@ PRELOADED = (
 RUN_VERB = """
 import atexit, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
 os.setsid()
 os.chdir(folder)
 os.environ.update(environment)
@@ -196,14 +197,17 @@ class Place:
         return found
 
     def measure(self) -> None:
-        """Run once without an interruption: the duration, and the files that it leaves."""
-        self.clear()
-        start = time.monotonic()
-        code = self.complete()
-        self.seconds = time.monotonic() - start
-        if code:
-            line = self.last_line()
-            raise RuntimeError(f"{self.verb} ends with {code} without a signal: {line}")
+        """Run twice without an interruption: the shorter duration, and the files that it leaves."""
+        durations = []
+        for _ in range(2):  # the first one also fills the caches of the system
+            self.clear()
+            start = time.monotonic()
+            code = self.complete()
+            durations.append(time.monotonic() - start)
+            if code:
+                line = self.last_line()
+                raise RuntimeError(f"{self.verb} ends with {code} without a signal: {line}")
+        self.seconds = min(durations)
         self.reference = self.files()
         if self.verb in REPLACED:
             out = self.folder / "out"

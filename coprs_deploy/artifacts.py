@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -162,9 +163,9 @@ def _named_if_full(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden path that replaces ``path`` when the block succeeds.
 
-    Readers see the complete old or new file; of two processes that write it the last one wins. If
-    the block raises, nothing is left behind and ``path`` is unchanged; leftovers of killed
-    processes are removed. A link is followed. A device or pipe is written directly.
+    Readers see the complete old or new file; of several processes or threads that write it the last
+    one wins. If the block raises, nothing is left behind and ``path`` is unchanged; leftovers of
+    killed processes are removed. A link is followed. A device or pipe is written directly.
 
     Args:
         path: a file, which may exist, or a directory, which must not.
@@ -178,18 +179,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield path
         return
     prefix = f"{_hidden(path)}new-"
-    partial = path.with_name(f"{prefix}{os.getpid()}")
-    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
-        number = left.name.removeprefix(prefix)
-        if left == partial or (number.isdecimal() and not psutil.pid_exists(int(number))):
-            _remove(left)
+    partial = path.with_name(f"{prefix}{os.getpid()}-{next(_numbers)}")
+    _in_progress.add(partial)
     try:
+        for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+            process = left.name.removeprefix(prefix).partition("-")[0]
+            if left not in _in_progress and process.isdecimal() and _has_ended(int(process)):
+                _remove(left)
         with _named_if_full(path):
             yield partial
             _sync(partial)
             _move_to(partial, path)
     finally:
         _remove(partial)
+        _in_progress.discard(partial)
+
+
+_numbers = itertools.count()
+_in_progress: set[Path] = set()
+"""Files that threads of this process write; an earlier process may have had its number."""
+
+
+def _has_ended(process: int) -> bool:
+    return process == os.getpid() or not psutil.pid_exists(process)
 
 
 def _move_to(partial: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.artifacts import fingerprint, new_directory, record_files, write_json
 from coprs_deploy.errors import CheckpointError
+from coprs_deploy.images import MAX_IMAGE_PIXELS
 from coprs_deploy.model_config import SegmentationConfig
 from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import Record
@@ -42,10 +43,10 @@ class PolicyImageLimits(Record, frozen=True):
     max_pixels: int = 705_600
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_pixels <= self.max_pixels:
+        if not 1 <= self.min_pixels <= self.max_pixels <= MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"min_pixels is {self.min_pixels}, max_pixels {self.max_pixels}; "
-                "accepted: 1 <= min_pixels <= max_pixels"
+                f"accepted: 1 <= min_pixels <= max_pixels <= {MAX_IMAGE_PIXELS}"
             )
 
 

@@ -29,6 +29,7 @@ A mistake in a call (a wrong type, an unknown option) is a plain ``ValueError``.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import reprlib
 from numbers import Integral, Real
@@ -131,7 +132,7 @@ class EnvironmentNotReadyError(CoPRSError):
 
 
 class MissingDependencyError(EnvironmentNotReadyError, ImportError):
-    """A Python package is not installed; the message ends with the pip line to install it."""
+    """A Python package is not installed or broken; the message ends with the pip line."""
 
 
 class RuntimeUnavailableError(EnvironmentNotReadyError):
@@ -195,6 +196,43 @@ def shorten(text: str, limit: int = 200) -> str:
 def install_hint(extra: str) -> str:
     """Return the pip command of an extra; it needs a checkout, as the package is not on PyPI."""
     return f'pip install -e ".[{extra}]" (in the checkout)'
+
+
+def import_failure(
+    error: ImportError | OSError,
+    package: str,
+    remedy: str,
+    *,
+    title: str = "",
+    needed_by: str = "",
+) -> MissingDependencyError:
+    """Describe a failed import: what is not installed, or the error of what is.
+
+    Args:
+        error: what the import raised.
+        package: module that was imported; empty for the one that the error names.
+        remedy: pip command.
+        title: name of the package in the message; default: ``package``.
+        needed_by: what needs the package.
+    """
+    named = (getattr(error, "name", None) or "").partition(".")[0]
+    title = title or package or named
+    start = f"{needed_by} needs {title}, which" if needed_by else title
+    is_missing = isinstance(error, ModuleNotFoundError) and named == (package or named)
+    if is_missing and not _is_found(named):
+        return MissingDependencyError(f"{start} is not installed; {remedy}")
+    reason = shorten(" ".join(str(error).split()), 500)
+    return MissingDependencyError(
+        f"{start} is installed and cannot be imported ({reason}); repair it, or install it "
+        f"again: {remedy}"
+    )
+
+
+def _is_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # it is being imported
+        return True
 
 
 def error_body(error: BaseException, message: str | None = None) -> dict[str, str]:

@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from coprs_deploy.errors import ImageDecodeError, ImageError, ImageSizeError, shorten
+from coprs_deploy.errors import (
+    ImageDecodeError,
+    ImageError,
+    ImageSizeError,
+    import_failure,
+    shorten,
+)
 from coprs_deploy.specs import Geometry, ValidRegion
 
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any]
@@ -121,10 +127,10 @@ def _open(file: str | io.BytesIO) -> Image.Image:
     try:
         import pillow_heif
     except ImportError as error:
-        raise ImageDecodeError(
-            "the image is HEIC, which Pillow reads with pillow-heif: pip install pillow-heif, or "
-            "convert the image to JPEG or PNG"
-        ) from error
+        remedy = "pip install pillow-heif, or convert the image to JPEG or PNG"
+        need = "the image is HEIC, for which Pillow"
+        failure = import_failure(error, "pillow_heif", remedy, title="pillow-heif", needed_by=need)
+        raise ImageDecodeError(str(failure)) from error
     pillow_heif.register_heif_opener()
     return Image.open(file)
 

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from coprs_deploy.errors import check_number
 from coprs_deploy.specs import Geometry, Record, ValidRegion
+
+MAX_LAYERS = 1000
+"""Largest number of blocks or mask tokens: each costs memory before it has any weights."""
 
 
 class SamConfig(Record, frozen=True):
@@ -51,6 +55,8 @@ class SamConfig(Record, frozen=True):
             value = getattr(self, name)
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("encoder_depth", "decoder_depth", "num_mask_tokens"):
+            check_number(name, getattr(self, name), most=MAX_LAYERS)
         channels = self.geometry.out_chans
         for name, width, divisor in (
             ("encoder_embed_dim", self.encoder_embed_dim, self.encoder_num_heads),

@@ -24,15 +24,19 @@ from coprs_deploy.bench.fixtures import (
     shape_words,
     version_of,
 )
-from coprs_deploy.bench.report import Report
+from coprs_deploy.bench.report import Report, Skipped
 from coprs_deploy.bundle import read_manifest
+from coprs_deploy.engines import ONNX_RUNTIMES
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
+from coprs_deploy.errors import install_hint
 from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import BF16, FP16, FP32, INT8
 from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER
 
 WORKLOADS = "coprs_deploy.bench.graph_workloads"
+
+SEGMENT_ANYTHING = "segment-anything"
 
 RUNTIME_BYTES, TORCH_BYTES = 100_000_000, 400_000_000
 """Memory of a process before its graph or its modules are opened."""
@@ -43,21 +47,28 @@ def engines_suite(fixtures: Fixtures) -> Planned:
     devices, is_quick = fixtures.options.devices, fixtures.options.is_quick
     present, skipped = runtimes_here(devices)
     yield from skipped
+    models = fixtures.models()
+    if not version_of(SEGMENT_ANYTHING) and any(model.checkpoint for model in models):
+        yield Skipped(SEGMENT_ANYTHING, "it is not installed", install_hint("bench"))
     graphs = (IMAGE_ENCODER, ALL_GRAPHS) if is_quick else (*GRAPH_NAMES, ALL_GRAPHS)
-    for model, device, graph in itertools.product(fixtures.models(), devices, graphs):
+    for model, device, graph in itertools.product(models, devices, graphs):
         planned = _GroupCases(fixtures, model, graph, device)
         runtimes = [runtime for runtime, where in present if where == device]
-        cases = [*planned.graph_cases(runtimes), *planned.peer_cases()]
+        cases = [*planned.graph_cases(runtimes), *planned.peer_cases(runtimes)]
         name, baseline = f"{model.name}: {graph} on {device}", planned.torch_name("eager", FP32)
         yield Group(name, cases, baseline, "one image, one target")
 
 
 def precisions(model: Model, runtimes: list[str]) -> list[tuple[str, str]]:
-    """Pair runtimes with the precisions that a model's graphs can have, or do have."""
+    """Pair runtimes with the precisions that a model's graphs can have, or do have.
+
+    Without a checkpoint, the graphs of its bundle are run by every runtime that reads them.
+    """
     if model.checkpoint is None:
         assert model.bundle is not None
         graph = read_manifest(model.bundle).graphs[IMAGE_ENCODER]
-        return [(r, graph.precision) for r in runtimes if r == graph.runtime]
+        readers = ONNX_RUNTIMES if graph.runtime in ONNX_RUNTIMES else (graph.runtime,)
+        return [(r, graph.precision) for r in runtimes if r in readers]
     return [(r, p) for r in runtimes for known, p in TOLERANCES if known == r]
 
 
@@ -115,8 +126,11 @@ class _GroupCases:
                 labels = {"matmul_precision": lower, "aspect_ratio": shape}
                 yield self._case(", ".join(words), "open_bundle_graphs", kind, settings, **labels)
 
-    def peer_cases(self) -> Iterator[Case]:
-        """List PyTorch for every graph; for the image encoder also segment-anything's own."""
+    def peer_cases(self, runtimes: list[str]) -> Iterator[Case]:
+        """List PyTorch for every graph; for the image encoder also segment-anything's own.
+
+        segment-anything's is exported for those of ``runtimes``, which are installed.
+        """
         if self.model.checkpoint is None:
             return
         yield self._torch("eager", FP32)
@@ -126,16 +140,20 @@ class _GroupCases:
         modes = [("eager", BF16), ("compile", FP32)]
         for mode, precision in modes + [("eager", FP16), ("compile", BF16)] * on_gpu:
             yield self._torch(mode, precision)
-        own = f"segment-anything {version_of('segment-anything')} ImageEncoderViT"
+        if not version_of(SEGMENT_ANYTHING):
+            return
+        own = f"{SEGMENT_ANYTHING} {version_of(SEGMENT_ANYTHING)} ImageEncoderViT"
         for precision in (FP32,) if is_quick else (FP32, BF16):
             yield self._torch("eager", precision, own)
         here = matmul_precisions("openvino", FP32)[: 1 if is_quick else None]
         exported = [("onnxruntime", FP32)]
         for runtime, precision in exported + [("openvino", p) for p in here] * (not on_gpu):
+            if runtime not in runtimes:
+                continue
             version = f"{runtime} {runtime_version(runtime)} {self.device} {precision}"
             name = f"{own}, torch.onnx.export, {version}"
             settings = {"precision": precision, "path": self._export_segment_anything}
-            kind = (f"segment-anything {runtime}", precision)
+            kind = (f"{SEGMENT_ANYTHING} {runtime}", precision)
             yield self._case(name, f"open_exported_{runtime}", kind, settings)
 
     def _torch(self, mode: str, precision: str, peer: str = "") -> Case:
@@ -143,7 +161,7 @@ class _GroupCases:
         settings |= {"precision": precision, "compiled": mode == "compile"}
         settings["segment_anything"] = bool(peer)
         name = self.torch_name(mode, precision, peer or "coprs-deploy module")
-        kind = ("segment-anything " * bool(peer) + f"torch {mode}", precision)
+        kind = (f"{SEGMENT_ANYTHING} " * bool(peer) + f"torch {mode}", precision)
         return self._case(name, "open_module", kind, settings)
 
     def _export_segment_anything(self) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from coprs_deploy.cli.parser import SuggestingParser, print_json
-from coprs_deploy.errors import CoPRSError, error_body, install_hint
+from coprs_deploy.errors import CoPRSError, error_body, import_failure, install_hint
 from coprs_deploy.version import __version__
 
 VERBS = {
@@ -112,8 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if parsed.verb not in EXTRAS:
             raise
-        reason = f"{error.name} is not installed; {install_hint(EXTRAS[parsed.verb])}"
-        return _report(parsed, error, reason, 2)
+        missing = import_failure(
+            error, "", install_hint(EXTRAS[parsed.verb]), needed_by=parsed.verb
+        )
+        return _report(parsed, missing, str(missing), missing.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return READER_GONE
@@ -133,20 +135,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a verb as Ctrl-C does: what is unfinished is removed."""
+    """Let SIGTERM and SIGHUP end a verb as Ctrl-C does: what is unfinished is removed.
+
+    A library in which a signal arrives may raise an error of its own instead of the exception of
+    the signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received: list[int] = []
 
-    def stop(number: int, frame: object) -> NoReturn:
+    def stop(number: int, frame: object = None) -> NoReturn:
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in signals}
     for number, handler in previous.items():
         if handler != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
         yield
+    except Exception:
+        if received:
+            stop(received[0])
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -30,7 +30,7 @@ from coprs_deploy.cli.runtime_arguments import (
     add_bundle_argument,
     open_runtime,
 )
-from coprs_deploy.errors import MissingDependencyError, install_hint
+from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.runtime import RuntimeOptions
 
 PORTS = range(1 << 16)
@@ -109,9 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
         from fastapi import FastAPI  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            f"serving needs {error.name}; {install_hint('serve')}"
-        ) from error
+        raise import_failure(error, "", install_hint("serve"), needed_by="serving") from error
     # SIGTERM, which stops a container, and SIGHUP end the server like Ctrl-C.
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)

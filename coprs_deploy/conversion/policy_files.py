@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.checkpoint import check_values, without_shared_memory
 from coprs_deploy.errors import CheckpointError, ConversionError
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN, PromptTemplate
 
@@ -74,6 +75,8 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
                 raise ConversionError(
                     f"the tokenizer in {path} does not fit the policy: it has no {image_token}"
                 )
+            given = None if weights is None else sum(w.nbytes for w in weights.values())
+            check_policy_size(path, given)
             options = {
                 "dtype": "auto",
                 "local_files_only": True,
@@ -90,7 +93,7 @@ def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[A
                 if (path / "generation_config.json").is_file():
                     stored = GenerationConfig.from_pretrained(path, local_files_only=True)
                     model.generation_config = stored
-    except ConversionError:
+    except (ConversionError, MemoryError):
         raise
     except Exception as error:  # damaged files raise whatever their contents lead to
         raise ConversionError(f"the policy in {path} cannot be loaded: {error}") from error

@@ -144,6 +144,8 @@ def _load(path: Path) -> Any:
             if "mmap" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the old file format
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged pickle raises whatever its instructions lead to
         raise ConversionError(_describe_unreadable(path, error)) from error
     try:

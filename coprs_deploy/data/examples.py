@@ -1,7 +1,8 @@
 """Examples (image, instruction, ground-truth masks, response) and the files that hold them.
 
-Every source of examples is a ``Sequence[Example]``: generated scenes, and the files that are read
-here. A file is Parquet (``.parquet``) or JSON lines (``.jsonl``, UTF-8), with the same columns:
+Every source of examples is a ``Sequence[Example]``: generated scenes, the data sets of
+:mod:`coprs_deploy.data.readers`, and the example files that are read here. A file is Parquet
+(``.parquet``) or JSON lines (``.jsonl``, UTF-8), with the same columns:
 
     id                             text or integer
     instruction                    text
@@ -12,6 +13,7 @@ here. A file is Parquet (``.parquet``) or JSON lines (``.jsonl``, UTF-8), with t
     image or image_path            bytes of an image file (base64 in JSON), or the image of Hugging
                                    Face datasets, {"bytes": ..., "path": ...}; or the path of an
                                    image file, relative to the example file
+    ignore_mask                    COCO segmentation of the pixels that no metric counts, optional
     response, question_type,       text, optional
     source
 
@@ -25,7 +27,6 @@ reason; a file without a valid row is an error. Other columns are ignored and na
 
 from __future__ import annotations
 
-import base64
 import difflib
 import io
 import warnings
@@ -38,13 +39,19 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write
+from coprs_deploy.data.image_columns import (
+    image_source,
+    load_image_source,
+    orientation_hint,
+    row_image_name,
+)
 from coprs_deploy.data.rle import decode_mask, encode_mask, json_type
 from coprs_deploy.data.rows import COLUMNS, ExampleRow, FieldError, open_rows, row_writer
 from coprs_deploy.errors import ArtifactError, NoValidRowError
-from coprs_deploy.images import RgbArray, load_image
+from coprs_deploy.images import RgbArray
 from coprs_deploy.prompts import REFERENCE_TOKEN, check_instruction
 
 REPORTED = 5
@@ -65,6 +72,8 @@ class Example:
             data set has none.
         question_type: type of question, for metrics by type; may be empty.
         source: data set or preset that the example comes from; may be empty.
+        ignore_mask: (H, W) bool, True for pixels that count neither as hit nor as miss; None for
+            none.
 
     Raises:
         FieldError: a shape or dtype is wrong, a mask is empty, the instruction is blank, or the
@@ -78,6 +87,7 @@ class Example:
     response: str = ""
     question_type: str = ""
     source: str = ""
+    ignore_mask: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -95,6 +105,13 @@ class Example:
                 "masks",
                 f"masks are {self.masks.dtype} {self.masks.shape}; accepted: bool "
                 f"(N, {height}, {width}), the size of the image",
+            )
+        ignored = self.ignore_mask
+        if ignored is not None and (ignored.dtype != np.bool_ or ignored.shape != (height, width)):
+            raise FieldError(
+                "ignore_mask",
+                f"ignore_mask is {ignored.dtype} {ignored.shape}; accepted: bool "
+                f"({height}, {width}), the size of the image",
             )
         for number, mask in enumerate(self.masks, start=1):
             if not mask.any():
@@ -149,7 +166,57 @@ class LazyExamples(Sequence[Example]):
         return self.load(index)
 
 
-class ExampleFile(LazyExamples):
+class ExampleSource(LazyExamples):
+    """Examples on disk, of which images and masks are decoded on access.
+
+    Attributes:
+        description: name of the source, for reports and errors.
+        num_rows: number of rows of the source, invalid ones included.
+        num_targets: number of targets of each example.
+        question_types: question type of each example.
+        problems: the invalid rows, which are skipped.
+    """
+
+    description: str
+    num_rows: int
+    num_targets: Sequence[int]
+    question_types: Sequence[str]
+    problems: tuple[RowProblem, ...] = ()
+
+    @abstractmethod
+    def read(self, index: int) -> Example:
+        """Decode the example of an index from 0; FieldError if a part of it is invalid."""
+
+    @abstractmethod
+    def image_file(self, index: int) -> bytes | Path:
+        """Return the image file of an example: its bytes, or its path."""
+
+    @abstractmethod
+    def image_name(self, index: int) -> str:
+        """Return a name that all examples on one image share, in every source of that image."""
+
+    def __len__(self) -> int:
+        return len(self.num_targets)
+
+    def load(self, index: int) -> Example:
+        """Decode the example of an index; ArtifactError if a part of it is invalid."""
+        position = range(len(self))[index]
+        try:
+            return self.read(position)
+        except FieldError as error:
+            raise ArtifactError(
+                f"{self.description}, example {position + 1}, {error.field}: {error}"
+            ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the number of rows and all skipped rows."""
+        return {
+            "num_rows": self.num_rows,
+            "skipped_rows": [asdict(problem) for problem in self.problems],
+        }
+
+
+class ExampleFile(ExampleSource):
     """The valid rows of a file, decoded on access.
 
     Holds no open file, so that it can be pickled for the worker processes of a data loader.
@@ -185,6 +252,7 @@ class ExampleFile(LazyExamples):
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
+        self.description = self.path.name
         self._rows = open_rows(self.path)
         self._valid: list[int] = []
         self.num_rows = 0
@@ -213,18 +281,26 @@ class ExampleFile(LazyExamples):
         if problems or self.ignored_columns:
             warnings.warn(self.summary(), stacklevel=2)
 
-    def __len__(self) -> int:
-        return len(self._valid)
+    def read(self, index: int) -> Example:
+        """Decode a valid row; FieldError if the file has changed."""
+        return example_from_row(self._rows.read(self._valid[index]), self.path.parent)
 
     def load(self, index: int) -> Example:
         """Decode a valid row; ArtifactError if the file has changed."""
-        row = self._valid[index]
+        position = range(len(self))[index]
         try:
-            return example_from_row(self._rows.read(row), self.path.parent)
+            return self.read(position)
         except FieldError as error:
-            raise ArtifactError(
-                f"{self.path} changed after it was opened: {self._problem(row, error)}"
-            ) from error
+            problem = self._problem(self._valid[position], error)
+            raise ArtifactError(f"{self.path} changed after it was opened: {problem}") from error
+
+    def image_file(self, index: int) -> bytes | Path:
+        """Return the image file of a row: its bytes, or its path."""
+        return image_source(self._rows.read(self._valid[index]), self.path.parent)[1]
+
+    def image_name(self, index: int) -> str:
+        """Return the name of a row's image from its path, or a hash of its bytes."""
+        return row_image_name(self._rows.read(self._valid[index]))
 
     def summary(self) -> str:
         """Return one line: invalid rows with the first reasons, and ignored columns."""
@@ -244,8 +320,7 @@ class ExampleFile(LazyExamples):
         """Return path, number of rows, all skipped rows and ignored columns."""
         return {
             "path": str(self.path),
-            "num_rows": self.num_rows,
-            "skipped_rows": [asdict(problem) for problem in self.problems],
+            **super().to_json(),
             "ignored_columns": list(self.ignored_columns),
         }
 
@@ -294,18 +369,24 @@ def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
             f"masks is {found}; accepted: a list with one COCO segmentation per target, [] if "
             "nothing matches",
         )
-    column, source = _image_source(row, directory)
-    image = _load(source, column)
+    column, source = image_source(row, directory)
+    image = load_image_source(source, column)
     height, width = image.shape[:2]
     decoded = []
     for number, segmentation in enumerate(segmentations, start=1):
         try:
             decoded.append(decode_mask(segmentation, height, width))
         except ValueError as error:
-            hint = _orientation_hint(source)
+            hint = orientation_hint(source)
             raise FieldError("masks", f"mask {number}: {error}{hint}") from error
     masks = np.stack(decoded) if decoded else np.zeros((0, height, width), dtype=np.bool_)
-    return Example(image=image, masks=masks, **texts)
+    ignore_mask = None
+    if row.get("ignore_mask") is not None:
+        try:
+            ignore_mask = decode_mask(row["ignore_mask"], height, width)
+        except ValueError as error:
+            raise FieldError("ignore_mask", f"ignore_mask: {error}") from error
+    return Example(image=image, masks=masks, ignore_mask=ignore_mask, **texts)
 
 
 def _rows_of_columns(columns: Mapping[str, Any]) -> object:
@@ -316,63 +397,6 @@ def _rows_of_columns(columns: Mapping[str, Any]) -> object:
     if not all(isinstance(size, list) for size in sizes):
         return columns
     return [{"size": size, "counts": each} for size, each in zip(sizes, counts, strict=True)]
-
-
-def _image_source(row: Mapping[str, Any], directory: Path) -> tuple[str, bytes | Path]:
-    """Return the column of a row's image, and its bytes or path."""
-    given = [name for name in ("image", "image_path") if row.get(name) is not None]
-    if len(given) != 1:
-        found = "both" if given else "neither"
-        raise FieldError(
-            "image", f"the row must have exactly one of image and image_path; it has {found}"
-        )
-    column = given[0]
-    path, data = (row[column], None) if column == "image_path" else (None, row[column])
-    if isinstance(data, Mapping):
-        path, data = data.get("path"), data.get("bytes")
-    if isinstance(data, bytes):
-        return column, data
-    if isinstance(data, str):
-        try:
-            return column, base64.b64decode(data, validate=True)
-        except ValueError as error:
-            raise FieldError(
-                column,
-                "image is text that is not base64; accepted: base64 of an image file, without "
-                "line breaks or a data: prefix; a path belongs in image_path",
-            ) from error
-    if data is not None or not isinstance(path, str):
-        found = json_type(path if data is None else data)
-        accepted = 'bytes, base64 or {"bytes": ..., "path": ...}' if column == "image" else "text"
-        raise FieldError(column, f"{column} is {found}; accepted: {accepted}")
-    if "://" in path:
-        raise FieldError(column, f"{path} is a URL, which is not fetched; download the image")
-    return column, directory / path
-
-
-def _load(source: bytes | Path, column: str) -> RgbArray:
-    try:
-        if isinstance(source, Path) and not source.is_file():
-            raise FileNotFoundError
-        return load_image(source)
-    except FileNotFoundError as error:
-        raise FieldError(column, f"the image file {source!s} does not exist") from error
-    except PermissionError as error:
-        raise FieldError(column, f"no permission to read the image file {source!s}") from error
-    except (OSError, ValueError) as error:
-        raise FieldError(column, str(error)) from error
-
-
-def _orientation_hint(source: bytes | Path) -> str:
-    """Return the frame of the masks if the image has an EXIF orientation."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation not in range(2, 9):
-            return ""
-        return (
-            f"; the image is stored as [{image.height}, {image.width}] with the EXIF orientation "
-            f"{orientation}, and masks are in the frame of the upright image, as viewers show it"
-        )
 
 
 def write_examples(path: str | PathLike[str], examples: Iterable[Example]) -> int:
@@ -396,15 +420,23 @@ def write_examples(path: str | PathLike[str], examples: Iterable[Example]) -> in
             count += 1
             png = io.BytesIO()
             Image.fromarray(example.image).save(png, "PNG", compress_level=3)
-            write(
-                ExampleRow(
-                    id=example.id,
-                    instruction=example.instruction,
-                    masks=[encode_mask(mask) for mask in example.masks],
-                    image=png.getvalue(),
-                    response=example.response,
-                    question_type=example.question_type,
-                    source=example.source,
-                )
-            )
+            write(row_of_example(example, png.getvalue()))
     return count
+
+
+def row_of_example(
+    example: Example, image: bytes | None = None, image_path: str | None = None
+) -> ExampleRow:
+    """Encode an example as a row with the bytes of its image file, or with its path."""
+    ignored = example.ignore_mask
+    return ExampleRow(
+        id=example.id,
+        instruction=example.instruction,
+        masks=[encode_mask(mask) for mask in example.masks],
+        image=image,
+        image_path=image_path,
+        response=example.response,
+        question_type=example.question_type,
+        source=example.source,
+        ignore_mask=None if ignored is None else encode_mask(ignored),
+    )

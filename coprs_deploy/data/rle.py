@@ -19,6 +19,9 @@ _FIRST_CHARACTER = 48
 _MAX_CHARACTERS = 7
 """Characters of one number: 35 bits hold any run of an accepted image."""
 
+_MIN_NUMBERS = 6
+"""Numbers of a polygon: x and y of three points."""
+
 _FORMS = 'accepted: RLE {"size": [height, width], "counts": ...} or polygons [[x1, y1, ...], ...]'
 
 
@@ -99,6 +102,38 @@ def decode_mask(segmentation: object, height: int, width: int) -> NDArray[np.boo
     return np.repeat(is_set, runs).reshape(width, height).T
 
 
+def decode_segmentation(segmentation: object, height: int, width: int) -> NDArray[np.bool_]:
+    """Decode the segmentation of an annotation as public data sets have it.
+
+    More is accepted than by :func:`decode_mask`: a list of RLE, an empty list (an empty mask), and
+    polygons of fewer than three points, which cover nothing. Parts that overlap are merged.
+
+    Args:
+        segmentation: RLE, a list of RLE, or a list of polygons in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        (height, width) bool, which may be empty.
+
+    Raises:
+        ValueError: the form is not accepted, an RLE does not fit the image, or a polygon lies far
+            outside of it.
+    """
+    if not isinstance(segmentation, list):
+        return decode_mask(segmentation, height, width)
+    merged = np.zeros((height, width), dtype=np.bool_)
+    polygons = []
+    for part in segmentation:
+        if isinstance(part, list):
+            polygons += [part] if len(part) >= _MIN_NUMBERS else []
+        else:
+            merged |= decode_mask(part, height, width)
+    if polygons:
+        merged |= _merge_polygons(polygons, height, width)
+    return merged
+
+
 def json_type(value: object) -> str:
     """Name the type of a value as JSON does, for error messages."""
     names = {str: "text", dict: "an object", list: "a list", type(None): "null", int: "an integer"}
@@ -134,12 +169,21 @@ def _decompress(counts: object) -> list[int]:
 
 
 def _decode_polygons(polygons: list[Any], height: int, width: int) -> NDArray[np.bool_]:
+    if not polygons:
+        raise ValueError(f"it is an empty list; {_FORMS}")
+    mask = _merge_polygons(polygons, height, width)
+    if not mask.any():
+        raise ValueError("its polygons cover no pixel; coordinates are pixels, not shares")
+    return mask
+
+
+def _merge_polygons(polygons: list[Any], height: int, width: int) -> NDArray[np.bool_]:
     from pycocotools import mask as coco
 
     for number, polygon in enumerate(polygons, start=1):
         if not isinstance(polygon, list):
             raise ValueError(f"polygon {number} is {json_type(polygon)}; {_FORMS}")
-        if len(polygon) < 6 or len(polygon) % 2:
+        if len(polygon) < _MIN_NUMBERS or len(polygon) % 2:
             raise ValueError(
                 f"polygon {number} has {len(polygon)} numbers; accepted: x and y of at least three "
                 "points"
@@ -151,13 +195,7 @@ def _decode_polygons(polygons: list[Any], height: int, width: int) -> NDArray[np
                     f"polygon {number} has the {'xy'[index % 2]} {_shortened(value)} in an image "
                     f"of {width} x {height} pixels (width x height); coordinates are pixels"
                 )
-    if not polygons:
-        raise ValueError(f"it is an empty list; {_FORMS}")
-    merged = coco.merge(coco.frPyObjects(polygons, height, width))
-    mask = decode_mask(merged, height, width)
-    if not mask.any():
-        raise ValueError("its polygons cover no pixel; coordinates are pixels, not shares")
-    return mask
+    return decode_mask(coco.merge(coco.frPyObjects(polygons, height, width)), height, width)
 
 
 def _shortened(value: object) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from coprs_deploy.data.rle import Rle, json_type
-from coprs_deploy.errors import ArtifactError, MissingDependencyError
+from coprs_deploy.errors import ArtifactError, import_failure
 from coprs_deploy.specs import Record
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -37,6 +37,7 @@ class ExampleRow(Record, frozen=True, omit_defaults=True):
     response: str = ""
     question_type: str = ""
     source: str = ""
+    ignore_mask: Rle | None = None
 
 
 COLUMNS = ExampleRow.__struct_fields__
@@ -197,7 +198,7 @@ class ParquetRows:
                 self._group = file.read_row_group(group, columns=self._columns)
                 self._group_number = group
             rows = self._group.slice(row, 1).to_pylist()
-        except (_import_pyarrow().ArrowException, OSError, LookupError, ValueError) as error:
+        except (import_pyarrow().ArrowException, OSError, LookupError, ValueError) as error:
             raise FieldError("", f"it cannot be read; the file is damaged ({error})") from error
         if not rows:
             raise FieldError("", "it no longer exists")
@@ -206,10 +207,10 @@ class ParquetRows:
 
 @contextmanager
 def _parquet_writer(path: Path) -> Iterator[WriteRow]:
-    pyarrow = _import_pyarrow()
+    pyarrow = import_pyarrow()
     text = pyarrow.string()
     rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int32())), ("counts", text)])
-    others = {"masks": pyarrow.list_(rle), "image": pyarrow.binary()}
+    others = {"masks": pyarrow.list_(rle), "image": pyarrow.binary(), "ignore_mask": rle}
     schema = pyarrow.schema(dict.fromkeys(COLUMNS, text) | others)
     pending: list[dict[str, Any]] = []
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
@@ -229,7 +230,7 @@ def _parquet_writer(path: Path) -> Iterator[WriteRow]:
 
 
 def _open_parquet(path: Path) -> Any:
-    pyarrow = _import_pyarrow()
+    pyarrow = import_pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(path)
     except PermissionError:
@@ -238,11 +239,11 @@ def _open_parquet(path: Path) -> Any:
         raise ArtifactError(f"{path} is not a Parquet file: {error}") from error
 
 
-def _import_pyarrow() -> Any:
+def import_pyarrow() -> Any:
+    """Import pyarrow and its Parquet module; MissingDependencyError if it is not installed."""
     try:
         importlib.import_module("pyarrow.parquet")
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise MissingDependencyError(
-            "Parquet files need pyarrow, which is not installed: pip install pyarrow"
-        ) from error
+        need = "a Parquet file"
+        raise import_failure(error, "pyarrow", "pip install pyarrow", needed_by=need) from error

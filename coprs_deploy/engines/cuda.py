@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coprs_deploy.engines.runner import Array, DeviceTensor, host_array
-from coprs_deploy.errors import MissingDependencyError, RuntimeUnavailableError, install_hint
+from coprs_deploy.errors import RuntimeUnavailableError, import_failure, install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +80,8 @@ class CudaDevice:
         try:
             import torch
         except ImportError as error:
-            raise MissingDependencyError(
-                f"engines use CUDA through PyTorch; {install_hint('torch')}"
-            ) from error
+            hint = install_hint("torch")
+            raise import_failure(error, "torch", hint, needed_by="CUDA memory") from error
         gpu = current_gpu(index)
         if gpu is None:
             raise RuntimeUnavailableError(

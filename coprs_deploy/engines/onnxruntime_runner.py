@@ -29,6 +29,7 @@ from coprs_deploy.errors import (
     BundleError,
     MissingDependencyError,
     RuntimeUnavailableError,
+    import_failure,
     install_hint,
 )
 from coprs_deploy.specs import GraphSpec
@@ -111,6 +112,8 @@ class OrtRunner(Runner):
         provider_options = [_provider_options(options)]
         try:
             session = ort.InferenceSession(str(path), settings, [provider], provider_options)
+        except MemoryError:
+            raise
         except Exception as error:  # ONNX Runtime raises classes of its own that share no base
             raise BundleError(f"ONNX Runtime cannot open {path}: {error}") from error
         if session.get_providers()[0] != provider:
@@ -189,8 +192,8 @@ def availability() -> list[Availability]:
     """Report which of the two providers can be used on this machine."""
     try:
         ort = _import_onnxruntime("cpu")
-    except MissingDependencyError:
-        return [Availability("onnxruntime", False, "not installed", INSTALL["cpu"])]
+    except MissingDependencyError as error:
+        return [Availability("onnxruntime", False, str(error), INSTALL["cpu"])]
     present = ort.get_available_providers()
     return [
         Availability(
@@ -207,9 +210,8 @@ def _import_onnxruntime(device_type: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError(
-            f"ONNX Runtime is not installed; {INSTALL[device_type]}"
-        ) from error
+        remedy = INSTALL[device_type]
+        raise import_failure(error, "onnxruntime", remedy, title="ONNX Runtime") from error
     if device_type == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # finds the CUDA libraries in PyTorch's wheels
     return onnxruntime

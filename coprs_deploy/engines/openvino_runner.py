@@ -35,6 +35,7 @@ from coprs_deploy.errors import (
     BundleError,
     MissingDependencyError,
     RuntimeUnavailableError,
+    import_failure,
     install_hint,
 )
 from coprs_deploy.machine import describe_processor
@@ -214,8 +215,8 @@ def availability() -> list[Availability]:
     """Report whether OpenVINO is installed, and the precisions that this processor supports."""
     try:
         openvino = _import_openvino()
-    except MissingDependencyError:
-        return [Availability("openvino cpu", False, "not installed", INSTALL)]
+    except MissingDependencyError as error:
+        return [Availability("openvino cpu", False, str(error), INSTALL)]
     int8 = ["int8"] if describe_processor().has_int8_units else []
     precisions = ", ".join([*inference_precisions(), *int8])
     return [Availability("openvino cpu", True, f"{_version(openvino)}, {precisions}")]
@@ -229,7 +230,7 @@ def _import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependencyError(f"OpenVINO is not installed; {INSTALL}") from error
+        raise import_failure(error, "openvino", INSTALL, title="OpenVINO") from error
     return openvino
 
 

@@ -18,7 +18,7 @@ from coprs_deploy.engines.runner import (
     RunnerOptions,
     host_array,
 )
-from coprs_deploy.errors import RuntimeUnavailableError, install_hint
+from coprs_deploy.errors import RuntimeUnavailableError, import_failure, install_hint
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ def availability() -> list[Availability]:
     """Report whether PyTorch is installed and finds a GPU."""
     try:
         import torch
-    except ImportError:
-        return [Availability("torch", False, "not installed", install_hint("torch"))]
+    except (ImportError, OSError) as error:
+        remedy = install_hint("torch")
+        return [Availability("torch", False, str(import_failure(error, "torch", remedy)), remedy)]
     cuda = torch.cuda.is_available()
     return [
         Availability("torch cpu", True, torch.__version__),

@@ -98,15 +98,19 @@ def evaluate(
 
 
 def score_example(example: Example, prediction: Prediction) -> ExampleScore:
-    """Score one prediction against the ground truth of its example."""
-    ground_truth = union(example.masks)
+    """Score one prediction against the ground truth of its example.
+
+    Pixels of the ignore mask are removed from prediction and ground truth.
+    """
+    counted = True if example.ignore_mask is None else ~example.ignore_mask
+    ground_truth = union(example.masks) & counted
     return ExampleScore(
         id=example.id,
         question_type=example.question_type,
         num_targets=len(example.masks),
         num_found=len(prediction.masks),
-        mask=count_pixels(union(prediction.masks), ground_truth),
-        prior=count_pixels(union(prediction.priors), ground_truth),
+        mask=count_pixels(union(prediction.masks) & counted, ground_truth),
+        prior=count_pixels(union(prediction.priors) & counted, ground_truth),
         instruction=example.instruction,
         response=prediction.response,
         extra=prediction.extra,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import import_failure
 from coprs_deploy.evaluation.metrics import pearson_r
 
 BAND_WIDTH = 10.0
@@ -71,9 +71,9 @@ def pyplot() -> Any:
     """
     try:
         import matplotlib as mpl
-    except ImportError as error:
-        raise MissingDependencyError("plots need matplotlib; pip install matplotlib") from error
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise import_failure(error, "matplotlib", "pip install matplotlib") from error
     return plt

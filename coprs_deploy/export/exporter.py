@@ -68,6 +68,7 @@ from coprs_deploy.export.precision import (
 from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
 from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.machine import installed_versions, peak_memory_bytes
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, graph_specs
 from coprs_deploy.version import __version__
 
@@ -168,6 +169,7 @@ class _Export:
         self.timer.start("load checkpoint")
         self.checkpoint, config = checkpoint, checkpoint.config.model
         self.model = load_segmentation_model(checkpoint)
+        check_policy_size(checkpoint.policy_path)
         check_values(self.model.state_dict(), str(checkpoint.path / SEGMENTATION_FILE))
         self.weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         valid_region = None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coprs_deploy.errors import EquivalenceError, MissingDependencyError, install_hint
+from coprs_deploy.errors import EquivalenceError, import_failure, install_hint
 from coprs_deploy.specs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def export_onnx_graph(
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(f"onnxscript is not installed; {INSTALL}") from error
+        raise import_failure(error, "onnxscript", INSTALL) from error
     dynamic = None
     if not spec.profile.is_static:
         (name,) = {size for t in spec.inputs for size in t.shape if isinstance(size, str)}

@@ -1,8 +1,8 @@
 """Convert a policy to OpenVINO graphs: vision tower, embedding table and stateful decoder.
 
 The decoder walks transformers' own layers, with the cache as inputs and outputs; OpenVINO keeps it
-inside the graph. 16-bit weights stay 16-bit in the file and are computed with in float32. Weights
-are compressed to int8 or int4 by NNCF, without data.
+inside the graph. 16-bit weights stay 16-bit in the file and are computed with in float32.
+``policy_compression`` compresses them to int8 or int4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coprs_deploy.errors import MissingDependencyError, PolicyError, install_hint
+from coprs_deploy.errors import PolicyError, import_failure, install_hint
+from coprs_deploy.export.policy_compression import compress_graph
 from coprs_deploy.policy.openvino_policy.graphs import (
     DECODER_FILE,
     DESCRIPTION_FILE,
@@ -29,10 +30,8 @@ from coprs_deploy.policy.openvino_policy.graphs import (
 )
 from coprs_deploy.policy.openvino_policy.positions import MASKED, QwenVision
 from coprs_deploy.policy.openvino_policy.tokenizer import TOKENIZER_FILE
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
-
-GROUP_SIZE = 128
-"""Weights that share one int4 scale; smaller where the columns are no multiple of it."""
 
 
 def export_policy_graphs(
@@ -83,6 +82,7 @@ def load_policy(policy: Path) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
+    check_policy_size(policy)
     try:
         with without_progress_bars():
             model = AutoModelForImageTextToText.from_pretrained(
@@ -376,29 +376,8 @@ def _save(graph: Any, path: Path, mode: str | None) -> None:
     import openvino as ov
 
     if mode is not None:
-        graph = _compress(graph, mode)
+        graph = compress_graph(graph, mode)
     ov.save_model(graph, path, compress_to_fp16=False)
-
-
-def _compress(graph: Any, mode: str) -> Any:
-    """Compress the weights of a graph symmetrically; NNCF keeps the output head in int8."""
-    import nncf
-    from nncf.quantization.advanced_parameters import (
-        AdvancedCompressionParameters,
-        GroupSizeFallbackMode,
-    )
-
-    nncf.set_log_level(40)
-    if mode == "int8":
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-    adjust = AdvancedCompressionParameters(group_size_fallback_mode=GroupSizeFallbackMode.ADJUST)
-    return nncf.compress_weights(
-        graph,
-        mode=nncf.CompressWeightsMode.INT4_SYM,
-        group_size=GROUP_SIZE,
-        ratio=1.0,
-        advanced_parameters=adjust,
-    )
 
 
 def _import_converters(precision: str) -> None:
@@ -407,7 +386,5 @@ def _import_converters(precision: str) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise MissingDependencyError(
-                f"--policy-runtime openvino with precision {precision} needs {package}; "
-                f"{install_hint('policy-export')}"
-            ) from error
+            need, hint = f"the policy's {precision} graph", install_hint("policy-export")
+            raise import_failure(error, package, hint, needed_by=need) from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import import_failure
 from coprs_deploy.export.onnx_graph import (
     EXTERNAL_DATA_BYTES,
     INSTALL,
@@ -150,7 +150,7 @@ def load_graph(path: Path) -> ir.Model:
     try:
         import onnx_ir as ir
     except ImportError as error:
-        raise MissingDependencyError(f"onnx-ir is not installed; {INSTALL}") from error
+        raise import_failure(error, "onnx_ir", INSTALL, title="onnx-ir") from error
     return ir.load(path)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write, make_directory, write_json
-from coprs_deploy.errors import MissingDependencyError, install_hint
+from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.images import ResizeTransform, RgbArray
 from coprs_deploy.logits import mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
@@ -269,9 +269,8 @@ class SegmentationResult:
         try:
             import supervision
         except ImportError as error:
-            raise MissingDependencyError(
-                f"to_supervision needs supervision; {install_hint('supervision')}"
-            ) from error
+            hint = install_hint("supervision")
+            raise import_failure(error, "supervision", hint, needed_by="to_supervision") from error
         return supervision.Detections(
             xyxy=self.boxes.astype(np.float32),
             mask=self.masks,

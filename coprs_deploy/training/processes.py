@@ -39,17 +39,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._runs_steps = False
+        self._runs_steps = self._has_exited = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals of this process, if this is its main thread."""
+        """Handle the signals of this process, if this is its main thread.
+
+        A library in which a signal arrives may raise an error of its own instead of the exception
+        of :meth:`exit`.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
+        except Exception:
+            if self._has_exited:
+                self.exit()
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -74,6 +82,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """End this process with the exit code of the signal."""
+        self._has_exited = True
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + (self.number or signal.SIGTERM))

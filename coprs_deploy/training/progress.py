@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ BEST_FILE = "best.json"
 class StageProgress:
     """Progress of a stage in its run directory; only the main process writes.
 
-    ``steps_before``, the steps of earlier stages, is the offset of the curves. ``state`` is the
-    folder of the state to resume from, after ``step`` steps; None starts from the first step.
+    ``stages`` are those of the recipe; the steps of earlier ones are the offset of the curves.
+    ``state`` is the folder of the state to resume from, after ``step`` steps; None starts from the
+    first step.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class StageProgress:
         directory: RunDirectory,
         accelerator: Accelerator,
         name: str,
-        settings: StageSettings,
-        steps_before: int,
+        stages: Mapping[str, StageSettings],
     ) -> None:
-        self._directory, self._accelerator = directory, accelerator
-        self._name, self._settings, self._steps_before = name, settings, steps_before
+        self._directory, self._accelerator, self._name = directory, accelerator, name
+        self._settings = settings = stages[name]
+        earlier = takewhile(lambda each: each != name, stages)
+        self._steps_before = sum(stages[each].max_steps for each in earlier)
         self.path = directory.stage(name)
         self.state: Path | None = None
         self.step, self.init_metrics, self._seconds_before = 0, dict[str, float](), 0.0

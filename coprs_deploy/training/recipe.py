@@ -140,10 +140,17 @@ def load_recipe(source: str, settings: Sequence[str] = (), recipe_type: type[R] 
     return _convert(data, f"--set {' '.join(settings)}", recipe_type) if settings else recipe
 
 
-def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys in which two recipes differ, both as ``to_json`` gives them."""
+def changed_keys(
+    one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
+    """Compare two recipes, both as ``to_json`` gives them.
+
+    Returns:
+        Dotted key to both values, sorted; None where a recipe has no such key.
+    """
     first, second = dict(_leaves(one)), dict(_leaves(other))
-    return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
+    keys = sorted(first.keys() | second.keys())
+    return {k: (first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)}
 
 
 def _read(source: str, readers: tuple[str, ...] = ()) -> dict[str, Any]:

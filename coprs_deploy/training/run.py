@@ -27,7 +27,7 @@ from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
 from coprs_deploy.data.examples import ExampleFile
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.errors import MissingDependencyError, install_hint
+from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
@@ -227,9 +227,7 @@ def _extra_packages() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingDependencyError(
-            f"training needs {error.name}; {install_hint('train')}"
-        ) from error
+        raise import_failure(error, "", install_hint("train"), needed_by="training") from error
 
 
 def _train_stages(
@@ -278,7 +276,6 @@ def _train_stages(
             settings,
             state,
             examples,
-            steps_before=sum(result["steps"] for result in results.values()),
             policy_path=None if results else checkpoint.policy_path,
         )
         if export_only:

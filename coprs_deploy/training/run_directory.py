@@ -16,7 +16,8 @@ report.json, report.md, plots/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ FREE_STAGE_KEYS = (
     *("vllm_server_host", "vllm_server_port"),
 )
 """Settings of a stage that a resumed run may change."""
+
+SETTINGS_SHOWN = 5
+"""Number of changed settings that an error shows with their values."""
 
 
 class RunDirectory:
@@ -84,12 +88,9 @@ class RunDirectory:
             return False
         before, now = json.loads(file.read_text(encoding="utf-8")), recipe.to_json()
         changed = changed_keys(before, now)
-        refused = [key for key in changed if not _is_free(key)]
+        refused = {key: values for key, values in changed.items() if not _is_free(key)}
         if refused and self.has_progress():
-            raise ValueError(
-                f"{self.path} holds a run with other settings ({', '.join(refused[:5])}); "
-                "choose another directory with --out, or remove this one"
-            )
+            raise ValueError(_describe_refused(self.path, refused))
         if changed:
             write_json(file, now)
         return True
@@ -166,6 +167,22 @@ def rewind_lines(file: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     with atomic_write(file) as partial:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         partial.write_text(text, encoding="utf-8")
+
+
+def _describe_refused(path: Path, refused: Mapping[str, tuple[object, object]]) -> str:
+    """Name settings of a run that a resumed run may not change, and how to keep them."""
+    shown = [f"{key} (was: {old}; now: {new})" for key, (old, new) in refused.items()]
+    hidden = len(shown) - SETTINGS_SHOWN
+    names = ", ".join(shown[:SETTINGS_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+    advice = "choose another directory with --out, or remove this one"
+    if hidden <= 0 and all(value is not None for values in refused.values() for value in values):
+        texts = (
+            f"{key}={old if isinstance(old, str) else json.dumps(old)}"
+            for key, (old, _) in refused.items()
+        )
+        keep = " ".join(f"--set {shlex.quote(text)}" for text in texts)
+        advice = f"to resume it, add {keep}; to start another run, {advice}"
+    return f"{path} holds a run with other settings: {names}; {advice}"
 
 
 def _is_free(key: str) -> bool:

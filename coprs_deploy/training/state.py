@@ -19,6 +19,7 @@ from coprs_deploy.checkpoint import (
     write_checkpoint,
 )
 from coprs_deploy.models import SegmentationModel
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import PromptTemplate
 
@@ -154,6 +155,7 @@ def state_from_checkpoint(checkpoint: Checkpoint) -> TrainingState:
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     path: Path = checkpoint.policy_path
+    check_policy_size(path)
     with without_progress_bars():
         policy = AutoModelForImageTextToText.from_pretrained(
             path, dtype=torch.float32, local_files_only=True

@@ -25,7 +25,6 @@ class Trainer:
     def __init__(self, run: Run[Any], state: TrainingState) -> None:
         self._run, self._state = run, state
         self._accelerator = run.accelerator
-        self._steps_before = 0
 
     def run(self, stage: TrainingStage[Any]) -> dict[str, Any]:
         """Run a stage to its end, from its last saved state if there is one; return its result."""
@@ -33,7 +32,6 @@ class Trainer:
         result = load_finished_stage(directory, stage.name, stage.settings, self._state)
         if result is None:
             result = self._train(stage)
-        self._steps_before += stage.settings.max_steps
         return result
 
     def restore(self, stage: TrainingStage[Any]) -> bool:
@@ -48,9 +46,8 @@ class Trainer:
         return False
 
     def _progress(self, stage: TrainingStage[Any]) -> StageProgress:
-        directory = self._run.directory
         return StageProgress(
-            directory, self._accelerator, stage.name, stage.settings, self._steps_before
+            self._run.directory, self._accelerator, stage.name, self._run.recipe.stages
         )
 
     def _train(self, stage: TrainingStage[Any]) -> dict[str, Any]:

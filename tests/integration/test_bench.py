@@ -29,6 +29,7 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_bench_engines_of_the_demo_model_are_timed_evaluated_and_reported(tmp_path):
     pattern = "(encoder|three).*(onnxruntime .* cpu fp32|PyTorch .* eager cpu fp32)$"
     done = bench("--suite", "engines", "--filter", pattern, "--min-time", "0.2", "--out", tmp_path)

@@ -14,6 +14,7 @@ THRESHOLDS = {"giou": 0.8, "precision_at_50": 0.85, "no_match_recall": 0.75}
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_full_model_reaches_the_thresholds(tmp_path):
     bundle = tmp_path / "bundle"
     assert main(["export", str(CHECKPOINT), "--out", str(bundle), "--external-policy"]) == 0

@@ -10,6 +10,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -520,6 +522,24 @@ def test_atomic_write_removes_leftovers_of_killed_processes_only(tmp_path):
     assert names_in(tmp_path) == [other.name, "weights"]
 
 
+def test_atomic_write_from_several_threads_is_one_of_the_texts(tmp_path):
+    path, count = tmp_path / "config.json", 8
+    texts = [str(number) * 10_000 for number in range(count)]
+    started = threading.Barrier(count)
+
+    def write(text):
+        with atomic_write(path) as partial:
+            partial.write_text(text)
+            started.wait(30)  # all of them are writing
+        with atomic_write(path) as partial:
+            partial.write_text(text)
+        return path.read_text() in texts
+
+    with ThreadPoolExecutor(count) as pool:
+        assert all(pool.map(write, texts))
+    assert names_in(tmp_path) == ["config.json"]
+
+
 def test_atomic_write_follows_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
@@ -586,6 +606,8 @@ def test_check_writable_names_what_is_in_the_way(tmp_path, path, is_file, number
 
 HOLD = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from coprs_deploy.artifacts import exclusive
 with exclusive(Path(sys.argv[1]), "taken"):

@@ -257,7 +257,7 @@ def test_read_checkpoint_wrong_field_is_named(checkpoint, change, message):
         read_checkpoint(checkpoint.path)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 10), (-1, 10), (11, 10)])
+@pytest.mark.parametrize(("low", "high"), [(0, 10), (-1, 10), (11, 10), (9, 10**12)])
 def test_image_limits_out_of_order_are_refused(low, high):
     with pytest.raises(ValueError, match=f"min_pixels is {low}, max_pixels {high}; accepted: 1 <="):
         PolicyImageLimits(low, high)

@@ -1,14 +1,28 @@
 """The tree of errors."""
 
+import importlib
 import inspect
 import pickle
 import re
+import sys
 import tomllib
 
 import pytest
 
 from coprs_deploy import errors
-from coprs_deploy.errors import CoPRSError, error_body, install_hint, shorten
+from coprs_deploy.data import rows
+from coprs_deploy.engines import onnxruntime_runner, openvino_runner
+from coprs_deploy.engines.trt.variants import TRT_VARIANTS
+from coprs_deploy.errors import (
+    CoPRSError,
+    MissingDependencyError,
+    error_body,
+    import_failure,
+    install_hint,
+    shorten,
+)
+from coprs_deploy.evaluation import plots
+from coprs_deploy.runtime import result
 from tests import ROOT
 
 CLASSES = [
@@ -56,6 +70,65 @@ def test_errors_caused_by_an_argument_are_value_errors():
         "ImageSizeError",
         "InstructionError",
     }
+
+
+@pytest.fixture
+def import_error(tmp_path, monkeypatch):
+    """Return a function that imports a package with some content, or none, and its error."""
+
+    def fail(content):
+        monkeypatch.syspath_prepend(tmp_path)
+        if content is not None:
+            (tmp_path / "abridged.py").write_text(content)
+        with pytest.raises(ImportError) as caught:
+            importlib.import_module("abridged")
+        return caught.value
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("content", "state"),
+    [
+        (None, "is not installed; pip"),
+        ("import absent", r"is installed and cannot be imported \(No module named 'absent'\)"),
+        (
+            "raise ImportError('libgomp.so.1: cannot open')",
+            r"imported \(libgomp.so.1: cannot open\)",
+        ),
+        ("from json import nothing", r"imported \(cannot import name 'nothing' from 'json'"),
+    ],
+)
+def test_import_failure_is_missing_or_has_the_error_of_the_library(import_error, content, state):
+    error = import_error(content)
+    found = str(import_failure(error, "abridged", "pip install abridged"))
+    assert re.match(f"abridged .*{state}", found), found
+    assert found.endswith("pip install abridged")
+
+
+def test_import_failure_names_who_needs_what(import_error):
+    found = import_failure(import_error(None), "", "pip install abridged", needed_by="training")
+    assert str(found) == ("training needs abridged, which is not installed; pip install abridged")
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("supervision", lambda: result.SegmentationResult.to_supervision(None)),
+        ("pyarrow", rows._import_pyarrow),
+        ("onnxruntime", lambda: onnxruntime_runner._import_onnxruntime("cpu")),
+        ("openvino", openvino_runner._import_openvino),
+        ("matplotlib", plots.pyplot),
+        ("tensorrt_rtx", TRT_VARIANTS["tensorrt-rtx"].load),
+    ],
+)
+def test_import_of_a_broken_package_shows_its_own_error(tmp_path, monkeypatch, package, call):
+    (tmp_path / f"{package}.py").write_text("raise ImportError('libbroken.so: out of reach')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(MissingDependencyError, match=r"\(libbroken.so: out of reach\).*pip"):
+        call()
 
 
 def test_missing_dependency_is_an_import_error():

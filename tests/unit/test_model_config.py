@@ -52,6 +52,9 @@ def test_sam_sizes_survive_json(name):
             "names block 12; accepted: 0 to 11",
         ),
         ({"encoder_global_attn_indexes": (-1,)}, "names block -1; accepted: 0 to 11"),
+        ({"encoder_depth": 129999}, "encoder_depth is 129999; it must be at most 1000"),
+        ({"decoder_depth": 29999}, "decoder_depth is 29999; it must be at most 1000"),
+        ({"num_mask_tokens": 49999}, "num_mask_tokens is 49999; it must be at most 1000"),
     ],
 )
 def test_sam_config_impossible_sizes_are_refused(values, message):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coprs_deploy.errors import MissingDependencyError, install_hint
+from coprs_deploy.errors import import_failure, install_hint
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,11 @@ class TrtVariant:
         Raises:
             MissingDependencyError: it is not installed, or its shared libraries do not load.
         """
+        module, remedy = self.name.replace("-", "_"), install_hint(self.name)
         try:
-            return importlib.import_module(self.name.replace("-", "_"))
+            return importlib.import_module(module)
         except (ImportError, OSError) as error:
-            raise MissingDependencyError(
-                f"{self.title} cannot be imported ({error}); {install_hint(self.name)}"
-            ) from error
+            raise import_failure(error, module, remedy, title=self.title) from error
 
 
 TENSORRT = TrtVariant("tensorrt", "TensorRT", builds_without_gpu=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.errors import MissingDependencyError, PolicyError, install_hint
+from coprs_deploy.errors import PolicyError, import_failure, install_hint
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -29,12 +29,13 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise MissingDependencyError(
-                f"the openvino policy needs tokenizers; {install_hint('edge')}"
-            ) from error
+            hint = install_hint("edge")
+            raise import_failure(error, "", hint, needed_by="the openvino policy") from error
         file = path / TOKENIZER_FILE
         try:
             self.backend_tokenizer: Any = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except MemoryError:
+            raise
         except Exception as error:  # the library raises the class Exception itself
             raise PolicyError(f"{file} cannot be loaded as a tokenizer: {error}") from error
         self.eos_token_id = eos_token_id

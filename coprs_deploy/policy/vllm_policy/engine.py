@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coprs_deploy.closing import Closeable
-from coprs_deploy.errors import MissingDependencyError, PolicyError
+from coprs_deploy.errors import PolicyError, import_failure
 from coprs_deploy.policy.availability import VLLM_DOCS, VLLM_INSTALL
 
 if TYPE_CHECKING:
@@ -132,10 +132,8 @@ def import_vllm(device_type: str) -> Any:
         import vllm
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise MissingDependencyError(
-            f"the vllm policy needs {error.name}; {VLLM_INSTALL} for a GPU, or see {VLLM_DOCS} for "
-            "a CPU"
-        ) from error
+        remedy = f"{VLLM_INSTALL} for a GPU, or see {VLLM_DOCS} for a CPU"
+        raise import_failure(error, "vllm", remedy, needed_by="the vllm policy") from error
     if current_platform.device_type != device_type:
         raise PolicyError(
             f"policy device is {device_type!r}, but vllm {vllm.__version__} is built for "

@@ -59,11 +59,10 @@ class GrpoStage:
         state: TrainingState,
         examples: ExampleSets,
         *,
-        steps_before: int,
         policy_path: Path | None,
     ) -> None:
         self.settings = settings
-        self.progress = StageProgress(run.directory, run.accelerator, name, settings, steps_before)
+        self.progress = StageProgress(run.directory, run.accelerator, name, run.recipe.stages)
         self._run, self._name, self._state, self._examples = run, name, state, examples
         self._held_out: list[Example] = list(examples.held_out[: settings.num_eval_examples])
         self._policy_path = policy_path
@@ -98,18 +97,23 @@ class GrpoStage:
             self._take_weights(trainer, attachment)
 
     def evaluate(self, trainer: JointTrainer, step: int) -> dict[str, float]:
-        """Evaluate the current weights on the held-out examples, and write samples."""
+        """Evaluate the current weights on the held-out examples."""
         evaluated = evaluate_policy(trainer, self._held_out)
         metrics = summarize(evaluated)
         if self.progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
             self._run.save_best(self._state, self.progress, policy_weights(trainer))
         if self._run.accelerator.is_main_process:
-            held_out, samples = self._folders()
+            held_out, _ = self._folders()
             held_out.mkdir(parents=True, exist_ok=True)
             rows = [each.to_json() for each in evaluated]
             write_json(held_out / f"step-{step:06d}.json", {"examples": rows})
-            write_samples(trainer, samples, step, self.settings.num_completions_to_print)
         return metrics
+
+    def write_samples(self, trainer: JointTrainer, step: int) -> None:
+        """Write samples of the last rollout, which a run that resumes does not have any more."""
+        if self._run.accelerator.is_main_process:
+            _, samples = self._folders()
+            write_samples(trainer, samples, step, self.settings.num_completions_to_print)
 
     def is_stopped(self) -> bool:
         """Return whether the training is to stop (collective call)."""
@@ -222,10 +226,14 @@ class _StageCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         settings = self._stage.settings
-        if state.global_step == settings.max_steps:
-            control.should_log = True
-        elif settings.eval_steps and state.global_step % settings.eval_steps == 0:
+        is_last = state.global_step == settings.max_steps
+        evaluates = settings.eval_steps and state.global_step % settings.eval_steps == 0
+        if is_last:
+            control.should_log = True  # it is evaluated when its state is saved
+        elif evaluates:
             self._stage.evaluate(self.trainer, state.global_step)
+        if is_last or evaluates:
+            self._stage.write_samples(self.trainer, state.global_step)
         # A state in the middle of a rollout could not be resumed.
         is_whole = state.global_step % settings.num_iterations == 0
         if self._stage.is_stopped() and is_whole and state.global_step < settings.max_steps:

@@ -5,18 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replace_field
 
 from coprs_deploy import demo
 from coprs_deploy.bench import preparation, run
 from coprs_deploy.bench.accuracy import SceneReference
 from coprs_deploy.bench.case import BenchOptions, Case, Group, read_inputs
 from coprs_deploy.bench.fixtures import Fixtures, Model, shape_words, variant_of
-from coprs_deploy.bench.graph_suites import variants
+from coprs_deploy.bench.graph_suites import precisions, variants
 from coprs_deploy.bench.preparation import write_inputs
 from coprs_deploy.bench.run import SUITES
 from coprs_deploy.bench.worker import WorkerError, load_target
 from coprs_deploy.bundle import read_manifest
+from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.export import ExportOptions
+from coprs_deploy.machine import installed_versions
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, OptimizationProfile
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +59,53 @@ def test_groups_of_the_demo_model_name_functions_that_resolve_and_makes_nothing(
     targets = {case.target for case in cases} | functions
     assert all(callable(load_target(target)) for target in targets)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_suite_lists_no_peer_that_is_not_installed(tmp_path, monkeypatch):
+    names = [case.name for case in engines_cases(tmp_path)]
+    for what in ("segment-anything", "segment-anything .*export, openvino", "graph, openvino"):
+        assert any(re.search(what, name) for name in names), what
+    found = installed_versions
+
+    def without(*missing):
+        def installed(packages):
+            return {k: v for k, v in found(packages).items() if k not in missing}
+
+        monkeypatch.setattr("coprs_deploy.bench.fixtures.installed_versions", installed)
+
+    def missing(*arguments):
+        raise MissingDependencyError("OpenVINO is not installed")
+
+    monkeypatch.setattr("coprs_deploy.engines.openvino_runner._import_openvino", missing)
+    without("openvino")
+    names = [case.name for case in engines_cases(tmp_path)]
+    assert not any("openvino" in name for name in names)
+    assert any(re.search("segment-anything .*export, onnxruntime", name) for name in names)
+    without("openvino", "segment-anything")
+    assert not any("segment-anything" in case.name for case in engines_cases(tmp_path))
+    _, skipped = run.list_groups(Fixtures(tmp_path, BenchOptions(suites=("engines",)), print))
+    remedies = {each.name: each.remedy for each in skipped}
+    assert "[bench]" in remedies["segment-anything"]
+    assert "openvino" in remedies["openvino cpu"]
+
+
+def engines_cases(folder):
+    groups, _ = run.list_groups(Fixtures(folder, BenchOptions(suites=("engines",)), print))
+    return [case for group in groups for case in group.cases]
+
+
+@pytest.mark.parametrize("own", ["onnxruntime", "tensorrt"])
+def test_precisions_of_a_bundle_without_checkpoint_name_every_runtime_that_reads_it(
+    tiny_bundle, monkeypatch, own
+):
+    manifest = read_manifest(tiny_bundle)
+    encoder = replace_field(manifest.graphs[IMAGE_ENCODER], runtime=own)
+    changed = replace_field(manifest, graphs={**manifest.graphs, IMAGE_ENCODER: encoder})
+    monkeypatch.setattr("coprs_deploy.bench.graph_suites.read_manifest", lambda path: changed)
+    expected = [own] if own == "tensorrt" else ["onnxruntime", "openvino"]
+    runtimes = ["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch"]
+    found = precisions(Model("mine", None, tiny_bundle), runtimes)
+    assert found == [(runtime, "fp32") for runtime in expected]
 
 
 def test_variants_are_described_by_their_aspect_ratio():

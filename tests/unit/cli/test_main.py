@@ -147,6 +147,27 @@ def test_main_signal_ends_the_verb_unless_the_caller_ignores_it(doctor, number, 
         signal.signal(number, previous)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_main_signal_that_a_library_turns_into_its_own_error_ends_the_verb(doctor, number):
+    def library(arguments):
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:  # as a library in C or Rust does
+            raise ValueError("could not determine the shape of object type") from None
+
+    doctor(library)
+    previous = signal.signal(number, signal.SIG_DFL)  # a job in the background ignores SIGINT
+    try:
+        if number == signal.SIGINT:
+            assert main(["doctor"]) == INTERRUPTED
+        else:
+            with pytest.raises(SystemExit) as stop:
+                main(["doctor"])
+            assert stop.value.code == 128 + number
+    finally:
+        signal.signal(number, previous)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("as_json", [True, False])
 def test_main_prints_paths_that_are_not_utf8(tmp_path, encoding, as_json):

@@ -33,7 +33,7 @@ def test_load_recipe_with_settings_changes_these_values_only():
         "stages.joint.thresholds.giou=0.5",
     )
     assert changed.stages["reasoning"].max_steps == 7
-    assert changed_keys(load("demo").to_json(), changed.to_json()) == [
+    assert list(changed_keys(load("demo").to_json(), changed.to_json())) == [
         "data.preset",
         "stages.joint.thresholds.giou",
         "stages.reasoning.max_steps",

@@ -54,9 +54,8 @@ def whole_run(tmp_path_factory, write_recipe, scenes_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", ["segmentation", pytest.param("joint", marks=pytest.mark.extended)]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("stage", ["segmentation", "joint"])
 def test_train_killed_and_resumed_gives_identical_weights(
     stage, tmp_path, whole_run, write_recipe, scenes_dir
 ):

@@ -626,3 +626,52 @@ def test_invalid_example_is_refused(change, message):
     assert Example(**valid).source == ""
     with pytest.raises(ValueError, match=message):
         Example(**{**valid, **change})
+
+
+@formats
+def test_ignore_mask_is_written_and_read(tmp_path, examples, suffix):
+    ignored = np.zeros((SIDE, SIDE), dtype=bool)
+    ignored[3:9, 2:5] = True
+    path = tmp_path / f"scenes{suffix}"
+    write_examples(path, [replace(examples[0], ignore_mask=ignored), examples[1]])
+    with_ignored, without = ExampleFile(path)
+    np.testing.assert_array_equal(with_ignored.ignore_mask, ignored)
+    assert without.ignore_mask is None
+
+
+@pytest.mark.parametrize("ignored", [np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE + 1), bool)])
+def test_ignore_mask_of_another_size_or_dtype_is_refused(examples, ignored):
+    with pytest.raises(FieldError, match=rf"ignore_mask is .* accepted: bool \({SIDE}, {SIDE}\)"):
+        replace(examples[0], ignore_mask=ignored)
+
+
+def test_invalid_ignore_mask_of_a_row_is_a_problem_of_its_column(tmp_path, examples):
+    path = tmp_path / "scenes.jsonl"
+    write_examples(path, examples[:2])
+    first, second = map(json.loads, path.read_text().splitlines())
+    first["ignore_mask"] = {"size": [SIDE, SIDE + 1], "counts": "0"}
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    with pytest.warns(UserWarning, match="row 1, column ignore_mask: ignore_mask: size is"):
+        found = ExampleFile(path)
+    assert [example.id for example in found] == [examples[1].id]
+
+
+def test_rows_name_their_image_by_its_path_or_its_bytes(tmp_path, examples):
+    Image.fromarray(examples[0].image).save(tmp_path / "COCO_train2014_000000000042.png")
+    image = (tmp_path / "COCO_train2014_000000000042.png").read_bytes()
+    row = {"id": 1, "instruction": "it", "masks": []}
+    encoded = base64.b64encode(image).decode()
+    rows = [
+        {**row, "image_path": "COCO_train2014_000000000042.png"},
+        {**row, "image": {"bytes": encoded, "path": "train2017/000000000042.jpg"}},
+        {**row, "image": encoded},
+        {**row, "image": {"bytes": encoded, "path": None}},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    found = ExampleFile(path)
+    names = [found.image_name(index) for index in range(4)]
+    assert names[0] == names[1] == "coco-42"
+    assert names[2] == names[3] != names[0]
+    assert found.image_file(0) == tmp_path / "COCO_train2014_000000000042.png"
+    assert found.image_file(1) == found.image_file(2) == image

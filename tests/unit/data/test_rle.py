@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 
-from coprs_deploy.data.rle import Rle, decode_mask, encode_mask
+from coprs_deploy.data.rle import Rle, decode_mask, decode_segmentation, encode_mask
 
 ignore_pycocotools = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -117,3 +117,57 @@ def test_invalid_segmentation_is_refused_with_the_reason(segmentation, reason):
 def test_decode_mask_of_any_counts_returns_the_size_or_is_refused(counts):
     with contextlib.suppress(ValueError):
         assert decode_mask(Rle((3, 4), counts), 3, 4).shape == (3, 4)
+
+
+def inside(polygon, height, width):
+    """Return which pixel centers lie in a polygon, and which lie within a pixel of its sides."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    points = np.array(polygon).reshape(-1, 2)
+    filled, near = np.zeros((height, width), bool), np.zeros((height, width), bool)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        if y0 != y1:
+            filled ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+        length = np.hypot(x1 - x0, y1 - y0)
+        share = np.clip(((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length**2, 0, 1)
+        near |= np.hypot(x - x0 - share * (x1 - x0), y - y0 - share * (y1 - y0)) < 1
+    return filled, near
+
+
+def star(random, height, width):
+    """Return a polygon with its points around a center, some of them outside of the image."""
+    angles = np.sort(random.uniform(0, 2 * np.pi, random.integers(3, 9)))
+    radii = random.uniform(4, 24, len(angles))
+    center = random.uniform((0, 0), (width, height))
+    points = center + radii[:, None] * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+    return points.ravel().tolist()
+
+
+@pytest.mark.fuzz
+@given(st.integers(0, 2**32))
+def test_polygons_of_an_annotation_cover_the_pixel_centers_inside(seed):
+    random = np.random.default_rng(seed)
+    height, width = random.integers(20, 60, 2).tolist()
+    polygons = [star(random, height, width) for _ in range(random.integers(1, 4))]
+    found = decode_segmentation(polygons, height, width)
+    parts = [inside(polygon, height, width) for polygon in polygons]
+    certain = ~np.any([near for _, near in parts], axis=0)
+    expected = np.any([filled for filled, _ in parts], axis=0)
+    np.testing.assert_array_equal(found[certain], expected[certain])
+
+
+def test_annotation_of_several_rle_is_merged_and_an_empty_list_is_empty():
+    first, second = np.zeros((2, 5, 7), dtype=bool)
+    first[:3, :3] = second[2:, 2:] = True
+    parts = [encode_mask(first).to_json(), {"size": [5, 7], "counts": run_lengths(second)}]
+    np.testing.assert_array_equal(decode_segmentation(parts, 5, 7), first | second)
+    assert not decode_segmentation([], 5, 7).any()
+    np.testing.assert_array_equal(decode_segmentation(parts[0], 5, 7), first)
+
+
+def test_annotation_with_a_polygon_of_two_points_keeps_its_other_polygons():
+    square = [1, 1, 4, 1, 4, 4, 1, 4]
+    expected = np.zeros((6, 6), dtype=bool)
+    expected[1:4, 1:4] = True
+    found = decode_segmentation([[0, 0, 5, 5], square], 6, 6)
+    np.testing.assert_array_equal(found, expected)
+    assert not decode_segmentation([[0, 0, 5, 5]], 6, 6).any()

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from coprs_deploy.data.examples import Example
 from coprs_deploy.data.sources import open_examples
-from coprs_deploy.evaluation.evaluator import Prediction, evaluate, predict_with
-from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.evaluator import Prediction, evaluate, predict_with, score_example
+from coprs_deploy.evaluation.metrics import MaskCounts, summarize
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,20 @@ def test_predict_with_thresholds_the_priors_of_a_segment_function(dataset):
     np.testing.assert_array_equal(prediction.masks, dataset.examples[0].masks)
     np.testing.assert_array_equal(prediction.priors, expected)
     assert prediction.response == "text"
+
+
+def test_evaluate_leaves_out_the_pixels_of_the_ignore_mask():
+    masks = np.zeros((1, 4, 6), dtype=bool)
+    masks[0, 1:3, 1:4] = True
+    ignored = np.zeros((4, 6), dtype=bool)
+    ignored[:, 3:] = True
+    predicted = np.zeros((1, 4, 6), dtype=bool)
+    predicted[0, 1:3, 2:6] = True
+    example = Example("1", np.zeros((4, 6, 3), np.uint8), "it", masks, ignore_mask=ignored)
+    prediction = Prediction(predicted, masks, "text")
+    counted = [(y, x) for y in range(4) for x in range(6) if not ignored[y, x]]
+    hits = sum(masks[0, y, x] and predicted[0, y, x] for y, x in counted)
+    either = sum(masks[0, y, x] or predicted[0, y, x] for y, x in counted)
+    score = score_example(example, prediction)
+    assert score.mask == MaskCounts(hits, either) == MaskCounts(2, 4)
+    assert score.prior == MaskCounts(4, 4)

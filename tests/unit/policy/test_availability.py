@@ -60,5 +60,6 @@ def test_vllm_policy_missing_vllm_error_has_the_pip_line(tiny_checkpoint):
     from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
 
     checkpoint = read_checkpoint(tiny_checkpoint)
-    with pytest.raises(MissingDependencyError, match='needs vllm; pip install "vllm=='):
+    message = 'needs vllm, which is not installed; pip install "vllm=='
+    with pytest.raises(MissingDependencyError, match=message):
         VllmPolicy(checkpoint.policy_path, checkpoint.config.prompt, 784, 12_544)

@@ -118,3 +118,21 @@ def test_stop_request_outside_of_steps_ends_at_once(number, expected):
     with StopRequest().handled(), pytest.raises(expected):
         os.kill(os.getpid(), number)
         time.sleep(1)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGHUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_stop_request_that_a_library_turns_into_its_own_error_ends_at_once(number, expected):
+    with pytest.raises(expected), StopRequest().handled():
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:  # as a library in C or Rust does
+            raise ValueError("could not determine the shape of object type") from None
+
+
+def test_stop_request_keeps_the_error_of_a_step_that_a_signal_let_end():
+    stop = StopRequest()
+    with pytest.raises(ValueError, match="the step failed"), stop.handled(), stop.while_steps_run():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("the step failed")

@@ -86,7 +86,7 @@ def test_load_recipe_with_settings_changes_these_values_only():
     ]
     plain, changed = load_recipe("grpo_demo"), load_recipe("grpo_demo", settings)
     assert changed.stages["grpo"].max_steps == 7
-    assert changed_keys(plain.to_json(), changed.to_json()) == [
+    assert list(changed_keys(plain.to_json(), changed.to_json())) == [
         "data.preset",
         "stages.grpo.max_steps",
         "stages.grpo.optimizer.betas",
@@ -260,7 +260,7 @@ def test_grpo_settings_default_to_the_paper():
 )
 def test_ablation_recipe_changes_one_thing(name, keys):
     paper, ablation = load_recipe("grpo_7b"), load_recipe(lab(f"grpo_7b_{name}"))
-    changed = changed_keys(paper.to_json(), ablation.to_json())
+    changed = list(changed_keys(paper.to_json(), ablation.to_json()))
     assert changed == ["description", *(f"stages.grpo.{key}" for key in keys)]
 
 

@@ -1,6 +1,8 @@
 """Run directory: locking, resuming and the log."""
 
 import json
+import re
+import shlex
 
 import pytest
 from accelerate import Accelerator
@@ -8,6 +10,7 @@ from accelerate import Accelerator
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.training.progress import StageProgress
 from coprs_deploy.training.recipe import load_recipe
+from coprs_deploy.training.run import resolve_precision
 from coprs_deploy.training.run_directory import RunDirectory, all_passed
 from coprs_deploy.training.settings import SupervisedSettings
 
@@ -34,7 +37,7 @@ def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
     directory.open(changed)
     with_progress(directory)
     assert directory.open(changed)
-    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+    with pytest.raises(ValueError, match=r"other settings: seed \(was: 9; now: 0\)"):
         directory.open(load_recipe("supervised_7b"))
 
 
@@ -70,6 +73,32 @@ def test_open_with_other_free_keys_resumes_and_records_them(tmp_path, recipe, se
     assert json.loads((directory.path / "recipe.json").read_text()) == json.loads(
         json.dumps(changed.to_json())
     )
+
+
+def test_open_on_a_machine_with_another_precision_names_the_setting_that_resumes(
+    tmp_path, monkeypatch
+):
+    automatic = load_recipe("supervised_7b", ["precision=auto"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    directory = with_progress(RunDirectory(tmp_path / "run"))
+    directory.open(resolve_precision(automatic))
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    with pytest.raises(ValueError, match=r"precision \(was: bf16; now: fp32\)") as caught:
+        directory.open(resolve_precision(automatic))
+    (setting,) = re.findall(r"to resume it, add --set (\S+);", str(caught.value))
+    assert setting == "precision=bf16"
+    assert directory.open(resolve_precision(load_recipe("supervised_7b", [setting])))
+
+
+def test_open_with_other_settings_names_the_settings_that_resume(tmp_path):
+    directory = with_progress(RunDirectory(tmp_path / "run"))
+    directory.open(load_recipe("grpo_demo"))
+    changes = ["stages.grpo.optimizer.betas=[0.5,0.9]", "data.preset=full", "seed=7"]
+    with pytest.raises(ValueError, match=r"add --set data\.preset=plain") as caught:
+        directory.open(load_recipe("grpo_demo", changes))
+    words = shlex.split(str(caught.value).partition("add ")[2].partition(";")[0])
+    assert directory.open(load_recipe("grpo_demo", [*changes, *words[1::2]]))
 
 
 @pytest.mark.parametrize("setting", ["seed=5", "stages.grpo.beta=0.1", "data.kind=synthetic"])
@@ -124,7 +153,7 @@ def test_rewind_log_removes_later_lines_of_the_stage(tmp_path):
 
 def progress_of(directory, **settings):
     settings = SupervisedSettings(**{"max_steps": 9, **settings})
-    return StageProgress(directory, Accelerator(cpu=True), "one", settings, 0)
+    return StageProgress(directory, Accelerator(cpu=True), "one", {"one": settings})
 
 
 def test_commit_replaces_older_states(tmp_path):

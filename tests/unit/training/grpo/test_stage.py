@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.demo import CHECKPOINT
@@ -38,6 +39,42 @@ num_completions_to_print = 2
 learning_rate = 1e-3
 {more}
 """
+
+THREE_STAGES = """
+description = "a test"
+precision = "fp32"
+logging_steps = 1
+
+[model]
+kind = "checkpoint"
+path = ""
+
+[data]
+kind = "synthetic"
+num_training_scenes = 8
+num_held_out_scenes = 1
+num_no_match_scenes = 0
+"""
+
+STAGES = {
+    "supervised": """
+kind = "supervised"
+max_steps = 2
+global_batch_size = 1
+segmentation_loss_weight = 0.3
+num_eval_examples = 1
+optimizer = { learning_rate = 1e-4, name = "adamw", warmup_steps = 0 }
+""",
+    "grpo": """
+kind = "grpo"
+max_steps = 1
+global_batch_size = 1
+num_generations = 2
+max_completion_length = 24
+num_eval_examples = 1
+optimizer = { learning_rate = 1e-4, name = "adamw", warmup_steps = 0 }
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +141,27 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, whole_run, write_grpo_rec
 
 
 @pytest.mark.slow
+@pytest.mark.extended
+def test_run_killed_in_its_last_evaluation_has_the_samples_of_its_last_step(
+    tmp_path, write_grpo_recipe
+):
+    out = tmp_path / "killed"
+    recipe = write_grpo_recipe(steps=2)
+    process = start(recipe, out)
+    while not list((out / "stages" / "grpo").glob("state-000002/progress.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (out / "stages" / "grpo" / "result.json").exists()
+    assert start(recipe, out).wait() == 0
+    samples = out / "samples" / "grpo"
+    assert (samples / "step-000002.png").is_file()
+    lines = (samples / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 2]
+
+
+@pytest.mark.slow
 def test_run_writes_log_samples_held_out_and_plots(whole_run):
     log = RunDirectory(whole_run).read_log()
     steps = [line for line in log if "reward" in line]
@@ -133,6 +191,21 @@ def test_run_writes_log_samples_held_out_and_plots(whole_run):
     assert list((whole_run / "tensorboard").rglob("events.*"))
     assert not list(whole_run.glob("stages/*/*state-*"))
     assert not list(whole_run.glob("stages/*/checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_curves_of_a_stage_start_after_all_earlier_stages(tmp_path):
+    stages = {"first": "supervised", "second": "grpo", "third": "supervised"}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        THREE_STAGES + "".join(f"[stages.{name}]\n{STAGES[kind]}" for name, kind in stages.items())
+    )
+    out = tmp_path / "out"
+    assert start(recipe, out).wait() == 0, (tmp_path / "out.log").read_text()[-3000:]
+    curves = EventAccumulator(str(out / "tensorboard")).Reload()
+    steps = {name: [event.step for event in curves.Scalars(f"{name}/loss")] for name in stages}
+    assert steps == {"first": [1, 2], "second": [3], "third": [4, 5]}
 
 
 @pytest.mark.slow

@@ -1,0 +1,52 @@
+"""Pickles of plain containers, read without executing anything that they contain."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from pathlib import Path
+from typing import Any, NoReturn
+
+from coprs_deploy.errors import ArtifactError
+
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(OverflowError, MemoryError, RecursionError, ImportError, struct.error),
+)
+"""Errors of the unpickler on bytes that are no pickle, or a damaged one."""
+
+
+class _ForbiddenGlobalError(Exception):
+    """A pickle names a class or a function."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickler that resolves no name, so that a pickle holds plain containers or is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise _ForbiddenGlobalError(f"{module}.{name}")
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """Read a pickle of dictionaries, lists, tuples, strings and numbers.
+
+    Strings of Python 2 are decoded as latin1, as the REFER code does.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ArtifactError: the file is not a pickle, is damaged, or names a class or a function.
+    """
+    with path.open("rb") as file:
+        try:
+            return _PlainUnpickler(file, encoding="latin1").load()
+        except _ForbiddenGlobalError as error:
+            raise ArtifactError(
+                f"{path} is refused: it names {error}, and loading a pickle that names a class or "
+                "a function can run any code; accepted: plain dictionaries, lists, strings and "
+                "numbers, as in the files of REFER; download the original file"
+            ) from error
+        except _DAMAGE as error:
+            raise ArtifactError(
+                f"{path} is not a pickle, or the download is incomplete "
+                f"({type(error).__name__}: {error}); download it again"
+            ) from error
