@@ -46,6 +46,14 @@ NOT_ON_THE_INDEX = {
 """Packages whose files the index does not have: what of them could not be checked."""
 
 
+PRERELEASES = "opentelemetry-"
+"""Packages of which vLLM's requirements name pre-releases. Of other packages uv takes one if no
+release fits, where pip fails."""
+
+MAX_REASON = 400
+"""Characters kept of each end of a resolver's reason; it lists what it tried in between."""
+
+
 class Environment(NamedTuple):
     """Requirements that are installed together.
 
@@ -152,17 +160,17 @@ def resolve(
             env={**os.environ, "NO_COLOR": "1"},
         )
     if done.returncode:
-        return Resolution({}, " ".join(done.stderr.split()) or f"uv ended with {done.returncode}")
+        reason = " ".join(done.stderr.split()) or f"uv ended with {done.returncode}"
+        if len(reason) > 2 * MAX_REASON:
+            reason = f"{reason[:MAX_REASON]} ... {reason[-MAX_REASON:]}"
+        return Resolution({}, reason)
     pins = re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE)
     return Resolution(dict(pins))
 
 
 def problem(environment: Environment, resolution: Resolution) -> str:
     """Return what is wrong with the resolution of an environment; empty if nothing is."""
-    brought = sorted(resolution.packages.keys() & set(environment.absent))
-    error = resolution.error or _overwritten(resolution.packages)
-    if brought and not error:
-        error = f"it brings {', '.join(brought)}, which it must not"
+    error = resolution.error or _unwanted(resolution.packages, environment.absent)
     if not environment.reason:
         return error
     if not error:
@@ -172,11 +180,16 @@ def problem(environment: Environment, resolution: Resolution) -> str:
     return ""
 
 
-def _overwritten(packages: Mapping[str, str]) -> str:
+def _unwanted(packages: Mapping[str, str], absent: Iterable[str]) -> str:
+    """Return what pip would not have installed, or would have installed over another package."""
     for names in SAME_MODULE:
         if names <= packages.keys():
             return f"{' and '.join(sorted(names))} overwrite each other's files"
-    return ""
+    for name, version in packages.items():
+        if re.search(r"(a|b|rc|dev)\d+$", version) and not name.startswith(PRERELEASES):
+            return f"only the pre-release {name} {version} fits, and pip takes none"
+    brought = sorted(packages.keys() & set(absent))
+    return f"it brings {', '.join(brought)}, which it must not" if brought else ""
 
 
 def check(

@@ -96,6 +96,14 @@ def test_two_packages_of_one_module_are_a_problem():
     assert check_extras.problem(apart, resolution) == ""
 
 
+@pytest.mark.parametrize("version", ["0.14.1a20261020", "2.0rc1", "3.0.dev0"])
+def test_a_prerelease_that_pip_would_not_take_is_a_problem(version):
+    found = check_extras.problem(Environment("x"), Resolution({"llmcompressor": version}))
+    assert found == f"only the pre-release llmcompressor {version} fits, and pip takes none"
+    required = Resolution({"opentelemetry-sdk": "0.66b2", "vllm": "0.1.15.post2"})
+    assert check_extras.problem(Environment("x"), required) == ""
+
+
 def test_a_package_that_must_be_absent_is_a_problem():
     small = Environment("small", absent=("torch",))
     assert check_extras.problem(small, Resolution({"numpy": "2"})) == ""
