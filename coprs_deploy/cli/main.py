@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from coprs_deploy.cli.parser import SuggestingParser, print_json
-from coprs_deploy.errors import CoPRSError, error_body
+from coprs_deploy.errors import CoPRSError, error_body, import_failure, install_hint
 from coprs_deploy.version import __version__
 
 VERBS = {
@@ -38,6 +38,15 @@ VERBS = {
     "synth": "generate synthetic scenes: a contact sheet, or a file of examples",
 }
 """Summary of each verb; its module is imported when it is chosen."""
+
+EXTRAS = {
+    "convert": "torch",
+    "export": "export",
+    "verify": "export",
+    "train": "train",
+    "features": "train",
+}
+"""Extra of the verbs that the runtime's packages do not suffice for."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of SIGINT."""
@@ -101,6 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except CoPRSError as error:
         return _report(parsed, error, str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if parsed.verb not in EXTRAS:
+            raise
+        missing = import_failure(
+            error, "", install_hint(EXTRAS[parsed.verb]), needed_by=parsed.verb
+        )
+        return _report(parsed, missing, str(missing), missing.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return READER_GONE

@@ -36,7 +36,8 @@ from coprs_deploy.data.synthetic.questions import ask_questions
 from coprs_deploy.data.synthetic.scene import Scene
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
 from coprs_deploy.evaluation.metrics import EMPTY_IOU, ExampleScore, count_pixels, iou
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.images import prepare_image
+from coprs_deploy.logits import resize_logits
 from coprs_deploy.prompts import read_response
 from coprs_deploy.training.batches import pad_tokens
 from coprs_deploy.training.mask_decoding import decode_targets, whole_images

@@ -7,6 +7,7 @@ a row in :data:`RUNTIMES`. A module is imported when its runtime is used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "RunnerOptions",
     "SegmentationGraphs",
     "check_runtime",
+    "default_runtime",
     "open_bundle_graph",
     "open_graph",
     "runtime_module",
@@ -112,17 +114,29 @@ def open_graph(
 def open_bundle_graph(
     bundle: Bundle, name: str, options: RunnerOptions, runtime: str | None = None
 ) -> Runner:
-    """Open a graph of a bundle by name, with the runtime in its manifest unless one is given.
+    """Open a graph of a bundle by name, by default with :func:`default_runtime`.
 
     Raises:
         ValueError: the runtime cannot run the graph; see also :func:`open_graph`.
     """
     graph = bundle.manifest.graphs[name]
-    if runtime is not None:
+    if runtime is None:
+        runtime = default_runtime(graph, options)
+    else:
         check_runtime(graph, runtime)
-    return open_graph(
-        runtime or graph.runtime, bundle.graph_path(name), graph.spec, options, graph.engine
-    )
+    return open_graph(runtime, bundle.graph_path(name), graph.spec, options, graph.engine)
+
+
+def default_runtime(graph: GraphRecord, options: RunnerOptions) -> str:
+    """Return the runtime that a graph was exported for.
+
+    If it is not installed, ONNX files run on a CPU with the other one that reads them. The
+    runner's description, which every result names, tells which one runs.
+    """
+    if graph.runtime not in ONNX_RUNTIMES or options.device_type != "cpu":
+        return graph.runtime
+    installed = [name for name in ONNX_RUNTIMES if importlib.util.find_spec(name) is not None]
+    return graph.runtime if graph.runtime in installed else next(iter(installed), graph.runtime)
 
 
 def check_runtime(graph: GraphRecord, runtime: str) -> None:

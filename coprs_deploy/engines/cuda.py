@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coprs_deploy.engines.runner import Array, DeviceTensor, host_array
-from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.errors import RuntimeUnavailableError, import_failure, install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,11 @@ class Gpu:
 
 
 def current_gpu(index: int = 0) -> Gpu | None:
-    """Describe a GPU by index; None if PyTorch finds none."""
-    import torch
-
+    """Describe a GPU by index; None if PyTorch finds none, or is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None
     major, minor = torch.cuda.get_device_capability(index)
@@ -70,12 +72,16 @@ class CudaDevice:
         stream_handle: the ``cudaStream_t`` as an integer, for TensorRT.
 
     Raises:
+        MissingDependencyError: PyTorch is not installed.
         RuntimeUnavailableError: PyTorch finds no such device.
     """
 
     def __init__(self, index: int, high_priority: bool) -> None:
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            hint = install_hint("torch")
+            raise import_failure(error, "torch", hint, needed_by="CUDA memory") from error
         gpu = current_gpu(index)
         if gpu is None:
             raise RuntimeUnavailableError(

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines.cuda import CudaTensor
 from coprs_deploy.engines.runner import DeviceTensor, Runner
-from coprs_deploy.images import PreparedImage, ResizeTransform, check_valid_region, resize_logits
+from coprs_deploy.images import PreparedImage, ResizeTransform, check_valid_region
+from coprs_deploy.logits import threshold_logits
 from coprs_deploy.specs import (
     IMAGE_ENCODER,
     MASK_DECODER,
@@ -165,7 +166,7 @@ def masks_at_original_size(
         masks = _masks_on_gpu(on_gpu, num_targets, image, geometry)
         if masks is not None:
             return masks
-    return np.greater(resize_logits(join_chunks(chunks, num_targets), image, geometry), 0)
+    return threshold_logits(join_chunks(chunks, num_targets), image, geometry)
 
 
 def _masks_on_gpu(

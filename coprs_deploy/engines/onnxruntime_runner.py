@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INSTALL = {
     "cpu": install_hint("cpu"),
-    "cuda": "pip uninstall onnxruntime; " + install_hint("gpu"),
+    "cuda": "pip uninstall onnxruntime; " + install_hint("gpu,torch"),
 }
 _ELEMENT_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 

@@ -43,7 +43,7 @@ from coprs_deploy.specs import GraphSpec
 
 DEVICE = "CPU"
 OPENVINO_FOLDER = "openvino"
-INSTALL = install_hint("openvino")
+INSTALL = install_hint("edge")
 
 CACHED_GRAPH_BYTES = 128_000_000
 """Size limit of cached graphs. A compiled graph contains a second copy of the weights, and ViT-B

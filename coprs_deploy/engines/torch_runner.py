@@ -18,7 +18,7 @@ from coprs_deploy.engines.runner import (
     RunnerOptions,
     host_array,
 )
-from coprs_deploy.errors import RuntimeUnavailableError, import_failure
+from coprs_deploy.errors import RuntimeUnavailableError, import_failure, install_hint
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def availability() -> list[Availability]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        remedy = "pip install torch"
+        remedy = install_hint("torch")
         return [Availability("torch", False, str(import_failure(error, "torch", remedy)), remedy)]
     cuda = torch.cuda.is_available()
     return [

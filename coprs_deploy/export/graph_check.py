@@ -34,7 +34,8 @@ from coprs_deploy.export.samples import (
     sample_inputs,
 )
 from coprs_deploy.export.tolerances import END_TO_END, Tolerance
-from coprs_deploy.images import PreparedImage, mask_cells
+from coprs_deploy.images import PreparedImage
+from coprs_deploy.logits import mask_cells
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, GraphSpec
 
 CPU_RUNTIME = "onnxruntime"

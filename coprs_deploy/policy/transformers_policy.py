@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.errors import PolicyError, import_failure
+from coprs_deploy.errors import PolicyError, import_failure, install_hint
 from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.policy import PolicyRequest
@@ -73,7 +73,7 @@ class TransformersPolicy(GreedyPolicy):
             from transformers import AutoModelForImageTextToText
         except ImportError as error:
             raise import_failure(
-                error, "", "pip install torch transformers", needed_by="the transformers policy"
+                error, "", install_hint("torch"), needed_by="the transformers policy"
             ) from error
         require_device(device)
         chosen = choose_dtype(path, device, dtype)

@@ -89,7 +89,6 @@ class CoPRS(Closeable):
         CoPRS._loaded_in = self._process = os.getpid()
         self._is_closed = False
         self._timeout_s = options.timeout_s
-        self._num_threads = options.num_threads
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -392,7 +391,6 @@ class CoPRS(Closeable):
                     image.resize,
                     self._geometry,
                     stream_prior=stream_prior,
-                    num_threads=self._num_threads,
                 )
                 reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
                 if not pending.is_cached:

@@ -23,7 +23,8 @@ class RuntimeOptions(RunnerOptions):
 
     Attributes:
         runtime: runtime of the graphs: ``onnxruntime``, ``openvino``, or ``auto``, which measures
-            the fastest one for each graph; None selects the one that the bundle was exported for.
+            the fastest one for each graph; None selects the one that the bundle was exported for,
+            or, if it is not installed, the other of the two.
         num_threads: CPU threads per operator of graphs and policy; None selects one for a small
             policy, and each library's own number for the rest.
         retune: with ``auto``, measure again instead of using the cached choice.

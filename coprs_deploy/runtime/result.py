@@ -13,7 +13,8 @@ from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write, make_directory, write_json
 from coprs_deploy.errors import import_failure, install_hint
-from coprs_deploy.images import ResizeTransform, RgbArray, mask_cells, resize_logits, sigmoid
+from coprs_deploy.images import ResizeTransform, RgbArray
+from coprs_deploy.logits import mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
 from coprs_deploy.visualization import MAX_LONG_SIDE_PX, draw_heatmap, draw_overlay
 

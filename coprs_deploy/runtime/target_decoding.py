@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from coprs_deploy.engines import DeviceTensor, SegmentationGraphs
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.images import ResizeTransform
-from coprs_deploy.policy.torch_settings import torch_threads
 from coprs_deploy.runtime.result import LowResolutionLogits, PriorEvent, Timings
 from coprs_deploy.specs import Geometry
 
@@ -64,7 +63,6 @@ def decode_targets(
     geometry: Geometry,
     *,
     stream_prior: bool = False,
-    num_threads: int | None = None,
 ) -> Generator[PriorEvent, None, DecodedTargets]:
     """Decode N concentrations on one image.
 
@@ -75,7 +73,6 @@ def decode_targets(
         resize: sizes of the image.
         geometry: sizes of the model.
         stream_prior: yield the prior before the masks are decoded, which prevents a fused launch.
-        num_threads: CPU threads that resize the masks; None leaves them to PyTorch.
 
     Yields:
         The prior, if ``stream_prior``.
@@ -101,8 +98,7 @@ def decode_targets(
             clock.lap_ms()
         masks = graphs.masks(embedding, priors, resize.unpadded_size)
     mask_decoder_ms = clock.lap_ms()
-    with torch_threads(num_threads):
-        masks_on_host = masks_at_original_size(masks, len(concentrations), resize, geometry)
+    masks_on_host = masks_at_original_size(masks, len(concentrations), resize, geometry)
     resize_ms = clock.lap_ms()
     return DecodedTargets(
         masks=masks_on_host,

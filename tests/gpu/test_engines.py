@@ -14,7 +14,8 @@ from coprs_deploy.engines.autotune import random_inputs
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.images import prepare_image
+from coprs_deploy.logits import resize_logits
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
 from coprs_deploy.specs import GRAPH_NAMES, PRIOR, OptimizationProfile
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -95,12 +96,27 @@ def test_two_packages_of_one_module_are_a_problem():
     assert check_extras.problem(apart, resolution) == ""
 
 
+@pytest.mark.parametrize("version", ["0.14.1a20261020", "2.0rc1", "3.0.dev0"])
+def test_a_prerelease_that_pip_would_not_take_is_a_problem(version):
+    found = check_extras.problem(Environment("x"), Resolution({"llmcompressor": version}))
+    assert found == f"only the pre-release llmcompressor {version} fits, and pip takes none"
+    required = Resolution({"opentelemetry-sdk": "0.66b2", "vllm": "0.1.15.post2"})
+    assert check_extras.problem(Environment("x"), required) == ""
+
+
+def test_a_package_that_must_be_absent_is_a_problem():
+    small = Environment("small", absent=("torch",))
+    assert check_extras.problem(small, Resolution({"numpy": "2"})) == ""
+    assert "it brings torch" in check_extras.problem(small, Resolution({"torch": "2"}))
+
+
 @pytest.mark.parametrize(
     ("resolution", "expected"),
     [
         (Resolution({"a": "1"}), "must be apart"),
-        (Resolution({}, "the index cannot be reached"), "for another reason than 'transformers'"),
-        (Resolution({}, "vllm depends on transformers<5.20"), ""),
+        (Resolution({}, "No solution found: a < b"), "for another reason than 'transformers'"),
+        (Resolution({}, "Failed to fetch: transformers"), "for another reason than 'transformers'"),
+        (Resolution({}, "No solution found: vllm depends on transformers<5.20"), ""),
     ],
 )
 def test_environments_that_must_be_apart_fail_for_the_documented_reason(resolution, expected):
@@ -121,12 +137,23 @@ def test_check_prints_each_environment_and_returns_the_problems(capsys):
 
 
 def test_combinations_of_the_docs_are_checked_with_tested_and_newest_versions():
-    combinations = check_extras.documented(ROOT)
-    assert ("cpu", "openvino") in combinations
-    assert ("dev",) in combinations
+    combinations = check_extras.combinations(ROOT)
+    assert {("cpu", "openvino"), ("dev",)} <= set(combinations)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {extra for names in combinations for extra in names}
+    assert named == set(project["optional-dependencies"])
     listed = check_extras.environments(combinations)
     versions = {e.constraints for e in listed if e.extras == ("cpu", "openvino")}
     assert versions == {"", "constraints.txt"}
+
+
+def test_environments_that_must_be_apart_are_named_in_the_docs():
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    section = page.partition("## Separate environments")[2].partition("\n## ")[0]
+    apart = [environment for environment in check_extras.SEPARATE if environment.reason]
+    assert len(apart) == section.count("\n| ") - 1  # the heads of the table
+    for environment in apart:
+        assert any(environment.reason in line for line in section.splitlines()), environment.name
 
 
 def test_torch_of_the_vllm_environment_is_that_of_its_constraints():

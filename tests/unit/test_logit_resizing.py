@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coprs_deploy.images import ResizeTransform, resize_logits, sigmoid, unpadded_size
+from coprs_deploy.images import ResizeTransform, unpadded_size
+from coprs_deploy.logits import resize_logits, sigmoid
 from tests.unit.image_samples import PROPERTY, SAM, TINY
 
 

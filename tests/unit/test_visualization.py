@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
 from coprs_deploy import visualization
-from coprs_deploy.images import sigmoid
+from coprs_deploy.logits import sigmoid
 from coprs_deploy.visualization import (
     HEAT_COLORS,
     MAX_LONG_SIDE_PX,

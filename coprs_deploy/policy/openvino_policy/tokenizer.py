@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.errors import PolicyError
+from coprs_deploy.errors import PolicyError, import_failure, install_hint
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -19,14 +19,18 @@ class FileTokenizer:
         eos_token_id: end token; None if the policy has none of its own.
 
     Raises:
+        MissingDependencyError: the package tokenizers is not installed.
         PolicyError: the file is missing or is not a tokenizer.
     """
 
     unk_token_id = None
 
     def __init__(self, path: Path, eos_token_id: int | None) -> None:
-        from tokenizers import Tokenizer
-
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            hint = install_hint("edge")
+            raise import_failure(error, "", hint, needed_by="the openvino policy") from error
         file = path / TOKENIZER_FILE
         try:
             self.backend_tokenizer: Any = Tokenizer.from_str(file.read_text(encoding="utf-8"))

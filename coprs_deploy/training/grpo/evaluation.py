@@ -28,7 +28,8 @@ from coprs_deploy.evaluation.metrics import (
     standard_error,
     union,
 )
-from coprs_deploy.images import prepare_image, resize_logits, sigmoid
+from coprs_deploy.images import prepare_image
+from coprs_deploy.logits import resize_logits, sigmoid
 from coprs_deploy.training.grpo.scores import mask_scores
 from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
 from coprs_deploy.visualization import add_caption, draw_grid, draw_heatmap, draw_overlay

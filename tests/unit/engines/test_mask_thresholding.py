@@ -13,7 +13,8 @@ from coprs_deploy.engines import graphs
 from coprs_deploy.engines.cuda import CudaTensor
 from coprs_deploy.engines.graphs import masks_at_original_size, threshold_at_original_size
 from coprs_deploy.engines.runner import HostTensor
-from coprs_deploy.images import ResizeTransform, resize_logits, unpadded_size
+from coprs_deploy.images import ResizeTransform, unpadded_size
+from coprs_deploy.logits import resize_logits
 from coprs_deploy.specs import Geometry
 
 TINY = Geometry(image_size=128, patch_size=8, out_chans=64)

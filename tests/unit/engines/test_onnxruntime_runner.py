@@ -189,7 +189,7 @@ def test_open_graph_without_the_provider_names_the_pip_command(open_tiny, monkey
         open_tiny(PRIOR, RunnerOptions(device="cuda"))
     message = str(caught.value)
     assert "has no CUDAExecutionProvider here (it has CPUExecutionProvider)" in message
-    assert message.endswith(install_hint("gpu"))
+    assert message.endswith(install_hint("gpu,torch"))
 
 
 def test_open_graph_with_a_silent_fallback_raises(open_tiny, monkeypatch):
@@ -216,7 +216,7 @@ def test_open_graph_with_a_silent_fallback_raises(open_tiny, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("device", "extra"), [("cpu", "cpu"), ("cuda", "gpu")])
+@pytest.mark.parametrize(("device", "extra"), [("cpu", "cpu"), ("cuda", "gpu,torch")])
 def test_open_graph_without_the_library_names_the_pip_command(
     open_tiny, monkeypatch, device, extra
 ):
@@ -232,7 +232,7 @@ def test_availability_reports_each_provider(monkeypatch):
     cpu, cuda = onnxruntime_runner.availability()
     assert (cpu.name, cpu.is_available, cpu.remedy) == ("onnxruntime cpu", True, "")
     assert (cuda.name, cuda.is_available) == ("onnxruntime cuda", False)
-    assert install_hint("gpu") in cuda.remedy
+    assert install_hint("gpu,torch") in cuda.remedy
     assert "is not included" in cuda.detail
 
 

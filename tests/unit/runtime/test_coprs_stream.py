@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from coprs_deploy.errors import ImageDecodeError, InstructionError, PolicyError
-from coprs_deploy.images import prepare_image, resize_logits
+from coprs_deploy.images import prepare_image
+from coprs_deploy.logits import resize_logits
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import CoPRS, PriorEvent
 from tests.unit.runtime_fakes import GEOMETRY, FakePolicy, FakeRunner, image_of

@@ -11,7 +11,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from coprs_deploy.errors import MissingDependencyError, install_hint
-from coprs_deploy.images import ResizeTransform, resize_logits, sigmoid
+from coprs_deploy.images import ResizeTransform
+from coprs_deploy.logits import resize_logits, sigmoid
 from coprs_deploy.runtime import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.result import LowResolutionLogits
 from coprs_deploy.specs import Geometry
