@@ -36,7 +36,7 @@ THRESHOLDS = {"giou": 0.85, "precision_at_50": 0.9, "no_match_recall": 0.8}
 
 @pytest.fixture(scope="module")
 def coprs():
-    with CoPRS.load() as loaded:
+    with CoPRS.load(policy="openvino") as loaded:
         yield loaded
 
 
@@ -122,7 +122,7 @@ def test_evaluate_verb_fails_below_a_required_threshold(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_demo_model_in_int8_keeps_its_masks(coprs, tmp_path):
+def test_demo_model_in_int8_keeps_its_masks(tmp_path):
     """Calibrated on training scenes, evaluated on held-out scenes."""
     images = tmp_path / "images"
     images.mkdir()
@@ -138,9 +138,12 @@ def test_demo_model_in_int8_keeps_its_masks(coprs, tmp_path):
     assert bundle.manifest.graphs["image_encoder"].precision == "int8"
     dataset = open_examples("synthetic:plain", 16, 0)
     agreement, gt_iou = [], []
-    with CoPRS.load(bundle.path) as quantized:
+    with (
+        CoPRS.load(policy="transformers") as exact_policy,
+        CoPRS.load(bundle.path) as quantized,
+    ):
         for example in dataset.examples:
-            exact = coprs.segment(example.image, example.instruction)
+            exact = exact_policy.segment(example.image, example.instruction)
             found = quantized.segment(example.image, example.instruction)
             agreement.append(iou(count_pixels(found.mask, exact.mask), empty=0.0))
             gt_iou.append(iou(count_pixels(found.mask, union(example.masks)), empty=0.0))

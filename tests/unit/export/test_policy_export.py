@@ -1,7 +1,5 @@
 """Bundles that hold the policy as graphs: manifest, check against PyTorch, whole requests."""
 
-import dataclasses
-
 import msgspec
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from coprs_deploy.errors import BundleError, BundleIntegrityError, EquivalenceEr
 from coprs_deploy.export import ExportOptions, exporter
 from coprs_deploy.export.tolerances import POLICY_TOLERANCES, PolicyTolerance
 from coprs_deploy.runtime import RuntimeOptions
-from coprs_deploy.runtime.loading import choose_policy
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("nncf", reason="NNCF is not installed")
@@ -89,32 +86,6 @@ def test_another_policy_needs_the_weights(bundle, policy, device, message):
 def test_the_openvino_policy_needs_the_graphs(tiny_bundle):
     with pytest.raises(BundleError, match=r"no graphs of its policy: pass --policy transformers"):
         CoPRS.load(tiny_bundle, RuntimeOptions(policy="openvino"))
-
-
-def test_choose_policy_takes_graphs_where_they_run(bundle, tiny_bundle):
-    opened, with_weights = open_bundle(bundle), open_bundle(tiny_bundle)
-    both = dataclasses.replace(
-        with_weights,
-        manifest=msgspec.structs.replace(
-            with_weights.manifest, policy_graphs=opened.manifest.policy_graphs
-        ),
-    )
-    choices = {
-        "graphs": choose_policy(opened, RuntimeOptions()),
-        "weights": choose_policy(with_weights, RuntimeOptions()),
-        "both": choose_policy(both, RuntimeOptions()),
-        "dtype": choose_policy(both, RuntimeOptions(policy_dtype="float32")),
-        "gpu": choose_policy(both, RuntimeOptions(policy_device="cuda")),
-        "given": choose_policy(both, RuntimeOptions(policy="transformers")),
-    }
-    assert choices == {
-        "graphs": "openvino",
-        "weights": "transformers",
-        "both": "openvino",
-        "dtype": "transformers",
-        "gpu": "transformers",
-        "given": "transformers",
-    }
 
 
 @pytest.mark.extended
