@@ -22,6 +22,7 @@ from coprs_deploy.data.synthetic.scene import make_scene
 from coprs_deploy.evaluation.evaluator import evaluate, predict_with
 from coprs_deploy.evaluation.metrics import count_pixels, iou, summarize, union
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
+from coprs_deploy.export.verifier import verify_policy_graphs
 from tests import ROOT
 
 EXAMPLE_PRESET = msgspec.structs.replace(PLAIN, image_size=640)
@@ -74,6 +75,7 @@ def test_demo_bundle_has_its_policy_as_graphs_beside_the_weights(coprs):
 @pytest.mark.slow
 def test_demo_graphs_are_equivalent_to_the_checkpoint():
     assert all(record.passed for record in verify_bundle(demo.BUNDLE, demo.CHECKPOINT))
+    assert verify_policy_graphs(demo.BUNDLE, demo.CHECKPOINT).passed
 
 
 @pytest.mark.slow

@@ -10,14 +10,21 @@ from coprs_deploy import CoPRS
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
-from coprs_deploy.errors import BundleError, BundleIntegrityError, EquivalenceError
+from coprs_deploy.errors import (
+    BundleError,
+    BundleIntegrityError,
+    EquivalenceError,
+    MissingDependencyError,
+)
 from coprs_deploy.export import ExportOptions, exporter
 from coprs_deploy.export.tolerances import POLICY_TOLERANCES, PolicyTolerance
+from coprs_deploy.export.verifier import verify_policy_graphs
 from coprs_deploy.runtime import RuntimeOptions
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("nncf", reason="NNCF is not installed")
 
+from coprs_deploy.export import policy_check
 from coprs_deploy.export.policy_check import compare_policy, computed_in_float32
 from coprs_deploy.export.policy_graphs import load_policy, round_weights
 
@@ -108,6 +115,40 @@ def test_the_check_notices_graphs_of_other_weights(bundle, tmp_path):
     )
     assert not found.passed
     assert found.cosine < 0.9
+
+
+def test_verify_compares_the_graphs_on_other_scenes(bundle, tiny_checkpoint, capsys):
+    from coprs_deploy.cli.main import main
+
+    command = ["verify", str(bundle), "--against", str(tiny_checkpoint), "--json"]
+    assert main(command) == 0
+    shown = msgspec.json.decode(capsys.readouterr().out)
+    found = shown["policy_graphs"]
+    assert shown["passed"] and found["passed"]
+    assert found["token_agreement"] == 1
+    exported = read_manifest(bundle).policy_graphs.equivalence
+    assert found["relative_error"] != exported.relative_error
+
+
+def test_verify_fails_if_only_the_graphs_of_the_policy_are_outside_the_tolerance(
+    bundle, tiny_checkpoint, monkeypatch, capsys
+):
+    from coprs_deploy.cli.main import main
+
+    monkeypatch.setitem(POLICY_TOLERANCES, "fp32", PolicyTolerance(0, 0, 1, 1, 1, "none"))
+    assert main(["verify", str(bundle), "--against", str(tiny_checkpoint)]) == 1
+    assert "outside the tolerance" in capsys.readouterr().out
+
+
+def test_verify_without_openvino_warns_that_the_graphs_were_not_compared(
+    bundle, tiny_checkpoint, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise MissingDependencyError("OpenVINO is not installed")
+
+    monkeypatch.setattr(policy_check, "OpenVinoPolicy", refuse)
+    with pytest.warns(UserWarning, match="graphs were not compared: OpenVINO is not installed"):
+        assert verify_policy_graphs(bundle, tiny_checkpoint) is None
 
 
 def test_16_bit_weights_are_read_in_float32_and_restored(tiny_checkpoint):
