@@ -112,42 +112,15 @@ class GraphRecord(Record, frozen=True):
     calibration: CalibrationRecord | None = None
 
 
-class PolicyRecord(Record, frozen=True):
-    """Policy of a bundle.
-
-    Attributes:
-        path: ``policy`` inside the bundle; for an external policy an absolute path, or one that
-            is relative to the bundle and starts with ``..``; None if there are only graphs.
-        prompt: prompt template.
-        hidden_size: D, the policy's hidden size.
-        min_pixels: smallest image area in pixels that the policy processes.
-        max_pixels: largest image area in pixels.
-        files: files of the policy with paths below ``path``.
-    """
-
-    path: str | None
-    prompt: PromptTemplate
-    hidden_size: int
-    min_pixels: int
-    max_pixels: int
-    files: tuple[FileRecord, ...]
-
-    @property
-    def is_external(self) -> bool:
-        """Whether the policy lies outside the bundle."""
-        path = PurePosixPath(self.path or "")
-        return path.is_absolute() or path.parts[:1] == ("..",)
-
-
 class PolicyEquivalence(Record, frozen=True):
-    """Difference between a policy's graphs and PyTorch in float32, over instructions about scenes.
+    """Difference between a policy's graphs, or its quantized weights, and PyTorch in float32.
 
     Attributes:
         relative_error: largest absolute difference of a hidden state at ``<REF_POS>``, over the
             largest absolute value of the reference.
         mean_error: mean signed difference on the same scale.
         cosine: smallest cosine similarity of two such states.
-        token_agreement: share of the tokens that the graphs wrote and PyTorch would have written.
+        token_agreement: share of the tokens that were written and PyTorch would have written.
         mask_iou: cIoU of the masks that PyTorch decodes from both.
         inputs: number of instructions.
         tokens: number of tokens compared.
@@ -170,6 +143,73 @@ class PolicyEquivalence(Record, frozen=True):
             f"{self.cosine:.6f}, relative error {self.relative_error:.1e}, mask IoU "
             f"{self.mask_iou:.4f}{'' if self.passed else ' (outside the tolerance)'}"
         )
+
+
+class PolicyCalibration(Record, frozen=True):
+    """Examples that the weights of a policy's decoder were fitted to.
+
+    Attributes:
+        source: name of the example file, or ``synthetic:PRESET``.
+        num_samples: number of examples used.
+        num_held_out: number of other examples of the source that the result was checked on.
+        sha256: hash over images and instructions of the examples used.
+    """
+
+    source: str
+    num_samples: int
+    num_held_out: int
+    sha256: str
+
+
+class PolicyQuantization(Record, frozen=True):
+    """Quantization of the weights of a policy's decoder in the compressed-tensors format.
+
+    Attributes:
+        scheme: ``w4a16``, ``w8a8`` or ``fp8``.
+        group_size: weights that share one scale; None for a whole row.
+        tool: library and version that quantized them.
+        calibration: examples of the calibration and of the check; ``fp8`` is only checked.
+        equivalence: measured difference from the float policy.
+    """
+
+    scheme: str
+    group_size: int | None
+    tool: str
+    calibration: PolicyCalibration
+    equivalence: PolicyEquivalence
+
+    def __str__(self) -> str:
+        """Return scheme, tool and measured difference in one line."""
+        return f"{self.scheme} by {self.tool}; {self.equivalence}"
+
+
+class PolicyRecord(Record, frozen=True):
+    """Policy of a bundle.
+
+    Attributes:
+        path: ``policy`` inside the bundle; for an external policy an absolute path, or one that
+            is relative to the bundle and starts with ``..``; None if there are only graphs.
+        prompt: prompt template.
+        hidden_size: D, the policy's hidden size.
+        min_pixels: smallest image area in pixels that the policy processes.
+        max_pixels: largest image area in pixels.
+        files: files of the policy with paths below ``path``.
+        quantization: how its weights were quantized; None if they were not.
+    """
+
+    path: str | None
+    prompt: PromptTemplate
+    hidden_size: int
+    min_pixels: int
+    max_pixels: int
+    files: tuple[FileRecord, ...]
+    quantization: PolicyQuantization | None = None
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the policy lies outside the bundle."""
+        path = PurePosixPath(self.path or "")
+        return path.is_absolute() or path.parts[:1] == ("..",)
 
 
 class PolicyGraphsRecord(Record, frozen=True):

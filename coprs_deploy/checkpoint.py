@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.artifacts import fingerprint, new_directory, record_files, write_json
+from coprs_deploy.bundle import PolicyQuantization
 from coprs_deploy.errors import CheckpointError
 from coprs_deploy.images import MAX_IMAGE_PIXELS
 from coprs_deploy.model_config import SegmentationConfig
@@ -58,12 +59,14 @@ class CheckpointConfig(Record, frozen=True):
         prompt: prompt template that the policy was trained with.
         policy_image: limits of the image area that the policy processes.
         provenance: origin of the weights, for information only.
+        policy_quantization: how the policy's weights were quantized; None if they were not.
     """
 
     model: SegmentationConfig
     prompt: PromptTemplate
     policy_image: PolicyImageLimits = PolicyImageLimits()
     provenance: dict[str, Any] = {}
+    policy_quantization: PolicyQuantization | None = None
 
 
 @dataclass(frozen=True)

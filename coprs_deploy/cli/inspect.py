@@ -73,6 +73,8 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
         stored = sum(file.size_bytes for file in policy.files)
         dtype = cpu_dtype(stored_dtype(bundle.policy_path), describe_processor())
         yield (f"  weights: {bundle.policy_path}, {stored / 1e6:,.1f} MB, on this CPU in {dtype}")
+    if policy.quantization is not None:
+        yield f"  quantized: {policy.quantization}"
     if manifest.policy_graphs is not None:
         stored = sum(
             file.size_bytes

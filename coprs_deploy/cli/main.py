@@ -26,6 +26,7 @@ VERBS = {
     "segment": "segment what an instruction describes in an image",
     "serve": "serve segmentation over HTTP, with a web page",
     "convert": "convert SAM, policy or public training weights to a checkpoint",
+    "quantize": "quantize the policy of a checkpoint for vLLM",
     "export": "export a checkpoint to a bundle of graphs",
     "verify": "compare a bundle with its checkpoint",
     "inspect": "show the contents of a bundle",

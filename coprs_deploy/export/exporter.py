@@ -375,6 +375,7 @@ class _Export:
                 min_pixels=config.policy_image.min_pixels,
                 max_pixels=config.policy_image.max_pixels,
                 files=record_files(policy) if policy_path else (),
+                quantization=config.policy_quantization,
             ),
             files=files,
             toolchain=installed_versions(),

@@ -1,8 +1,8 @@
-"""Equivalence check of a policy's graphs: tokens, hidden states and masks against PyTorch.
+"""Equivalence check of a policy: tokens, hidden states and masks against PyTorch.
 
-The graphs respond to instructions about generated scenes. PyTorch then reads each prompt with that
-response in one float32 pass, whatever the stored dtype, which gives the token that it would have
-chosen at each position.
+The candidate (graphs, or quantized weights) responds to instructions. PyTorch then reads each
+prompt with that response in one float32 pass, whatever the stored dtype, which gives the token that
+it would have chosen at each position.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.bundle import PolicyEquivalence
 from coprs_deploy.checkpoint import Checkpoint
+from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.evaluation.metrics import count_pixels, iou
@@ -26,6 +27,7 @@ from coprs_deploy.export.equivalence import cosine_similarity, reference_opener
 from coprs_deploy.export.policy_graphs import load_policy
 from coprs_deploy.export.tolerances import PolicyTolerance
 from coprs_deploy.images import RgbArray, fit_pixel_count, prepare_image
+from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
 from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.vision_inputs import VisionProcessor
@@ -40,14 +42,14 @@ MAX_TOKENS = 96
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One instruction and the response of the graphs.
+    """One instruction and the response of the candidate.
 
     Attributes:
         image: (H, W, 3) uint8.
         instruction: what to segment.
         prompt_ids: tokens of the prompt.
         token_ids: tokens of the response; ``<REF_POS>`` is appended if there is none.
-        num_written: how many of them the graphs chose.
+        num_written: how many of them the candidate chose.
         states: (len(token_ids), D) hidden states.
     """
 
@@ -66,7 +68,7 @@ def compare_policy(
     report: Callable[[str], None],
     first_seed: int = 0,
 ) -> PolicyEquivalence:
-    """Compare a policy's graphs with PyTorch.
+    """Compare a policy's graphs with PyTorch, on instructions about generated scenes.
 
     Args:
         checkpoint: weights of policy and segmentation model.
@@ -77,6 +79,16 @@ def compare_policy(
     """
     report("candidate policy")
     samples = decode_samples(checkpoint, graphs, first_seed)
+    return compare_samples(checkpoint, samples, tolerance, report)
+
+
+def compare_samples(
+    checkpoint: Checkpoint,
+    samples: Sequence[PolicySample],
+    tolerance: PolicyTolerance,
+    report: Callable[[str], None],
+) -> PolicyEquivalence:
+    """Compare the responses of a candidate with PyTorch; arguments as :func:`compare_policy`."""
     report("reference policy")
     expected, chosen = read_in_float32(checkpoint, samples)
     report("policy masks")
@@ -103,36 +115,36 @@ def compare_policy(
 
 def decode_samples(checkpoint: Checkpoint, graphs: Path, first_seed: int = 0) -> list[PolicySample]:
     """Decode responses to instructions about generated scenes with the graphs."""
-    config, samples = checkpoint.config, []
-    limits = config.policy_image
-    with OpenVinoPolicy(graphs, config.prompt, limits.min_pixels, limits.max_pixels) as policy:
-        reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
-        for example in held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0, first_seed):
-            request = PolicyRequest(example.image, example.instruction)
-            with policy.start(request) as decoding:
-                tokens, states = list[int](), []
-                token = decoding.prefill()
-                while len(tokens) < MAX_TOKENS and token not in ends:
-                    tokens.append(token)
-                    token, state = decoding.feed(token)
-                    states.append(state)
-                    if tokens[-1] == reference_id:
-                        break
-                num_written = len(tokens)
-                if reference_id not in tokens:
-                    tokens.append(reference_id)
-                    states.append(decoding.feed(reference_id)[1])
-            samples.append(
-                PolicySample(
-                    example.image,
-                    example.instruction,
-                    decoding.prompt_ids,
-                    tokens,
-                    num_written,
-                    np.array(states),
-                )
-            )
-    return samples
+    limits, prompt = checkpoint.config.policy_image, checkpoint.config.prompt
+    with OpenVinoPolicy(graphs, prompt, limits.min_pixels, limits.max_pixels) as policy:
+        scenes = held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0, first_seed)
+        return [decode_sample(policy, scene) for scene in scenes]
+
+
+def decode_sample(policy: GreedyPolicy, example: Example) -> PolicySample:
+    """Decode the response to an example's instruction, up to the first ``<REF_POS>``."""
+    reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
+    with policy.start(PolicyRequest(example.image, example.instruction)) as decoding:
+        tokens, states = list[int](), []
+        token = decoding.prefill()
+        while len(tokens) < MAX_TOKENS and token not in ends:
+            tokens.append(token)
+            token, state = decoding.feed(token)
+            states.append(state)
+            if tokens[-1] == reference_id:
+                break
+        num_written = len(tokens)
+        if reference_id not in tokens:
+            tokens.append(reference_id)
+            states.append(decoding.feed(reference_id)[1])
+    return PolicySample(
+        example.image,
+        example.instruction,
+        decoding.prompt_ids,
+        tokens,
+        num_written,
+        np.array(states),
+    )
 
 
 def read_in_float32(

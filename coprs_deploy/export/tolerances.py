@@ -86,7 +86,7 @@ TOLERANCES: Mapping[tuple[str, str], Mapping[str, Tolerance]] = {
 
 @dataclass(frozen=True)
 class PolicyTolerance:
-    """Limits of the difference between a policy's graphs and PyTorch.
+    """Limits of the difference between a policy's graphs or quantized weights and PyTorch.
 
     Attributes:
         relative_error: largest absolute difference of a hidden state at ``<REF_POS>``, over the
@@ -134,3 +134,10 @@ POLICY_TOLERANCES: Mapping[str, PolicyTolerance] = {
     ),
 }
 """Tolerances of a policy's graphs, by precision."""
+
+QUANTIZED_POLICY_TOLERANCES: Mapping[str, PolicyTolerance] = {
+    "w4a16": PolicyTolerance(0.4, 5e-2, 0.97, 0.9, 0.93, "W4_REASON"),
+    "w8a8": PolicyTolerance(0.1, 1e-2, 0.995, 0.95, 0.97, "W8_REASON"),
+    "fp8": PolicyTolerance(0.2, 2e-2, 0.99, 0.95, 0.95, "FP8_REASON"),
+}
+"""Tolerances of a quantized policy against the float one, by scheme."""

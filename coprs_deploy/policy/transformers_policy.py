@@ -7,7 +7,7 @@ The hidden state of ``<REF_POS>`` is the post-norm output at the position where 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.errors import PolicyError, import_failure, install_hint
 from coprs_deploy.images import fit_pixel_count
+from coprs_deploy.policy.compressed_weights import check_readable, unpack_weights
 from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.policy_dtype import choose_dtype
@@ -51,7 +52,8 @@ class TransformersPolicy(GreedyPolicy):
             :data:`SMALL_POLICY` parameters, else PyTorch's own number.
 
     Raises:
-        MissingDependencyError: torch or transformers is not installed.
+        MissingDependencyError: torch or transformers is not installed, or compressed-tensors for a
+            quantized policy.
         RuntimeUnavailableError: the device does not exist.
         PolicyError: the directory cannot be loaded as a policy.
         ValueError: the dtype is unknown.
@@ -76,6 +78,7 @@ class TransformersPolicy(GreedyPolicy):
                 error, "", install_hint("torch"), needed_by="the transformers policy"
             ) from error
         require_device(device)
+        check_readable(path)
         chosen = choose_dtype(path, device, dtype)
         try:
             with without_progress_bars():
@@ -84,6 +87,7 @@ class TransformersPolicy(GreedyPolicy):
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
+        unpack_weights(model)
         self.tokens = PolicyTokens.from_directory(path, model.generation_config.eos_token_id)
         self._model = model.to(device).requires_grad_(False).eval()
         self._vision = VisionProcessor(path, model.config)
@@ -104,6 +108,12 @@ class TransformersPolicy(GreedyPolicy):
             self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens
         )
         yield _Decoding(self._model, self._lock, self._num_threads, prompt_ids, vision)
+
+    @property
+    def decoder_layers(self) -> Iterable[torch.nn.Module]:
+        """Layers of the decoder, to observe them."""
+        layers: Iterable[torch.nn.Module] = self._model.model.language_model.layers
+        return layers
 
     def close(self) -> None:
         """Release the model."""

@@ -115,7 +115,7 @@ def test_import_failure_names_who_needs_what(import_error):
     ("package", "call"),
     [
         ("supervision", lambda: result.SegmentationResult.to_supervision(None)),
-        ("pyarrow", rows._import_pyarrow),
+        ("pyarrow", rows.import_pyarrow),
         ("onnxruntime", lambda: onnxruntime_runner._import_onnxruntime("cpu")),
         ("openvino", openvino_runner._import_openvino),
         ("matplotlib", plots.pyplot),
