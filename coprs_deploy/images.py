@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ MAX_ASPECT_RATIO = 200
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _HEIC = re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 """Start of an HEIC file, with its brand."""
+HEIC_BYTES = 12
 
 _INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TURNS = {
@@ -109,10 +110,10 @@ def load_image(source: ImageSource) -> RgbArray:
     )
 
 
-def decoded_bytes(data: bytes) -> int:
+def decoded_bytes(file: IO[bytes]) -> int:
     """Read the size of an image file's pixels as RGB from its header; 0 if it will be refused."""
     try:
-        with _open(io.BytesIO(data)) as image:
+        with _open(file) as image:
             num_pixels = image.width * image.height
     except MemoryError:
         raise
@@ -128,13 +129,19 @@ def image_key(rgb: RgbArray) -> str:
     return digest.hexdigest()
 
 
-def _open(file: str | io.BytesIO) -> Image.Image:
+def _open(file: str | IO[bytes]) -> Image.Image:
     """Open an image file, HEIC with pillow-heif if that is installed."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
-        data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-        if not _HEIC.match(data):
+        if isinstance(file, str):
+            with Path(file).open("rb") as opened:
+                start = opened.read(HEIC_BYTES)
+        else:
+            file.seek(0)
+            start = file.read(HEIC_BYTES)
+            file.seek(0)
+        if not _HEIC.match(start):
             raise
     try:
         import pillow_heif

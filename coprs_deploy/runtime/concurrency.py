@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from coprs_deploy.errors import CoPRSError, QueueFullError
 from coprs_deploy.images import RgbArray, decoded_bytes, load_image
@@ -106,12 +107,14 @@ class ImageMemory:
 class UploadedImage:
     """Image file whose decoding waits for memory and for a core.
 
+    The file may be on a disk; it is read when it is decoded.
+
     Attributes:
         decode_started: ``time.perf_counter()`` when it was decoded.
     """
 
-    def __init__(self, data: bytes, memory: ImageMemory) -> None:
-        self._data = data
+    def __init__(self, file: IO[bytes], memory: ImageMemory) -> None:
+        self._file = file
         self._memory = memory
         self._is_abandoned = False
         self._arrived = time.perf_counter()
@@ -137,7 +140,7 @@ class UploadedImage:
             self._require_interest()
             check()
 
-        with self._memory.hold(decoded_bytes(self._data), check_all):
+        with self._memory.hold(decoded_bytes(self._file), check_all):
             yield
 
     def decode(self) -> RgbArray:
@@ -150,8 +153,8 @@ class UploadedImage:
         with IMAGE_CORES:
             self._require_interest()
             self.decode_started = time.perf_counter()
-            self._rgb = load_image(self._data)
-        self._data = b""
+            self._file.seek(0)
+            self._rgb = load_image(self._file.read())
         return self._rgb
 
     def abandon(self) -> None:

@@ -133,7 +133,7 @@ async def segment(
     coprs: CoPRS = request.app.state.coprs
     accepts_stream = _accepts_stream(request.headers.get("accept", ""))
     respond = _stream_events if accepts_stream else _return_result
-    uploaded = UploadedImage(await image.read(), request.app.state.image_memory)
+    uploaded = UploadedImage(image.file, request.app.state.image_memory)
     work = respond(coprs, uploaded, instruction, max_targets, max_new_tokens)
     response = await _unless_disconnected(request, work)
     return response or Response(status_code=499)  # for the log only
