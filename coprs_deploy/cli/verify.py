@@ -1,7 +1,7 @@
 """Compare an existing bundle with the checkpoint that it was exported from.
 
-Runs the equivalence check of export on other samples. The exit code is 1 if a graph is outside its
-tolerance, a file was changed, or the checkpoint is another one.
+Runs the equivalence check of export on other samples, the policy's graphs included. The exit code
+is 1 if a graph is outside its tolerance, a file was changed, or the checkpoint is another one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coprs_deploy.export.comparison import (
     require_onnx_graphs,
 )
 from coprs_deploy.export.comparison_page import write_comparison_page
-from coprs_deploy.export.verifier import verification
+from coprs_deploy.export.verifier import verification, verify_policy_graphs
 from coprs_deploy.runtime.options import RuntimeOptions
 
 OPTIONS = (
@@ -68,10 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
             runtime=options.runtime,
             allow_engine_host_code=options.allow_engine_host_code,
         )
+        policy = verify_policy_graphs(arguments.bundle, arguments.against, progress)
         comparisons = _compare_backends(arguments, progress) if arguments.report else ()
     passed = all(record.passed for record in records) and all(c.passed for c in comparisons)
-    rows = [record.to_json() for record in records]
-    print_result(arguments, {"passed": passed, "equivalence": rows}, equivalence_table(records))
+    passed = passed and (policy is None or policy.passed)
+    shown = {"passed": passed, "equivalence": [record.to_json() for record in records]}
+    text = equivalence_table(records)
+    if policy is not None:
+        shown["policy_graphs"] = policy.to_json()
+        text += f"\npolicy: {policy}"
+    print_result(arguments, shown, text)
     return 0 if passed else 1
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -36,11 +39,17 @@ PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
 """Packages whose versions are part of the cache key."""
 
 NOISE = 0.05
-"""Relative margin by which another runtime must be faster than the bundle's own."""
+"""Relative margin by which another runtime must be faster than the preferred one."""
+
+SLOW = 3.0
+"""A run that takes this many times the best latency may be stopped."""
 
 
 class Timing(Record, frozen=True):
-    """Median latency of one runtime on one graph, without the first run; None if it failed."""
+    """Median latency of one runtime, without the first run; None if it failed.
+
+    Without runs, it was stopped after this time.
+    """
 
     runtime: str
     median_ms: float | None
@@ -50,15 +59,16 @@ class Timing(Record, frozen=True):
     def __str__(self) -> str:
         if self.median_ms is None:
             return f"{self.runtime} failed ({self.error})"
-        return f"{self.runtime} {self.median_ms:.2f} ms"
+        return f"{self.runtime} {'' if self.num_runs else 'over '}{self.median_ms:.2f} ms"
 
 
 class RuntimeChoice(Record, frozen=True):
-    """The runtime chosen for one graph.
+    """The runtime chosen for one graph, or the library chosen for the policy.
 
     Attributes:
+        graph: name of the graph; ``policy`` for the policy.
         reason: reason of the choice, in plain words.
-        timings: measurements; empty if only one runtime can run the graph.
+        timings: measurements; empty if only one runtime can run it.
         date: ISO date of the measurement.
     """
 
@@ -96,12 +106,15 @@ def autotune(
         if graph.runtime not in ONNX_RUNTIMES:
             choices[name] = RuntimeChoice(name, graph.runtime, "the only runtime of an engine")
             continue
+        # Its own first.
+        runtimes = sorted(ONNX_RUNTIMES, key=lambda runtime: runtime != graph.runtime)
+        candidates = {
+            runtime: partial(_time_graph, bundle, name, options, runtime) for runtime in runtimes
+        }
         key = choice_key(bundle, name, options)
-        choice = None if retune else _load_choice(cache, key)
-        if choice is None:
-            choice = _measure(bundle, name, options, progress)
-            cache.save_blob(AUTOTUNE_FOLDER, key, json.dumps(choice.to_json(), indent=2).encode())
-        choices[name] = choice
+        choices[name] = choose_fastest(
+            name, candidates, cache=cache, key=key, retune=retune, progress=progress
+        )
     return choices
 
 
@@ -109,15 +122,22 @@ def choice_key(bundle: Bundle, name: str, options: RunnerOptions) -> str:
     """Hash everything that a choice depends on: graph, versions, processor, options."""
     graph = bundle.manifest.graphs[name]
     files = (file for file in bundle.manifest.files if file.path.startswith(graph.file))
-    parts = {
+    return hash_parts(
+        PACKAGES,
+        graph=graph.to_json(),
+        files=sorted(file.sha256 for file in files),
+        device=options.device,
+        num_threads=options.num_threads,
+        inference_precision=options.inference_precision,
+    )
+
+
+def hash_parts(packages: Sequence[str], **parts: Any) -> str:
+    """Hash what a choice depends on, besides versions of packages and the processor."""
+    parts |= {
         "revision": REVISION,
-        "graph": graph.to_json(),
-        "files": sorted(file.sha256 for file in files),
-        "versions": installed_versions(PACKAGES),
+        "versions": installed_versions(packages),
         "processor": describe_processor().to_json(),
-        "device": options.device,
-        "num_threads": options.num_threads,
-        "inference_precision": options.inference_precision,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -131,30 +151,72 @@ def _load_choice(cache: Cache, key: str) -> RuntimeChoice | None:
         return None
 
 
-def _measure(
-    bundle: Bundle, name: str, options: RunnerOptions, progress: Callable[[str], None]
+def choose_fastest(
+    name: str,
+    candidates: Mapping[str, Callable[[float], Timing]],
+    *,
+    cache: Cache,
+    key: str,
+    retune: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> RuntimeChoice:
-    own = bundle.manifest.graphs[name].runtime
-    timings, errors = [], []
-    for runtime in sorted(ONNX_RUNTIMES, key=lambda runtime: runtime != own):  # its own first
+    """Return the cached choice, or measure all candidates and cache the fastest.
+
+    Args:
+        name: what is measured, for messages.
+        candidates: measurement of each runtime, the preferred one first. The argument is the time
+            in milliseconds after which a run is slow enough to be stopped.
+        cache: cache that holds the choices.
+        key: name of the choice in the cache.
+        retune: measure again.
+        progress: called with the name of each measurement as it starts.
+
+    Raises:
+        CoPRSError: all failed; the error of the first.
+    """
+    choice = None if retune else _load_choice(cache, key)
+    if choice is None:
+        choice = _measure(name, candidates, progress)
+        cache.save_blob(AUTOTUNE_FOLDER, key, json.dumps(choice.to_json(), indent=2).encode())
+    return choice
+
+
+def _measure(
+    name: str,
+    candidates: Mapping[str, Callable[[float], Timing]],
+    progress: Callable[[str], None],
+) -> RuntimeChoice:
+    timings: list[Timing] = []
+    errors, medians = [], dict[str, float]()
+    for runtime, measure in candidates.items():
         progress(f"time {name} on {runtime}")
         try:
-            with open_bundle_graph(bundle, name, options, runtime) as runner:
-                timings.append(_time(runtime, runner))
+            timings.append(measure(SLOW * min(medians.values(), default=math.inf)))
         # ValueError: unsupported precision. RuntimeError: the library failed during a run.
         except (CoPRSError, ValueError, RuntimeError) as error:
             errors.append(error)
             timings.append(Timing(runtime, None, error=str(error)))
-    medians = {t.runtime: t.median_ms for t in timings if t.median_ms is not None}
+        if (latency := timings[-1].median_ms) is not None:
+            medians[runtime] = latency
     if not medians:
         raise errors[0]
+    preferred = next(iter(candidates))
     fastest = min(medians, key=lambda runtime: medians[runtime])
     reason = "measured as the fastest"
     if len(medians) == 1:
         reason = "the only one that runs here"
-    elif fastest != own and own in medians and medians[own] * (1 - NOISE) <= medians[fastest]:
-        fastest, reason = own, f"the bundle's own, and none is more than {NOISE:.0%} faster"
+    elif fastest != preferred and (
+        medians.get(preferred, math.inf) * (1 - NOISE) <= medians[fastest]
+    ):
+        fastest, reason = preferred, f"preferred, and none is more than {NOISE:.0%} faster"
     return RuntimeChoice(name, fastest, reason, tuple(timings), date.today().isoformat())
+
+
+def _time_graph(
+    bundle: Bundle, name: str, options: RunnerOptions, runtime: str, limit_ms: float
+) -> Timing:
+    with open_bundle_graph(bundle, name, options, runtime) as runner:
+        return _time(runtime, runner)
 
 
 def _time(runtime: str, runner: Runner) -> Timing:

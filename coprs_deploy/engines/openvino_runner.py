@@ -45,6 +45,11 @@ DEVICE = "CPU"
 OPENVINO_FOLDER = "openvino"
 INSTALL = install_hint("edge")
 
+LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+"""Settings of graphs that requests wait for. By default OpenVINO binds the threads of each graph to
+cores, the first graph's to the same cores as the next one's: beside other busy processes a thread
+waits for its core's time slices while another core is free."""
+
 CACHED_GRAPH_BYTES = 128_000_000
 """Size limit of cached graphs. A compiled graph contains a second copy of the weights, and ViT-B
 (370 MB) opens in 0.5 s from the cache and in 0.7 s without it."""
@@ -74,11 +79,7 @@ class OpenVinoRunner(Runner):
                 f"inference_precision is {precision!r}, which this processor does not support "
                 f"(bfloat16 needs AMX or AVX-512 BF16); accepted here: {', '.join(supported)}"
             )
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        }
+        settings = LATENCY | {"INFERENCE_PRECISION_HINT": _HINTS[precision]}
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.num_threads
         if path.exists() and graph_bytes(path) <= CACHED_GRAPH_BYTES:

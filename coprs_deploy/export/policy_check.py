@@ -64,6 +64,7 @@ def compare_policy(
     graphs: Path,
     tolerance: PolicyTolerance,
     report: Callable[[str], None],
+    first_seed: int = 0,
 ) -> PolicyEquivalence:
     """Compare a policy's graphs with PyTorch.
 
@@ -72,9 +73,10 @@ def compare_policy(
         graphs: directory of the policy's graphs.
         tolerance: limits.
         report: called with the name of each step as it starts.
+        first_seed: seed of the first scene.
     """
     report("candidate policy")
-    samples = decode_samples(checkpoint, graphs)
+    samples = decode_samples(checkpoint, graphs, first_seed)
     report("reference policy")
     expected, chosen = read_in_float32(checkpoint, samples)
     report("policy masks")
@@ -99,13 +101,13 @@ def compare_policy(
     )
 
 
-def decode_samples(checkpoint: Checkpoint, graphs: Path) -> list[PolicySample]:
+def decode_samples(checkpoint: Checkpoint, graphs: Path, first_seed: int = 0) -> list[PolicySample]:
     """Decode responses to instructions about generated scenes with the graphs."""
     config, samples = checkpoint.config, []
     limits = config.policy_image
     with OpenVinoPolicy(graphs, config.prompt, limits.min_pixels, limits.max_pixels) as policy:
         reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
-        for example in held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0):
+        for example in held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0, first_seed):
             request = PolicyRequest(example.image, example.instruction)
             with policy.start(request) as decoding:
                 tokens, states = list[int](), []

@@ -12,18 +12,19 @@ from coprs_deploy.bundle import (
     Bundle,
     EngineRecord,
     EquivalenceRecord,
+    PolicyEquivalence,
     open_bundle,
     write_manifest,
 )
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
-from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.errors import EquivalenceError, MissingDependencyError
 from coprs_deploy.export.graph_check import GraphCheck, open_unverified
-from coprs_deploy.export.tolerances import TOLERANCES
+from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
 from coprs_deploy.specs import IMAGE_ENCODER
 
 SEED = 1
-"""Seed of the samples; export uses 0."""
+"""Seed of the samples, and, times their number, of the policy's scenes; export uses 0."""
 
 
 def verify_bundle(
@@ -80,6 +81,41 @@ def verify_bundle(
     if engines:
         _record_verification(bundle, engines, records)
     return records
+
+
+def verify_policy_graphs(
+    bundle_path: str | Path,
+    checkpoint_path: str | Path,
+    progress: Callable[[str], None] = lambda step: None,
+) -> PolicyEquivalence | None:
+    """Compare the policy's graphs of a bundle with PyTorch again, on other scenes than export's.
+
+    Returns:
+        Tokens, hidden states and masks, passed or not; None if the bundle has no such graphs, or,
+        with a warning, if OpenVINO is not installed.
+
+    Raises:
+        BundleIntegrityError: a file of the bundle was changed.
+        EquivalenceError: the bundle was exported from another checkpoint.
+    """
+    bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
+    _check_fingerprint(bundle, checkpoint)
+    record = bundle.manifest.policy_graphs
+    if record is None:
+        return None
+    from coprs_deploy.export.policy_check import NUM_SAMPLES, compare_policy
+
+    try:
+        return compare_policy(
+            checkpoint,
+            bundle.policy_graphs_path,
+            POLICY_TOLERANCES[record.precision],
+            progress,
+            first_seed=SEED * NUM_SAMPLES,
+        )
+    except MissingDependencyError as error:
+        warnings.warn(f"the policy's graphs were not compared: {error}", stacklevel=2)
+        return None
 
 
 def verification(

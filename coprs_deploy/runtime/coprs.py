@@ -41,6 +41,7 @@ from coprs_deploy.runtime.encoder import (
 )
 from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
 from coprs_deploy.runtime.options import RuntimeOptions
+from coprs_deploy.runtime.policy_loading import choose_policy
 from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
 from coprs_deploy.specs import Geometry
@@ -59,7 +60,8 @@ class CoPRS(Closeable):
         policy: writes the reasoning.
         geometry: sizes of the graphs.
         options: sizes of cache and queue, and the time limit of a request.
-        runtime_choices: measured runtime of each graph; empty unless the runtime is ``auto``.
+        runtime_choices: measured runtime of each graph and of the policy, as far as they are
+            ``auto`` and more than one can run.
 
     Attributes:
         description: runtimes and devices of graphs and policy.
@@ -109,7 +111,7 @@ class CoPRS(Closeable):
         Args:
             bundle: directory written by ``coprs-deploy export``; None loads the demo model.
             options: where and how to run it.
-            policy: ``transformers`` or ``vllm``; None takes it from ``options``.
+            policy: ``openvino``, ``transformers`` or ``vllm``; None takes it from ``options``.
             progress: called with a line of text per step.
 
         Raises:
@@ -125,8 +127,12 @@ class CoPRS(Closeable):
         _check_process(cls._loaded_in)
         progress("verifying the bundle's files")
         opened = open_bundle(demo.BUNDLE if bundle is None else bundle)
-        choices = choose_runtimes(opened, options)  # before loading, which would disturb timings
-        graphs, loaded_policy = load_parts(opened, options, choices, progress)
+        # Before loading, which would disturb timings.
+        choices = choose_runtimes(opened, options)
+        policy_choice = choose_policy(opened, options, progress)
+        graphs, loaded_policy = load_parts(opened, options, choices, policy_choice, progress)
+        if policy_choice.timings:
+            choices += (policy_choice,)
         return cls(graphs, loaded_policy, opened.manifest.geometry, options, choices)
 
     def segment(

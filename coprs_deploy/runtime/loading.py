@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import TypeAlias
 
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.engines import SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.autotune import RuntimeChoice, autotune
-from coprs_deploy.errors import BundleError
-from coprs_deploy.machine import installed_versions
 from coprs_deploy.policy import Policy
 from coprs_deploy.runtime.options import AUTO, RuntimeOptions
+from coprs_deploy.runtime.policy_loading import open_policy
 
 logger = logging.getLogger(__name__)
 
@@ -29,26 +26,27 @@ def load_parts(
     bundle: Bundle,
     options: RuntimeOptions,
     choices: tuple[RuntimeChoice, ...],
+    policy_choice: RuntimeChoice,
     progress: Progress,
 ) -> tuple[SegmentationGraphs, Policy]:
     """Open graphs and policy in parallel.
 
-    vLLM claims the GPU memory that is free, so on a GPU it waits until the graphs are open.
+    vLLM claims the GPU memory that is free, so it starts when the graphs are open; if they cannot
+    be opened, it does not start.
 
     Raises:
         BundleError: graphs and policy do not match.
         EnvironmentNotReadyError: a requested library or device is not available.
     """
-    graphs_are_open = threading.Event()
+    graphs_are_open: Future[None] = Future()
     start = time.perf_counter()
-    progress(f"loading graphs and policy ({choose_policy(bundle, options)})")
+    progress(f"loading graphs and policy ({policy_choice.runtime}, {policy_choice.reason})")
     with ThreadPoolExecutor(1, thread_name_prefix="load-policy") as pool, ExitStack() as opened:
-        loading = pool.submit(_open_policy, bundle, options, graphs_are_open)
+        loading = pool.submit(open_policy, bundle, options, policy_choice.runtime, graphs_are_open)
         opened.callback(_close_loaded, loading)
-        try:
-            graphs = opened.enter_context(open_graphs(bundle, options, choices))
-        finally:
-            graphs_are_open.set()
+        opened.callback(graphs_are_open.cancel)  # has no effect once they are open
+        graphs = opened.enter_context(open_graphs(bundle, options, choices))
+        graphs_are_open.set_result(None)
         progress(f"graphs ready after {time.perf_counter() - start:.1f} s")
         policy = loading.result()
         progress(f"policy ready after {time.perf_counter() - start:.1f} s: {policy.description}")
@@ -59,68 +57,6 @@ def load_parts(
 def _close_loaded(loading: Future[Policy]) -> None:
     with suppress(Exception):  # the error that is reported is another one
         loading.result().close()
-
-
-def _open_policy(
-    bundle: Bundle, options: RuntimeOptions, graphs_are_open: threading.Event
-) -> Policy:
-    record = bundle.manifest.policy
-    device = options.policy_device or options.device
-    chosen = choose_policy(bundle, options)
-    path = bundle.policy_graphs_path if chosen == "openvino" else bundle.policy_path
-    source = (path, record.prompt, record.min_pixels, record.max_pixels)
-    policy: Policy
-    if chosen == "openvino":
-        from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
-
-        policy = OpenVinoPolicy(
-            *source, device=device, dtype=options.policy_dtype, num_threads=options.num_threads
-        )
-    elif chosen == "vllm":
-        from coprs_deploy.policy.vllm_policy.policy import VllmPolicy
-
-        memory_is_ready = None if device == "cpu" else graphs_are_open
-        policy = VllmPolicy(
-            *source,
-            device=device,
-            dtype=options.policy_dtype,
-            settings=replace(
-                options.vllm, num_threads=options.vllm.num_threads or options.num_threads
-            ),
-            memory_is_ready=memory_is_ready,
-        )
-    else:
-        from coprs_deploy.policy.transformers_policy import TransformersPolicy
-
-        policy = TransformersPolicy(
-            *source, device=device, dtype=options.policy_dtype, num_threads=options.num_threads
-        )
-    if policy.hidden_size != record.hidden_size:
-        policy.close()
-        raise BundleError(
-            f"policy hidden size {policy.hidden_size} does not match prior input size "
-            f"{record.hidden_size}; use the policy that this bundle was exported with"
-        )
-    return policy
-
-
-def choose_policy(bundle: Bundle, options: RuntimeOptions) -> str:
-    """Return the library that runs the policy: that of the options, or the best one for ``auto``.
-
-    With ``auto``, the policy's graphs run where they can: the bundle has some, the device is the
-    CPU, no dtype is requested, and OpenVINO is installed.
-    """
-    if options.policy != AUTO:
-        return options.policy
-    if bundle.manifest.policy.path is None:
-        return "openvino"
-    runs_graphs = (
-        bundle.manifest.policy_graphs is not None
-        and (options.policy_device or options.device) == "cpu"
-        and options.policy_dtype is None
-        and "openvino" in installed_versions(("openvino",))
-    )
-    return "openvino" if runs_graphs else "transformers"
 
 
 def choose_runtimes(bundle: Bundle, options: RuntimeOptions) -> tuple[RuntimeChoice, ...]:

@@ -29,7 +29,7 @@ class RuntimeOptions(RunnerOptions):
             policy, and each library's own number for the rest.
         retune: with ``auto``, measure again instead of using the cached choice.
         policy: library that runs the policy: ``openvino``, ``transformers``, ``vllm``, or ``auto``:
-            OpenVINO on a CPU if the bundle has the policy's graphs, else transformers.
+            OpenVINO or transformers, whichever is measured to be faster where both can run it.
         policy_device: device of the policy; None selects that of the graphs.
         policy_dtype: dtype of the policy's weights: ``float32``, ``bfloat16`` or ``float16``; None
             selects the stored one, or float32 on a CPU that has no instructions for it.
@@ -64,10 +64,10 @@ class RuntimeOptions(RunnerOptions):
             )
         if self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}; accepted: {', '.join(POLICIES)}")
-        if self.retune and self.runtime != AUTO:
+        if self.retune and AUTO not in (self.runtime, self.policy):
             raise ValueError(
-                f"retune is True and runtime is {self.runtime!r}; accepted: retune with the "
-                f"runtime {AUTO!r} only"
+                f"retune is True, runtime is {self.runtime!r} and policy is {self.policy!r}; "
+                f"accepted: retune with the runtime or the policy {AUTO!r} only"
             )
         for name in ("max_cached_images", "max_queue_size"):
             check_number(name, getattr(self, name), least=0)

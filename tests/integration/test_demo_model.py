@@ -22,6 +22,7 @@ from coprs_deploy.data.synthetic.scene import make_scene
 from coprs_deploy.evaluation.evaluator import evaluate, predict_with
 from coprs_deploy.evaluation.metrics import count_pixels, iou, summarize, union
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
+from coprs_deploy.export.verifier import verify_policy_graphs
 from tests import ROOT
 
 EXAMPLE_PRESET = msgspec.structs.replace(PLAIN, image_size=640)
@@ -36,7 +37,7 @@ THRESHOLDS = {"giou": 0.85, "precision_at_50": 0.9, "no_match_recall": 0.8}
 
 @pytest.fixture(scope="module")
 def coprs():
-    with CoPRS.load() as loaded:
+    with CoPRS.load(policy="openvino") as loaded:
         yield loaded
 
 
@@ -74,6 +75,7 @@ def test_demo_bundle_has_its_policy_as_graphs_beside_the_weights(coprs):
 @pytest.mark.slow
 def test_demo_graphs_are_equivalent_to_the_checkpoint():
     assert all(record.passed for record in verify_bundle(demo.BUNDLE, demo.CHECKPOINT))
+    assert verify_policy_graphs(demo.BUNDLE, demo.CHECKPOINT).passed
 
 
 @pytest.mark.slow
@@ -122,7 +124,7 @@ def test_evaluate_verb_fails_below_a_required_threshold(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_demo_model_in_int8_keeps_its_masks(coprs, tmp_path):
+def test_demo_model_in_int8_keeps_its_masks(tmp_path):
     """Calibrated on training scenes, evaluated on held-out scenes."""
     images = tmp_path / "images"
     images.mkdir()
@@ -138,9 +140,12 @@ def test_demo_model_in_int8_keeps_its_masks(coprs, tmp_path):
     assert bundle.manifest.graphs["image_encoder"].precision == "int8"
     dataset = open_examples("synthetic:plain", 16, 0)
     agreement, gt_iou = [], []
-    with CoPRS.load(bundle.path) as quantized:
+    with (
+        CoPRS.load(policy="transformers") as exact_policy,
+        CoPRS.load(bundle.path) as quantized,
+    ):
         for example in dataset.examples:
-            exact = coprs.segment(example.image, example.instruction)
+            exact = exact_policy.segment(example.image, example.instruction)
             found = quantized.segment(example.image, example.instruction)
             agreement.append(iou(count_pixels(found.mask, exact.mask), empty=0.0))
             gt_iou.append(iou(count_pixels(found.mask, union(example.masks)), empty=0.0))

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.engines.openvino_runner import LATENCY
 from coprs_deploy.errors import PolicyError, RuntimeUnavailableError
 from coprs_deploy.images import fit_pixel_count, image_key
 from coprs_deploy.policy.greedy import GreedyPolicy
@@ -101,8 +102,7 @@ class OpenVinoPolicy(GreedyPolicy):
             )
         description = read_description(path)
         compressed = description.precision in ("int8", "int4")
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-        settings |= COMPRESSED if compressed else EXACT
+        settings = LATENCY | (COMPRESSED if compressed else EXACT)
         if num_threads is None and _decoder_bytes(path) < SMALL_DECODER_BYTES:
             num_threads = 1
         if num_threads is not None:

@@ -11,9 +11,9 @@ import asyncio
 import atexit
 import os
 import queue
-import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -105,8 +105,8 @@ class VllmPolicy(Policy):
         device: ``cpu``, ``cuda`` or ``cuda:N``; the installed vLLM must be built for it.
         dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
         settings: settings of the engine.
-        memory_is_ready: event to wait for before the free memory is measured, so that graphs on the
-            same GPU are loaded by then; None measures at once.
+        memory_is_ready: future to wait for before the free memory is measured, so that graphs on
+            the same GPU are loaded by then; None measures at once.
 
     Attributes:
         num_preemptions: number of times a request lost its memory to another one and restarted.
@@ -127,7 +127,7 @@ class VllmPolicy(Policy):
         device: str = "cpu",
         dtype: str | None = None,
         settings: VllmSettings | None = None,
-        memory_is_ready: threading.Event | None = None,
+        memory_is_ready: Future[None] | None = None,
     ) -> None:
         settings = settings or VllmSettings()
         device_type, _, index = device.partition(":")
@@ -139,7 +139,7 @@ class VllmPolicy(Policy):
             vllm = import_vllm(device_type)
             config = self._read_directory(path.resolve())
             if memory_is_ready is not None:
-                memory_is_ready.wait()
+                memory_is_ready.result()
             # Four bytes a value, whatever the dtype: an upper limit.
             needed = kv_bytes_per_token(config.get_text_config(), 4) * self._max_length
             memory = memory_arguments(

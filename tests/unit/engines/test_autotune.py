@@ -8,7 +8,13 @@ import pytest
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines import RunnerOptions
 from coprs_deploy.engines import autotune as autotuning
-from coprs_deploy.engines.autotune import RuntimeChoice, Timing, autotune, choice_key
+from coprs_deploy.engines.autotune import (
+    RuntimeChoice,
+    Timing,
+    autotune,
+    choice_key,
+    choose_fastest,
+)
 from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import MissingDependencyError
 from coprs_deploy.machine import Processor
@@ -54,7 +60,7 @@ def test_autotune_measures_both_runtimes_of_each_graph(bundle, options):
     ("openvino_ms", "chosen", "reason"),
     [
         (5.0, "openvino", "measured as the fastest"),
-        (9.7, "onnxruntime", "the bundle's own, and none is more than 5% faster"),
+        (9.7, "onnxruntime", "preferred, and none is more than 5% faster"),
         (20.0, "onnxruntime", "measured as the fastest"),
     ],
 )
@@ -137,6 +143,30 @@ def test_autotune_without_any_runtime_raises_the_error_of_the_first(bundle, opti
     monkeypatch.setattr(autotuning, "open_bundle_graph", refuse)
     with pytest.raises(MissingDependencyError, match="onnxruntime is not installed"):
         autotune(bundle, options)
+
+
+def test_choose_fastest_passes_the_limit_and_shows_what_was_stopped(tmp_path):
+    limits = []
+
+    def measure(runtime, timing):
+        def timed(limit_ms):
+            limits.append(limit_ms)
+            return timing
+
+        return runtime, timed
+
+    candidates = dict(
+        [
+            measure("openvino", Timing("openvino", 20.0, 3)),
+            measure("transformers", Timing("transformers", 61.5, error="stopped")),
+        ]
+    )
+    choice = choose_fastest("policy", candidates, cache=Cache(tmp_path), key="a")
+    assert limits == [float("inf"), 60.0]
+    assert str(choice) == (
+        "policy: openvino, measured as the fastest: openvino 20.00 ms, transformers over 61.50 ms"
+    )
+    assert choose_fastest("policy", {}, cache=Cache(tmp_path), key="a").is_cached
 
 
 def test_autotune_of_engines_measures_nothing(bundle, options, times):

@@ -1,7 +1,5 @@
 """Bundles that hold the policy as graphs: manifest, check against PyTorch, whole requests."""
 
-import dataclasses
-
 import msgspec
 import numpy as np
 import pytest
@@ -12,15 +10,21 @@ from coprs_deploy import CoPRS
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
-from coprs_deploy.errors import BundleError, BundleIntegrityError, EquivalenceError
+from coprs_deploy.errors import (
+    BundleError,
+    BundleIntegrityError,
+    EquivalenceError,
+    MissingDependencyError,
+)
 from coprs_deploy.export import ExportOptions, exporter
 from coprs_deploy.export.tolerances import POLICY_TOLERANCES, PolicyTolerance
+from coprs_deploy.export.verifier import verify_policy_graphs
 from coprs_deploy.runtime import RuntimeOptions
-from coprs_deploy.runtime.loading import choose_policy
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("nncf", reason="NNCF is not installed")
 
+from coprs_deploy.export import policy_check
 from coprs_deploy.export.policy_check import compare_policy, computed_in_float32
 from coprs_deploy.export.policy_graphs import load_policy, round_weights
 
@@ -91,32 +95,6 @@ def test_the_openvino_policy_needs_the_graphs(tiny_bundle):
         CoPRS.load(tiny_bundle, RuntimeOptions(policy="openvino"))
 
 
-def test_choose_policy_takes_graphs_where_they_run(bundle, tiny_bundle):
-    opened, with_weights = open_bundle(bundle), open_bundle(tiny_bundle)
-    both = dataclasses.replace(
-        with_weights,
-        manifest=msgspec.structs.replace(
-            with_weights.manifest, policy_graphs=opened.manifest.policy_graphs
-        ),
-    )
-    choices = {
-        "graphs": choose_policy(opened, RuntimeOptions()),
-        "weights": choose_policy(with_weights, RuntimeOptions()),
-        "both": choose_policy(both, RuntimeOptions()),
-        "dtype": choose_policy(both, RuntimeOptions(policy_dtype="float32")),
-        "gpu": choose_policy(both, RuntimeOptions(policy_device="cuda")),
-        "given": choose_policy(both, RuntimeOptions(policy="transformers")),
-    }
-    assert choices == {
-        "graphs": "openvino",
-        "weights": "transformers",
-        "both": "openvino",
-        "dtype": "transformers",
-        "gpu": "transformers",
-        "given": "transformers",
-    }
-
-
 @pytest.mark.extended
 def test_an_export_outside_the_tolerance_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch):
     impossible = PolicyTolerance(0, 0, 1, 1, 1, "none")
@@ -137,6 +115,40 @@ def test_the_check_notices_graphs_of_other_weights(bundle, tmp_path):
     )
     assert not found.passed
     assert found.cosine < 0.9
+
+
+def test_verify_compares_the_graphs_on_other_scenes(bundle, tiny_checkpoint, capsys):
+    from coprs_deploy.cli.main import main
+
+    command = ["verify", str(bundle), "--against", str(tiny_checkpoint), "--json"]
+    assert main(command) == 0
+    shown = msgspec.json.decode(capsys.readouterr().out)
+    found = shown["policy_graphs"]
+    assert shown["passed"] and found["passed"]
+    assert found["token_agreement"] == 1
+    exported = read_manifest(bundle).policy_graphs.equivalence
+    assert found["relative_error"] != exported.relative_error
+
+
+def test_verify_fails_if_only_the_graphs_of_the_policy_are_outside_the_tolerance(
+    bundle, tiny_checkpoint, monkeypatch, capsys
+):
+    from coprs_deploy.cli.main import main
+
+    monkeypatch.setitem(POLICY_TOLERANCES, "fp32", PolicyTolerance(0, 0, 1, 1, 1, "none"))
+    assert main(["verify", str(bundle), "--against", str(tiny_checkpoint)]) == 1
+    assert "outside the tolerance" in capsys.readouterr().out
+
+
+def test_verify_without_openvino_warns_that_the_graphs_were_not_compared(
+    bundle, tiny_checkpoint, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise MissingDependencyError("OpenVINO is not installed")
+
+    monkeypatch.setattr(policy_check, "OpenVinoPolicy", refuse)
+    with pytest.warns(UserWarning, match="graphs were not compared: OpenVINO is not installed"):
+        assert verify_policy_graphs(bundle, tiny_checkpoint) is None
 
 
 def test_16_bit_weights_are_read_in_float32_and_restored(tiny_checkpoint):

@@ -1,6 +1,7 @@
 """Runtime of each graph: the bundle's own, a requested one, or the measured one."""
 
 import logging
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -159,12 +160,28 @@ def test_load_num_threads_reaches_the_vllm_worker_unless_it_has_its_own(
     assert settings == [VllmSettings(num_threads=expected, max_num_seqs=3)]
 
 
+def test_load_with_an_error_of_the_graphs_does_not_start_vllm(tiny_bundle, monkeypatch):
+    ended = []
+
+    def waiting(*arguments, memory_is_ready, **options):
+        try:
+            memory_is_ready.result(timeout=20)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+
+    monkeypatch.setattr("coprs_deploy.policy.vllm_policy.policy.VllmPolicy", waiting)
+    with pytest.raises(ValueError, match="runtime is 'tensorrt'"):
+        CoPRS.load(tiny_bundle, RuntimeOptions(policy="vllm", runtime="tensorrt"))
+    assert ended == [CancelledError]
+
+
 def test_load_reports_its_progress(tiny_bundle):
     steps = []
     CoPRS.load(tiny_bundle, progress=steps.append).close()
     assert steps[:2] == [
         "verifying the bundle's files",
-        "loading graphs and policy (transformers)",
+        "loading graphs and policy (transformers, the bundle has no graphs of the policy)",
     ]
     assert steps[2].startswith("graphs ready after")
     assert steps[3].startswith("policy ready after")

@@ -11,7 +11,10 @@ from coprs_deploy.runtime import CoPRS, RuntimeOptions
     [
         ({"device": "tpu"}, "device is 'tpu'; accepted: 'cpu', 'cuda' or 'cuda:N'"),
         ({"policy": "gpt"}, "policy is 'gpt'; accepted: auto, openvino, transformers, vllm"),
-        ({"retune": True}, "retune is True and runtime is None; accepted: retune with the runtime"),
+        (
+            {"retune": True, "policy": "vllm"},
+            "retune is True, runtime is None and policy is 'vllm'; accepted: retune with the",
+        ),
         ({"max_cached_images": -1}, "max_cached_images is -1; it must be at least 0"),
         ({"max_queue_size": -1}, "max_queue_size is -1; it must be at least 0"),
         ({"timeout_s": 0}, "timeout_s is 0; it must be above 0"),

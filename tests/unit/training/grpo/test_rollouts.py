@@ -228,7 +228,7 @@ def test_write_samples_of_a_response_without_reference_shows_no_prior(
 def test_evaluate_policy_agrees_with_the_runtime(make_setup):
     examples = held_out_examples(PRESETS["plain"], 6, 2)
     evaluated = evaluate_policy(make_setup(max_completion_length=128).trainer, examples)
-    with CoPRS.load() as coprs:
+    with CoPRS.load(policy="transformers") as coprs:
         expected = evaluate(predict_with(coprs.segment, 1), examples)
     for ours, theirs in zip(evaluated, expected, strict=True):
         assert ours.response == theirs.response
