@@ -103,10 +103,10 @@ def _without_measurement(bundle: Bundle, options: RuntimeOptions) -> tuple[str, 
         return "transformers", "the policy's graphs run on a CPU only"
     if options.policy_dtype is not None:
         return "transformers", "the policy's graphs have the dtype that they were exported with"
-    if "openvino" not in installed:
-        return "transformers", "OpenVINO is not installed"
     if missing := [name for name in TRANSFORMERS_PACKAGES if name not in installed]:
         return "openvino", f"{', '.join(missing)} not installed"
+    if "openvino" not in installed:
+        return "transformers", "OpenVINO is not installed"
     if weights > MAX_MEMORY_SHARE * available_memory_bytes():
         return "openvino", f"the weights ({weights / 1e9:.1f} GB) do not fit into the memory"
     return None

@@ -66,15 +66,19 @@ def test_choose_policy_takes_the_only_form_of_the_bundle(bundle, times):
 @pytest.mark.parametrize(
     ("missing", "shown"),
     [
-        ("openvino", "policy: transformers, OpenVINO is not installed"),
-        ("torch", "policy: openvino, torch not installed"),
+        (["openvino"], "policy: transformers, OpenVINO is not installed"),
+        (["torch"], "policy: openvino, torch not installed"),
+        (
+            ["openvino", "torch"],
+            "policy: openvino, torch not installed",
+        ),  # its error: the edge install
     ],
 )
 def test_choose_policy_takes_the_only_installed_library(bundle, times, monkeypatch, missing, shown):
     found = policy_loading.installed_versions
 
     def installed(packages):
-        return found([package for package in packages if package != missing])
+        return found([package for package in packages if package not in missing])
 
     monkeypatch.setattr(policy_loading, "installed_versions", installed)
     assert str(choose_policy(bundle, RuntimeOptions())) == shown
