@@ -33,10 +33,18 @@ STAGES = {
 
 
 def open_requests(
-    bundle: Path, *, device: str, runtime: str | None = None, cached: int = 2, **settings: Any
+    bundle: Path,
+    *,
+    device: str,
+    policy: str,
+    runtime: str | None = None,
+    cached: int = 2,
+    **settings: Any,
 ) -> Workload:
     """Open a bundle as a user does, with requests on held-out scenes in turn."""
-    options = RuntimeOptions(device=device, runtime=runtime, max_cached_images=cached)
+    options = RuntimeOptions(
+        device=device, runtime=runtime, policy=policy, max_cached_images=cached
+    )
     return _RequestWorkload(CoPRS.load(bundle, options), **settings)
 
 

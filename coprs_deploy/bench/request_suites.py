@@ -44,9 +44,9 @@ start = time.time()
 from coprs_deploy import CoPRS
 from coprs_deploy.machine import peak_memory_bytes
 imported = time.time()
-bundle, device, image, instruction, mask = sys.argv[1:]
+bundle, device, policy, image, instruction, mask = sys.argv[1:]
 from coprs_deploy.runtime import RuntimeOptions
-coprs = CoPRS.load(bundle, RuntimeOptions(device=device))
+coprs = CoPRS.load(bundle, RuntimeOptions(device=device, policy=policy))
 loaded = time.time()
 result = coprs.segment(image, instruction)
 done = time.time()
@@ -63,24 +63,46 @@ def answer_suite(fixtures: Fixtures) -> Planned:
     yield from skipped
     count, memory = QUICK_COUNT if is_quick else COUNT, model.request_bytes
     shared = {"count": count, "reference": partial(fixtures.scene_reference, count)}
-    # What a lower precision costs and gains shows in the graphs; the policy stays the same.
+    # What a lower precision of the graphs costs and gains shows in the graphs alone.
     kinds = [(*kind, d) for r, d in present for kind in precisions(model, [r])]
     kinds = [kind for kind in kinds if model.checkpoint is None or kind[1] == FP32]
+    policies = [(kind, library) for kind in kinds for library in _policies(model, *kind[1:])]
     cases = []
-    for kind, cached in itertools.product(kinds, (False,) if is_quick else (False, True)):
-        runtime, precision, device = kind
-        name = f"{runtime_name(runtime, device, precision)}, {'cached' if cached else 'new'} image"
-        settings = {**shared, "runtime": runtime, "device": device, "warms_cache": cached}
-        settings["bundle"] = partial(fixtures.bundle, model, runtime, precision)
-        settings["cached"] = count if cached else 0
-        target = f"{WORKLOADS}:open_requests"
-        cases.append(Case(name, target, settings, model.labels(*kind), memory))
+    for cached in (False,) if is_quick else (False, True):
+        for (runtime, precision, device), library in policies:
+            name = f"{runtime_name(runtime, device, precision)}{_suffix(library)}, "
+            settings = {**shared, "runtime": runtime, "device": device, "warms_cache": cached}
+            settings["bundle"] = partial(fixtures.bundle, model, runtime, precision)
+            settings |= {"cached": count if cached else 0, "policy": library}
+            target = f"{WORKLOADS}:open_requests"
+            described = model.labels(runtime, precision, device, policy=library)
+            name += "cached image" if cached else "new image"
+            cases.append(Case(name, target, settings, described, memory))
     baseline = f"coprs-deploy modules, PyTorch {version_of('torch')} eager cpu fp32"
     if model.checkpoint is not None:
         target, labels = f"{WORKLOADS}:open_torch_requests", ("torch eager", FP32, "cpu")
         settings = {**shared, "checkpoint": model.checkpoint}
         cases.append(Case(baseline, target, settings, model.labels(*labels), memory))
     yield Group(f"{model.name}: whole requests", cases, baseline, "one request")
+
+
+def _policies(model: Model, precision: str, device: str) -> list[str]:
+    """List the libraries that can run the policy of a model's bundle in a precision.
+
+    Bundles that the benchmark exports have weights; graphs are in the model's own bundle only.
+    """
+    assert model.bundle is not None
+    manifest = read_manifest(model.bundle)
+    is_own = manifest.graphs[IMAGE_ENCODER].precision == precision and device == "cpu"
+    libraries = ["transformers"] * (manifest.policy.path is not None or not is_own)
+    if is_own and manifest.policy_graphs is not None and version_of("openvino"):
+        libraries.append("openvino")
+    return libraries
+
+
+def _suffix(library: str) -> str:
+    """Name the policy's library in a case, unless it is transformers."""
+    return "" if library == "transformers" else f", {library} policy"
 
 
 def policy_suite(fixtures: Fixtures) -> Planned:
@@ -113,13 +135,15 @@ def start_suite(fixtures: Fixtures) -> Planned:
     for name, code in (("import coprs_deploy",) * 2, ("coprs-deploy, arguments parsed", PARSE)):
         settings = {"function": f"{__name__}:run_code", "code": code}
         cases.append(Case(name, FUNCTION, settings, model.labels(device="cpu")))
-    for _, device in present:
+    for device, library in (
+        (d, library) for _, d in present for library in _policies(model, graph.precision, d)
+    ):
         on_device = "" if device == "cpu" else f" {device}"
-        name = f"first mask, {graph.runtime}{on_device} {graph.precision}"
-        labels = model.labels(graph.runtime, graph.precision, device)
+        name = f"first mask, {graph.runtime}{on_device} {graph.precision}{_suffix(library)}"
+        labels = model.labels(graph.runtime, graph.precision, device, policy=library)
         settings = {"function": f"{__name__}:segment_first", "bundle": str(model.bundle)}
         first = {"device": device, "reference": partial(fixtures.scene_reference, 1)}
-        cases.append(Case(name, FUNCTION, settings | first, labels))
+        cases.append(Case(name, FUNCTION, settings | first | {"policy": library}, labels))
     runs = QUICK_RUNS if options.is_quick else RUNS
     yield Group(f"{model.name}: start", cases, unit="one process, to its end", runs=runs)
 
@@ -134,14 +158,16 @@ def run_code(code: str, *arguments: str) -> dict[str, Any]:
     return {"stdout": done.stdout}
 
 
-def segment_first(bundle: str, device: str, reference: SceneReference) -> dict[str, Any]:
+def segment_first(
+    bundle: str, device: str, policy: str, reference: SceneReference
+) -> dict[str, Any]:
     """Load a bundle and answer one request, about a held-out scene, in a new process."""
     (scene,) = scenes(1)
     with tempfile.TemporaryDirectory(prefix="coprs-deploy-") as folder:
         image, mask = (str(Path(folder) / name) for name in ("scene.png", "mask.npy"))
         Image.fromarray(scene.image).save(image)
         began = time.time()
-        done = run_code(FIRST_MASK, bundle, device, image, scene.instruction, mask)
+        done = run_code(FIRST_MASK, bundle, device, policy, image, scene.instruction, mask)
         found = {"0.mask": np.load(mask), "0.ground_truth": union(scene.masks)}
     *times, peak = json.loads(done["stdout"].strip().splitlines()[-1])
     steps = zip(STEPS, [began, *times], times, strict=False)
@@ -185,6 +211,7 @@ def scaling_suite(fixtures: Fixtures) -> Planned:
             yield _sweep(model, device, (title, parameter), each)
         for title, parameter, values, count in REQUEST_SWEEPS:
             shared = {"bundle": partial(bundle, fixtures.model), "count": count}
+            shared["policy"] = _policies(fixtures.model, FP32, device)[0]
             sides = {n: n if parameter == "side" else None for n in values}
             references = {n: partial(fixtures.scene_reference, count, sides[n]) for n in values}
             each = {n: {**shared, parameter: n, "reference": references[n]} for n in values}

@@ -190,6 +190,23 @@ def test_failed_float32_reference_is_a_note(tmp_path, monkeypatch):
     assert reference == SceneReference(None, True, "PyTorch float32 failed: out of memory")
 
 
+def test_requests_are_listed_with_each_policy_that_the_bundle_has(tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    fixtures = Fixtures(tmp_path, BenchOptions(suites=("answer", "start")), print)
+    groups, _ = run.list_groups(fixtures)
+    policies = {
+        case.name: case.settings["policy"]
+        for group in groups
+        for case in group.cases
+        if "policy" in case.settings
+    }
+    version = installed_versions(("openvino",))["openvino"]
+    shown = f"openvino {version} cpu fp32"
+    assert policies[f"coprs-deploy graph, {shown}, new image"] == "transformers"
+    assert policies[f"coprs-deploy graph, {shown}, openvino policy, new image"] == "openvino"
+    assert policies["first mask, onnxruntime fp32, openvino policy"] == "openvino"
+
+
 def test_suite_of_square_scenes_is_skipped_for_an_aspect_ratio(tmp_path):
     fixtures = Fixtures(tmp_path, BenchOptions(suites=("answer", "start")), print)
     fixtures.model = Model("mine", None, None, variant=WIDE)
