@@ -2,7 +2,7 @@
 
 The graphs respond to instructions about generated scenes. PyTorch then reads each prompt with that
 response in one float32 pass, whatever the stored dtype, which gives the token that it would have
-chosen at each position.
+chosen at each position. The graphs are closed before PyTorch maps the weights.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from coprs_deploy.export.equivalence import cosine_similarity, reference_opener
 from coprs_deploy.export.policy_graphs import load_policy
 from coprs_deploy.export.tolerances import PolicyTolerance
 from coprs_deploy.images import RgbArray, fit_pixel_count, prepare_image
+from coprs_deploy.policy.openvino_policy.graphs import DECODER_FILE
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
 from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.vision_inputs import VisionProcessor
@@ -36,6 +37,12 @@ NUM_SAMPLES = 4
 
 MAX_TOKENS = 96
 """Tokens of a response that are compared; the longest of the demo model has 77."""
+
+LARGE_DECODER_BYTES = 1_000_000_000
+"""Size of the decoder's weights from which only ``MAX_TOKENS_LARGE`` tokens are compared."""
+
+MAX_TOKENS_LARGE = 32
+"""The same for policies of real size, which take minutes for more."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ def decode_samples(checkpoint: Checkpoint, graphs: Path) -> list[PolicySample]:
     """Decode responses to instructions about generated scenes with the graphs."""
     config, samples = checkpoint.config, []
     limits = config.policy_image
+    weights = (graphs / DECODER_FILE).with_suffix(".bin").stat().st_size
+    max_tokens = MAX_TOKENS if weights < LARGE_DECODER_BYTES else MAX_TOKENS_LARGE
     with OpenVinoPolicy(graphs, config.prompt, limits.min_pixels, limits.max_pixels) as policy:
         reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
         for example in held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0):
@@ -110,7 +119,7 @@ def decode_samples(checkpoint: Checkpoint, graphs: Path) -> list[PolicySample]:
             with policy.start(request) as decoding:
                 tokens, states = list[int](), []
                 token = decoding.prefill()
-                while len(tokens) < MAX_TOKENS and token not in ends:
+                while len(tokens) < max_tokens and token not in ends:
                     tokens.append(token)
                     token, state = decoding.feed(token)
                     states.append(state)
