@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import PolicyImageLimits
 from coprs_deploy.conversion.policy_files import DEFAULT_PROMPTS
 from coprs_deploy.policy.progress_bars import without_progress_bars
@@ -128,20 +129,34 @@ POLICY_SIZES: Mapping[str, PolicySize] = {
 """Real sizes (Qwen2.5-VL 3B and 7B, LLaVA-1.5 7B and 13B) and two tiny ones."""
 
 
+LARGE_POLICY = 1_000_000_000
+"""Number of parameters from which a policy is never in memory as a whole."""
+
+SHARD_BYTES = 1_000_000_000
+"""Size of the weight files of a large policy; one of them is in memory at a time."""
+
+
 @dataclass(frozen=True)
 class RandomPolicy:
-    """Policy in memory with everything that its directory needs."""
+    """Policy in memory with everything that its directory needs.
+
+    The parameters of a large policy are on the meta device; ``save`` draws them from ``seed``.
+    """
 
     model: Any
     tokenizer: Any
     image_processor: Any
     prompt: PromptTemplate
     image_limits: PolicyImageLimits
+    seed: int = 0
 
     def save(self, directory: Path) -> None:
         """Write the transformers directory."""
         with without_progress_bars():
-            self.model.save_pretrained(directory)
+            if self.model.device.type == "meta":
+                _save_large(self.model, directory, self.seed)
+            else:
+                self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.image_processor.save_pretrained(directory)
 
@@ -164,11 +179,13 @@ def build_random_policy(
     described = POLICY_SIZES[size]
     tokenizer = build_tokenizer(described.family, script, has_reference_token)
     config = build_config(described, tokenizer)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=getattr(torch, described.dtype)
-        )
+    dtype = getattr(torch, described.dtype)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if model.num_parameters() < LARGE_POLICY:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.requires_grad_(False).eval()
     ids = tokenizer.convert_tokens_to_ids
     model.generation_config.eos_token_id = ids(END_TOKENS[described.family])
@@ -180,8 +197,42 @@ def build_random_policy(
         spelled = ("Ġ" + word[1:] if word.startswith(" ") else word for word in script)
         _write_script(model, [last, *map(ids, spelled)], seed)
     return RandomPolicy(
-        model, tokenizer, _image_processor(described), prompt, described.image_limits
+        model, tokenizer, _image_processor(described), prompt, described.image_limits, seed
     )
+
+
+def _save_large(model: Any, directory: Path, seed: int) -> None:
+    """Write configuration and random weights of a policy on the meta device, file by file."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    described = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del described["lm_head.weight"]
+    split = split_torch_state_dict_into_shards(described, max_shard_size=SHARD_BYTES)
+    generator = torch.Generator().manual_seed(seed)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: _random_weight(name, described[name], generator) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def _random_weight(name: str, described: Any, generator: Any) -> Any:
+    """Draw a weight as transformers initializes it: norms are one, biases zero."""
+    import torch
+
+    if name.endswith(".bias"):
+        return torch.zeros(described.shape, dtype=described.dtype)
+    if described.ndim == 1 and name.endswith(".weight"):
+        return torch.ones(described.shape, dtype=described.dtype)
+    return torch.randn(described.shape, generator=generator).mul_(0.02).to(described.dtype)
 
 
 def build_config(size: PolicySize, tokenizer: Any) -> Any:

@@ -2,7 +2,7 @@
 
 The candidate (graphs, or quantized weights) responds to instructions. PyTorch then reads each
 prompt with that response in one float32 pass, whatever the stored dtype, which gives the token that
-it would have chosen at each position.
+it would have chosen at each position. Graphs are closed before PyTorch maps the weights.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from coprs_deploy.export.policy_graphs import load_policy
 from coprs_deploy.export.tolerances import PolicyTolerance
 from coprs_deploy.images import RgbArray, fit_pixel_count, prepare_image
 from coprs_deploy.policy.greedy import GreedyPolicy
+from coprs_deploy.policy.openvino_policy.graphs import DECODER_FILE
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
 from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.vision_inputs import VisionProcessor
@@ -38,6 +39,12 @@ NUM_SAMPLES = 4
 
 MAX_TOKENS = 96
 """Tokens of a response that are compared; the longest of the demo model has 77."""
+
+LARGE_DECODER_BYTES = 1_000_000_000
+"""Size of the decoder's weights from which only ``MAX_TOKENS_LARGE`` tokens are compared."""
+
+MAX_TOKENS_LARGE = 32
+"""The same for policies of real size, which take minutes for more."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +123,22 @@ def compare_samples(
 def decode_samples(checkpoint: Checkpoint, graphs: Path, first_seed: int = 0) -> list[PolicySample]:
     """Decode responses to instructions about generated scenes with the graphs."""
     limits, prompt = checkpoint.config.policy_image, checkpoint.config.prompt
+    weights = (graphs / DECODER_FILE).with_suffix(".bin").stat().st_size
+    max_tokens = MAX_TOKENS if weights < LARGE_DECODER_BYTES else MAX_TOKENS_LARGE
     with OpenVinoPolicy(graphs, prompt, limits.min_pixels, limits.max_pixels) as policy:
         scenes = held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0, first_seed)
-        return [decode_sample(policy, scene) for scene in scenes]
+        return [decode_sample(policy, scene, max_tokens) for scene in scenes]
 
 
-def decode_sample(policy: GreedyPolicy, example: Example) -> PolicySample:
+def decode_sample(
+    policy: GreedyPolicy, example: Example, max_tokens: int = MAX_TOKENS
+) -> PolicySample:
     """Decode the response to an example's instruction, up to the first ``<REF_POS>``."""
     reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
     with policy.start(PolicyRequest(example.image, example.instruction)) as decoding:
         tokens, states = list[int](), []
         token = decoding.prefill()
-        while len(tokens) < MAX_TOKENS and token not in ends:
+        while len(tokens) < max_tokens and token not in ends:
             tokens.append(token)
             token, state = decoding.feed(token)
             states.append(state)

@@ -2,24 +2,35 @@
 
 The decoder walks transformers' own layers, with the cache as inputs and outputs; OpenVINO keeps it
 inside the graph. 16-bit weights stay 16-bit in the file and are computed with in float32.
-``policy_compression`` compresses them to int8 or int4.
+``policy_compression`` compresses them to int8 or int4. The decoder's layers are converted and
+compressed one by one, and joined, so that few uncompressed weights are in memory.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from coprs_deploy.errors import PolicyError, import_failure, install_hint
 from coprs_deploy.export.policy_compression import compress_graph
+from coprs_deploy.export.policy_modules import (
+    VISION_MODULES,
+    EntryModule,
+    HeadModule,
+    LayerModule,
+    head_size,
+)
 from coprs_deploy.policy.openvino_policy.graphs import (
     DECODER_FILE,
     DESCRIPTION_FILE,
@@ -28,12 +39,31 @@ from coprs_deploy.policy.openvino_policy.graphs import (
     VISION_FILE,
     PolicyGraphs,
 )
-from coprs_deploy.policy.openvino_policy.positions import MASKED, QwenVision
+from coprs_deploy.policy.openvino_policy.positions import QwenVision
 from coprs_deploy.policy.openvino_policy.tokenizer import TOKENIZER_FILE
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 
+LAYERS_PER_LOAD = 8
+"""Decoder layers that are converted before the policy is loaded again. Weights are mapped from
+their files; what was read of a file stays in memory until the whole file is unmapped."""
 
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Keep OpenVINO and NNCF from reporting each conversion; they do so unless in a CI job."""
+    given = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = given
+
+
+@_without_telemetry()
 def export_policy_graphs(
     policy: Path, out: Path, precision: str, report: Callable[[str], None]
 ) -> PolicyGraphs:
@@ -53,24 +83,22 @@ def export_policy_graphs(
     _import_converters(precision)
     out.mkdir(parents=True)
     report("load policy")
-    model = load_policy(policy)
-    if precision == "bf16":
-        round_weights(model)
+    load = partial(_load, policy, precision)
+    model = load()
     description = _write_description(policy, out, model, precision)
     table = model.get_input_embeddings().weight.detach()
     rows = table.view(torch.uint16) if table.dtype == torch.bfloat16 else table
     np.save(out / EMBEDDING_FILE, rows.numpy())
     modes = {"int8": ("int8", "int8"), "int4": ("int8", "int4")}
     vision_mode, decoder_mode = modes.get(precision, (None, None))
-    for file, build, mode in (
-        (VISION_FILE, _vision_graph, vision_mode),
-        (DECODER_FILE, _decoder_graph, decoder_mode),
-    ):
-        report(f"convert {Path(file).stem}")
-        graph = build(model)
-        if file == DECODER_FILE:
-            del model
-        _save(graph, out / file, mode)
+    report("convert vision tower")
+    graph = _vision_graph(model)
+    _save(graph if vision_mode is None else compress_graph(graph, vision_mode), out / VISION_FILE)
+    del model, table, rows, graph
+    gc.collect()
+    graph = _decoder_graph(load, decoder_mode, report)
+    report("write decoder")
+    _save(graph, out / DECODER_FILE)
     return description
 
 
@@ -90,12 +118,19 @@ def load_policy(policy: Path) -> Any:
             )
     except (OSError, ValueError) as error:
         raise PolicyError(f"{policy} cannot be loaded as a policy: {error}") from error
-    if model.config.model_type not in _VISION_MODULES:
+    if model.config.model_type not in VISION_MODULES:
         raise PolicyError(
             f"the policy in {policy} is of type {model.config.model_type!r}; accepted: "
-            f"{', '.join(_VISION_MODULES)}"
+            f"{', '.join(VISION_MODULES)}"
         )
     return model.requires_grad_(False).eval()
+
+
+def _load(policy: Path, precision: str) -> Any:
+    model = load_policy(policy)
+    if precision == "bf16":
+        round_weights(model)
+    return model
 
 
 def round_weights(model: nn.Module) -> None:
@@ -150,152 +185,8 @@ def _write_description(policy: Path, out: Path, model: Any, precision: str) -> P
     return description
 
 
-class _DecoderModule(nn.Module):
-    """(1, L, D) embeddings, positions and the cache -> logits and hidden state of the last row."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.text = model.model.language_model
-        self.head = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.width = head_size(config)
-        self.axes = 3 if model.config.model_type == "qwen2_5_vl" else 1
-
-    def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, past: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        x, present = inputs_embeds, []
-        count, before = x.shape[1], past[0].shape[2]
-        axes = position_ids if self.axes == 3 else position_ids[0]
-        rotation = [t.unsqueeze(1) for t in self.text.rotary_emb(x, axes)]
-        ahead = torch.arange(before + count)[None] > (torch.arange(count) + before)[:, None]
-        mask = torch.where(ahead, MASKED, 0.0)[None, None]
-        for i, layer in enumerate(self.text.layers):
-            attention, y = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                projection(y).view(1, count, -1, self.width).transpose(1, 2)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            k = torch.cat((past[2 * i], _rotate(k, *rotation)), 2)
-            v = torch.cat((past[2 * i + 1], v), 2)
-            present += [k, v]
-            q = _rotate(q, *rotation)
-            y = F.scaled_dot_product_attention(q, self._repeat(k), self._repeat(v), mask)
-            x = x + attention.o_proj(y.transpose(1, 2).reshape(1, count, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        hidden = self.text.norm(x[:, -1])
-        return self.head(hidden), hidden, *present
-
-    def _repeat(self, x: Tensor) -> Tensor:
-        """Repeat grouped heads in the form that the plugin's attention with cache looks for."""
-        batch, heads, count, width = x.shape
-        repeated = x[:, :, None].expand(batch, heads, self.groups, count, width)
-        return repeated.reshape(batch, heads * self.groups, count, width)
-
-
-class _QwenVisionModule(nn.Module):
-    """Patches in window order -> (V, D) tokens; see ``positions.vision_inputs``.
-
-    Windows are padded to one size, so that one graph serves every image size.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.tower = model.model.visual
-        self.config = model.config.vision_config
-        kernel = self.tower.patch_embed.proj.weight.flatten(1)
-        self.patch = nn.Linear(kernel.shape[1], kernel.shape[0], bias=False)
-        self.patch.weight = nn.Parameter(kernel, requires_grad=False)
-
-    def example(self) -> dict[str, Tensor]:
-        unit = self.config.spatial_merge_size**2
-        count = 8 * unit
-        return {
-            "patches": torch.randn(count, self.patch.in_features),
-            "positions": torch.randint(0, 4, (count, 2)),
-            "slots": torch.arange(count),
-            "slot_mask": torch.zeros(2, 1, 1, count // 2),
-            "unslot": torch.arange(count),
-            "image_order": torch.arange(8),
-        }
-
-    def forward(  # noqa: PLR0917
-        self,
-        patches: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        slot_mask: Tensor,
-        unslot: Tensor,
-        image_order: Tensor,
-    ) -> Tensor:
-        x, heads = self.patch(patches), self.config.num_heads
-        rotation = [t.unsqueeze(1) for t in self.tower.rotary_pos_emb(x, positions)]
-        windows, size = slot_mask.shape[0], slot_mask.shape[3]
-        for i, block in enumerate(self.tower.blocks):
-            y = block.attn.qkv(block.norm1(x)).reshape(x.shape[0], 3, heads, -1)
-            parts = _rotate(y[:, 0], *rotation), _rotate(y[:, 1], *rotation), y[:, 2]
-            if i in self.config.fullatt_block_indexes:
-                q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in parts)
-                y = F.scaled_dot_product_attention(q, k, v)
-                y = y.squeeze(0).transpose(0, 1).reshape(x.shape)
-            else:
-                padded = (t[slots].reshape(windows, size, heads, -1) for t in parts)
-                q, k, v = (t.transpose(1, 2) for t in padded)
-                y = F.scaled_dot_product_attention(q, k, v, slot_mask)
-                y = y.transpose(1, 2).reshape(windows * size, x.shape[1])[unslot]
-            x = x + block.attn.proj(y)
-            x = x + block.mlp(block.norm2(x))
-        tokens: Tensor = self.tower.merger(x)[image_order]
-        return tokens
-
-
-class _LlavaVisionModule(nn.Module):
-    """(1, 3, S, S) pixels -> (V, D) tokens."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.tower = model.model.vision_tower
-        self.projector = model.model.multi_modal_projector
-        self.layer = model.config.vision_feature_layer
-        self.keeps_class_token = model.config.vision_feature_select_strategy == "full"
-        self.side = model.config.vision_config.image_size
-
-    def example(self) -> dict[str, Tensor]:
-        return {"pixel_values": torch.randn(1, 3, self.side, self.side)}
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values))
-        states = [x]
-        for layer in self.tower.encoder.layers:
-            x = layer(x, attention_mask=None)
-            x = x[0] if isinstance(x, tuple) else x
-            states.append(x)
-        features = states[self.layer]
-        kept = features if self.keeps_class_token else features[:, 1:]
-        tokens: Tensor = self.projector(kept)[0]
-        return tokens
-
-
-_VISION_MODULES: Mapping[str, Callable[[Any], Any]] = {
-    "qwen2_5_vl": _QwenVisionModule,
-    "llava": _LlavaVisionModule,
-}
-
-
-def head_size(config: Any) -> int:
-    """Return the size of an attention head of a text config."""
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-
 def _vision_graph(model: Any) -> Any:
-    module = _VISION_MODULES[model.config.model_type](model)
+    module = VISION_MODULES[model.config.model_type](model)
     example = module.example()
     graph = _convert(module, example)
     for port, name in zip(graph.inputs, example, strict=True):
@@ -304,50 +195,84 @@ def _vision_graph(model: Any) -> Any:
     return graph
 
 
-def _decoder_graph(model: Any) -> Any:
-    """Convert the decoder and move its cache inside the graph."""
+def _decoder_graph(load: Callable[[], Any], mode: str | None, report: Callable[[str], None]) -> Any:
+    """Convert the decoder layer by layer, and move its cache inside the graph.
+
+    Args:
+        load: loads the policy, whose weights are mapped from its files.
+        mode: ``int8``, ``int4`` or None.
+        report: called with the name of each step as it starts.
+    """
     import openvino as ov
+    from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    module = _DecoderModule(model)
+    model = load()
     config = model.config.get_text_config()
+    heads, width, size = config.num_key_value_heads, head_size(config), config.hidden_size
+    entry = EntryModule(model)
+    x = _parameter("inputs_embeds", np.float32, [1, -1, size])
+    position_ids = _parameter("position_ids", np.int64, [entry.axes, 1, -1])
     names = [f"{kind}.{i}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
-    heads, width = config.num_key_value_heads, module.width
-    past = tuple(torch.randn(1, heads, 2, width) for _ in names)
-    positions = torch.arange(2, 5).expand(module.axes, 1, 3).clone()
-    graph = _convert(module, (torch.randn(1, 3, config.hidden_size), positions, past))
-    inputs = ["inputs_embeds", "position_ids", *(f"past.{name}" for name in names)]
-    shapes = [[1, -1, config.hidden_size], [module.axes, 1, -1]]
-    shapes += [[1, heads, -1, width]] * len(names)
-    for port, name, shape in zip(graph.inputs, inputs, shapes, strict=True):
+    past = [_parameter(f"past.{name}", np.float32, [1, heads, -1, width]) for name in names]
+    beams = _parameter("beam_idx", np.int32, [-1])
+    # The CPU plugin fuses attention and cache only where a Gather stands; it is always given [0].
+    states = [ops.gather(state, beams, ops.constant(0)).output(0) for state in past]
+
+    cache = torch.randn(1, heads, 2, width)
+    positions = torch.arange(2, 5).expand(entry.axes, 1, 3).clone()
+    shared = _append(_convert(entry, (positions, cache)), [position_ids.output(0), states[0]])
+    rows, rotation = torch.randn(1, 3, size), torch.randn(1, 1, 3, width)
+    example = (rows, rotation, rotation, torch.zeros(1, 1, 3, 5), cache, cache)
+    report("convert output head")  # first: its compression takes the most memory
+    head = _compressed(_convert(HeadModule(model), (rows,)), mode and "int8", "head")
+    present, last, count = [], x.output(0), config.num_hidden_layers
+    for i in range(count):
+        report(f"convert layer {i + 1} of {count}")
+        if mode is not None and i % LAYERS_PER_LOAD == 0:
+            del model
+            gc.collect()  # its modules refer to themselves; now its files are unmapped
+            model = load()
+        layer = LayerModule(model.model.language_model.layers[i], config)
+        graph = _compressed(_convert(layer, example), mode, f"layer.{i}")
+        last, *written = _append(graph, [last, *shared, *states[2 * i : 2 * i + 2]])
+        present += written
+        del layer
+    outputs = [*_append(head, [last]), *present]
+    for port, name in zip(
+        outputs, ["logits", "hidden", *(f"present.{name}" for name in names)], strict=True
+    ):
         port.get_tensor().set_names({name})
-        port.get_node().set_partial_shape(ov.PartialShape(shape))
-    outputs = ["logits", "hidden", *(f"present.{name}" for name in names)]
-    for port, name in zip(graph.outputs, outputs, strict=True):
-        port.get_tensor().set_names({name})
-    _insert_beam_order(graph, len(names))
-    graph.validate_nodes_and_infer_types()
+    graph = ov.Model([ops.result(port) for port in outputs], [x, position_ids, *past, beams])
     apply_make_stateful_transformation(graph, {f"past.{name}": f"present.{name}" for name in names})
     _set_initial_states(graph, (1, heads, 0, width))
     graph.validate_nodes_and_infer_types()
     return graph
 
 
-def _insert_beam_order(graph: Any, num_states: int) -> None:
-    """Put a Gather by ``beam_idx`` after each state.
-
-    The CPU plugin fuses attention and cache only where one stands; it is always given [0].
-    """
+def _parameter(name: str, dtype: Any, shape: Sequence[int]) -> Any:
     from openvino import opset13 as ops
 
-    order = ops.parameter([-1], np.int32, name="beam_idx")
-    order.output(0).get_tensor().set_names({"beam_idx"})
-    graph.add_parameters([order])
-    for port in graph.inputs[2 : 2 + num_states]:
-        users = port.get_target_inputs()
-        gathered = ops.gather(port, order, ops.constant(0))
-        for user in users:
-            user.replace_source_output(gathered.output(0))
+    parameter = ops.parameter(list(shape), dtype, name=name)
+    parameter.output(0).get_tensor().set_names({name})
+    return parameter
+
+
+def _append(graph: Any, sources: Sequence[Any]) -> list[Any]:
+    """Replace the inputs of a graph by outputs of others; return its own outputs."""
+    for parameter, source in zip(graph.get_parameters(), sources, strict=True):
+        for user in parameter.output(0).get_target_inputs():
+            user.replace_source_output(source)
+    return [result.input(0).get_source_output() for result in graph.get_results()]
+
+
+def _compressed(graph: Any, mode: str | None, name: str) -> Any:
+    """Compress a part of the decoder, and give its nodes names that are unique among all parts."""
+    if mode is not None:
+        graph = compress_graph(graph, mode, all_layers=True)
+    for node in graph.get_ops():
+        node.set_friendly_name(f"{name}.{node.get_friendly_name()}")
+    return graph
 
 
 def _set_initial_states(graph: Any, shape: tuple[int, ...]) -> None:
@@ -372,11 +297,9 @@ def _convert(module: nn.Module, example: Any) -> Any:
         return ov.convert_model(module.eval(), example_input=example)
 
 
-def _save(graph: Any, path: Path, mode: str | None) -> None:
+def _save(graph: Any, path: Path) -> None:
     import openvino as ov
 
-    if mode is not None:
-        graph = compress_graph(graph, mode)
     ov.save_model(graph, path, compress_to_fp16=False)
 
 

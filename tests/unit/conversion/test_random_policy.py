@@ -1,9 +1,12 @@
 """Random policies: script, tokenizer, and parameter counts of the real sizes."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from coprs_deploy.conversion import random_policy
 from coprs_deploy.conversion.random_policy import (
     POLICY_SIZES,
     SCRIPT,
@@ -59,3 +62,36 @@ def test_random_policy_real_sizes_equal_public_parameter_counts(size, billions):
         model = AutoModelForImageTextToText.from_config(config)
     total = sum(p.numel() for p in model.parameters())
     assert total / 1e9 == pytest.approx(billions, rel=1e-3)  # the padding of the vocabulary
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny-llava"])
+def test_large_random_policy_is_saved_file_by_file(family, tmp_path, monkeypatch):
+    size = dataclasses.replace(
+        POLICY_SIZES[family],
+        is_scripted=False,
+        dtype="bfloat16",
+        tie_word_embeddings=family == "tiny",
+    )
+    monkeypatch.setitem(POLICY_SIZES, "large", size)
+    monkeypatch.setattr(random_policy, "LARGE_POLICY", 0)
+    monkeypatch.setattr(random_policy, "SHARD_BYTES", 100_000)
+    loaded = {}
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        policy = build_random_policy("large", seed=seed)
+        assert policy.model.device.type == "meta"
+        policy.save(tmp_path / name)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / name, output_loading_info=True
+        )
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        loaded[name] = model
+    assert len(list((tmp_path / "first").glob("model-*.safetensors"))) > 3
+    first, again, other = (loaded[name].state_dict() for name in ("first", "again", "other"))
+    assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    head = "lm_head.weight"
+    assert not torch.equal(first[head], other[head])
+    assert first[head].float().std() == pytest.approx(0.02, rel=0.05)
+    norm = "model.language_model.norm.weight"
+    assert torch.equal(first[norm], torch.ones_like(first[norm]))

@@ -1,5 +1,7 @@
 """Bundles that hold the policy as graphs: manifest, check against PyTorch, whole requests."""
 
+import os
+
 import msgspec
 import numpy as np
 import pytest
@@ -24,9 +26,9 @@ from coprs_deploy.runtime import RuntimeOptions
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("nncf", reason="NNCF is not installed")
 
-from coprs_deploy.export import policy_check
-from coprs_deploy.export.policy_check import compare_policy, computed_in_float32
-from coprs_deploy.export.policy_graphs import load_policy, round_weights
+from coprs_deploy.export import policy_check, policy_graphs
+from coprs_deploy.export.policy_check import compare_policy, computed_in_float32, decode_samples
+from coprs_deploy.export.policy_graphs import export_policy_graphs, load_policy, round_weights
 
 pytestmark = pytest.mark.slow
 
@@ -149,6 +151,50 @@ def test_verify_without_openvino_warns_that_the_graphs_were_not_compared(
     monkeypatch.setattr(policy_check, "OpenVinoPolicy", refuse)
     with pytest.warns(UserWarning, match="graphs were not compared: OpenVINO is not installed"):
         assert verify_policy_graphs(bundle, tiny_checkpoint) is None
+
+
+def test_a_large_decoder_is_checked_on_few_tokens(bundle, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(policy_check, "LARGE_DECODER_BYTES", 0)
+    monkeypatch.setattr(policy_check, "MAX_TOKENS_LARGE", 3)
+    samples = decode_samples(read_checkpoint(tiny_checkpoint), bundle / "policy_openvino")
+    assert [sample.num_written for sample in samples] == [3] * policy_check.NUM_SAMPLES
+    assert {len(sample.token_ids) for sample in samples} == {4}  # <REF_POS> is appended
+
+
+def test_conversion_sends_no_telemetry(tiny_checkpoint, tmp_path, monkeypatch):
+    from openvino_telemetry.utils.sender import TelemetrySender
+
+    sent = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(TelemetrySender, "send", lambda self, *message: sent.append(message))
+    policy = read_checkpoint(tiny_checkpoint).policy_path
+    export_policy_graphs(policy, tmp_path / "graphs", "fp32", lambda step: None)
+    assert sent == []
+    assert "CI" not in os.environ
+
+
+def test_layers_are_compressed_one_by_one(tiny_checkpoint, tmp_path, monkeypatch, capfd):
+    import openvino
+
+    loads, steps = [], []
+    monkeypatch.setattr(policy_graphs, "LAYERS_PER_LOAD", 1)
+    monkeypatch.setattr(
+        policy_graphs, "load_policy", lambda path: loads.append(path) or load_policy(path)
+    )
+    policy = read_checkpoint(tiny_checkpoint).policy_path
+    export_policy_graphs(policy, tmp_path / "graphs", "int4", steps.append)
+    assert steps == [
+        *("load policy", "convert vision tower", "convert output head"),
+        *("convert layer 1 of 2", "convert layer 2 of 2", "write decoder"),
+    ]
+    assert len(loads) == 4  # vision tower, head, first and second layer
+    assert capfd.readouterr().out == ""
+    graph = openvino.Core().read_model(tmp_path / "graphs" / "decoder.xml")
+    nodes = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    types = [node.get_element_type().get_type_name() for node in nodes]
+    assert types.count("i4") == 2 * 7  # products of a layer
+    names = [node.get_friendly_name() for node in graph.get_ops()]
+    assert len(set(names)) == len(names)
 
 
 def test_16_bit_weights_are_read_in_float32_and_restored(tiny_checkpoint):
