@@ -102,6 +102,7 @@ OWN = {"vllm": ""}
 
 SEPARATE = (
     Environment("no torch", ("cpu", "edge", "serve"), absent=("torch", "transformers")),
+    Environment("vLLM and graphs on one GPU", ("gpu", "vllm")),
     Environment("make test-vllm", (), ("-r constraints-vllm.txt",), overrides=CPU_TORCH),
     Environment("ONNX Runtime twice", ("cpu", "gpu"), reason="onnxruntime and onnxruntime-gpu"),
     Environment("vllm, tested versions", ("vllm",), constraints=TESTED, reason="transformers"),
