@@ -94,7 +94,7 @@ CPU_TORCH = (
 )
 """What ``make test-vllm`` does to vLLM's CPU build: PyPI's torch, without the two CUDA builds."""
 
-OWN = {"vllm": ""}
+OWN = {"vllm": "", "quantize": "constraints-quantize.txt"}
 """Extras that need an environment of their own, and its constraints."""
 
 SEPARATE = (
