@@ -82,11 +82,8 @@ class OpenVinoRunner(Runner):
         settings = LATENCY | {"INFERENCE_PRECISION_HINT": _HINTS[precision]}
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.num_threads
-        if path.exists() and graph_bytes(path) <= CACHED_GRAPH_BYTES:
-            # The cache key is the content of the model, weights included.
-            cache = Cache(options.cache_dir)
-            if cache.is_writable(OPENVINO_FOLDER):
-                settings["CACHE_DIR"] = str(cache.root / OPENVINO_FOLDER)
+        if path.exists():
+            settings |= cache_settings(graph_bytes(path), options.cache_dir)
         suffix = "" if precision == "fp32" else f", {precision}"
         super().__init__(spec, f"openvino {_version(openvino)} on {options.device}{suffix}")
         self._openvino = openvino
@@ -184,6 +181,29 @@ def openvino_core() -> Any:
 @cache
 def _cached_core() -> Any:
     return _import_openvino().Core()
+
+
+def cache_settings(num_bytes: int, cache_dir: Path | None) -> dict[str, Any]:
+    """Return the setting that keeps compiled graphs; empty for graphs that are too large.
+
+    The key of a model that was read before it is compiled is its content, weights included. That of
+    a path is only its name and time stamp.
+    """
+    cache = Cache(cache_dir)
+    if num_bytes > CACHED_GRAPH_BYTES or not cache.is_writable(OPENVINO_FOLDER):
+        return {}
+    return {"CACHE_DIR": str(cache.root / OPENVINO_FOLDER)}
+
+
+def compile_file(path: Path, settings: Mapping[str, Any]) -> Any:
+    """Compile a graph file as it is; through the cache if :func:`cache_settings` chose it.
+
+    Raises:
+        RuntimeError: OpenVINO cannot read or compile it.
+    """
+    core = openvino_core()
+    model = core.read_model(path) if "CACHE_DIR" in settings else path
+    return core.compile_model(model, DEVICE, dict(settings))
 
 
 def inference_precisions() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -180,9 +181,11 @@ def open_policy(
             memory_is_ready=graphs_are_open,
         )
     else:
-        policy = _policy_class(library)(
-            *source, device=device, dtype=options.policy_dtype, num_threads=options.num_threads
-        )
+        settings: dict[str, Any] = {"device": device, "dtype": options.policy_dtype}
+        settings |= {"num_threads": options.num_threads}
+        if library == "openvino":
+            settings["cache_dir"] = options.cache_dir
+        policy = _policy_class(library)(*source, **settings)
     if policy.hidden_size != record.hidden_size:
         policy.close()
         raise BundleError(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.engines.openvino_runner import DEVICE, openvino_core
+from coprs_deploy.engines.openvino_runner import compile_file
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.policy.openvino_policy.pixels import ClipPixels, QwenPixels
 from coprs_deploy.policy.openvino_policy.positions import (
@@ -104,7 +104,7 @@ class VisionTower:
         self._description = description
         self._qwen = QwenPixels(config) if description.vision else None
         self._clip = None if description.vision else ClipPixels(config)
-        self._compiled = openvino_core().compile_model(path / VISION_FILE, DEVICE, settings)
+        self._compiled = compile_file(path / VISION_FILE, settings)
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         """Return rows and columns of the image's patches; (0, 0) if its size does not matter."""
@@ -152,7 +152,7 @@ class Decoder:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._table = np.load(path / EMBEDDING_FILE, mmap_mode="r")
-        self._compiled = openvino_core().compile_model(path / DECODER_FILE, DEVICE, settings)
+        self._compiled = compile_file(path / DECODER_FILE, settings)
         self._idle: deque[Any] = deque()  # its append and pop are atomic
         self._lock = threading.Lock()
 

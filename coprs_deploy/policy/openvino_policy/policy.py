@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.engines.openvino_runner import LATENCY
+from coprs_deploy.engines.openvino_runner import LATENCY, cache_settings
 from coprs_deploy.errors import PolicyError, RuntimeUnavailableError
 from coprs_deploy.images import fit_pixel_count, image_key
 from coprs_deploy.policy.greedy import GreedyPolicy
@@ -71,6 +71,7 @@ class OpenVinoPolicy(GreedyPolicy):
         device: ``cpu``.
         dtype: None; the precision was chosen at export.
         num_threads: CPU threads; None selects one for a decoder below 100 MB, else all cores.
+        cache_dir: folder of compiled graphs, where small ones are kept; None selects the user's.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -89,6 +90,7 @@ class OpenVinoPolicy(GreedyPolicy):
         device: str = "cpu",
         dtype: str | None = None,
         num_threads: int | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         if device != "cpu":
             raise RuntimeUnavailableError(
@@ -103,6 +105,7 @@ class OpenVinoPolicy(GreedyPolicy):
         description = read_description(path)
         compressed = description.precision in ("int8", "int4")
         settings = LATENCY | (COMPRESSED if compressed else EXACT)
+        settings |= cache_settings(_decoder_bytes(path), cache_dir)
         if num_threads is None and _decoder_bytes(path) < SMALL_DECODER_BYTES:
             num_threads = 1
         if num_threads is not None:
