@@ -37,6 +37,9 @@ EMBEDDING_FILE = "embedding.npy"
 VISION_FILE = "vision.xml"
 DECODER_FILE = "decoder.xml"
 
+MAX_IDLE_REQUESTS = 8
+"""Inference requests that are kept for later; each holds the keys and values that it has read."""
+
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -153,7 +156,7 @@ class Decoder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._table = np.load(path / EMBEDDING_FILE, mmap_mode="r")
         self._compiled = compile_file(path / DECODER_FILE, settings)
-        self._idle: deque[Any] = deque()  # its append and pop are atomic
+        self._idle: deque[Any] = deque(maxlen=MAX_IDLE_REQUESTS)  # its append and pop are atomic
         self._lock = threading.Lock()
 
     def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
