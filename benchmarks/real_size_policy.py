@@ -314,8 +314,8 @@ def render(report: dict[str, Any]) -> str:
         )
         for name, row in report["conversions"].items()
     ]
-    header = ("", "weights", "time", "peak memory, mapped files included", "graphs")
-    lines += [*markdown_table(header, converted), ""]
+    columns = ("", "weights", "time", "peak memory, mapped files included", "graphs")
+    lines += [*markdown_table(columns, converted), ""]
     return "\n".join(lines)
 
 
