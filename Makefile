@@ -3,6 +3,7 @@
 # make test           all tests but the following two, in nine minutes on two cores
 # make test-extended  real sizes and long runs
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
+# make test-quantize  tests of `quantize` with llm-compressor, in an environment of its own
 # make fuzz           property tests marked `fuzz` with random examples, for at most 20 minutes
 # make lint           format, lint, types, import contracts, words
 # make check-extras   resolve the extras that the docs install together; reads the package index
@@ -12,7 +13,8 @@
 # make report         the committed benchmark reports and tables; takes hours, needs an idle machine
 # make clean          remove environments and outputs
 #
-# Each target sets up its environment first. Variables: PYTHON, VENV, EDGE_VENV, VLLM_VENV.
+# Each target sets up its environment first. Variables: PYTHON, VENV, EDGE_VENV, VLLM_VENV,
+# QUANTIZE_VENV.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +23,8 @@ EDGE_VENV ?= .venv-edge
 EDGE_BIN := $(EDGE_VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+QUANTIZE_VENV ?= .venv-quantize
+QUANTIZE_BIN := $(QUANTIZE_VENV)/bin
 DEMO ?= demo-output
 SCENE := examples/scene.png "the largest red circle"
 
@@ -29,7 +33,7 @@ CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) an
 # One process per core, four at most; the crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo demo-export test test-extended test-vllm fuzz lint check-extras check format demo-model report clean
+.PHONY: demo demo-export test test-extended test-vllm test-quantize fuzz lint check-extras check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
@@ -76,8 +80,21 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.ready
-	PYTHONPATH=$(CURDIR)/tests/vllm_engine/site:$(CURDIR) $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
+$(QUANTIZE_VENV)/.ready: pyproject.toml constraints-quantize.txt
+	test -x $(QUANTIZE_BIN)/python || $(PYTHON) -m venv $(QUANTIZE_VENV)
+	$(QUANTIZE_BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints-quantize.txt)"
+	$(QUANTIZE_BIN)/python -m pip install --quiet --no-deps --requirement constraints-quantize.txt
+	$(QUANTIZE_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# PyPI's torchvision beside a CPU build of torch needs the folder `site`.
+OWN_PATH := PYTHONPATH=$(CURDIR)/tests/vllm_engine/site:$(CURDIR)
+
+test-vllm: $(VLLM_VENV)/.ready $(QUANTIZE_VENV)/.ready
+	$(OWN_PATH) QUANTIZE_PYTHON=$(abspath $(QUANTIZE_BIN)/python) $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
+
+test-quantize: $(QUANTIZE_VENV)/.ready
+	$(OWN_PATH) $(QUANTIZE_BIN)/python -m pytest tests/quantize_engine -W default
 
 fuzz: $(VENV)/.dev
 	$(PYTEST) --dist worksteal -m fuzz --hypothesis-profile fuzz
@@ -118,4 +135,4 @@ report: $(VENV)/.dev
 	$(BIN)/python benchmarks/update_tables.py
 
 clean:
-	rm -rf $(VENV) $(EDGE_VENV) $(VLLM_VENV) $(DEMO) $(BENCH_WORK) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(EDGE_VENV) $(VLLM_VENV) $(QUANTIZE_VENV) $(DEMO) $(BENCH_WORK) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

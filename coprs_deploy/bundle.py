@@ -212,6 +212,31 @@ class PolicyRecord(Record, frozen=True):
         return path.is_absolute() or path.parts[:1] == ("..",)
 
 
+class PolicyCompression(Record, frozen=True):
+    """Compression of the weights of a policy's decoder.
+
+    Vision tower, first layer of the decoder and output head are int8 in any mode.
+
+    Attributes:
+        mode: ``int8_sym`` or ``int4_sym``.
+        group_size: weights that share one scale; None for a whole row.
+        method: rounding: ``nearest``, without data, or ``gptq``.
+        calibration: examples of ``gptq``; None without data.
+    """
+
+    mode: str
+    group_size: int | None
+    method: str
+    calibration: PolicyCalibration | None = None
+
+    def __str__(self) -> str:
+        """Return the compression in one line."""
+        groups = f"groups of {self.group_size}" if self.group_size else "one scale per row"
+        data = self.calibration
+        source = f" on {data.num_samples} examples of {data.source}" if data else ""
+        return f"{self.mode}, {groups}, {self.method}{source}"
+
+
 class PolicyGraphsRecord(Record, frozen=True):
     """Policy of a bundle as graphs that run without PyTorch.
 
@@ -219,11 +244,13 @@ class PolicyGraphsRecord(Record, frozen=True):
         runtime: runtime of the graphs: ``openvino``.
         precision: precision of the weights: ``fp32``, ``bf16``, ``int8`` or ``int4``.
         equivalence: measured difference from PyTorch.
+        compression: compression of the weights; None for ``fp32`` and ``bf16``.
     """
 
     runtime: str
     precision: str
     equivalence: PolicyEquivalence
+    compression: PolicyCompression | None = None
 
 
 class EquivalenceRecord(Record, frozen=True):

@@ -29,6 +29,7 @@ GRAPHS = (
     Option("drop_padding"),
     Option("policy_runtime"),
     Option("policy_precision"),
+    Option("policy_calibration", parse=Path, metavar="EXAMPLES"),
     Option("allow_inexact_policy"),
     Option("external_policy"),
     Option("overwrite"),

@@ -85,6 +85,8 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
             f"  graphs: {manifest.policy_graphs.runtime} {manifest.policy_graphs.precision}, "
             f"{stored / 1e6:,.1f} MB; {manifest.policy_graphs.equivalence}"
         )
+        if manifest.policy_graphs.compression is not None:
+            yield f"  compression: {manifest.policy_graphs.compression}"
     yield f"\n{equivalence_table(manifest.equivalence)}"
     yield "\n" + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())
 

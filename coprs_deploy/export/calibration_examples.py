@@ -41,10 +41,12 @@ class CalibrationExamples:
         )
 
 
-def split_examples(path: str | Path) -> CalibrationExamples:
-    """Open an example file and hold out one in four images, for at most :data:`MAX_HELD_OUT` rows.
+def split_examples(
+    path: str | Path, max_used: int = MAX_USED, max_held_out: int = MAX_HELD_OUT
+) -> CalibrationExamples:
+    """Open an example file and hold out one in four images, for at most ``max_held_out`` rows.
 
-    Of the rest, at most :data:`MAX_USED` rows are used.
+    Of the rest, at most ``max_used`` rows are used.
 
     Raises:
         ValueError: there are too few different examples or images, or the suffix is not supported.
@@ -68,9 +70,9 @@ def split_examples(path: str | Path) -> CalibrationExamples:
             "of the kind that the model will see"
         )
     apart = set(images[: len(images) // 4])
-    held_out = sorted(key for key in by_content if key[0] in apart)[:MAX_HELD_OUT]
+    held_out = sorted(key for key in by_content if key[0] in apart)[:max_held_out]
     used = sorted((key for key in by_content if key[0] not in apart), key=lambda key: key[1])
-    used = used[:MAX_USED]
+    used = used[:max_used]
     return CalibrationExamples(
         file=file,
         used=tuple(by_content[key] for key in used),

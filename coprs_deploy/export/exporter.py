@@ -55,9 +55,11 @@ from coprs_deploy.export.calibration import (
     check_calibration_images,
     find_calibration_images,
 )
+from coprs_deploy.export.calibration_examples import CalibrationExamples, split_examples
 from coprs_deploy.export.graph_check import GraphCheck
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.options import ExportOptions
+from coprs_deploy.export.policy_compression import MAX_CALIBRATION_EXAMPLES, MAX_HELD_OUT
 from coprs_deploy.export.precision import (
     FP32,
     INT8,
@@ -65,9 +67,10 @@ from coprs_deploy.export.precision import (
     rest_precision,
     write_rounded_graph,
 )
-from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
+from coprs_deploy.export.tolerances import TOLERANCES
 from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.machine import installed_versions, peak_memory_bytes
+from coprs_deploy.policy.compressed_weights import require_float_weights
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.specs import GRAPH_NAMES, IMAGE_ENCODER, graph_specs
 from coprs_deploy.version import __version__
@@ -162,10 +165,19 @@ class _Export:
             openvino_runner.require_int8_units()
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = read_checkpoint(checkpoint)
+        if options.policy_runtime != "transformers":
+            require_float_weights(
+                checkpoint.policy_path, f"--policy-runtime {options.policy_runtime}"
+            )
         check_replaceable(out, MANIFEST_FILE, options.overwrite)
         self.images: CalibrationImages | None = None
         if options.calibration_images is not None:
             self.images = find_calibration_images(options.calibration_images)
+        self.policy_examples: CalibrationExamples | None = None
+        if options.policy_calibration is not None:
+            self.policy_examples = split_examples(
+                options.policy_calibration, MAX_CALIBRATION_EXAMPLES, MAX_HELD_OUT
+            )
         self.timer.start("load checkpoint")
         self.checkpoint, config = checkpoint, checkpoint.config.model
         self.model = load_segmentation_model(checkpoint)
@@ -223,7 +235,7 @@ class _Export:
             if gpu is not None and gpu.compute_capability in self.target.compute_capabilities:
                 records, engines = check.require_engines(engines, self.options.runtime, bundle_dir)
         records += check.dropped_padding()
-        policy_graphs = self._write_policy_graphs(bundle_dir)
+        policy_graphs = self._write_policy_graphs(bundle_dir, scratch)
         self.timer.start("write bundle")
         return self._write_manifest(bundle_dir, engines, records, policy_graphs)
 
@@ -308,27 +320,21 @@ class _Export:
             note(f"removed {num_removed} older engines from the cache")
         return engines
 
-    def _write_policy_graphs(self, bundle_dir: Path) -> PolicyGraphsRecord | None:
+    def _write_policy_graphs(self, bundle_dir: Path, scratch: Path) -> PolicyGraphsRecord | None:
         """Convert the policy and compare it with PyTorch, if the options say so."""
         if self.options.policy_runtime == "transformers":
             return None
-        from coprs_deploy.export.policy_check import compare_policy
-        from coprs_deploy.export.policy_graphs import export_policy_graphs
+        from coprs_deploy.export.policy_export import PolicyExport
 
-        precision = self.options.policy_precision
-        graphs = bundle_dir / POLICY_GRAPHS_DIRECTORY
-        export_policy_graphs(self.checkpoint.policy_path, graphs, precision, self.timer.start)
-        tolerance = POLICY_TOLERANCES[precision]
-        equivalence = compare_policy(self.checkpoint, graphs, tolerance, self.timer.start)
-        if not equivalence.passed:
-            message = f"the policy's {precision} graphs: {equivalence}; accepted: {tolerance}"
-            if not self.options.allow_inexact_policy:
-                raise EquivalenceError(
-                    f"{message}. What to try: a higher --policy-precision; or, to measure speed "
-                    "only, --allow-inexact-policy"
-                )
-            self.callbacks.on_note(message)
-        return PolicyGraphsRecord(runtime="openvino", precision=precision, equivalence=equivalence)
+        return PolicyExport(
+            checkpoint=self.checkpoint,
+            graphs=bundle_dir / POLICY_GRAPHS_DIRECTORY,
+            precision=self.options.policy_precision,
+            calibration=self.policy_examples,
+            allow_inexact=self.options.allow_inexact_policy,
+            report=self.timer.start,
+            note=self.callbacks.on_note,
+        ).write(scratch)
 
     def _write_manifest(
         self,

@@ -30,6 +30,8 @@ class ExportOptions:
         policy_runtime: form of the policy in the bundle: transformers (its weights), openvino
             (graphs that run on a CPU without PyTorch), or both.
         policy_precision: precision of the policy's graphs: fp32 (as stored), bf16, int8 or int4.
+        policy_calibration: example file, .parquet or .jsonl, to fit int4 weights of the policy to;
+            8 or more typical examples, best 40.
         allow_inexact_policy: write the bundle although its policy's graphs are outside their
             tolerance, as random weights of real size are.
         external_policy: refer to the policy by a relative path instead of copying it.
@@ -53,6 +55,7 @@ class ExportOptions:
     drop_padding: bool = False
     policy_runtime: str = "transformers"
     policy_precision: str = "int8"
+    policy_calibration: Path | None = None
     allow_inexact_policy: bool = False
     external_policy: bool = False
     overwrite: bool = False
@@ -118,6 +121,15 @@ class ExportOptions:
             raise ValueError(
                 f"policy_precision is {self.policy_precision!r}; accepted: "
                 f"{', '.join(POLICY_TOLERANCES)}"
+            )
+        if self.policy_calibration is not None and (
+            self.policy_runtime == "transformers" or self.policy_precision != "int4"
+        ):
+            raise ValueError(
+                "policy_calibration fits int4 weights of the policy's graphs to examples, and "
+                f"policy_runtime and policy_precision are {self.policy_runtime!r} and "
+                f"{self.policy_precision!r}; accepted: --policy-calibration with --policy-runtime "
+                "openvino or both and --policy-precision int4"
             )
         if self.external_policy and self.policy_runtime == "openvino":
             raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +22,26 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.evaluation.metrics import count_pixels, iou
-from coprs_deploy.export.equivalence import cosine_similarity, reference_opener
+from coprs_deploy.export.equivalence import (
+    cosine_similarity,
+    reference_opener,
+    relative_error,
+)
 from coprs_deploy.export.policy_graphs import load_policy
+from coprs_deploy.export.policy_samples import (
+    PolicySample,
+    decode_samples,
+    decoder_inputs,
+    layer_outputs,
+)
 from coprs_deploy.export.tolerances import PolicyTolerance
-from coprs_deploy.images import RgbArray, fit_pixel_count, prepare_image
-from coprs_deploy.policy.greedy import GreedyPolicy
-from coprs_deploy.policy.openvino_policy.graphs import DECODER_FILE
-from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
-from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.images import fit_pixel_count, prepare_image
+from coprs_deploy.policy.openvino_policy.graphs import read_description
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, PRIOR, graph_specs
 
 NUM_SAMPLES = 4
 """Generated scenes with one instruction each."""
-
-MAX_TOKENS = 96
-"""Tokens of a response that are compared; the longest of the demo model has 77."""
-
-LARGE_DECODER_BYTES = 1_000_000_000
-"""Size of the decoder's weights from which only ``MAX_TOKENS_LARGE`` tokens are compared."""
-
-MAX_TOKENS_LARGE = 32
-"""The same for policies of real size, which take minutes for more."""
-
-
-@dataclass(frozen=True)
-class PolicySample:
-    """One instruction and the response of the candidate.
-
-    Attributes:
-        image: (H, W, 3) uint8.
-        instruction: what to segment.
-        prompt_ids: tokens of the prompt.
-        token_ids: tokens of the response; ``<REF_POS>`` is appended if there is none.
-        num_written: how many of them the candidate chose.
-        states: (len(token_ids), D) hidden states.
-    """
-
-    image: RgbArray
-    instruction: str
-    prompt_ids: Sequence[int]
-    token_ids: Sequence[int]
-    num_written: int
-    states: NDArray[np.float32]
 
 
 def compare_policy(
@@ -73,6 +49,8 @@ def compare_policy(
     graphs: Path,
     tolerance: PolicyTolerance,
     report: Callable[[str], None],
+    *,
+    examples: Sequence[Example] = (),
     first_seed: int = 0,
 ) -> PolicyEquivalence:
     """Compare a policy's graphs with PyTorch, on instructions about generated scenes.
@@ -82,10 +60,12 @@ def compare_policy(
         graphs: directory of the policy's graphs.
         tolerance: limits.
         report: called with the name of each step as it starts.
+        examples: examples to respond to, besides the scenes.
         first_seed: seed of the first scene.
     """
     report("candidate policy")
-    samples = decode_samples(checkpoint, graphs, first_seed)
+    scenes = held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0, first_seed)
+    samples = decode_samples(checkpoint, graphs, [*scenes, *examples])
     return compare_samples(checkpoint, samples, tolerance, report)
 
 
@@ -120,44 +100,6 @@ def compare_samples(
     )
 
 
-def decode_samples(checkpoint: Checkpoint, graphs: Path, first_seed: int = 0) -> list[PolicySample]:
-    """Decode responses to instructions about generated scenes with the graphs."""
-    limits, prompt = checkpoint.config.policy_image, checkpoint.config.prompt
-    weights = (graphs / DECODER_FILE).with_suffix(".bin").stat().st_size
-    max_tokens = MAX_TOKENS if weights < LARGE_DECODER_BYTES else MAX_TOKENS_LARGE
-    with OpenVinoPolicy(graphs, prompt, limits.min_pixels, limits.max_pixels) as policy:
-        scenes = held_out_examples(PRESETS["plain"], NUM_SAMPLES, 0, first_seed)
-        return [decode_sample(policy, scene, max_tokens) for scene in scenes]
-
-
-def decode_sample(
-    policy: GreedyPolicy, example: Example, max_tokens: int = MAX_TOKENS
-) -> PolicySample:
-    """Decode the response to an example's instruction, up to the first ``<REF_POS>``."""
-    reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
-    with policy.start(PolicyRequest(example.image, example.instruction)) as decoding:
-        tokens, states = list[int](), []
-        token = decoding.prefill()
-        while len(tokens) < max_tokens and token not in ends:
-            tokens.append(token)
-            token, state = decoding.feed(token)
-            states.append(state)
-            if tokens[-1] == reference_id:
-                break
-        num_written = len(tokens)
-        if reference_id not in tokens:
-            tokens.append(reference_id)
-            states.append(decoding.feed(reference_id)[1])
-    return PolicySample(
-        example.image,
-        example.instruction,
-        decoding.prompt_ids,
-        tokens,
-        num_written,
-        np.array(states),
-    )
-
-
 def read_in_float32(
     checkpoint: Checkpoint, samples: Sequence[PolicySample]
 ) -> tuple[list[NDArray[np.float32]], list[list[int]]]:
@@ -167,10 +109,43 @@ def read_in_float32(
         Hidden states of the response's tokens, (T, D) each, and the token that PyTorch chooses at
         each of these places.
     """
+    states, chosen = [], []
+    for sample, output, head in _outputs_in_float32(checkpoint, samples):
+        hidden = output.last_hidden_state[0, len(sample.prompt_ids) - 1 :]
+        chosen.append(head(hidden[:-1]).argmax(-1).tolist())
+        states.append(hidden[1:].numpy())
+    return states, chosen
+
+
+def describe_layer_errors(checkpoint: Checkpoint, graphs: Path) -> str:
+    """Compare the output of each layer at ``<REF_POS>`` with float32, one line per layer.
+
+    A layer's error includes those of the vision tower and of the layers before it. The last layer
+    is measured after the norm, as the error of the hidden state.
+    """
+    (sample,) = decode_samples(checkpoint, graphs, held_out_examples(PRESETS["plain"], 1, 0))
+    embeddings, positions = next(decoder_inputs(checkpoint, graphs, [sample]))
+    found = layer_outputs(graphs, embeddings, positions)
+    ((_, output, _),) = _outputs_in_float32(checkpoint, [sample], output_hidden_states=True)
+    wanted = [states[0].numpy() for states in output.hidden_states]
+    is_image = np.asarray(sample.prompt_ids) == read_description(graphs).image_token_id
+    vision, expected_vision = (r[: len(is_image)][is_image] for r in (embeddings, wanted[0]))
+    lines = ["Relative error at <REF_POS> after each layer, against float32:"]
+    lines.append(f"  vision tokens: {relative_error(vision, expected_vision, order=2):.2%}")
+    for number, (row, expected) in enumerate(zip(found, wanted[1:], strict=True)):
+        norm = ", after the norm" if number == len(found) - 1 else ""
+        error = relative_error(row, expected[-1], order=2)
+        lines.append(f"  layer {number}: {error:.2%}{norm}")
+    return "\n".join(lines)
+
+
+def _outputs_in_float32(
+    checkpoint: Checkpoint, samples: Sequence[PolicySample], **options: bool
+) -> Iterator[tuple[PolicySample, Any, torch.nn.Module]]:
+    """Read each prompt with its response; yield the outputs, and the output head."""
     model = load_policy(checkpoint.policy_path)
     vision_of = VisionProcessor(checkpoint.policy_path, model.config)
     limits = checkpoint.config.policy_image
-    states, chosen = [], []
     for sample in samples:
         pixels = fit_pixel_count(sample.image, limits.min_pixels, limits.max_pixels)
         vision = vision_of(pixels)
@@ -178,15 +153,15 @@ def read_in_float32(
         inputs = dict(vision.tensors)
         if vision.marks_image_tokens:
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-        start = len(sample.prompt_ids)
         with torch.inference_mode(), computed_in_float32(model):
             output = model.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **inputs,
+                **options,
             )
-            hidden = output.last_hidden_state[0, start - 1 :]
-            chosen.append(model.get_output_embeddings()(hidden[:-1]).argmax(-1).tolist())
-        states.append(hidden[1:].numpy())
-    return states, chosen
+            yield sample, output, model.get_output_embeddings()
 
 
 @contextmanager

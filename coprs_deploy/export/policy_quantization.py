@@ -31,7 +31,6 @@ from coprs_deploy.checkpoint import (
     read_checkpoint,
 )
 from coprs_deploy.errors import (
-    CheckpointError,
     EquivalenceError,
     MissingDependencyError,
     install_hint,
@@ -40,7 +39,7 @@ from coprs_deploy.export.calibration_examples import CalibrationExamples, split_
 from coprs_deploy.export.tolerances import QUANTIZED_POLICY_TOLERANCES
 from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.machine import installed_versions
-from coprs_deploy.policy.compressed_weights import quantization_method
+from coprs_deploy.policy.compressed_weights import require_float_weights
 from coprs_deploy.policy.policy import PolicyRequest, PolicyResult
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import encode_prompt
@@ -103,7 +102,7 @@ def quantize_checkpoint(
 
     Raises:
         MissingDependencyError: llm-compressor is not installed.
-        CheckpointError: the checkpoint cannot be used, or its policy is already quantized.
+        CheckpointError: the checkpoint cannot be used, or its policy is quantized already.
         ArtifactError: ``out`` exists, or the examples cannot be read.
         EquivalenceError: the policy is outside its tolerance; nothing is written.
         ValueError: the scheme is unknown or does not fit the policy, or there are too few examples.
@@ -114,11 +113,7 @@ def quantize_checkpoint(
     with _output_on_stderr():
         _import_tool()
     checkpoint = read_checkpoint(path)
-    if method := quantization_method(checkpoint.policy_path):
-        raise CheckpointError(
-            f"the policy of {checkpoint.path} is already quantized ({method}); quantize the "
-            "checkpoint that it was made from"
-        )
+    require_float_weights(checkpoint.policy_path, "quantizing it")
     report("read examples")
     examples = split_examples(calibration)
     with new_directory(Path(out), CONFIG_FILE, options.overwrite) as partial:
@@ -305,7 +300,8 @@ def _check(
     report: Report,
 ) -> PolicyEquivalence:
     """Compare the written policy with the float one on the held-out examples."""
-    from coprs_deploy.export.policy_check import compare_samples, decode_sample
+    from coprs_deploy.export.policy_check import compare_samples
+    from coprs_deploy.export.policy_samples import decode_sample
 
     report("responses of the quantized policy")
     with _output_on_stderr(), _open_policy(checkpoint, policy) as candidate:
@@ -395,8 +391,8 @@ def _import_tool() -> None:
         from llmcompressor.logger import LoggerConfig, configure_logger
     except ImportError as error:
         raise MissingDependencyError(
-            f"quantizing a policy needs {error.name}, in an environment of its own: "
-            f"{install_hint('quantize')}"
+            f"quantizing a policy needs {TOOL}, which cannot be imported ({error}); in an "
+            f"environment of its own: {install_hint('quantize')}"
         ) from error
     assert llmcompressor is not None
     configure_logger(LoggerConfig(console_log_level="ERROR"))

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.errors import MissingDependencyError
+from coprs_deploy.errors import CheckpointError, MissingDependencyError
 
 COMPRESSED_TENSORS = "compressed-tensors"
 """``quant_method`` of the format in a policy's configuration."""
@@ -25,6 +25,19 @@ def quantization_method(policy: Path) -> str | None:
         return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def require_float_weights(policy: Path, purpose: str) -> None:
+    """Refuse a quantized policy for a purpose that needs float weights.
+
+    Raises:
+        CheckpointError: the policy is quantized.
+    """
+    if method := quantization_method(policy):
+        raise CheckpointError(
+            f"the policy in {policy} is quantized ({method}), and {purpose} needs float weights; "
+            "use the checkpoint that it was made from"
+        )
 
 
 def check_readable(policy: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables of README and docs, written from the committed reports."""
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -53,3 +54,17 @@ def test_latest_takes_the_best_machine_and_its_newest_report(tmp_path):
     write_outputs(folder, on_gpu)
     assert update_tables.latest(tmp_path, "demo") == on_gpu
     assert update_tables.latest(tmp_path, "full-size") is None
+
+
+def test_cpu_speed_names_the_machine_and_links_the_report_if_there_is_one(tmp_path):
+    folder = tmp_path / "docs"
+    assert update_tables.cpu_speed(tmp_path, folder)[-1].endswith("| - |")
+    path = tmp_path / update_tables.REAL_SIZES
+    path.parent.mkdir(parents=True)
+    cases = {"3b openvino int8": {"tokens_per_second": 4.56}}
+    report = {"machine": {"processor": "A CPU", "cores": 2}, "cases": cases}
+    path.write_text(json.dumps(report), encoding="utf-8")
+    lines = update_tables.cpu_speed(tmp_path, folder)
+    assert [line for line in lines if line.endswith("| 4.6 |")] == [lines[3]]
+    link = "../benchmarks/reports/real-size-policy.md"
+    assert lines[-1] == f"Measured with random weights on: A CPU, 2 cores ([report]({link}))."

@@ -37,6 +37,9 @@ EMBEDDING_FILE = "embedding.npy"
 VISION_FILE = "vision.xml"
 DECODER_FILE = "decoder.xml"
 
+MAX_IDLE_REQUESTS = 8
+"""Inference requests that are kept for later; each holds the keys and values that it has read."""
+
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -73,6 +76,11 @@ class PolicyGraphs(Record, frozen=True):
     vision: QwenVision | None = None
     num_image_tokens: int | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Properties of OpenVINO for this precision."""
+        return COMPRESSED if self.precision in ("int8", "int4") else EXACT
+
 
 def read_description(path: Path) -> PolicyGraphs:
     """Read the description of a policy's graphs.
@@ -88,6 +96,17 @@ def read_description(path: Path) -> PolicyGraphs:
             f"{file} cannot be read: {error}; export the checkpoint again with "
             "--policy-runtime openvino"
         ) from error
+
+
+def decoder_tensors(
+    embeddings: NDArray[np.float32], positions: NDArray[np.int64]
+) -> dict[str, NDArray[np.generic]]:
+    """Return the inputs of the decoder for (L, D) embeddings at (3, L) or (1, L) positions."""
+    return {
+        "inputs_embeds": embeddings[None],
+        "position_ids": positions[:, None],
+        "beam_idx": np.zeros(1, np.int32),
+    }
 
 
 class VisionTower:
@@ -142,26 +161,40 @@ class VisionTower:
         return prompt_positions(is_image, grid, vision.spatial_merge_size)
 
 
+class EmbeddingTable:
+    """Embeddings of all tokens, read from disk row by row.
+
+    Args:
+        path: directory of the graphs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._table = np.load(path / EMBEDDING_FILE, mmap_mode="r")
+
+    def __call__(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the (L, D) float32 embeddings of tokens."""
+        rows = np.asarray(self._table[np.asarray(ids)])
+        if rows.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32, copy=False)
+
+
 class Decoder:
     """Embedding table and decoder graph; each request in progress has keys and values of its own.
 
     Args:
         path: directory of the graphs.
         settings: properties of OpenVINO.
+
+    Attributes:
+        embed: embedding table.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._table = np.load(path / EMBEDDING_FILE, mmap_mode="r")
+        self.embed = EmbeddingTable(path)
         self._compiled = compile_file(path / DECODER_FILE, settings)
-        self._idle: deque[Any] = deque()  # its append and pop are atomic
+        self._idle: deque[Any] = deque(maxlen=MAX_IDLE_REQUESTS)  # its append and pop are atomic
         self._lock = threading.Lock()
-
-    def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return the (L, D) float32 embeddings of tokens."""
-        rows = np.asarray(self._table[np.asarray(ids)])
-        if rows.dtype == np.uint16:  # bfloat16 is the upper half of a float32
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32, copy=False)
 
     @contextmanager
     def request(self) -> Iterator[DecoderRequest]:
@@ -196,11 +229,7 @@ class DecoderRequest:
         Returns:
             Most likely token after the last row, and its (D,) post-norm hidden state.
         """
-        inputs = {
-            "inputs_embeds": embeddings[None],
-            "position_ids": positions[:, None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
+        inputs = decoder_tensors(embeddings, positions)
         with self._lock:
             outputs = self._request.infer(inputs)
             return int(outputs["logits"][0].argmax()), outputs["hidden"][0].copy()

@@ -23,9 +23,7 @@ from coprs_deploy.errors import PolicyError, RuntimeUnavailableError
 from coprs_deploy.images import fit_pixel_count, image_key
 from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.openvino_policy.graphs import (
-    COMPRESSED,
     DECODER_FILE,
-    EXACT,
     Decoder,
     DecoderRequest,
     VisionTower,
@@ -103,8 +101,7 @@ class OpenVinoPolicy(GreedyPolicy):
                 "exported with: leave it out, or export with another --policy-precision"
             )
         description = read_description(path)
-        compressed = description.precision in ("int8", "int4")
-        settings = LATENCY | (COMPRESSED if compressed else EXACT)
+        settings = LATENCY | description.settings
         settings |= cache_settings(_decoder_bytes(path), cache_dir)
         if num_threads is None and _decoder_bytes(path) < SMALL_DECODER_BYTES:
             num_threads = 1

@@ -14,10 +14,10 @@ from coprs_deploy.bench.hardware import (
     openvino_policy_bytes,
     read_bytes,
 )
+from coprs_deploy.bench.hardware_tables import cpu_memory_table, cpu_speed_table, device_cell
 from coprs_deploy.bench.report import read_report
 from coprs_deploy.model_config import SAM_SIZES
 from tests import ROOT
-from tests.scripts import load_script
 
 GB = 1e9
 H100 = ROOT / "benchmarks/reports/vit-b-nvidia-h100-80gb-hbm3-2026-11-26.json"
@@ -84,13 +84,27 @@ def test_usable_memory_leaves_a_share_and_the_system_of_a_jetson():
 
 
 def test_device_cell_names_the_largest_encoder_that_fits():
-    script = load_script("benchmarks/update_tables.py")
     sizes, form = named_sizes("7b"), GPU_FORMATS["bf16"]
     policy = sum(gpu_policy_bytes(sizes, form).values())
     totals = {s: policy + gpu_graph_bytes(named_sizes("7b", s), s) for s in ("vit_b", "vit_h")}
     read = read_bytes(sizes, form)
     devices = {f"{device.name} {device.memory_gb}": device for device in GPUS}
-    cells = {name: script._device_cell(device, read, totals) for name, device in devices.items()}
+    cells = {name: device_cell(device, read, totals) for name, device in devices.items()}
     assert cells["RTX 4080 16"] == "no"
     assert cells["L4 24"] == "≤ 21, ViT-B"
     assert cells["A100 80"] == "≤ 143"
+
+
+def test_cpu_tables_write_measured_cells_and_dashes_without_a_measurement():
+    case = {"tokens_per_second": 7.43, "peak_bytes": 5_700_000_000, "private_bytes": 3_360_000_000}
+    measured = {"3b openvino int4": case, "7b openvino int8": {"error": "no memory"}}
+    cells = {
+        tuple(line.split(" | ")[:2]): line.strip("| ").split(" | ")
+        for line in (*cpu_memory_table(measured), *cpu_speed_table(measured))
+    }
+    speed = cells["| Qwen2.5-VL 3B", "int4"]
+    assert (speed[2], speed[3], speed[-1]) == ("1.78 GB", "≤ 28.7", "7.4")
+    assert cells["| Qwen2.5-VL 7B", "int8"][-1] == "-"
+    memory = {tuple(line.split(" | ")[:2]): line for line in cpu_memory_table(measured)}
+    assert memory["| Qwen2.5-VL 3B", "int4"].endswith("| 3.36 GB | 5.88 GB | 5.70 GB |")
+    assert memory["| Qwen2.5-VL 7B", "int8"].endswith("| - | 16.59 GB | - |")

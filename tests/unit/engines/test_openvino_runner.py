@@ -94,6 +94,12 @@ def test_graph_outputs_equal_onnx_runtime(model, name, bundle):
     assert_close(found.numpy(), expected.numpy())
 
 
+def test_threads_are_not_bound_to_cores_also_from_the_cache(open_tiny, tmp_path):
+    for _ in range(2):
+        with open_tiny(PRIOR, RunnerOptions(cache_dir=tmp_path)) as runner:
+            assert compiled(runner).get_property("ENABLE_CPU_PINNING") is False
+
+
 @pytest.mark.slow
 def test_several_targets_equal_one_at_a_time(tiny_checkpoint, tmp_path):
     options = ExportOptions(runtime="openvino", targets=OptimizationProfile(1, 2, 4))

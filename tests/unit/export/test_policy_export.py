@@ -12,6 +12,8 @@ from coprs_deploy import CoPRS
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
+from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.errors import (
     BundleError,
     BundleIntegrityError,
@@ -26,9 +28,10 @@ from coprs_deploy.runtime import RuntimeOptions
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("nncf", reason="NNCF is not installed")
 
-from coprs_deploy.export import policy_check, policy_graphs
-from coprs_deploy.export.policy_check import compare_policy, computed_in_float32, decode_samples
+from coprs_deploy.export import policy_graphs, policy_samples
+from coprs_deploy.export.policy_check import compare_policy, computed_in_float32
 from coprs_deploy.export.policy_graphs import export_policy_graphs, load_policy, round_weights
+from coprs_deploy.export.policy_samples import decode_samples
 
 pytestmark = pytest.mark.slow
 
@@ -148,16 +151,18 @@ def test_verify_without_openvino_warns_that_the_graphs_were_not_compared(
     def refuse(*arguments, **options):
         raise MissingDependencyError("OpenVINO is not installed")
 
-    monkeypatch.setattr(policy_check, "OpenVinoPolicy", refuse)
+    monkeypatch.setattr(policy_samples, "OpenVinoPolicy", refuse)
     with pytest.warns(UserWarning, match="graphs were not compared: OpenVINO is not installed"):
         assert verify_policy_graphs(bundle, tiny_checkpoint) is None
 
 
 def test_a_large_decoder_is_checked_on_few_tokens(bundle, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(policy_check, "LARGE_DECODER_BYTES", 0)
-    monkeypatch.setattr(policy_check, "MAX_TOKENS_LARGE", 3)
-    samples = decode_samples(read_checkpoint(tiny_checkpoint), bundle / "policy_openvino")
-    assert [sample.num_written for sample in samples] == [3] * policy_check.NUM_SAMPLES
+    monkeypatch.setattr(policy_samples, "LARGE_DECODER_BYTES", 0)
+    monkeypatch.setattr(policy_samples, "MAX_TOKENS_LARGE", 3)
+    examples = held_out_examples(PRESETS["plain"], 2, 0)
+    checkpoint, graphs = read_checkpoint(tiny_checkpoint), bundle / "policy_openvino"
+    samples = list(decode_samples(checkpoint, graphs, examples))
+    assert [sample.num_written for sample in samples] == [3, 3]
     assert {len(sample.token_ids) for sample in samples} == {4}  # <REF_POS> is appended
 
 
@@ -192,7 +197,8 @@ def test_layers_are_compressed_one_by_one(tiny_checkpoint, tmp_path, monkeypatch
     graph = openvino.Core().read_model(tmp_path / "graphs" / "decoder.xml")
     nodes = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
     types = [node.get_element_type().get_type_name() for node in nodes]
-    assert types.count("i4") == 2 * 7  # products of a layer
+    assert types.count("i8") == 7 + 1  # products of the first layer, and the output head
+    assert types.count("i4") == 7
     names = [node.get_friendly_name() for node in graph.get_ops()]
     assert len(set(names)) == len(names)
 

@@ -133,6 +133,13 @@ def test_a_second_question_reads_only_what_is_new_and_gets_the_same_answer(pair)
     assert repeated.token_ids == second.token_ids
 
 
+def test_float32_graphs_round_neither_inputs_nor_the_cache(found):
+    compiled = found._decoder._compiled
+    assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
+    assert compiled.get_property("KV_CACHE_PRECISION").get_type_name() == "f32"
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+
+
 def test_only_the_most_recent_images_are_kept(found):
     images = [noise(60, 60, seed) for seed in range(policy_module.MAX_CACHED_PROMPTS + 1)]
     for image in images:
