@@ -189,7 +189,7 @@ def test_open_graph_with_an_unknown_runtime_lists_the_accepted(name, tmp_path):
             ("onnxruntime",),
             "cuda",
             "onnxruntime",
-        ),  # OpenVINO has no CUDA; the error names the extra
+        ),  # OpenVINO has no CUDA
         (("onnxruntime", "openvino"), "cpu", "onnxruntime"),
     ],
 )
