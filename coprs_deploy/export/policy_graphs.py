@@ -42,6 +42,7 @@ from coprs_deploy.policy.openvino_policy.graphs import (
 )
 from coprs_deploy.policy.openvino_policy.positions import QwenVision
 from coprs_deploy.policy.openvino_policy.tokenizer import TOKENIZER_FILE
+from coprs_deploy.policy.pixels import check_settings
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 
@@ -174,12 +175,7 @@ def _write_description(policy: Path, out: Path, model: Any, precision: str) -> P
     (out / TOKENIZER_FILE).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     processor = AutoImageProcessor.from_pretrained(policy, backend="pil", local_files_only=True)
     settings = json.loads(processor.to_json_string())
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if not settings.get(name, True):
-            raise PolicyError(
-                f"{name} is false in the image processor of {policy}; accepted for "
-                "--policy-runtime openvino: true"
-            )
+    check_settings(settings)
     (out / PREPROCESSOR_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     ends = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
