@@ -41,6 +41,7 @@ from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.machine import installed_versions
 from coprs_deploy.policy.compressed_weights import require_float_weights
 from coprs_deploy.policy.policy import PolicyRequest, PolicyResult
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import encode_prompt
 
@@ -103,6 +104,7 @@ def quantize_checkpoint(
     Raises:
         MissingDependencyError: llm-compressor is not installed.
         CheckpointError: the checkpoint cannot be used, or its policy is quantized already.
+        PolicyError: the policy's configuration does not belong to its weights.
         ArtifactError: ``out`` exists, or the examples cannot be read.
         EquivalenceError: the policy is outside its tolerance; nothing is written.
         ValueError: the scheme is unknown or does not fit the policy, or there are too few examples.
@@ -114,6 +116,7 @@ def quantize_checkpoint(
         _import_tool()
     checkpoint = read_checkpoint(path)
     require_float_weights(checkpoint.policy_path, "quantizing it")
+    check_policy_size(checkpoint.policy_path)
     report("read examples")
     examples = split_examples(calibration)
     with new_directory(Path(out), CONFIG_FILE, options.overwrite) as partial:
