@@ -139,7 +139,7 @@ class InstanceFile:
             with self.path.open("rb") as file:
                 file.seek(start)
                 return msgspec.json.decode(file.read(end - start))
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FieldError(
                 "masks", f"{self.path} changed after it was opened, or cannot be read: {error}"
             ) from error

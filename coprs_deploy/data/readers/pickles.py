@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from pathlib import Path
@@ -11,7 +12,7 @@ from coprs_deploy.errors import ArtifactError
 
 _DAMAGE = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError),
-    *(OverflowError, MemoryError, RecursionError, ImportError, struct.error),
+    *(OverflowError, MemoryError, RecursionError, AssertionError, struct.error),
 )
 """Errors of the unpickler on bytes that are no pickle, or a damaged one."""
 
@@ -20,8 +21,12 @@ class _ForbiddenGlobalError(Exception):
     """A pickle names a class or a function."""
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler that resolves no name, so that a pickle holds plain containers or is refused."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Unpickler that resolves no name, so that a pickle holds plain containers or is refused.
+
+    That of Python: the one in C allocates memory for the largest index in the file, so that one
+    damaged byte takes all memory of the machine.
+    """
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise _ForbiddenGlobalError(f"{module}.{name}")
@@ -36,17 +41,18 @@ def read_plain_pickle(path: Path) -> Any:
         FileNotFoundError: the file does not exist.
         ArtifactError: the file is not a pickle, is damaged, or names a class or a function.
     """
-    with path.open("rb") as file:
-        try:
-            return _PlainUnpickler(file, encoding="latin1").load()
-        except _ForbiddenGlobalError as error:
-            raise ArtifactError(
-                f"{path} is refused: it names {error}, and loading a pickle that names a class or "
-                "a function can run any code; accepted: plain dictionaries, lists, strings and "
-                "numbers, as in the files of REFER; download the original file"
-            ) from error
-        except _DAMAGE as error:
-            raise ArtifactError(
-                f"{path} is not a pickle, or the download is incomplete "
-                f"({type(error).__name__}: {error}); download it again"
-            ) from error
+    # Of a file, as many bytes as a damaged length says would be allocated.
+    content = io.BytesIO(path.read_bytes())
+    try:
+        return _PlainUnpickler(content, encoding="latin1").load()
+    except _ForbiddenGlobalError as error:
+        raise ArtifactError(
+            f"{path} is refused: it names {error}, and loading a pickle that names a class or a "
+            "function can run any code; accepted: plain dictionaries, lists, strings and numbers, "
+            "as in the files of REFER; download the original file"
+        ) from error
+    except _DAMAGE as error:
+        raise ArtifactError(
+            f"{path} is not a pickle, or the download is incomplete ({type(error).__name__}: "
+            f"{error}); download it again"
+        ) from error

@@ -2,21 +2,37 @@
 
 import builtins
 import collections
+import contextlib
 import json
 import os
 import pickle
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from coprs_deploy.data.examples import Example
 from coprs_deploy.data.readers.pickles import read_plain_pickle
 from coprs_deploy.data.readers.refer import ReferExamples, in_split
+from coprs_deploy.data.rle import decode_segmentation
 from coprs_deploy.errors import ArtifactError
-from tests.unit.data.readers.layouts import BOXES, HEIGHT, WIDTH, Refer, coco_name, painted
+from tests.unit.damage import Damaged, damages
+from tests.unit.data.readers.layouts import (
+    BOXES,
+    HEIGHT,
+    WIDTH,
+    Refer,
+    coco_name,
+    compressed,
+    painted,
+    rectangle,
+    uncompressed,
+)
 
 FORMS = list(BOXES)
 
@@ -169,6 +185,18 @@ def test_pickle_with_anything_but_plain_containers_is_refused(tmp_path, value):
         read_plain_pickle(path)
 
 
+@pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\xff", b"p4294967295\n"])
+def test_pickle_with_a_large_index_takes_no_memory(tmp_path, opcode):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(b"\x80\x02]" + opcode + b".")
+    tracemalloc.start()
+    try:
+        assert read_plain_pickle(path) == []
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
 def test_pickle_of_plain_containers_is_read_as_pickle_reads_it(tmp_path):
     content = [{"a": [1, -(2**70), 2.5, None, True], "b": ("x", "é"), 3: {"c": []}}]
     path = tmp_path / "refs(unc).p"
@@ -290,3 +318,44 @@ def test_instances_that_change_after_opening_are_refused(refcoco):
     path.write_text(json.dumps({"images": [], "annotations": []}))
     with pytest.raises(ArtifactError, match="changed after it was opened"):
         found[0]
+
+
+@pytest.mark.fuzz
+@given(st.integers(0, 2**32))
+def test_mask_of_random_annotations_equals_the_painted_one(seed):
+    random = np.random.default_rng(seed)
+    height, width = random.integers(4, 40, 2).tolist()
+    corner = random.integers((-4, -4), (width, height), (random.integers(1, 5), 2))
+    extent = random.integers(1, (width, height), corner.shape, endpoint=True)
+    boxes = np.hstack((corner, corner + extent)).tolist()
+    mask = painted(*boxes, height=height, width=width)
+    single = [painted(box, height=height, width=width) for box in boxes]
+    forms = [
+        [rectangle(*box) for box in boxes],
+        [[float(number) for number in rectangle(*box)] for box in boxes],
+        compressed(mask),
+        uncompressed(mask),
+        [compressed(each) for each in single],
+        [*map(uncompressed, single[1:]), rectangle(*boxes[0])],
+    ]
+    for form in forms:
+        decoded = decode_segmentation(json.loads(json.dumps(form)), height, width)
+        np.testing.assert_array_equal(decoded, mask)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    builder = Refer(folder / "data")
+    for image_id, form in enumerate(FORMS, start=41):
+        builder.refer(image_id, builder.annotate(image_id, form), "train", f"the {form}")
+    return Damaged(builder.write(), folder / "damaged")
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["refs(unc).p", "instances.json"])
+@given(damage=damages())
+def test_damaged_file_is_read_or_refused_with_an_error_of_the_package(written, name, damage):
+    with written.file(f"refcoco/{name}", damage), contextlib.suppress(ArtifactError, ValueError):
+        list(ReferExamples(written.root, "refcoco", "train"))
+    assert len(ReferExamples(written.root, "refcoco", "train")) == len(FORMS)
