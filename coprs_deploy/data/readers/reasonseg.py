@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
 from coprs_deploy.data.image_columns import image_name_of
 from coprs_deploy.data.readers.images import ImageFiles
+from coprs_deploy.data.readers.refer import ROOT_VARIABLE
 from coprs_deploy.data.rows import FieldError
 from coprs_deploy.errors import ArtifactError, import_failure
 from coprs_deploy.prompts import REFERENCE_TOKEN
@@ -276,5 +277,5 @@ def _find_folder(root: Path, split: str) -> Path:
     )
     raise FileNotFoundError(
         f"the split {split} of ReasonSeg is missing: looked in {looked}; each image must have "
-        "<stem>.jpg and <stem>.json there"
+        f"<stem>.jpg and <stem>.json there; name the root with --root or ${ROOT_VARIABLE}"
     )

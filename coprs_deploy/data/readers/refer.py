@@ -34,6 +34,9 @@ SPLIT_BY = {
 }
 """Data set to the ways in which it is split, the default one first."""
 
+ROOT_VARIABLE = "COPRS_DEPLOY_DATA"
+"""Environment variable with the folder of the public data sets."""
+
 NO_TARGET = -1
 """Annotation id of a sentence that nothing matches, in gRefCOCO."""
 
@@ -265,7 +268,7 @@ def find_reference_file(folder: Path, dataset: str, split_by: str) -> Path:
     looked = folder if folder.is_dir() else f"{folder} (no such folder)"
     raise FileNotFoundError(
         f"{wanted} is missing: looked in {looked}; the root must contain {dataset}/{wanted} and "
-        f"{dataset}/instances.json"
+        f"{dataset}/instances.json; name it with --root or ${ROOT_VARIABLE}"
     )
 
 

@@ -30,12 +30,9 @@ from coprs_deploy.data.readers.hugging_face import (
 )
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.reasonseg import SPLITS, ReasonSegExamples, has_split
-from coprs_deploy.data.readers.refer import SPLIT_BY, ReferExamples, splits_of
+from coprs_deploy.data.readers.refer import ROOT_VARIABLE, SPLIT_BY, ReferExamples, splits_of
 from coprs_deploy.data.rows import REQUIRED_COLUMNS, SUFFIXES
 from coprs_deploy.errors import ArtifactError
-
-ROOT_VARIABLE = "COPRS_DEPLOY_DATA"
-"""Environment variable with the folder of the public data sets."""
 
 DICTIONARY_FILE = "dataset_dict.json"
 """File that marks a folder of ``save_to_disk`` with several splits."""

@@ -326,8 +326,8 @@ def test_mask_of_random_annotations_equals_the_painted_one(seed):
     random = np.random.default_rng(seed)
     height, width = random.integers(4, 40, 2).tolist()
     corner = random.integers((-4, -4), (width, height), (random.integers(1, 5), 2))
-    extent = random.integers(1, (width, height), corner.shape, endpoint=True)
-    boxes = np.hstack((corner, corner + extent)).tolist()
+    sides = random.integers(1, (width, height), corner.shape, endpoint=True)
+    boxes = np.hstack((corner, corner + sides)).tolist()
     mask = painted(*boxes, height=height, width=width)
     single = [painted(box, height=height, width=width) for box in boxes]
     forms = [
