@@ -11,10 +11,8 @@ OpenCV draws, its outline included.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,9 +21,10 @@ from numpy.typing import NDArray
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
 from coprs_deploy.data.image_columns import image_name_of
 from coprs_deploy.data.readers.images import ImageFiles
+from coprs_deploy.data.readers.polygon_fill import fill_polygon
 from coprs_deploy.data.readers.refer import ROOT_VARIABLE
 from coprs_deploy.data.rows import FieldError
-from coprs_deploy.errors import ArtifactError, import_failure
+from coprs_deploy.errors import ArtifactError
 from coprs_deploy.prompts import REFERENCE_TOKEN
 
 SPLITS = ("train", "val", "test", "explanatory")
@@ -35,6 +34,9 @@ FOLDERS = ("ReasonSeg", "reason_seg/ReasonSeg", "reasonseg", "")
 """Folders of the splits below the root."""
 
 IMAGE_SUFFIX = ".jpg"
+
+MAX_COORDINATE = 2**30
+"""Largest x or y of a shape; OpenCV computes with 32 bits."""
 
 TARGET, IGNORED = 1, 255
 """Values of painted pixels, as LISA has them."""
@@ -213,8 +215,15 @@ def read_annotation(path: Path) -> Annotation:
         raise FieldError("", f"{path.name}: {error}") from error
     if not any(each.strip() for each in annotation.text[:1]):
         raise FieldError("text", f"{path.name} has no query in text")
-    if empty := [shape.label for shape in annotation.shapes if not shape.points]:
-        raise FieldError("shapes", f"{path.name} has a shape without points, labeled {empty[0]!r}")
+    for shape in annotation.shapes:
+        if not shape.points:
+            raise FieldError("shapes", f"{path.name} has a shape without points ({shape.label!r})")
+        if any(abs(number) > MAX_COORDINATE for point in shape.points for number in point):
+            raise FieldError(
+                "shapes",
+                f"{path.name} has a shape far outside of every image ({shape.label!r}); "
+                "coordinates are pixels",
+            )
     return annotation
 
 
@@ -223,11 +232,12 @@ def paint_shapes(shapes: Sequence[Shape], height: int, width: int) -> NDArray[np
 
     Returns:
         (height, width) uint8: ``TARGET``, ``IGNORED``, or 0 for the background.
-
-    Raises:
-        MissingDependencyError: OpenCV is not installed.
     """
-    painted = [(_fill(shape, height, width), _value(shape)) for shape in shapes if _value(shape)]
+    painted = [
+        (fill_polygon(shape.points, height, width), _value(shape))
+        for shape in shapes
+        if _value(shape)
+    ]
     # Descending, and of two equal areas the later one first, as a reversed stable sort has them.
     painted.sort(key=lambda pair: int(pair[0].sum()))
     canvas = np.zeros((height, width), dtype=np.uint8)
@@ -242,24 +252,6 @@ def _value(shape: Shape) -> int:
     if label == "flag":
         return 0
     return IGNORED if "ignore" in label else TARGET
-
-
-def _fill(shape: Shape, height: int, width: int) -> NDArray[np.bool_]:
-    """Return the pixels of a shape: its filled polygon and its outline, one pixel wide."""
-    opencv = _import_opencv()
-    covered = np.zeros((height, width), dtype=np.uint8)
-    points = np.array([shape.points], dtype=np.int32)  # cut, not rounded, as LISA does
-    opencv.polylines(covered, points, True, 1, 1)
-    opencv.fillPoly(covered, points, 1)
-    return covered.astype(np.bool_)
-
-
-def _import_opencv() -> Any:
-    try:
-        return importlib.import_module("cv2")
-    except ImportError as error:
-        remedy, need = "pip install opencv-python-headless", "a ReasonSeg mask, which OpenCV draws,"
-        raise import_failure(error, "cv2", remedy, title="OpenCV", needed_by=need) from error
 
 
 def has_split(root: Path, split: str) -> bool:

@@ -82,7 +82,6 @@ def test_inspect_decodes_a_part_if_requested(root, capsys):
 
 
 def test_contact_sheet_outlines_the_ignore_mask(tmp_path):
-    pytest.importorskip("cv2", reason="masks of ReasonSeg need OpenCV")
     shapes = [("target", corners(2, 2, 9, 9)), ("ignore", corners(12, 2, 30, 20))]
     add(tmp_path, "1", ["cup"], shapes)
     (example,) = open_source("reasonseg:val", SourceOptions(tmp_path))
@@ -162,7 +161,6 @@ def test_convert_writes_examples_that_are_read_back(root, tmp_path, capsys, suff
 
 
 def test_convert_keeps_ignore_masks_and_question_types(tmp_path, capsys):
-    pytest.importorskip("cv2", reason="masks of ReasonSeg need OpenCV")
     shapes = [("target", corners(2, 2, 9, 9)), ("ignore", corners(12, 2, 30, 20))]
     add(tmp_path, "1", ["cup"], shapes)
     out = tmp_path / "val.parquet"

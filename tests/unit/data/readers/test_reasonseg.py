@@ -2,21 +2,16 @@
 
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coprs_deploy.data.readers.polygon_fill import fill_polygon
 from coprs_deploy.data.readers.reasonseg import ReasonSegExamples, Shape, paint_shapes
-from coprs_deploy.errors import ArtifactError, MissingDependencyError
+from coprs_deploy.errors import ArtifactError
 from tests.unit.data.readers.layouts import HEIGHT, WIDTH, painted, write_image
-
-
-@pytest.fixture
-def opencv():
-    return pytest.importorskip("cv2", reason="masks of ReasonSeg need OpenCV")
 
 
 def corners(x0, y0, x1, y1):
@@ -40,7 +35,7 @@ def add(root, stem, text, shapes, *, split="val", is_sentence=True, encoding="ut
     (folder / f"{stem}.json").write_bytes(content)
 
 
-def test_reasonseg_paints_one_target_and_an_ignore_mask(tmp_path, opencv):
+def test_reasonseg_paints_one_target_and_an_ignore_mask(tmp_path):
     large, ignored, small = (2, 2, 30, 22), (5, 5, 25, 20), (8, 8, 12, 12)
     shapes = [("target", corners(*small)), ("Ignore_1", corners(*ignored))]
     shapes += [("flag", corners(0, 0, 32, 24)), ("target", corners(*large))]
@@ -53,7 +48,7 @@ def test_reasonseg_paints_one_target_and_an_ignore_mask(tmp_path, opencv):
     assert (example.id, example.question_type, example.response) == ("1_a-0", "long", "")
 
 
-def test_reasonseg_without_ignored_shapes_has_no_ignore_mask(tmp_path, opencv):
+def test_reasonseg_without_ignored_shapes_has_no_ignore_mask(tmp_path):
     add(tmp_path, "1", ["cup"], [("target", corners(2, 2, 9, 9))], is_sentence=False)
     add(tmp_path, "2", ["dog"], [("FLAG", corners(2, 2, 9, 9))], is_sentence=False)
     found = ReasonSegExamples(tmp_path, "val")
@@ -72,14 +67,14 @@ def test_reasonseg_train_has_all_queries_and_evaluation_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
-def test_reasonseg_reads_both_encodings(tmp_path, opencv, encoding):
+def test_reasonseg_reads_both_encodings(tmp_path, encoding):
     query = "the café’s menu"  # noqa: RUF001
     add(tmp_path, "1", [query], [("target", corners(2, 2, 9, 9))], encoding=encoding)
     (example,) = ReasonSegExamples(tmp_path, "val")
     assert example.instruction == query
 
 
-def test_reasonseg_explanatory_has_the_query_and_response_of_the_explanation(tmp_path, opencv):
+def test_reasonseg_explanatory_has_the_query_and_response_of_the_explanation(tmp_path):
     for stem in ("1", "2"):
         add(tmp_path, stem, ["cup"], [("target", corners(2, 2, 9, 9))], split="train")
     path = tmp_path / "ReasonSeg/explanatory/train.json"
@@ -123,6 +118,7 @@ def test_reasonseg_annotations_that_cannot_be_read_are_problems(tmp_path):
     (folder / "b.json").write_text('{"text": ["x"]')
     (folder / "c.json").write_text('{"text": [], "shapes": []}')
     (folder / "d.json").write_text('{"text": ["x"], "shapes": [{"label": "t", "points": []}]}')
+    add(tmp_path, "d2", ["cup"], [("target", [[0, 0], [1e12, 0]])])
     (folder / "e.json").unlink()
     (folder / "f.jpg").unlink()
     found = ReasonSegExamples(tmp_path, "val")
@@ -130,26 +126,19 @@ def test_reasonseg_annotations_that_cannot_be_read_are_problems(tmp_path):
         (2, ""),
         (3, "text"),
         (4, "shapes"),
+        (5, "shapes"),
     ]
     assert found.images_without_annotation == ["e"]
     assert found.images.missing == ["f.jpg"]
-    assert (len(found), found.num_images, found.num_rows) == (2, 5, 5)
+    assert (len(found), found.num_images, found.num_rows) == (2, 6, 6)
 
 
-def test_reasonseg_can_be_pickled_and_names_its_images(tmp_path, opencv):
+def test_reasonseg_can_be_pickled_and_names_its_images(tmp_path):
     add(tmp_path, "77_x", ["cup"], [("target", corners(2, 2, 9, 9))])
     found = pickle.loads(pickle.dumps(ReasonSegExamples(tmp_path, "val")))
     assert found[0].masks.sum() == 49
     assert found.image_name(0) == "77_x"
     assert found.image_file(0) == tmp_path / "ReasonSeg/val/77_x.jpg"
-
-
-def test_reasonseg_without_opencv_says_what_to_install(tmp_path, monkeypatch):
-    add(tmp_path, "1", ["cup"], [("target", corners(2, 2, 9, 9))])
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    found = ReasonSegExamples(tmp_path, "val")
-    with pytest.raises(MissingDependencyError, match="pip install opencv-python-headless"):
-        found[0]
 
 
 points = st.lists(
@@ -162,20 +151,13 @@ labels = st.sampled_from(["target", "ignore", "Ignore2", "flag", "Flag", "flagge
 
 @pytest.mark.fuzz
 @given(st.lists(st.tuples(labels, points), max_size=6))
-def test_painted_shapes_equal_the_procedure_that_lisa_publishes(shapes):
-    opencv = pytest.importorskip("cv2", reason="masks of ReasonSeg need OpenCV")
-
-    def draw(canvas, each, value):
-        polygon = np.array([each], dtype=np.int32)
-        opencv.polylines(canvas, polygon, True, value, 1)
-        opencv.fillPoly(canvas, polygon, value)
-        return canvas
-
+def test_shapes_are_painted_in_the_order_that_lisa_publishes(shapes):
     kept = [pair for pair in shapes if pair[0].lower() != "flag"]
-    areas = [int(draw(np.zeros((HEIGHT, WIDTH), np.uint8), each, 1).sum()) for _, each in kept]
+    areas = [int(fill_polygon(each, HEIGHT, WIDTH).sum()) for _, each in kept]
     expected = np.zeros((HEIGHT, WIDTH), np.uint8)
     for index in np.argsort(areas, kind="stable")[::-1]:
         label, each = kept[index]
-        draw(expected, each, 255 if "ignore" in label.lower() else 1)
+        value = 255 if "ignore" in label.lower() else 1
+        expected[fill_polygon(each, HEIGHT, WIDTH)] = value
     found = paint_shapes([Shape(label, each) for label, each in shapes], HEIGHT, WIDTH)
     np.testing.assert_array_equal(found, expected)
