@@ -84,6 +84,7 @@ def run(
     work_dir: Path,
     cases: Sequence[Case] = CASES,
     progress: Callable[[str], None] = lambda step: None,
+    prepare_only: bool = False,
 ) -> dict[str, Any]:
     """Measure the cases that are missing in the report, and return it.
 
@@ -92,19 +93,24 @@ def run(
         work_dir: folder of checkpoints and graphs.
         cases: what is measured.
         progress: called with the name of each step as it starts.
+        prepare_only: convert, and measure nothing.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{NAME}.json"
-    empty = {"suite": NAME, "conversions": {}, "cases": {}}
-    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else empty
 
-    def save() -> None:
+    def read() -> dict[str, Any]:
+        report: dict[str, Any] = {"suite": NAME, "conversions": {}, "cases": {}}
+        return report | json.loads(file.read_text(encoding="utf-8")) if file.exists() else report
+
+    def add(section: str, name: str, result: dict[str, Any]) -> None:
+        report = read()  # another run may have added a case
+        report[section][name] = result
         report["machine"] = machine_record(packages=(*PACKAGES, "nncf")).to_json()
         write_json(file, report)
         (out / f"{NAME}.md").write_text(render(report), encoding="utf-8")
 
     for case in cases:
-        if str(case) in report["cases"]:
+        if str(case) in read()["cases"]:
             continue
         path = work_dir / case.size
         if not (path / "checkpoint" / CONFIG_FILE).exists():
@@ -114,8 +120,9 @@ def run(
         if case.runtime == "openvino" and not graphs.exists():
             progress(f"convert {case.size} {case.precision}")
             converted = call("convert", path=str(path), precision=case.precision)
-            report["conversions"][f"{case.size} {case.precision}"] = converted
-            save()
+            add("conversions", f"{case.size} {case.precision}", converted)
+        if prepare_only:
+            continue
         progress(f"measure {case}")
         try:
             result = call(
@@ -127,9 +134,8 @@ def run(
             )
         except WorkerError as error:
             result = {"error": str(error)}
-        report["cases"][str(case)] = result
-        save()
-    return report
+        add("cases", str(case), result)
+    return read()
 
 
 def call(function: str, **settings: Any) -> dict[str, Any]:
@@ -163,12 +169,11 @@ def convert(path: str, precision: str) -> dict[str, Any]:
         for file in (written / "graphs").iterdir():
             file.rename(written / file.name)
         (written / "graphs").rmdir()
-    sizes = {file.stem: file.stat().st_size for file in graphs.iterdir() if file.stat().st_size}
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "peak_bytes": peak_memory_bytes(),
         "weights_bytes": weights_bytes(policy),
-        "bytes": sum(sizes.values()),
+        "bytes": sum(file.stat().st_size for file in graphs.iterdir()),
     }
 
 
@@ -309,8 +314,8 @@ def render(report: dict[str, Any]) -> str:
         )
         for name, row in report["conversions"].items()
     ]
-    header = ("", "weights", "time", "peak memory, mapped files included", "graphs")
-    lines += [*markdown_table(header, converted), ""]
+    columns = ("", "weights", "time", "peak memory, mapped files included", "graphs")
+    lines += [*markdown_table(columns, converted), ""]
     return "\n".join(lines)
 
 
@@ -328,14 +333,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--case", default="", metavar="REGEX", help="measure only the cases whose name matches"
     )
+    parser.add_argument("--prepare-only", action="store_true", help="stop before measuring")
     given = parser.parse_args(arguments)
     chosen = [case for case in CASES if re.search(given.case, str(case))]
+    log = sys.stderr
     report = run(
-        given.out, given.work_dir, chosen, lambda step: print(step, file=sys.stderr, flush=True)
+        given.out,
+        given.work_dir,
+        chosen,
+        lambda step: print(step, file=log, flush=True),
+        given.prepare_only,
     )
-    failed = [str(case) for case in chosen if "error" in report["cases"][str(case)]]
+    failed = [name for name in map(str, chosen) if "error" in report["cases"].get(name, {})]
     for name in failed:
-        print(f"{name}: {report['cases'][name]['error']}", file=sys.stderr)
+        print(f"{name}: {report['cases'][name]['error']}", file=log)
     return 1 if failed else 0
 
 
