@@ -102,7 +102,7 @@ def export_policy_graphs(
     graph = _vision_graph(model)
     _save(graph if vision_mode is None else compress_graph(graph, vision_mode), out / VISION_FILE)
     del model, table, rows, graph
-    gc.collect()
+    _unmap_files()
     graph = _decoder_graph(load, decoder_mode, report)
     report("write decoder")
     _save(graph, out / DECODER_FILE)
@@ -157,7 +157,19 @@ def _load(policy: Path, precision: str) -> Any:
     model = load_policy(policy)
     if precision == "bf16":
         round_weights(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases go into the graph, and would keep a file mapped
+            parameter.data = parameter.data.clone()
     return model
+
+
+def _unmap_files() -> None:
+    """Free the modules of policies that are no longer used, and with them the mapped files."""
+    # TorchScript keeps what it has traced (https://github.com/pytorch/pytorch/issues/35600).
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
+    gc.collect()  # modules that were prepared for tracing refer to themselves
 
 
 def round_weights(model: nn.Module) -> None:
@@ -259,7 +271,7 @@ def _decoder_graph(
         report(f"convert layer {i + 1} of {count}")
         if mode is not None and i % LAYERS_PER_LOAD == 0:
             del model
-            gc.collect()  # its modules refer to themselves; now its files are unmapped
+            _unmap_files()
             model = load()
         layer = LayerModule(model.model.language_model.layers[i], config)
         graph = _convert(layer, example)
