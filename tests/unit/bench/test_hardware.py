@@ -1,5 +1,7 @@
 """Computed memory against measured values, and the cells of the tables."""
 
+import json
+
 import pytest
 
 from coprs_deploy.bench.hardware import (
@@ -51,6 +53,20 @@ def test_openvino_memory_is_near_the_measured_one(precision):
     assert computed["files"] / GB == pytest.approx(files, rel=0.02)
     assert computed["private"] / GB == pytest.approx(private, rel=0.1)
     assert computed["peak"] / GB == pytest.approx(peak, rel=0.1)
+
+
+def test_openvino_memory_is_near_that_of_the_committed_report():
+    report = json.loads((ROOT / "benchmarks/reports/real-size-policy.json").read_text("utf-8"))
+    compared = 0
+    for name, case in report["cases"].items():
+        size, runtime, precision, *limits = name.split()
+        if runtime != "openvino" or precision not in OPENVINO_FORMATS or limits or "error" in case:
+            continue
+        computed = openvino_policy_bytes(named_sizes(size), OPENVINO_FORMATS[precision])
+        assert computed["private"] == pytest.approx(case["private_bytes"], rel=0.1), name
+        assert computed["peak"] == pytest.approx(case["peak_bytes"], rel=0.1), name
+        compared += 1
+    assert compared >= 2
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp16", 2), ("fp32", 4)])
