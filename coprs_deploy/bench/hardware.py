@@ -47,13 +47,20 @@ REQUEST = Workload(rows=1, rows_per_pass=1)
 class WeightFormat(NamedTuple):
     """Bytes per weight of a policy's parts, and per number of its KV cache.
 
-    The scales of rows (one per some thousand weights) are left out; those of groups are not.
+    ``first_layer`` is the decoder's first one; 0 stands for that of the others. The scales of rows
+    (one per some thousand weights) are left out; those of groups are not.
     """
 
     layers: float
     head: float
     vision: float
     cache: float
+    first_layer: float = 0.0
+
+    def decoder_bytes(self, decoder: TransformerSizes) -> float:
+        """Return the bytes of the decoder layers."""
+        first = (self.first_layer or self.layers) - self.layers
+        return (self.layers + first / decoder.num_layers) * decoder.parameters
 
 
 INT4_BYTES = 0.5 + BFLOAT16_BYTES / 128
@@ -69,7 +76,7 @@ GPU_FORMATS: Mapping[str, WeightFormat] = {
 OPENVINO_FORMATS: Mapping[str, WeightFormat] = {
     "fp32, bf16": WeightFormat(2, 2, 2, 4),
     "int8": WeightFormat(1, 1, 1, 1),
-    "int4": WeightFormat(INT4_BYTES, 1, 1, 1),
+    "int4": WeightFormat(INT4_BYTES, 1, 1, 1, first_layer=1),
 }
 """Precisions of the policy's graphs, for a checkpoint with 16-bit weights."""
 
@@ -133,7 +140,7 @@ def cache_bytes(sizes: ModelSizes, form: WeightFormat, tokens: float) -> float:
 def read_bytes(sizes: ModelSizes, form: WeightFormat) -> float:
     """Return the bytes read per token of one request, in the middle of its response."""
     tokens = REQUEST.prompt_tokens + REQUEST.response_tokens / 2
-    weights = form.layers * sizes.language.parameters + form.head * sizes.output_embeddings
+    weights = form.decoder_bytes(sizes.language) + form.head * sizes.output_embeddings
     return weights + cache_bytes(sizes, form, tokens)
 
 
@@ -154,7 +161,7 @@ def _layer_bytes(transformer: TransformerSizes, tokens: float, work: Workload) -
 def gpu_policy_bytes(sizes: ModelSizes, form: WeightFormat) -> dict[str, float]:
     """Return the bytes of a policy in vLLM by part, for one request."""
     rest = sizes.policy - sizes.language.parameters - sizes.vision.parameters
-    weights = form.layers * sizes.language.parameters + form.vision * sizes.vision.parameters
+    weights = form.decoder_bytes(sizes.language) + form.vision * sizes.vision.parameters
     return {
         "weights": weights + form.head * rest,
         "cache": cache_bytes(sizes, form, REQUEST.row_tokens),
@@ -194,7 +201,7 @@ def openvino_policy_bytes(sizes: ModelSizes, form: WeightFormat) -> dict[str, fl
         the products, KV cache and libraries. ``peak``: both, as resident memory counts them.
     """
     files = (
-        form.layers * sizes.language.parameters
+        form.decoder_bytes(sizes.language)
         + form.vision * sizes.vision.parameters
         + form.head * sizes.output_embeddings
     )

@@ -42,6 +42,7 @@ from coprs_deploy.policy.openvino_policy.graphs import (
 )
 from coprs_deploy.policy.openvino_policy.positions import QwenVision
 from coprs_deploy.policy.openvino_policy.tokenizer import TOKENIZER_FILE
+from coprs_deploy.policy.pixels import check_settings
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 
@@ -101,7 +102,7 @@ def export_policy_graphs(
     graph = _vision_graph(model)
     _save(graph if vision_mode is None else compress_graph(graph, vision_mode), out / VISION_FILE)
     del model, table, rows, graph
-    gc.collect()
+    _unmap_files()
     graph = _decoder_graph(load, decoder_mode, report)
     report("write decoder")
     _save(graph, out / DECODER_FILE)
@@ -156,7 +157,19 @@ def _load(policy: Path, precision: str) -> Any:
     model = load_policy(policy)
     if precision == "bf16":
         round_weights(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases go into the graph, and would keep a file mapped
+            parameter.data = parameter.data.clone()
     return model
+
+
+def _unmap_files() -> None:
+    """Free the modules of policies that are no longer used, and with them the mapped files."""
+    # TorchScript keeps what it has traced (https://github.com/pytorch/pytorch/issues/35600).
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
+    gc.collect()  # modules that were prepared for tracing refer to themselves
 
 
 def round_weights(model: nn.Module) -> None:
@@ -174,12 +187,7 @@ def _write_description(policy: Path, out: Path, model: Any, precision: str) -> P
     (out / TOKENIZER_FILE).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     processor = AutoImageProcessor.from_pretrained(policy, backend="pil", local_files_only=True)
     settings = json.loads(processor.to_json_string())
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if not settings.get(name, True):
-            raise PolicyError(
-                f"{name} is false in the image processor of {policy}; accepted for "
-                "--policy-runtime openvino: true"
-            )
+    check_settings(settings)
     (out / PREPROCESSOR_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     ends = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
@@ -263,7 +271,7 @@ def _decoder_graph(
         report(f"convert layer {i + 1} of {count}")
         if mode is not None and i % LAYERS_PER_LOAD == 0:
             del model
-            gc.collect()  # its modules refer to themselves; now its files are unmapped
+            _unmap_files()
             model = load()
         layer = LayerModule(model.model.language_model.layers[i], config)
         graph = _convert(layer, example)

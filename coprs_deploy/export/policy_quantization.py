@@ -36,13 +36,17 @@ from coprs_deploy.errors import (
     install_hint,
 )
 from coprs_deploy.export.calibration_examples import CalibrationExamples, split_examples
+from coprs_deploy.export.calibration_inputs import (
+    CalibrationInputs,
+    open_policy,
+    respond_to_examples,
+)
 from coprs_deploy.export.tolerances import QUANTIZED_POLICY_TOLERANCES
-from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.machine import installed_versions
 from coprs_deploy.policy.compressed_weights import require_float_weights
-from coprs_deploy.policy.policy import PolicyRequest, PolicyResult
+from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
-from coprs_deploy.prompts import encode_prompt
 
 SCHEMES = tuple(QUANTIZED_POLICY_TOLERANCES)
 """Bits of the weights (w) and of the inputs of each product (a)."""
@@ -103,6 +107,7 @@ def quantize_checkpoint(
     Raises:
         MissingDependencyError: llm-compressor is not installed.
         CheckpointError: the checkpoint cannot be used, or its policy is quantized already.
+        PolicyError: the policy's configuration does not belong to its weights.
         ArtifactError: ``out`` exists, or the examples cannot be read.
         EquivalenceError: the policy is outside its tolerance; nothing is written.
         ValueError: the scheme is unknown or does not fit the policy, or there are too few examples.
@@ -114,6 +119,7 @@ def quantize_checkpoint(
         _import_tool()
     checkpoint = read_checkpoint(path)
     require_float_weights(checkpoint.policy_path, "quantizing it")
+    check_policy_size(checkpoint.policy_path)
     report("read examples")
     examples = split_examples(calibration)
     with new_directory(Path(out), CONFIG_FILE, options.overwrite) as partial:
@@ -153,7 +159,7 @@ def write_quantized_policy(
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     source = checkpoint.policy_path
-    responses = _responses(checkpoint, examples, report) if scheme != "fp8" else []
+    responses = respond_to_examples(checkpoint, examples, report) if scheme != "fp8" else []
     report(f"quantize to {scheme}")
     with _output_on_stderr(), without_progress_bars():
         from llmcompressor import oneshot
@@ -163,7 +169,7 @@ def write_quantized_policy(
         ).eval()
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
         group_size = choose_group_size(model) if scheme == "w4a16" else None
-        inputs = _CalibrationInputs(checkpoint, examples, responses, model.config, tokenizer)
+        inputs = CalibrationInputs(checkpoint, examples, responses, model.config, tokenizer)
         oneshot(
             model=model,
             processor=tokenizer,
@@ -224,74 +230,6 @@ def _complete_policy(source: Path, out: Path) -> None:
     write_json(out / "config.json", {**config, "quantization_config": quantization})
 
 
-def _responses(
-    checkpoint: Checkpoint, examples: CalibrationExamples, report: Report
-) -> list[list[int]]:
-    """Return the tokens of the examples' responses; where there is none, the float policy's."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.policy_path, local_files_only=True)
-    responses: list[list[int]] = []
-    missing: list[int] = []
-    for number, index in enumerate(examples.used):
-        text = examples.file.load(index).response
-        responses.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not text:
-            missing.append(number)
-    if not missing:
-        return responses
-    report("responses of the float policy")
-    with _open_policy(checkpoint, checkpoint.policy_path) as policy:
-        for number in missing:
-            example = examples.file.load(examples.used[number])
-            request = PolicyRequest(
-                example.image, example.instruction, max_targets=max(1, len(example.masks))
-            )
-            *_, result = policy.stream(request)
-            assert isinstance(result, PolicyResult)
-            responses[number] = list(result.token_ids)
-    return responses
-
-
-class _CalibrationInputs(Sequence[dict[str, Any]]):
-    """Arguments of the policy's forward pass for each example with its response."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        examples: CalibrationExamples,
-        responses: Sequence[Sequence[int]],
-        config: Any,
-        tokenizer: Any,
-    ) -> None:
-        from coprs_deploy.policy.vision_inputs import VisionProcessor
-
-        self._config = checkpoint.config
-        self._examples = examples
-        self._responses = responses
-        self._tokenizer = tokenizer
-        self._image_token_id = config.image_token_id
-        self._vision = VisionProcessor(checkpoint.policy_path, config)
-
-    def __len__(self) -> int:
-        return len(self._responses)
-
-    def __getitem__(self, index: Any) -> Any:
-        import torch
-
-        example = self._examples.file.load(self._examples.used[index])
-        limits = self._config.policy_image
-        vision = self._vision(fit_pixel_count(example.image, limits.min_pixels, limits.max_pixels))
-        prompt = encode_prompt(
-            self._config.prompt, self._tokenizer, example.instruction, vision.num_tokens
-        )
-        ids = torch.tensor([[*prompt, *self._responses[index]]])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision.tensors}
-        if vision.marks_image_tokens:
-            inputs["mm_token_type_ids"] = (ids == self._image_token_id).int()
-        return inputs
-
-
 def _check(
     checkpoint: Checkpoint,
     policy: Path,
@@ -304,7 +242,7 @@ def _check(
     from coprs_deploy.export.policy_samples import decode_sample
 
     report("responses of the quantized policy")
-    with _output_on_stderr(), _open_policy(checkpoint, policy) as candidate:
+    with _output_on_stderr(), open_policy(checkpoint, policy) as candidate:
         samples = [
             decode_sample(candidate, examples.file.load(index)) for index in examples.held_out
         ]
@@ -357,7 +295,7 @@ def _layer_outputs(
         outputs.append(rows.float().cpu().numpy())
 
     with (
-        _open_policy(checkpoint, policy) as opened,
+        open_policy(checkpoint, policy) as opened,
         opened.start(PolicyRequest(example.image, example.instruction)) as decoding,
     ):
         hooks = [layer.register_forward_hook(record) for layer in opened.decoder_layers]
@@ -365,19 +303,6 @@ def _layer_outputs(
         for hook in hooks:
             hook.remove()
     return outputs
-
-
-def _open_policy(checkpoint: Checkpoint, path: Path) -> Any:
-    """Open the policy of a checkpoint, or a quantized form of it, on a GPU if there is one."""
-    import torch
-
-    from coprs_deploy.policy.transformers_policy import TransformersPolicy
-
-    limits = checkpoint.config.policy_image
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TransformersPolicy(
-        path, checkpoint.config.prompt, limits.min_pixels, limits.max_pixels, device=device
-    )
 
 
 def _import_tool() -> None:

@@ -1,12 +1,13 @@
-"""Image preprocessing of a policy: pixel values and the number of vision tokens.
+"""Image preprocessing for a policy in PyTorch: pixel values and the number of vision tokens.
 
-The PIL image processors are chosen explicitly: they return the same pixels with and without
-torchvision. Prompts are encoded by :mod:`coprs_deploy.prompts`, so no multimodal processor class of
-transformers is used.
+Settings come from transformers' image processor, which fills in defaults; pixels from
+:mod:`coprs_deploy.policy.pixels`. Prompts are encoded by :mod:`coprs_deploy.prompts`, so no
+multimodal processor class of transformers is used.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from coprs_deploy.errors import PolicyError
+from coprs_deploy.policy.pixels import ClipPixels, QwenPixels
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +46,8 @@ class VisionProcessor:
         config: its transformers config.
 
     Raises:
-        PolicyError: the model type is unsupported, or the image processor cannot be loaded.
+        PolicyError: the model type or a setting of the image processor is not supported, or it
+            cannot be loaded.
     """
 
     def __init__(self, policy_path: Path, config: Any) -> None:
@@ -63,11 +66,16 @@ class VisionProcessor:
             raise PolicyError(
                 f"the image processor in {policy_path} cannot be loaded: {error}"
             ) from error
-        self._family = _FAMILIES[config.model_type](self.image_processor, config)
+        settings = json.loads(self.image_processor.to_json_string())
+        self._family = _FAMILIES[config.model_type](settings, config)
 
     def __call__(self, image: Image.Image) -> VisionInputs:
-        """Preprocess one RGB image that was already scaled to the pixel limits of the policy."""
-        return self._family.read(self.image_processor(images=[image], return_tensors="pt"))
+        """Preprocess one RGB image that was already scaled to the pixel limits of the policy.
+
+        Raises:
+            ImageSizeError: Qwen2.5-VL does not accept the aspect ratio.
+        """
+        return self._family.read(image)
 
     def num_tokens(self, width: int, height: int) -> int:
         """Return the number of vision tokens of an image from its size in pixels."""
@@ -83,66 +91,62 @@ class VisionProcessor:
         return self._family.max_tokens
 
 
-@dataclass(frozen=True)
 class _Qwen25Vl:
     """Qwen2.5-VL: one token per square of merged patches."""
 
-    processor: Any
-    config: Any
+    def __init__(self, settings: dict[str, Any], config: Any) -> None:
+        self._pixels = QwenPixels(settings)
+        vision = config.vision_config
+        self._merge = int(vision.spatial_merge_size)
+        # Side, in pixels, of the square behind one token.
+        self._side = int(vision.patch_size) * self._merge
 
-    def read(self, processed: Mapping[str, torch.Tensor]) -> VisionInputs:
-        grid = processed["image_grid_thw"]
-        tensors = {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
-        merged = int(self.config.vision_config.spatial_merge_size) ** 2
-        return VisionInputs(tensors, int(grid.prod()) // merged, marks_image_tokens=True)
+    def read(self, image: Image.Image) -> VisionInputs:
+        import torch
+
+        patches, grid = self._pixels(image)
+        tensors = {
+            "pixel_values": torch.from_numpy(patches),
+            "image_grid_thw": torch.tensor([[1, *grid]]),
+        }
+        num_tokens = grid[0] * grid[1] // self._merge**2
+        return VisionInputs(tensors, num_tokens, marks_image_tokens=True)
 
     def num_tokens(self, width: int, height: int) -> int:
-        patches: int = self.processor.get_number_of_image_patches(height, width)
-        return patches // int(self.config.vision_config.spatial_merge_size) ** 2
+        width, height = self._pixels.size_of(width, height)
+        return (width // self._side) * (height // self._side)
 
     def largest_image(self, num_tokens: int) -> tuple[int, int]:
         side = math.isqrt(num_tokens)
-        return self._token_side * (num_tokens // side), self._token_side * side
+        return self._side * (num_tokens // side), self._side * side
 
     @property
     def max_tokens(self) -> int:
-        return int(self.processor.size["longest_edge"]) // self._token_side**2
-
-    @property
-    def _token_side(self) -> int:
-        """Side, in pixels, of the square behind one token."""
-        vision = self.config.vision_config
-        return int(vision.patch_size * vision.spatial_merge_size)
+        return int(self._pixels.config["size"]["longest_edge"]) // self._side**2
 
 
-@dataclass(frozen=True)
 class _Llava:
     """LLaVA-1.5: one square input size and a constant number of tokens."""
 
-    processor: Any
-    config: Any
+    def __init__(self, settings: dict[str, Any], config: Any) -> None:
+        self._pixels = ClipPixels(settings)
+        width, height = self.largest_image(0)
+        patch = int(config.vision_config.patch_size)
+        keeps_class_token = config.vision_feature_select_strategy == "full"
+        self.max_tokens = (height // patch) * (width // patch) + int(keeps_class_token)
 
-    def read(self, processed: Mapping[str, torch.Tensor]) -> VisionInputs:
-        pixels = processed["pixel_values"]
-        num_tokens = self._count_tokens(*pixels.shape[-2:])
-        return VisionInputs({"pixel_values": pixels}, num_tokens, marks_image_tokens=False)
+    def read(self, image: Image.Image) -> VisionInputs:
+        import torch
+
+        tensors = {"pixel_values": torch.from_numpy(self._pixels(image))}
+        return VisionInputs(tensors, self.max_tokens, marks_image_tokens=False)
 
     def num_tokens(self, width: int, height: int) -> int:
         return self.max_tokens
 
     def largest_image(self, num_tokens: int) -> tuple[int, int]:
-        crop = self.processor.crop_size
+        crop = self._pixels.config["crop_size"]
         return int(crop["width"]), int(crop["height"])
-
-    @property
-    def max_tokens(self) -> int:
-        width, height = self.largest_image(0)
-        return self._count_tokens(height, width)
-
-    def _count_tokens(self, height: int, width: int) -> int:
-        patch = int(self.config.vision_config.patch_size)
-        keeps_class_token = self.config.vision_feature_select_strategy == "full"
-        return (height // patch) * (width // patch) + int(keeps_class_token)
 
 
 _FAMILIES: Mapping[str, type[_Qwen25Vl | _Llava]] = {"qwen2_5_vl": _Qwen25Vl, "llava": _Llava}

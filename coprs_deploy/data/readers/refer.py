@@ -108,7 +108,7 @@ class ReferExamples(ExampleSource):
         self.num_refs = 0
         self._is_generalized = dataset == "grefcoco"
         self._ref_ids, self._sent_ids = array("q"), array("q")
-        self._sentences: list[str] = []
+        self._text, self._text_ends = b"", array("q", [0])
         self._ref_of_sentence = array("q")
         self._image_ids = array("q")
         self._targets: list[tuple[int, ...]] = []
@@ -133,7 +133,7 @@ class ReferExamples(ExampleSource):
         first_sentences: bool,
     ) -> None:
         problems: list[RowProblem] = []
-        num_rows, types = 0, list[str]()
+        num_rows, types, text = 0, list[str](), bytearray()
         for number, reference in references:
             sentences = reference.sentences[:1] if first_sentences else reference.sentences
             num_rows += len(sentences)
@@ -152,11 +152,14 @@ class ReferExamples(ExampleSource):
                     continue
                 self._ref_of_sentence.append(len(self._ref_ids) - 1)
                 self._sent_ids.append(sentence.sent_id)
-                self._sentences.append(sentence.sent)
+                text += sentence.sent.encode("utf-8", "surrogatepass")
+                self._text_ends.append(len(text))
                 types.append(self._question_type(len(targets)))
         if not self.num_refs:
             found = ", ".join(f"{name} ({count:,})" for name, count in self.splits.items())
             raise ValueError(f"split is {split!r}; {path} has the splits {found or '(none)'}")
+        # One object for all sentences: as many small ones would keep the memory of the file.
+        self._text = bytes(text)
         self.num_rows, self.question_types, self.problems = num_rows, types, tuple(problems)
         self.num_targets = array("i", (len(self._targets[ref]) for ref in self._ref_of_sentence))
 
@@ -192,10 +195,11 @@ class ReferExamples(ExampleSource):
         image = self.images.load(record.file_name)
         check_size(record, image, self.images.path(record.file_name))
         masks = [self.instances.mask(position) for position in self._targets[ref]]
+        begin, end = self._text_ends[index : index + 2]
         return Example(
             id=f"{self._ref_ids[ref]}-{self._sent_ids[index]}",
             image=image,
-            instruction=self._sentences[index],
+            instruction=self._text[begin:end].decode("utf-8", "surrogatepass"),
             masks=stack_masks(masks, image.shape[:2]),
             question_type=self.question_types[index],
             source=self.description,

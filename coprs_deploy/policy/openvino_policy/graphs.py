@@ -23,12 +23,12 @@ from PIL import Image
 
 from coprs_deploy.engines.openvino_runner import compile_file
 from coprs_deploy.errors import PolicyError
-from coprs_deploy.policy.openvino_policy.pixels import ClipPixels, QwenPixels
 from coprs_deploy.policy.openvino_policy.positions import (
     QwenVision,
     prompt_positions,
     vision_inputs,
 )
+from coprs_deploy.policy.pixels import ClipPixels, QwenPixels
 from coprs_deploy.specs import Record
 
 DESCRIPTION_FILE = "policy_graphs.json"

@@ -1,12 +1,14 @@
 """Calls, inputs and options that all runners share, and the table of runtimes."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
 
-from coprs_deploy import engines
-from coprs_deploy.engines import RunnerOptions, runtime_module, runtime_names
+from coprs_deploy import demo, engines
+from coprs_deploy.bundle import read_manifest
+from coprs_deploy.engines import RunnerOptions, default_runtime, runtime_module, runtime_names
 from coprs_deploy.engines.runner import HostTensor, Runner, check_inputs, host_array
 from coprs_deploy.specs import PRIOR, Geometry, OptimizationProfile, graph_specs
 
@@ -176,3 +178,25 @@ def test_every_runtime_has_open_graph_and_availability():
 def test_open_graph_with_an_unknown_runtime_lists_the_accepted(name, tmp_path):
     with pytest.raises(ValueError, match=f"runtime is '{name}'; accepted: .*onnxruntime"):
         engines.open_graph(name, tmp_path, SPEC, RunnerOptions())
+
+
+@pytest.mark.parametrize(
+    ("missing", "device", "expected"),
+    [
+        ((), "cpu", "onnxruntime"),
+        (("onnxruntime",), "cpu", "openvino"),
+        (
+            ("onnxruntime",),
+            "cuda",
+            "onnxruntime",
+        ),  # OpenVINO has no CUDA
+        (("onnxruntime", "openvino"), "cpu", "onnxruntime"),
+    ],
+)
+def test_default_runtime_is_the_bundles_own_or_the_installed_one(
+    monkeypatch, missing, device, expected
+):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    graph = read_manifest(demo.BUNDLE).graphs["prior"]
+    assert default_runtime(graph, RunnerOptions(device=device)) == expected

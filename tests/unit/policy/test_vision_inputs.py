@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -71,6 +72,28 @@ def test_vision_processor_pixel_values_depend_on_the_image(name, request):
         for color in ("red", "blue")
     )
     assert not torch.allclose(red, blue, atol=0.5)
+
+
+@pytest.mark.parametrize("name", ["tiny_checkpoint", "tiny_llava_checkpoint"])
+@pytest.mark.parametrize("size", [(56, 56), (61, 100), (300, 40)])
+def test_vision_processor_returns_the_inputs_of_transformers(name, size, request):
+    processor = open_processor(request.getfixturevalue(name) / "policy")
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    expected = processor.image_processor(images=[image], return_tensors="pt")
+    found = processor(image).tensors
+    assert set(found) == set(expected)
+    for key, tensor in found.items():
+        assert tensor.dtype == expected[key].dtype
+        assert torch.equal(tensor, expected[key])
+
+
+def test_vision_processor_with_a_step_switched_off_is_refused(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint / "policy", tmp_path / "policy")
+    file = tmp_path / "policy" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_normalize": False}))
+    with pytest.raises(PolicyError, match=r"do_normalize is false .* accepted: true"):
+        open_processor(tmp_path / "policy")
 
 
 def test_vision_processor_unsupported_model_type_is_refused(tmp_path):

@@ -14,21 +14,44 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coprs_deploy.errors import ImageSizeError
+from coprs_deploy.errors import ImageSizeError, PolicyError
 
 MAX_ASPECT_RATIO = 200
 """Largest ratio of the sides that Qwen2.5-VL's processor accepts."""
 
 
+def check_settings(config: dict[str, Any]) -> None:
+    """Check the contents of ``preprocessor_config.json``.
+
+    Raises:
+        PolicyError: a step is switched off.
+    """
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not config.get(name, True):
+            raise PolicyError(
+                f"{name} is false in the policy's preprocessor_config.json; accepted: true"
+            )
+
+
 @dataclass(frozen=True)
-class QwenPixels:
-    """Pixels of Qwen2.5-VL: one row per patch, the patches of a token next to each other.
+class _Pixels:
+    """Preprocessing of images.
 
     Args:
-        config: contents of ``preprocessor_config.json``.
+        config: contents of ``preprocessor_config.json``, defaults filled in.
+
+    Raises:
+        PolicyError: a step is switched off.
     """
 
     config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_settings(self.config)
+
+
+class QwenPixels(_Pixels):
+    """Pixels of Qwen2.5-VL: one row per patch, the patches of a token next to each other."""
 
     def __call__(self, image: Image.Image) -> tuple[NDArray[np.float32], tuple[int, int]]:
         """Preprocess an RGB image.
@@ -74,15 +97,8 @@ class QwenPixels:
         return sides[0], sides[1]
 
 
-@dataclass(frozen=True)
-class ClipPixels:
-    """Pixels of LLaVA-1.5: one square of constant size.
-
-    Args:
-        config: contents of ``preprocessor_config.json``.
-    """
-
-    config: dict[str, Any]
+class ClipPixels(_Pixels):
+    """Pixels of LLaVA-1.5: one square of constant size."""
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """Preprocess an RGB image; return (1, 3, S, S) float32."""

@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from coprs_deploy.errors import ImageSizeError
-from coprs_deploy.policy.openvino_policy.pixels import ClipPixels, QwenPixels
+from coprs_deploy.policy.pixels import ClipPixels, QwenPixels
 
 SIZES = [(56, 56), (1, 150), (333, 777), (1920, 1080), (17, 900), (28, 27)]
 
