@@ -65,9 +65,10 @@ def test_bench_bundle_without_checkpoint_is_its_own_reference(tiny_bundle):
     )
     assert done.returncode == 0, done.stderr
     (group,) = json.loads(done.stdout)["groups"]
-    (case,) = group["cases"]
-    assert case["latency"]["n"] > 0
-    assert "no checkpoint was given" in case["accuracy"]["note"]
+    assert group["cases"][0]["name"].startswith("coprs-deploy graph, onnxruntime")
+    for case in group["cases"]:
+        assert case["latency"]["n"] > 0
+        assert "no checkpoint was given" in case["accuracy"]["note"]
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_engines_suite_lists_no_peer_that_is_not_installed(tmp_path, monkeypatch
     _, skipped = run.list_groups(Fixtures(tmp_path, BenchOptions(suites=("engines",)), print))
     remedies = {each.name: each.remedy for each in skipped}
     assert "[bench]" in remedies["segment-anything"]
-    assert "openvino" in remedies["openvino cpu"]
+    assert "[edge]" in remedies["openvino cpu"]
 
 
 def engines_cases(folder):
