@@ -45,7 +45,7 @@ REPORTS = Path("benchmarks/reports")
 REAL_SIZES = REPORTS / "real-size-policy.json"
 ENGINES = Path("engines/records/full-size-engines.json")
 
-MODEL_TAG, PRECISION_TAG = "demo", "precision"
+MODEL_TAG, POLICY_TAG, PRECISION_TAG = "demo", "openvino-policy", "precision"
 ENCODER_TAGS = ("full-size", "vit-b")
 """Tags of reports on encoders of real size: on a CPU, and on a GPU."""
 
@@ -86,7 +86,7 @@ def speed_table(root: Path, folder: Path) -> list[str]:
 def readme_table(root: Path, folder: Path) -> list[str]:
     """Lay out the fastest case of this package beside the fastest of its peer, in few rows."""
     rows: list[tuple[str, ...]] = []
-    if (report := latest(root, MODEL_TAG)) is not None:
+    for report in filter(None, (latest(root, tag) for tag in (MODEL_TAG, POLICY_TAG))):
         cases = [case for case in _requests(report) if case.labels["precision"] == FP32]
         graphs = [case for case in cases if "new image" in case.name]
         modules = [case for case in cases if "PyTorch" in case.name]
@@ -120,8 +120,12 @@ def _described(case: CaseResult) -> str:
     words = case.labels["runtime"]
     for name, written in RUNTIME_NAMES.items():
         words = words.replace(name, written)
-    rest = case.labels.get("matmul_precision")
-    return f"{words} {case.labels['precision']}" + (f", the rest in {rest}" if rest else "")
+    words += f" {case.labels['precision']}"
+    if rest := case.labels.get("matmul_precision"):
+        words += f", the rest in {rest}"
+    if case.labels.get("policy") == "openvino":
+        words += ", the policy as OpenVINO graphs"
+    return words
 
 
 def _matmul(case: CaseResult) -> str:
