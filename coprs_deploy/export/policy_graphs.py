@@ -356,7 +356,8 @@ def _convert(module: nn.Module, example: Any) -> Any:
         keep_16bit(module)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing fixes sizes that are constants of a policy
-        return ov.convert_model(module.eval(), example_input=example)
+        # Shared constants would point into modules that are freed before the graph is saved.
+        return ov.convert_model(module.eval(), example_input=example, share_weights=False)
 
 
 def _save(graph: Any, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Bundles that hold the policy as graphs: manifest, check against PyTorch, whole requests."""
 
 import os
+import shutil
 
 import msgspec
 import numpy as np
@@ -201,6 +202,33 @@ def test_layers_are_compressed_one_by_one(tiny_checkpoint, tmp_path, monkeypatch
     assert types.count("i4") == 7
     names = [node.get_friendly_name() for node in graph.get_ops()]
     assert len(set(names)) == len(names)
+
+
+def test_graphs_hold_their_own_biases_and_norms(tiny_checkpoint, tmp_path, monkeypatch):
+    import openvino
+
+    convert = policy_graphs._convert
+
+    def convert_and_overwrite(module, example):
+        graph = convert(module, example)
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.data.fill_(float("nan"))
+        return graph
+
+    policy, half = read_checkpoint(tiny_checkpoint).policy_path, tmp_path / "bfloat16"
+    shutil.copytree(policy, half)
+    load_policy(policy).bfloat16().save_pretrained(half)
+    monkeypatch.setattr(policy_graphs, "_convert", convert_and_overwrite)
+    export_policy_graphs(half, tmp_path / "graphs", "int8", lambda step: None)
+    for name in ("vision", "decoder"):
+        graph = openvino.Core().read_model(tmp_path / "graphs" / f"{name}.xml")
+        constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+        floats = [node for node in constants if node.get_element_type().is_real()]
+        assert any("bias" in node.get_friendly_name() for node in floats)
+        for node in floats:
+            values = node.get_data().astype(np.float32)
+            assert np.isfinite(values).all(), node.get_friendly_name()
 
 
 def test_16_bit_weights_are_read_in_float32_and_restored(tiny_checkpoint):
