@@ -19,6 +19,7 @@ from coprs_deploy.checkpoint import (
     write_checkpoint,
 )
 from coprs_deploy.models import SegmentationModel
+from coprs_deploy.policy.compressed_weights import require_float_weights
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import PromptTemplate
@@ -151,10 +152,16 @@ def _exact_dtype(weight: Tensor, preferred: torch.dtype) -> torch.dtype:
 
 
 def state_from_checkpoint(checkpoint: Checkpoint) -> TrainingState:
-    """Load a checkpoint for training, in float32 and without auxiliary heads."""
+    """Load a checkpoint for training, in float32 and without auxiliary heads.
+
+    Raises:
+        CheckpointError: the policy is quantized.
+        PolicyError: the policy's configuration does not belong to its weights.
+    """
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     path: Path = checkpoint.policy_path
+    require_float_weights(path, "training")
     check_policy_size(path)
     with without_progress_bars():
         policy = AutoModelForImageTextToText.from_pretrained(

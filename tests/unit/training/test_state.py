@@ -1,11 +1,15 @@
 """Checkpoints of a training state: dtypes of trained and frozen weights, weights in memory."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.conversion import random_checkpoint
+from coprs_deploy.errors import CheckpointError
 from coprs_deploy.training.features import encoder_fingerprint
 from coprs_deploy.training.state import state_from_checkpoint
 
@@ -82,3 +86,12 @@ def test_frozen_weights_that_half_precision_holds_are_stored_in_it(start, tmp_pa
     name = "image_encoder.blocks.0.attn.qkv.weight"
     assert weights[name].dtype == torch.float16
     assert torch.equal(weights[name].float(), state.segmentation.state_dict()[name])
+
+
+def test_state_from_a_checkpoint_with_a_quantized_policy_is_refused(start, tmp_path):
+    shutil.copytree(start.path, tmp_path / "quantized")
+    file = tmp_path / "quantized" / "policy" / "config.json"
+    quantization = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | quantization))
+    with pytest.raises(CheckpointError, match="training needs float weights"):
+        state_from_checkpoint(read_checkpoint(tmp_path / "quantized"))
