@@ -70,6 +70,7 @@ class CoPRS(Closeable):
 
     Attributes:
         description: runtimes and devices of graphs and policy.
+        concurrency: number of requests that the policy decodes together.
         valid_region: images that the image encoder accepts; None accepts any.
         runtime_choices: as given.
     """
@@ -91,6 +92,7 @@ class CoPRS(Closeable):
         CoPRS._loaded_in = self._process = os.getpid()
         self._is_closed = False
         self._timeout_s = options.timeout_s
+        self.concurrency = policy.concurrency
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -237,7 +239,7 @@ class CoPRS(Closeable):
         """
         self._check_usable()
         check_type("requests", requests, Iterable)
-        concurrency = self._policy.concurrency
+        concurrency = self.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:

@@ -20,14 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
-from coprs_deploy.evaluation.metrics import (
-    ExampleScore,
-    count_pixels,
-    iou,
-    mask_metrics,
-    standard_error,
-    union,
-)
+from coprs_deploy.evaluation.metrics import count_pixels, iou, standard_error, union
+from coprs_deploy.evaluation.protocols import TARGETS
+from coprs_deploy.evaluation.rows import EvaluationRow
+from coprs_deploy.evaluation.summary import measure, row_iou
 from coprs_deploy.images import prepare_image
 from coprs_deploy.logits import resize_logits, sigmoid
 from coprs_deploy.training.grpo.scores import mask_scores
@@ -48,7 +44,7 @@ BATCH_SIZE = 32
 """Prompts that are generated together."""
 
 
-def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[ExampleScore]:
+def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[EvaluationRow]:
     """Evaluate greedy responses; all processes take part and each returns all results."""
     from accelerate.utils import gather_object
 
@@ -66,19 +62,19 @@ def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[
         batch_size=BATCH_SIZE,
     )[: len(own)]
     model.train(was_training)
-    gathered: list[ExampleScore] = gather_object(evaluated) if num_processes > 1 else evaluated
+    gathered: list[EvaluationRow] = gather_object(evaluated) if num_processes > 1 else evaluated
     return gathered
 
 
-def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
+def summarize(scores: Sequence[EvaluationRow]) -> dict[str, float]:
     """Average metrics over all examples; those of masks are nan if no example has a target."""
     present = [score for score in scores if score.num_targets]
-    of_masks = mask_metrics(present)
+    of_masks = measure(present, TARGETS)
     means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
     return {
         **means,
-        **{name: of_masks.get(name, math.nan) for name in MASK_METRICS},
-        "giou_stderr": standard_error([score.mask_iou for score in present]),
+        **{n: of_masks[n].value if n in of_masks else math.nan for n in MASK_METRICS},
+        "giou_stderr": standard_error([row_iou(score, TARGETS) for score in present]),
         "reward_stderr": standard_error([score.extra["reward"] for score in scores]),
     }
 

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.data.examples import Example
+from coprs_deploy.evaluation.summary import flat_row
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
@@ -105,7 +106,7 @@ class GrpoStage:
         if self._run.accelerator.is_main_process:
             held_out, _ = self._folders()
             held_out.mkdir(parents=True, exist_ok=True)
-            rows = [each.to_json() for each in evaluated]
+            rows = [flat_row(each) for each in evaluated]
             write_json(held_out / f"step-{step:06d}.json", {"examples": rows})
         return metrics
 

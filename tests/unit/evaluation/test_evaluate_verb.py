@@ -25,19 +25,19 @@ def partly_valid(tmp_path):
 @pytest.mark.parametrize("verb", ["evaluate", "features"])
 def test_json_output_lists_the_skipped_rows(verb, partly_valid, tmp_path, capsys):
     if verb == "evaluate":
-        arguments = ["evaluate", "--examples", str(partly_valid)]
+        arguments = ["evaluate", "--dataset", str(partly_valid)]
     else:
         arguments = ["features", str(demo.CHECKPOINT), str(partly_valid), "--out"]
         arguments.append(str(tmp_path / "features"))
     assert main([*arguments, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    report = shown if verb == "evaluate" else shown["files"][0]
+    report = shown["datasets"]["rows.jsonl"] if verb == "evaluate" else shown["files"][0]
     (row,) = report["skipped_rows"]
     assert (row["row"], row["column"], report["num_rows"]) == (3, "image", 3)
     assert "exactly one of image and image_path; it has neither" in row["reason"]
     if verb == "evaluate":
-        assert shown["dataset"] == "2 examples of rows.jsonl, 1 skipped"
-        assert 0 <= shown["metrics"]["giou"] <= 1
+        assert report["dataset"] == "2 examples of rows.jsonl, 1 skipped"
+        assert 0 <= report["metrics"]["giou"]["value"] <= 1
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "features"])
@@ -45,7 +45,7 @@ def test_file_without_a_valid_row_fails(verb, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "a"}\n' * 3)
     arguments = {
-        "evaluate": ["evaluate", "--examples", str(path)],
+        "evaluate": ["evaluate", "--dataset", str(path)],
         "features": ["features", str(demo.CHECKPOINT), str(path), "--out", str(tmp_path / "out")],
     }
     assert main([*arguments[verb], "--json"]) == 1
@@ -55,7 +55,7 @@ def test_file_without_a_valid_row_fails(verb, tmp_path, capsys):
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr("coprs_deploy.cli.evaluate.open_runtime")
+    monkeypatch.delattr("coprs_deploy.cli.evaluation_workers.open_runtime")
     out = tmp_path / "file"
     out.write_text("kept")
     assert main(["evaluate", "--num-examples", "1", "--out", str(out)]) == 2
@@ -75,12 +75,12 @@ def test_threshold_is_refused_before_the_work(setting, message, tmp_path, capsys
     def open_runtime(*_):
         raise AssertionError("the bundle was opened")
 
-    monkeypatch.setattr("coprs_deploy.cli.evaluate.open_runtime", open_runtime)
+    monkeypatch.setattr("coprs_deploy.cli.evaluation_workers.open_runtime", open_runtime)
     path = tmp_path / "rows.jsonl"
     found = [e for e in SceneExamples(PLAIN, 9) if e.question_type == "attribute"]
     write_examples(path, found)
     out = tmp_path / "out"
-    arguments = ["evaluate", "--examples", str(path), "--out", str(out), "--require", setting]
+    arguments = ["evaluate", "--dataset", str(path), "--out", str(out), "--require", setting]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
@@ -95,13 +95,14 @@ def test_evaluate_of_a_data_set_equals_that_of_the_same_examples_in_a_file(tmp_p
     builder.write()
     metrics = []
     for source in ("refcoco:testA", tmp_path / "scenes.jsonl"):
-        arguments = ["evaluate", "--examples", source, "--root", tmp_path / "data", "--json"]
+        arguments = ["evaluate", "--dataset", source, "--root", tmp_path / "data", "--json"]
+        arguments += ["--protocol", "targets", "--policy", "openvino"]
         assert main([*map(str, arguments)]) == 0
-        shown = json.loads(capsys.readouterr().out)
+        (shown,) = json.loads(capsys.readouterr().out)["datasets"].values()
         assert shown["dataset"].startswith("3 examples of ")
-        metrics.append({k: v for k, v in shown["metrics"].items() if "." not in k})
+        metrics.append(shown["metrics"])
     assert metrics[0] == metrics[1]
-    assert metrics[0]["giou"] > 0
+    assert metrics[0]["giou"]["value"] > 0
 
 
 def test_features_and_training_take_a_data_set(tmp_path, capsys, monkeypatch):
@@ -127,4 +128,4 @@ def test_features_and_training_take_a_data_set(tmp_path, capsys, monkeypatch):
 
 def test_root_without_a_data_set_is_refused(tmp_path, capsys):
     assert main(["evaluate", "--root", str(tmp_path)]) == 2
-    assert "name one with --examples" in capsys.readouterr().err
+    assert "name one with --dataset" in capsys.readouterr().err
