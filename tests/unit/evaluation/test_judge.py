@@ -53,12 +53,12 @@ def test_rate_sends_image_instruction_and_reasoning(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (30, 2048, 3), np.uint8)
     items = [JudgeItem(lambda: image, "the red car", "It stands left.")]
     _, _, requests = run(lambda n, r: answer(), items, tmp_path)
-    text, picture = requests[0]["body"]["messages"][0]["content"]
+    text, sent_image = requests[0]["body"]["messages"][0]["content"]
     assert "the red car" in text["text"]
     assert "It stands left." in text["text"]
     for name in judge.WEIGHTS:
         assert name in text["text"]
-    head, _, data = picture["image_url"]["url"].partition(",")
+    head, _, data = sent_image["image_url"]["url"].partition(",")
     assert head == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
         assert sent.size == (1024, 15)
@@ -102,7 +102,7 @@ def test_rate_changed_content_is_rated_again(change, tmp_path):
 def test_rate_tells_the_judge_what_is_wrong_with_its_answer(tmp_path):
     replies = ["no idea", json.dumps(GOOD | {"task_relevance": 7}), "```json\n%s\n```"]
     replies[2] %= json.dumps(GOOD, indent=1)
-    scores, report, requests = run(lambda n, r: answer(replies[n]), make_items(1), tmp_path)
+    scores, _, requests = run(lambda n, r: answer(replies[n]), make_items(1), tmp_path)
     assert scores[0].quality == pytest.approx(0.475)
     assert (scores[0].prompt_tokens, scores[0].completion_tokens) == (300, 30)
     second, third = (request["body"]["messages"] for request in requests[1:])
