@@ -106,7 +106,7 @@ class EvaluationTask:
         others = {
             "instruction": _storable(instruction),
             "image": image,
-            "num_targets": self._num_targets(len(example.masks)),
+            "num_targets": self._num_targets(_num_targets(example, self.protocol)),
             "num_same_class": source.num_same_class(index) if source is not None else None,
         }
         try:
@@ -151,6 +151,12 @@ def evaluate_rows(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _num_targets(example: Example, protocol: EvaluationProtocol) -> int:
+    """Count the targets; ignored pixels that become foreground are one."""
+    is_foreground = protocol.ignored_pixels == "foreground" and example.ignore_mask is not None
+    return len(example.masks) or int(is_foreground and bool(np.any(example.ignore_mask)))
 
 
 def _describe(error: Exception) -> str:

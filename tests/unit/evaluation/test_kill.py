@@ -1,0 +1,77 @@
+"""An evaluation that is killed and resumed writes the same files as one that is not."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import ROOT
+from tests.unit.data.readers.layouts import Refer
+
+SENTENCES = 4
+
+
+def command(root, out, kill_at=0):
+    arguments = ["evaluate", "--dataset", "refcoco:val", "--root", str(root), "--out", str(out)]
+    return [sys.executable, "-m", "tests.unit.evaluation.fake_verb", str(kill_at), *arguments]
+
+
+def run(root, out, kill_at=0):
+    process = subprocess.run(
+        command(root, out, kill_at), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == (-signal.SIGKILL if kill_at else 0), process.stderr
+    return process
+
+
+def write_data(root, num_rows):
+    """Write references with several sentences each, two on an image, the second one elsewhere."""
+    builder = Refer(root)
+    num_refs = num_rows // SENTENCES
+    forms = ("polygon", "compressed RLE", "overlapping polygons", "empty list")
+    for number in range(num_refs):
+        image_id = 1 + number % (num_refs // 2)
+        ann_id = builder.annotate(image_id, forms[number % len(forms)])
+        builder.refer(image_id, ann_id, "val", *(f"it {number} {i}" for i in range(SENTENCES)))
+    return builder.write()
+
+
+def files(out):
+    """Return the content of all files but that of the speed, by name."""
+    found = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert found.pop("speed.json") and found.pop(".lock") == b""
+    return found
+
+
+@pytest.mark.slow
+def test_evaluation_killed_three_times_writes_the_same_files(tmp_path):
+    root = write_data(tmp_path / "data", 160)
+    for kill_at in (30, 1, 50):
+        run(root, tmp_path / "killed", kill_at)
+        with (tmp_path / "killed/refcoco-val/rows.partial.jsonl").open("ab") as file:
+            file.write(b'{"index":15')  # as a kill in the middle of a write leaves it
+    last = run(root, tmp_path / "killed")
+    assert "78 of 160 examples have been evaluated before" in last.stderr
+    run(root, tmp_path / "whole")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert len(files(tmp_path / "whole")["refcoco-val/rows.jsonl"].splitlines()) == 160
+
+
+@pytest.mark.extended
+def test_evaluation_of_50_000_rows_killed_at_any_moment_writes_the_same_files(tmp_path):
+    count, out = 50_000, tmp_path / "killed"
+    root = write_data(tmp_path / "data", count)
+    partial = out / "refcoco-val/rows.partial.jsonl"
+    for share in (0.2, 0.5, 0.8):
+        with subprocess.Popen(command(root, out), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            while not partial.is_file() or partial.read_bytes().count(b"\n") < share * count:
+                assert process.poll() is None, "it ended before it was killed"
+                time.sleep(0.1)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    print(run(root, out).stdout)
+    run(root, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+    assert len(files(out)["refcoco-val/rows.jsonl"].splitlines()) == count
