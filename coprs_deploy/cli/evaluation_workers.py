@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -158,14 +159,19 @@ def _start(job: EvaluationJob, share: Share) -> tuple[Connection, SpawnProcess]:
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, job, share))
-    process.start()
+    # A worker, be it still importing, leaves Ctrl-C to this process, which ends the workers.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
     sender.close()  # so that the end of the worker closes the pipe
     return receiver, process
 
 
 def _work(connection: Connection, job: EvaluationJob, share: Share) -> None:
     """Send the rows of a share; ends when the receiver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends the workers
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # closes the bundle
 
     def on_ready(description: str) -> None:
         connection.send((_READY, description))
@@ -177,7 +183,8 @@ def _work(connection: Connection, job: EvaluationJob, share: Share) -> None:
         return
     except Exception as error:
         connection.send((_FAILED, f"{type(error).__name__}: {error}"))
-        raise
+        if not isinstance(error, CoPRSError):
+            raise
 
 
 def _receive(connection: Connection) -> tuple[int, Any] | None:

@@ -2,7 +2,8 @@
 
     python -m tests.unit.evaluation.fake_verb KILL_AT ARGUMENTS...
 
-The process kills itself at request number KILL_AT; 0 for never.
+The process kills itself at request number KILL_AT; 0 for never, and -1 for a bundle
+that cannot be opened.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from coprs_deploy.cli import evaluation_workers
 from coprs_deploy.cli.main import main
+from coprs_deploy.errors import BundleError
 from tests.unit.evaluation.fake_source import result_of
 
 
@@ -48,9 +50,13 @@ class FakeRuntime:
 
 @contextmanager
 def open_runtime(bundle, options):
-    yield FakeRuntime(int(sys.argv[1]))
+    kill_at = int(sys.argv[1])
+    if kill_at < 0:
+        raise BundleError("there is no bundle")
+    yield FakeRuntime(kill_at)
 
+
+evaluation_workers.open_runtime = open_runtime  # worker processes import this module as well
 
 if __name__ == "__main__":
-    evaluation_workers.open_runtime = open_runtime
     sys.exit(main(sys.argv[2:]))
