@@ -24,7 +24,7 @@ from coprs_deploy.cli.evaluation_workers import EvaluationJob, make_shares
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.cli.report_arguments import add_report_arguments, read_judge
-from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, add_bundle_argument, open_runtime
+from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, add_bundle_argument
 from coprs_deploy.console import StepPrinter, table
 from coprs_deploy.data.readers.registry import SourceOptions
 from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, ExampleSet, open_examples
@@ -281,7 +281,7 @@ def _report(
 
         @cache
         def segment() -> Segment:
-            return stack.enter_context(open_runtime(job.bundle, job.options)).segment
+            return stack.enter_context(job.open()).segment
 
         options = ReportOptions(
             segment=segment,

@@ -98,8 +98,9 @@ def draw_correlations(correlations: Sequence[Correlation], scheme: Scheme = "lig
 
 def _draw(axes: Any, correlation: Correlation, colors: dict[str, str]) -> None:
     x, y = np.asarray(correlation.x, float), np.asarray(correlation.y, float)
-    opacity = float(np.clip(30 / max(1, len(x)) ** 0.5, 0.15, 0.6))
-    axes.scatter(x, y, s=9, alpha=opacity, color=colors["points"], linewidths=0)
+    crowding = max(1, len(x)) ** 0.5
+    opacity, area = np.clip(20 / crowding, 0.15, 0.8), np.clip(300 / crowding, 8, 30)
+    axes.scatter(x, y, s=area, alpha=opacity, color=colors["points"], linewidths=0)
     found = correlation.pearson_r
     if found is not None and len(x) > 2:
         at = np.linspace(x.min(), x.max(), 100)

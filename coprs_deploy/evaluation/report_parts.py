@@ -20,6 +20,9 @@ from coprs_deploy.prompts import extract_reasoning
 LISTED_FAILURES = 20
 """Failed rows that the report lists; ``rows.jsonl`` has all of them."""
 
+LEFT_OUT_OF_GROUPS = tuple(f"precision_at_{n}" for n in (60, 70, 80, 90))
+"""Metrics that make the tables of groups too wide to read; ``report.json`` has them."""
+
 SHORT_REASONING = 320
 """Characters of a reasoning that are shown; a longer one is unfolded by a click."""
 
@@ -70,7 +73,8 @@ def dataset_lines(
         *markdown_table(("metric", "value", "95 % interval"), metric_rows(summary.metrics)),
     ]
     for dimension, groups in summary.groups.items():
-        names = list(dict.fromkeys(name for group in groups.values() for name in group.metrics))
+        found = dict.fromkeys(name for group in groups.values() for name in group.metrics)
+        names = [name for name in found if name not in LEFT_OUT_OF_GROUPS]
         body = [
             (name, f"{group.num_rows:,}", *(_value(group.metrics.get(each)) for each in names))
             for name, group in groups.items()
