@@ -333,7 +333,7 @@ def _print(
         if summary.num_failed:
             rows.append(("failed rows, IoU 0 each", f"{summary.num_failed:,}", ""))
         tables.append(table((head, "", "95 % interval"), rows))
-        shown[name] = {**opened.examples.to_json(), **summary.to_json()}
+        shown[name] = {**summary.to_json(), "source": opened.examples.to_json()}
     rate = f"{speed['images_per_second']:.3g} images/s"
     if speed["num_instructions"]:
         tables.append(f"{rate}, {speed['instructions_per_second']:.3g} instructions/s")

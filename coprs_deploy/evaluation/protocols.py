@@ -1,6 +1,6 @@
 """Protocols: how published evaluations select sentences, count pixels and average.
 
-Figures of two protocols cannot be compared, so every report names its own. Sources: LISA
+Metrics of two protocols cannot be compared, so every report names its own. Sources: LISA
 (``utils/dataset.py``, ``train_ds.py``), Seg-Zero and VisionReasoner (``evaluation``), the public
 CoPRS code, ReLA (``refer_evaluation.py``) for gRefCOCO.
 """

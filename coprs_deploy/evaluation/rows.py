@@ -38,8 +38,8 @@ class EvaluationRow(Record, frozen=True, kw_only=True):
 
     The counts are those of the protocol, which decides about ignored pixels. A failed row has an
     ``error``, no masks, and ``num_found`` 0. Its IoU is 0 in every mean, and its counts are those
-    of an empty prediction, so that its ground truth is in the cIoU; they are None if the ground
-    truth could not be decoded either.
+    of an empty prediction, so that the cIoU has its ground truth; they are None if that could
+    not be decoded either.
 
     Attributes:
         index: position in the source, from 0.

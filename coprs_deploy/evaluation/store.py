@@ -35,6 +35,7 @@ from coprs_deploy.evaluation.summary import EvaluationSummary
 from coprs_deploy.version import __version__
 
 EVALUATION_FILE = "evaluation.json"
+LOCK_FILE = ".evaluation.lock"
 PARTIAL_FILE = "rows.partial.jsonl"
 
 SYNC_SECONDS = 1.0
@@ -160,7 +161,7 @@ class EvaluationStore:
         """
         make_directory(directory)
         taken = f"{directory} is used by another evaluation; wait for it to end"
-        with exclusive(directory / ".lock", taken):
+        with exclusive(directory / LOCK_FILE, taken):
             store, path = cls(directory, identity), directory / EVALUATION_FILE
             known = _read_identity(path) if path.is_file() else None
             if overwrite or known is None:

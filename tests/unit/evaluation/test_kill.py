@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from coprs_deploy.evaluation.store import LOCK_FILE
 from tests import ROOT
 from tests.unit.data.readers.layouts import Refer
 
@@ -48,7 +49,7 @@ def write_data(root, num_rows):
 def files(out):
     """Return the content of all files without the speed, by name."""
     found = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    assert found.pop("speed.json") and found.pop(".lock") == b""
+    assert found.pop("speed.json") and found.pop(LOCK_FILE) == b""
     page, foot, _ = found["report.html"].partition(b"<footer><p>Speed of the last run")
     assert foot
     found["report.html"] = page

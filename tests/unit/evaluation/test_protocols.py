@@ -219,16 +219,16 @@ def test_instruction_is_changed_as_in_the_published_evaluation(
 def test_row_has_the_instruction_that_the_model_got():
     example = example_of(0, [{1}])
     object.__setattr__(example, "instruction", "The CUP.")
-    asked = []
+    requested = []
 
     def segment(image, instruction, max_targets):
-        asked.append(instruction)
+        requested.append(instruction)
         return result_of([{1}], [{1}])
 
     for has_references, expected in ((True, "the cup."), (False, "The CUP.")):
         source = FakeSource([example], has_references=has_references)
         row = EvaluationTask("fake", source, 1, LISA).evaluate(0, segment)
-        assert row.instruction == asked[-1] == expected
+        assert row.instruction == requested[-1] == expected
 
 
 def test_default_protocol_is_that_of_the_data_set():
