@@ -84,17 +84,17 @@ def _table(table: ComparisonTable, measured: Mapping[str, EvaluationSummary]) ->
         if summary is None or metric not in summary.metrics:
             cells.append("-")
             continue
-        note = _incomplete(split, summary)
-        cells.append(_percent(100 * summary.metrics[metric].value) + ("\\*" if note else ""))
-        notes += [note] if note and note not in notes else []
-    rows.append(("**this evaluation**", *(f"**{c}**" if c != "-" else c for c in cells), ""))
+        if note := _incomplete(split, summary):
+            notes += [note] if note not in notes else []
+        cells.append("part" if note else f"**{_percent(100 * summary.metrics[metric].value)}**")
+    rows.append(("**this evaluation**", *cells, ""))
     protocols = sorted({s.protocol for name, s in measured.items() if name in table.splits})
     text = (
         f"This evaluation: protocol {', '.join(protocols)}; each of the others has its own, and "
         "some differ. A dash: not evaluated, or no number in the source."
     )
     if notes:
-        text += f" \\* Not the whole split, so no result on it: {'; '.join(notes)}."
+        text += f" Part: not the whole split, and so no result on it: {'; '.join(notes)}."
     listed = "; ".join(f"{number}. {SOURCES[source]}" for source, number in numbers.items())
     return [
         *markdown_table(("method", *heads, "source"), rows),
