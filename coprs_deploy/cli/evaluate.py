@@ -300,7 +300,9 @@ def _report(
 def _head(arguments: argparse.Namespace, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name bundle, version, data sets and options."""
     name = Path(arguments.bundle).resolve().name if arguments.bundle else "demo model"
-    options = {key: value for key, value in identity["options"].items() if value}
+    options = {key: value for key, value in identity["options"].items() if value is not None}
+    if options.get("policy") != "vllm":
+        options.pop("vllm", None)
     return [
         ("bundle", f"{name}, {identity['bundle'][:12]}"),
         ("coprs-deploy", identity["library_version"]),

@@ -72,12 +72,14 @@ class GalleryExample:
 def choose_examples(
     rows: Sequence[EvaluationRow], protocol: EvaluationProtocol
 ) -> dict[str, list[EvaluationRow]]:
-    """Choose the examples of each gallery among those with a target that did not fail.
+    """Choose the examples of each gallery among those with a visible target that did not fail.
 
     Each gallery prefers different images, and no example is chosen twice. Ties go to the first row.
     A gallery without examples is left out.
     """
-    counted = [row for row in rows if row.num_targets and row.error is None and row.mask]
+    counted = [
+        row for row in rows if row.error is None and row.mask is not None and row.mask.ground_truth
+    ]
     ranked = sorted(counted, key=lambda row: (row_iou(row, protocol), row.index))
     middle = len(ranked) // 2
     by_distance = sorted(range(len(ranked)), key=lambda i: (abs(i - middle), i))

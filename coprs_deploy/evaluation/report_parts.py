@@ -27,7 +27,8 @@ SHORT_REASONING = 320
 """Characters of a reasoning that are shown; a longer one is unfolded by a click."""
 
 STYLE = """
-table { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+table { margin: 1rem 0; } th, td { padding: .25rem .4rem; }
+th:first-child, td:first-child { min-width: 9.5rem; } img { max-width: 100%; height: auto; }
 .plot img { display: block; border-radius: 6px; }
 .example { margin: 1rem 0; padding: .8rem; background: var(--card); border-radius: 8px; }
 .example > p { margin: .3rem 0; overflow-wrap: anywhere; } .ask { font-weight: 600; }

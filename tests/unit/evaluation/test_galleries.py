@@ -54,7 +54,7 @@ def test_choose_examples_prefers_different_images():
 
 
 def test_choose_examples_leaves_out_no_match_and_failed_rows():
-    rows = [row(0, 50, num_targets=0), row(1, 50, error="E: x"), row(2, 50, mask=None)]
+    rows = [row(0, 50, area=0), row(1, 50, error="E: x"), row(2, 50, mask=None)]
     assert chosen(rows) == {}
     assert chosen([*rows, row(3, 50)]) == {"best": [3]}
     assert chosen([]) == {}
