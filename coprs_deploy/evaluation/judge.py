@@ -22,7 +22,7 @@ import msgspec
 from PIL import Image
 
 from coprs_deploy.artifacts import exclusive, make_directory
-from coprs_deploy.errors import CoPRSError, EndpointError, shorten
+from coprs_deploy.errors import CoPRSError, EndpointError, check_number, shorten
 from coprs_deploy.evaluation.chat_endpoint import ChatEndpoint, RequestFailedError
 from coprs_deploy.images import RgbArray, image_key
 from coprs_deploy.page import data_uri
@@ -117,10 +117,12 @@ class JudgeSettings:
             raise ValueError("settings of the judge are given without its URL; add --judge-url URL")
         if self.url is not None and not self.model:
             raise ValueError("the judge has a URL and no model; add --judge-model NAME")
-        if self.concurrency < 1:
-            raise ValueError(f"judge concurrency is {self.concurrency}; it must be at least 1")
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(f"judge num_examples is {self.num_examples}; it must be at least 1")
+        check_number("judge concurrency", self.concurrency, least=1)
+        check_number("judge timeout", self.timeout_s, above=0, most=86_400, is_whole=False)
+        if self.num_examples is not None:
+            check_number("judge examples", self.num_examples, least=1)
+        for price in self.prices or ():
+            check_number("judge price", price, least=0, is_whole=False)
 
     def open(self) -> ChatEndpoint:
         """Open the endpoint; nothing is sent."""

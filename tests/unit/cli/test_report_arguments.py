@@ -36,7 +36,9 @@ def test_read_judge_without_a_url_is_none():
         ("--out o --judge-model m", "add --judge-url URL"),
         ("--out o --judge-url h/v1 --judge-model m", "accepted: http://HOST"),
         ("--out o --judge-url http://h --judge-model m --judge-examples 0", "at least 1"),
-        ("--out o --judge-url http://h --judge-model m --judge-timeout 0", "a time above 0"),
+        ("--out o --judge-url http://h --judge-model m --judge-timeout 0", "must be above 0"),
+        ("--out o --judge-url http://h --judge-model m --judge-timeout inf", "a finite number"),
+        ("--out o --judge-url http://h --judge-model m --judge-prices -1 0", "at least 0"),
     ],
 )
 def test_read_judge_wrong_options_are_refused(words, message):
