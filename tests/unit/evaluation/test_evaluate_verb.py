@@ -227,18 +227,21 @@ def test_sentences_on_an_image_are_neighbors_and_nothing_is_evaluated_twice(
     arguments = ["evaluate", "--dataset", "refcoco:val", "--root", str(data)]
     arguments += ["--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    images = [image for image, _ in runtime.requests]
-    assert len(images) == 12
+    images = [image for image, _ in runtime.requests[:12]]
     assert sum(a != b for a, b in itertools.pairwise(images)) == 1
+    shown = len(list((tmp_path / "out/refcoco-val/gallery").glob("*-prior.webp")))
+    assert len(runtime.requests) == 12 + shown, "each example of a gallery once more"
     before = (tmp_path / "out/report.md").read_bytes()
     assert main(arguments) == 0
-    assert len(runtime.requests) == 12
+    assert len(runtime.requests) == 12 + shown
     assert (tmp_path / "out/report.md").read_bytes() == before
     assert main([*arguments, "--protocol", "coprs"]) == 2
     message = capsys.readouterr().err
     assert "datasets.refcoco:val.protocol.name is 'lisa' there and 'coprs' now" in message
+    runtime.requests.clear()
     assert main([*arguments, "--protocol", "coprs", "--overwrite"]) == 0
-    assert len(runtime.requests) == 18, "the first sentence of each reference"
+    shown = len(list((tmp_path / "out/refcoco-val/gallery").glob("*-prior.webp")))
+    assert len(runtime.requests) == 6 + shown, "the first sentence of each reference"
 
 
 def test_threshold_holds_for_each_data_set(runtime, data, capsys):
