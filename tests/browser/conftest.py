@@ -56,7 +56,11 @@ def open_page(browser):
     contexts, errors = [], []
 
     def opener(address, **options):
-        options = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options}
+        options = {
+            "viewport": {"width": 1280, "height": 900},
+            "reduced_motion": "reduce",
+            **options,
+        }
         context = browser.new_context(**options)
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
         contexts.append(context)

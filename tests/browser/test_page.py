@@ -61,7 +61,9 @@ def test_file_is_segmented_and_described(page, expected):
     row = page.text_content("#targets li")
     assert f"{area:,} px" in row
     assert f"box {x1}, {y1} to {x2}, {y2}" in row
-    assert page.get_attribute("#canvas", "aria-label").startswith("scene.png, 640 x 640 pixels, 1 mask")
+    assert page.get_attribute("#canvas", "aria-label").startswith(
+        "scene.png, 640 x 640 pixels, 1 mask"
+    )
     page.click("#timings-part summary")
     assert "tokens/s" in page.text_content("#timings")
 

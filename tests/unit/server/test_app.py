@@ -277,7 +277,9 @@ class TestRefusals:
         for method, path, status in (("GET", "/segment", 405), ("POST", "/result", 404)):
             response = client.request(method, path)
             assert response.status_code == status
-            endpoints = "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
+            endpoints = (
+                "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
+            )
             assert response.json() == {
                 "error": f"{method} {path}: {endpoints}",
                 "type": "RequestError",
