@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_text_and_prior_appear_while_the_request_runs(page):
     seen = page.evaluate("seen")
     assert len({text for text in seen if text}) > 3
     assert not any("<" in text for text in seen)
-    assert all(longer.startswith(text) for text, longer in zip(seen[1:], seen[2:], strict=False))
+    assert all(longer.startswith(text) for text, longer in pairwise(seen[1:]))
 
 
 def test_views_opacity_and_compare_change_the_canvas(page):
@@ -346,8 +347,10 @@ CONTRAST = """() => {
             if (!/, 0\\)$/.test(color) && color !== "transparent") return color;
         }
     };
-    return [...document.querySelectorAll("body *")].filter(each => each.checkVisibility()
-        && [...each.childNodes].some(child => child.nodeType === 3 && child.data.trim())).map(each => {
+    const hasText = each => [...each.childNodes].some(
+        child => child.nodeType === 3 && child.data.trim());
+    return [...document.querySelectorAll("body *")].filter(
+        each => each.checkVisibility() && hasText(each)).map(each => {
         const [a, b] = [luminance(getComputedStyle(each).color), luminance(ground(each))];
         return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     });
