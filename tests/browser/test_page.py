@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -244,6 +245,27 @@ def test_other_requests_are_counted_while_one_waits(page):
     page.wait_for_function(
         "document.getElementById('status').textContent.includes('2 other requests active')"
     )
+
+
+@pytest.mark.parametrize(
+    ("position", "text", "field"),
+    [
+        (0, "none", ("reasoning", "none")),
+        (3, "at most 20 tokens", ("max_reasoning_tokens", "20")),
+        (9, "no limit", None),
+    ],
+)
+def test_budget_of_the_reasoning_is_sent(page, position, text, field):
+    page.locator("#budget").evaluate(
+        "(e, at) => { e.value = at; e.dispatchEvent(new Event('input')); }", position
+    )
+    assert page.text_content("#budget-text") == text
+    with page.expect_request("**/segment") as request:
+        segment(page)
+    body = request.value.post_data_buffer.decode("latin-1")
+    fields = dict(re.findall(r'name="(\w+)"\r\n\r\n([^\r]*)', body))
+    names = {"reasoning", "max_reasoning_tokens"}
+    assert {name: fields[name] for name in names & set(fields)} == dict([field] if field else [])
 
 
 class TestErrors:

@@ -6,6 +6,7 @@ import { Viewer } from "./viewer.js";
 
 const MAX_HISTORY = 20;
 const THUMBNAIL_PX = 160;
+const BUDGETS = [0, 5, 10, 20, 30, 50, 100, 200, 500, null];  // tokens; null for no limit
 const TIMINGS = {
   queue_ms: "queue", image_decode_ms: "image decoding", image_encoder_ms: "image encoder",
   prefill_ms: "prefill", decode_ms: "decode", prior_ms: "prior", mask_decoder_ms: "mask decoder",
@@ -93,6 +94,12 @@ function describeCanvas() {
   at("canvas").ariaLabel = text;
   at("hint").hidden = !!input;
   at("file-name").textContent = input?.name ?? "Choose a file …";
+}
+
+function showBudget() {
+  const budget = BUDGETS[at("budget").value];
+  at("budget-text").textContent =
+    budget === null ? "no limit" : budget === 0 ? "none" : `at most ${budget} tokens`;
 }
 
 function setView(name) {
@@ -196,6 +203,9 @@ function formOf({ input: { blob, name }, instruction }) {
   body.append("image", blob, name);
   body.append("instruction", instruction);
   body.append("max_targets", at("max-targets").value);
+  const budget = BUDGETS[at("budget").value];
+  if (budget === 0) body.append("reasoning", "none");
+  else if (budget !== null) body.append("max_reasoning_tokens", budget);
   return body;
 }
 
@@ -337,6 +347,7 @@ at("file").addEventListener("change", () => chooseFile(at("file").files[0]));
 for (const choice of document.querySelectorAll("[name=view]")) {
   choice.addEventListener("change", () => setView(choice.value));
 }
+at("budget").addEventListener("input", showBudget);
 at("opacity").addEventListener("input", () => {
   viewer.opacity = at("opacity").value / 100;
   viewer.draw();
@@ -384,5 +395,6 @@ addEventListener("paste", (event) => {
 
 fetch("health").then((response) => response.json()).then((health) => at("runtime").textContent = health.runtime);
 showSamples();
+showBudget();
 clearResult();
 describeCanvas();
