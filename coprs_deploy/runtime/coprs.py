@@ -140,6 +140,11 @@ class CoPRS(Closeable):
             choices += (policy_choice,)
         return cls(graphs, loaded_policy, opened.manifest.geometry, options, choices)
 
+    @property
+    def num_active(self) -> int:
+        """Number of requests that are running or queued; ``segment_many`` is not counted."""
+        return self._limit.num_active
+
     def segment(
         self,
         image: ImageSource,
