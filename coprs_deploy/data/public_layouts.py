@@ -147,7 +147,7 @@ def _write_refer(root: Path, examples: Iterator[Example], split: str) -> None:
     instances, references = _Instances(root), []
     for number, example in enumerate(examples):
         image_id, name = instances.add_image(example.image)
-        annotation = instances.add_annotation(image_id, example.masks.any(axis=0))
+        annotation = instances.add_annotation(image_id, _merged(example))
         owned = {"ann_id": annotation, "category_id": _CATEGORY["id"]}
         name = name.replace(".jpg", f"_{number}.jpg")  # in REFER it is not the name of the image
         references.append(_reference(number, image_id, name, example.instruction, split, **owned))
@@ -182,7 +182,7 @@ def _write_reasonseg(root: Path, examples: Iterator[Example], split: str) -> Non
     for number, example in enumerate(examples):
         stem = f"{number:012d}"
         (folder / f"{stem}.jpg").write_bytes(_png(example.image))
-        polygons = trace_mask(example.masks.any(axis=0))
+        polygons = trace_mask(_merged(example))
         shapes = [_shape(polygon) for polygon in polygons]
         annotation = {"text": [example.instruction], "is_sentence": False, "shapes": shapes}
         (folder / f"{stem}.json").write_text(json.dumps(annotation), encoding="utf-8")
@@ -228,7 +228,7 @@ def _write_parquet(root: Path, examples: Iterator[Example], split: str) -> None:
             height, width = example.image.shape[:2]
             row = {
                 "image": {"bytes": _png(example.image), "path": f"{number:012d}.png"},
-                "mask": example.masks.any(axis=0).tolist(),
+                "mask": _merged(example).tolist(),
                 "text": example.instruction,
                 "image_id": f"{number:012d}",
                 "ann_id": str(number),
@@ -240,6 +240,12 @@ def _write_parquet(root: Path, examples: Iterator[Example], split: str) -> None:
                 flush()
         if rows:
             flush()
+
+
+def _merged(example: Example) -> NDArray[np.bool_]:
+    """Merge the targets into one mask (H, W), which is empty for a no-match example."""
+    merged: NDArray[np.bool_] = np.any(example.masks, axis=0)
+    return merged
 
 
 def _png(image: RgbArray) -> bytes:
