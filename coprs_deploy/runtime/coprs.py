@@ -72,6 +72,7 @@ class CoPRS(Closeable):
         description: runtimes and devices of graphs and policy.
         valid_region: images that the image encoder accepts; None accepts any.
         runtime_choices: as given.
+        concurrency: number of requests that the policy serves together.
     """
 
     _loaded_in: ClassVar[int | None] = None
@@ -96,6 +97,7 @@ class CoPRS(Closeable):
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
         self.valid_region = graphs.valid_region
         self.runtime_choices = runtime_choices
+        self.concurrency = policy.concurrency
         runtimes = " + ".join(dict.fromkeys(r.description for r in graphs.runners.values()))
         accepted = "" if self.valid_region is None else f" for {self.valid_region}"
         if self.valid_region is not None and self.valid_region.drops_padding:
@@ -147,7 +149,7 @@ class CoPRS(Closeable):
 
     def segment(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -155,7 +157,8 @@ class CoPRS(Closeable):
         """Segment what an instruction describes.
 
         Args:
-            image: a path, bytes, a Pillow image or an array; see ``images.load_image``.
+            image: a path, bytes, a Pillow image or an array; see ``images.load_image``; or what
+                :meth:`decode` returned.
             instruction: what to segment.
             max_targets: maximum number of targets, one mask each.
             max_new_tokens: token budget of the response; None takes the checkpoint's.
