@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from coprs_deploy.data.examples import Example
+from coprs_deploy.data.image_checks import content_key
 from coprs_deploy.data.readers.registry import open_source
 from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
-from coprs_deploy.images import image_key
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.features import FeatureStore
 from coprs_deploy.training.recipe import Recipe
@@ -99,7 +99,7 @@ class Contents:
 
     def add(self, example: Example) -> None:
         """Add an example."""
-        key = image_key(example.image)
+        key = content_key(example.image)
         texts = [key, example.instruction, example.response, len(example.masks)]
         self._hash.update(json.dumps(texts).encode())
         self._hash.update(np.packbits(example.masks).data)
