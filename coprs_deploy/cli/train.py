@@ -8,6 +8,7 @@ stage misses one of its thresholds, or, with --estimate, when a stage does not f
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.run_directory import CHECKPOINT_FOLDER, read_report
+from coprs_deploy.training.run_directory import RECIPE_FILE, read_report
 
 AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
@@ -26,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe name or .toml file")
     parser.add_argument("--list", action="store_true", help="list the recipes of the package")
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="run directory (default: runs/RECIPE); with --export-state, the checkpoint "
+        "(default: RUN/exported/STAGE-N)",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -35,9 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a value, such as stages.reasoning.max_steps=100; may be repeated",
     )
     parser.add_argument(
-        "--export-checkpoint",
-        action="store_true",
-        help="train nothing; write OUT/checkpoint from the newest state of a stopped run",
+        "--export-state",
+        type=Path,
+        metavar="RUN",
+        help="train nothing; write the checkpoint of a saved state of a run, which may be training",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="steps of the state for --export-state (default: the newest)",
     )
     parser.add_argument("--scenes-dir", type=Path, help="folder of rendered scenes to reuse")
     parser.add_argument(
@@ -55,6 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     """List the recipes, estimate, or train."""
     if arguments.list:
         return _list(arguments)
+    if arguments.export_state is not None:
+        return _export_state(arguments)
+    if arguments.step is not None:
+        raise ValueError("--step chooses a state for --export-state RUN; leave it out")
     if arguments.recipe is None:
         raise ValueError("RECIPE is missing; `coprs-deploy train --list` lists the recipes")
     recipe = _load(arguments.recipe, arguments.set)
@@ -89,7 +106,7 @@ def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
 
         end_with_launcher()
     try:
-        if recipe.num_processes > 1 and not is_worker and not arguments.export_checkpoint:
+        if recipe.num_processes > 1 and not is_worker:
             code = _launch(recipe, arguments, out)
         else:
             code = _run_recipe(recipe, out, arguments)
@@ -101,10 +118,6 @@ def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
         log(_kept(out))
     if code or is_worker:  # another exit code than 0 would end the other processes
         return code
-    if arguments.export_checkpoint:
-        path = str(out / CHECKPOINT_FOLDER)
-        print_result(arguments, {"checkpoint": path}, path)
-        return 0
     return _show(read_report(out), out, arguments)
 
 
@@ -114,8 +127,8 @@ def _kept(out: Path) -> str:
     if not states:
         return f"no state was saved in {out} since the last stage; re-run the same command"
     return (
-        f"{max(states)[1]} is kept; re-run the same command to resume from it, or add "
-        f"--export-checkpoint to write {out / CHECKPOINT_FOLDER} from it"
+        f"{max(states)[1]} is kept; re-run the same command to resume from it, or write its "
+        f"checkpoint with `coprs-deploy train --export-state {out}`"
     )
 
 
@@ -130,18 +143,54 @@ def _show(report: dict[str, Any], out: Path, arguments: argparse.Namespace) -> i
 
 def _run_recipe(recipe: AnyRecipe, out: Path, arguments: argparse.Namespace) -> int:
     """Train in this process; return the exit code, 0 if the run ended."""
-    scenes_dir, export_only = arguments.scenes_dir, arguments.export_checkpoint
+    scenes_dir = arguments.scenes_dir
     if isinstance(recipe, Recipe):
         from coprs_deploy.training.run import train
 
         if scenes_dir is not None:
             log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
-        train(recipe, out, export_only=export_only)
+        train(recipe, out)
     else:
         from coprs_deploy.curriculum.run import train_curriculum
 
-        train_curriculum(recipe, out, scenes_dir, export_only=export_only)
+        train_curriculum(recipe, out, scenes_dir)
     return 0
+
+
+def _export_state(arguments: argparse.Namespace) -> int:
+    """Write the checkpoint of a saved state of a run."""
+    if arguments.recipe is not None or arguments.set:
+        raise ValueError("--export-state takes the recipe of the run; leave out RECIPE and --set")
+    run = arguments.export_state
+    recipe = _recipe_of(run)
+    from coprs_deploy.training.saved_state import choose_state, export_state
+
+    saved = choose_state(run, list(recipe.stages), arguments.step)
+    out = arguments.out or run / "exported" / f"{saved.stage}-{saved.step:06d}"
+    if arguments.out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out is {out}, which exists; accepted: a new or empty directory")
+    check_writable(out)
+    if isinstance(recipe, Recipe):
+        export_state(recipe, run, saved, out)
+    else:
+        from coprs_deploy.curriculum.run import export_tiny_state
+
+        export_tiny_state(recipe, run, saved, out, arguments.scenes_dir)
+    shown = {"checkpoint": str(out), "stage": saved.stage, "step": saved.step}
+    print_result(arguments, shown, str(out))
+    return 0
+
+
+def _recipe_of(run: Path) -> AnyRecipe:
+    """Read the recipe of a run."""
+    file = run / RECIPE_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{run} has no {RECIPE_FILE}; --export-state takes the directory of a training run"
+        )
+    data = json.loads(file.read_text(encoding="utf-8"))
+    is_tiny = data["model"]["kind"] == "tiny"
+    return CurriculumRecipe.from_json(data) if is_tiny else Recipe.from_json(data)
 
 
 def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:

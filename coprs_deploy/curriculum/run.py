@@ -25,7 +25,9 @@ from coprs_deploy.curriculum.segmentation_stage import SegmentationStage
 from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, PRESETS
 from coprs_deploy.evaluation.metrics import summarize
-from coprs_deploy.training.run import Run, finish_run, open_run, save_checkpoint
+from coprs_deploy.training.progress import WEIGHTS_FILE
+from coprs_deploy.training.run import Run, attach_run, finish_run, open_run, save_checkpoint
+from coprs_deploy.training.saved_state import SavedState, load_objective
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.stage import TrainingStage
 from coprs_deploy.training.state import TrainingState
@@ -43,8 +45,6 @@ def train_curriculum(
     recipe: CurriculumRecipe,
     out: Path,
     scenes_dir: Path | None = None,
-    *,
-    export_only: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe of a tiny model; a run in ``out`` is resumed.
 
@@ -52,32 +52,43 @@ def train_curriculum(
         recipe: the recipe.
         out: run directory.
         scenes_dir: folder of rendered scenes; ``out/scenes`` by default.
-        export_only: train nothing; write the newest state of the run as its checkpoint.
 
     Returns:
         The report: stages with their thresholds, and metrics of the finished model.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings, settings contradict each other, or
-            there is no state to export.
+        ValueError: ``out`` holds a run with other settings, or settings contradict each other.
         CheckpointError: the initial checkpoint cannot be used.
     """
     with open_run(recipe, out) as run:
-        if export_only:
-            run.directory.require_progress()
         context = build_context(run, scenes_dir or out / "scenes")
         run.provenance.update(_provenance(recipe))
         trainer = Trainer(run, context.state)
         stages = (build_stage(name, each, context) for name, each in recipe.stages.items())
-        if export_only:
-            all(map(trainer.restore, stages))
-            save_checkpoint(run, context.state)
-            return {}
         results = {stage.name: trainer.run(stage) for stage in stages}
         save_checkpoint(run, context.state)
         round_weights(context.state, recipe.save_dtype)
         return finish_run(run, results, evaluate(run, context))
+
+
+def export_tiny_state(
+    recipe: CurriculumRecipe, run: Path, saved: SavedState, out: Path, scenes_dir: Path | None
+) -> None:
+    """Write the checkpoint of a state, as ``training.saved_state.export_state`` does."""
+    attached = attach_run(recipe, run)
+    context = build_context(attached, scenes_dir or run / "scenes")
+    for name, settings in recipe.stages.items():
+        stage = build_stage(name, settings, context)
+        if name == saved.stage and not saved.is_finished:
+            load_objective(saved.folder, stage.objective)
+            break
+        file = attached.directory.stage(name) / WEIGHTS_FILE
+        context.state.load_state_dict(torch.load(file, weights_only=True))
+        if name == saved.stage:
+            break
+    provenance = _provenance(recipe) | {"stage": saved.stage, "step": saved.step}
+    context.state.save_checkpoint(out, recipe.save_dtype, provenance, overwrite=True)
 
 
 def build_context(run: Run[CurriculumRecipe], scenes_dir: Path) -> CurriculumContext:

@@ -16,8 +16,9 @@ from torch import nn
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Record
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.run import build_on_meta, vision_tower
+from coprs_deploy.training.run import build_on_meta
 from coprs_deploy.training.settings import ExampleData, GrpoSettings, StageSettings
+from coprs_deploy.training.state import vision_tower
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coprs_deploy.artifacts import atomic_write, write_json
+from coprs_deploy.training.checkpoints import remove_directory, remove_hidden
 from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.state import TrainingState
@@ -35,6 +36,7 @@ class StageProgress:
     """Progress of a stage in its run directory; only the main process writes.
 
     ``stages`` are those of the recipe; the steps of earlier ones are the offset of the curves.
+    ``save_total_limit`` is the number of states that are kept.
     ``state`` is the folder of the state to resume from, after ``step`` steps; None starts from the
     first step.
     """
@@ -45,16 +47,18 @@ class StageProgress:
         accelerator: Accelerator,
         name: str,
         stages: Mapping[str, StageSettings],
+        save_total_limit: int = 1,
     ) -> None:
-        self._directory, self._accelerator, self._name = directory, accelerator, name
+        self._directory, self._accelerator, self.name = directory, accelerator, name
         self._settings = settings = stages[name]
+        self._save_total_limit = save_total_limit
         earlier = takewhile(lambda each: each != name, stages)
         self._steps_before = sum(stages[each].max_steps for each in earlier)
         self.path = directory.stage(name)
         self.state: Path | None = None
         self.step, self.init_metrics, self._seconds_before = 0, dict[str, float](), 0.0
-        if complete := [file.parent for file in self.path.glob(f"state-*/{PROGRESS_FILE}")]:
-            self.state = max(complete, key=lambda path: int(path.name.removeprefix("state-")))
+        if states := saved_states(self.path):
+            self.state = states[-1]
             saved = json.loads((self.state / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.step, self.init_metrics = saved["step"], saved["init_metrics"]
             self._seconds_before = saved["seconds"]
@@ -79,11 +83,12 @@ class StageProgress:
         accelerator = self._accelerator
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_hidden(self.path)
             for partial in self.path.glob("checkpoint-*"):
                 shutil.rmtree(partial)
-            self._directory.rewind_log(self._name, self.kept_step)
+            self._directory.rewind_log(self.name, self.kept_step)
             position = f"resumed from step {self.step}" if self.state else "from its first step"
-            text = f"{self._name}: {self._settings.max_steps} steps, {position}"
+            text = f"{self.name}: {self._settings.max_steps} steps, {position}"
             print(text, file=sys.stderr, flush=True)
         if not accelerator.trackers:
             writer = {"purge_step": self._steps_before + self.step + 1}
@@ -101,19 +106,19 @@ class StageProgress:
             return
         seconds, max_steps = self.seconds(), self._settings.max_steps
         position = {"step": step, **position, "seconds": seconds}
-        self._directory.log({"stage": self._name, **position, **line})
-        curves = {f"{self._name}/{key}": value for key, value in line.items()}
+        self._directory.log({"stage": self.name, **position, **line})
+        curves = {f"{self.name}/{key}": value for key, value in line.items()}
         self._accelerator.log(curves, step=self._steps_before + step)
         left = seconds / max(1, step) * (max_steps - step)
         times = f"{seconds / 60:6.1f} min, {left / 60:.1f} left"
-        text = f"{self._name:<14} {step:>6}/{max_steps}  {shown}  {times}"
+        text = f"{self.name:<14} {step:>6}/{max_steps}  {shown}  {times}"
         print(text, file=sys.stderr, flush=True)
 
-    def log_evaluation(self, step: int, metrics: Mapping[str, float], best_metric: str) -> bool:
+    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Log the metrics of an evaluation, without those of single question types on stderr.
 
         Returns:
-            Whether ``best_metric`` is the best of several evaluations so far.
+            Whether ``best_metric`` has its largest value in several evaluations so far.
         """
         shown = "  ".join(
             f"{name} {value:.3f}"
@@ -121,7 +126,8 @@ class StageProgress:
             if "." not in name and not name.endswith("_stderr")
         )
         self.log(step, {f"eval/{name}": value for name, value in metrics.items()}, f"eval: {shown}")
-        value, best = metrics.get(best_metric, math.nan), self.best.get("value", -math.inf)
+        value = metrics.get(self._settings.best_metric, math.nan)
+        best = self.best.get("value", -math.inf)
         if not self._settings.eval_steps or not value > best or step == 0:
             return False
         self.best = {"step": step, "value": value}
@@ -145,9 +151,9 @@ class StageProgress:
             shutil.rmtree(final, ignore_errors=True)
             with atomic_write(final) as complete:
                 partial.rename(complete)
-            for state in self.path.glob("state-*"):
-                if state != final:
-                    shutil.rmtree(state)
+            states = sorted(self.path.glob("state-*"), key=step_of)
+            for state in states[: -self._save_total_limit]:
+                remove_directory(state)
         self._accelerator.wait_for_everyone()
 
     def finish(
@@ -175,9 +181,19 @@ class StageProgress:
             torch.save(state.state_dict(), self.path / WEIGHTS_FILE)
             write_json(self.path / RESULT_FILE, result)  # last: it marks a finished stage
             for folder in self.path.glob("state-*"):
-                shutil.rmtree(folder)
+                remove_directory(folder)
         self._accelerator.wait_for_everyone()
         return result
+
+
+def saved_states(stage: Path) -> list[Path]:
+    """Return the folders of the complete states of a stage, oldest first."""
+    return sorted((file.parent for file in stage.glob(f"state-*/{PROGRESS_FILE}")), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """Return the number of steps of a state from its name."""
+    return int(state.name.removeprefix("state-"))
 
 
 def load_finished_stage(

@@ -63,9 +63,9 @@ class RunSettings(Record, frozen=True, kw_only=True):
             also render its scenes. With 0 a process prepares its own batches, which costs nothing
             on a CPU but leaves a GPU idle meanwhile.
         logging_steps: steps between two lines of the log.
-        save_steps: steps between two states that a run can resume from.
-        best_metric: metric of the evaluations during a stage (``eval_steps``) whose best value
-            selects the weights in ``checkpoint-best``.
+        save_steps: steps between two states that a run can resume from, each with a checkpoint.
+        save_total_limit: number of states, and of checkpoints besides the best, that are kept.
+        report_to: where the curves are written: ``tensorboard``, ``wandb``, ``trackio``.
     """
 
     description: str
@@ -77,7 +77,8 @@ class RunSettings(Record, frozen=True, kw_only=True):
     num_workers: Count = 0
     logging_steps: Positive = 10
     save_steps: Positive = 200
-    best_metric: str = "giou"
+    save_total_limit: Positive = 2
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
 
 class Recipe(RunSettings, frozen=True, kw_only=True):

@@ -8,13 +8,12 @@ run by :mod:`coprs_deploy.curriculum.run` with :func:`open_run`, :func:`save_che
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -31,25 +30,21 @@ from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
+from coprs_deploy.training.checkpoints import BEST, LAST, RunCheckpoints
 from coprs_deploy.training.examples import ExampleSets, open_data
 from coprs_deploy.training.processes import StopRequest
 from coprs_deploy.training.progress import StageProgress, load_finished_stage
 from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_directory import (
-    BEST_CHECKPOINT_FOLDER,
     CHECKPOINT_FOLDER,
     REPORT_FILE,
     RunDirectory,
     all_passed,
 )
-from coprs_deploy.training.settings import (
-    LORA_TARGETS,
-    CheckpointModel,
-    GrpoSettings,
-    SupervisedSettings,
-)
-from coprs_deploy.training.state import TrainingState, freeze_unused, state_from_checkpoint
+from coprs_deploy.training.saved_state import select_trained
+from coprs_deploy.training.settings import CheckpointModel, StageSettings, SupervisedSettings
+from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import SupervisedStage
 from coprs_deploy.training.trainer import Trainer
 
@@ -71,45 +66,83 @@ class Run(Generic[R]):
     provenance: dict[str, Any] = field(default_factory=dict)
     stop: StopRequest = field(default_factory=StopRequest)
 
+    def progress(self, stage: str) -> StageProgress:
+        """Return the progress of a stage."""
+        limit = self.recipe.save_total_limit
+        return StageProgress(self.directory, self.accelerator, stage, self.stages, limit)
+
+    @property
+    def stages(self) -> Mapping[str, StageSettings]:
+        """Stages of the recipe by name, in their order."""
+        stages: Mapping[str, StageSettings] = self.recipe.stages  # type: ignore[attr-defined]
+        return stages
+
+    @cached_property
+    def checkpoints(self) -> RunCheckpoints:
+        """Checkpoints that are written while the run trains."""
+        limit = self.recipe.save_total_limit
+        return RunCheckpoints(self.directory.path, list(self.stages), limit)
+
+    def save_last(
+        self,
+        state: TrainingState,
+        progress: StageProgress,
+        step: int,
+        policy_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write ``checkpoints/last``; all processes take part."""
+        self._save(LAST, state, {"stage": progress.name, "step": step}, policy_weights)
+
     def save_best(
         self,
         state: TrainingState,
         progress: StageProgress,
         policy_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write ``checkpoint-best``; all processes take part."""
+        """Write ``checkpoints/best``; all processes take part."""
+        metric = self.stages[progress.name].best_metric
+        position = {"stage": progress.name, "best_metric": metric, **progress.best}
+        self._save(BEST, state, position, policy_weights)
         if self.accelerator.is_main_process:
+            progress.commit_best()
+
+    def _save(
+        self,
+        link: str,
+        state: TrainingState,
+        position: dict[str, Any],
+        policy_weights: Mapping[str, Tensor] | None,
+    ) -> None:
+        def write(path: Path) -> None:
             state.save_checkpoint(
-                self.directory.path / BEST_CHECKPOINT_FOLDER,
+                path,
                 self.recipe.save_dtype,
-                self.provenance | progress.best,
-                overwrite=True,
+                self.provenance | position,
                 policy_weights=policy_weights,
             )
-            progress.commit_best()
+
+        if self.accelerator.is_main_process:
+            self.checkpoints.add(position["stage"], int(position["step"]), link, write)
         self.accelerator.wait_for_everyone()
 
 
-def train(recipe: Recipe, out: Path, *, export_only: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
 
     Args:
         recipe: the recipe.
         out: run directory.
-        export_only: train nothing; write the newest state of the run as its checkpoint.
 
     Returns:
-        The report: stages with their metrics and thresholds; empty with ``export_only``.
+        The report: stages with their metrics and thresholds.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings or data, settings and data contradict
-            each other, or there is no state to export.
+        ValueError: ``out`` holds a run with other settings or data, or settings and data contradict
+            each other.
         CheckpointError: the initial checkpoint cannot be used.
     """
     with open_run(recipe, out) as run:
-        if export_only:
-            run.directory.require_progress()
         checkpoint = read_checkpoint(recipe.model.path or CHECKPOINT)
         data = open_data(recipe)
         if run.accelerator.is_main_process:
@@ -124,11 +157,17 @@ def train(recipe: Recipe, out: Path, *, export_only: bool = False) -> dict[str, 
         examples = ExampleSets(data.training, data.held_out, vision, recipe.seed, data.features)
         if run.accelerator.is_main_process:
             log_run(run, checkpoint, examples)
-        results = _train_stages(run, checkpoint, state, examples, export_only=export_only)
+        results = _train_stages(run, checkpoint, state, examples)
         save_checkpoint(run, state)
         files = [file for file in (data.training, data.held_out) if isinstance(file, ExampleSource)]
         skipped = {"files": [file.to_json() for file in files]} if files else {}
-        return {} if export_only else finish_run(run, results, skipped)
+        return finish_run(run, results, skipped)
+
+
+def attach_run(recipe: R, out: Path) -> Run[R]:
+    """Return a run that is only read, whether it trains or not."""
+    recipe = resolve_precision(recipe)
+    return Run(recipe, _accelerator(recipe, out), RunDirectory(out), time.perf_counter())
 
 
 @contextmanager
@@ -185,6 +224,7 @@ def save_checkpoint(run: Run[Any], state: TrainingState) -> None:
     if run.accelerator.is_main_process:
         path = run.directory.path / CHECKPOINT_FOLDER
         state.save_checkpoint(path, run.recipe.save_dtype, run.provenance, overwrite=True)
+        run.checkpoints.end_with(path)
     run.accelerator.wait_for_everyone()
 
 
@@ -235,13 +275,8 @@ def _train_stages(
     checkpoint: Checkpoint,
     state: TrainingState,
     examples: ExampleSets,
-    *,
-    export_only: bool,
 ) -> dict[str, Any]:
-    """Train all stages in order; return their results by name.
-
-    With ``export_only``, load the weights of the finished stages and of the one that was stopped.
-    """
+    """Train all stages in order; return their results by name."""
     recipe, accelerator, directory = run.recipe, run.accelerator, run.directory
     state.segmentation.to(accelerator.device)
     if accelerator.distributed_type != "FSDP":  # sharding moves each process's share itself
@@ -249,22 +284,13 @@ def _train_stages(
     trainer = Trainer(run, state)
     results: dict[str, Any] = {}
     for name, settings in recipe.stages.items():
-        state.policy.model.requires_grad_(True)
-        state.segmentation.requires_grad_(True)
-        if recipe.model.freeze_vision_tower:
-            vision_tower(state.policy.model).requires_grad_(False)
+        select_trained(recipe, settings, state)
         if isinstance(settings, SupervisedSettings):
             stage = SupervisedStage(name, settings, state, examples)
-            state.add_trained()
             if recipe.model.gradient_checkpointing:
                 enable_gradient_checkpointing(state.policy.model)
-            if not export_only:
-                results[name] = trainer.run(stage)
-            elif not trainer.restore(stage):
-                break
+            results[name] = trainer.run(stage)
             continue
-        freeze_unused(state.segmentation)
-        state.add_trained(partial(is_trained_by_grpo, settings))
         if finished := load_finished_stage(directory, name, settings, state):
             results[name] = finished
             continue
@@ -278,24 +304,8 @@ def _train_stages(
             examples,
             policy_path=None if results else checkpoint.policy_path,
         )
-        if export_only:
-            grpo.restore()
-            break
         results[name] = grpo.run()
     return results
-
-
-def is_trained_by_grpo(settings: GrpoSettings, part: str, name: str) -> bool:
-    """Return whether a GRPO stage trains a weight: no image encoder, and what its mode says."""
-    if part == "segmentation":
-        return settings.mode != "rl" and not name.startswith("image_encoder.")
-    return not settings.lora.r or bool(re.match(LORA_TARGETS, name))
-
-
-def vision_tower(policy: Any) -> nn.Module:
-    """Return the vision tower of a policy of either family."""
-    tower: nn.Module = getattr(policy.model, "visual", None) or policy.model.vision_tower
-    return tower
 
 
 def enable_gradient_checkpointing(policy: Any) -> None:

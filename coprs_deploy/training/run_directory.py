@@ -8,8 +8,8 @@ tensorboard/           the same as curves
 scenes/                rendered scenes, unless ``--scenes-dir`` names another folder
 stages/NAME/state-N/   weights, optimizers and position after N steps
 stages/NAME/result.json, weights.pt
-checkpoint/            the finished model, or that of the newest state (``--export-checkpoint``)
-checkpoint-best/       the best model at an evaluation, if there are several
+checkpoints/           checkpoints while it runs, with links ``last`` and ``best``
+checkpoint/            the finished model
 report.json, report.md, plots/
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from coprs_deploy.artifacts import atomic_write, exclusive, make_directory, write_json
+from coprs_deploy.checkpoint import Checkpoint
 from coprs_deploy.machine import environment
 from coprs_deploy.training.recipe import RunSettings, changed_keys
 
@@ -31,12 +32,12 @@ LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
-BEST_CHECKPOINT_FOLDER = "checkpoint-best"
 
 INPUTS_FILE = "inputs.json"
 
 FREE_KEYS = (
-    *("description", "logging_steps", "save_steps", "save_dtype", "best_metric"),
+    *("description", "logging_steps", "save_steps", "save_dtype"),
+    *("save_total_limit", "report_to"),
     *("num_threads", "num_workers", "model.gradient_checkpointing", "model.policy", "model.sam"),
     # Compared by content: see RunDirectory.check_inputs.
     *("model.path", "model.init_from", "data.training", "data.held_out", "data.features"),
@@ -45,7 +46,7 @@ FREE_KEYS = (
 
 FREE_STAGE_KEYS = (
     *("max_steps", "eval_steps", "num_eval_examples", "thresholds", "num_completions_to_print"),
-    *("per_device_train_batch_size", "max_targets", "allow_missing_responses"),
+    *("best_metric", "per_device_train_batch_size", "max_targets", "allow_missing_responses"),
     *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
     *("vllm_server_host", "vllm_server_port"),
 )
@@ -116,22 +117,26 @@ class RunDirectory:
                 "them, or choose another directory with --out"
             )
 
+    def check_start(self, checkpoint: Checkpoint) -> str:
+        """Return the fingerprint of the checkpoint that the run started from.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        found = checkpoint.fingerprint()
+        file = self.path / INPUTS_FILE
+        recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if recorded.get("model.path", found) != found:
+            raise ValueError(
+                f"{self.path} started from another checkpoint than {checkpoint.path} is now; "
+                "restore it"
+            )
+        return found
+
     def has_progress(self) -> bool:
         """Return whether a stage has a state or is finished."""
         patterns = ("stages/*/state-*", "stages/*/result.json")
         return any(any(self.path.glob(pattern)) for pattern in patterns)
-
-    def require_progress(self) -> None:
-        """Check that there is something to write a checkpoint from.
-
-        Raises:
-            ValueError: no stage has a state or is finished.
-        """
-        if not self.has_progress():
-            raise ValueError(
-                f"{self.path} has no saved state; one is saved every save_steps steps and when a "
-                "signal stops the run"
-            )
 
     def stage(self, name: str) -> Path:
         """Return the folder of a stage."""

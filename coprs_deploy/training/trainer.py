@@ -34,26 +34,10 @@ class Trainer:
             result = self._train(stage)
         return result
 
-    def restore(self, stage: TrainingStage[Any]) -> bool:
-        """Load the weights of a stage, finished or stopped; return whether it is finished."""
-        directory = self._run.directory
-        if load_finished_stage(directory, stage.name, stage.settings, self._state):
-            return True
-        if newest := self._progress(stage).state:
-            weights = torch.load(newest / "pytorch_model.bin", map_location="cpu", mmap=True)
-            names = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-            stage.objective.load_state_dict(names)
-        return False
-
-    def _progress(self, stage: TrainingStage[Any]) -> StageProgress:
-        return StageProgress(
-            self._run.directory, self._accelerator, stage.name, self._run.recipe.stages
-        )
-
     def _train(self, stage: TrainingStage[Any]) -> dict[str, Any]:
         accelerator, settings, recipe = self._accelerator, stage.settings, self._run.recipe
         torch.manual_seed(recipe.seed)
-        progress, stop = self._progress(stage), self._run.stop
+        progress, stop = self._run.progress(stage.name), self._run.stop
         if progress.state is None:
             progress.init_metrics = stage.prepare(accelerator)
         objective, *optimizers = accelerator.prepare(
@@ -81,8 +65,9 @@ class Trainer:
                     partial = str(progress.partial_state(done))
                     accelerator.save_state(partial, safe_serialization=False)
                     progress.commit(done)
-                if is_stopped:
-                    stop.exit()
+                    if is_stopped:
+                        stop.exit()
+                    self._run.save_last(self._state, progress, done)
         metrics = self._evaluate(stage, progress, settings.max_steps)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
         result = progress.finish(self._state, metrics, num_parameters)
@@ -94,7 +79,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Evaluate, and write the checkpoint of the best weights so far."""
         metrics = stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
-        if progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
+        if progress.log_evaluation(step, metrics):
             self._run.save_best(self._state, progress)
         return metrics
 

@@ -30,7 +30,6 @@ from coprs_deploy.training.grpo.evaluation import (
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.scores import ResponseReader
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
-from coprs_deploy.training.progress import StageProgress
 from coprs_deploy.training.recipe import Recipe
 from coprs_deploy.training.run_directory import rewind_lines
 from coprs_deploy.training.settings import GrpoSettings
@@ -62,7 +61,7 @@ class GrpoStage:
         policy_path: Path | None,
     ) -> None:
         self.settings = settings
-        self.progress = StageProgress(run.directory, run.accelerator, name, run.recipe.stages)
+        self.progress = run.progress(name)
         self._run, self._name, self._state, self._examples = run, name, state, examples
         self._held_out: list[Example] = list(examples.held_out[: settings.num_eval_examples])
         self._policy_path = policy_path
@@ -89,18 +88,15 @@ class GrpoStage:
             shutil.rmtree(progress.path / REFERENCE_FOLDER, ignore_errors=True)
         return result
 
-    def restore(self) -> None:
-        """Load the weights of the newest state, if there is one; not for a sharded policy."""
-        if self.progress.state is not None:
-            trainer, attachment = self._attach()
-            load_trainable_weights(self.progress.state, trainer.model)
-            self._take_weights(trainer, attachment)
+    def save_checkpoint(self, trainer: JointTrainer, step: int) -> None:
+        """Write the checkpoint of the current weights."""
+        self._run.save_last(self._state, self.progress, step, policy_weights(trainer))
 
     def evaluate(self, trainer: JointTrainer, step: int) -> dict[str, float]:
         """Evaluate the current weights on the held-out examples."""
         evaluated = evaluate_policy(trainer, self._held_out)
         metrics = summarize(evaluated)
-        if self.progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
+        if self.progress.log_evaluation(step, metrics):
             self._run.save_best(self._state, self.progress, policy_weights(trainer))
         if self._run.accelerator.is_main_process:
             held_out, _ = self._folders()
@@ -241,6 +237,8 @@ class _StageCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stage.progress.commit(state.global_step)
+        if not control.should_training_stop and state.global_step < self._stage.settings.max_steps:
+            self._stage.save_checkpoint(self.trainer, state.global_step)
 
 
 def prompt_order(examples: Sequence[Example], settings: GrpoSettings, seed: int) -> Any:
