@@ -28,6 +28,7 @@ from coprs_deploy.training.settings import (
     ExampleData,
     GrpoSettings,
     Positive,
+    StageSettings,
     SupervisedSettings,
     SyntheticData,
 )
@@ -79,6 +80,11 @@ class RunSettings(Record, frozen=True, kw_only=True):
     save_steps: Positive = 200
     save_total_limit: Positive = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+    def all_stages(self) -> Mapping[str, StageSettings]:
+        """Return the stages by name, in the order in which they run."""
+        stages: Mapping[str, StageSettings] = self.stages  # type: ignore[attr-defined]
+        return stages
 
 
 class Recipe(RunSettings, frozen=True, kw_only=True):

@@ -142,10 +142,7 @@ class GrpoStage:
 
     def _log(self, step: int, line: dict[str, float]) -> None:
         """Log the metrics of a step, under TRL's names and ours."""
-        found = {name: value for name, value in line.items() if value is not None}
-        cut = line.get("completions/clipped_ratio", 0.0)
-        shown = f"reward {line['reward']:7.4f}  loss {line['loss']:8.4f}  cut off {cut:4.0%}"
-        self.progress.log(step, found, shown)
+        self.progress.log(step, {name: value for name, value in line.items() if value is not None})
 
     def _trainer(self, policy: Any) -> JointTrainer:
         settings, state, examples = self.settings, self._state, self._examples
