@@ -19,7 +19,7 @@ import torch
 
 from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.machine import peak_memory_bytes
-from coprs_deploy.training.checkpoints import remove_directory, remove_hidden
+from coprs_deploy.training.checkpoints import FOLDER, remove_directory, remove_hidden
 from coprs_deploy.training.diagnostics import Diagnostics
 from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.run_directory import RunDirectory
@@ -89,7 +89,8 @@ class StageProgress:
         accelerator = self._accelerator
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_hidden(self.path)
+            for folder in (self.path, self._directory.path / FOLDER):
+                remove_hidden(folder)
             for partial in self.path.glob("checkpoint-*"):
                 shutil.rmtree(partial)
             self._sent_step = self._directory.rewind_log(self.name, self.kept_step)

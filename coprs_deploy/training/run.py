@@ -247,7 +247,7 @@ def finish_run(
     }
     if run.accelerator.is_main_process:
         write_json(run.directory.path / REPORT_FILE, report)
-        write_report(run.directory, report)
+        write_report(run.directory, report, run.recipe.all_stages())
     run.accelerator.wait_for_everyone()
     return report
 

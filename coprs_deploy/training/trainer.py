@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from coprs_deploy.training.gallery import write_gallery
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.optim import build_optimizers, lr_factor, set_lr_factor
 from coprs_deploy.training.progress import StageProgress, load_finished_stage
@@ -64,10 +65,11 @@ class Trainer:
                 if is_stopped or (done % recipe.save_steps == 0 and not is_last):
                     partial = str(progress.partial_state(done))
                     accelerator.save_state(partial, safe_serialization=False)
+                    if not is_stopped:  # before the state: a resume from it would not write it
+                        self._run.save_last(self._state, progress, done)
                     progress.commit(done)
                     if is_stopped:
                         stop.exit()
-                    self._run.save_last(self._state, progress, done)
         metrics = self._evaluate(stage, progress, settings.max_steps)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
         result = progress.finish(self._state, metrics, num_parameters)
@@ -81,6 +83,14 @@ class Trainer:
         metrics = stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
         if progress.log_evaluation(step, metrics):
             self._run.save_best(self._state, progress)
+        accelerator = self._accelerator
+        if accelerator.is_main_process and accelerator.distributed_type != "FSDP":
+            self._state.policy.model.eval()  # a sharded policy cannot be called by one process
+            with accelerator.autocast():
+                samples = stage.held_out_samples()
+            self._state.policy.model.train()
+            write_gallery(self._run.directory.path, stage.name, step, samples)
+        accelerator.wait_for_everyone()
         return metrics
 
     def _step(
