@@ -45,6 +45,7 @@ from coprs_deploy.training.saved_state import select_trained
 from coprs_deploy.training.settings import StageSettings, SupervisedSettings
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import SupervisedStage
+from coprs_deploy.training.trackers import require_trackers
 from coprs_deploy.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -67,20 +68,13 @@ class Run(Generic[R]):
 
     def progress(self, stage: str) -> StageProgress:
         """Return the progress of a stage."""
-        limit = self.recipe.save_total_limit
-        return StageProgress(self.directory, self.accelerator, stage, self.stages, limit)
-
-    @property
-    def stages(self) -> Mapping[str, StageSettings]:
-        """Stages of the recipe by name, in their order."""
-        stages: Mapping[str, StageSettings] = self.recipe.stages  # type: ignore[attr-defined]
-        return stages
+        return StageProgress(self.directory, self.accelerator, stage, self.recipe)
 
     @cached_property
     def checkpoints(self) -> RunCheckpoints:
         """Checkpoints that are written while the run trains."""
         limit = self.recipe.save_total_limit
-        return RunCheckpoints(self.directory.path, list(self.stages), limit)
+        return RunCheckpoints(self.directory.path, list(self.recipe.all_stages()), limit)
 
     def save_last(
         self,
@@ -99,7 +93,7 @@ class Run(Generic[R]):
         policy_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write ``checkpoints/best``; all processes take part."""
-        metric = self.stages[progress.name].best_metric
+        metric = self.recipe.all_stages()[progress.name].best_metric
         position = {"stage": progress.name, "best_metric": metric, **progress.best}
         self._save(BEST, state, position, policy_weights)
         if self.accelerator.is_main_process:
@@ -198,7 +192,7 @@ def _print(*lines: str) -> None:
 def attach_run(recipe: R, out: Path) -> Run[R]:
     """Return a run that is only read, whether it trains or not."""
     recipe = resolve_precision(recipe)
-    return Run(recipe, _accelerator(recipe, out), RunDirectory(out), time.perf_counter())
+    return Run(recipe, _accelerator(recipe), RunDirectory(out), time.perf_counter())
 
 
 @contextmanager
@@ -211,7 +205,7 @@ def open_run(recipe: R, out: Path, allowed: Sequence[str] = ()) -> Iterator[Run[
         ArtifactError: another process trains in ``out``.
     """
     recipe = resolve_precision(type(recipe).from_json(recipe.to_json()))  # checks the ranges
-    accelerator = _accelerator(recipe, out)
+    accelerator = _accelerator(recipe)
     directory = RunDirectory(out)
     with directory.lock() if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
@@ -233,11 +227,22 @@ def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> 
         f"{f' ({skipped:,} invalid rows left out)' if skipped else ''}, "
         f"{len(examples.held_out):,} held out; {accelerator.device}, {recipe.precision}, "
         f"processes: {accelerator.num_processes}, threads: {recipe.num_threads}",
-        *(f"{name}: {settings.batch_text()} per step" for name, settings in recipe.stages.items()),
+        f"a state and a checkpoint every {recipe.save_steps} steps, the last "
+        f"{recipe.save_total_limit} kept; curves: {', '.join(recipe.report_to) or 'none'}",
+        *(_stage_text(name, settings) for name, settings in recipe.stages.items()),
         sep="\n",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _stage_text(name: str, settings: StageSettings) -> str:
+    """Return batch and evaluations of a stage."""
+    evaluations = "evaluation at the end"
+    if settings.eval_steps:
+        best = f", best by {settings.best_metric}" if settings.best_metric else ""
+        evaluations = f"evaluation every {settings.eval_steps} steps{best}"
+    return f"{name}: {settings.batch_text()} per step; {evaluations}"
 
 
 def resolve_precision(recipe: R) -> R:
@@ -275,22 +280,20 @@ def finish_run(
     }
     if run.accelerator.is_main_process:
         write_json(run.directory.path / REPORT_FILE, report)
-        write_report(run.directory, report)
+        write_report(run.directory, report, run.recipe.all_stages())
     run.accelerator.wait_for_everyone()
     return report
 
 
-def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
+def _accelerator(recipe: RunSettings) -> Accelerator:
     with _extra_packages():
         from accelerate import Accelerator
-        from torch.utils import tensorboard  # noqa: F401
+    require_trackers(recipe.report_to)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(recipe.num_threads)
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        log_with="tensorboard",
-        project_dir=str(out),
     )
 
 

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from coprs_deploy.artifacts import atomic_write, exclusive, make_directory, write_json
+from coprs_deploy.artifacts import atomic_write, exclusive, make_directory, write_json, write_text
 from coprs_deploy.checkpoint import Checkpoint
 from coprs_deploy.machine import environment
 from coprs_deploy.training.recipe import RunSettings, changed_keys
@@ -40,6 +40,7 @@ from coprs_deploy.training.resume import (
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
+LOGGED_FILE = "last_logged_step"
 REPORT_FILE = "report.json"
 CHECKPOINT_FOLDER = "checkpoint"
 
@@ -230,11 +231,22 @@ class RunDirectory:
         """Read the log without a truncated line."""
         return read_lines(self.path / LOG_FILE)
 
-    def rewind_log(self, stage: str, step: int) -> None:
-        """Remove the lines after the step that a stage resumes from; -1 removes all of it."""
+    def rewind_log(self, stage: str, step: int) -> int:
+        """Remove the lines after the step that a stage resumes from; -1 removes all of it.
+
+        Returns:
+            The last step that the log ever had of the stage, which resumes may repeat; 0 for none.
+        """
+        file = self.stage(stage) / LOGGED_FILE
+        last = int(file.read_text(encoding="utf-8")) if file.is_file() else 0
+        steps = [line["step"] for line in self.read_log() if line["stage"] == stage]
+        last = int(max([last, *steps]))
+        make_directory(file.parent)
+        write_text(file, str(last))
         rewind_lines(
             self.path / LOG_FILE, lambda line: line["stage"] != stage or line["step"] <= step
         )
+        return last
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.batches import EpochOrder, pad_tokens
 from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, load_images
+from coprs_deploy.training.gallery import Sample, spread_indices
+from coprs_deploy.training.generation import respond
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     inside_image,
@@ -184,6 +186,7 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
             )
         self.objective = ExampleObjective(state, settings)
         self._collect = ExampleCollector(state, examples.vision, examples.features)
+        self._state, self._examples = state, examples
         self._training, self._held_out = examples.training, examples.held_out
         self._order = EpochOrder(len(examples.training), examples.seed)
 
@@ -192,6 +195,14 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
         size = self.settings.global_batch_size
         positions = range(step * size + rank, (step + 1) * size, num_ranks)
         return self._collect([self._training[self._order[position]] for position in positions])
+
+    def held_out_samples(self) -> list[Sample]:
+        """See :meth:`TrainingStage.held_out_samples`."""
+        shown = spread_indices(len(self._held_out), self.settings.num_completions_to_print)
+        if not shown:
+            return []
+        examples = [self._held_out[index] for index in shown]
+        return respond(self._state, self._examples, examples)
 
     def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
         """See :meth:`TrainingStage.loss_coefficients`."""

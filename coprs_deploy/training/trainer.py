@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from coprs_deploy.training.gallery import write_gallery
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.lr_schedule import lr_factor
 from coprs_deploy.training.optim import (
@@ -60,11 +61,11 @@ class Trainer:
         with stop.while_steps_run():
             for step, batch in enumerate(batches, start=progress.step):
                 factor = lr_factor(settings.optimizer, step, settings.max_steps)
-                output = self._step(stage, objective, optimizers, batch, factor)
+                update = self._step(stage, objective, optimizers, batch, factor)
                 done = step + 1
                 is_last = done == settings.max_steps
                 if done % recipe.logging_steps == 0 or is_last:
-                    self._log(stage, progress, done, factor, output)
+                    self._log(stage, progress, done, factor, update)
                 if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
                     self._evaluate(stage, progress, done)
                     objective.train()
@@ -72,10 +73,11 @@ class Trainer:
                 if is_stopped or (done % recipe.save_steps == 0 and not is_last):
                     partial = str(progress.partial_state(done))
                     accelerator.save_state(partial, safe_serialization=False)
+                    if not is_stopped:  # before the state: a resume from it would not write it
+                        self._run.save_last(self._state, progress, done)
                     progress.commit(done)
                     if is_stopped:
                         stop.exit()
-                    self._run.save_last(self._state, progress, done)
         metrics = self._evaluate(stage, progress, settings.max_steps)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
         result = progress.finish(self._state, metrics, num_parameters)
@@ -89,6 +91,14 @@ class Trainer:
         metrics = stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
         if progress.log_evaluation(step, metrics):
             self._run.save_best(self._state, progress)
+        accelerator = self._accelerator
+        if accelerator.is_main_process and accelerator.distributed_type != "FSDP":
+            self._state.policy.model.eval()  # a sharded policy cannot be called by one process
+            with accelerator.autocast():
+                samples = stage.held_out_samples()
+            self._state.policy.model.train()
+            write_gallery(self._run.directory.path, stage.name, step, samples)
+        accelerator.wait_for_everyone()
         return metrics
 
     def _step(
@@ -98,8 +108,8 @@ class Trainer:
         optimizers: list[Any],
         batch: Any,
         factor: float,
-    ) -> StageOutput:
-        """Update the weights once."""
+    ) -> tuple[StageOutput, Any]:
+        """Update the weights once; return the output and the norm of the gradient."""
         from accelerate.utils import send_to_device
 
         accelerator = self._accelerator
@@ -108,11 +118,11 @@ class Trainer:
         loss = self._total_loss(output.losses, stage.loss_coefficients(factor))
         accelerator.backward(loss)
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        accelerator.clip_grad_norm_(trained, stage.settings.optimizer.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(trained, stage.settings.optimizer.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return output
+        return output, norm
 
     def _total_loss(self, losses: dict[str, Mean], coefficients: dict[str, float]) -> Tensor:
         """Add the losses as means over the batch of all processes, in the order of their names.
@@ -135,14 +145,23 @@ class Trainer:
         progress: StageProgress,
         step: int,
         factor: float,
-        output: StageOutput,
+        update: tuple[StageOutput, Any],
     ) -> None:
+        output, norm = update
         losses = reduce_means(self._accelerator, output.losses)
         metrics = reduce_means(self._accelerator, output.metrics)
         coefficients = stage.loss_coefficients(factor)
         total = sum(loss_coefficient(name, coefficients) * value for name, value in losses.items())
-        line = {"loss": total, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
-        progress.log(step, line, f"loss {total:8.4f}", lr_factor=factor)
+        progress.log(
+            step,
+            {
+                "loss": total,
+                **{f"loss/{k}": v for k, v in losses.items()},
+                **metrics,
+                "grad_norm": float(norm),
+                "learning_rate": factor * stage.settings.optimizer.learning_rate,
+            },
+        )
 
 
 def loss_coefficient(name: str, coefficients: Mapping[str, float]) -> float:
