@@ -220,13 +220,20 @@ def random_tensors(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
     import torch
 
     from coprs_deploy.models import SegmentationModel
+    from coprs_deploy.models.layers import BatchNorm2d
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SegmentationModel(config).requires_grad_(False)
         for name, tensor in model.image_encoder.named_parameters():
-            if "pos" in name:
+            if "pos" in name or "attention_biases" in name:
                 tensor.normal_(std=0.02)
+        for module in model.image_encoder.modules():
+            if isinstance(module, BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
     return model.state_dict()
 
 
