@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+import msgspec
+
 from coprs_deploy.specs import Geometry, Record
 
 MAX_STAGES = 8
@@ -213,21 +215,25 @@ class ResNetConfig(_Encoder, frozen=True, tag_field="family", tag="resnet"):
 
 LightEncoderConfig: TypeAlias = TinyVitConfig | EfficientVitConfig | ResNetConfig
 
-_XL = {
-    "width_list": (32, 64, 128, 256, 512, 1024),
-    "block_list": ("res", "fmb", "fmb", "fmb", "att@3", "att@3"),
-    "expand_list": (1.0, 4.0, 4.0, 4.0, 4.0, 6.0),
-    "fewer_norm_list": (False, False, False, False, True, True),
-    "head_expand": 4.0,
-}
+_XL0 = EfficientVitConfig(
+    width_list=(32, 64, 128, 256, 512, 1024),
+    depth_list=(0, 1, 1, 2, 3, 3),
+    block_list=("res", "fmb", "fmb", "fmb", "att@3", "att@3"),
+    expand_list=(1.0, 4.0, 4.0, 4.0, 4.0, 6.0),
+    fewer_norm_list=(False, False, False, False, True, True),
+    head_depth=6,
+    head_expand=4.0,
+)
 
 ENCODERS: Mapping[str, LightEncoderConfig] = {
     "tinyvit_5m": TinyVitConfig(),
     "efficientvit_l0": EfficientVitConfig(),
     "efficientvit_l1": EfficientVitConfig(depth_list=(1, 1, 1, 6, 6), head_depth=8),
     "efficientvit_l2": EfficientVitConfig(depth_list=(1, 2, 2, 8, 8), head_depth=12),
-    "efficientvit_xl0": EfficientVitConfig(**_XL, depth_list=(0, 1, 1, 2, 3, 3), head_depth=6),
-    "efficientvit_xl1": EfficientVitConfig(**_XL, depth_list=(1, 2, 2, 4, 6, 6), head_depth=12),
+    "efficientvit_xl0": _XL0,
+    "efficientvit_xl1": msgspec.structs.replace(
+        _XL0, depth_list=(1, 2, 2, 4, 6, 6), head_depth=12
+    ),
     "nanosam_resnet18": ResNetConfig(),
 }
 """Public light encoders by name."""
