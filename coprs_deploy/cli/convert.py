@@ -28,6 +28,7 @@ def _read_text(path: str) -> str:
 
 OPTIONS = (
     Option("prompt", "--prompt-template", parse=_read_text, metavar="FILE"),
+    Option("reference_tail", metavar="TEXT"),
     Option("seed", parse=int),
     Option("overwrite"),
     Option("image_encoder", metavar="FILE | NAME"),

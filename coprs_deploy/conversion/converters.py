@@ -63,6 +63,8 @@ class ConversionOptions:
     Attributes:
         prompt: prompt template that the policy was trained with, containing ``{instruction}`` and
             the image placeholder; None for this project's own.
+        reference_tail: text that the policy was trained to write from ``</think>`` to
+            ``<REF_POS>``, both included; None for ``</think> <REF_POS>``.
         seed: seed of all random weights.
         overwrite: replace an existing checkpoint.
         image_encoder: file of an image encoder that takes the place of SAM's, recognized by its
@@ -70,6 +72,7 @@ class ConversionOptions:
     """
 
     prompt: str | None = None
+    reference_tail: str | None = None
     seed: int = 0
     overwrite: bool = False
     image_encoder: str | Path | None = None
@@ -77,9 +80,11 @@ class ConversionOptions:
     def template(self, model_type: str) -> PromptTemplate:
         """Return the prompt template for a type of policy."""
         default = DEFAULT_PROMPTS[model_type]
-        if self.prompt is None:
-            return default
-        return PromptTemplate(text=self.prompt, image_token=default.image_token)
+        return PromptTemplate(
+            text=self.prompt or default.text,
+            image_token=default.image_token,
+            reference_tail=self.reference_tail or default.reference_tail,
+        )
 
 
 def checkpoint_from_policy_and_sam(

@@ -5,7 +5,8 @@
     GET  /health        200 as soon as requests are accepted
     GET  /openapi.json  description of the interface
     POST /segment       form with ``image`` (a file), ``instruction``, ``max_targets``,
-                        ``max_new_tokens``
+                        ``max_new_tokens``, ``max_reasoning_tokens``, ``deadline_ms``,
+                        ``reasoning``
 
 The response is one JSON object (``SegmentationResult.to_json``), or server-sent events
 (``server/events.py``) if the client accepts ``text/event-stream``. An error is
@@ -19,8 +20,9 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.middleware.cors import CORSMiddleware
@@ -30,9 +32,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from coprs_deploy import demo
+from coprs_deploy.docstrings import attribute_docs
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.runtime.concurrency import MAX_IMAGE_BYTES, ImageMemory, UploadedImage
+from coprs_deploy.runtime.options import RequestOptions
 from coprs_deploy.server.bodies import (
     COMMON_RESPONSES,
     EVENT_STREAM,
@@ -154,6 +158,22 @@ async def health(request: Request) -> HealthBody:
     )
 
 
+_ABOUT = attribute_docs(RequestOptions)
+
+
+def request_options(
+    max_targets: Annotated[int, Form(ge=1, description=_ABOUT["max_targets"])] = 1,
+    max_new_tokens: Annotated[int | None, Form(ge=1, description=_ABOUT["max_new_tokens"])] = None,
+    max_reasoning_tokens: Annotated[
+        int | None, Form(ge=1, description=_ABOUT["max_reasoning_tokens"])
+    ] = None,
+    deadline_ms: Annotated[float | None, Form(gt=0, description=_ABOUT["deadline_ms"])] = None,
+    reasoning: Annotated[Literal["full", "none"], Form(description=_ABOUT["reasoning"])] = "full",
+) -> RequestOptions:
+    """Read the options of a request from its form."""
+    return RequestOptions(max_targets, max_new_tokens, max_reasoning_tokens, deadline_ms, reasoning)
+
+
 @protected.post("/segment", response_model=ResultBody, responses=SEGMENT_RESPONSES)
 async def segment(
     request: Request,
@@ -161,26 +181,29 @@ async def segment(
     instruction: Annotated[
         str, Form(description="what to segment", max_length=MAX_INSTRUCTION_CHARS)
     ],
-    max_targets: Annotated[int, Form(ge=1, description="maximum number of targets")] = 1,
-    max_new_tokens: Annotated[int | None, Form(ge=1, description="token budget")] = None,
+    options: Annotated[RequestOptions, Depends(request_options)],
 ) -> Response:
     """Segment one image by one instruction."""
     coprs: CoPRS = request.app.state.coprs
     accepts_stream = _accepts_stream(request.headers.get("accept", ""))
     respond = _stream_events if accepts_stream else _return_result
     uploaded = UploadedImage(image.file, request.app.state.image_memory)
-    work = respond(coprs, uploaded, instruction, max_targets, max_new_tokens)
+    work = respond(coprs, uploaded, instruction, options)
     response = await _unless_disconnected(request, work)
     return response or Response(status_code=499)  # for the log only
 
 
-async def _return_result(coprs: CoPRS, image: UploadedImage, *request: Any) -> Response:
-    result = await coprs.asegment(image, *request)
+async def _return_result(
+    coprs: CoPRS, image: UploadedImage, instruction: str, options: RequestOptions
+) -> Response:
+    result = await coprs.asegment(image, instruction, **asdict(options))
     return await run_step(lambda: JSONResponse(result.to_json()))
 
 
-async def _stream_events(coprs: CoPRS, image: UploadedImage, *request: Any) -> Response:
-    events = encode_events(coprs.astream(image, *request))
+async def _stream_events(
+    coprs: CoPRS, image: UploadedImage, instruction: str, options: RequestOptions
+) -> Response:
+    events = encode_events(coprs.astream(image, instruction, **asdict(options)))
     first = await anext(events)  # an invalid request fails here, before the status is sent
     return _EventStreamResponse(first, events)
 

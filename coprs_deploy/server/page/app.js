@@ -13,6 +13,11 @@ const TIMINGS = {
   resize_ms: "resize", total_ms: "total",
 };
 
+const STOPS = {
+  reasoning_budget: "; the reasoning was cut at its limit",
+  deadline: "; the reasoning was cut to meet the deadline",
+};
+
 const at = (id) => document.getElementById(id);
 const viewer = new Viewer(at("canvas"));
 const history = [];
@@ -206,6 +211,7 @@ function formOf({ input: { blob, name }, instruction }) {
   const budget = BUDGETS[at("budget").value];
   if (budget === 0) body.append("reasoning", "none");
   else if (budget !== null) body.append("max_reasoning_tokens", budget);
+  if (at("deadline").value) body.append("deadline_ms", at("deadline").value);
   return body;
 }
 
@@ -253,7 +259,8 @@ function showResult(entry) {
   viewer.setPrior(entry.prior);
   viewer.setMasks(result.masks.map(decodeMask));
   const seconds = (result.timings.total_ms / 1000).toFixed(2);
-  status(result.found ? `${count} ${count === 1 ? "mask" : "masks"} in ${seconds} s` :
+  const cut = STOPS[result.stop_reason] ?? "";
+  status(result.found ? `${count} ${count === 1 ? "mask" : "masks"} in ${seconds} s${cut}` :
     `Nothing in the image fits the instruction (${seconds} s).`);
   describeCanvas();
 }

@@ -62,6 +62,15 @@ class TestResults:
             5,
         )
 
+    def test_segment_limits_of_the_reasoning_reach_the_policy(self, connect):
+        client, policy = connect()
+        assert post(client, max_reasoning_tokens=7).status_code == 200
+        assert post(client, reasoning="none", headers={"Accept": EVENT_STREAM}).status_code == 200
+        assert [request.max_reasoning_tokens for request in policy.requests] == [7, 0]
+        client.app.state.coprs.warm_up()
+        assert post(client, deadline_ms=60_000).status_code == 200
+        assert policy.requests[-1].reasoning_deadline is not None
+
     def test_segment_no_match_is_a_result(self, connect):
         client, _ = connect(FakePolicy(found=0))
         response = post(client)
@@ -238,6 +247,14 @@ class TestRefusals:
             (b"no image", {}, "ImageDecodeError", "not an image"),
             (None, {"instruction": " "}, "InstructionError", "instruction"),
             (None, {"max_targets": 0}, "RequestError", "max_targets: Input should be greater"),
+            (None, {"reasoning": "some"}, "RequestError", "reasoning: Input should be 'full'"),
+            (
+                None,
+                {"reasoning": "none", "max_reasoning_tokens": 3},
+                "ValueError",
+                "accepted: one of the two",
+            ),
+            (None, {"deadline_ms": 9}, "ValueError", "deadline_ms needs the time"),
             (
                 None,
                 {"max_targets": "many"},

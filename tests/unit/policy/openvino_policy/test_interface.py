@@ -79,6 +79,37 @@ def test_a_second_target_after_the_first_gives_the_response_of_transformers(poli
     assert found.concentrations.shape == expected.concentrations.shape
 
 
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("max_targets", [1, 3])
+def test_drafts_change_no_token_and_hardly_a_state(
+    policies, examples, monkeypatch, index, max_targets
+):
+    graphs, example = policies[0], examples[index]
+    monkeypatch.setattr(graphs, "drafts_tail", False)
+    _, plain = ask(graphs, example.image, example.instruction, max_targets=max_targets)
+    for tail, lookup in ((True, 0), (False, 4), (True, 4)):
+        monkeypatch.setattr(graphs, "drafts_tail", tail)
+        monkeypatch.setattr(graphs, "prompt_lookup_num_tokens", lookup)
+        _, found = ask(graphs, example.image, example.instruction, max_targets=max_targets)
+        assert found.token_ids == plain.token_ids
+        assert found.num_passes < plain.num_passes or index == 3
+        difference = np.abs(found.concentrations - plain.concentrations).max(initial=0)
+        assert difference <= 1e-4 * np.abs(plain.concentrations).max(initial=1)
+
+
+@pytest.mark.parametrize("limit", [0, 5, 60])
+def test_a_limited_reasoning_gives_the_response_of_transformers(policies, examples, limit):
+    for example in (examples[0], examples[3]):
+        found, expected = (
+            ask(policy, example.image, example.instruction, max_reasoning_tokens=limit)[1]
+            for policy in policies
+        )
+        assert found.token_ids == expected.token_ids
+        assert found.stop_reason is expected.stop_reason
+        assert found.num_passes == expected.num_passes
+        assert len(found.concentrations) == 1
+
+
 def test_a_token_budget_ends_both_at_the_same_token(policies, examples):
     image, instruction = examples[0].image, examples[0].instruction
     found, expected = (ask(policy, image, instruction, max_new_tokens=5) for policy in policies)
