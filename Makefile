@@ -76,17 +76,23 @@ test: $(VENV)/.dev
 test-extended: $(VENV)/.dev
 	$(PYTEST) -m extended
 
-$(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
+$(VLLM_VENV)/.packages: constraints-vllm.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python $(PIP_INSTALL) "$$(grep '^torch==' constraints-vllm.txt)"
 	$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps --requirement constraints-vllm.txt
+	touch $@
+
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.packages pyproject.toml
 	$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 
-$(QUANTIZE_VENV)/.ready: pyproject.toml constraints-quantize.txt
+$(QUANTIZE_VENV)/.packages: constraints-quantize.txt
 	test -x $(QUANTIZE_BIN)/python || $(PYTHON) -m venv $(QUANTIZE_VENV)
 	$(QUANTIZE_BIN)/python $(PIP_INSTALL) "$$(grep '^torch==' constraints-quantize.txt)"
 	$(QUANTIZE_BIN)/python $(PIP_INSTALL) --no-deps --requirement constraints-quantize.txt
+	touch $@
+
+$(QUANTIZE_VENV)/.ready: $(QUANTIZE_VENV)/.packages pyproject.toml
 	$(QUANTIZE_BIN)/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 
