@@ -155,16 +155,20 @@ class RowSource:
                 yield _Record(file.name, file.name, file.location)
 
     def _instructions(self, record: _Record) -> tuple[Sequence[str], str]:
-        """Return the instructions of a record, and its problem; at least one instruction."""
-        if record.problem or self._columns.instructions:
-            return self._columns.instructions or ("",), record.problem
+        """Return the instructions of a record, and its problem; at least one instruction.
+
+        Their number does not depend on the image, so that rows are counted without it.
+        """
+        if self._columns.instructions:
+            return self._columns.instructions, record.problem
         name = self._columns.instruction_column or DEFAULT_COLUMN
         value = record.columns.get(name)
         listed = value if isinstance(value, list) else [value]
         texts = [text for text in listed if isinstance(text, str) and text.strip()]
         if not listed or len(texts) < len(listed):
-            return ("",), f"{name} is {value!r}; accepted: text, or a list of texts"
-        return texts, ""
+            problem = f"{name} is {value!r}; accepted: text, or a list of texts"
+            return ("",), record.problem or problem
+        return texts, record.problem
 
 
 def _read_json_lines(
