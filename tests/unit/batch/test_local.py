@@ -92,7 +92,7 @@ def test_every_row_is_in_one_part_in_the_order_of_the_source(run):
     assert not list((run.folder / "out").glob(".*part*"))
 
 
-@pytest.mark.parametrize("after", range(1, 10, 2))
+@pytest.mark.parametrize("after", range(1, 8, 2))
 def test_resumed_run_segments_only_what_is_missing(run, after):
     run.fail_after = after
     with pytest.raises(KeyboardInterrupt):
@@ -113,7 +113,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run):
     run()
     expected = run.rows()
     run.parts()[1].unlink()
-    (run.folder / "out" / ".part-00001.parquet.new-1-0").write_bytes(b"left by a killed run")
+    (run.folder / "out" / ".part-00001.parquet.new-99999999-0").write_bytes(b"left by a killed run")
     run(resume=True)
     assert run.rows() == expected
     assert not list((run.folder / "out").glob(".*new*"))
