@@ -80,7 +80,8 @@ class RowSource:
     Attributes:
         description: source and number of files.
         num_rows: number of rows.
-        fingerprint: hash of names, sizes and, for JSON lines, CSV and Parquet, contents.
+        fingerprint: hash of the names of the files, the contents of tables, and the sizes of
+            shards; an image may be replaced, so that rows that failed can be repeated.
     """
 
     def __init__(self, source: str, columns: SourceColumns) -> None:
@@ -118,7 +119,7 @@ class RowSource:
         self.description = f"{source} ({len(self._files):,} {kind}, {self.num_rows:,} rows)"
         digest = hashlib.sha256()
         for file in self._files:
-            digest.update(f"{file.name} {file.size_bytes} {_content_hash(file)}\n".encode())
+            digest.update(f"{file.name} {_content_hash(file)}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -305,9 +306,11 @@ def _check_columns(file: SourceFile, columns: SourceColumns, names: Sequence[str
 
 
 def _content_hash(file: SourceFile) -> str:
-    """Return the SHA-256 of a table; of images and shards, name and size have to do."""
-    if file.suffix not in READERS or file.suffix == ".tar":
+    """Return the SHA-256 of a table, the size of a shard, and nothing for an image."""
+    if file.suffix not in READERS:
         return ""
+    if file.suffix == ".tar":  # too large to be read once more
+        return str(file.size_bytes)
     digest = hashlib.sha256()
     with open_file(file.location) as content:
         while block := content.read(_HASHED_BYTES):
