@@ -48,7 +48,7 @@ def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
             "supervised_7b",
             [
                 *("num_threads=3", "num_workers=1", "save_steps=7", "logging_steps=2"),
-                *("description=x", "save_dtype=float32", "best_metric=prior_giou"),
+                *("description=x", "save_dtype=float32", "stages.supervised.best_metric="),
                 *("model.path=./elsewhere", "data.training=./data/training.parquet"),
                 *("data.features=features", "model.gradient_checkpointing=false"),
                 *("stages.supervised.max_steps=9", "stages.supervised.eval_steps=3"),

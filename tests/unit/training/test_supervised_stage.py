@@ -1,5 +1,7 @@
 """Supervised stage on example files, with tiny policies of both families."""
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -19,7 +21,11 @@ from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
-from coprs_deploy.training.supervised_stage import ExampleCollector, SupervisedStage
+from coprs_deploy.training.supervised_stage import (
+    ExampleCollector,
+    ExampleObjective,
+    SupervisedStage,
+)
 from coprs_deploy.training.trainer import loss_coefficient
 
 SETTINGS = SupervisedSettings(
@@ -88,6 +94,27 @@ def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
     assert totals[-1] < totals[0]
     metrics = stage.evaluate(Accelerator(cpu=True), 3)
     assert 0 <= metrics["giou"] <= 1
+
+
+def test_objective_counts_no_pixel_of_an_ignore_mask(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    collect = ExampleCollector(state, vision)
+    ignored = np.zeros((60, 100), np.bool_)
+    ignored[:, 60:] = True
+    wrong = examples[0].masks.copy()
+    wrong[:, 10:50, 75:90] = True  # well inside: cells at the border are ignored in part
+    found = []
+    for masks in (examples[0].masks, wrong):
+        for ignore_mask in (ignored, None):
+            example = replace(examples[0], masks=masks, ignore_mask=ignore_mask)
+            with torch.no_grad():
+                output = ExampleObjective(state, SETTINGS)(collect([example]))
+            found.append({**output.losses, **output.metrics})
+    for name in ("prior_bce", "mask_dice"):
+        assert torch.equal(found[0][name].total, found[2][name].total), name
+        assert not torch.equal(found[1][name].total, found[3][name].total), name
+    assert all(torch.equal(found[0][name].total, found[2][name].total) for name in found[0])
 
 
 def test_stage_has_a_coefficient_for_every_loss(checkpoint, examples):
