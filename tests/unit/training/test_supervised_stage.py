@@ -87,7 +87,7 @@ def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
         optimizer.step()
     assert totals[-1] < totals[0]
     metrics = stage.evaluate(Accelerator(cpu=True), 3)
-    assert 0 <= metrics["giou"] <= 1
+    assert 0 <= metrics["teacher_forced_giou"] <= 1
 
 
 def test_stage_has_a_coefficient_for_every_loss(checkpoint, examples):
@@ -160,7 +160,10 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     recipe = load_recipe("supervised_7b", settings)
     recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
     report = train(recipe, tmp_path / "run")
-    assert report["stages"]["supervised"]["metrics"].keys() >= {"giou", "prior_giou"}
+    assert report["stages"]["supervised"]["metrics"].keys() >= {
+        "teacher_forced_giou",
+        "teacher_forced_prior_giou",
+    }
     training, held_out = report["files"]
     assert [row["column"] for row in training["skipped_rows"]] == ["instruction"]
     assert held_out["skipped_rows"] == []
