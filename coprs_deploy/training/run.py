@@ -45,7 +45,7 @@ from coprs_deploy.training.saved_state import select_trained
 from coprs_deploy.training.settings import StageSettings, SupervisedSettings
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import SupervisedStage
-from coprs_deploy.training.trackers import require_trackers
+from coprs_deploy.training.trackers import close_trackers, require_trackers
 from coprs_deploy.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def open_run(recipe: R, out: Path, allowed: Sequence[str] = ()) -> Iterator[Run[
         run = Run(recipe, accelerator, directory, time.perf_counter())
         with run.stop.handled():
             yield run
-    accelerator.end_training()
+    close_trackers(accelerator)
 
 
 def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> None:

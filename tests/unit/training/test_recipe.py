@@ -319,7 +319,7 @@ def test_train_interrupted_says_what_is_kept(recipe, function, capsys, monkeypat
     assert main(command) == 130
     message = capsys.readouterr().err
     assert f"{state} is kept; re-run the same command to resume from it" in message
-    assert f"--export-checkpoint to write {out / 'checkpoint'}" in message
+    assert f"train --export-state {out}" in message
 
 
 def test_train_estimate_of_a_tiny_model_is_refused(capsys):

@@ -1,5 +1,6 @@
 """Supervised stage on example files, with tiny policies of both families."""
 
+import shutil
 from dataclasses import replace
 
 import msgspec
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.conversion import random_checkpoint
@@ -17,8 +19,10 @@ from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.mask_decoding import fit_mask
+from coprs_deploy.training.processes import StopRequest
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
+from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
 from coprs_deploy.training.supervised_stage import (
@@ -93,7 +97,7 @@ def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
         optimizer.step()
     assert totals[-1] < totals[0]
     metrics = stage.evaluate(Accelerator(cpu=True), 3)
-    assert 0 <= metrics["giou"] <= 1
+    assert 0 <= metrics["teacher_forced_giou"] <= 1
 
 
 def test_objective_counts_no_pixel_of_an_ignore_mask(checkpoint, examples):
@@ -187,7 +191,10 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     recipe = load_recipe("supervised_7b", settings)
     recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
     report = train(recipe, tmp_path / "run")
-    assert report["stages"]["supervised"]["metrics"].keys() >= {"giou", "prior_giou"}
+    assert report["stages"]["supervised"]["metrics"].keys() >= {
+        "teacher_forced_giou",
+        "teacher_forced_prior_giou",
+    }
     training, held_out = report["files"]
     assert [row["column"] for row in training["skipped_rows"]] == ["instruction"]
     assert held_out["skipped_rows"] == []
@@ -202,3 +209,47 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     assert torch.equal(trained["segmentation"][name], before["segmentation"][name])
     changed = [k for k, v in trained["policy"].items() if not torch.equal(v, before["policy"][k])]
     assert any("language_model" in name for name in changed)
+
+
+def query_head(path, name="segmentation.safetensors"):
+    return load_file(path / name)["prior.q_proj.weight"]
+
+
+def test_resumed_run_uses_an_allowed_learning_rate_and_data(
+    checkpoint, examples, tmp_path, monkeypatch
+):
+    """A state holds the rate that it was saved with."""
+    for name in ("training", "held_out"):
+        write_examples(tmp_path / f"{name}.jsonl", examples)
+    settings = [
+        *(f"model.path={checkpoint.path}", "precision=fp32", "save_dtype=float32"),
+        *(f"data.training={tmp_path}/training.jsonl", f"data.held_out={tmp_path}/held_out.jsonl"),
+    ]
+    recipe = load_recipe("supervised_7b", [*settings, "num_threads=1", "num_workers=0"])
+    recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "is_agreed", lambda *_: True)
+        with pytest.raises(SystemExit):
+            train(recipe, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    optimizer = msgspec.structs.replace(SETTINGS.optimizer, learning_rate=1e-12)
+    slow = msgspec.structs.replace(SETTINGS, optimizer=optimizer)
+    changed = msgspec.structs.replace(recipe, stages={"supervised": slow})
+    with pytest.raises(
+        ValueError, match="--allow-change stages.supervised.optimizer.learning_rate"
+    ):
+        train(changed, tmp_path / "run")
+    write_examples(tmp_path / "training.jsonl", examples[:-1])
+    allowed = ["stages.supervised.optimizer"]
+    with pytest.raises(ValueError, match=r"data\.training: 1 rows removed \(plain-3\)"):
+        train(changed, tmp_path / "run", allowed)
+    train(changed, tmp_path / "run", [*allowed, "data.training"])
+    changes = [line for line in RunDirectory(tmp_path / "run").read_log() if "changed" in line]
+    assert [(line["stage"], line["step"]) for line in changes] == [("supervised", 1)] * 2
+    write_examples(tmp_path / "training.jsonl", examples)
+    train(recipe, tmp_path / "other")
+    (state,) = tmp_path.glob("run/checkpoints/supervised-000001")
+    stopped = query_head(state)
+    slow_end, end = (query_head(tmp_path / name / "checkpoint") for name in ("run", "other"))
+    assert (slow_end - stopped).abs().max() < 1e-9
+    assert (end - stopped).abs().max() > 1e-4

@@ -16,9 +16,9 @@ from coprs_deploy.evaluation.evaluator import evaluate, predict_with
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
+from coprs_deploy.training.gallery import TILE_PX
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
 from coprs_deploy.training.grpo.evaluation import (
-    TILE_PX,
     evaluate_policy,
     spread,
     summarize,
@@ -139,7 +139,9 @@ def test_mask_scores_are_means_over_targets():
     with_references = DecodedMasks(*decoded[:2], torch.ones(4, 2, dtype=torch.bool))
     assert mask_scores(with_references, gt).tolist() == pytest.approx([1.0, 1.0, 1.0, 0.0])
     found = grid_ious(decoded, gt)
-    assert (found["giou"].total / found["giou"].weight).item() == pytest.approx(3 / 5)
+    assert (found["sampled_giou"].total / found["sampled_giou"].weight).item() == pytest.approx(
+        3 / 5
+    )
 
 
 def test_mask_scores_ignore_the_padding():
@@ -242,7 +244,7 @@ def test_write_samples_of_a_response_without_reference_shows_no_prior(
     assert found == [("one", 1, 0, 0.0), ("none", 0, 0, None)]
     assert lines[0]["response"] == "nothing"
     sheet = Image.open(tmp_path / "step-000003.png")
-    for column in (1, 2):
+    for column in (2, 3):
         pixel = (column * TILE_PX + TILE_PX // 2, TILE_PX // 2)
         assert sheet.getpixel(pixel) == (128, 128, 128), "a prior or mask was invented"
     assert sheet.height > 2 * TILE_PX, "the text is missing"
@@ -251,7 +253,12 @@ def test_write_samples_of_a_response_without_reference_shows_no_prior(
 @pytest.mark.slow
 def test_evaluate_policy_agrees_with_the_runtime(make_setup):
     examples = held_out_examples(PRESETS["plain"], 6, 2)
-    evaluated = evaluate_policy(make_setup(max_completion_length=128).trainer, examples)
+    evaluated, samples = evaluate_policy(
+        make_setup(max_completion_length=128).trainer, examples, [0, 7]
+    )
+    assert [sample.example for sample in samples] == [examples[0], examples[7]]
+    assert samples[0].mask_iou == evaluated[0].mask_iou
+    assert samples[0].reward == evaluated[0].extra["reward"]
     with CoPRS.load(policy="transformers") as coprs:
         expected = evaluate(predict_with(coprs.segment, 1), examples)
     for ours, theirs in zip(evaluated, expected, strict=True):

@@ -159,7 +159,13 @@ def test_training_step_updates_the_parts_of_the_mode(make_setup, mode, is_traine
     assert not any("output_hypernetworks_mlps.1" in n for n in changed)
     (line,) = setup.lines
     assert {"reward", "rewards/mask/mean", "rewards/format/mean", "kl", "entropy"} <= line.keys()
-    assert {"giou", "prior_giou", "grad_norm", "loss/policy", "frac_with_reference"} <= line.keys()
+    assert {
+        "sampled_giou",
+        "sampled_prior_giou",
+        "grad_norm",
+        "loss/policy",
+        "frac_with_reference",
+    } <= line.keys()
     assert line["rewards/mask/mean"] > 0.5, "<REF_POS> was lost on the way"
     assert ("loss/prior_bce" in line) == is_trained
 
