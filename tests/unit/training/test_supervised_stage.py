@@ -236,12 +236,12 @@ def test_resumed_run_uses_an_allowed_learning_rate_and_data(
     slow = msgspec.structs.replace(SETTINGS, optimizer=optimizer)
     changed = msgspec.structs.replace(recipe, stages={"supervised": slow})
     with pytest.raises(
-        ValueError, match="--allow-change stages.supervised.optimizer.learning_rate"
+        ValueError, match=r"--allow-change stages\.supervised\.optimizer\.learning_rate"
     ):
         train(changed, tmp_path / "run")
     write_examples(tmp_path / "training.jsonl", examples[:-1])
     allowed = ["stages.supervised.optimizer"]
-    with pytest.raises(ValueError, match=r"data\.training: 1 rows removed \(plain-3\)"):
+    with pytest.raises(ValueError, match=r"data\.training: 1 row removed \(plain-3\)"):
         train(changed, tmp_path / "run", allowed)
     train(changed, tmp_path / "run", [*allowed, "data.training"])
     changes = [line for line in RunDirectory(tmp_path / "run").read_log() if "changed" in line]
