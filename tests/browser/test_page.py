@@ -269,7 +269,7 @@ def test_budget_of_the_reasoning_is_sent(page, position, text, field):
 
 
 class TestErrors:
-    def test_missing_image_is_asked_for(self, page):
+    def test_missing_image_is_requested(self, page):
         page.fill("#instruction", "x")
         page.click("#submit")
         assert page.text_content("#error") == "Choose an image first."
@@ -303,7 +303,7 @@ class TestErrors:
         assert page.text_content("#error").startswith("Cannot reach the server")
 
 
-def test_api_key_is_asked_for_and_sent(open_page):
+def test_api_key_is_requested_and_sent(open_page):
     options = ("--runtime", "openvino", "--policy", "openvino")
     with serving(*options, COPRS_API_KEY="secret") as address:
         page = open_page(address)

@@ -156,11 +156,11 @@ async function post(body, signal) {
   const send = () => fetch("segment", { method: "POST", body, signal, headers: {
     Accept: "text/event-stream", ...(apiKey && { Authorization: `Bearer ${apiKey}` }) } });
   let response = await send();
-  while (response.status === 401 && (apiKey = await askForKey())) response = await send();
+  while (response.status === 401 && (apiKey = await requestKey())) response = await send();
   return response;
 }
 
-function askForKey() {
+function requestKey() {
   const dialog = at("key-dialog");
   at("key").value = dialog.returnValue = "";
   dialog.showModal();
