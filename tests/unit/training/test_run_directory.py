@@ -8,7 +8,7 @@ import pytest
 from accelerate import Accelerator
 
 from coprs_deploy.errors import ArtifactError
-from coprs_deploy.training.progress import StageProgress
+from coprs_deploy.training.progress import StageProgress, clear_finished
 from coprs_deploy.training.recipe import Recipe, load_recipe
 from coprs_deploy.training.run import resolve_precision
 from coprs_deploy.training.run_directory import RunDirectory, all_passed
@@ -316,6 +316,14 @@ def test_start_removes_what_a_killed_run_was_writing_or_removing(tmp_path):
     progress.start()
     assert not list(directory.stage("one").glob(".*"))
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_clear_finished_removes_what_a_killed_run_left_of_its_states(tmp_path):
+    for name in ("state-000002", ".state-000001.removed", "checkpoint-3", "reference"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "result.json").touch()
+    clear_finished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_progress_with_fewer_steps_than_the_state_raises(tmp_path):

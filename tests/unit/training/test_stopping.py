@@ -254,6 +254,27 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, recipe, stage)
 
 
 @pytest.mark.extended
+def test_best_checkpoint_is_exported_and_evaluated_while_the_run_trains(tmp_path, recipe, stage):
+    out, bundle = tmp_path / "long", tmp_path / "bundle"
+    settings = (f"stages.{stage}.max_steps=500", f"stages.{stage}.eval_steps=1", "save_steps=1")
+    process = start(recipe, out, *(word for each in settings for word in ("--set", each)))
+    wait_for_step(process, out, 2)
+    best = out / "checkpoints" / "best"
+    for command in (
+        ("export", str(best), "--out", str(bundle)),
+        ("evaluate", str(bundle), "--num-examples", "2", "--num-no-match", "0"),
+    ):
+        subprocess.run([sys.executable, "-m", "coprs_deploy", *command], check=True)
+    assert process.poll() is None, log_of(out)
+    process.terminate()
+    assert process.wait(timeout=300) == 143
+    assert len(losses_of(out)) > 2, "the run did not train on"
+    checkpoints = [path.name for path in (out / "checkpoints").iterdir()]
+    assert {"last", "best"} < set(checkpoints)
+    assert not [name for name in checkpoints if name.startswith(".")]
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("end", ["TERM", "KILL"])
 def test_end_of_the_parent_of_two_processes_ends_both(tmp_path, recipe, stage, end):
     out = tmp_path / "two"
