@@ -89,7 +89,7 @@ def sort_changes(
             found.fixed[key] = change
         elif (
             _is_free(key)
-            or (key == "num_processes" and not samples)  # batches are equal, and no seed depends on it
+            or (key == "num_processes" and not samples)  # batches and seeds stay equal
             or any(_covers(each, key) for each in allowed)
         ):
             found.accepted[key] = change

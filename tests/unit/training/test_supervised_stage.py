@@ -216,24 +216,25 @@ def query_head(path, name="segmentation.safetensors"):
 
 
 def test_resumed_run_uses_an_allowed_learning_rate_and_data(
-    checkpoint, examples, tmp_path, monkeypatch
+    tiny_checkpoint, examples, tmp_path, monkeypatch
 ):
     """A state holds the rate that it was saved with."""
     for name in ("training", "held_out"):
         write_examples(tmp_path / f"{name}.jsonl", examples)
     settings = [
-        *(f"model.path={checkpoint.path}", "precision=fp32", "save_dtype=float32"),
+        *(f"model.path={tiny_checkpoint}", "precision=fp32", "save_dtype=float32"),
         *(f"data.training={tmp_path}/training.jsonl", f"data.held_out={tmp_path}/held_out.jsonl"),
     ]
     recipe = load_recipe("supervised_7b", [*settings, "num_threads=1", "num_workers=0"])
-    recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
+    short = msgspec.structs.replace(SETTINGS, max_steps=2)
+    recipe = msgspec.structs.replace(recipe, stages={"supervised": short})
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "is_agreed", lambda *_: True)
         with pytest.raises(SystemExit):
             train(recipe, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     optimizer = msgspec.structs.replace(SETTINGS.optimizer, learning_rate=1e-12)
-    slow = msgspec.structs.replace(SETTINGS, optimizer=optimizer)
+    slow = msgspec.structs.replace(short, optimizer=optimizer)
     changed = msgspec.structs.replace(recipe, stages={"supervised": slow})
     with pytest.raises(
         ValueError, match=r"--allow-change stages\.supervised\.optimizer\.learning_rate"
