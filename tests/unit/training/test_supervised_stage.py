@@ -232,7 +232,7 @@ def test_resumed_run_uses_an_allowed_learning_rate_and_data(
         patched.setattr(StopRequest, "is_agreed", lambda *_: True)
         with pytest.raises(SystemExit):
             train(recipe, tmp_path / "run")
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    shutil.copytree(tmp_path / "run", tmp_path / "other", symlinks=True)
     optimizer = msgspec.structs.replace(SETTINGS.optimizer, learning_rate=1e-12)
     slow = msgspec.structs.replace(short, optimizer=optimizer)
     changed = msgspec.structs.replace(recipe, stages={"supervised": slow})
