@@ -123,6 +123,15 @@ def test_check_run_with_thresholds_of_masks_that_are_not_decoded_is_an_error(fou
     assert list(errors) == ["stages.supervised.thresholds"]
 
 
+def test_check_run_with_thresholds_that_are_never_met_is_an_error(found):
+    errors, _ = found(
+        "stages.supervised.thresholds={ teacher_forced_giou = 93 }",
+        "stages.supervised.best_metric=relation.teacher_forced_giou",
+    )
+    assert "at most 1" in errors["stages.supervised.thresholds.teacher_forced_giou"]
+    assert "question type" in errors["stages.supervised"]
+
+
 def test_check_run_names_every_path_that_cannot_be_used(found, tmp_path):
     (tmp_path / "run").touch()
     loaded = [
