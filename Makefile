@@ -4,6 +4,7 @@
 # make test-extended  real sizes and long runs
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
 # make test-quantize  tests of `quantize` with llm-compressor, in an environment of its own
+# make test-browser   tests of the web page in Chromium, which must be installed
 # make fuzz           property tests marked `fuzz` with random examples, for at most 20 minutes
 # make lint           format, lint, types, import contracts, words
 # make check-extras   resolve the extras that the docs install together; reads the package index
@@ -33,7 +34,7 @@ CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) an
 # One process per core, four at most; the crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo demo-export test test-extended test-vllm test-quantize fuzz lint check-extras check format demo-model report clean
+.PHONY: demo demo-export test test-extended test-vllm test-quantize test-browser fuzz lint check-extras check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
@@ -95,6 +96,13 @@ test-vllm: $(VLLM_VENV)/.ready $(QUANTIZE_VENV)/.ready
 
 test-quantize: $(QUANTIZE_VENV)/.ready
 	$(OWN_PATH) $(QUANTIZE_BIN)/python -m pytest tests/quantize_engine -W default
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	touch $@
+
+test-browser: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 fuzz: $(VENV)/.dev
 	$(PYTEST) --dist worksteal -m fuzz --hypothesis-profile fuzz

@@ -24,6 +24,7 @@ from coprs_deploy.version import __version__
 
 VERBS = {
     "segment": "segment what an instruction describes in an image",
+    "batch": "segment many images: folders, tables and shards",
     "serve": "serve segmentation over HTTP, with a web page",
     "convert": "convert SAM, policy or public training weights to a checkpoint",
     "quantize": "quantize the policy of a checkpoint for vLLM",
@@ -41,6 +42,7 @@ VERBS = {
 """Summary of each verb; its module is imported when it is chosen."""
 
 EXTRAS = {
+    "batch": "batch",
     "convert": "torch",
     "export": "export",
     "verify": "export",

@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 
 from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.console import StepPrinter
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.run_directory import RECIPE_FILE, read_report
+from coprs_deploy.training.run_directory import RECIPE_FILE, RunDirectory, read_report
 
 AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
@@ -52,6 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps of the state for --export-state (default: the newest)",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="train nothing; check settings, every row of the data, checkpoint, disk and memory; "
+        "exit code 0 or 2",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume with another value of a setting, or other contents of data.training, "
+        "data.held_out or model.path, though that changes the training; may be repeated",
+    )
     parser.add_argument("--scenes-dir", type=Path, help="folder of rendered scenes to reuse")
     parser.add_argument(
         "--estimate", action="store_true", help="estimate memory and time without training"
@@ -77,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = _load(arguments.recipe, arguments.set)
     if arguments.estimate:
         return _estimate(recipe, arguments)
-    return _train(recipe, arguments)
+    return _check(recipe, arguments) if arguments.check else _train(recipe, arguments)
 
 
 def _load(source: str, settings: list[str]) -> AnyRecipe:
@@ -97,8 +112,35 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _out(arguments: argparse.Namespace) -> Path:
+    return arguments.out or Path("runs") / Path(arguments.recipe).stem
+
+
+def _check(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
+    """Print all problems of a run; return 2 if one of them refuses it."""
+    from coprs_deploy.training.problems import describe_problems, reporting
+    from coprs_deploy.training.run import resolve_precision
+
+    recipe, out, count = resolve_precision(recipe), _out(arguments), recipe.num_processes
+    if isinstance(recipe, Recipe):
+        from coprs_deploy.training.checks import check_resume, check_run, progress_of
+
+        with StepPrinter() as steps:
+            checked = check_run(recipe, out, count, progress_of(steps))
+        problems = checked.problems + check_resume(recipe, out, checked, arguments.allow_change)
+    else:
+        from coprs_deploy.curriculum.checks import check_curriculum
+
+        problems = check_curriculum(recipe, out, arguments.scenes_dir, count)
+        with reporting(problems, "--out"):
+            RunDirectory(out).changed_settings(recipe, arguments.allow_change)
+    shown = {"problems": [problem.to_json() for problem in problems]}
+    print_result(arguments, shown, describe_problems(problems))
+    return 2 if any(problem.is_error for problem in problems) else 0
+
+
 def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
-    out = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    out = _out(arguments)
     check_writable(out)
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
     if is_worker:
@@ -149,11 +191,11 @@ def _run_recipe(recipe: AnyRecipe, out: Path, arguments: argparse.Namespace) -> 
 
         if scenes_dir is not None:
             log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
-        train(recipe, out)
+        train(recipe, out, arguments.allow_change)
     else:
         from coprs_deploy.curriculum.run import train_curriculum
 
-        train_curriculum(recipe, out, scenes_dir)
+        train_curriculum(recipe, out, scenes_dir, arguments.allow_change)
     return 0
 
 
@@ -194,7 +236,8 @@ def _recipe_of(run: Path) -> AnyRecipe:
 
 
 def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
+    from coprs_deploy.training.estimate import GpuSpec
+    from coprs_deploy.training.estimate_page import estimate_page, estimate_run
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
@@ -203,10 +246,9 @@ def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
             "model.kind is 'tiny'; accepted with --estimate: 'checkpoint'. A tiny model trains on "
             "any machine"
         )
-    estimates = estimate(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
-    shown = {name: each.to_json() for name, each in estimates.items()}
-    print_result(arguments, shown, estimate_page(estimates))
-    return 0 if all(each.fits for each in estimates.values()) else 1
+    found = estimate_run(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
+    print_result(arguments, found.to_json(), estimate_page(found))
+    return 0 if found.fits else 1
 
 
 def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
@@ -216,6 +258,8 @@ def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
     command = [sys.executable, "-m", "coprs_deploy", "train", arguments.recipe, "--out", str(out)]
     for setting in arguments.set:
         command += ["--set", setting]
+    for key in arguments.allow_change:
+        command += ["--allow-change", key]
     if arguments.scenes_dir:
         command += ["--scenes-dir", str(arguments.scenes_dir)]
     return run_processes(command, recipe.num_processes, recipe.num_threads)

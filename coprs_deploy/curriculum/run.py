@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.curriculum.checks import check_curriculum
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.evaluation import SceneEvaluator, held_out_questions
 from coprs_deploy.curriculum.packed_forward import PackedForward
@@ -26,7 +28,14 @@ from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, PRESETS
 from coprs_deploy.evaluation.metrics import summarize
 from coprs_deploy.training.progress import WEIGHTS_FILE
-from coprs_deploy.training.run import Run, attach_run, finish_run, open_run, save_checkpoint
+from coprs_deploy.training.run import (
+    Run,
+    attach_run,
+    finish_run,
+    open_run,
+    report_problems,
+    save_checkpoint,
+)
 from coprs_deploy.training.saved_state import SavedState, load_objective
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.stage import TrainingStage
@@ -45,6 +54,7 @@ def train_curriculum(
     recipe: CurriculumRecipe,
     out: Path,
     scenes_dir: Path | None = None,
+    allowed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe of a tiny model; a run in ``out`` is resumed.
 
@@ -52,16 +62,20 @@ def train_curriculum(
         recipe: the recipe.
         out: run directory.
         scenes_dir: folder of rendered scenes; ``out/scenes`` by default.
+        allowed: keys of settings that a resumed run may change though that changes the training.
 
     Returns:
         The report: stages with their thresholds, and metrics of the finished model.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings, or settings contradict each other.
+        ValueError: ``out`` holds a run with other settings.
+        ProblemsError: settings, initial checkpoint and machine do not fit together.
         CheckpointError: the initial checkpoint cannot be used.
     """
-    with open_run(recipe, out) as run:
+    with open_run(recipe, out, allowed) as run:
+        num_processes = run.accelerator.num_processes
+        report_problems(run, check_curriculum(recipe, out, scenes_dir, num_processes))
         context = build_context(run, scenes_dir or out / "scenes")
         run.provenance.update(_provenance(recipe))
         trainer = Trainer(run, context.state)

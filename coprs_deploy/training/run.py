@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,19 +19,18 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
+from coprs_deploy.checkpoint import Checkpoint
+from coprs_deploy.console import StepPrinter
 from coprs_deploy.data.examples import ExampleSource
-from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.errors import import_failure, install_hint
-from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
-from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.checkpoints import BEST, LAST, RunCheckpoints
-from coprs_deploy.training.examples import ExampleSets, open_data
+from coprs_deploy.training.checks import check_run, describe_inputs, progress_of
+from coprs_deploy.training.examples import ExampleSets, OpenedData
+from coprs_deploy.training.problems import Problem, describe_problems, require_none
 from coprs_deploy.training.processes import StopRequest
 from coprs_deploy.training.progress import StageProgress, clear_finished, load_finished_stage
 from coprs_deploy.training.recipe import R, Recipe, RunSettings
@@ -43,7 +42,7 @@ from coprs_deploy.training.run_directory import (
     all_passed,
 )
 from coprs_deploy.training.saved_state import select_trained
-from coprs_deploy.training.settings import CheckpointModel, StageSettings, SupervisedSettings
+from coprs_deploy.training.settings import StageSettings, SupervisedSettings
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import SupervisedStage
 from coprs_deploy.training.trackers import close_trackers, require_trackers
@@ -120,33 +119,32 @@ class Run(Generic[R]):
         self.accelerator.wait_for_everyone()
 
 
-def train(recipe: Recipe, out: Path) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
     """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
 
     Args:
         recipe: the recipe.
         out: run directory.
+        allowed: keys of settings and data that a resumed run may change though that changes the
+            training.
 
     Returns:
         The report: stages with their metrics and thresholds.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings or data, or settings and data contradict
-            each other.
-        CheckpointError: the initial checkpoint cannot be used.
+        ValueError: ``out`` holds a run with other settings or data.
+        ProblemsError: settings, data, checkpoint and machine do not fit together.
     """
-    with open_run(recipe, out) as run:
-        checkpoint = read_checkpoint(recipe.model.path or CHECKPOINT)
-        data = open_data(recipe)
+    with open_run(recipe, out, allowed) as run:
+        checkpoint, data = _check(run, out)
         if run.accelerator.is_main_process:
-            source = checkpoint.fingerprint()
-            run.directory.check_inputs({"model.path": source, **data.contents})
+            inputs, rows = describe_inputs(checkpoint, data)
+            _print(*run.directory.check_inputs(inputs, rows, list(recipe.stages), allowed))
+            source = inputs["model.path"]
             run.provenance.update({"recipe": recipe.description, "from": source})
         run.accelerator.wait_for_everyone()
         state = state_from_checkpoint(checkpoint)
-        if data.features is not None:
-            data.features.require_encoder(state.segmentation)
         vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
         examples = ExampleSets(data.training, data.held_out, vision, recipe.seed, data.features)
         if run.accelerator.is_main_process:
@@ -158,6 +156,39 @@ def train(recipe: Recipe, out: Path) -> dict[str, Any]:
         return finish_run(run, results, skipped)
 
 
+def _check(run: Run[Recipe], out: Path) -> tuple[Checkpoint, OpenedData]:
+    """Check everything before the first step; the main process says what is wrong."""
+    is_main, num_processes = run.accelerator.is_main_process, run.accelerator.num_processes
+    with run.accelerator.main_process_first():  # it remembers the images that it decodes
+        if is_main:
+            with StepPrinter() as steps:
+                checked = check_run(run.recipe, out, num_processes, progress_of(steps))
+        else:
+            checked = check_run(run.recipe, out, num_processes)
+    report_problems(run, checked.problems)
+    assert checked.checkpoint is not None and checked.data is not None
+    return checked.checkpoint, checked.data
+
+
+def report_problems(run: Run[Any], problems: Sequence[Problem]) -> None:
+    """Print warnings in the main process; with an error, all processes end.
+
+    Raises:
+        ProblemsError: there is an error, in the main process.
+    """
+    if run.accelerator.is_main_process:
+        require_none(problems)
+        if problems:
+            _print(describe_problems(problems))
+    elif any(problem.is_error for problem in problems):
+        sys.exit(2)
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
 def attach_run(recipe: R, out: Path) -> Run[R]:
     """Return a run that is only read, whether it trains or not."""
     recipe = resolve_precision(recipe)
@@ -165,7 +196,7 @@ def attach_run(recipe: R, out: Path) -> Run[R]:
 
 
 @contextmanager
-def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
+def open_run(recipe: R, out: Path, allowed: Sequence[str] = ()) -> Iterator[Run[R]]:
     """Open a run directory, locked, with an accelerator for the recipe.
 
     Raises:
@@ -178,7 +209,9 @@ def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
     directory = RunDirectory(out)
     with directory.lock() if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
-            directory.open(recipe)
+            notes = directory.open(recipe, allowed)
+        if accelerator.is_main_process:
+            _print(*notes)
         run = Run(recipe, accelerator, directory, time.perf_counter())
         with run.stop.handled():
             yield run
@@ -319,23 +352,3 @@ def enable_gradient_checkpointing(policy: Any) -> None:
         policy.activation_checkpointing_enable()
     else:
         policy.gradient_checkpointing_enable()
-
-
-def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:
-    """Build policy and segmentation path of the named sizes on the meta device."""
-    from transformers import AutoModelForImageTextToText
-
-    for name, found, known in (
-        ("model.policy", settings.policy, POLICY_SIZES),
-        ("model.sam", settings.sam, SAM_SIZES),
-    ):
-        if found not in known:
-            raise ValueError(f"{name} is {found!r}; accepted: {', '.join(known)}")
-    size = POLICY_SIZES[settings.policy]
-    tokenizer = build_tokenizer(size.family)
-    with torch.device("meta"):
-        policy = AutoModelForImageTextToText.from_config(build_config(size, tokenizer))
-        hidden_size = policy.get_output_embeddings().weight.shape[1]
-        config = SegmentationConfig(hidden_size, sam=SAM_SIZES[settings.sam])
-        segmentation = SegmentationModel(config)
-    return policy, segmentation

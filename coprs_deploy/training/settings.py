@@ -6,6 +6,7 @@ stages of the tiny model are in :mod:`coprs_deploy.curriculum.recipe`.
 
 from __future__ import annotations
 
+import math
 import re
 from enum import Enum
 from typing import Annotated, ClassVar, Literal
@@ -361,6 +362,29 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
         if part == "segmentation":
             return self.mode != "rl" and not name.startswith("image_encoder.")
         return not self.lora.r or bool(re.match(LORA_TARGETS, name))
+
+    def split_batch(self, num_processes: int) -> tuple[int, int]:
+        """Split the completions of a step: completions and number of forward passes of a process.
+
+        Raises:
+            ValueError: the completions cannot be split evenly.
+        """
+        prompts, group = self.global_batch_size, self.num_generations
+        total = prompts * group
+        if total % num_processes:
+            least = num_processes // math.gcd(num_processes, group)
+            raise ValueError(
+                f"global_batch_size is {prompts}; {prompts} prompts x {group} completions are not "
+                f"divisible by {num_processes} processes; accepted: multiples of {least}"
+            )
+        per_process = total // num_processes
+        per_pass = self.per_device_train_batch_size or per_process
+        if per_process % per_pass:
+            raise ValueError(
+                f"per_device_train_batch_size is {per_pass}; accepted: divisors of {per_process}, "
+                "the completions of a process"
+            )
+        return per_pass, per_process // per_pass
 
     def loss_weights_at(self, step: int) -> SegmentationLossWeights:
         """Return the weights of the segmentation losses in a step, counted from 0."""

@@ -11,7 +11,13 @@ from torch.utils.data import DataLoader
 
 from coprs_deploy.training.gallery import write_gallery
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optim import build_optimizers, lr_factor, set_lr_factor
+from coprs_deploy.training.lr_schedule import lr_factor
+from coprs_deploy.training.optim import (
+    build_optimizers,
+    group_settings,
+    set_group_settings,
+    set_lr_factor,
+)
 from coprs_deploy.training.progress import StageProgress, load_finished_stage
 from coprs_deploy.training.stage import StageOutput, TrainingStage, reduce_means
 from coprs_deploy.training.state import TrainingState
@@ -45,7 +51,9 @@ class Trainer:
             stage.objective, *build_optimizers(stage.objective, settings.optimizer)
         )
         if progress.state is not None:
+            kept = group_settings(optimizers)
             accelerator.load_state(str(progress.state))
+            set_group_settings(optimizers, kept)
         progress.start()
         objective.train()
         ranks = (accelerator.process_index, accelerator.num_processes)
