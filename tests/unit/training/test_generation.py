@@ -14,7 +14,7 @@ from coprs_deploy.training.state import state_from_checkpoint
 
 
 @pytest.mark.slow
-def test_respond_segments_what_is_asked_for_and_leaves_the_policy_as_it_was():
+def test_respond_segments_the_target_and_leaves_the_policy_as_it_was():
     checkpoint = read_checkpoint(CHECKPOINT)
     state = state_from_checkpoint(checkpoint)
     names = set(state.policy.model.state_dict())
