@@ -247,7 +247,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def goals(report: dict[str, Any]) -> list[str]:
-    """State each goal with what was measured, reached or not; those without their rows are left out."""
+    """State each goal with what was measured; those without their rows are left out."""
     lines = []
     for runtime in RUNTIMES:
         base = _time(report, BASELINE, runtime, FP32)

@@ -231,9 +231,7 @@ ENCODERS: Mapping[str, LightEncoderConfig] = {
     "efficientvit_l1": EfficientVitConfig(depth_list=(1, 1, 1, 6, 6), head_depth=8),
     "efficientvit_l2": EfficientVitConfig(depth_list=(1, 2, 2, 8, 8), head_depth=12),
     "efficientvit_xl0": _XL0,
-    "efficientvit_xl1": msgspec.structs.replace(
-        _XL0, depth_list=(1, 2, 2, 4, 6, 6), head_depth=12
-    ),
+    "efficientvit_xl1": msgspec.structs.replace(_XL0, depth_list=(1, 2, 2, 4, 6, 6), head_depth=12),
     "nanosam_resnet18": ResNetConfig(),
 }
 """Public light encoders by name."""

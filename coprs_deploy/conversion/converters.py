@@ -279,9 +279,7 @@ def random_checkpoint(
     policy = build_random_policy(policy_size, options.seed)
     progress(f"generate the {sam_size} segmentation model")
     config = CheckpointConfig(
-        model=SegmentationConfig(
-            policy_hidden_size=_hidden_size(policy.model), sam=sam
-        ),
+        model=SegmentationConfig(policy_hidden_size=_hidden_size(policy.model), sam=sam),
         prompt=policy.prompt,
         policy_image=policy.image_limits,
         provenance={
