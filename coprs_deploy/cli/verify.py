@@ -104,7 +104,8 @@ def _compare_encoders(arguments: argparse.Namespace) -> int:
     if arguments.bundle or arguments.against or arguments.report or not arguments.images:
         raise ValueError("--encoder-swap OLD NEW needs --images DIR, and no BUNDLE")
     with StepPrinter() as progress:
-        moved = compare_image_encoders(*arguments.encoder_swap, arguments.images, progress)
+        old, new = arguments.encoder_swap
+        moved = compare_image_encoders(old, new, arguments.images, progress)
     shown = {"images": [image.to_json() for image in moved], "mean": mean_movement(moved).to_json()}
     print_result(arguments, shown, movement_table(moved, mean_movement(moved)))
     return 0

@@ -1,4 +1,4 @@
-"""Light image encoders in every precision and runtime: graphs, roundings, int8, engines, faults."""
+"""Light image encoders in every precision and runtime: graphs, roundings, int8, engines, overflow."""
 
 import numpy as np
 import onnx
@@ -155,7 +155,7 @@ def test_engine_is_built_without_gpu(exported):
         assert len(memoryview(built.data)) > 10_000
 
 
-class TestHalfPrecisionFault:
+class TestHalfPrecisionOverflow:
     """MobileSAM is publicly reported wrong in TensorRT's float16 (NanoSAM's README)."""
 
     SCALES = (500.0, 1e6)
@@ -165,7 +165,7 @@ class TestHalfPrecisionFault:
 
     @pytest.fixture(scope="class")
     def graphs(self, tiny_checkpoint, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("fault")
+        folder = tmp_path_factory.mktemp("overflow")
         exported = Exported("tiny_vit", tiny_checkpoint, folder)
         paths = {}
         for scale in self.SCALES:
