@@ -1,4 +1,4 @@
-"""Light image encoders in every precision and runtime: graphs, roundings, int8, engines, overflow."""
+"""Light image encoders in every precision and runtime: graphs, roundings, int8, overflow."""
 
 import numpy as np
 import onnx
