@@ -306,17 +306,17 @@ def _frontier(cases: Sequence[CaseResult]) -> tuple[float, list[str]]:
     bottom = 240.0
     scale, parts = _time_axis([t for _, q, *_ in points for t in (q.p50, q.p99)], bottom)
     for tenth in range(0, 11, 2):
-        y = bottom - 10 - 22 * tenth
+        y = bottom - 10 - 20 * tenth
         parts += [_line(LEFT, y, RIGHT, y, color="faint", width=0.5)]
-        parts += [_text(LEFT, y - 2, f"{tenth / 10:.1f}")]
+        parts += [_text(RIGHT, y - 2, f"{tenth / 10:.1f}", "end")]
     for number, (_, latency, *accuracies) in enumerate(points):
         for color, accuracy in enumerate(accuracies):
-            x, y = scale(latency.p50), bottom - 10 - 220 * (accuracy or 0.0)
+            x, y = scale(latency.p50), bottom - 10 - 200 * (accuracy or 0.0)
             parts += [_line(x, y, scale(latency.p99), y, color=f"c{color}", width=1.4)]
             parts.append(_line(scale(latency.p99), y - 4, scale(latency.p99), y + 4, width=1))
             parts.append(_dot(x, y, color, 4))
-        label_y = bottom - 10 - 220 * max(accuracy or 0.0 for accuracy in accuracies)
-        parts.append(_text(scale(latency.p50) - 3, label_y - 8, str(number + 1), "end"))
+        label_y = bottom - 10 - 200 * max(accuracy or 0.0 for accuracy in accuracies)
+        parts.append(_text(scale(latency.p50), label_y - 8, str(number + 1), "middle"))
     for color, name in enumerate(("gIoU", "P@0.5")):
         parts += [_dot(LEFT + 4 + 110 * color, bottom + 24, color, 4.5)]
         parts += [_text(LEFT + 14 + 110 * color, bottom + 28, name)]
