@@ -27,7 +27,7 @@ from coprs_deploy.curriculum.scenes import SceneSource, corpus, store_scenes
 from coprs_deploy.curriculum.segmentation_stage import SegmentationStage
 from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, PRESETS
-from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.summary import flat_row, summarize
 from coprs_deploy.training.progress import WEIGHTS_FILE
 from coprs_deploy.training.run import (
     Run,
@@ -168,7 +168,7 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
     return {
         "generated": summarize(generated),
         "teacher_forced": summarize(teacher_forced),
-        "examples": [each.to_json() for each in generated],
+        "examples": [flat_row(each) for each in generated],
     }
 
 

@@ -176,6 +176,10 @@ class ExampleSource(LazyExamples):
         num_targets: number of targets of each example.
         question_types: question type of each example.
         problems: the invalid rows, which are skipped.
+        files: files with instructions and annotations, without those of images.
+        has_references: whether the instructions are referring expressions of REFER.
+        has_no_match: whether an example without a mask is a no-match example; else it has a
+            target whose annotation is empty.
     """
 
     description: str
@@ -183,6 +187,9 @@ class ExampleSource(LazyExamples):
     num_targets: Sequence[int]
     question_types: Sequence[str]
     problems: tuple[RowProblem, ...] = ()
+    files: Sequence[Path] = ()
+    has_references: bool = False
+    has_no_match: bool = True
 
     @abstractmethod
     def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
@@ -198,6 +205,10 @@ class ExampleSource(LazyExamples):
     @abstractmethod
     def image_name(self, index: int) -> str:
         """Return a name that all examples on one image share, in every source of that image."""
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return None
 
     def __len__(self) -> int:
         return len(self.num_targets)
@@ -269,6 +280,7 @@ class ExampleFile(ExampleSource):
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
+        self.files = (self.path,)
         self.description = str(self.path)
         self._rows = open_rows(self.path)
         self._valid: list[int] = []

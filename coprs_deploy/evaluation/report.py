@@ -1,63 +1,101 @@
-"""Files of an evaluation: report page, plot of prior against mask, and all predictions."""
+"""Report of an evaluation for people: a Markdown page, and plots of prior against mask."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from coprs_deploy.artifacts import atomic_write, make_directory, write_text
-from coprs_deploy.evaluation.metrics import ExampleScore, summarize
+from coprs_deploy.artifacts import atomic_write, write_text
+from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.plots import plot_correlation
+from coprs_deploy.evaluation.protocols import EvaluationProtocol
+from coprs_deploy.evaluation.rows import EvaluationRow
+from coprs_deploy.evaluation.summary import EvaluationSummary, Metric, row_iou
 
 REPORT_FILE = "report.md"
-PREDICTIONS_FILE = "predictions.jsonl"
 PLOT_FILE = "prior_against_mask.png"
 
+LISTED_FAILURES = 20
+"""Failed rows that the page lists; ``rows.jsonl`` has all of them."""
 
-def write_evaluation(directory: Path, title: str, scores: Sequence[ExampleScore]) -> None:
-    """Write ``report.md``, ``predictions.jsonl`` and ``prior_against_mask.png``.
 
-    Args:
-        directory: created if it does not exist; files of an earlier evaluation are replaced.
-        title: description of the data set.
-        scores: scores of the examples.
+@dataclass(frozen=True, eq=False)
+class EvaluatedDataset:
+    """A finished data set.
+
+    Attributes:
+        description: source and number of the examples.
+        folder: folder with its rows.
+        protocol: how the rows were counted.
+        rows: all rows, in the order of the source.
+        summary: their metrics.
+    """
+
+    description: str
+    folder: Path
+    protocol: EvaluationProtocol
+    rows: Sequence[EvaluationRow]
+    summary: EvaluationSummary
+
+
+def write_report(directory: Path, title: str, datasets: Sequence[EvaluatedDataset]) -> None:
+    """Write ``report.md``, and ``prior_against_mask.png`` into the folder of each data set.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    make_directory(directory)
-    present = [score for score in scores if score.num_targets]
-    lines = [f"# {title}", "", *metric_table(summarize(scores))]
-    if present:
-        with atomic_write(directory / PLOT_FILE) as partial:
-            plot_correlation(
-                partial,
-                [score.prior_iou for score in present],
-                [score.mask_iou for score in present],
-            )
-        lines += ["", f"![IoU of the prior against IoU of the mask]({PLOT_FILE})"]
+    lines = [f"# {title}"]
+    for dataset in datasets:
+        lines += ["", f"## {dataset.description}", "", *dataset_page(dataset)]
+        counted = [row for row in dataset.rows if row.num_targets and row.error is None]
+        if counted:
+            path = dataset.folder / PLOT_FILE
+            ious = [
+                [row_iou(row, dataset.protocol, part) for row in counted]
+                for part in ("prior", "mask")
+            ]
+            with atomic_write(path) as partial:
+                plot_correlation(partial, *ious)
+            shown = path.relative_to(directory).as_posix()
+            lines += ["", f"![IoU of the prior against IoU of the mask]({shown})"]
     write_text(directory / REPORT_FILE, "\n".join(lines) + "\n")
-    with (
-        atomic_write(directory / PREDICTIONS_FILE) as partial,
-        partial.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        for score in scores:
-            items = score.to_json().items()
-            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in items}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def metric_table(metrics: Mapping[str, float]) -> list[str]:
-    """Format metrics as Markdown tables: one of all examples, one by question type."""
-    question_types = sorted({name.rpartition(".")[0] for name in metrics if "." in name})
-    columns = [name for name in metrics if "." not in name]
-    lines = ["| metric | value |", "|---|---|"]
-    lines += [f"| {name} | {metrics[name]:.4f} |" for name in columns]
-    if question_types:
-        parts = [name for name in columns if f"{question_types[0]}.{name}" in metrics]
-        lines += ["", f"| question type | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
-        for question_type in question_types:
-            values = " | ".join(f"{metrics[f'{question_type}.{part}']:.4f}" for part in parts)
-            lines.append(f"| {question_type} | {values} |")
+def dataset_page(dataset: EvaluatedDataset) -> list[str]:
+    """Return protocol, metrics, groups and failed rows of a data set as Markdown."""
+    summary = dataset.summary
+    lines = [
+        f"Protocol `{summary.protocol}`; {summary.num_rows:,} instructions on "
+        f"{summary.num_images:,} images, {summary.num_failed:,} failed (IoU 0 in every mean).",
+        "",
+        *markdown_table(("metric", "value", "95 % interval"), metric_rows(summary.metrics)),
+    ]
+    for dimension, groups in summary.groups.items():
+        names = list(dict.fromkeys(name for group in groups.values() for name in group.metrics))
+        body = [
+            (name, f"{group.num_rows:,}", *(_value(group.metrics.get(each)) for each in names))
+            for name, group in groups.items()
+        ]
+        lines += ["", *markdown_table((dimension.replace("_", " "), "rows", *names), body)]
+    failed = [row for row in dataset.rows if row.error is not None]
+    if failed:
+        body = [(str(row.index), row.id, row.error or "") for row in failed[:LISTED_FAILURES]]
+        lines += ["", *markdown_table(("failed row", "id", "error"), body)]
+        if len(failed) > LISTED_FAILURES:
+            lines += ["", f"And {len(failed) - LISTED_FAILURES:,} more."]
     return lines
+
+
+def metric_rows(metrics: Mapping[str, Metric]) -> list[tuple[str, str, str]]:
+    """Return name, value and interval of each metric as text."""
+    return [
+        (name, _value(metric), "{:.4f} to {:.4f}".format(*metric.interval))
+        if metric.interval
+        else (name, _value(metric), "")
+        for name, metric in metrics.items()
+    ]
+
+
+def _value(metric: Metric | None) -> str:
+    return "" if metric is None else f"{metric.value:.4f}"

@@ -40,7 +40,7 @@ class CocoExamples(ExampleSource):
             ArtifactError: the file is not an instance file of COCO.
             NoValidRowError: no annotation has a mask and a caption or category.
         """
-        self.description = path.name
+        self.description, self.files = path.name, (path,)
         self.instances = InstanceFile(path)
         self._groups: dict[tuple[int, str], list[int]] = {}
         self._crowds: dict[tuple[int, str], list[int]] = {}
@@ -114,6 +114,10 @@ class CocoExamples(ExampleSource):
     def image_name(self, index: int) -> str:
         """Return the stem of the image file, or its number in COCO."""
         return image_name_of(self.image_file(index))
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return self.instances.num_same_class(self._groups[self._keys[index]])
 
     @property
     def num_images(self) -> int:

@@ -58,6 +58,9 @@ class ReferenceRows(ExampleSource):
         images: the image files.
     """
 
+    has_references = True
+    has_no_match = False
+
     def __init__(
         self,
         paths: Sequence[Path],
@@ -79,7 +82,7 @@ class ReferenceRows(ExampleSource):
         Raises:
             ArtifactError: a file cannot be read.
         """
-        self.description = description
+        self.description, self.files = description, paths
         self._rows = ArrowRows(paths)
         self.num_refs = len(self._rows)
         self._row_of_sentence, self._sent_ids = array("q"), array("q")
@@ -164,7 +167,7 @@ class MaskRows(ExampleSource):
         Raises:
             ArtifactError: a file cannot be read.
         """
-        self.description = description
+        self.description, self.files = description, paths
         self._rows = ArrowRows(paths)
         self._folder = paths[0].parent
         self._row_of_text, self._number_of_text = array("q"), array("q")

@@ -117,8 +117,10 @@ class ReasonSegExamples(ExampleSource):
         self.num_targets: list[int] = []
         problems: list[RowProblem] = []
         paths = sorted(folder.glob("*.json"))
+        self.files: list[Path] = [*paths]
         if split == "explanatory":
-            problems += self._add_explanations(folder.parent / "explanatory/train.json")
+            self.files.append(folder.parent / "explanatory/train.json")
+            problems += self._add_explanations(self.files[-1])
         else:
             if first_sentences is None:
                 first_sentences = split != "train"

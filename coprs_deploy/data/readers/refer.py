@@ -68,12 +68,16 @@ class _Reference(msgspec.Struct):
 class ReferExamples(ExampleSource):
     """Sentences of a split of a data set in the layout of REFER.
 
+    Only gRefCOCO has no-match examples; elsewhere, an annotation may be empty.
+
     Attributes:
         num_refs: number of references of the split, invalid ones included.
         splits: number of references of each split in the file, by its name there.
         images: the image files.
         instances: the instance file.
     """
+
+    has_references = True
 
     def __init__(
         self,
@@ -107,7 +111,8 @@ class ReferExamples(ExampleSource):
         self.instances = InstanceFile(folder / "instances.json")
         self.splits: dict[str, int] = {}
         self.num_refs = 0
-        self._is_generalized = dataset == "grefcoco"
+        self.files = (path, self.instances.path)
+        self._is_generalized = self.has_no_match = dataset == "grefcoco"
         self._ref_ids, self._sent_ids = array("q"), array("q")
         self._text, self._text_ends = b"", array("q", [0])
         self._ref_of_sentence = array("q")
@@ -213,6 +218,10 @@ class ReferExamples(ExampleSource):
     def image_name(self, index: int) -> str:
         """Return the number of the image in COCO."""
         return image_name_of(Path(self._record_name(index)))
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return self.instances.num_same_class(self._targets[self._ref_of_sentence[index]])
 
     def _record_name(self, index: int) -> str:
         return self.instances.images[self._image_ids[self._ref_of_sentence[index]]].file_name

@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
-from coprs_deploy.evaluation.metrics import (
-    ExampleScore,
-    mask_metrics,
-    standard_error,
-)
+from coprs_deploy.evaluation.metrics import standard_error
+from coprs_deploy.evaluation.protocols import TARGETS
+from coprs_deploy.evaluation.rows import EvaluationRow
+from coprs_deploy.evaluation.summary import measure, row_iou
 from coprs_deploy.training.gallery import TILES, Sample, quality_text
 from coprs_deploy.training.generation import at_image_size, row_of, sample_of, until_end
 from coprs_deploy.training.grpo.scores import mask_scores
@@ -43,7 +42,7 @@ BATCH_SIZE = 32
 
 def evaluate_policy(
     trainer: JointTrainer, examples: Sequence[Example], shown: Sequence[int] = ()
-) -> tuple[list[ExampleScore], list[Sample]]:
+) -> tuple[list[EvaluationRow], list[Sample]]:
     """Evaluate greedy responses; all processes take part and each returns all results.
 
     ``shown`` are the indices of the examples whose samples are returned beside the scores.
@@ -74,15 +73,15 @@ def evaluate_policy(
     return evaluated, [sample for _, sample in sorted(dict(found).items())]
 
 
-def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
+def summarize(scores: Sequence[EvaluationRow]) -> dict[str, float]:
     """Average metrics over all examples; those of masks are nan if no example has a target."""
     present = [score for score in scores if score.num_targets]
-    of_masks = mask_metrics(present)
+    of_masks = measure(present, TARGETS)
     means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
     return {
         **means,
-        **{name: of_masks.get(name, math.nan) for name in MASK_METRICS},
-        "giou_stderr": standard_error([score.mask_iou for score in present]),
+        **{n: of_masks[n].value if n in of_masks else math.nan for n in MASK_METRICS},
+        "giou_stderr": standard_error([row_iou(score, TARGETS) for score in present]),
         "reward_stderr": standard_error([score.extra["reward"] for score in scores]),
     }
 

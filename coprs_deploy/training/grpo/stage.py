@@ -12,6 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.data.examples import Example
+from coprs_deploy.evaluation.summary import flat_row
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
@@ -100,7 +101,7 @@ class GrpoStage:
             write_gallery(self._run.directory.path, self._name, step, samples)
             held_out, _ = self._folders()
             held_out.mkdir(parents=True, exist_ok=True)
-            rows = [each.to_json() for each in evaluated]
+            rows = [flat_row(each) for each in evaluated]
             write_json(held_out / f"step-{step:06d}.json", {"examples": rows})
         return metrics
 
