@@ -90,6 +90,7 @@ def _measure(parsed: argparse.Namespace, library: str) -> list[dict[str, Any]]:
                 next(stream)  # after the prefill
                 start = time.process_time()
                 *_, result = stream
+                assert isinstance(result, PolicyResult)
                 found[mode].append((result, 1e3 * (time.process_time() - start)))
     plain = [result for result, _ in found["none"]]
     plain_ms = sum(milliseconds for _, milliseconds in found["none"])

@@ -6,10 +6,8 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from rich.markdown import Markdown
 from coprs_deploy.artifacts import make_directory, write_json, write_text
 from coprs_deploy.bench.report import LIMIT, Accuracy, CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
+from coprs_deploy.page import markdown_html, render_page
 
 
 class Column(NamedTuple):
@@ -107,17 +106,12 @@ def render_markdown(report: Report) -> str:
 
 def render_html(report: Report) -> str:
     """Render a report as a page."""
-    from markdown_it import MarkdownIt
-
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     *parts, tail = [
-        markdown.render("\n".join(lines))
-        + (f'<div class="charts">{charts(group)}</div>' if group else "")
+        markdown_html(lines) + (f'<div class="charts">{charts(group)}</div>' if group else "")
         for lines, group in _sections(report)
     ]
-    page = resources.files("coprs_deploy.bench").joinpath("page.html").read_text("utf-8")
-    title = escape(f"Benchmark: {report.tag}, {report.machine.kind}")
-    return Template(page).substitute(title=title, body="".join(parts), tail=tail)
+    title = f"Benchmark: {report.tag}, {report.machine.kind}"
+    return render_page(title, "".join(parts), tail=tail)
 
 
 def _sections(report: Report) -> Iterator[tuple[list[str], GroupResult | None]]:
@@ -306,17 +300,17 @@ def _frontier(cases: Sequence[CaseResult]) -> tuple[float, list[str]]:
     bottom = 240.0
     scale, parts = _time_axis([t for _, q, *_ in points for t in (q.p50, q.p99)], bottom)
     for tenth in range(0, 11, 2):
-        y = bottom - 10 - 22 * tenth
+        y = bottom - 10 - 20 * tenth
         parts += [_line(LEFT, y, RIGHT, y, color="faint", width=0.5)]
-        parts += [_text(LEFT, y - 2, f"{tenth / 10:.1f}")]
+        parts += [_text(RIGHT, y - 2, f"{tenth / 10:.1f}", "end")]
     for number, (_, latency, *accuracies) in enumerate(points):
         for color, accuracy in enumerate(accuracies):
-            x, y = scale(latency.p50), bottom - 10 - 220 * (accuracy or 0.0)
+            x, y = scale(latency.p50), bottom - 10 - 200 * (accuracy or 0.0)
             parts += [_line(x, y, scale(latency.p99), y, color=f"c{color}", width=1.4)]
             parts.append(_line(scale(latency.p99), y - 4, scale(latency.p99), y + 4, width=1))
             parts.append(_dot(x, y, color, 4))
-        label_y = bottom - 10 - 220 * max(accuracy or 0.0 for accuracy in accuracies)
-        parts.append(_text(scale(latency.p50) - 3, label_y - 8, str(number + 1), "end"))
+        label_y = bottom - 10 - 200 * max(accuracy or 0.0 for accuracy in accuracies)
+        parts.append(_text(scale(latency.p50), label_y - 8, str(number + 1), "middle"))
     for color, name in enumerate(("gIoU", "P@0.5")):
         parts += [_dot(LEFT + 4 + 110 * color, bottom + 24, color, 4.5)]
         parts += [_text(LEFT + 14 + 110 * color, bottom + 28, name)]

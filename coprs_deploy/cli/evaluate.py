@@ -8,10 +8,12 @@ its --require threshold, or undefined.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,18 @@ from coprs_deploy.bundle import hash_manifest, read_manifest
 from coprs_deploy.cli.evaluation_workers import EvaluationJob, make_shares
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.cli.report_arguments import add_report_arguments, read_judge
 from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, add_bundle_argument
 from coprs_deploy.console import StepPrinter, table
 from coprs_deploy.data.readers.registry import SourceOptions
 from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, ExampleSet, open_examples
 from coprs_deploy.errors import check_number
+from coprs_deploy.evaluation.evaluator import Segment
+from coprs_deploy.evaluation.judge import JudgeReport, JudgeSettings
 from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.evaluation.protocols import PROTOCOLS, default_protocol, find_protocol
-from coprs_deploy.evaluation.report import EvaluatedDataset, metric_rows, write_report
+from coprs_deploy.evaluation.report import EvaluatedDataset, ReportOptions, write_report
+from coprs_deploy.evaluation.report_parts import metric_rows
 from coprs_deploy.evaluation.runner import EvaluationTask
 from coprs_deploy.evaluation.store import EvaluationStore, RowFile, evaluation_identity
 from coprs_deploy.evaluation.summary import flat_summary, summarize_dataset
@@ -76,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC=VALUE",
         help="acceptance threshold, as in giou=0.93; may be repeated",
     )
+    add_report_arguments(parser)
     add_options(parser, RuntimeOptions, (*GRAPHS, *POLICY))
 
 
@@ -113,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_number("workers", arguments.workers, least=1)
     if arguments.overwrite and not arguments.out:
         raise ValueError("--overwrite removes the rows in --out; name that directory")
+    judge = read_judge(arguments)
     if arguments.out:  # whatever prevents the report is found before the work
         check_writable(arguments.out)
         pyplot()
@@ -136,10 +144,12 @@ def run(arguments: argparse.Namespace) -> int:
         with _kept_rows(files, arguments.out):
             speed = _evaluate(job, files, arguments.workers)
         evaluated = _finish(store, datasets, files)
-        if arguments.out:
-            write_report(arguments.out, "Evaluation", evaluated)
-            write_json(arguments.out / SPEED_FILE, speed)
-    return _print(arguments, datasets, evaluated, thresholds, speed)
+        outcome = _report(arguments, job, identity, evaluated, judge=judge, speed=speed)
+    code = _print(arguments, datasets, evaluated, thresholds, speed)
+    if outcome is not None and outcome.error:
+        log(f"the judge gave up: {outcome.error}")
+        return 1
+    return code
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,10 +252,63 @@ def _finish(
         rows, task = file.finish(), opened.task
         summary = summarize_dataset(rows, task.protocol)
         description, folder = opened.examples.description, store.folders[task.name]
-        evaluated.append(EvaluatedDataset(description, folder, task.protocol, rows, summary))
+        evaluated.append(EvaluatedDataset(task, description, folder, rows, summary))
     names = [opened.task.name for opened in datasets]
     store.finish({name: each.summary for name, each in zip(names, evaluated, strict=True)})
     return evaluated
+
+
+def _report(
+    arguments: argparse.Namespace,
+    job: EvaluationJob,
+    identity: Mapping[str, Any],
+    evaluated: Sequence[EvaluatedDataset],
+    *,
+    judge: JudgeSettings | None,
+    speed: Mapping[str, Any],
+) -> JudgeReport | None:
+    """Write the report if there is a directory for it; the model is opened if a prior is missing.
+
+    A run that found all rows done leaves the speed of the one before it.
+    """
+    if not arguments.out:
+        return None
+    path = arguments.out / SPEED_FILE
+    if speed["num_instructions"] or not path.is_file():
+        write_json(path, speed)
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    with StepPrinter() as steps, ExitStack() as stack:
+
+        @cache
+        def segment() -> Segment:
+            return stack.enter_context(job.open()).segment
+
+        options = ReportOptions(
+            segment=segment,
+            judge=judge,
+            training_run=arguments.training_run,
+            head=_head(arguments, identity),
+            foot=f"Speed of the last run that computed rows: {measured['images_per_second']:.3g} "
+            f"images/s, {measured['instructions_per_second']:.3g} instructions/s over "
+            f"{measured['num_instructions']:,} rows; {'; '.join(measured['runtimes'])}.",
+            on_step=steps,
+            on_progress=steps.progress,
+        )
+        return write_report(arguments.out, "Evaluation", evaluated, options)
+
+
+def _head(arguments: argparse.Namespace, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name bundle, version, data sets and options."""
+    name = Path(arguments.bundle).resolve().name if arguments.bundle else "demo model"
+    options = {key: value for key, value in identity["options"].items() if value is not None}
+    if options.get("policy") != "vllm":
+        options.pop("vllm", None)
+    return [
+        ("bundle", f"{name}, {identity['bundle'][:12]}"),
+        ("coprs-deploy", identity["library_version"]),
+        *((f"data set {d['name']}", d["fingerprint"][:12]) for d in identity["datasets"]),
+        ("options", ", ".join(f"{key} {value}" for key, value in options.items())),
+    ]
 
 
 def _print(

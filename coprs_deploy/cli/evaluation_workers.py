@@ -64,7 +64,7 @@ class EvaluationJob:
         Raises:
             ImageSizeError: the bundle does not accept the first image of a data set.
         """
-        with open_runtime(self.bundle, self.options) as coprs:
+        with self.open() as coprs:
             for number, indices in share:
                 _check_first_image(coprs, self.tasks[number], indices[0])
             on_ready(coprs.description)
@@ -72,6 +72,10 @@ class EvaluationJob:
                 task = self.tasks[number]
                 for row in evaluate_rows(task, indices, coprs.segment, coprs.concurrency):
                     yield number, row
+
+    def open(self) -> CoPRS:
+        """Open the bundle in this process."""
+        return open_runtime(self.bundle, self.options)
 
     def _run_processes(self, shares: Sequence[Share], on_ready: Callable[[str], None]) -> TaskRows:
         """Run each share in a process of its own and yield rows in the order of completion.

@@ -193,6 +193,8 @@ class _Response:
             return False
         if self._next in self._tokens.end_ids:
             self._cut = StopReason.END_OF_TEXT
+        elif self._limit.is_reached:  # by the last draft
+            self._cut = StopReason.REASONING_BUDGET
         elif self._limit.is_due() and self._next != self._known.tail[0]:
             self._cut = StopReason.DEADLINE
         return self._cut is not None
@@ -228,6 +230,7 @@ class _Response:
             draft = self._known.tail[-1:]
         if not draft and (count := policy.prompt_lookup_num_tokens):
             draft = lookup_draft([*self._decoding.prompt_ids, *self.token_ids], count)
+            draft = draft[: self._limit.remaining]
         draft = draft[: self._max_tokens - len(self.token_ids)]
         missing = self._request.max_targets - len(self.concentrations) - is_reference
         for index, token in enumerate(draft):

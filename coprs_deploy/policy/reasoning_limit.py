@@ -15,6 +15,8 @@ WINDOW = 32
 ESTIMATE_QUANTILE = 0.9
 """Share of the recent durations that an estimate covers."""
 
+_BEGINNINGS = [REASONING_END[:length] for length in range(1, len(REASONING_END))]
+
 Clock = Callable[[], float]
 
 
@@ -73,6 +75,11 @@ class ReasoningLimit:
         return self.is_set and self.num_tokens >= self._max_tokens
 
     @property
+    def remaining(self) -> int | None:
+        """Tokens that the reasoning may still have; None without a limit, or behind it."""
+        return self._max_tokens - self.num_tokens if self.is_set and self.is_reasoning else None
+
+    @property
     def is_reasoning(self) -> bool:
         """Whether the reasoning goes on."""
         return REASONING_END not in self.text
@@ -80,7 +87,9 @@ class ReasoningLimit:
     def add(self, text: str) -> None:
         """Record a token of the response and the text that it adds."""
         self.text += text
-        if self.is_reasoning and not REASONING_START.startswith(self.text.strip()):
+        has_begun = not REASONING_START.startswith(self.text.strip())
+        is_ending = any(map(self.text.endswith, _BEGINNINGS))
+        if self.is_reasoning and has_begun and not is_ending:
             self.num_tokens += 1
 
     def is_due(self) -> bool:

@@ -71,9 +71,9 @@ class CoPRS(Closeable):
 
     Attributes:
         description: runtimes and devices of graphs and policy.
+        concurrency: number of requests that the policy decodes together.
         valid_region: images that the image encoder accepts; None accepts any.
         runtime_choices: as given.
-        concurrency: number of requests that the policy serves together.
     """
 
     _loaded_in: ClassVar[int | None] = None
@@ -94,12 +94,12 @@ class CoPRS(Closeable):
         self._is_closed = False
         self._timeout_s = options.timeout_s
         self._estimates = DeadlineEstimates()
+        self.concurrency = policy.concurrency
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
         self.valid_region = graphs.valid_region
         self.runtime_choices = runtime_choices
-        self.concurrency = policy.concurrency
         runtimes = " + ".join(dict.fromkeys(r.description for r in graphs.runners.values()))
         accepted = "" if self.valid_region is None else f" for {self.valid_region}"
         if self.valid_region is not None and self.valid_region.drops_padding:
@@ -259,7 +259,7 @@ class CoPRS(Closeable):
         self._check_usable()
         check_type("requests", requests, Iterable)
         options = RequestOptions(max_targets, **limits)
-        concurrency = self._policy.concurrency
+        concurrency = self.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:

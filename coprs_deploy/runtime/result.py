@@ -142,7 +142,7 @@ class SegmentationResult:
         reasoning: text inside ``<think>``; the whole response if there is none.
         response: whole text of the policy.
         stop_reason: why the response ended: ``targets_reached``, ``end_of_text`` or
-            ``token_budget``.
+            ``token_budget``; or why its answer was forced: ``reasoning_budget`` or ``deadline``.
         format_violations: deviations from the response format, as in ``text_after_reference``; see
             :class:`coprs_deploy.prompts.FormatViolation`.
         instruction: the instruction of the request.

@@ -4,9 +4,9 @@ checkpoints/STAGE-N/    checkpoint after N steps of a stage
 checkpoints/last        link to the newest one
 checkpoints/best        link to the one with the best evaluation
 
-A checkpoint is complete as soon as it has its name, and a link is replaced in one step: whoever
-opens ``last`` or ``best`` (:func:`~coprs_deploy.checkpoint.read_checkpoint` resolves the link) gets
-one checkpoint, and keeps it while newer ones are written.
+A checkpoint is complete as soon as it has its name, and a link is replaced in one step: a program
+that opens ``last`` or ``best`` (:func:`~coprs_deploy.checkpoint.read_checkpoint` resolves the link)
+gets one checkpoint, and keeps it while newer ones are written.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class RunCheckpoints:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory; it loses its name first, so that nobody finds a part of it."""
+    """Remove a directory; it loses its name first, so that no reader finds a part of it."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)

@@ -36,6 +36,9 @@ WEIGHTS_FILE = "weights.pt"
 PROGRESS_FILE = "progress.json"
 BEST_FILE = "best.json"
 
+REFERENCE = "reference"
+"""Folder of the initial weights of a GRPO stage, from which its frozen reference is loaded."""
+
 
 class StageProgress:
     """Progress of a stage in its run directory; only the main process writes.
@@ -192,8 +195,7 @@ class StageProgress:
         if self._accelerator.is_main_process:
             torch.save(state.state_dict(), self.path / WEIGHTS_FILE)
             write_json(self.path / RESULT_FILE, result)  # last: it marks a finished stage
-            for folder in self.path.glob("state-*"):
-                remove_directory(folder)
+            clear_finished(self.path)
         self._accelerator.wait_for_everyone()
         return result
 
@@ -217,6 +219,13 @@ def saved_states(stage: Path) -> list[Path]:
 def step_of(state: Path) -> int:
     """Return the number of steps of a state from its name."""
     return int(state.name.removeprefix("state-"))
+
+
+def clear_finished(stage: Path) -> None:
+    """Remove what a stage needs before its end only; a run killed meanwhile leaves some of it."""
+    remove_hidden(stage)
+    for folder in (*stage.glob("state-*"), *stage.glob("checkpoint-*"), *stage.glob(REFERENCE)):
+        remove_directory(folder)
 
 
 def load_finished_stage(

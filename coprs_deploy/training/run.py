@@ -32,7 +32,7 @@ from coprs_deploy.training.checks import check_run, describe_inputs, progress_of
 from coprs_deploy.training.examples import ExampleSets, OpenedData
 from coprs_deploy.training.problems import Problem, describe_problems, require_none
 from coprs_deploy.training.processes import StopRequest
-from coprs_deploy.training.progress import StageProgress, load_finished_stage
+from coprs_deploy.training.progress import StageProgress, clear_finished, load_finished_stage
 from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_directory import (
@@ -45,7 +45,7 @@ from coprs_deploy.training.saved_state import select_trained
 from coprs_deploy.training.settings import StageSettings, SupervisedSettings
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import SupervisedStage
-from coprs_deploy.training.trackers import require_trackers
+from coprs_deploy.training.trackers import close_trackers, require_trackers
 from coprs_deploy.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def open_run(recipe: R, out: Path, allowed: Sequence[str] = ()) -> Iterator[Run[
         run = Run(recipe, accelerator, directory, time.perf_counter())
         with run.stop.handled():
             yield run
-    accelerator.end_training()
+    close_trackers(accelerator)
 
 
 def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> None:
@@ -279,6 +279,8 @@ def finish_run(
         **(evaluation or {}),
     }
     if run.accelerator.is_main_process:
+        for name in results:
+            clear_finished(run.directory.stage(name))
         write_json(run.directory.path / REPORT_FILE, report)
         write_report(run.directory, report, run.recipe.all_stages())
     run.accelerator.wait_for_everyone()

@@ -7,8 +7,10 @@ again. Their own environment variables apply (``WANDB_MODE=offline``, ``TRACKIO_
 from __future__ import annotations
 
 import importlib
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,13 +76,20 @@ def open_trackers(
                 PROJECT, name=f"{name}-{identity}", resume="allow", config=config, embed=False
             )
         try:
-            built.start()
+            with redirect_stdout(sys.stderr):  # stdout is for the result of the command
+                built.start()
         except Exception as error:
             raise ValueError(
                 f"report_to has {tracker!r}, which does not start: {error}; log in to it, set "
                 "WANDB_MODE=offline for Weights & Biases, or leave it out"
             ) from error
         accelerator.trackers.append(built)
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Send what is left, and close the trackers."""
+    with redirect_stdout(sys.stderr):
+        accelerator.end_training()
 
 
 def log_curves(

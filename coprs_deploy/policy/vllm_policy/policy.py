@@ -302,7 +302,9 @@ class VllmPolicy(Policy):
             raise PolicyError("the policy was closed")
         return self._engine
 
-    def _encode(self, request: PolicyRequest, path: Path, response: Sequence[int]) -> EngineRequest:
+    def _encode(
+        self, request: PolicyRequest, path: Path, response: Sequence[int] = ()
+    ) -> EngineRequest:
         """Encode a request as engine inputs; the engine writes its hidden states to ``path``."""
         start = time.perf_counter()
         image = fit_pixel_count(request.image, *self._pixels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from coprs_deploy.evaluation.summary import flat_row
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
-from coprs_deploy.training.examples import ExampleSets
+from coprs_deploy.training.examples import ExampleSets, first_examples
 from coprs_deploy.training.gallery import spread_indices, write_gallery
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
@@ -32,6 +31,7 @@ from coprs_deploy.training.grpo.evaluation import (
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.scores import ResponseReader
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
+from coprs_deploy.training.progress import REFERENCE
 from coprs_deploy.training.recipe import Recipe
 from coprs_deploy.training.run_directory import rewind_lines
 from coprs_deploy.training.settings import GrpoSettings
@@ -40,7 +40,6 @@ from coprs_deploy.training.state import TrainingState
 if TYPE_CHECKING:
     from coprs_deploy.training.run import Run
 
-REFERENCE_FOLDER = "reference"
 SAMPLES_FOLDER = "samples"
 HELD_OUT_FOLDER = "held_out"
 
@@ -65,7 +64,7 @@ class GrpoStage:
         self.settings = settings
         self.progress = run.progress(name)
         self._run, self._name, self._state, self._examples = run, name, state, examples
-        self._held_out: list[Example] = list(examples.held_out[: settings.num_eval_examples])
+        self._held_out = first_examples(examples.held_out, settings.num_eval_examples)
         self._policy_path = policy_path
 
     def run(self) -> dict[str, Any]:
@@ -85,10 +84,7 @@ class GrpoStage:
         metrics = self.evaluate(trainer, self.settings.max_steps)
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         self._take_weights(trainer, attachment)
-        result = progress.finish(self._state, metrics, num_trainable)
-        if accelerator.is_main_process:
-            shutil.rmtree(progress.path / REFERENCE_FOLDER, ignore_errors=True)
-        return result
+        return progress.finish(self._state, metrics, num_trainable)
 
     def save_checkpoint(self, trainer: JointTrainer, step: int) -> None:
         """Write the checkpoint of the current weights."""
@@ -176,7 +172,7 @@ class GrpoStage:
 
     def _reference(self) -> Path:
         """Write the initial weights of the stage, from which the frozen reference is loaded."""
-        path = self.progress.path / REFERENCE_FOLDER
+        path = self.progress.path / REFERENCE
         if self._run.accelerator.is_main_process and not path.is_dir():
             with atomic_write(path) as partial, without_progress_bars():
                 partial.mkdir(parents=True)

@@ -132,6 +132,21 @@ def test_token_budget_is_exact_with_drafts(budget):
     assert len(result.token_ids) == min(budget, len(policy.ids))
 
 
+REPEATED = "<think>The cup is at row2 col3. The cup is at row2 col3, the cup.</think> <REF_POS>"
+
+
+@pytest.mark.parametrize("count", range(1, 18))
+def test_reasoning_budget_is_exact_with_drafts_by_lookup(count):
+    policy = ScriptedPolicy(REPEATED + END)
+    expected = run(policy, max_reasoning_tokens=count)
+    policy.prompt_lookup_num_tokens = 5
+    found = run(policy, max_reasoning_tokens=count)
+    assert found.token_ids == expected.token_ids
+    assert found.stop_reason is expected.stop_reason
+    if count > 12:
+        assert found.num_passes < expected.num_passes
+
+
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_reasoning_budget_forces_the_tail_after_so_many_tokens(count):
     policy = ScriptedPolicy(MATCH + END)
@@ -234,3 +249,14 @@ def test_lookup_draft_copies_what_followed_the_longest_and_latest_match():
     assert lookup_draft([2, 3, 5, 7, 3, 6, 3], 5) == [6, 3]
     assert lookup_draft([1, 2, 3], 4) == []
     assert lookup_draft([], 4) == lookup_draft([1], 4) == []
+
+
+def test_reasoning_limit_counts_neither_the_opening_nor_the_end():
+    request = PolicyRequest(IMAGE, "the cup", max_reasoning_tokens=3)
+    limit = greedy.ReasoningLimit(request, 100, greedy.RunningEstimate(), lambda: 0.0)
+    counts = []
+    for piece in ("<", "think", ">", "The", " cup", "</", "think", ">", " ", "<REF_POS>"):
+        limit.add(piece)
+        counts.append((limit.num_tokens, limit.is_reasoning))
+    assert [count for count, _ in counts] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
+    assert [reasoning for _, reasoning in counts] == [True] * 7 + [False] * 3

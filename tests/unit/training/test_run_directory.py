@@ -8,11 +8,11 @@ import pytest
 from accelerate import Accelerator
 
 from coprs_deploy.errors import ArtifactError
-from coprs_deploy.training.progress import StageProgress
-from coprs_deploy.training.recipe import load_recipe
+from coprs_deploy.training.progress import StageProgress, clear_finished
+from coprs_deploy.training.recipe import Recipe, load_recipe
 from coprs_deploy.training.run import resolve_precision
 from coprs_deploy.training.run_directory import RunDirectory, all_passed
-from coprs_deploy.training.settings import SupervisedSettings
+from coprs_deploy.training.settings import CheckpointModel, SupervisedSettings, SyntheticData
 
 
 def with_progress(directory):
@@ -48,11 +48,14 @@ def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
             "supervised_7b",
             [
                 *("num_threads=3", "num_workers=1", "save_steps=7", "logging_steps=2"),
-                *("description=x", "save_dtype=float32", "best_metric=prior_giou"),
+                *("description=x", "save_dtype=float32", "save_total_limit=3"),
                 *("model.path=./elsewhere", "data.training=./data/training.parquet"),
                 *("data.features=features", "model.gradient_checkpointing=false"),
                 *("stages.supervised.max_steps=9", "stages.supervised.eval_steps=3"),
-                *("stages.supervised.num_eval_examples=5", "stages.supervised.thresholds.giou=0.1"),
+                *(
+                    "stages.supervised.num_eval_examples=5",
+                    "stages.supervised.thresholds.teacher_forced_giou=0.1",
+                ),
             ],
         ),
         (
@@ -125,10 +128,10 @@ def test_check_inputs_counts_and_names_the_rows_that_differ(tmp_path):
     assert check_inputs(directory, rows) == []
     for now, text in (
         (rows[:2], r"2 rows removed \(c, c\)"),
-        ([*rows, ("d", "5")], r"1 rows added \(d\)"),
+        ([*rows, ("d", "5")], r"1 row added \(d\)"),
         (
             rows_of("a=1", "b=9", "c=3", "d=4"),
-            r"1 rows removed.*1 rows added.*1 rows changed \(b\)",
+            r"1 row removed.*1 row added.*1 row changed \(b\)",
         ),
         (rows[::-1], r"changed"),
         (rows_of("b=2", "a=1", "c=3", "c=4"), "the same 4 rows in another order"),
@@ -146,11 +149,11 @@ def test_check_inputs_with_an_allowed_change_logs_it_once(tmp_path):
     rows = rows_of("a=1", "b=2")
     check_inputs(directory, rows)
     (note,) = check_inputs(directory, rows[:1], ["data.training"])
-    assert "data.training 1 rows removed (b)" in note
+    assert "data.training 1 row removed (b)" in note
     assert check_inputs(directory, rows[:1]) == []
     (line,) = directory.read_log()
     assert (line["stage"], line["step"]) == ("supervised", 1)
-    assert line["changed"] == {"data.training": "1 rows removed (b)"}
+    assert line["changed"] == {"data.training": "1 row removed (b)"}
 
 
 def test_check_inputs_before_the_first_state_takes_the_new_ones(tmp_path):
@@ -263,14 +266,22 @@ def test_rewind_log_removes_later_lines_of_the_stage(tmp_path):
         directory.log({"stage": stage, "step": step})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"stage": "two", "st')
-    directory.rewind_log("two", 2)
+    assert directory.rewind_log("two", 2) == 3
     kept = [(line["stage"], line["step"]) for line in directory.read_log()]
     assert kept == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
+    assert directory.rewind_log("two", 1) == 3, "a tracker has step 3 since the first run"
 
 
-def progress_of(directory, **settings):
+def progress_of(directory, limit=1, **settings):
     settings = SupervisedSettings(**{"max_steps": 9, **settings})
-    return StageProgress(directory, Accelerator(cpu=True), "one", {"one": settings})
+    recipe = Recipe(
+        description="a test",
+        model=CheckpointModel(),
+        data=SyntheticData(),
+        stages={"one": settings},
+        save_total_limit=limit,
+    )
+    return StageProgress(directory, Accelerator(cpu=True), "one", recipe)
 
 
 def test_commit_replaces_older_states(tmp_path):
@@ -284,6 +295,35 @@ def test_commit_replaces_older_states(tmp_path):
     assert progress.step == progress.kept_step == 4
     assert progress.init_metrics == {"before": 4.0}
     assert list(directory.stage("one").iterdir()) == [progress.state]
+
+
+def test_commit_keeps_the_newest_states(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step in (2, 4, 6):
+        progress_of(directory).partial_state(step).mkdir(parents=True)
+        progress_of(directory, limit=2).commit(step)
+    found = sorted(path.name for path in directory.stage("one").iterdir())
+    assert found == ["state-000004", "state-000006"]
+    assert progress_of(directory).step == 6
+
+
+def test_start_removes_what_a_killed_run_was_writing_or_removing(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for folder in (directory.stage("one"), tmp_path / "checkpoints"):
+        (folder / ".one-000002.removed").mkdir(parents=True)
+        (folder / ".last").symlink_to("nowhere")
+    progress = progress_of(directory)
+    progress.start()
+    assert not list(directory.stage("one").glob(".*"))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_clear_finished_removes_what_a_killed_run_left_of_its_states(tmp_path):
+    for name in ("state-000002", ".state-000001.removed", "checkpoint-3", "reference"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "result.json").touch()
+    clear_finished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_progress_with_fewer_steps_than_the_state_raises(tmp_path):
@@ -300,13 +340,16 @@ def test_log_evaluation_tells_the_best_of_several(tmp_path):
     progress = progress_of(directory, eval_steps=1)
     progress.start()
     values = {0: 0.9, 1: 0.3, 2: float("nan"), 3: 0.2, 4: 0.5}
-    found = {step: progress.log_evaluation(step, {"giou": v}, "giou") for step, v in values.items()}
+    found = {
+        step: progress.log_evaluation(step, {"teacher_forced_giou": v})
+        for step, v in values.items()
+    }
     assert found == {0: False, 1: True, 2: False, 3: False, 4: True}
     progress.commit_best()
     progress.partial_state(4).mkdir()
     progress.commit(4)
     assert progress_of(directory, eval_steps=1).best == {"step": 4, "value": 0.5}
-    assert not progress_of(directory).log_evaluation(5, {"giou": 1.0}, "giou")
+    assert not progress_of(directory).log_evaluation(5, {"teacher_forced_giou": 1.0})
 
 
 @pytest.mark.parametrize("passed", [True, False])

@@ -190,16 +190,16 @@ def test_a_second_question_does_no_vision_work_and_reads_only_the_new_tokens(
     with graphs.start(PolicyRequest(image, other)) as decoding:
         feed = decoding._running.feed
 
-        def counted(embeddings, positions):
+        def counted(embeddings, positions, num_rows):
             lengths.append(len(embeddings))
-            return feed(embeddings, positions)
+            return feed(embeddings, positions, num_rows)
 
         def refuse(image):
             raise AssertionError("the vision tower ran again")
 
         monkeypatch.setattr(decoding._running, "feed", counted)
         decoding._vision = refuse
-        token = decoding.prefill()
+        token, _ = decoding.prefill()
     assert lengths == [len(decoding.prompt_ids) - decoding.num_cached_tokens]
     assert lengths[0] < 40
     assert token == ask(weights, image, other)[1].token_ids[0]
