@@ -48,7 +48,7 @@ PRINTED_BY_TYPE = ("giou", "ciou", "precision_at_50", "prior_giou")
 
 OPTIONS_OF_RESULTS = (
     *("runtime", "inference_precision", "device", "cuda_graphs"),
-    *("policy", "policy_device", "policy_dtype", "vllm"),
+    *("policy", "policy_device", "policy_dtype", "prompt_lookup_num_tokens", "vllm"),
 )
 """Options of the runtime that belong to the identity of an evaluation."""
 

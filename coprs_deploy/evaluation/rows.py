@@ -50,7 +50,7 @@ class EvaluationRow(Record, frozen=True, kw_only=True):
         question_type: type of the question, for metrics by type; may be empty.
         source: data set or preset that the example comes from; may be empty.
         num_targets: number of annotated targets, 0 for a no-match example. A target whose
-            annotation is empty, as REFER has some, counts as one.
+            annotation is empty, as REFER has some, counts as one, except under ``targets``.
         num_found: number of predicted masks; 0 for a no-match prediction.
         mask: counts of the predicted masks against the targets.
         prior: counts of the priors, thresholded at logit 0, against the targets.

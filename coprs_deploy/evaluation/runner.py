@@ -120,9 +120,14 @@ class EvaluationTask:
         return structs.replace(row, response=_storable(row.response), **others)
 
     def _num_targets(self, found: int) -> int:
-        """Count the target of an empty annotation, where the data set has no no-match examples."""
-        is_empty = not found and self.source is not None and not self.source.has_no_match
-        return 1 if is_empty else found
+        """Count the target of an empty annotation, where the data set has no no-match examples.
+
+        The protocol ``targets``, for which these are nothing special, counts it as a no-match
+        example.
+        """
+        if found or self.source is None or self.source.has_no_match:
+            return found
+        return int(self.protocol.no_match != "apart")
 
 
 def evaluate_rows(

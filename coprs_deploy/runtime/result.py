@@ -142,7 +142,7 @@ class SegmentationResult:
         reasoning: text inside ``<think>``; the whole response if there is none.
         response: whole text of the policy.
         stop_reason: why the response ended: ``targets_reached``, ``end_of_text`` or
-            ``token_budget``.
+            ``token_budget``; or why its answer was forced: ``reasoning_budget`` or ``deadline``.
         format_violations: deviations from the response format, as in ``text_after_reference``; see
             :class:`coprs_deploy.prompts.FormatViolation`.
         instruction: the instruction of the request.
@@ -242,23 +242,16 @@ class SegmentationResult:
             One result per mask: ``image_id``, ``category_id``, ``segmentation`` (compressed RLE),
             ``bbox`` (x, y, width, height), ``area`` in pixels and ``score``.
         """
-        return [
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "segmentation": segmentation,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": area,
-                "score": score,
-            }
-            for segmentation, (x1, y1, x2, y2), area, score in zip(
-                self._rle(),
-                self.boxes.tolist(),
-                self.areas.tolist(),
-                self.scores.tolist(),
-                strict=True,
-            )
-        ]
+        from coprs_deploy.data.coco_results import coco_result
+
+        parts = zip(
+            self._rle(),
+            self.boxes.tolist(),
+            self.areas.tolist(),
+            self.scores.tolist(),
+            strict=True,
+        )
+        return [coco_result(image_id, *part, category_id=category_id) for part in parts]
 
     def to_supervision(self) -> sv.Detections:
         """Return the masks as ``supervision.Detections``, labeled with the instruction.

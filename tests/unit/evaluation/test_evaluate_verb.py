@@ -128,7 +128,7 @@ def test_features_and_training_take_a_data_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COPRS_DEPLOY_DATA", str(tmp_path / "data"))
     text = '[data]\nkind = "examples"\ntraining = "refcoco:train"\nheld_out = "refcoco:train"\n'
     (tmp_path / "recipe.toml").write_text(f'base = "grpo_demo"\n{text}features = "{out}"\n')
-    opened = open_data(load_recipe(str(tmp_path / "recipe.toml"), []))
+    opened = open_data(load_recipe(str(tmp_path / "recipe.toml"), []), [])
     assert len(opened.training) == opened.contents["data.training"]["examples"] == 4
 
 

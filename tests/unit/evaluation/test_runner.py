@@ -7,7 +7,7 @@ import pytest
 
 from coprs_deploy.data.rle import decode_mask
 from coprs_deploy.errors import PolicyError
-from coprs_deploy.evaluation.protocols import GREFCOCO, LISA, SEG_ZERO
+from coprs_deploy.evaluation.protocols import GREFCOCO, LISA, SEG_ZERO, TARGETS
 from coprs_deploy.evaluation.rows import MaskCounts, decode_row, encode_row
 from coprs_deploy.evaluation.runner import EvaluationTask, evaluate_rows
 from tests.unit.evaluation.fake_source import FakeSource, example_of, mask_of, result_of
@@ -81,6 +81,7 @@ def test_empty_annotation_is_a_target_where_there_is_no_no_match(has_no_match, e
     nothing = lambda *_: result_of([], [])  # noqa: E731
     row = EvaluationTask("fake", source, 1, GREFCOCO).evaluate(0, nothing)
     assert (row.num_targets, row.mask) == (expected, MaskCounts(0, 0, 0, 0))
+    assert EvaluationTask("fake", source, 1, TARGETS).evaluate(0, nothing).num_targets == 0
 
 
 def test_ignored_pixels_that_become_foreground_are_a_target():

@@ -1,0 +1,42 @@
+"""Comparison of a policy with and without drafts."""
+
+import json
+
+import pytest
+
+from tests.scripts import load_script
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+script = load_script("benchmarks/policy_drafts.py")
+
+
+def run(capsys, *arguments):
+    code = script.main([*arguments, "--policy", "openvino"])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_modes_have_equal_responses_and_fewer_passes(capsys):
+    code, results = run(capsys, "--count", "2", "--num-no-match", "1")
+    assert code == 0
+    assert [r["drafts"] for r in results] == list(script.MODES)
+    assert {(r["equal"], r["count"], r["other_tails"]) for r in results} == {(3, 3, 1)}
+    none, tail, lookup, both = (r["tokens_per_pass"] for r in results)
+    assert none < min(tail, lookup)
+    assert max(tail, lookup) < both
+    assert max(r["max_relative_error"] for r in results) < 1e-4
+
+
+def test_modes_without_the_comparison_are_refused():
+    with pytest.raises(ValueError, match=r"--drafts is \['tail'\]; accepted: none, and others"):
+        script.main(["--drafts", "tail"])
+
+
+@pytest.mark.extended
+def test_a_thousand_responses_are_equal(capsys):
+    code, results = run(
+        capsys, "--count", "900", "--num-no-match", "100", "--drafts", "none,tail and lookup"
+    )
+    assert code == 0
+    assert {r["equal"] for r in results} == {1000}
