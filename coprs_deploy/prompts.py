@@ -31,6 +31,8 @@ MAX_WORDS_BETWEEN = 10
 MAX_INSTRUCTION_CHARS = 20_000
 """Longer instructions are refused before they are tokenized, which takes seconds per million."""
 
+REASONING_START, REASONING_END = "<think>", "</think>"
+
 _INSTRUCTION = "{instruction}"
 _REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
@@ -43,12 +45,16 @@ class PromptTemplate(Record, frozen=True):
         image_token: image placeholder of the policy; encoding repeats it for each vision token.
         max_prompt_tokens: maximum prompt length, vision tokens included (paper, B.3: 1,300).
         max_response_tokens: maximum response length (paper, B.3: 2,000).
+        reference_tail: text of a response from the end of the reasoning to its ``<REF_POS>``.
+        reference_separator: text between two ``<REF_POS>``.
     """
 
     text: str
     image_token: str
     max_prompt_tokens: int = 1300
     max_response_tokens: int = 2000
+    reference_tail: str = f"{REASONING_END} {REFERENCE_TOKEN}"
+    reference_separator: str = " "
 
     def __post_init__(self) -> None:
         for part in (_INSTRUCTION, self.image_token):
@@ -59,6 +65,18 @@ class PromptTemplate(Record, frozen=True):
                 )
         if self.max_prompt_tokens < 1 or self.max_response_tokens < 1:
             raise ValueError("max_prompt_tokens and max_response_tokens must be at least 1")
+        tail = self.reference_tail
+        is_tail = tail.startswith(REASONING_END) and tail.endswith(REFERENCE_TOKEN)
+        if not is_tail or tail.count(REASONING_END) != 1 or tail.count(REFERENCE_TOKEN) != 1:
+            raise ValueError(
+                f"reference_tail is {tail!r}; accepted: text that starts with {REASONING_END}, "
+                f"ends with {REFERENCE_TOKEN}, and contains each once"
+            )
+        if REFERENCE_TOKEN in self.reference_separator:
+            raise ValueError(
+                f"reference_separator is {self.reference_separator!r}; accepted: text without "
+                f"{REFERENCE_TOKEN}"
+            )
 
 
 def check_instruction(instruction: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,20 @@ def open_requests(
     policy: str,
     runtime: str | None = None,
     cached: int = 2,
+    prompt_lookup: int = 0,
     **settings: Any,
 ) -> Workload:
     """Open a bundle as a user does, with requests on held-out scenes in turn."""
     options = RuntimeOptions(
-        device=device, runtime=runtime, policy=policy, max_cached_images=cached
+        device=device,
+        runtime=runtime,
+        policy=policy,
+        max_cached_images=cached,
+        prompt_lookup_num_tokens=prompt_lookup,
     )
-    return _RequestWorkload(CoPRS.load(bundle, options), **settings)
+    coprs = CoPRS.load(bundle, options)
+    workload = _LimitedWorkload if "limits" in settings else _RequestWorkload
+    return workload(coprs, **settings)
 
 
 def open_torch_requests(checkpoint: Path, **settings: Any) -> Workload:
@@ -110,6 +117,42 @@ class _RequestWorkload(Workload):
 
     def close(self) -> None:
         self.coprs.close()
+
+
+@dataclass
+class _LimitedWorkload(_RequestWorkload):
+    """Requests with limits of the reasoning; the accuracy is that of the measured requests."""
+
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.coprs.warm_up()
+        self._found: dict[int, SegmentationResult] = {}
+        self._number = 0
+
+    def run(self) -> Mapping[str, float]:
+        index = self._number % self.count
+        self._number += 1
+        scene = self._scenes[index]
+        result = self.coprs.segment(scene.image, scene.instruction, **self.limits)
+        self._found.setdefault(index, result)
+        self._tokens.append(result.timings.response_tokens)
+        return stage_times(result.timings)
+
+    def _results(self) -> list[SegmentationResult]:
+        while len(self._found) < self.count:
+            self.run()
+        return [self._found[index] for index in range(self.count)]
+
+    def finish(self) -> Mapping[str, Any]:
+        """Report also the share of requests that ended in time, if there was a deadline."""
+        found = dict(super().finish())
+        if deadline_ms := self.limits.get("deadline_ms"):
+            times = [result.timings.total_ms for result in self._found.values()]
+            share = float(np.mean([time <= deadline_ms for time in times]))
+            found["metrics"] = {**found["metrics"], "in_time_share": share}
+        return found
 
 
 def stage_times(timings: Timings) -> dict[str, float]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.bench.report import Skipped
 from coprs_deploy.closing import Closeable
+from coprs_deploy.errors import check_number
 from coprs_deploy.model_config import SAM_SIZES
 
 TOTAL = "total"
@@ -116,6 +117,7 @@ class BenchOptions:
         suites: names of suites; empty takes the default ones.
         sizes: SAM sizes to measure with random weights, where a suite needs no policy.
         devices: ``cpu``, ``cuda`` or both.
+        deadlines_ms: deadlines of the suite ``latency`` in milliseconds.
         filter: regular expression; only cases whose ``group: case`` matches are run.
         calibration: folder of images for int8.
         is_quick: leave out what takes long: lower precisions on a CPU, the small graphs alone, some
@@ -137,6 +139,7 @@ class BenchOptions:
     suites: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
+    deadlines_ms: tuple[float, ...] = ()
     filter: str = ""
     calibration: Path | None = None
     is_quick: bool = False
@@ -155,6 +158,8 @@ class BenchOptions:
         for size in self.sizes:
             if size not in SAM_SIZES:
                 raise ValueError(f"sizes names {size!r}; accepted: {', '.join(SAM_SIZES)}, all")
+        for deadline in self.deadlines_ms:
+            check_number("deadlines_ms", deadline, above=0, is_whole=False)
         if self.rounds < 1:
             raise ValueError(f"--rounds is {self.rounds}; accepted: 1 and more")
         if self.checkpoint and not self.bundle:

@@ -21,6 +21,7 @@ TIME_TOLERANCE, MEMORY_TOLERANCE = 0.05, 0.10
 ACCURACY_TOLERANCES = {
     "mask_iou_mean": 0.005,
     "giou": 0.005,
+    "precision_at_50": 0.01,
     "embedding_cosine": 0.001,
     "concentration_cosine": 0.001,
 }

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from coprs_deploy.artifacts import make_directory, write_json, write_text
-from coprs_deploy.bench.report import Accuracy, CaseResult, GroupResult, Latency, Report
+from coprs_deploy.bench.report import LIMIT, Accuracy, CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
 
 
@@ -67,6 +67,7 @@ COLUMNS = (
     Column("export/weights", "peak memory", "metrics.export_peak_over_weights", "{:.2f} x"),
     Column("peak/weights", "peak memory, with the check", "metrics.peak_over_weights", "{:.2f} x"),
     Column("tokens/s", "decoding speed", "metrics.tokens_per_s", "{:.0f}"),
+    Column("in time", "share within the deadline", "metrics.in_time_share", "{:.0%}"),
     Column("tokens", "median response length", "metrics.response_tokens", "{:.0f}"),
 )
 """All columns; those without a cell are not shown."""
@@ -182,6 +183,8 @@ def _group_lines(group: GroupResult) -> list[str]:
 def charts(group: GroupResult) -> str:
     """Draw what a group has numbers for."""
     drawn = []
+    if frontier := [case for case in group.cases if LIMIT in case.labels and case.latency]:
+        drawn.append(_chart("Accuracy against latency", *_frontier(frontier)))
     timed = [(case, case.latency) for case in group.cases if case.latency is not None]
     if group.parameter and len(timed) > 1:
         drawn.append(_chart(f"Scaling with {group.parameter}", *_scaling(group, timed)))
@@ -289,6 +292,40 @@ def _accuracy(compared: Sequence[tuple[CaseResult, Latency, float]]) -> tuple[fl
         parts.append(_text(LEFT, 224 + 15 * number, f"{number + 1}  {case.name}"))
     title = "distance from float32: mask logits, or 1 - mask IoU"
     return 230 + 15 * len(compared), [*parts, _text(LEFT, 208, title)]
+
+
+def _frontier(cases: Sequence[CaseResult]) -> tuple[float, list[str]]:
+    """Draw gIoU and precision of each limit against its p50, and a line from there to its p99."""
+    points = [
+        (case.name, q, a.giou, a.precision_at_50)
+        for case in cases
+        if (q := case.latency) and (a := case.accuracy) and a.giou is not None
+    ]
+    if not points:
+        return 20, [_text(LEFT, 14, "no ground truth, hence no accuracy")]
+    bottom = 240.0
+    scale, parts = _time_axis([t for _, q, *_ in points for t in (q.p50, q.p99)], bottom)
+    for tenth in range(0, 11, 2):
+        y = bottom - 10 - 22 * tenth
+        parts += [_line(LEFT, y, RIGHT, y, color="faint", width=0.5)]
+        parts += [_text(LEFT, y - 2, f"{tenth / 10:.1f}")]
+    for number, (_, latency, *accuracies) in enumerate(points):
+        for color, accuracy in enumerate(accuracies):
+            x, y = scale(latency.p50), bottom - 10 - 220 * (accuracy or 0.0)
+            parts += [_line(x, y, scale(latency.p99), y, color=f"c{color}", width=1.4)]
+            parts.append(_line(scale(latency.p99), y - 4, scale(latency.p99), y + 4, width=1))
+            parts.append(_dot(x, y, color, 4))
+        label_y = bottom - 10 - 220 * max(accuracy or 0.0 for accuracy in accuracies)
+        parts.append(_text(scale(latency.p50) - 3, label_y - 8, str(number + 1), "end"))
+    for color, name in enumerate(("gIoU", "P@0.5")):
+        parts += [_dot(LEFT + 4 + 110 * color, bottom + 24, color, 4.5)]
+        parts += [_text(LEFT + 14 + 110 * color, bottom + 28, name)]
+    parts.append(_text(LEFT + 220, bottom + 28, "dot: p50, end of the line: p99"))
+    for number, (name, latency, *_) in enumerate(points):
+        x, y = LEFT + 270 * (number % 2), bottom + 48 + 15 * (number // 2)
+        times = f"{format_ms(latency.p50)}, p99 {format_ms(latency.p99)}"
+        parts.append(_text(x, y, f"{number + 1}  {name}: {times}"))
+    return bottom + 54 + 15 * ((len(points) + 1) // 2), parts
 
 
 def _scaling(group: GroupResult, timed: Timed) -> tuple[float, list[str]]:

@@ -16,6 +16,9 @@ from coprs_deploy.specs import Record
 
 SCHEMA_VERSION = 1
 
+LIMIT = "limit"
+"""Label of cases that differ in the limit of their reasoning."""
+
 
 class Latency(Record, frozen=True):
     """Latency of one run in milliseconds, over ``n`` measured runs; percentiles are measured runs.

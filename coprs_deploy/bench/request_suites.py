@@ -21,7 +21,7 @@ from coprs_deploy.bench.accuracy import SceneReference, scenes
 from coprs_deploy.bench.case import TOTAL, Case, Group, Planned
 from coprs_deploy.bench.fixtures import Fixtures, Model, runtimes_here, version_of
 from coprs_deploy.bench.graph_suites import precisions, runtime_name
-from coprs_deploy.bench.report import Skipped
+from coprs_deploy.bench.report import LIMIT, Skipped
 from coprs_deploy.bundle import read_manifest
 from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.export import ExportOptions
@@ -35,6 +35,12 @@ COUNT, QUICK_COUNT = 16, 8
 """Number of scenes, used in turn."""
 
 RUNS, QUICK_RUNS = 6, 3
+
+REASONING_BUDGETS = (5, 10, 15, 20, 30, 40)
+"""Largest numbers of reasoning tokens; the demo model's median response has 27 tokens."""
+
+FRONTIER_COUNT = 100
+"""Number of scenes, and of requests, of which one may be slower than the 99th percentile."""
 
 STEPS = ("interpreter", "import", "load", "first request")
 PARSE = "from coprs_deploy.cli.main import build_parser; build_parser()"
@@ -103,6 +109,37 @@ def _policies(model: Model, precision: str, device: str) -> list[str]:
 def _suffix(library: str) -> str:
     """Name the policy's library in a case, unless it is transformers."""
     return "" if library == "transformers" else f", {library} policy"
+
+
+def latency_suite(fixtures: Fixtures) -> Planned:
+    """List whole requests by the limit of their reasoning: accuracy against time."""
+    model, options = fixtures.model, fixtures.options
+    runtimes, skipped = runtimes_here(options.devices, RUNTIME)
+    yield from skipped
+    limits: dict[str, dict[str, Any]] = {"no reasoning": {"reasoning": "none"}}
+    limits |= {f"{n} tokens": {"max_reasoning_tokens": n} for n in REASONING_BUDGETS}
+    limits |= {f"deadline {ms:g} ms": {"deadline_ms": ms} for ms in options.deadlines_ms}
+    limits["whole reasoning"] = {}
+    shared = {"count": FRONTIER_COUNT, "cached": 0, "runtime": RUNTIME}
+    shared["reference"] = partial(fixtures.scene_reference, FRONTIER_COUNT)
+    shared["bundle"] = partial(fixtures.bundle, model, RUNTIME, FP32)
+    for _, device in runtimes:
+        library = _policies(model, FP32, device)[-1]
+        described = model.labels(RUNTIME, FP32, device, policy=library)
+        cases = [
+            Case(
+                name,
+                f"{WORKLOADS}:open_requests",
+                {**shared, "device": device, "policy": library, "limits": each},
+                {**described, LIMIT: name},
+                model.request_bytes,
+            )
+            for name, each in limits.items()
+        ]
+        title = f"{model.name}: by limit of the reasoning, {library} policy" + (
+            f", on {device}" if device != "cpu" else ""
+        )
+        yield Group(title, cases, cases[-1].name, "one request", runs=FRONTIER_COUNT)
 
 
 def policy_suite(fixtures: Fixtures) -> Planned:

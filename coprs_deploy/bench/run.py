@@ -40,6 +40,7 @@ from coprs_deploy.machine import machine_record
 SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
     "engines": graph_suites.engines_suite,
     "answer": request_suites.answer_suite,
+    "latency": request_suites.latency_suite,
     "policy": request_suites.policy_suite,
     "start": request_suites.start_suite,
     "scaling": request_suites.scaling_suite,
@@ -51,7 +52,7 @@ SUITES: Mapping[str, Callable[[Fixtures], Planned]] = {
 DEFAULT_SUITES = ("engines", "answer", "start")
 """What runs without ``--suite``: within three minutes for the demo model on two idle cores."""
 
-SCENE_SUITES = ("answer", "start", "scaling")
+SCENE_SUITES = ("answer", "latency", "start", "scaling")
 """Suites with requests on generated scenes, which are square."""
 
 CHECKPOINT_SUITES = ("policy", "export", "precision")
@@ -223,7 +224,7 @@ class _Measurement:
         self._timeout = group.timeout_s or options.case_timeout_s
         self._min_rounds, self._max_rounds = options.rounds, options.max_rounds
         if group.runs is not None:
-            self._min_rounds = self._max_rounds = min(3, group.runs)
+            self._min_rounds = self._max_rounds = min(options.rounds, group.runs)
         if not self._side_by_side:
             self._max_rounds = self._min_rounds
 

@@ -2,6 +2,7 @@
 
   engines     each graph in each runtime and precision, beside PyTorch and segment-anything
   answer      whole requests, by stage
+  latency     whole requests by the limit of their reasoning: accuracy against p50 and p99
   policy      the policy alone
   start       import, load, first mask
   scaling     number of targets, questions and images, size of the image
@@ -60,6 +61,10 @@ def _devices(text: str) -> tuple[str, ...]:
     return tuple(RunnerOptions(device=name).device for name in text.split(","))
 
 
+def _deadlines(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
 REAL_SIZES = [size for size in SAM_SIZES if size.startswith("vit_")]
 
 OPTIONS = (
@@ -75,13 +80,20 @@ OPTIONS = (
         "sizes",
         parse=partial(_names, everything=REAL_SIZES),
         metavar="SIZE,SIZE",
-        help="SAM sizes with random weights: vit_b,vit_h or `all`",
+        help="SAM sizes and light encoders with random weights: vit_b,tinyvit_5m or `all` (of SAM)",
     ),
     Option(
         "devices",
         "--device",
         parse=_devices,
         help="cpu, cuda, or both with a comma (default: all available devices)",
+    ),
+    Option(
+        "deadlines_ms",
+        "--deadline-ms",
+        parse=_deadlines,
+        metavar="MS,MS",
+        help="deadlines of the suite latency in milliseconds",
     ),
     Option("calibration", parse=Path, metavar="DIR"),
     Option("filter", metavar="REGEX", help="run only the cases that match REGEX"),

@@ -8,17 +8,16 @@ text and default come from the record. An option that is not given leaves the re
 from __future__ import annotations
 
 import argparse
-import inspect
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from coprs_deploy.docstrings import attribute_docs
+
 R = TypeVar("R")
 
 GIB = 2**30
-_ATTRIBUTE = re.compile(r"    (\w+): (.*)")
 _NONE = re.compile(r"; (?:None|empty) (?:selects |for )?(.*)$")
 
 
@@ -105,20 +104,6 @@ def read_options(
             value = getattr(arguments, option.field)
             others[option.field] = option.collect(value) if option.collect else value
     return record(**others)
-
-
-def attribute_docs(record: type) -> dict[str, str]:
-    """Return the attribute descriptions in a class docstring and those of its bases."""
-    documented: dict[str, str] = {}
-    for base in reversed(record.__mro__):
-        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
-        name = ""
-        for line in itertools.takewhile(str.strip, section.splitlines()):
-            if found := _ATTRIBUTE.match(line):
-                name, documented[found[1]] = found[1], found[2]
-            else:
-                documented[name] += " " + line.strip()
-    return {name: text.replace("``", "").rstrip(".") for name, text in documented.items()}
 
 
 def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -26,6 +26,7 @@ POLICY = (
     Option("policy"),
     Option("policy_device"),
     Option("policy_dtype"),
+    Option("prompt_lookup_num_tokens", parse=int),
     Option(
         "vllm",
         metavar="NAME=VALUE",
@@ -34,6 +35,15 @@ POLICY = (
     ),
 )
 """Where and how the policy runs."""
+
+REQUEST = (
+    Option("max_targets", parse=int),
+    Option("max_new_tokens", parse=int),
+    Option("max_reasoning_tokens", parse=int),
+    Option("deadline_ms", "--deadline-ms", parse=float),
+    Option("reasoning"),
+)
+"""What one request asks for, and limits of its reasoning."""
 
 QUEUE = (
     Option("max_queue_size", parse=int),

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from coprs_deploy.data.examples import Example, ExampleSource
+from coprs_deploy.data.image_checks import ImageLoader
+from coprs_deploy.data.image_columns import load_image_source
 
 
 class Selection(ExampleSource):
@@ -23,9 +25,9 @@ class Selection(ExampleSource):
         self.num_targets = [source.num_targets[i] for i in indices]
         self.question_types = [source.question_types[i] for i in indices]
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode an example; FieldError if a part of it is invalid."""
-        return self.source.read(self.indices[index])
+        return self.source.read(self.indices[index], load)
 
     def image_file(self, index: int) -> bytes | Path:
         """Return the image file of an example: its bytes, or its path."""

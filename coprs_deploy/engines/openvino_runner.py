@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -195,14 +195,23 @@ def cache_settings(num_bytes: int, cache_dir: Path | None) -> dict[str, Any]:
     return {"CACHE_DIR": str(cache.root / OPENVINO_FOLDER)}
 
 
-def compile_file(path: Path, settings: Mapping[str, Any]) -> Any:
-    """Compile a graph file as it is; through the cache if :func:`cache_settings` chose it.
+def compile_file(
+    path: Path, settings: Mapping[str, Any], change: Callable[[Any], None] | None = None
+) -> Any:
+    """Compile a graph file; through the cache if :func:`cache_settings` chose it.
+
+    Args:
+        path: graph file.
+        settings: properties of OpenVINO.
+        change: changes the graph before it is compiled; None leaves it as it is.
 
     Raises:
         RuntimeError: OpenVINO cannot read or compile it.
     """
     core = openvino_core()
-    model = core.read_model(path) if "CACHE_DIR" in settings else path
+    model = core.read_model(path) if change or "CACHE_DIR" in settings else path
+    if change is not None:
+        change(model)
     return core.compile_model(model, DEVICE, dict(settings))
 
 

@@ -74,17 +74,17 @@ def decode_sample(
     reference_id, ends = policy.tokens.reference_id, policy.tokens.end_ids
     with policy.start(PolicyRequest(example.image, example.instruction)) as decoding:
         tokens, states = list[int](), []
-        token = decoding.prefill()
+        token, _ = decoding.prefill()
         while len(tokens) < max_tokens and token not in ends:
             tokens.append(token)
-            token, state = decoding.feed(token)
-            states.append(state)
+            (token,), state = decoding.feed([token])
+            states.append(state[0])
             if tokens[-1] == reference_id:
                 break
         num_written = len(tokens)
         if reference_id not in tokens:
             tokens.append(reference_id)
-            states.append(decoding.feed(reference_id)[1])
+            states.append(decoding.feed([reference_id])[1][0])
     return PolicySample(
         example.image,
         example.instruction,

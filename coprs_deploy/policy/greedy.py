@@ -1,15 +1,24 @@
-"""Greedy decoding of one response, token by token, for policies that run in this process."""
+"""Greedy decoding of one response, for policies that run in this process.
+
+A pass of the decoder reads the last token together with a draft of the next ones, where there is
+one: the tail that the prompt template states, or what followed the same words before. What greedy
+decoding would not have written is dropped again, so that drafts change no response. Only where the
+request limits the reasoning is the tail forced.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coprs_deploy.policy.known_text import KnownText, lookup_draft
 from coprs_deploy.policy.policy import (
     Policy,
     PolicyRequest,
@@ -19,6 +28,7 @@ from coprs_deploy.policy.policy import (
     TextDelta,
 )
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
+from coprs_deploy.policy.reasoning_limit import ReasoningLimit, RunningEstimate
 from coprs_deploy.prompts import PromptTemplate
 
 
@@ -33,24 +43,40 @@ class Decoding(Protocol):
     prompt_ids: list[int]
     num_cached_tokens: int
 
-    def prefill(self) -> int:
-        """Read the prompt; return the most likely first token."""
+    def prefill(self, response: Sequence[int] = ()) -> tuple[int, NDArray[np.float32]]:
+        """Read the prompt and the beginning of a response, if given.
 
-    def feed(self, token: int) -> tuple[int, NDArray[np.float32]]:
-        """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
+        Returns:
+            Most likely next token, and the (D,) post-norm hidden state of the last one that was
+            read.
+        """
+
+    def feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """Read R tokens in one pass.
+
+        Returns:
+            Most likely next token after each, and their (R, D) post-norm hidden states.
+        """
+
+    def drop(self, count: int) -> None:
+        """Forget the last tokens that were read."""
 
 
 class GreedyPolicy(Policy):
     """Policy whose requests are decoded greedily in the calling thread.
 
-    Subclasses set ``_prompt``, and start a request.
+    Subclasses set ``_prompt`` and ``tokens``, and start a request.
 
     Attributes:
         tokens: tokenizer and special tokens.
+        prompt_lookup_num_tokens: length of the drafts by prompt lookup; 0 for none.
+        drafts_tail: whether the tail is read in one pass where the policy is expected to write it.
     """
 
     _prompt: PromptTemplate
     tokens: PolicyTokens
+    prompt_lookup_num_tokens: int = 0
+    drafts_tail: bool = True
 
     @abstractmethod
     def start(self, request: PolicyRequest) -> AbstractContextManager[Decoding]:
@@ -61,43 +87,190 @@ class GreedyPolicy(Policy):
         received = time.perf_counter()
         with self.start(request) as decoding:
             start = time.perf_counter()
-            budget = request.max_new_tokens or self._prompt.max_response_tokens
-            text_stream = TextStream(self.tokens)
-            token_ids: list[int] = []
-            concentrations: list[NDArray[np.float32]] = []
-            stop: StopReason | None = None
-            token = decoding.prefill()
+            response = _Response(self, request, decoding)
+            yield from response.prefill()
             first_token = time.perf_counter()
-            while stop is None:
+            while response.stop is None:
                 request.remaining_s()
-                token_ids.append(token)
-                if token in self.tokens.end_ids:
-                    stop = StopReason.END_OF_TEXT
-                    break
-                is_reference = token == self.tokens.reference_id
-                if text := text_stream.add(token):
-                    yield TextDelta(text)
-                if len(token_ids) >= budget:
-                    stop = StopReason.TOKEN_BUDGET
-                    if not is_reference:
-                        break
-                token, hidden = decoding.feed(token)
-                if is_reference:
-                    concentrations.append(hidden)
-                    if len(concentrations) == request.max_targets:
-                        stop = StopReason.TARGETS_REACHED
+                yield from response.step()
             end = time.perf_counter()
-        response = self.tokens.read(token_ids)
-        if stop is StopReason.TOKEN_BUDGET and (text := text_stream.rest(response)):
+        parsed = self.tokens.read(response.token_ids)
+        if response.stop is not StopReason.END_OF_TEXT and (text := response.text.rest(parsed)):
             yield TextDelta(text)
+        states = np.array(response.concentrations, np.float32).reshape(-1, self.hidden_size)
         yield PolicyResult(
-            response=response,
-            concentrations=np.array(concentrations, np.float32).reshape(-1, self.hidden_size),
-            stop_reason=stop,
-            token_ids=tuple(token_ids),
+            response=parsed,
+            concentrations=states,
+            stop_reason=response.stop,
+            token_ids=tuple(response.token_ids),
             num_prompt_tokens=len(decoding.prompt_ids),
             num_cached_tokens=decoding.num_cached_tokens,
+            num_passes=response.num_passes,
             prefill_ms=1e3 * (first_token - start),
             decode_ms=1e3 * (end - first_token),
             preprocess_ms=1e3 * (start - received),
         )
+
+    @cached_property
+    def known_text(self) -> KnownText:
+        """Tokens of the parts of a response that the prompt template states."""
+        return KnownText(self._prompt, self.tokens)
+
+    @cached_property
+    def tail_time(self) -> RunningEstimate:
+        """Durations of the pass that reads the tail."""
+        return RunningEstimate()
+
+
+class _Response:
+    """One response while it is decoded.
+
+    Attributes:
+        token_ids: tokens so far; all of them have been read.
+        text: incremental text.
+        concentrations: hidden states of the ``<REF_POS>`` among them.
+        stop: why it ended; None while it goes on.
+        num_passes: passes after the prefill.
+    """
+
+    def __init__(self, policy: GreedyPolicy, request: PolicyRequest, decoding: Decoding) -> None:
+        self._policy, self._request, self._decoding = policy, request, decoding
+        self._known, self._tokens = policy.known_text, policy.tokens
+        self._max_tokens = request.max_new_tokens or policy._prompt.max_response_tokens
+        forced = len(self._known.opening) + len(self._known.tail)
+        self._limit = ReasoningLimit(
+            request, self._max_tokens - forced, policy.tail_time, time.perf_counter
+        )
+        if request.forces_answer and self._max_tokens < forced:
+            raise ValueError(
+                f"max_new_tokens is {self._max_tokens}; with a limit of the reasoning at least "
+                f"{forced} are needed, for a response without any"
+            )
+        self.token_ids: list[int] = []
+        self.text = TextStream(policy.tokens)
+        self.concentrations: list[NDArray[np.float32]] = []
+        self.stop: StopReason | None = None
+        self.num_passes = 0
+        self._cut: StopReason | None = None
+        self._next = 0
+
+    def prefill(self) -> Iterator[TextDelta]:
+        """Read the prompt, and the tail at once for a response without reasoning."""
+        if not self._limit.is_reached:
+            self._next, _ = self._decoding.prefill()
+            return
+        tail = [*self._known.opening, *self._known.tail]
+        self._next, hidden = self._decoding.prefill(tail)
+        yield from self._write(tail)
+        self._cut = StopReason.REASONING_BUDGET
+        self._add_reference(hidden)
+
+    def step(self) -> Iterator[TextDelta]:
+        """Write the next token, and those that one pass confirms."""
+        if self._limit.is_set and self.concentrations:
+            yield from self._write_next_reference()
+        elif self._must_end():
+            opening = [] if self.token_ids else self._known.opening
+            yield from self._read([*opening, *self._known.tail], is_forced=True)
+        elif self._next in self._tokens.end_ids:
+            self.token_ids.append(self._next)
+            self.stop = StopReason.END_OF_TEXT
+        else:
+            yield from self._write([self._next])
+            is_last = len(self.token_ids) >= self._max_tokens
+            if is_last:
+                self.stop = StopReason.TOKEN_BUDGET
+                if self._next != self._tokens.reference_id:
+                    return
+            draft = [] if is_last else self._draft()
+            yield from self._read([self._next, *draft], self._is_forced, is_written=True)
+            if len(self.token_ids) >= self._max_tokens and self._cut is None:
+                self.stop = self.stop or StopReason.TOKEN_BUDGET
+
+    def _must_end(self) -> bool:
+        """Whether the tail is forced in place of the next token."""
+        if not self._limit.is_set or not self._limit.is_reasoning:
+            return False
+        if self._next in self._tokens.end_ids:
+            self._cut = StopReason.END_OF_TEXT
+        elif self._limit.is_due() and self._next != self._known.tail[0]:
+            self._cut = StopReason.DEADLINE
+        return self._cut is not None
+
+    @property
+    def _is_forced(self) -> bool:
+        """Whether the reasoning is limited and has ended, so that ``<REF_POS>`` must follow."""
+        has_ended = self._limit.is_set and not self._limit.is_reasoning
+        return self._cut is not None or (has_ended and self._next != self._tokens.reference_id)
+
+    def _write_next_reference(self) -> Iterator[TextDelta]:
+        """After the answer to a limited request: write one more target if the policy would."""
+        draft = self._known.next_reference
+        if draft[0] == self._next and len(self.token_ids) + len(draft) <= self._max_tokens:
+            following, states = self._feed(draft)
+            if following[:-1] == draft[1:]:
+                yield from self._write(draft)
+                self._next = following[-1]
+                self._add_reference(states[-1])
+                return
+        self.stop = self._cut or StopReason.END_OF_TEXT
+
+    def _draft(self) -> list[int]:
+        """Return tokens to read with the next one: likely ones, or the forced tail."""
+        policy, draft = self._policy, list[int]()
+        is_reference = self._next == self._tokens.reference_id
+        if self._limit.is_reached and self._limit.is_reasoning and not is_reference:
+            self._cut = StopReason.REASONING_BUDGET
+            return self._known.tail
+        if policy.drafts_tail or self._is_forced:
+            draft = self._known.draft(self._limit.text)
+        if self._is_forced and not draft:  # the policy began another tail
+            draft = self._known.tail[-1:]
+        if not draft and (count := policy.prompt_lookup_num_tokens):
+            draft = lookup_draft([*self._decoding.prompt_ids, *self.token_ids], count)
+        draft = draft[: self._max_tokens - len(self.token_ids)]
+        missing = self._request.max_targets - len(self.concentrations) - is_reference
+        for index, token in enumerate(draft):
+            if not missing or token in self._tokens.end_ids:
+                return draft[:index]
+            missing -= token == self._tokens.reference_id
+        return draft
+
+    def _read(
+        self, tokens: Sequence[int], is_forced: bool, *, is_written: bool = False
+    ) -> Iterator[TextDelta]:
+        """Read tokens in one pass, and keep those that are forced or confirmed.
+
+        ``is_written``: the first token belongs to the response already.
+        """
+        start = time.perf_counter()
+        following, states = self._feed(tokens)
+        if len(tokens) > 1 and tokens[-1] == self._tokens.reference_id:
+            self._policy.tail_time.add(time.perf_counter() - start)
+        kept = len(tokens) if is_forced else 1
+        while kept < len(tokens) and tokens[kept] == following[kept - 1]:
+            kept += 1
+        if kept < len(tokens):
+            self._decoding.drop(len(tokens) - kept)
+        yield from self._write(tokens[1:kept] if is_written else tokens[:kept])
+        self._next = following[kept - 1]
+        for token, hidden in zip(tokens[:kept], states, strict=False):
+            if token == self._tokens.reference_id:
+                self._add_reference(hidden)
+
+    def _feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        self.num_passes += 1
+        return self._decoding.feed(tokens)
+
+    def _add_reference(self, hidden: NDArray[np.float32]) -> None:
+        self.concentrations.append(hidden)
+        if len(self.concentrations) == self._request.max_targets:
+            self.stop = self._cut or StopReason.TARGETS_REACHED
+
+    def _write(self, tokens: Sequence[int]) -> Iterator[TextDelta]:
+        for token in tokens:
+            self.token_ids.append(token)
+            added = self.text.add(token)
+            self._limit.add(added)
+            if added:
+                yield TextDelta(added)

@@ -34,6 +34,10 @@ class PolicyRequest:
         max_targets: stop after this many ``<REF_POS>``.
         max_new_tokens: token budget of the response; None takes the prompt template's limit.
         deadline: ``time.perf_counter()`` value at which the request is abandoned; None for none.
+        max_reasoning_tokens: tokens of the reasoning after which the answer is forced; 0 for no
+            reasoning, None for no limit.
+        reasoning_deadline: ``time.perf_counter()`` value by which the hidden state of
+            ``<REF_POS>`` is due, so that the answer is forced in time; None for none.
     """
 
     image: RgbArray
@@ -41,12 +45,21 @@ class PolicyRequest:
     max_targets: int = 1
     max_new_tokens: int | None = None
     deadline: float | None = None
+    max_reasoning_tokens: int | None = None
+    reasoning_deadline: float | None = None
 
     def __post_init__(self) -> None:
         check_instruction(self.instruction)
         check_number("max_targets", self.max_targets, least=1)
         if self.max_new_tokens is not None:
             check_number("max_new_tokens", self.max_new_tokens, least=1)
+        if self.max_reasoning_tokens is not None:
+            check_number("max_reasoning_tokens", self.max_reasoning_tokens, least=0)
+
+    @property
+    def forces_answer(self) -> bool:
+        """Whether the reasoning is limited, and the tail up to ``<REF_POS>`` is forced."""
+        return self.max_reasoning_tokens is not None or self.reasoning_deadline is not None
 
     def remaining_s(self) -> float | None:
         """Return the seconds until the deadline; None if there is none.
@@ -87,6 +100,8 @@ class StopReason(str, Enum):
     TARGETS_REACHED = "targets_reached"
     END_OF_TEXT = "end_of_text"
     TOKEN_BUDGET = "token_budget"
+    REASONING_BUDGET = "reasoning_budget"
+    DEADLINE = "deadline"
 
     @property
     def description(self) -> str:
@@ -98,6 +113,8 @@ _STOP_DESCRIPTIONS = {
     StopReason.TARGETS_REACHED: "the policy wrote the maximum number of <REF_POS>",
     StopReason.END_OF_TEXT: "the policy ended its response",
     StopReason.TOKEN_BUDGET: "the token budget was used up",
+    StopReason.REASONING_BUDGET: "the answer was forced at the limit of reasoning tokens",
+    StopReason.DEADLINE: "the answer was forced to meet the deadline",
 }
 
 
@@ -117,6 +134,7 @@ class PolicyResult:
         queue_ms: waiting time before the prefill.
         preprocess_ms: image preprocessing before queue and prefill.
         num_cached_tokens: prompt tokens read from the prefix cache.
+        num_passes: passes of the decoder after the prefill; 0 where they are not counted.
     """
 
     response: Response
@@ -129,6 +147,7 @@ class PolicyResult:
     queue_ms: float = 0.0
     preprocess_ms: float = 0.0
     num_cached_tokens: int = 0
+    num_passes: int = 0
 
 
 PolicyStream: TypeAlias = Generator[TextDelta | PolicyResult, None, None]

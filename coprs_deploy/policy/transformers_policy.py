@@ -7,7 +7,7 @@ The hidden state of ``<REF_POS>`` is the post-norm output at the position where 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class TransformersPolicy(GreedyPolicy):
         dtype: torch dtype of the weights; None leaves it to :func:`.policy_dtype.choose_dtype`.
         num_threads: CPU threads per operator; None selects one for a policy of less than
             :data:`SMALL_POLICY` parameters, else PyTorch's own number.
+        prompt_lookup_num_tokens: length of the drafts by prompt lookup; 0 for none.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed, or compressed-tensors for a
@@ -69,6 +70,7 @@ class TransformersPolicy(GreedyPolicy):
         device: str = "cpu",
         dtype: str | None = None,
         num_threads: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> None:
         try:
             from safetensors import SafetensorError
@@ -92,6 +94,7 @@ class TransformersPolicy(GreedyPolicy):
         self._model = model.to(device).requires_grad_(False).eval()
         self._vision = VisionProcessor(path, model.config)
         self._prompt = prompt
+        self.prompt_lookup_num_tokens = prompt_lookup_num_tokens
         self._pixels = (min_pixels, max_pixels)
         self._lock = threading.Lock()
         if num_threads is None and model.num_parameters() < SMALL_POLICY:
@@ -139,9 +142,10 @@ class _Decoding:
         self._vision = vision
         self.prompt_ids = prompt_ids
 
-    def prefill(self) -> int:
-        """Read the prompt; return the most likely first token."""
-        return self._next_token(self.read(self.prompt_ids)[0, -1])
+    def prefill(self, response: Sequence[int] = ()) -> tuple[int, NDArray[np.float32]]:
+        """See :meth:`Decoding.prefill`."""
+        hidden = self.read([*self.prompt_ids, *response])[0, -1:]
+        return self._next_tokens(hidden)[0], _array(hidden)[0]
 
     def read(self, ids: list[int]) -> torch.Tensor:
         """Read tokens, the prompt first; return their post-norm hidden states (1, L, D)."""
@@ -172,24 +176,34 @@ class _Decoding:
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
-    def feed(self, token: int) -> tuple[int, NDArray[np.float32]]:
-        """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
+    def feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """See :meth:`Decoding.feed`."""
         import torch
 
         with self._lock, torch_threads(self._num_threads), torch.inference_mode():
             if self._position_offsets is not None:
                 self._model.model.rope_deltas = self._position_offsets
             output = self._model.model(
-                input_ids=torch.tensor([[token]], device=self._model.device),
+                input_ids=torch.tensor([list(tokens)], device=self._model.device),
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        hidden = output.last_hidden_state[0, -1]
-        return self._next_token(hidden), hidden.float().cpu().numpy()
+        hidden = output.last_hidden_state[0]
+        return self._next_tokens(hidden), _array(hidden)
 
-    def _next_token(self, hidden: torch.Tensor) -> int:
-        """Return the most likely token after a (D,) hidden state."""
+    def drop(self, count: int) -> None:
+        """See :meth:`Decoding.drop`."""
+        self._cache.crop(-count)
+
+    def _next_tokens(self, hidden: torch.Tensor) -> list[int]:
+        """Return the most likely token after each of (R, D) hidden states."""
         import torch
 
         with torch_threads(self._num_threads), torch.inference_mode():
-            return int(self._model.get_output_embeddings()(hidden[None]).argmax())
+            tokens: list[int] = self._model.get_output_embeddings()(hidden).argmax(-1).tolist()
+        return tokens
+
+
+def _array(hidden: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = hidden.float().cpu().numpy()
+    return array

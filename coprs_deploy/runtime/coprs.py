@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import ClassVar, Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias, Unpack
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from coprs_deploy.images import (
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
 from coprs_deploy.policy.policy import remaining_s
 from coprs_deploy.runtime.concurrency import ConcurrencyLimit, UploadedImage
+from coprs_deploy.runtime.deadline import DeadlineEstimates
 from coprs_deploy.runtime.encoder import (
     DecodedImage,
     EmbeddingCache,
@@ -42,7 +43,7 @@ from coprs_deploy.runtime.encoder import (
     content_key,
 )
 from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
-from coprs_deploy.runtime.options import RuntimeOptions
+from coprs_deploy.runtime.options import RequestLimits, RequestOptions, RuntimeOptions
 from coprs_deploy.runtime.policy_loading import choose_policy
 from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
@@ -92,6 +93,7 @@ class CoPRS(Closeable):
         CoPRS._loaded_in = self._process = os.getpid()
         self._is_closed = False
         self._timeout_s = options.timeout_s
+        self._estimates = DeadlineEstimates()
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -142,12 +144,18 @@ class CoPRS(Closeable):
             choices += (policy_choice,)
         return cls(graphs, loaded_policy, opened.manifest.geometry, options, choices)
 
+    @property
+    def num_active(self) -> int:
+        """Number of requests that are running or queued; ``segment_many`` is not counted."""
+        return self._limit.num_active
+
     def segment(
         self,
         image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
     ) -> SegmentationResult:
         """Segment what an instruction describes.
 
@@ -157,6 +165,8 @@ class CoPRS(Closeable):
             instruction: what to segment.
             max_targets: maximum number of targets, one mask each.
             max_new_tokens: token budget of the response; None takes the checkpoint's.
+            limits: limits of the reasoning: ``max_reasoning_tokens``, ``deadline_ms`` or
+                ``reasoning="none"``; see :class:`.options.RequestOptions`.
 
         Returns:
             The result; ``found`` is False if the policy named no target.
@@ -167,12 +177,13 @@ class CoPRS(Closeable):
             PolicyError: the policy failed.
             QueueFullError: the queue is full.
             RequestTimeoutError: the time limit passed.
-            ValueError: another argument is not accepted.
+            ValueError: another argument is not accepted, or the deadline cannot be met.
             CoPRSError: the runtime was closed, or loaded before this process was forked.
         """
         self._check_usable()
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
         with self._limit.slot():
-            return _last(self._start(image, instruction, max_targets, max_new_tokens))
+            return _last(self._start(image, instruction, options))
 
     def stream(
         self,
@@ -180,6 +191,7 @@ class CoPRS(Closeable):
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
     ) -> Generator[StreamEvent, None, None]:
         """Stream the events of a request; arguments and errors as in :meth:`segment`.
 
@@ -189,9 +201,9 @@ class CoPRS(Closeable):
         """
         self._check_usable()
         start = time.perf_counter()
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
         with self._limit.slot(), self._in_memory(image, instruction, start):
-            arguments = (image, instruction, max_targets, max_new_tokens)
-            yield from self._start(*arguments, stream_prior=True, start=start)
+            yield from self._start(image, instruction, options, stream_prior=True, start=start)
 
     async def asegment(
         self,
@@ -199,9 +211,10 @@ class CoPRS(Closeable):
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
     ) -> SegmentationResult:
         """Asynchronous :meth:`segment`; cancelling the task abandons the request."""
-        events = self.astream(image, instruction, max_targets, max_new_tokens)
+        events = self.astream(image, instruction, max_targets, max_new_tokens, **limits)
         return _last([event async for event in events])
 
     async def astream(
@@ -210,9 +223,10 @@ class CoPRS(Closeable):
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
     ) -> AsyncIterator[StreamEvent]:
         """Asynchronous :meth:`stream`."""
-        events = self.stream(image, instruction, max_targets, max_new_tokens)
+        events = self.stream(image, instruction, max_targets, max_new_tokens, **limits)
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         try:
@@ -227,19 +241,24 @@ class CoPRS(Closeable):
             thread.shutdown(wait=False)
 
     def segment_many(
-        self, requests: Iterable[tuple[ImageSource, str]], max_targets: int = 1
+        self,
+        requests: Iterable[tuple[ImageSource, str]],
+        max_targets: int = 1,
+        **limits: Unpack[RequestLimits],
     ) -> Iterator[SegmentationResult]:
         """Segment many images in order, encoding the next image while the current one is decoded.
 
         Args:
             requests: pairs of image and instruction, read one ahead of the results.
             max_targets: maximum number of targets of each request.
+            limits: limits of the reasoning of each request, as in :meth:`segment`.
 
         Yields:
             One result per request. The first request that fails raises, as in :meth:`segment`.
         """
         self._check_usable()
         check_type("requests", requests, Iterable)
+        options = RequestOptions(max_targets, **limits)
         concurrency = self._policy.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
@@ -247,7 +266,7 @@ class CoPRS(Closeable):
                 for request in requests:
                     try:
                         image, instruction = _pair(request)
-                        events = self._start(image, instruction, max_targets)
+                        events = self._start(image, instruction, options)
                     except Exception as error:  # raised when the turn of the request comes
                         pending.append(Future())
                         pending[-1].set_exception(error)
@@ -283,11 +302,11 @@ class CoPRS(Closeable):
         request = PolicyRequest(image.rgb, "anything", max_new_tokens=4)
         start = time.perf_counter()
         (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))
-        return Timings(
-            prefill_ms=result.prefill_ms,
-            decode_ms=result.decode_ms,
-            total_ms=1e3 * (time.perf_counter() - start),
-        )
+        total_ms = 1e3 * (time.perf_counter() - start)
+        # What a request with a deadline reserves is first estimated from this one.
+        limited = RequestOptions(max_reasoning_tokens=4)
+        list(self._start(replace(image, cache_key=""), "anything", limited))
+        return Timings(prefill_ms=result.prefill_ms, decode_ms=result.decode_ms, total_ms=total_ms)
 
     def check_image(self, image: RgbArray) -> None:
         """Check the shape of a decoded image, (H, W, 3), against ``valid_region``.
@@ -337,8 +356,7 @@ class CoPRS(Closeable):
         self,
         source: RequestImage,
         instruction: str,
-        max_targets: int,
-        max_new_tokens: int | None = None,
+        options: RequestOptions,
         *,
         stream_prior: bool = False,
         start: float | None = None,
@@ -346,8 +364,23 @@ class CoPRS(Closeable):
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter() if start is None else start
         image, deadline = self.decode(source), self._deadline(start)
-        request = PolicyRequest(image.rgb, instruction, max_targets, max_new_tokens, deadline)
+        request = PolicyRequest(
+            image.rgb,
+            instruction,
+            options.max_targets,
+            options.max_new_tokens,
+            deadline,
+            options.reasoning_budget,
+        )
         pending = self._cache.get_or_submit(image)
+        try:
+            due = self._estimates.reasoning_deadline(
+                start, options.deadline_ms, is_cached=pending.is_cached
+            )
+        except ValueError:
+            pending.release()
+            raise
+        request = replace(request, reasoning_deadline=due)
         return self._run(start, image, request, pending, stream_prior)
 
     def decode(self, source: RequestImage) -> DecodedImage:
@@ -402,9 +435,13 @@ class CoPRS(Closeable):
                     stream_prior=stream_prior,
                 )
                 reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
+                waited = max(policy_end, encoded.finished)
+                self._estimates.masks.add(time.perf_counter() - waited)
                 if not pending.is_cached:
                     encoder_ms = encoded.duration_ms
                     overlap_ms = encoded.overlap_ms(policy_start, policy_end)
+                    self._estimates.encoder.add(encoder_ms / 1e3)
+            self._estimates.prompt.add((result.preprocess_ms + result.prefill_ms) / 1e3)
             num_tokens = len(result.token_ids)
             timings = replace(
                 decoded.timings,

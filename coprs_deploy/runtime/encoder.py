@@ -104,7 +104,7 @@ class EmbeddingCache:
             if future is None or not is_cached:
                 future = self._encoder.submit(image.rgb)
             self._num_waiting[future] += 1
-            if self.capacity:
+            if self.capacity and key:
                 self._entries[key] = future  # the most recent one
                 if len(self._entries) > self.capacity:
                     self._entries.popitem(last=False)

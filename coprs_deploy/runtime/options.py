@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from types import NoneType
+from typing import TypedDict
 
 from coprs_deploy.engines.runner import RunnerOptions, check_device
 from coprs_deploy.errors import check_number, check_type
@@ -39,6 +40,8 @@ class RuntimeOptions(RunnerOptions):
         max_queue_size: number of requests that may wait behind those that the policy serves at
             once.
         timeout_s: time limit of a request in seconds; None for no limit.
+        prompt_lookup_num_tokens: length of the drafts that a policy in OpenVINO or transformers
+            copies from prompt and response and checks in one pass; 0 for none.
     """
 
     runtime: str | None = None
@@ -50,6 +53,7 @@ class RuntimeOptions(RunnerOptions):
     max_cached_images: int = 8
     max_queue_size: int = 256
     timeout_s: float | None = None
+    prompt_lookup_num_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,8 +73,74 @@ class RuntimeOptions(RunnerOptions):
                 f"retune is True, runtime is {self.runtime!r} and policy is {self.policy!r}; "
                 f"accepted: retune with the runtime or the policy {AUTO!r} only"
             )
-        for name in ("max_cached_images", "max_queue_size"):
+        for name in ("max_cached_images", "max_queue_size", "prompt_lookup_num_tokens"):
             check_number(name, getattr(self, name), least=0)
+        if self.prompt_lookup_num_tokens and self.policy == "vllm":
+            raise ValueError(
+                "prompt_lookup_num_tokens is set and policy is 'vllm'; its engine captures hidden "
+                "states only without speculation: leave it out, or use another policy"
+            )
         if self.timeout_s is not None:
             most = int(threading.TIMEOUT_MAX)
             check_number("timeout_s", self.timeout_s, above=0, most=most, is_whole=False)
+
+
+REASONING = ("full", "none")
+
+
+class RequestLimits(TypedDict, total=False):
+    """Limits of the reasoning as keyword arguments; :class:`RequestOptions` describes them."""
+
+    max_reasoning_tokens: int | None
+    deadline_ms: float | None
+    reasoning: str
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Options of one request.
+
+    With a limit of the reasoning there always is a mask: where the reasoning ends, the policy reads
+    the text up to ``<REF_POS>`` instead of choosing it.
+
+    Attributes:
+        max_targets: maximum number of targets.
+        max_new_tokens: token budget of the response; None selects the checkpoint's.
+        max_reasoning_tokens: tokens of the reasoning after which the answer is forced; None for no
+            limit.
+        deadline_ms: time in milliseconds from the arrival of the request, in which the reasoning
+            ends so early that the mask is ready; None for none.
+        reasoning: ``full``, or ``none`` for a mask after reading the prompt only.
+    """
+
+    max_targets: int = 1
+    max_new_tokens: int | None = None
+    max_reasoning_tokens: int | None = None
+    deadline_ms: float | None = None
+    reasoning: str = "full"
+
+    def __post_init__(self) -> None:
+        check_number("max_targets", self.max_targets, least=1)
+        for name in ("max_new_tokens", "max_reasoning_tokens"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least=1)
+        if self.deadline_ms is not None:
+            most = int(1e3 * threading.TIMEOUT_MAX)
+            check_number("deadline_ms", self.deadline_ms, above=0, most=most, is_whole=False)
+        if self.reasoning not in REASONING:
+            raise ValueError(f"reasoning is {self.reasoning!r}; accepted: {', '.join(REASONING)}")
+        if self.reasoning == "none" and self.max_reasoning_tokens is not None:
+            raise ValueError(
+                f"reasoning is 'none' and max_reasoning_tokens is {self.max_reasoning_tokens}; "
+                "accepted: one of the two"
+            )
+
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Number of tokens that the reasoning may have; None for no limit."""
+        return 0 if self.reasoning == "none" else self.max_reasoning_tokens
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the reasoning has a limit."""
+        return self.reasoning_budget is not None or self.deadline_ms is not None

@@ -183,6 +183,7 @@ def open_policy(
     else:
         settings: dict[str, Any] = {"device": device, "dtype": options.policy_dtype}
         settings |= {"num_threads": options.num_threads}
+        settings |= {"prompt_lookup_num_tokens": options.prompt_lookup_num_tokens}
         if library == "openvino":
             settings["cache_dir"] = options.cache_dir
         policy = _policy_class(library)(*source, **settings)

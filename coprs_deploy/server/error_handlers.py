@@ -28,8 +28,11 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
 RETRY_AFTER = {503: {"Retry-After": "1"}}
 """Retry header by status, in seconds."""
 
-FORM = "accepted: a form with image (a file), instruction, and optional max_targets, max_new_tokens"
-NOT_FOUND = "Not found. Endpoints: GET /, /health, /openapi.json; POST /segment"
+FORM = (
+    "accepted: a form with image (a file), instruction, and optional max_targets, max_new_tokens, "
+    "max_reasoning_tokens, deadline_ms, reasoning"
+)
+NOT_FOUND = "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
 
 
 def add_handlers(app: FastAPI) -> None:

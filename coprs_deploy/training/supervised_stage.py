@@ -19,6 +19,8 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.batches import EpochOrder, pad_tokens
 from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, load_images
+from coprs_deploy.training.gallery import Sample, spread_indices
+from coprs_deploy.training.generation import respond
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     inside_image,
@@ -31,12 +33,14 @@ from coprs_deploy.training.mask_decoding import (
     fit_mask,
     mask_metrics,
 )
-from coprs_deploy.training.settings import SupervisedSettings
+from coprs_deploy.training.settings import TEACHER_FORCED, SupervisedSettings
 from coprs_deploy.training.stage import StageOutput, TrainingStage, mean_metrics
 from coprs_deploy.training.state import TrainingState, freeze_unused
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from coprs_deploy.models import SegmentationModel
 
 
 class ExampleBatch(NamedTuple):
@@ -93,7 +97,8 @@ class ExampleObjective(nn.Module):
         ground_truth = (batch.masks[:, 0] > 0.5) & (inside[:, 0] > 0)
         background = -torch.finfo(torch.float32).max
         valid = [torch.where(inside > 0, x.float(), background) for x in (priors, masks)]
-        return StageOutput(losses, mask_metrics(valid[0], valid[1], ground_truth))
+        metrics = mask_metrics(valid[0], valid[1], ground_truth)
+        return StageOutput(losses, {TEACHER_FORCED + name: m for name, m in metrics.items()})
 
 
 class ExampleCollector:
@@ -156,6 +161,15 @@ class ExampleCollector:
         return [*prompt, *ids, int(self._tokenizer.eos_token_id)], len(prompt)
 
 
+def freeze_untrained(model: SegmentationModel, settings: SupervisedSettings) -> None:
+    """Freeze the segmentation weights that a supervised stage does not train."""
+    freeze_unused(model)
+    if not settings.train_image_encoder:
+        model.image_encoder.requires_grad_(False)
+    if not settings.segmentation_loss_weight:
+        model.requires_grad_(False)
+
+
 class SupervisedStage(TrainingStage[SupervisedSettings]):
     """Cross-entropy on the response, and segmentation losses where they have a weight."""
 
@@ -164,11 +178,7 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
     ) -> None:
         self.name = name
         self.settings = settings
-        freeze_unused(state.segmentation)
-        if not settings.train_image_encoder:
-            state.segmentation.image_encoder.requires_grad_(False)
-        if not settings.segmentation_loss_weight:
-            state.segmentation.requires_grad_(False)
+        freeze_untrained(state.segmentation, settings)
         if settings.train_image_encoder and examples.features is not None:
             raise ValueError(
                 f"stages.{name}.train_image_encoder is set, and data.features holds embeddings of "
@@ -176,6 +186,7 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
             )
         self.objective = ExampleObjective(state, settings)
         self._collect = ExampleCollector(state, examples.vision, examples.features)
+        self._state, self._examples = state, examples
         self._training, self._held_out = examples.training, examples.held_out
         self._order = EpochOrder(len(examples.training), examples.seed)
 
@@ -184,6 +195,14 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
         size = self.settings.global_batch_size
         positions = range(step * size + rank, (step + 1) * size, num_ranks)
         return self._collect([self._training[self._order[position]] for position in positions])
+
+    def held_out_samples(self) -> list[Sample]:
+        """See :meth:`TrainingStage.held_out_samples`."""
+        shown = spread_indices(len(self._held_out), self.settings.num_completions_to_print)
+        if not shown:
+            return []
+        examples = [self._held_out[index] for index in shown]
+        return respond(self._state, self._examples, examples)
 
     def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
         """See :meth:`TrainingStage.loss_coefficients`."""

@@ -50,6 +50,40 @@ def test_template_default_limits_are_those_of_the_paper():
     assert (template.max_prompt_tokens, template.max_response_tokens) == (1300, 2000)
 
 
+def test_template_without_a_tail_has_that_of_the_demo_model():
+    template = PromptTemplate.from_json({"text": "<image> {instruction}", "image_token": "<image>"})
+    assert template.reference_tail == "</think> <REF_POS>"
+    assert template.reference_separator == " "
+
+
+def test_template_tail_without_a_space_is_accepted():
+    tail = "</think><REF_POS>"
+    template = PromptTemplate("<image> {instruction}", "<image>", reference_tail=tail)
+    assert template.reference_tail == tail
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        "</think>",
+        "<REF_POS>",
+        " </think> <REF_POS>",
+        "</think> <REF_POS>.",
+        "</think> <REF_POS> <REF_POS>",
+        "</think> </think> <REF_POS>",
+    ],
+)
+def test_template_with_another_tail_than_one_reference_is_refused(tail):
+    with pytest.raises(ValueError, match="accepted: text that starts with </think>"):
+        PromptTemplate("<image> {instruction}", "<image>", reference_tail=tail)
+
+
+def test_template_with_a_reference_in_the_separator_is_refused():
+    with pytest.raises(ValueError, match=r"reference_separator is ', <REF_POS>'; accepted: text w"):
+        PromptTemplate("<image> {instruction}", "<image>", reference_separator=", <REF_POS>")
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [

@@ -18,8 +18,10 @@ if importlib.util.find_spec("vllm") is not None:
 REFERENCE, STOP, VOCABULARY, HIDDEN_SIZE = 7, 2, 10, 3
 
 
-def params(path, max_targets=1, **changes):
-    request = CaptureRequest(str(path), REFERENCE, STOP, max_targets, token_budget=20)
+def params(path, max_targets=1, *, continues_reference=False, **changes):
+    request = CaptureRequest(
+        str(path), REFERENCE, STOP, max_targets, 20, continues_reference=continues_reference
+    )
     options = {"max_tokens": 21, "stop_token_ids": [STOP], **changes}
     return SamplingParams(extra_args=request.extra_args(), **options)
 
@@ -75,6 +77,27 @@ def test_capture_reference_token_of_the_prompt_is_ignored(capture, transport):
     update(capture, added=[(0, params(path), [REFERENCE], [])])
     assert forced(step(capture, 1)) == [False]
     assert captured_rows(transport, path) == []
+
+
+def test_capture_continued_reference_token_is_the_last_of_the_prompt(capture, transport):
+    path = transport.create()
+    response = []
+    given = params(path, max_targets=2, continues_reference=True)
+    update(capture, added=[(1, given, [4, REFERENCE], response)])
+    assert forced(step(capture, 2)) == [False, False]
+    update(capture, moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)])
+    assert forced(step(capture, 1)) == [False]  # a later part of the prompt
+    response += [4, REFERENCE]
+    HiddenStateCapture.step = torch.full((1, HIDDEN_SIZE), 5.0)
+    assert forced(capture.apply(torch.zeros(1, VOCABULARY))) == [True]
+    assert captured_rows(transport, path) == [0.0, 5.0]
+
+
+def test_capture_continued_reference_token_may_be_the_only_one(capture, transport):
+    path = transport.create()
+    update(capture, added=[(0, params(path, continues_reference=True), [REFERENCE], [])])
+    assert forced(step(capture, 1)) == [True]
+    assert captured_rows(transport, path) == [0.0]
 
 
 def test_capture_several_targets_are_ordered_and_the_last_ends_the_response(capture, transport):

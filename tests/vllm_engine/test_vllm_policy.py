@@ -1,6 +1,8 @@
 """The vLLM policy returns the results of the transformers policy, under any load of the engine."""
 
+import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -98,7 +100,7 @@ def reference(bundle_of):
         if name not in policies:
             policies[name] = open_policy(TransformersPolicy, bundle_of(name))
         key = (name, request.image.tobytes(), request.instruction)
-        key += (request.max_targets, request.max_new_tokens)
+        key += (request.max_targets, request.max_new_tokens, request.max_reasoning_tokens)
         if key not in results:
             results[key] = ask(policies[name], request)
         return results[key]
@@ -145,6 +147,32 @@ class TestSharedEngine:
         policy, name = shared
         for request in make_requests(4, max_targets=3, max_new_tokens=60):
             assert_equal(ask(policy, request), reference(name, request))
+
+    @pytest.mark.parametrize("limit", [0, 1, 6, 60])
+    @pytest.mark.parametrize("max_targets", [1, 3])
+    def test_stream_limited_reasoning_equals_transformers(
+        self, shared, reference, limit, max_targets
+    ):
+        policy, name = shared
+        requests = make_requests(4, max_reasoning_tokens=limit, max_targets=max_targets)
+        for result, request in zip(ask_together(policy, requests), requests, strict=True):
+            assert_equal(result, reference(name, request))
+            assert len(result.concentrations) >= 1
+        assert policy.count_unfinished() == 0
+        assert policy.count_unfetched() == 0
+
+    def test_stream_limited_by_a_deadline_has_a_mask(self, shared):
+        policy, _ = shared
+        for request in make_requests(2):
+            now = time.perf_counter()
+            passed, distant = (
+                ask(policy, dataclasses.replace(request, reasoning_deadline=now + seconds))
+                for seconds in (0.0, 1e4)
+            )
+            assert passed.response.text == "<think></think> <REF_POS>"
+            assert passed.stop_reason is StopReason.DEADLINE
+            assert distant.stop_reason is StopReason.TARGETS_REACHED
+            assert len(passed.concentrations) == len(distant.concentrations) == 1
 
     @pytest.mark.parametrize("budget", [1, 8, 9, 10, 11])
     def test_stream_token_budget_reads_a_reference_token_at_the_end(

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
-from coprs_deploy.data.image_columns import image_name_of
+from coprs_deploy.data.image_checks import ImageLoader
+from coprs_deploy.data.image_columns import image_name_of, load_image_source
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.instances import InstanceFile, check_size, stack_masks
 from coprs_deploy.data.readers.pickles import read_plain_pickle
@@ -188,11 +189,11 @@ class ReferExamples(ExampleSource):
             return ""
         return ("no_target", "single_target")[num_targets] if num_targets < 2 else "multi_target"
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode image and masks of a sentence; FieldError if one of them is invalid."""
         ref = self._ref_of_sentence[index]
         record = self.instances.images[self._image_ids[ref]]
-        image = self.images.load(record.file_name)
+        image = self.images.load(record.file_name, load)
         check_size(record, image, self.images.path(record.file_name))
         masks = [self.instances.mask(position) for position in self._targets[ref]]
         begin, end = self._text_ends[index : index + 2]

@@ -98,6 +98,42 @@ def read_description(path: Path) -> PolicyGraphs:
         ) from error
 
 
+FIRST_ROW = "first_row"
+"""Input that :func:`select_rows` adds: first row of the outputs, counted from the end (-1)."""
+
+
+def select_rows(graph: Any) -> None:
+    """Let a decoder graph, which returns its last row, return the rows from ``FIRST_ROW`` on.
+
+    Raises:
+        ValueError: the graph does not select a row.
+    """
+    from openvino import opset13 as ops
+
+    def rank(port: Any) -> int:
+        shape = port.get_partial_shape()
+        return len(shape) if shape.rank.is_static else 0
+
+    found = [
+        node
+        for node in graph.get_ops()
+        if node.get_type_name() == "Gather"
+        and rank(node.input(0)) == 3
+        and rank(node.output(0)) == 2
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{DECODER_FILE} selects rows {len(found)} times; accepted: once")
+    first = ops.parameter([1], np.int64, name=FIRST_ROW)
+    first.output(0).get_tensor().set_names({FIRST_ROW})
+    end, step, axis = (ops.constant(np.array([n])) for n in (np.iinfo(np.int64).max, 1, 1))
+    rows = ops.slice(found[0].input_value(0), first, end, step, axis)
+    without_batch = ops.squeeze(rows, ops.constant(np.array([0])))
+    for user in found[0].output(0).get_target_inputs():
+        user.replace_source_output(without_batch.output(0))
+    graph.add_parameters([first])
+    graph.validate_nodes_and_infer_types()
+
+
 def decoder_tensors(
     embeddings: NDArray[np.float32], positions: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
@@ -110,7 +146,7 @@ def decoder_tensors(
 
 
 class VisionTower:
-    """Preprocessing and vision graph of one family.
+    """Preprocessing and vision graph of one family; images of several threads take turns.
 
     Args:
         path: directory of the graphs.
@@ -124,6 +160,7 @@ class VisionTower:
         self._qwen = QwenPixels(config) if description.vision else None
         self._clip = None if description.vision else ClipPixels(config)
         self._compiled = compile_file(path / VISION_FILE, settings)
+        self._lock = threading.Lock()
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         """Return rows and columns of the image's patches; (0, 0) if its size does not matter."""
@@ -150,7 +187,11 @@ class VisionTower:
         else:
             assert self._clip is not None
             inputs = {"pixel_values": self._clip(image)}
-        tokens: NDArray[np.float32] = self._compiled.create_infer_request().infer(inputs)["tokens"]
+        with self._lock:  # memory cannot be released while another request runs
+            outputs = self._compiled.create_infer_request().infer(inputs)
+            # The decoder runs next: at 3B, activations of the largest image take 0.3 GB.
+            self._compiled.release_memory()
+        tokens: NDArray[np.float32] = outputs["tokens"]
         return tokens
 
     def positions(self, is_image: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.int64]:
@@ -192,7 +233,7 @@ class Decoder:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.embed = EmbeddingTable(path)
-        self._compiled = compile_file(path / DECODER_FILE, settings)
+        self._compiled = compile_file(path / DECODER_FILE, settings, change=select_rows)
         self._idle: deque[Any] = deque(maxlen=MAX_IDLE_REQUESTS)  # its append and pop are atomic
         self._lock = threading.Lock()
 
@@ -218,21 +259,31 @@ class DecoderRequest:
         self._lock = lock
 
     def feed(
-        self, embeddings: NDArray[np.float32], positions: NDArray[np.int64]
-    ) -> tuple[int, NDArray[np.float32]]:
+        self, embeddings: NDArray[np.float32], positions: NDArray[np.int64], num_rows: int
+    ) -> tuple[list[int], NDArray[np.float32]]:
         """Read rows; other requests may run between two calls, not during one.
 
         Args:
             embeddings: (L, D).
             positions: (3, L) or (1, L).
+            num_rows: number R of rows at the end to return something of.
 
         Returns:
-            Most likely token after the last row, and its (D,) post-norm hidden state.
+            Most likely token after each of the last R rows, and their (R, D) post-norm hidden
+            states.
         """
-        inputs = decoder_tensors(embeddings, positions)
+        inputs = decoder_tensors(embeddings, positions) | {FIRST_ROW: np.array([-num_rows])}
         with self._lock:
             outputs = self._request.infer(inputs)
-            return int(outputs["logits"][0].argmax()), outputs["hidden"][0].copy()
+            return outputs["logits"].argmax(-1).tolist(), outputs["hidden"].copy()
+
+    def drop(self, count: int) -> None:
+        """Forget the last rows. A state cannot be shortened in place: what remains is copied."""
+        import openvino
+
+        for variable in self._request.query_state():
+            rows = np.ascontiguousarray(np.array(variable.state.data)[:, :, :-count])
+            variable.state = openvino.Tensor(rows)
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Copy the keys and values, (1, heads, L, d) each."""

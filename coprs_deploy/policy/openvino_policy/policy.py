@@ -7,7 +7,7 @@ keys and values of the prompt up to the instruction, are reused.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ class OpenVinoPolicy(GreedyPolicy):
         dtype: None; the precision was chosen at export.
         num_threads: CPU threads; None selects one for a decoder below 100 MB, else all cores.
         cache_dir: folder of compiled graphs, where small ones are kept; None selects the user's.
+        prompt_lookup_num_tokens: length of the drafts by prompt lookup; 0 for none.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -90,6 +91,7 @@ class OpenVinoPolicy(GreedyPolicy):
         dtype: str | None = None,
         num_threads: int | None = None,
         cache_dir: Path | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> None:
         if device != "cpu":
             raise RuntimeUnavailableError(
@@ -117,6 +119,7 @@ class OpenVinoPolicy(GreedyPolicy):
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
         self._image_token_id = description.image_token_id
         self._prompt = prompt
+        self.prompt_lookup_num_tokens = prompt_lookup_num_tokens
         self._pixels = (min_pixels, max_pixels)
         self._cache = _PromptCache()
         self.hidden_size = description.hidden_size
@@ -210,24 +213,35 @@ class _Decoding:
         self._cache = cache
         self._next_position = int(prompt.positions.max()) + 1
 
-    def prefill(self) -> int:
-        """Read the prompt; return the most likely first token."""
+    def prefill(self, response: Sequence[int] = ()) -> tuple[int, NDArray[np.float32]]:
+        """See :meth:`Decoding.prefill`."""
         image, ids, is_image, positions = self._prompt
         key = image_key(np.asarray(image))
         known = self._cache.get(key)
         vision_tokens = self._vision(image) if known is None else known.vision_tokens
-        embeddings = np.array(self._decoder.embed(ids))
-        embeddings[is_image] = vision_tokens
+        embeddings = np.array(self._decoder.embed([*ids, *response]))
+        embeddings[: len(ids)][is_image] = vision_tokens
+        positions = np.concatenate([positions, self._next_positions(len(response))], axis=1)
         if known is not None:
             self.num_cached_tokens = min(common_prefix(known.token_ids, ids), len(ids) - 1)
             self._running.restore(known.state, self.num_cached_tokens)
         new = slice(self.num_cached_tokens, None)
-        token, _ = self._running.feed(embeddings[new], positions[:, new])
+        (token,), hidden = self._running.feed(embeddings[new], positions[:, new], num_rows=1)
         self._cache.put(key, _CachedPrompt(vision_tokens, ids, self._running.state()))
-        return token
+        return token, hidden[0]
 
-    def feed(self, token: int) -> tuple[int, NDArray[np.float32]]:
-        """Read one token; return the most likely next one and the (D,) post-norm hidden state."""
-        positions = np.full((len(self._prompt.positions), 1), self._next_position)
-        self._next_position += 1
-        return self._running.feed(self._decoder.embed([token]), positions)
+    def feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """See :meth:`Decoding.feed`."""
+        positions = self._next_positions(len(tokens))
+        return self._running.feed(self._decoder.embed(tokens), positions, num_rows=len(tokens))
+
+    def drop(self, count: int) -> None:
+        """See :meth:`Decoding.drop`."""
+        self._next_position -= count
+        self._running.drop(count)
+
+    def _next_positions(self, count: int) -> NDArray[np.int64]:
+        """Return the positions of the next tokens, (3, count) or (1, count)."""
+        positions = self._next_position + np.arange(count)
+        self._next_position += count
+        return np.tile(positions, (len(self._prompt.positions), 1))

@@ -33,6 +33,8 @@ class CaptureRequest:
         stop_id: token that is forced at a limit; one of ``stop_token_ids``.
         max_targets: maximum number of ``<REF_POS>``.
         token_budget: maximum response length; a ``<REF_POS>`` at the last position is still read.
+        continues_reference: whether the prompt ends with the response's first ``<REF_POS>``, whose
+            state is captured at position -1.
     """
 
     path: str
@@ -40,6 +42,7 @@ class CaptureRequest:
     stop_id: int
     max_targets: int
     token_budget: int
+    continues_reference: bool = False
 
     def extra_args(self) -> dict[str, Any]:
         """Return the value of ``SamplingParams.extra_args``."""
@@ -126,7 +129,8 @@ class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be 
         captured = {
             row: (request.path, len(response) - 1)
             for row, (request, response) in self._batch.items()
-            if response and response[-1] == request.reference_id
+            # While the prompt is read in parts, each part replaces the state of the one before.
+            if (response[-1] == request.reference_id if response else request.continues_reference)
         }
         if captured and self._is_first_rank:
             # One copy for all rows, because it waits for the device.
@@ -135,8 +139,9 @@ class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be 
             for (path, position), state in zip(captured.values(), states, strict=True):
                 append_hidden_state(path, position, state)
         for row, (request, response) in self._batch.items():
+            num_targets = response.count(request.reference_id) + request.continues_reference
             if len(response) >= request.token_budget or (
-                row in captured and response.count(request.reference_id) >= request.max_targets
+                row in captured and num_targets >= request.max_targets
             ):
                 logits[row] = -torch.inf
                 logits[row, request.stop_id] = 0.0

@@ -12,9 +12,11 @@ import atexit
 import os
 import queue
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.errors import HiddenStateError, PolicyError
 from coprs_deploy.images import fit_pixel_count, image_key
+from coprs_deploy.policy.known_text import KnownText
 from coprs_deploy.policy.policy import (
     Policy,
     PolicyRequest,
@@ -34,6 +37,7 @@ from coprs_deploy.policy.policy import (
 )
 from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens, TextStream
+from coprs_deploy.policy.reasoning_limit import RunningEstimate
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.policy.vllm_policy.engine import (
     ARCHITECTURES,
@@ -43,6 +47,7 @@ from coprs_deploy.policy.vllm_policy.engine import (
     register_architectures,
     visible_device,
 )
+from coprs_deploy.policy.vllm_policy.limited import stream_limited
 from coprs_deploy.policy.vllm_policy.settings import (
     GIB,
     VllmSettings,
@@ -60,7 +65,7 @@ _Events: TypeAlias = "queue.SimpleQueue[list[int] | NDArray[np.float32] | BaseEx
 
 
 @dataclass
-class _EngineRequest:
+class EngineRequest:
     """Request as engine inputs, and its progress in the engine.
 
     ``path`` is the file of its hidden states. ``events`` are lists of new tokens, then the hidden
@@ -110,6 +115,8 @@ class VllmPolicy(Policy):
 
     Attributes:
         num_preemptions: number of times a request lost its memory to another one and restarted.
+        tokens: tokenizer and special tokens.
+        tail_time: durations of the request that continues a response with its tail.
 
     Raises:
         MissingDependencyError: vLLM is not installed.
@@ -134,6 +141,7 @@ class VllmPolicy(Policy):
         self._prompt = prompt
         self._pixels = (min_pixels, max_pixels)
         self.num_preemptions = 0
+        self.tail_time = RunningEstimate()
         self.concurrency = settings.max_num_seqs
         with engine_environment(settings.num_threads):
             vllm = import_vllm(device_type)
@@ -164,7 +172,7 @@ class VllmPolicy(Policy):
         except (OSError, ValueError) as error:
             raise PolicyError(f"{path} cannot be loaded as a policy: {error}") from error
         self._vision = VisionProcessor(path, config)
-        self._tokens = PolicyTokens.from_directory(path, generation.eos_token_id)
+        self.tokens = PolicyTokens.from_directory(path, generation.eos_token_id)
         self._image_id = config.image_token_id
         text = config.get_text_config()
         self.hidden_size = int(text.hidden_size)
@@ -227,29 +235,26 @@ class VllmPolicy(Policy):
         Raises:
             HiddenStateError: the engine returned fewer or more hidden states than ``<REF_POS>``.
         """
-        engine = self._open_engine()
+        if request.forces_answer:
+            yield from stream_limited(self, request)
+            return
         start = time.perf_counter()
-        text_stream = TextStream(self._tokens)
-        with self._transport.for_request() as path:
-            running = self._encode(request, path)
-            task = engine.submit(self._decode(engine.engine, running))
-            try:
-                while not isinstance(event := running.next_event(request), np.ndarray):
-                    for token in event:
-                        if token not in self._tokens.end_ids and (text := text_stream.add(token)):
-                            yield TextDelta(text)
-            finally:
-                task.cancel()  # no effect on a request that has ended
+        text_stream = TextStream(self.tokens)
+        with self.running(request) as running:
+            while not isinstance(event := running.next_event(request), np.ndarray):
+                for token in event:
+                    if token not in self.tokens.end_ids and (text := text_stream.add(token)):
+                        yield TextDelta(text)
         end = time.perf_counter()
         token_ids = running.token_ids  # the last is an end token, written or forced
         stop_reason = StopReason.END_OF_TEXT
-        if token_ids.count(self._tokens.reference_id) >= request.max_targets:
+        if token_ids.count(self.tokens.reference_id) >= request.max_targets:
             stop_reason = StopReason.TARGETS_REACHED
         elif len(token_ids) > running.token_budget:
             stop_reason = StopReason.TOKEN_BUDGET
         if stop_reason is not StopReason.END_OF_TEXT:
             token_ids.pop()  # the forced end
-        response = self._tokens.read(token_ids)
+        response = self.tokens.read(token_ids)
         if stop_reason is StopReason.TOKEN_BUDGET and (text := text_stream.rest(response)):
             yield TextDelta(text)
         if len(event) != len(response.reference_positions):
@@ -272,12 +277,32 @@ class VllmPolicy(Policy):
             decode_ms=1e3 * (end - running.first_token),
         )
 
+    @contextmanager
+    def running(
+        self, request: PolicyRequest, response: Sequence[int] = ()
+    ) -> Iterator[EngineRequest]:
+        """Run a request in the engine inside the block.
+
+        Args:
+            request: the request.
+            response: beginning of the response, up to and including its first ``<REF_POS>``; what
+                the engine has read of it before is in its prefix cache.
+        """
+        engine = self._open_engine()
+        with self._transport.for_request() as path:
+            running = self._encode(request, path, response)
+            task = engine.submit(self._decode(engine.engine, running))
+            try:
+                yield running
+            finally:
+                task.cancel()  # no effect on a request that has ended
+
     def _open_engine(self) -> EngineThread:
         if self._engine is None:
             raise PolicyError("the policy was closed")
         return self._engine
 
-    def _encode(self, request: PolicyRequest, path: Path) -> _EngineRequest:
+    def _encode(self, request: PolicyRequest, path: Path, response: Sequence[int]) -> EngineRequest:
         """Encode a request as engine inputs; the engine writes its hidden states to ``path``."""
         start = time.perf_counter()
         image = fit_pixel_count(request.image, *self._pixels)
@@ -285,21 +310,30 @@ class VllmPolicy(Policy):
         preprocess_ms = 1e3 * (time.perf_counter() - start)
         num_image_tokens = self._vision.num_tokens(image.width, image.height)
         ids = encode_prompt(
-            self._prompt, self._tokens.tokenizer, request.instruction, num_image_tokens
+            self._prompt, self.tokens.tokenizer, request.instruction, num_image_tokens
         )
         available = self._max_length - len(ids) - 1
-        budget = min(request.max_new_tokens or self._prompt.max_response_tokens, available)
+        budget = min(request.max_new_tokens or self.max_response_tokens, available)
+        budget -= len(response)
         first = ids.index(self._image_id)
         prompt = {
             # vLLM itself repeats the placeholder for each vision token.
-            "prompt_token_ids": [*ids[: first + 1], *ids[first + num_image_tokens :]],
+            "prompt_token_ids": [
+                *ids[: first + 1],
+                *ids[first + num_image_tokens :],
+                *response,
+            ],
             "multi_modal_data": {"image": image},
             "multi_modal_uuids": {"image": [key]},
         }
-        params = self._sampling_params(path, request.max_targets, budget)
-        return _EngineRequest(prompt, params, path, len(ids), budget, preprocess_ms)
+        params = self._sampling_params(
+            path, request.max_targets, max(budget, 0), continues_reference=bool(response)
+        )
+        return EngineRequest(prompt, params, path, len(ids), budget, preprocess_ms)
 
-    def _sampling_params(self, path: Path, max_targets: int, token_budget: int) -> Any:
+    def _sampling_params(
+        self, path: Path, max_targets: int, token_budget: int, *, continues_reference: bool
+    ) -> Any:
         """Return parameters for greedy decoding with hidden-state capture."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -308,21 +342,22 @@ class VllmPolicy(Policy):
 
         capture = CaptureRequest(
             path=str(path),
-            reference_id=self._tokens.reference_id,
-            stop_id=min(self._tokens.end_ids),
+            reference_id=self.tokens.reference_id,
+            stop_id=min(self.tokens.end_ids),
             max_targets=max_targets,
             token_budget=token_budget,
+            continues_reference=continues_reference,
         )
         return SamplingParams(
             temperature=0.0,
             max_tokens=token_budget + 1,
-            stop_token_ids=sorted(self._tokens.end_ids),
+            stop_token_ids=sorted(self.tokens.end_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=capture.extra_args(),
         )
 
-    async def _decode(self, engine: AsyncLLM, running: _EngineRequest) -> None:
+    async def _decode(self, engine: AsyncLLM, running: EngineRequest) -> None:
         """Run one request in the engine's event loop and put its events into its queue."""
         try:
             async for token_ids in self._new_tokens(engine, running):
@@ -337,7 +372,7 @@ class VllmPolicy(Policy):
             running.events.put(failure)
 
     async def _new_tokens(
-        self, engine: AsyncLLM, running: _EngineRequest
+        self, engine: AsyncLLM, running: EngineRequest
     ) -> AsyncIterator[list[int]]:
         outputs = engine.generate(running.prompt, running.params, running.path.name)
         async for output in outputs:
@@ -356,6 +391,16 @@ class VllmPolicy(Policy):
             yield token_ids
             if completion.finish_reason not in (None, "stop"):
                 raise PolicyError(f"the request ended with {completion.finish_reason!r}")
+
+    @cached_property
+    def known_text(self) -> KnownText:
+        """Tokens of the parts of a response that the prompt template states."""
+        return KnownText(self._prompt, self.tokens)
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Token budget of a response, where a request has none."""
+        return self._prompt.max_response_tokens
 
     def count_unfetched(self) -> int:
         """Return the number of requests whose hidden-state file still exists."""

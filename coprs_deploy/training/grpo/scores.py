@@ -68,18 +68,22 @@ def mask_scores(decoded: DecodedMasks, gt: GroundTruth) -> Tensor:
 
 
 def grid_ious(decoded: DecodedMasks, gt: GroundTruth) -> dict[str, Mean]:
-    """Compute the IoU of masks (``giou``) and priors (``prior_giou``) on the mask grid.
+    """Compute the IoU of masks and priors of sampled completions on the mask grid.
 
-    Means over the targets of all rows; a target without ``<REF_POS>`` counts as 0.
+    ``sampled_giou`` and ``sampled_prior_giou`` are means over the targets of all rows; a target
+    without ``<REF_POS>`` counts as 0.
     """
     is_target = gt.is_target
     if not is_target.any():
         nothing = decoded.mask_logits.new_zeros(())
-        return {name: Mean(nothing, nothing) for name in ("giou", "prior_giou")}
+        return {name: Mean(nothing, nothing) for name in ("sampled_giou", "sampled_prior_giou")}
     outside = -torch.finfo(torch.float32).max
     inside = (gt.inside > 0).expand_as(decoded.mask_logits)
     metrics = {}
-    for name, logits in (("giou", decoded.mask_logits), ("prior_giou", decoded.prior_logits)):
+    for name, logits in (
+        ("sampled_giou", decoded.mask_logits),
+        ("sampled_prior_giou", decoded.prior_logits),
+    ):
         visible = torch.where(inside, logits.detach().float(), outside)[is_target]
         iou = intersection_over_union(visible[:, None], gt.masks[is_target] > 0.5)
         metrics[name] = Mean.of(iou * decoded.is_found[is_target])

@@ -50,6 +50,12 @@ def test_compare_more_memory_less_accuracy_and_failures_are_regressions():
     assert verdicts(turned, straight) == ["same"]
     assert verdicts(case("a", STEADY), CaseResult("a", error="broken")) == ["fails"]
     assert verdicts(CaseResult("a", error="broken"), case("a", STEADY)) == ["fixed"]
+    frontier = [
+        CaseResult("20 tokens", accuracy=Accuracy(inputs=100, giou=0.9, precision_at_50=p))
+        for p in (0.97, 0.95)
+    ]
+    assert verdicts(*frontier) == ["less_accurate"]
+    assert verdicts(*frontier[::-1]) == ["same"]
     both = compare_reports(
         report(case("a", STEADY), case("c", STEADY)),
         report(case("b", STEADY), case("c", STEADY)),

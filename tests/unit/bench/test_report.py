@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from sample_reports import case, report
 
@@ -13,7 +14,7 @@ from coprs_deploy.bench.render import (
     render_text,
     write_outputs,
 )
-from coprs_deploy.bench.report import CaseResult, GroupResult, read_report
+from coprs_deploy.bench.report import Accuracy, CaseResult, GroupResult, read_report
 from coprs_deploy.errors import ArtifactError
 
 REPORTS = Path(__file__).parents[3] / "benchmarks/reports"
@@ -92,3 +93,19 @@ def test_page_draws_a_curve_for_cases_that_scale():
 
 def test_page_draws_a_single_run():
     assert "<svg" in render_html(report(case("one", [[2.0]])))
+
+
+def test_page_draws_accuracy_against_latency_by_limit():
+    cases = [
+        msgspec.structs.replace(
+            case(name, [[ms, 1.1 * ms, 1.5 * ms]], limit=name),
+            accuracy=Accuracy(inputs=100, giou=giou, precision_at_50=giou + 0.02),
+        )
+        for name, ms, giou in (("no reasoning", 50.0, 0.38), ("whole reasoning", 150.0, 0.96))
+    ]
+    page = render_html(report(*cases))
+    assert "Accuracy against latency" in page
+    assert "1  no reasoning: 55 ms, p99 75 ms" in page
+    assert "2  whole reasoning: 165 ms, p99 225 ms" in page
+    unmeasured = [msgspec.structs.replace(c, accuracy=None) for c in cases]
+    assert "no ground truth, hence no accuracy" in render_html(report(*unmeasured))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from coprs_deploy.cli.options import GIB, Option, add_options, attribute_docs, gib, read_options
+from coprs_deploy.cli.options import GIB, Option, add_options, gib, read_options
 from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY, QUEUE
+from coprs_deploy.docstrings import attribute_docs
 from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.runtime import RuntimeOptions
 

@@ -191,7 +191,10 @@ def test_stream_unscripted_response_depends_on_image_and_instruction(unscripted,
 
 
 @pytest.mark.parametrize("max_targets", [1, 2])
-def test_stream_reads_the_prompt_once_and_each_token_once(policy, ask, max_targets):
+def test_stream_without_drafts_reads_the_prompt_once_and_each_token_once(
+    policy, ask, monkeypatch, max_targets
+):
+    monkeypatch.setattr(policy, "drafts_tail", False)
     lengths = []
 
     def record(module, args, kwargs):
@@ -203,6 +206,46 @@ def test_stream_reads_the_prompt_once_and_each_token_once(policy, ask, max_targe
     finally:
         hook.remove()
     assert lengths == [result.num_prompt_tokens] + [1] * len(result.token_ids)
+    assert result.num_passes == len(result.token_ids)
+
+
+SPACED = ("<think>", " this", " is", " it", "</think>", "Ġ", REFERENCE_TOKEN, "<|im_end|>")
+"""Response with the tail of the prompt template; ``Ġ`` is a space in a byte-level vocabulary."""
+
+
+def test_stream_tail_is_read_in_one_pass_with_equal_results(scripted, ask, monkeypatch):
+    policy = scripted(SPACED)
+    _, found = ask(policy)
+    monkeypatch.setattr(policy, "drafts_tail", False)
+    _, expected = ask(policy)
+    assert found.response.text == "<think> this is it</think> <REF_POS>"
+    assert found.token_ids == expected.token_ids
+    assert (found.num_passes, expected.num_passes) == (5, 7)
+    assert relative_error(found.concentrations, expected.concentrations) < STATE_TOLERANCE
+
+
+@pytest.mark.parametrize("draft", ["tail", "lookup"])
+def test_stream_drafts_change_no_token_and_no_state(unscripted, ask, monkeypatch, draft):
+    policy, _, _ = unscripted
+    monkeypatch.setattr(policy, "drafts_tail", False)
+    _, expected = ask(policy, max_new_tokens=40, max_targets=9)
+    monkeypatch.setattr(policy, "drafts_tail", draft == "tail")
+    monkeypatch.setattr(policy, "prompt_lookup_num_tokens", 4 * (draft == "lookup"))
+    _, found = ask(policy, max_new_tokens=40, max_targets=9)
+    assert found.token_ids == expected.token_ids
+    assert found.stop_reason is expected.stop_reason
+    if len(expected.concentrations):
+        assert relative_error(found.concentrations, expected.concentrations) < STATE_TOLERANCE
+
+
+@pytest.mark.parametrize("max_reasoning_tokens", [0, 2])
+def test_stream_forced_answer_has_the_uncached_state(policy, ask, scene, max_reasoning_tokens):
+    pieces, result = ask(policy, max_reasoning_tokens=max_reasoning_tokens)
+    wanted = ["<think></think> <REF_POS>", "<think> this generated</think> <REF_POS>"]
+    assert "".join(pieces) == result.response.text == wanted[max_reasoning_tokens // 2]
+    assert result.stop_reason is StopReason.REASONING_BUDGET
+    states = uncached_states(policy, PolicyRequest(scene, "the red disc"), result.token_ids)
+    assert relative_error(result.concentrations[0], states[-1].numpy()) < STATE_TOLERANCE
 
 
 def test_stream_stops_at_max_targets(policy, ask):

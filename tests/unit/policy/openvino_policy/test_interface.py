@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from coprs_deploy import demo
 from coprs_deploy.bundle import POLICY_GRAPHS_DIRECTORY, open_bundle
@@ -76,6 +77,37 @@ def test_a_second_target_after_the_first_gives_the_response_of_transformers(poli
     assert found.token_ids == expected.token_ids
     assert found.stop_reason is expected.stop_reason
     assert found.concentrations.shape == expected.concentrations.shape
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("max_targets", [1, 3])
+def test_drafts_change_no_token_and_hardly_a_state(
+    policies, examples, monkeypatch, index, max_targets
+):
+    graphs, example = policies[0], examples[index]
+    monkeypatch.setattr(graphs, "drafts_tail", False)
+    _, plain = ask(graphs, example.image, example.instruction, max_targets=max_targets)
+    for tail, lookup in ((True, 0), (False, 4), (True, 4)):
+        monkeypatch.setattr(graphs, "drafts_tail", tail)
+        monkeypatch.setattr(graphs, "prompt_lookup_num_tokens", lookup)
+        _, found = ask(graphs, example.image, example.instruction, max_targets=max_targets)
+        assert found.token_ids == plain.token_ids
+        assert found.num_passes < plain.num_passes or index == 3
+        difference = np.abs(found.concentrations - plain.concentrations).max(initial=0)
+        assert difference <= 1e-4 * np.abs(plain.concentrations).max(initial=1)
+
+
+@pytest.mark.parametrize("limit", [0, 5, 60])
+def test_a_limited_reasoning_gives_the_response_of_transformers(policies, examples, limit):
+    for example in (examples[0], examples[3]):
+        found, expected = (
+            ask(policy, example.image, example.instruction, max_reasoning_tokens=limit)[1]
+            for policy in policies
+        )
+        assert found.token_ids == expected.token_ids
+        assert found.stop_reason is expected.stop_reason
+        assert found.num_passes == expected.num_passes
+        assert len(found.concentrations) == 1
 
 
 def test_a_token_budget_ends_both_at_the_same_token(policies, examples):
@@ -180,3 +212,34 @@ def test_compressed_graphs_run_with_the_settings_that_were_measured(policies):
         assert graph.get_property("INFERENCE_NUM_THREADS") == 1
         assert graph.get_property("ENABLE_CPU_PINNING") is False
         assert graph.get_property("KV_CACHE_PRECISION").get_type_name() == "u8"
+
+
+def test_images_of_several_threads_take_turns_in_the_vision_tower(policies, examples):
+    """OpenVINO refuses to release memory while another request runs."""
+    vision = policies[0]._vision
+    images = [Image.fromarray(example.image) for example in examples[:4]]
+    wanted = [vision(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(vision, images * 40))
+    assert all(np.array_equal(tokens, wanted[i % 4]) for i, tokens in enumerate(found))
+
+
+def test_activations_of_the_vision_tower_are_released_after_each_image(
+    policies, examples, monkeypatch
+):
+    vision, steps = policies[0]._vision, []
+    compiled = vision._compiled
+
+    class Recorded:
+        def create_infer_request(self):
+            steps.append("request")
+            return compiled.create_infer_request()
+
+        def release_memory(self):
+            steps.append("release")
+            compiled.release_memory()
+
+    monkeypatch.setattr(vision, "_compiled", Recorded())
+    for _ in range(2):
+        vision(Image.fromarray(examples[0].image))
+    assert steps == ["request", "release"] * 2

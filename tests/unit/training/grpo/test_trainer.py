@@ -8,7 +8,7 @@ import torch
 
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE, reference_columns
 from coprs_deploy.training.grpo.scores import row_losses
-from coprs_deploy.training.optim import lr_factor
+from coprs_deploy.training.lr_schedule import lr_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

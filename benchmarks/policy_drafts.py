@@ -1,0 +1,128 @@
+"""Compare a policy's responses and decoding time with and without drafts, over many scenes.
+
+Every response must be equal, token by token. Times are processor times of this process, from the
+first token on, so that other processes disturb them little. Without a bundle the demo model is
+measured, with OpenVINO and with transformers.
+
+  python benchmarks/policy_drafts.py --count 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coprs_deploy import demo
+from coprs_deploy.bundle import open_bundle
+from coprs_deploy.console import format_ms, markdown_table
+from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.data.synthetic.presets import PRESETS
+from coprs_deploy.policy import PolicyRequest, PolicyResult
+from coprs_deploy.policy.greedy import GreedyPolicy
+from coprs_deploy.runtime.options import RuntimeOptions
+from coprs_deploy.runtime.policy_loading import open_policy
+
+MODES = {"none": (False, 0), "tail": (True, 0), "lookup": (False, 1), "tail and lookup": (True, 1)}
+"""Whether the tail, and whether earlier text, is drafted."""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print a table and one line of JSON; 1 if a response differs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("bundle", type=Path, nargs="?", default=demo.BUNDLE)
+    parser.add_argument("--policy", choices=("openvino", "transformers"), action="append")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="plain")
+    parser.add_argument(
+        "--drafts",
+        type=lambda text: text.split(","),
+        default=[*MODES],
+        help=f"modes to compare, with a comma; the first is none (default: {','.join(MODES)})",
+    )
+    parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
+    parser.add_argument("--num-no-match", type=int, default=0)
+    parser.add_argument("--max-targets", type=int, default=1)
+    parser.add_argument("--lookup", type=int, default=4, help="length of a draft (default: 4)")
+    parsed = parser.parse_args(arguments)
+    if parsed.drafts[0] != "none" or not MODES.keys() >= set(parsed.drafts):
+        raise ValueError(f"--drafts is {parsed.drafts}; accepted: none, and others of {[*MODES]}")
+    results = [
+        result
+        for library in parsed.policy or ("openvino", "transformers")
+        for result in _measure(parsed, library)
+    ]
+    heads = ("policy", "drafts", "equal", "tokens per pass", "decode p50", "saved")
+    rows = [
+        (
+            r["policy"],
+            r["drafts"],
+            f"{r['equal']} of {r['count']}",
+            f"{r['tokens_per_pass']:.2f}",
+            format_ms(r["decode_ms"]),
+            f"{r['saved']:.1%}",
+        )
+        for r in results
+    ]
+    print("\n".join(markdown_table(heads, rows)))
+    print(json.dumps(results))
+    return 0 if all(r["equal"] == r["count"] for r in results) else 1
+
+
+def _measure(parsed: argparse.Namespace, library: str) -> list[dict[str, Any]]:
+    """Ask about each scene in each mode in turn, so that a busy moment meets all of them."""
+    examples = held_out_examples(PRESETS[parsed.preset], parsed.count, parsed.num_no_match)
+    found: dict[str, list[tuple[PolicyResult, float]]] = {mode: [] for mode in parsed.drafts}
+    with open_policy(open_bundle(parsed.bundle), RuntimeOptions(), library) as policy:
+        assert isinstance(policy, GreedyPolicy)
+        for number, example in enumerate(examples):
+            request = PolicyRequest(example.image, example.instruction, parsed.max_targets)
+            first = number % len(found)
+            order = [*found][first:] + [*found][:first]
+            for mode in order:
+                policy.drafts_tail, has_lookup = MODES[mode]
+                policy.prompt_lookup_num_tokens = parsed.lookup * has_lookup
+                stream = policy.stream(request)
+                next(stream)  # after the prefill
+                start = time.process_time()
+                *_, result = stream
+                found[mode].append((result, 1e3 * (time.process_time() - start)))
+    plain = [result for result, _ in found["none"]]
+    plain_ms = sum(milliseconds for _, milliseconds in found["none"])
+    return [
+        {
+            "policy": library,
+            "drafts": mode,
+            "count": len(plain),
+            "equal": sum(
+                r.token_ids == p.token_ids for (r, _), p in zip(pairs, plain, strict=True)
+            ),
+            "tokens_per_pass": sum(len(r.token_ids) for r, _ in pairs)
+            / sum(r.num_passes for r, _ in pairs),
+            "decode_ms": float(np.median([milliseconds for _, milliseconds in pairs])),
+            "saved": 1 - sum(milliseconds for _, milliseconds in pairs) / plain_ms,
+            "max_relative_error": max(_error(r, p) for (r, _), p in zip(pairs, plain, strict=True)),
+            "other_tails": sum(r.response.text != _with_tail(r) for r in plain),
+        }
+        for mode, pairs in found.items()
+    ]
+
+
+def _with_tail(result: PolicyResult) -> str:
+    """Return the response as far as its reasoning, with the tail of this project's prompts."""
+    return result.response.text.partition("</think>")[0] + "</think> <REF_POS>"
+
+
+def _error(found: PolicyResult, plain: PolicyResult) -> float:
+    if found.token_ids != plain.token_ids or not len(plain.concentrations):
+        return 0.0
+    difference = np.abs(found.concentrations - plain.concentrations).max()
+    return float(difference / np.abs(plain.concentrations).max())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""Limits of the reasoning: a number of tokens, or a time by which the hidden state is due."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from math import ceil
+
+from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.prompts import REASONING_END, REASONING_START
+
+WINDOW = 32
+"""Number of durations that an estimate is made from."""
+
+ESTIMATE_QUANTILE = 0.9
+"""Share of the recent durations that an estimate covers."""
+
+Clock = Callable[[], float]
+
+
+class RunningEstimate:
+    """Estimate of the next duration of a step from its recent ones, in seconds."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, seconds: float) -> None:
+        """Record a duration."""
+        self._recent.append(seconds)
+
+    def quantile(self, share: float = ESTIMATE_QUANTILE) -> float | None:
+        """Return a duration that this share of the recent ones do not exceed; None without any."""
+        ordered = sorted(self._recent)
+        return ordered[ceil(share * len(ordered)) - 1] if ordered else None
+
+
+class ReasoningLimit:
+    """Decides when the reasoning of one response has to end.
+
+    Args:
+        request: its ``max_reasoning_tokens`` and ``reasoning_deadline`` are the limits.
+        max_tokens: tokens that the whole response leaves for reasoning.
+        tail_time: durations of the pass that reads the tail.
+        clock: ``time.perf_counter``, or its replacement in a test.
+
+    Attributes:
+        is_set: whether the request has a limit, and hence an answer is forced.
+        num_tokens: tokens of the reasoning so far.
+        text: response so far.
+    """
+
+    def __init__(
+        self,
+        request: PolicyRequest,
+        max_tokens: int,
+        tail_time: RunningEstimate,
+        clock: Clock,
+    ) -> None:
+        given = request.max_reasoning_tokens
+        self._max_tokens = max_tokens if given is None else min(given, max_tokens)
+        self._deadline = request.reasoning_deadline
+        self.is_set = request.forces_answer
+        self._tail_time = tail_time
+        self._clock = clock
+        self._token_times = RunningEstimate()
+        self._last: float | None = None
+        self.num_tokens = 0
+        self.text = ""
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the reasoning has as many tokens as it may have."""
+        return self.is_set and self.num_tokens >= self._max_tokens
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the reasoning goes on."""
+        return REASONING_END not in self.text
+
+    def add(self, text: str) -> None:
+        """Record a token of the response and the text that it adds."""
+        self.text += text
+        if self.is_reasoning and not REASONING_START.startswith(self.text.strip()):
+            self.num_tokens += 1
+
+    def is_due(self) -> bool:
+        """Whether another token of the reasoning would miss the deadline.
+
+        To be called once before each token, whose durations it measures.
+        """
+        now = self._clock()
+        if self._last is not None:
+            self._token_times.add(now - self._last)
+        self._last = now
+        if self._deadline is None:
+            return False
+        token = self._token_times.quantile() or 0.0
+        tail = self._tail_time.quantile()
+        tail = 2 * token if tail is None else tail
+        return now + token + tail > self._deadline

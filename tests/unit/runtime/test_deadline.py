@@ -1,0 +1,84 @@
+"""Deadlines of requests, with a fake clock."""
+
+import pytest
+
+from coprs_deploy.policy.reasoning_limit import RunningEstimate
+from coprs_deploy.runtime.deadline import DeadlineEstimates
+from tests.unit.runtime_fakes import FakePolicy, image_of
+
+
+@pytest.fixture
+def estimates():
+    found = DeadlineEstimates(clock=lambda: 100.02)
+    for seconds in (0.030, 0.031, 0.050):
+        found.masks.add(seconds)
+        found.prompt.add(0.1)
+        found.encoder.add(0.3)
+    return found
+
+
+def test_reasoning_deadline_reserves_a_slow_mask(estimates):
+    due = estimates.reasoning_deadline(100.0, 500, is_cached=False)
+    assert due == pytest.approx(100.45)
+    assert estimates.reasoning_deadline(100.0, None, is_cached=False) is None
+
+
+def test_deadline_that_cannot_be_met_is_refused_with_the_times(estimates):
+    message = r"deadline_ms is 350; a mask without reasoning takes 351 ms here: 20 until .* 31 for"
+    with pytest.raises(ValueError, match=message):
+        estimates.reasoning_deadline(100.0, 350, is_cached=False)
+    assert estimates.reasoning_deadline(100.0, 350, is_cached=True) == pytest.approx(100.3)
+    with pytest.raises(ValueError, match="without reasoning takes 151 ms"):
+        estimates.reasoning_deadline(100.0, 150, is_cached=True)
+
+
+def test_deadline_without_measurements_is_refused():
+    with pytest.raises(ValueError, match=r"call warm_up\(\) before the first request with a dead"):
+        DeadlineEstimates().reasoning_deadline(0.0, 500, is_cached=False)
+
+
+def test_estimate_covers_nine_of_ten_recent_durations():
+    estimate = RunningEstimate()
+    assert estimate.quantile() is None
+    for value in range(1, 11):
+        estimate.add(value)
+    assert estimate.quantile() == 9
+    assert estimate.quantile(0.5) == 5
+    for _ in range(40):
+        estimate.add(2)
+    assert estimate.quantile() == 2
+
+
+def test_request_with_a_deadline_reaches_the_policy_with_time_for_the_mask(build):
+    policy = FakePolicy()
+    coprs, _ = build(policy)
+    with pytest.raises(ValueError, match="call warm_up"):
+        coprs.segment(image_of(), "x", deadline_ms=60_000)
+    assert len(coprs._cache._num_waiting) == 0
+    coprs.warm_up()
+    coprs.segment(image_of(), "x", deadline_ms=60_000)
+    coprs.segment(image_of(), "x", reasoning="none")
+    coprs.segment(image_of(), "x", max_reasoning_tokens=7)
+    deadline, none, budget = policy.requests[-3:]
+    assert deadline.reasoning_deadline is not None
+    assert deadline.max_reasoning_tokens is None
+    assert (none.reasoning_deadline, none.max_reasoning_tokens) == (None, 0)
+    assert budget.max_reasoning_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"reasoning": "some"}, "reasoning is 'some'; accepted: full, none"),
+        ({"reasoning": "none", "max_reasoning_tokens": 3}, "accepted: one of the two"),
+        ({"max_reasoning_tokens": 0}, "max_reasoning_tokens is 0"),
+        ({"deadline_ms": 0}, "deadline_ms is 0"),
+        ({"deadline_ms": "soon"}, "deadline_ms is 'soon'"),
+    ],
+)
+def test_segment_unusable_limits_are_refused(build, limits, message):
+    policy = FakePolicy()
+    coprs, _ = build(policy)
+    with pytest.raises(ValueError, match=message):
+        coprs.segment(image_of(), "x", **limits)
+    assert policy.requests == []
