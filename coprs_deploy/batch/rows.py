@@ -54,7 +54,7 @@ class OutputRow(Record, frozen=True, kw_only=True):
         id: name of the row in the source.
         image: name of the image.
         image_id: id of the image in COCO results.
-        instruction: what was asked for.
+        instruction: the request.
         found: whether the policy named a target.
         masks: compressed COCO RLE of each target.
         boxes: x1, y1, x2, y2 in pixels of each target, x2 and y2 exclusive.

@@ -40,7 +40,7 @@ _HASHED_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SourceColumns:
-    """What is asked about the images, and where a table has it.
+    """Instructions about the images, and the columns where a table has them.
 
     Attributes:
         instructions: instructions about every image; empty takes them from a column.
@@ -213,8 +213,8 @@ def _read_parquet(file: SourceFile, columns: SourceColumns, with_images: bool) -
             names = parquet.schema_arrow.names
             _check_columns(file, columns, names)
             image = _image_column(columns, names)
-            asked = columns.instruction_column or DEFAULT_COLUMN
-            wanted = [name for name in (image, asked, "id", "image_id") if name in names]
+            requested = columns.instruction_column or DEFAULT_COLUMN
+            wanted = [name for name in (image, requested, "id", "image_id") if name in names]
             if not with_images:
                 wanted = [name for name in wanted if name != image] or names[:1]
             number = 0

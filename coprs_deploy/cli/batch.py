@@ -138,11 +138,11 @@ def _manifest(
     arguments: argparse.Namespace, source: RowSource, columns: SourceColumns
 ) -> BatchManifest:
     """Return what is run; where it runs may differ when it is resumed."""
-    asked = asdict(columns)
+    chosen = asdict(columns)
     options = {
         **{
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asked.items()
+            for name, value in chosen.items()
         },
         "max_targets": arguments.max_targets,
         "max_new_tokens": arguments.max_new_tokens,
