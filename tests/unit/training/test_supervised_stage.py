@@ -226,7 +226,7 @@ def test_resumed_run_uses_an_allowed_learning_rate_and_data(
         *(f"data.training={tmp_path}/training.jsonl", f"data.held_out={tmp_path}/held_out.jsonl"),
     ]
     recipe = load_recipe("supervised_7b", [*settings, "num_threads=1", "num_workers=0"])
-    short = msgspec.structs.replace(SETTINGS, max_steps=2)
+    short = msgspec.structs.replace(SETTINGS, max_steps=2, num_completions_to_print=0)
     recipe = msgspec.structs.replace(recipe, stages={"supervised": short})
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "is_agreed", lambda *_: True)
