@@ -107,7 +107,7 @@ class TinyVitConfig(_Encoder, frozen=True, tag_field="family", tag="tiny_vit"):
     @property
     def patch_size(self) -> int:
         """16: two strides of the patch embedding, then one per stage but for the last two."""
-        return 2 ** len(self.embed_dims)
+        return 1 << len(self.embed_dims)
 
     @property
     def input_stride(self) -> int:
@@ -166,12 +166,12 @@ class EfficientVitConfig(_Encoder, frozen=True, tag_field="family", tag="efficie
     @property
     def patch_size(self) -> int:
         """Stride of the finest stage that reaches the neck: 8 for L0 to L2, 16 for XL0 and XL1."""
-        return 2 ** (len(self.width_list) - 2)
+        return 1 << (len(self.width_list) - 2)
 
     @property
     def input_stride(self) -> int:
         """Stride of the last stage."""
-        return 2 ** len(self.width_list)
+        return 1 << len(self.width_list)
 
     @property
     def _family(self) -> str:
@@ -206,7 +206,7 @@ class ResNetConfig(_Encoder, frozen=True, tag_field="family", tag="resnet"):
     @property
     def input_stride(self) -> int:
         """Stride of the last stage."""
-        return 2 ** (len(self.widths) + 1)
+        return 1 << (len(self.widths) + 1)
 
     @property
     def _family(self) -> str:

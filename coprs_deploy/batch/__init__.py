@@ -9,7 +9,9 @@ workers, local      processes that segment; the run on one machine
 coco                part files -> one file of COCO results
 """
 
+from coprs_deploy.batch.coco import write_coco
 from coprs_deploy.batch.rows import InputRow, OutputRow
 from coprs_deploy.batch.segment_batch import SegmentBatch
+from coprs_deploy.batch.sources import RowSource, SourceColumns
 
-__all__ = ["InputRow", "OutputRow", "SegmentBatch"]
+__all__ = ["InputRow", "OutputRow", "RowSource", "SegmentBatch", "SourceColumns", "write_coco"]

@@ -27,6 +27,7 @@ from coprs_deploy.artifacts import (
     write_json,
 )
 from coprs_deploy.batch.rows import OutputRow, read_part, read_part_notes, write_part
+from coprs_deploy.data.rows import import_pyarrow
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.specs import Record
 
@@ -98,7 +99,9 @@ class BatchOutput:
             ArtifactError: the folder has a run and ``resume`` is false, or another run; or has
                 other files; or another process is writing to it.
             OSError: it cannot be written.
+            MissingDependencyError: pyarrow is not installed.
         """
+        import_pyarrow()  # what is missing is found before the work
         check_writable(self.path)
         found = self._read_manifest()
         if found is not None and not resume:

@@ -33,8 +33,8 @@ def bundle_fingerprint(bundle: str | Path | None) -> str:
 class SegmentBatch(Closeable):
     """Callable that segments rows with one bundle, which stays loaded.
 
-    Rows on one image share its decoding, its embedding and the prefix of the prompt. While the
-    policy writes, the next image is decoded and encoded. A row that fails is a row with its error.
+    Rows on one image share its decoding, its embedding and the prefix of the prompt. A row that
+    fails is a row with its error.
 
     Args:
         bundle: directory of a bundle; None is the demo model.
@@ -42,6 +42,8 @@ class SegmentBatch(Closeable):
         max_targets: maximum number of targets of each row.
         max_new_tokens: token budget of each response; None takes the checkpoint's.
         mask_folder: folder for a PNG of each mask; None saves none.
+        num_ahead: number of rows whose image is decoded and encoded while the policy serves others;
+            0 is for several processes that share the cores.
 
     Attributes:
         concurrency: number of rows that the policy decodes together.
@@ -58,9 +60,11 @@ class SegmentBatch(Closeable):
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         mask_folder: str | Path | None = None,
+        num_ahead: int = 1,
     ) -> None:
         self._coprs = CoPRS.load(bundle, options)
         self.concurrency = self._coprs.concurrency
+        self._num_threads = self.concurrency + num_ahead
         self._bundle = bundle_fingerprint(bundle)
         self._max_targets, self._max_new_tokens = max_targets, max_new_tokens
         self._mask_folder = None if mask_folder is None else Path(mask_folder)
@@ -81,8 +85,7 @@ class SegmentBatch(Closeable):
         tasks = [(images[key], group) for key, group in groups.items()]
         if self.concurrency > 1:  # the policy reads one prefix for all of them
             tasks = [(image, [row]) for image, group in tasks for row in group]
-        # One more than the policy serves: its image is decoded and encoded meanwhile.
-        pool = ThreadPoolExecutor(self.concurrency + 1, thread_name_prefix="batch")
+        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="batch")
         try:
             done = [row for task in pool.map(self._segment_group, tasks) for row in task]
         finally:

@@ -80,7 +80,8 @@ class RowSource:
     Attributes:
         description: source and number of files.
         num_rows: number of rows.
-        fingerprint: hash of names, sizes and, for JSON lines, CSV and Parquet, contents.
+        fingerprint: hash of the names of the files, the contents of tables, and the sizes of
+            shards; an image may be replaced, so that rows that failed can be repeated.
     """
 
     def __init__(self, source: str, columns: SourceColumns) -> None:
@@ -118,7 +119,7 @@ class RowSource:
         self.description = f"{source} ({len(self._files):,} {kind}, {self.num_rows:,} rows)"
         digest = hashlib.sha256()
         for file in self._files:
-            digest.update(f"{file.name} {file.size_bytes} {_content_hash(file)}\n".encode())
+            digest.update(f"{file.name} {_content_hash(file)}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -155,16 +156,20 @@ class RowSource:
                 yield _Record(file.name, file.name, file.location)
 
     def _instructions(self, record: _Record) -> tuple[Sequence[str], str]:
-        """Return the instructions of a record, and its problem; at least one instruction."""
-        if record.problem or self._columns.instructions:
-            return self._columns.instructions or ("",), record.problem
+        """Return the instructions of a record, and its problem; at least one instruction.
+
+        Their number does not depend on the image, so that rows are counted without it.
+        """
+        if self._columns.instructions:
+            return self._columns.instructions, record.problem
         name = self._columns.instruction_column or DEFAULT_COLUMN
         value = record.columns.get(name)
         listed = value if isinstance(value, list) else [value]
         texts = [text for text in listed if isinstance(text, str) and text.strip()]
         if not listed or len(texts) < len(listed):
-            return ("",), f"{name} is {value!r}; accepted: text, or a list of texts"
-        return texts, ""
+            problem = f"{name} is {value!r}; accepted: text, or a list of texts"
+            return ("",), record.problem or problem
+        return texts, record.problem
 
 
 def _read_json_lines(
@@ -301,9 +306,11 @@ def _check_columns(file: SourceFile, columns: SourceColumns, names: Sequence[str
 
 
 def _content_hash(file: SourceFile) -> str:
-    """Return the SHA-256 of a table; of images and shards, name and size have to do."""
-    if file.suffix not in READERS or file.suffix == ".tar":
+    """Return the SHA-256 of a table, the size of a shard, and nothing for an image."""
+    if file.suffix not in READERS:
         return ""
+    if file.suffix == ".tar":  # too large to be read once more
+        return str(file.size_bytes)
     digest = hashlib.sha256()
     with open_file(file.location) as content:
         while block := content.read(_HASHED_BYTES):

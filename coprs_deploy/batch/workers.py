@@ -42,6 +42,7 @@ class WorkerSettings:
         max_targets: maximum number of targets of a row.
         max_new_tokens: token budget of a response; None takes the checkpoint's.
         mask_folder: folder for a PNG of each mask; None saves none.
+        num_ahead: number of rows that are prepared while the policy serves others.
     """
 
     bundle: Path | None
@@ -49,6 +50,7 @@ class WorkerSettings:
     max_targets: int = 1
     max_new_tokens: int | None = None
     mask_folder: Path | None = None
+    num_ahead: int = 1
 
     def open(self) -> SegmentBatch:
         """Load the bundle."""
@@ -58,6 +60,7 @@ class WorkerSettings:
             max_targets=self.max_targets,
             max_new_tokens=self.max_new_tokens,
             mask_folder=self.mask_folder,
+            num_ahead=self.num_ahead,
         )
 
 
@@ -118,7 +121,10 @@ class Workers(Closeable):
         runtime = settings.runtime
         if runtime.num_threads is None:
             share = max(1, len(os.sched_getaffinity(0)) // num_workers)
-            settings = replace(settings, runtime=replace(runtime, num_threads=share))
+            runtime = replace(runtime, num_threads=share)
+        if runtime.device_type == "cpu":  # the cores are busy without it
+            settings = replace(settings, num_ahead=0)
+        settings = replace(settings, runtime=runtime)
         try:
             # The first one may measure the fastest runtimes, which the others read.
             self._processes.append(_WorkerProcess(settings))

@@ -92,7 +92,7 @@ def cpu_memory_table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for form, numbers in OPENVINO_FORMATS.items():
             memory = openvino_policy_bytes(named_sizes(policy), numbers)
             cases = [_measured_case(cases, policy, form) for cases in measured.values()]
-            cells = [memory["files"]]
+            cells: list[float | None] = [memory["files"]]
             for kind in ("private", "peak"):
                 cells += [memory[kind], *(case.get(f"{kind}_bytes") for case in cases)]
             written = (format_bytes(cell) if cell else "-" for cell in cells)

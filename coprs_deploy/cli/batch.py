@@ -195,4 +195,4 @@ def _print_summary(arguments: argparse.Namespace, source: RowSource, summary: Ba
         "rows_per_second": summary.rows_per_second,
         "errors": {kind: count for kind, (count, _) in summary.errors.items()},
     }
-    print_result(arguments, report, table((source.description, ""), rows))
+    print_result(arguments, report, f"{source.description}\n{table(rows[0], rows[1:])}")

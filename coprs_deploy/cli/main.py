@@ -42,7 +42,6 @@ VERBS = {
 """Summary of each verb; its module is imported when it is chosen."""
 
 EXTRAS = {
-    "batch": "batch",
     "convert": "torch",
     "export": "export",
     "verify": "export",

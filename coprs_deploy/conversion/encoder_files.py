@@ -40,8 +40,8 @@ CLASSIFIER = ("norm_head.", "head.")
 """Tensors of TinyViT's pre-training, which no image encoder uses."""
 
 _REFUSED = {
-    "fuse_stage2.": "EdgeSAM (RepViT), whose NTU S-Lab License 1.0 permits non-commercial use only; "
-    "it is not supported",
+    "fuse_stage2.": "EdgeSAM (RepViT), whose NTU S-Lab License 1.0 permits non-commercial use "
+    "only; it is not supported",
     "trunk.": "an encoder of SAM 2, whose embedding differs from SAM ViT-H's",
     "vision_backbone.": "an encoder of SAM 3, whose embedding differs from SAM ViT-H's",
 }

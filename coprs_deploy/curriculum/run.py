@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def train_curriculum(
         report_problems(run, check_curriculum(recipe, out, scenes_dir, num_processes))
         context = build_context(run, scenes_dir or out / "scenes")
         run.provenance.update(_provenance(recipe))
+        if run.accelerator.is_main_process and recipe.model.init_from:
+            inputs = {"model.init_from": run.provenance["from"]}
+            for note in run.directory.check_inputs(inputs, {}, list(recipe.stages), allowed):
+                print(note, file=sys.stderr, flush=True)
         trainer = Trainer(run, context.state)
         stages = (build_stage(name, each, context) for name, each in recipe.stages.items())
         results = {stage.name: trainer.run(stage) for stage in stages}

@@ -346,8 +346,12 @@ class ExampleFile(ExampleSource):
             return f"{self.path} has no rows"
         text = super().summary()
         if self.ignored_columns:
-            text += f"; ignored columns: {_first_of([*map(_with_hint, self.ignored_columns)])}"
+            text += f"; {self.describe_ignored()}"
         return text
+
+    def describe_ignored(self) -> str:
+        """Name the ignored columns, with the column that one may mean."""
+        return f"ignored columns: {_first_of([*map(_with_hint, self.ignored_columns)])}"
 
     def to_json(self) -> dict[str, Any]:
         """Return path, number of rows, all skipped rows and ignored columns."""

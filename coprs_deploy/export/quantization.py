@@ -71,7 +71,7 @@ def find_products(graph: ir.Graph, operators: Collection[str]) -> dict[str, ir.N
 def _is_dense(node: ir.Node, weight: ir.TensorProtocol) -> bool:
     """Whether a convolution has one group and enough channels."""
     group = node.attributes.get("group")
-    return (group is None or group.as_int() == 1) and int(weight.shape[1]) >= MIN_CHANNELS
+    return (group is None or group.as_int() == 1) and weight.shape.numpy()[1] >= MIN_CHANNELS
 
 
 def product_names(path: Path, operators: Collection[str] = ("MatMul",)) -> list[str]:

@@ -144,6 +144,12 @@ def setting_problems(
                 f"it is {stage.global_batch_size}, and {num_processes} processes train together; "
                 f"accepted: at least {num_processes}, an example for each",
             )
+        for metric, required in stage.thresholds.items():
+            if required > 1 and metric != "completion_length":
+                yield Problem(
+                    f"{key}.thresholds.{metric}",
+                    f"it is {required:g}, and the metric is at most 1",
+                )
         warmup = stage.optimizer.warmup_steps
         if warmup >= stage.max_steps:
             yield Problem(
@@ -185,6 +191,13 @@ def _stage_problems(recipe: Recipe, num_processes: int) -> Iterator[Problem]:
             )
         if isinstance(stage, SupervisedSettings):
             yield from _supervised_problems(f"stages.{name}", stage)
+        for metric in [*stage.thresholds, stage.best_metric]:
+            if "." in metric:
+                yield Problem(
+                    f"stages.{name}",
+                    f"{metric} is a metric of a question type, which only stages of the tiny model "
+                    f"measure; accepted: {', '.join(stage.metric_names)}",
+                )
 
 
 def _supervised_problems(key: str, stage: SupervisedSettings) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from coprs_deploy.training.estimate import (
     GpuSpec,
     estimate,
 )
+from coprs_deploy.training.features import INDEX_FILE
 from coprs_deploy.training.meta_models import build_on_meta
 from coprs_deploy.training.recipe import Recipe
 from coprs_deploy.training.settings import ExampleData
@@ -32,8 +33,8 @@ class RunEstimate(Record, frozen=True):
         stages: estimate of each stage.
         hours: hours of all stages.
         disk_bytes: largest size of the run directory.
-        feature_bytes: largest size of the image embeddings that `coprs-deploy features` would
-            write, without those that data.features has; None if the data cannot be read.
+        feature_bytes: largest size of the image embeddings that `coprs-deploy features` writes;
+            None if the data cannot be read.
         notes: what could not be estimated.
     """
 
@@ -70,6 +71,8 @@ def estimate_run(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> RunEs
                 counts.append(_count_images(getattr(recipe.data, name)))
             except (CoPRSError, ValueError, OSError) as error:
                 notes.append(f"data.{name}: {error}")
+        if recipe.data.features and not (Path(recipe.data.features) / INDEX_FILE).is_file():
+            notes.append(f"data.features: there are no embeddings in {recipe.data.features}")
         if len(counts) == 2:
             features = float(embedding * sum(counts))
     hours = sum(each.hours for each in stages.values())

@@ -15,6 +15,7 @@ import xxhash
 from coprs_deploy.data.examples import Example, ExampleSource
 from coprs_deploy.data.image_checks import ImageChecks, content_key
 from coprs_deploy.data.readers.registry import open_source
+from coprs_deploy.data.selection import Selection
 from coprs_deploy.data.synthetic.examples import SceneExamples, held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.images import MAX_ASPECT_RATIO
@@ -49,6 +50,13 @@ class OpenedData:
     held_out: Sequence[Example]
     features: FeatureStore | None = None
     contents: dict[str, Contents] = field(default_factory=dict)
+
+
+def first_examples(examples: Sequence[Example], count: int) -> Sequence[Example]:
+    """Return the first examples, those of a file not decoded."""
+    if isinstance(examples, ExampleSource):
+        return Selection(examples, range(min(count, len(examples))))
+    return examples[:count]
 
 
 Progress = Callable[[str, int, int], None]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coprs_deploy.data.examples import REPORTED, ExampleSource
+from coprs_deploy.data.examples import REPORTED, ExampleFile, ExampleSource
 from coprs_deploy.errors import CoPRSError
 
 
@@ -84,7 +84,7 @@ def reporting(problems: list[Problem], where: str) -> Iterator[None]:
 
 
 def row_problems(where: str, source: ExampleSource) -> list[Problem]:
-    """List the rows that are left out, the first ones each and the others as one."""
+    """List what is left out: the first invalid rows each, the others as one, and columns."""
     listed = [
         Problem(
             f"{where}, row {each.row}{each.column and f', {each.column}'}",
@@ -97,6 +97,8 @@ def row_problems(where: str, source: ExampleSource) -> list[Problem]:
         text = f"{more:,} more invalid rows are left out; `coprs-deploy data inspect --json` lists"
         if more > 0:
             listed.append(Problem(where, f"{text} all", is_error=False, count=more))
+    if isinstance(source, ExampleFile) and source.ignored_columns:
+        listed.append(Problem(where, source.describe_ignored(), is_error=False))
     return listed
 
 

@@ -213,8 +213,13 @@ def _find(source: str, readers: tuple[str, ...]) -> Path:
         names.append(f"{source}.toml")
     raise ValueError(
         f"there is no recipe {source!r}{reader}; accepted: {', '.join(names)}, or a .toml file"
-        f"{nearest_name(source, names)}"
+        f"{_nearest_recipe(source, names)}"
     )
+
+
+def _nearest_recipe(source: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(source, names, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def sort_changes(
             found.fixed[key] = change
         elif (
             _is_free(key)
-            or (key == "num_processes" and not samples)  # equal batches, whoever computes them
+            or (key == "num_processes" and not samples)  # batches and seeds stay equal
             or any(_covers(each, key) for each in allowed)
         ):
             found.accepted[key] = change
@@ -138,12 +138,12 @@ def describe_rows(before: Rows, now: Rows) -> str:
         "added": [key for key in new if key not in old],
         "changed": [key for key in old if key in new and old[key] != new[key]],
     }
-    parts = [
-        f"{len(keys):,} rows {what} ({', '.join(name for name, _ in keys[:REPORTED])}"
-        f"{', ...' if len(keys) > REPORTED else ''})"
-        for what, keys in groups.items()
-        if keys
-    ]
+    parts = []
+    for what, keys in groups.items():
+        if keys:
+            names = ", ".join(name for name, _ in keys[:REPORTED])
+            more = ", ..." if len(keys) > REPORTED else ""
+            parts.append(f"{len(keys):,} row{'s' * (len(keys) > 1)} {what} ({names}{more})")
     return ", ".join(parts) or f"the same {len(now):,} rows in another order"
 
 

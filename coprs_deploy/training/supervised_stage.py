@@ -30,6 +30,7 @@ from coprs_deploy.training.losses import (
 from coprs_deploy.training.mask_decoding import (
     decode_targets,
     encode_images,
+    fit_ignore_mask,
     fit_mask,
     mask_metrics,
 )
@@ -54,6 +55,7 @@ class ExampleBatch(NamedTuple):
             ``is_encoded``, their embeddings (B, C, G, G) float16.
         masks: (N, 1, M, M), share of each mask cell that the target covers, in [0, 1].
         unpadded_sizes: int64 (B, 2), height and width in pixels of each padded image.
+        ignored: (B, 1, M, M), share of each mask cell that no loss and no metric counts.
         is_encoded: whether ``images`` holds embeddings.
     """
 
@@ -63,6 +65,7 @@ class ExampleBatch(NamedTuple):
     images: Tensor
     masks: Tensor
     unpadded_sizes: Tensor
+    ignored: Tensor
     is_encoded: bool = False
 
 
@@ -92,11 +95,12 @@ class ExampleObjective(nn.Module):
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
+        counted = inside * (1 - batch.ignored[rows])
         loss_weights = self._settings.loss_weights
-        losses.update(segmentation_losses(priors, masks, batch.masks, inside, loss_weights))
-        ground_truth = (batch.masks[:, 0] > 0.5) & (inside[:, 0] > 0)
+        losses.update(segmentation_losses(priors, masks, batch.masks, counted, loss_weights))
+        ground_truth = (batch.masks[:, 0] > 0.5) & (counted[:, 0] > 0.5)
         background = -torch.finfo(torch.float32).max
-        valid = [torch.where(inside > 0, x.float(), background) for x in (priors, masks)]
+        valid = [torch.where(counted > 0.5, x.float(), background) for x in (priors, masks)]
         metrics = mask_metrics(valid[0], valid[1], ground_truth)
         return StageOutput(losses, {TEACHER_FORCED + name: m for name, m in metrics.items()})
 
@@ -142,6 +146,10 @@ class ExampleCollector:
             for example, size in zip(examples, sizes, strict=True)
             for mask in example.masks
         ]
+        ignored = [
+            fit_ignore_mask(example.ignore_mask, size, self._geometry)
+            for example, size in zip(examples, sizes, strict=True)
+        ]
         grid = self._geometry.mask_size
         return ExampleBatch(
             inputs,
@@ -150,6 +158,7 @@ class ExampleCollector:
             images,
             torch.stack(masks) if masks else torch.zeros(0, 1, grid, grid),
             sizes,
+            torch.stack(ignored),
             is_encoded=self._features is not None,
         )
 

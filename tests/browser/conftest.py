@@ -67,7 +67,7 @@ def open_page(browser):
         page = context.new_page()
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        page.on("console", lambda message: _check_message(message, errors))
         page.on("request", lambda request: _check_host(request.url, address, errors))
         page.goto(address)
         return page
@@ -76,6 +76,12 @@ def open_page(browser):
     for context in contexts:
         context.close()
     assert errors == []
+
+
+def _check_message(message, errors):
+    # A refused request is an error to the browser, and a message of the page to the user.
+    if message.type == "error" and not message.text.startswith("Failed to load resource"):
+        errors.append(message.text)
 
 
 def _check_host(url, address, errors):

@@ -4,7 +4,12 @@ import shutil
 
 import msgspec
 
-from coprs_deploy.checkpoint import read_checkpoint, write_checkpoint
+from coprs_deploy.checkpoint import (
+    expected_shapes,
+    load_segmentation_model,
+    read_checkpoint,
+    write_checkpoint,
+)
 from coprs_deploy.conversion.converters import random_tensors
 from coprs_deploy.encoder_config import EfficientVitConfig, ResNetConfig, TinyVitConfig
 from coprs_deploy.model_config import SAM_SIZES
@@ -33,11 +38,18 @@ SAM = {name: SAM_SIZES["tiny"].with_image_encoder(encoder) for name, encoder in 
 """Tiny SAM with each of the encoders, by family."""
 
 
-def write_light_checkpoint(path, source, family, seed=0, change=lambda tensors: None):
-    """Write a random checkpoint with a light encoder and the policy of another checkpoint."""
+def write_light_checkpoint(path, source, family, seed=0, change=lambda tensors: None, swap=False):
+    """Write a random checkpoint with a light encoder and the policy of another checkpoint.
+
+    ``swap`` keeps everything but the encoder of that checkpoint.
+    """
     original = read_checkpoint(source)
     model = msgspec.structs.replace(original.config.model, sam=SAM[family])
     tensors = random_tensors(model, seed)
+    if swap:
+        kept = load_segmentation_model(original).state_dict()
+        tensors |= {n: t for n, t in kept.items() if not n.startswith("image_encoder.")}
+        tensors = {n: t for n, t in tensors.items() if n in expected_shapes(model)}
     change(tensors)
     return write_checkpoint(
         path,

@@ -15,7 +15,7 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
-from coprs_deploy.training.examples import ExampleSets
+from coprs_deploy.training.examples import ExampleSets, first_examples
 from coprs_deploy.training.gallery import spread_indices, write_gallery
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
@@ -63,7 +63,7 @@ class GrpoStage:
         self.settings = settings
         self.progress = run.progress(name)
         self._run, self._name, self._state, self._examples = run, name, state, examples
-        self._held_out: list[Example] = list(examples.held_out[: settings.num_eval_examples])
+        self._held_out = first_examples(examples.held_out, settings.num_eval_examples)
         self._policy_path = policy_path
 
     def run(self) -> dict[str, Any]:

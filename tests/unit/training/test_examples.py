@@ -109,7 +109,7 @@ def test_open_data_without_a_valid_row_is_refused(tmp_path, scenes):
 def test_open_data_finds_the_problems_of_both_files_at_once(tmp_path, scenes, with_two_targets):
     recipe = recipe_of(tmp_path, [*scenes[:2], with_two_targets], scenes[2:])
     rows = (tmp_path / "training.jsonl").read_text()
-    (tmp_path / "training.jsonl").write_text(f'{rows}{{"id": "x"}}\nnot JSON\n')
+    (tmp_path / "training.jsonl").write_text(f'{rows}{{"id": "x", "respones": ""}}\nnot JSON\n')
     (tmp_path / "held_out.jsonl").unlink()
     problems = []
     assert open_data(recipe, problems) is None
@@ -119,7 +119,9 @@ def test_open_data_finds_the_problems_of_both_files_at_once(tmp_path, scenes, wi
         ("data.held_out", True),
         ("data.training, row 4, instruction", False),
         ("data.training, row 5", False),
+        ("data.training", False),
     }
+    assert any("respones (did you mean response?)" in problem.text for problem in problems)
 
 
 def test_open_data_with_an_image_that_no_policy_accepts_names_it(tmp_path, scenes):

@@ -128,10 +128,10 @@ def test_check_inputs_counts_and_names_the_rows_that_differ(tmp_path):
     assert check_inputs(directory, rows) == []
     for now, text in (
         (rows[:2], r"2 rows removed \(c, c\)"),
-        ([*rows, ("d", "5")], r"1 rows added \(d\)"),
+        ([*rows, ("d", "5")], r"1 row added \(d\)"),
         (
             rows_of("a=1", "b=9", "c=3", "d=4"),
-            r"1 rows removed.*1 rows added.*1 rows changed \(b\)",
+            r"1 row removed.*1 row added.*1 row changed \(b\)",
         ),
         (rows[::-1], r"changed"),
         (rows_of("b=2", "a=1", "c=3", "c=4"), "the same 4 rows in another order"),
@@ -149,11 +149,11 @@ def test_check_inputs_with_an_allowed_change_logs_it_once(tmp_path):
     rows = rows_of("a=1", "b=2")
     check_inputs(directory, rows)
     (note,) = check_inputs(directory, rows[:1], ["data.training"])
-    assert "data.training 1 rows removed (b)" in note
+    assert "data.training 1 row removed (b)" in note
     assert check_inputs(directory, rows[:1]) == []
     (line,) = directory.read_log()
     assert (line["stage"], line["step"]) == ("supervised", 1)
-    assert line["changed"] == {"data.training": "1 rows removed (b)"}
+    assert line["changed"] == {"data.training": "1 row removed (b)"}
 
 
 def test_check_inputs_before_the_first_state_takes_the_new_ones(tmp_path):

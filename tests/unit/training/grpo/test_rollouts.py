@@ -129,7 +129,7 @@ def decoded_and_gt():
     is_found = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 0]]).bool()
     inside = torch.ones(4, 1, 8, 8)
     counts = torch.tensor([2, 2, 1, 0])
-    gt = GroundTruth(torch.zeros(4, 4, 2, 2), inside, masks, counts)
+    gt = GroundTruth(torch.zeros(4, 4, 2, 2), inside, masks, counts, inside)
     return DecodedMasks(logits, logits, is_found), gt
 
 
@@ -150,13 +150,37 @@ def test_mask_scores_ignore_the_padding():
     inside[:, :, 6:] = 0
     everywhere = DecodedMasks(decoded[0], torch.full_like(decoded[1], 40.0), decoded[2])
     upper = gt.masks[0, 0]  # 4 of the 6 rows that belong to the image
-    gt = gt._replace(inside=inside, masks=gt.masks * inside)
+    gt = gt._replace(inside=inside, counted=inside, masks=gt.masks * inside)
     iou = float(upper.sum() / inside[0].sum())
     dice = 2 * iou / (1 + iou)
     lower_iou = 1 - iou
     lower = 0.8 * lower_iou + 0.2 * 2 * lower_iou / (1 + lower_iou)
     expected = (0.8 * iou + 0.2 * dice + lower) / 2
     assert float(mask_scores(everywhere, gt)[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_and_losses_ignore_what_is_not_counted():
+    decoded, gt = decoded_and_gt()
+    counted = torch.ones(4, 1, 8, 8)
+    counted[:, :, :2] = 0
+    other = gt.masks.clone()
+    other[:, :, :2] = 1 - other[:, :, :2]
+    noise = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoded, weights = DecodedMasks(noise, noise, decoded.is_found), SegmentationLossWeights()
+    results = [
+        [
+            mask_scores(decoded, each),
+            *(mean.total for mean in grid_ious(decoded, each).values()),
+            *row_losses(decoded, each, weights).values(),
+        ]
+        for masks in (gt.masks, other)
+        for each in (gt._replace(masks=masks, counted=counted), gt._replace(masks=masks))
+    ]
+    for ignoring, ignoring_other, counting, counting_other in zip(
+        results[0], results[2], results[1], results[3], strict=True
+    ):
+        assert torch.equal(ignoring, ignoring_other)
+        assert not torch.equal(counting, counting_other)
 
 
 def test_row_losses_average_over_the_targets_of_a_row_first():
