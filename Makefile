@@ -4,6 +4,7 @@
 # make test-extended  real sizes and long runs
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
 # make test-quantize  tests of `quantize` with llm-compressor, in an environment of its own
+# make test-browser   tests of the web page in Chromium, which must be installed
 # make fuzz           property tests marked `fuzz` with random examples, for at most 20 minutes
 # make lint           format, lint, types, import contracts, words
 # make check-extras   resolve the extras that the docs install together; reads the package index
@@ -30,25 +31,28 @@ SCENE := examples/scene.png "the largest red circle"
 
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
+# Compiling the bytecode of all modules takes most of pip's time; Python compiles what it imports.
+PIP_INSTALL := -m pip install --quiet --no-compile
+
 # One process per core, four at most; the crash of one ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo demo-export test test-extended test-vllm test-quantize fuzz lint check-extras check format demo-model report clean
+.PHONY: demo demo-export test test-extended test-vllm test-quantize test-browser fuzz lint check-extras check format demo-model report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,edge,policy-export]"
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[cpu,edge,policy-export]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 $(EDGE_VENV)/.ready: pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
 	test -x $(EDGE_BIN)/python || $(PYTHON) -m venv $(EDGE_VENV)
-	$(EDGE_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[edge]"
+	$(EDGE_BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[edge]"
 	touch $@
 
 demo: $(EDGE_VENV)/.ready
@@ -73,18 +77,24 @@ test: $(VENV)/.dev
 test-extended: $(VENV)/.dev
 	$(PYTEST) -m extended
 
-$(VLLM_VENV)/.ready: pyproject.toml constraints-vllm.txt
+$(VLLM_VENV)/.packages: constraints-vllm.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints-vllm.txt)"
-	$(VLLM_BIN)/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
-	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	$(VLLM_BIN)/python $(PIP_INSTALL) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps --requirement constraints-vllm.txt
 	touch $@
 
-$(QUANTIZE_VENV)/.ready: pyproject.toml constraints-quantize.txt
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.packages pyproject.toml
+	$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps --editable .
+	touch $@
+
+$(QUANTIZE_VENV)/.packages: constraints-quantize.txt
 	test -x $(QUANTIZE_BIN)/python || $(PYTHON) -m venv $(QUANTIZE_VENV)
-	$(QUANTIZE_BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints-quantize.txt)"
-	$(QUANTIZE_BIN)/python -m pip install --quiet --no-deps --requirement constraints-quantize.txt
-	$(QUANTIZE_BIN)/python -m pip install --quiet --no-deps --editable .
+	$(QUANTIZE_BIN)/python $(PIP_INSTALL) "$$(grep '^torch==' constraints-quantize.txt)"
+	$(QUANTIZE_BIN)/python $(PIP_INSTALL) --no-deps --requirement constraints-quantize.txt
+	touch $@
+
+$(QUANTIZE_VENV)/.ready: $(QUANTIZE_VENV)/.packages pyproject.toml
+	$(QUANTIZE_BIN)/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 
 # PyPI's torchvision beside a CPU build of torch needs the folder `site`.
@@ -95,6 +105,13 @@ test-vllm: $(VLLM_VENV)/.ready $(QUANTIZE_VENV)/.ready
 
 test-quantize: $(QUANTIZE_VENV)/.ready
 	$(OWN_PATH) $(QUANTIZE_BIN)/python -m pytest tests/quantize_engine -W default
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	touch $@
+
+test-browser: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 fuzz: $(VENV)/.dev
 	$(PYTEST) --dist worksteal -m fuzz --hypothesis-profile fuzz

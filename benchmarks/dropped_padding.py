@@ -21,14 +21,8 @@ from coprs_deploy.bench.accuracy import ask, mask_agreement, open_policy, scenes
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.graphs import masks_at_original_size
-from coprs_deploy.evaluation.metrics import (
-    EMPTY_IOU,
-    MaskCounts,
-    count_pixels,
-    giou,
-    precision_at,
-    union,
-)
+from coprs_deploy.evaluation.metrics import EMPTY_IOU, count_pixels, giou, precision_at, union
+from coprs_deploy.evaluation.rows import MaskCounts
 from coprs_deploy.export.equivalence import reference_opener
 from coprs_deploy.images import PreparedImage, prepare_image
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, ValidRegion, graph_specs

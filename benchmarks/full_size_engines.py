@@ -169,7 +169,9 @@ def run_reference(checkpoint: str, folder: str) -> dict[str, Any]:
 def export_encoder(checkpoint: str, graph: str, precision: str) -> dict[str, Any]:
     """Write the image encoder as a typed graph."""
     path, source = Path(graph), read_checkpoint(checkpoint)
-    encoder = load_segmentation_model(source).image_encoder
+    model = load_segmentation_model(source)
+    model.fold_batch_norms()
+    encoder = model.image_encoder
     spec, scratch = _spec(source), path.parent
     if precision == INT8:
         write_int8_graph(
@@ -300,7 +302,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--work-dir", type=Path, required=True, metavar="DIR", help="folder of graphs and results"
     )
-    parser.add_argument("--sizes", default=",".join(SIZES), help="SAM sizes")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="SAM sizes, light encoders")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="also: fp32, int8")
     parser.add_argument("--prepare-only", action="store_true", help="stop before the builds")
     given = parser.parse_args(arguments)

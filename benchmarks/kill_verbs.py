@@ -6,7 +6,9 @@ Each verb runs on the demo model in a folder of its own, beside files of a user,
 is forked from one with all libraries imported, so that the moments fall into the work. A run is
 interrupted at a random moment; then the files of the user must be unchanged, no process may be
 left, and the same command must succeed and leave the same files as a run that was never
-interrupted, nothing else. Prints a table and one line of JSON; exit code 1 on a violation.
+interrupted, nothing else. A training, in one and in two processes, must resume from the newest
+state that was there, and log the same losses. Prints a table and one line of JSON; exit code 1 on a
+violation.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 EVENTS = re.compile(r"events\.out\.tfevents\..*")
 """Name of TensorBoard's files: each run of a training adds one."""
 
+CHECKPOINTS = re.compile(r"out/checkpoints/\w+-\d+(/.*)?")
+"""Checkpoints of single steps: a stop by a signal writes a state only."""
+
 MARK = "COPRS_KILL_VERBS"
 """Environment variable by which the processes of one run are found."""
 
@@ -76,7 +81,7 @@ sys.exit(code)
 """What a forked process runs; the names that it uses are its arguments."""
 
 TIMEOUT_S = 300.0
-EXIT_TIMEOUT_S = 30.0
+EXIT_TIMEOUT_S = 60.0
 
 SHORT_TRAINING = {
     "max_steps": 3,
@@ -86,17 +91,20 @@ SHORT_TRAINING = {
     "max_completion_length": 24,
 }
 
+TRAIN = (
+    *("train", "grpo_demo", "--out", "out"),
+    *("--set", "save_steps=1"),
+    *("--set", "data.num_held_out_scenes=1"),
+    *("--set", "data.num_training_scenes=8"),
+    *(word for k, v in SHORT_TRAINING.items() for word in ("--set", f"stages.grpo.{k}={v}")),
+)
+
 VERBS: dict[str, Sequence[str]] = {
     "convert": ("convert", "--random", "--overwrite", "--out", "out"),
     "export": ("export", "user/checkpoint", "--overwrite", "--out", "out"),
     "features": ("features", "user/checkpoint", "user/scenes.jsonl", "--out", "out"),
-    "train": (
-        *("train", "grpo_demo", "--out", "out"),
-        *("--set", "save_steps=1"),
-        *("--set", "data.num_held_out_scenes=1"),
-        *("--set", "data.num_training_scenes=8"),
-        *(word for k, v in SHORT_TRAINING.items() for word in ("--set", f"stages.grpo.{k}={v}")),
-    ),
+    "train": TRAIN,
+    "train-two": (*TRAIN, "--set", "num_processes=2"),
     "segment": ("segment", "user/scene.png", "the largest red circle", "--out", "out"),
     "bench": (
         *("bench", "--suite", "engines", "--min-time", "0.05", "--rounds", "1", "--out", "out"),
@@ -141,6 +149,7 @@ class Place:
         write_examples(user / "scenes.jsonl", SceneExamples(PLAIN, 8))
         self.user = self.hashes(user)
         self.reference: set[str] = set()
+        self.reference_losses: list[tuple[int, float]] = []
         self.results: list[dict[str, str]] = []
         self.seconds = 0.0
 
@@ -157,7 +166,22 @@ class Place:
     def files(self) -> set[str]:
         """Return the paths of all files and folders; those of TensorBoard hold time and process."""
         paths = (str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
-        return {EVENTS.sub("events", path) for path in paths}
+        return {EVENTS.sub("events", path) for path in paths if not CHECKPOINTS.fullmatch(path)}
+
+    def newest_state(self) -> str | None:
+        """Return the name of the newest state of a training; None if its stage is finished."""
+        if any((self.folder / "out").glob("stages/*/result.json")):
+            return None
+        states = (
+            file.parent for file in (self.folder / "out").glob("stages/*/state-*/progress.json")
+        )
+        return max((state.name for state in states), default=None)
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Return step and loss of each line of the log of a training."""
+        log = self.folder / "out" / "log.jsonl"
+        lines = map(json.loads, log.read_text().splitlines()) if log.is_file() else ()
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
     def clear(self) -> None:
         """Start again: remove the output, or put there what will be replaced."""
@@ -208,7 +232,7 @@ class Place:
                 line = self.last_line()
                 raise RuntimeError(f"{self.verb} ends with {code} without a signal: {line}")
         self.seconds = min(durations)
-        self.reference = self.files()
+        self.reference, self.reference_losses = self.files(), self.losses()
         if self.verb in REPLACED:
             out = self.folder / "out"
             self.results = [self.hashes(out), self.hashes(Path(REPLACED[self.verb]))]
@@ -246,9 +270,14 @@ def interrupt(place: Place, number: signal.Signals, after_s: float, outcome: Out
         outcome.violations.append(f"{where}: files of the user changed")
     if place.results and place.hashes(place.folder / "out") not in place.results:
         outcome.violations.append(f"{where}: what was to be replaced is neither old nor new")
+    state = place.newest_state()
     if code := place.complete():
         line = place.last_line()
         outcome.violations.append(f"{where}: the next run ends with {code}: {line}")
+    if state and f"resumed from step {int(state[6:])}\n" not in place.stderr.read_text():
+        outcome.violations.append(f"{where}: the next run does not resume from {state}")
+    if place.losses() != place.reference_losses:
+        outcome.violations.append(f"{where}: other losses: {place.losses()}")
     if left := sorted(place.files() ^ place.reference):
         outcome.violations.append(f"{where}: after the next run: {left[:5]}")
         for name in left:

@@ -1,8 +1,9 @@
 """Policies of real size on a CPU, random weights: conversion to OpenVINO, speed and memory.
 
-Each conversion and each measured case runs in a process of its own, and the report is written after
-each. Cases that are in the report are not repeated, so an interrupted run continues. Checkpoints
-and graphs stay in the work folder: some 15 GB for 3B, 30 GB for 7B.
+Each conversion and each measured case runs in a process of its own, and the report, one for each
+kind of machine, is written after each. Cases that are in the report are not repeated, so an
+interrupted run continues. Checkpoints and graphs stay in the work folder: some 15 GB for 3B, 30 GB
+for 7B.
 
     python benchmarks/real_size_policy.py --out benchmarks/reports --work-dir DIR --case '3b'
 """
@@ -34,7 +35,7 @@ from coprs_deploy.machine import (
 )
 
 NAME = "real-size-policy"
-TIMEOUT_S = 3600.0
+CASE_TIMEOUT_S = 3600.0
 PROMPT_TOKENS = 585
 """Prompt of the largest image, 644 x 644 pixels: 529 vision tokens for Qwen2.5-VL."""
 NUM_TOKENS = 32
@@ -84,19 +85,22 @@ def run(
     work_dir: Path,
     cases: Sequence[Case] = CASES,
     progress: Callable[[str], None] = lambda step: None,
+    *,
     prepare_only: bool = False,
+    case_timeout_s: float = CASE_TIMEOUT_S,
 ) -> dict[str, Any]:
-    """Measure the cases that are missing in the report, and return it.
+    """Measure the cases that are missing in the report of this kind of machine, and return it.
 
     Args:
-        out: folder of ``real-size-policy.json`` and ``.md``.
+        out: folder of ``real-size-policy-KIND.json`` and ``.md``.
         work_dir: folder of checkpoints and graphs.
         cases: what is measured.
         progress: called with the name of each step as it starts.
         prepare_only: convert, and measure nothing.
+        case_timeout_s: time limit of a conversion or a measured case.
     """
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{NAME}.json"
+    file = out / f"{NAME}-{machine_record().kind}.json"
 
     def read() -> dict[str, Any]:
         report: dict[str, Any] = {"suite": NAME, "conversions": {}, "cases": {}}
@@ -104,10 +108,10 @@ def run(
 
     def add(section: str, name: str, result: dict[str, Any]) -> None:
         report = read()  # another run may have added a case
-        report[section][name] = result
         report["machine"] = machine_record(packages=(*PACKAGES, "nncf")).to_json()
+        report[section][name] = result | {"commit": report["machine"]["commit"]}
         write_json(file, report)
-        (out / f"{NAME}.md").write_text(render(report), encoding="utf-8")
+        file.with_suffix(".md").write_text(render(report), encoding="utf-8")
 
     for case in cases:
         if str(case) in read()["cases"]:
@@ -115,11 +119,11 @@ def run(
         path = work_dir / case.size
         if not (path / "checkpoint" / CONFIG_FILE).exists():
             progress(f"make {case.size}")
-            call("make_checkpoint", path=str(path), size=case.size)
+            call("make_checkpoint", case_timeout_s, path=str(path), size=case.size)
         graphs = path / case.precision
         if case.runtime == "openvino" and not graphs.exists():
             progress(f"convert {case.size} {case.precision}")
-            converted = call("convert", path=str(path), precision=case.precision)
+            converted = call("convert", case_timeout_s, path=str(path), precision=case.precision)
             add("conversions", f"{case.size} {case.precision}", converted)
         if prepare_only:
             continue
@@ -127,6 +131,7 @@ def run(
         try:
             result = call(
                 "measure",
+                case_timeout_s,
                 path=str(path),
                 runtime=case.runtime,
                 precision=case.precision,
@@ -138,13 +143,13 @@ def run(
     return read()
 
 
-def call(function: str, **settings: Any) -> dict[str, Any]:
+def call(function: str, timeout_s: float, /, **settings: Any) -> dict[str, Any]:
     """Run a function of this script in a process of its own.
 
     Raises:
         WorkerError: it failed.
     """
-    result: dict[str, Any] = call_once(f"{__file__}:{function}", TIMEOUT_S, **settings)
+    result: dict[str, Any] = call_once(f"{__file__}:{function}", timeout_s, **settings)
     return result
 
 
@@ -288,7 +293,7 @@ def render(report: dict[str, Any]) -> str:
     rows = []
     for name, case in report["cases"].items():
         if "error" in case:
-            rows.append((name, case["error"], *[""] * 6))
+            rows.append((name, case["error"], *[""] * 6, case.get("commit", "-")))
             continue
         warm = min(case["warm_prefill_s"], default=None)
         rows.append(
@@ -301,9 +306,10 @@ def render(report: dict[str, Any]) -> str:
                 f"{case['tokens_per_second']:.2f} tokens/s",
                 format_bytes(case["peak_bytes"]),
                 format_bytes(case["private_bytes"]),
+                case.get("commit", "-"),
             )
         )
-    lines += [*markdown_table(header, rows), "", "## Conversion", ""]
+    lines += [*markdown_table((*header, "commit"), rows), "", "## Conversion", ""]
     converted = [
         (
             name,
@@ -311,10 +317,11 @@ def render(report: dict[str, Any]) -> str:
             f"{row['seconds']:.0f} s",
             format_bytes(row["peak_bytes"]),
             format_bytes(row["bytes"]),
+            row.get("commit", "-"),
         )
         for name, row in report["conversions"].items()
     ]
-    columns = ("", "weights", "time", "peak memory, mapped files included", "graphs")
+    columns = ("", "weights", "time", "peak memory, mapped files included", "graphs", "commit")
     lines += [*markdown_table(columns, converted), ""]
     return "\n".join(lines)
 
@@ -334,6 +341,13 @@ def main(arguments: Sequence[str]) -> int:
         "--case", default="", metavar="REGEX", help="measure only the cases whose name matches"
     )
     parser.add_argument("--prepare-only", action="store_true", help="stop before measuring")
+    parser.add_argument(
+        "--case-timeout",
+        type=float,
+        default=CASE_TIMEOUT_S,
+        metavar="SECONDS",
+        help=f"time limit of a conversion or a case; default {CASE_TIMEOUT_S:.0f}",
+    )
     given = parser.parse_args(arguments)
     chosen = [case for case in CASES if re.search(given.case, str(case))]
     log = sys.stderr
@@ -342,7 +356,8 @@ def main(arguments: Sequence[str]) -> int:
         given.work_dir,
         chosen,
         lambda step: print(step, file=log, flush=True),
-        given.prepare_only,
+        prepare_only=given.prepare_only,
+        case_timeout_s=given.case_timeout,
     )
     failed = [name for name in map(str, chosen) if "error" in report["cases"].get(name, {})]
     for name in failed:

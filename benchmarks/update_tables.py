@@ -42,7 +42,7 @@ from coprs_deploy.specs import IMAGE_ENCODER
 from coprs_deploy.training.estimate import BFLOAT16_BYTES
 
 REPORTS = Path("benchmarks/reports")
-REAL_SIZES = REPORTS / "real-size-policy.json"
+REAL_SIZES = "real-size-policy"
 ENGINES = Path("engines/records/full-size-engines.json")
 
 MODEL_TAG, POLICY_TAG, PRECISION_TAG = "demo", "openvino-policy", "precision"
@@ -64,9 +64,14 @@ def latest(root: Path, tag: str) -> Report | None:
 
 
 def _rank(report: Report) -> tuple[bool, int, str]:
-    units = [kind for _, kind in reversed(KINDS)]
-    unit = report.machine.kind.rpartition("-")[2]
-    return report.machine.gpu is not None, units.index(unit) if unit in units else -1, report.date
+    return report.machine.gpu is not None, _width(report.machine.kind), report.date
+
+
+def _width(kind: str) -> int:
+    """Rank a kind of machine by its vector units."""
+    units = [unit for _, unit in reversed(KINDS)]
+    unit = kind.rpartition("-")[2]
+    return units.index(unit) if unit in units else -1
 
 
 def speed_table(root: Path, folder: Path) -> list[str]:
@@ -240,25 +245,33 @@ def _title(root: Path, folder: Path, report: Report, what: str) -> str:
 
 def cpu_memory(root: Path, folder: Path) -> list[str]:
     """Lay out the memory of the policy's graphs on a CPU, computed and measured."""
-    return cpu_memory_table(_real_sizes(root).get("cases", {}))
+    return cpu_memory_table({_kind(report): report["cases"] for report in _real_sizes(root)})
 
 
 def cpu_speed(root: Path, folder: Path) -> list[str]:
     """Lay out bounds of the decoding speed on a CPU, and what was measured."""
-    report = _real_sizes(root)
-    lines = cpu_speed_table(report.get("cases", {}))
-    if not report:
-        return lines
-    link = os.path.relpath(root / REAL_SIZES.with_suffix(".md"), folder)
-    machine = f"{report['machine']['processor']}, {report['machine']['cores']} cores"
-    return [*lines, "", f"Measured with random weights on: {machine} ([report]({link}))."]
+    reports = _real_sizes(root)
+    lines = cpu_speed_table({_kind(report): report["cases"] for report in reports})
+    places = []
+    for report in reports:
+        file = root / REPORTS / f"{REAL_SIZES}-{report['machine']['kind']}.md"
+        link = os.path.relpath(file, folder)
+        places.append(f"{report['machine']['processor']}, {_kind(report)} ([report]({link}))")
+    return (
+        [*lines, "", f"Measured with random weights on: {'; '.join(places)}."] if places else lines
+    )
 
 
-def _real_sizes(root: Path) -> dict[str, Any]:
-    """Read the report on policies of real size; empty without one."""
-    path = root / REAL_SIZES
-    report: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return report
+def _real_sizes(root: Path) -> list[dict[str, Any]]:
+    """Read the reports on policies of real size, widest vector units first."""
+    files = sorted((root / REPORTS).glob(f"{REAL_SIZES}-*.json"))
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return sorted(reports, key=lambda report: -_width(report["machine"]["kind"]))
+
+
+def _kind(report: Mapping[str, Any]) -> str:
+    machine = report["machine"]
+    return f"{machine['cores']} cores, {machine['kind'].rpartition('-')[2]}"
 
 
 def encoder_memory(root: Path, folder: Path) -> list[str]:

@@ -297,6 +297,7 @@ class Manifest(Record, frozen=True):
         gpu: name of the GPU that built the engines; None without engines or GPU.
         equivalence: measured difference from PyTorch.
         policy_graphs: the policy as graphs; None if there are none.
+        image_encoder: name of the image encoder, such as ``SAM ViT-H``.
     """
 
     schema_version: int
@@ -311,6 +312,7 @@ class Manifest(Record, frozen=True):
     gpu: str | None
     equivalence: tuple[EquivalenceRecord, ...]
     policy_graphs: PolicyGraphsRecord | None = None
+    image_encoder: str = ""
 
 
 @dataclass(frozen=True)

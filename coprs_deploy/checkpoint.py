@@ -90,10 +90,15 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint directory and read its configuration without loading weights.
 
+    A link is resolved, so that one that a training run points to a newer checkpoint meanwhile
+    does not mix two.
+
     Raises:
         CheckpointError: a part is missing, or the configuration is not valid.
     """
     root = Path(path)
+    if root.is_symlink() and root.is_dir():
+        root = root.resolve()
     if not root.is_dir():
         raise CheckpointError(
             f"there is no checkpoint directory {root}; `coprs-deploy convert --help` shows how to "

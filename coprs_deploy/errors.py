@@ -18,6 +18,7 @@
     │   └── HiddenStateError        the hidden state of a <REF_POS> was not captured
     ├── QueueFullError              too many concurrent requests
     ├── RequestTimeoutError         a request exceeded its time limit
+    ├── EndpointError               a model behind HTTP cannot be used: wrong URL, name or key
     └── EnvironmentNotReadyError    this machine lacks something
         ├── MissingDependencyError  a Python package; the message holds the pip line
         └── RuntimeUnavailableError a runtime or device is not available
@@ -125,6 +126,10 @@ class QueueFullError(CoPRSError):
 
 class RequestTimeoutError(CoPRSError, TimeoutError):
     """A request exceeded its time limit and was abandoned."""
+
+
+class EndpointError(CoPRSError):
+    """A model behind HTTP cannot be used; other requests would fail in the same way."""
 
 
 class EnvironmentNotReadyError(CoPRSError):

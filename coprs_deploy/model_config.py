@@ -1,12 +1,16 @@
 """Sizes of a segmentation model, as recorded in a checkpoint's ``config.json``.
 
-Names follow segment-anything. The modules are in :mod:`coprs_deploy.models`.
+Names follow segment-anything. The modules are in :mod:`coprs_deploy.models`, sizes of light image
+encoders in :mod:`coprs_deploy.encoder_config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
+from coprs_deploy.encoder_config import ENCODERS, LightEncoderConfig
 from coprs_deploy.errors import check_number
 from coprs_deploy.specs import Geometry, Record, ValidRegion
 
@@ -33,6 +37,9 @@ class SamConfig(Record, frozen=True):
         num_mask_tokens: mask tokens of the decoder; only the first mask is used.
         iou_head_hidden_dim: hidden width of the IoU head (unused; SAM's weights load strictly).
         geometry: image sizes and pixel normalization.
+        image_encoder: sizes of a light image encoder in place of SAM's own; then the ``encoder_``
+            sizes, ``window_size``, ``mlp_ratio`` and ``use_rel_pos`` are those of the SAM whose
+            decoder this is, and have no effect.
     """
 
     encoder_embed_dim: int = 768
@@ -49,6 +56,7 @@ class SamConfig(Record, frozen=True):
     num_mask_tokens: int = 4
     iou_head_hidden_dim: int = 256
     geometry: Geometry = Geometry()
+    image_encoder: LightEncoderConfig | None = None
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -72,6 +80,29 @@ class SamConfig(Record, frozen=True):
                 f"encoder_global_attn_indexes names block {outside[0]}; "
                 f"accepted: 0 to {self.encoder_depth - 1}"
             )
+        if self.image_encoder is not None:
+            self.image_encoder.check_geometry(self.geometry)
+
+    def with_image_encoder(self, encoder: LightEncoderConfig) -> SamConfig:
+        """Replace the image encoder; the embedding keeps its size, the input gets the encoder's.
+
+        Padding follows SAM for every encoder: the longer side fills the square, and the rest is
+        zero after normalization. Only the side of the square differs.
+        """
+        patch = encoder.patch_size
+        geometry = msgspec.structs.replace(
+            self.geometry, patch_size=patch, image_size=self.geometry.grid_size * patch
+        )
+        return msgspec.structs.replace(self, geometry=geometry, image_encoder=encoder)
+
+    @property
+    def encoder_name(self) -> str:
+        """Title of the image encoder, such as ``SAM ViT-H`` or ``TinyViT-5M``."""
+        if self.image_encoder is not None:
+            return self.image_encoder.title
+        size = (self.encoder_embed_dim, self.encoder_depth)
+        names = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
+        return f"SAM {names.get(size, 'ViT, width {}, {} blocks'.format(*size))}"
 
     def valid_region(
         self, aspect_ratio: tuple[int, int], *, drops_padding: bool = False
@@ -86,6 +117,12 @@ class SamConfig(Record, frozen=True):
         Raises:
             ValueError: nothing would be saved.
         """
+        if not drops_padding and self.image_encoder is not None:
+            raise ValueError(
+                f"aspect_ratio is {aspect_ratio}, but {self.encoder_name} mixes image and padding "
+                "in every stage, so that skipping padding changes the result; accepted: none, or "
+                "drop_padding with it"
+            )
         if not drops_padding and not self.num_local_blocks:
             raise ValueError(
                 f"aspect_ratio is {aspect_ratio}, but this encoder attends globally from its first "
@@ -96,6 +133,8 @@ class SamConfig(Record, frozen=True):
 
         grid, patch = self.geometry.grid_size, self.geometry.patch_size
         unit = patch if drops_padding else patch * self.window_size
+        if self.image_encoder is not None:
+            unit = self.image_encoder.input_stride
         width, height = aspect_ratio
         inside = unpadded_size(height, width, self.geometry.image_size)
         rows, columns = (min(grid * patch, -(-side // unit) * unit) for side in inside)
@@ -142,8 +181,10 @@ SAM_SIZES: Mapping[str, SamConfig] = {
         iou_head_hidden_dim=64,
         geometry=Geometry(image_size=128, patch_size=8, out_chans=64),
     ),
+    **{name: SamConfig().with_image_encoder(encoder) for name, encoder in ENCODERS.items()},
 }
-"""Sizes by name: the three public ones, and a tiny one for tests and demonstrations."""
+"""Sizes by name: the three public ones, a tiny one for tests and demonstrations, and SAM's decoder
+with each light encoder."""
 
 
 class SegmentationConfig(Record, frozen=True):

@@ -260,11 +260,16 @@ def read_response(
         pieces.append(decode(token_ids[start:end]))
         start = end + 1
     text = REFERENCE_TOKEN.join(pieces)
-    return Response(text, _reasoning(pieces), positions, tuple(_format_violations(pieces)))
+    reasoning, violations = _reasoning("".join(pieces)), _format_violations(pieces)
+    return Response(text, reasoning, positions, tuple(violations))
 
 
-def _reasoning(pieces: Sequence[str]) -> str:
-    text = "".join(pieces)
+def extract_reasoning(response: str) -> str:
+    """Return the reasoning of a response, as in :attr:`Response.reasoning`, from its text."""
+    return _reasoning(response.replace(REFERENCE_TOKEN, ""))
+
+
+def _reasoning(text: str) -> str:
     marked = _REASONING.search(text)
     if marked:
         return marked[1].strip()

@@ -22,7 +22,8 @@ from coprs_deploy.data.synthetic.presets import PLAIN
 from coprs_deploy.engines import Runner, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.graphs import masks_at_original_size
 from coprs_deploy.evaluation import metrics
-from coprs_deploy.evaluation.metrics import EMPTY_IOU, MaskCounts, count_pixels
+from coprs_deploy.evaluation.metrics import EMPTY_IOU, count_pixels
+from coprs_deploy.evaluation.rows import MaskCounts
 from coprs_deploy.export import equivalence
 from coprs_deploy.export.samples import RunnerOpener
 from coprs_deploy.images import ResizeTransform, prepare_image

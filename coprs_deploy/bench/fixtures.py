@@ -23,6 +23,7 @@ from coprs_deploy.errors import BundleError, MissingDependencyError
 from coprs_deploy.export import ExportOptions
 from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.machine import installed_versions
+from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER, PRIOR
 
 
@@ -82,7 +83,19 @@ def missing_builders(devices: tuple[str, ...]) -> list[Skipped]:
     return skipped
 
 
-RANDOM_MODELS = {"tiny": (3, 1), "vit_b": (2, 375), "vit_l": (1, 1250), "vit_h": (1, 2564)}
+RANDOM_MODELS = {
+    "tiny": (3, 1),
+    "vit_b": (2, 375),
+    "vit_l": (1, 1250),
+    "vit_h": (1, 2564),
+    "tinyvit_5m": (2, 39),
+    "efficientvit_l0": (2, 139),
+    "efficientvit_l1": (2, 191),
+    "efficientvit_l2": (2, 245),
+    "efficientvit_xl0": (2, 468),
+    "efficientvit_xl1": (2, 813),
+    "nanosam_resnet18": (2, 79),
+}
 """Number of inputs, as PyTorch's reference of a large encoder takes long, and megabytes."""
 
 CALIBRATION_IMAGES, FEW_CALIBRATION_IMAGES = 32, 4
@@ -139,6 +152,15 @@ class Model:
     has_gt: bool = False
     random_bytes: int = 0
     variant: ExportOptions = field(default_factory=ExportOptions)
+
+    @property
+    def has_sam_encoder(self) -> bool:
+        """Whether its image encoder is SAM's own, which segment-anything can run too."""
+        if self.random_bytes:
+            return SAM_SIZES[self.name].image_encoder is None
+        if self.checkpoint is None:
+            return False
+        return read_checkpoint(self.checkpoint).config.model.sam.image_encoder is None
 
     @property
     def weights_bytes(self) -> int:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from coprs_deploy.model_config import SAM_SIZES, SamConfig
 from coprs_deploy.training.estimate import (
@@ -126,10 +125,11 @@ def named_sizes(policy: str, sam: str = "vit_h") -> ModelSizes:
     Raises:
         ValueError: a name is unknown.
     """
-    from coprs_deploy.training.run import build_on_meta
+    from coprs_deploy.training.meta_models import build_named
+    from coprs_deploy.training.settings import CheckpointModel
 
-    names: Any = SimpleNamespace(policy=policy, sam=sam)
-    return model_sizes(*build_on_meta(names))
+    models = build_named(CheckpointModel(policy=policy, sam=sam))
+    return model_sizes(models.policy, models.segmentation)
 
 
 def cache_bytes(sizes: ModelSizes, form: WeightFormat, tokens: float) -> float:

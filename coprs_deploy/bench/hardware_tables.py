@@ -80,39 +80,42 @@ def device_cell(device: Device, read: float, totals: Mapping[str, float]) -> str
     return f"≤ {device.bandwidth_gb * 1e9 / read:.0f}{limit}"
 
 
-def cpu_memory_table(measured: Mapping[str, Any]) -> list[str]:
+def cpu_memory_table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lay out the memory of the policy's graphs on a CPU.
 
     Args:
-        measured: cases of ``benchmarks/real_size_policy.py`` by name; cells without one are dashes.
+        measured: for each machine, the cases of ``benchmarks/real_size_policy.py`` by name; cells
+            without one are dashes.
     """
     rows = []
     for policy, name in POLICIES.items():
         for form, numbers in OPENVINO_FORMATS.items():
             memory = openvino_policy_bytes(named_sizes(policy), numbers)
-            case = _measured_case(measured, policy, form)
-            cells = (
-                memory["files"],
-                *(memory["private"], case.get("private_bytes")),
-                *(memory["peak"], case.get("peak_bytes")),
-            )
+            cases = [_measured_case(cases, policy, form) for cases in measured.values()]
+            cells: list[float | None] = [memory["files"]]
+            for kind in ("private", "peak"):
+                cells += [memory[kind], *(case.get(f"{kind}_bytes") for case in cases)]
             written = (format_bytes(cell) if cell else "-" for cell in cells)
             rows.append((name, form, *written))
-    heads = ("files (c)", "private (c)", "private (m)", "peak (c)", "peak (m)")
+    heads = ["files (c)"]
+    for kind in ("private", "peak"):
+        heads += [f"{kind} (c)", *(f"{kind}, {machine} (m)" for machine in measured)]
     return markdown_table(("policy", "precision", *heads), rows)
 
 
-def cpu_speed_table(measured: Mapping[str, Any]) -> list[str]:
+def cpu_speed_table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lay out bounds of the decoding speed on a CPU, and what was measured (see above)."""
     rows = []
     for policy, name in POLICIES.items():
         for form, numbers in OPENVINO_FORMATS.items():
             read = read_bytes(named_sizes(policy), numbers)
             bounds = (f"≤ {1e9 * rate / read:.1f}" for rate in CPU_MEMORIES.values())
-            speed = _measured_case(measured, policy, form).get("tokens_per_second")
-            rows.append((name, form, format_bytes(read), *bounds, f"{speed:.1f}" if speed else "-"))
+            cases = (_measured_case(cases, policy, form) for cases in measured.values())
+            speeds = (case.get("tokens_per_second") for case in cases)
+            cells = (f"{speed:.1f}" if speed else "-" for speed in speeds)
+            rows.append((name, form, format_bytes(read), *bounds, *cells))
     heads = [f"{memory}, {rate:.0f} GB/s (c)" for memory, rate in CPU_MEMORIES.items()]
-    heads = ["read per token (c)", *heads, "2 cores (m)"]
+    heads = ["read per token (c)", *heads, *(f"{machine} (m)" for machine in measured)]
     return markdown_table(("policy", "precision", *heads), rows)
 
 

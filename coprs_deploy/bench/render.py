@@ -6,10 +6,8 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from rich.markdown import Markdown
 from coprs_deploy.artifacts import make_directory, write_json, write_text
 from coprs_deploy.bench.report import LIMIT, Accuracy, CaseResult, GroupResult, Latency, Report
 from coprs_deploy.console import format_bytes, format_ms, markdown_table
+from coprs_deploy.page import markdown_html, render_page
 
 
 class Column(NamedTuple):
@@ -107,17 +106,12 @@ def render_markdown(report: Report) -> str:
 
 def render_html(report: Report) -> str:
     """Render a report as a page."""
-    from markdown_it import MarkdownIt
-
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     *parts, tail = [
-        markdown.render("\n".join(lines))
-        + (f'<div class="charts">{charts(group)}</div>' if group else "")
+        markdown_html(lines) + (f'<div class="charts">{charts(group)}</div>' if group else "")
         for lines, group in _sections(report)
     ]
-    page = resources.files("coprs_deploy.bench").joinpath("page.html").read_text("utf-8")
-    title = escape(f"Benchmark: {report.tag}, {report.machine.kind}")
-    return Template(page).substitute(title=title, body="".join(parts), tail=tail)
+    title = f"Benchmark: {report.tag}, {report.machine.kind}"
+    return render_page(title, "".join(parts), tail=tail)
 
 
 def _sections(report: Report) -> Iterator[tuple[list[str], GroupResult | None]]:

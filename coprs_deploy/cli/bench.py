@@ -80,7 +80,7 @@ OPTIONS = (
         "sizes",
         parse=partial(_names, everything=REAL_SIZES),
         metavar="SIZE,SIZE",
-        help="SAM sizes with random weights: vit_b,vit_h or `all`",
+        help="SAM sizes and light encoders with random weights: vit_b,tinyvit_5m or `all` (of SAM)",
     ),
     Option(
         "devices",

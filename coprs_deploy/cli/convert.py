@@ -3,6 +3,9 @@
 --policy DIR --sam FILE                a transformers policy and SAM: initial weights for training
 --training-checkpoint DIR --sam FILE   a checkpoint of the public CoPRS training code
 --random [--policy-size S] [--sam S]   random weights at a real size, for speed, memory and shapes
+CHECKPOINT --image-encoder FILE        the same checkpoint with another image encoder
+
+With --image-encoder, an encoder that was distilled to SAM ViT-H's takes its place.
 """
 
 from __future__ import annotations
@@ -28,12 +31,20 @@ OPTIONS = (
     Option("reference_tail", metavar="TEXT"),
     Option("seed", parse=int),
     Option("overwrite"),
+    Option("image_encoder", metavar="FILE | NAME"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="checkpoint whose image encoder is replaced",
+    )
     source.add_argument(
         "--policy",
         type=Path,
@@ -50,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sam",
         metavar="FILE | SIZE",
-        help="sam_vit_*.pth file; with --random: vit_b, vit_l, vit_h or tiny",
+        help="sam_vit_*.pth file; with --random: vit_b, vit_l, vit_h or tiny; with CHECKPOINT: the "
+        "SAM it was trained from, to compare decoders",
     )
     parser.add_argument(
         "--policy-size", help="with --random: tiny, tiny-llava, 3b, 7b, llava-7b or llava-13b"
@@ -67,14 +79,29 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--policy-size requires --random")
     if hasattr(arguments, "prompt") and arguments.random:
         raise ValueError("--prompt-template cannot be combined with --random")
-    if not arguments.random and not arguments.sam:
+    has_encoder = hasattr(arguments, "image_encoder")
+    if arguments.checkpoint and not has_encoder:
+        raise ValueError("--image-encoder is missing: name the encoder that CHECKPOINT gets")
+    if arguments.checkpoint and hasattr(arguments, "prompt"):
+        raise ValueError("--prompt-template cannot be combined with CHECKPOINT, which has one")
+    if not arguments.random and not arguments.checkpoint and not arguments.sam:
         raise ValueError("--sam is missing: name the sam_vit_*.pth file")
 
     options = read_options(arguments, conversion.ConversionOptions, OPTIONS)
     with StepPrinter() as progress:
         if arguments.random:
-            sizes = arguments.policy_size or "tiny", arguments.sam or "tiny"
+            sam = arguments.sam or ("vit_b" if has_encoder else "tiny")
+            sizes = arguments.policy_size or "tiny", sam
             checkpoint = conversion.random_checkpoint(arguments.out, *sizes, options, progress)
+        elif arguments.checkpoint:
+            checkpoint = conversion.checkpoint_from_checkpoint(
+                arguments.checkpoint,
+                arguments.image_encoder,
+                arguments.out,
+                options,
+                progress,
+                sam=arguments.sam,
+            )
         elif arguments.policy:
             checkpoint = conversion.checkpoint_from_policy_and_sam(
                 arguments.policy, arguments.sam, arguments.out, options, progress

@@ -86,7 +86,7 @@ def _log_advice(report: ExportReport, checkpoint: Path) -> None:
         log(
             "An encoder without padding is a different function, for which there is no tolerance: "
             f"evaluate it on your images with `coprs-deploy evaluate {bundle.path} "
-            "--examples FILE`"
+            "--dataset FILE`"
         )
     if any(graph.engine and graph.engine.verified_on is None for graph in graphs.values()):
         log(

@@ -53,6 +53,8 @@ def _blocks(bundle: Bundle, cache_dir: Path | None) -> Iterator[str]:
     )
     geometry = manifest.geometry
     yield f"image {geometry.image_size} px, prior and mask {geometry.mask_size} cells"
+    if manifest.image_encoder:
+        yield f"image encoder: {manifest.image_encoder}"
     valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
     if valid_region is not None:
         dropped = ": padding is dropped, see without_padding" if valid_region.drops_padding else ""

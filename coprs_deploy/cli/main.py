@@ -24,6 +24,7 @@ from coprs_deploy.version import __version__
 
 VERBS = {
     "segment": "segment what an instruction describes in an image",
+    "batch": "segment many images: folders, tables and shards",
     "serve": "serve segmentation over HTTP, with a web page",
     "convert": "convert SAM, policy or public training weights to a checkpoint",
     "quantize": "quantize the policy of a checkpoint for vLLM",

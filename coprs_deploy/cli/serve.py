@@ -140,6 +140,7 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: soc
             api_key=arguments.api_key,
             root_path=arguments.root_path,
             cors_origins=arguments.cors_origin,
+            has_samples=arguments.bundle is None,
         )
         config = uvicorn.Config(
             app,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from coprs_deploy.bundle import EquivalenceRecord
 from coprs_deploy.console import table
+from coprs_deploy.export.encoder_swap import ImageMovement
 
 
 def equivalence_table(records: Sequence[EquivalenceRecord]) -> str:
@@ -23,3 +24,18 @@ def equivalence_table(records: Sequence[EquivalenceRecord]) -> str:
         for record in records
     ]
     return table(("graph", "max abs", "relative", "cosine", "mask IoU", "inputs", ""), rows)
+
+
+def movement_table(images: Sequence[ImageMovement], mean: ImageMovement) -> str:
+    """Return how far embedding, prior and masks move with another image encoder, by image."""
+    rows = [
+        (
+            moved.image,
+            f"{moved.embedding_error:.3f}",
+            f"{moved.embedding_cosine:.4f}",
+            f"{moved.prior_error:.4f}",
+            f"{moved.mask_iou:.4f}",
+        )
+        for moved in (*images, mean)
+    ]
+    return table(("image", "embedding error", "cosine", "prior error", "mask IoU"), rows)

@@ -8,6 +8,7 @@ stage misses one of its thresholds, or, with --estimate, when a stage does not f
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any, TypeAlias
 
 from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.parser import log, print_result
+from coprs_deploy.console import StepPrinter
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.run_directory import CHECKPOINT_FOLDER, read_report
+from coprs_deploy.training.run_directory import RECIPE_FILE, RunDirectory, read_report
 
 AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
@@ -26,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe name or .toml file")
     parser.add_argument("--list", action="store_true", help="list the recipes of the package")
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="run directory (default: runs/RECIPE); with --export-state, the checkpoint "
+        "(default: RUN/exported/STAGE-N)",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -35,9 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a value, such as stages.reasoning.max_steps=100; may be repeated",
     )
     parser.add_argument(
-        "--export-checkpoint",
+        "--export-state",
+        type=Path,
+        metavar="RUN",
+        help="train nothing; write the checkpoint of a saved state of a run, which may be training",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="steps of the state for --export-state (default: the newest)",
+    )
+    parser.add_argument(
+        "--check",
         action="store_true",
-        help="train nothing; write OUT/checkpoint from the newest state of a stopped run",
+        help="train nothing; check settings, every row of the data, checkpoint, disk and memory; "
+        "exit code 0 or 2",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume with another value of a setting, or other contents of data.training, "
+        "data.held_out or model.path, though that changes the training; may be repeated",
     )
     parser.add_argument("--scenes-dir", type=Path, help="folder of rendered scenes to reuse")
     parser.add_argument(
@@ -55,12 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
     """List the recipes, estimate, or train."""
     if arguments.list:
         return _list(arguments)
+    if arguments.export_state is not None:
+        return _export_state(arguments)
+    if arguments.step is not None:
+        raise ValueError("--step chooses a state for --export-state RUN; leave it out")
     if arguments.recipe is None:
         raise ValueError("RECIPE is missing; `coprs-deploy train --list` lists the recipes")
     recipe = _load(arguments.recipe, arguments.set)
     if arguments.estimate:
         return _estimate(recipe, arguments)
-    return _train(recipe, arguments)
+    return _check(recipe, arguments) if arguments.check else _train(recipe, arguments)
 
 
 def _load(source: str, settings: list[str]) -> AnyRecipe:
@@ -80,8 +112,35 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _out(arguments: argparse.Namespace) -> Path:
+    return arguments.out or Path("runs") / Path(arguments.recipe).stem
+
+
+def _check(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
+    """Print all problems of a run; return 2 if one of them refuses it."""
+    from coprs_deploy.training.problems import describe_problems, reporting
+    from coprs_deploy.training.run import resolve_precision
+
+    recipe, out, count = resolve_precision(recipe), _out(arguments), recipe.num_processes
+    if isinstance(recipe, Recipe):
+        from coprs_deploy.training.checks import check_resume, check_run, progress_of
+
+        with StepPrinter() as steps:
+            checked = check_run(recipe, out, count, progress_of(steps))
+        problems = checked.problems + check_resume(recipe, out, checked, arguments.allow_change)
+    else:
+        from coprs_deploy.curriculum.checks import check_curriculum
+
+        problems = check_curriculum(recipe, out, arguments.scenes_dir, count)
+        with reporting(problems, "--out"):
+            RunDirectory(out).changed_settings(recipe, arguments.allow_change)
+    shown = {"problems": [problem.to_json() for problem in problems]}
+    print_result(arguments, shown, describe_problems(problems))
+    return 2 if any(problem.is_error for problem in problems) else 0
+
+
 def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
-    out = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    out = _out(arguments)
     check_writable(out)
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
     if is_worker:
@@ -89,7 +148,7 @@ def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
 
         end_with_launcher()
     try:
-        if recipe.num_processes > 1 and not is_worker and not arguments.export_checkpoint:
+        if recipe.num_processes > 1 and not is_worker:
             code = _launch(recipe, arguments, out)
         else:
             code = _run_recipe(recipe, out, arguments)
@@ -101,10 +160,6 @@ def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
         log(_kept(out))
     if code or is_worker:  # another exit code than 0 would end the other processes
         return code
-    if arguments.export_checkpoint:
-        path = str(out / CHECKPOINT_FOLDER)
-        print_result(arguments, {"checkpoint": path}, path)
-        return 0
     return _show(read_report(out), out, arguments)
 
 
@@ -114,8 +169,8 @@ def _kept(out: Path) -> str:
     if not states:
         return f"no state was saved in {out} since the last stage; re-run the same command"
     return (
-        f"{max(states)[1]} is kept; re-run the same command to resume from it, or add "
-        f"--export-checkpoint to write {out / CHECKPOINT_FOLDER} from it"
+        f"{max(states)[1]} is kept; re-run the same command to resume from it, or write its "
+        f"checkpoint with `coprs-deploy train --export-state {out}`"
     )
 
 
@@ -130,22 +185,59 @@ def _show(report: dict[str, Any], out: Path, arguments: argparse.Namespace) -> i
 
 def _run_recipe(recipe: AnyRecipe, out: Path, arguments: argparse.Namespace) -> int:
     """Train in this process; return the exit code, 0 if the run ended."""
-    scenes_dir, export_only = arguments.scenes_dir, arguments.export_checkpoint
+    scenes_dir = arguments.scenes_dir
     if isinstance(recipe, Recipe):
         from coprs_deploy.training.run import train
 
         if scenes_dir is not None:
             log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
-        train(recipe, out, export_only=export_only)
+        train(recipe, out, arguments.allow_change)
     else:
         from coprs_deploy.curriculum.run import train_curriculum
 
-        train_curriculum(recipe, out, scenes_dir, export_only=export_only)
+        train_curriculum(recipe, out, scenes_dir, arguments.allow_change)
     return 0
 
 
+def _export_state(arguments: argparse.Namespace) -> int:
+    """Write the checkpoint of a saved state of a run."""
+    if arguments.recipe is not None or arguments.set:
+        raise ValueError("--export-state takes the recipe of the run; leave out RECIPE and --set")
+    run = arguments.export_state
+    recipe = _recipe_of(run)
+    from coprs_deploy.training.saved_state import choose_state, export_state
+
+    saved = choose_state(run, list(recipe.stages), arguments.step)
+    out = arguments.out or run / "exported" / f"{saved.stage}-{saved.step:06d}"
+    if arguments.out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out is {out}, which exists; accepted: a new or empty directory")
+    check_writable(out)
+    if isinstance(recipe, Recipe):
+        export_state(recipe, run, saved, out)
+    else:
+        from coprs_deploy.curriculum.run import export_tiny_state
+
+        export_tiny_state(recipe, run, saved, out, arguments.scenes_dir)
+    shown = {"checkpoint": str(out), "stage": saved.stage, "step": saved.step}
+    print_result(arguments, shown, str(out))
+    return 0
+
+
+def _recipe_of(run: Path) -> AnyRecipe:
+    """Read the recipe of a run."""
+    file = run / RECIPE_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{run} has no {RECIPE_FILE}; --export-state takes the directory of a training run"
+        )
+    data = json.loads(file.read_text(encoding="utf-8"))
+    is_tiny = data["model"]["kind"] == "tiny"
+    return CurriculumRecipe.from_json(data) if is_tiny else Recipe.from_json(data)
+
+
 def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.estimate import GpuSpec, estimate, estimate_page
+    from coprs_deploy.training.estimate import GpuSpec
+    from coprs_deploy.training.estimate_page import estimate_page, estimate_run
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
@@ -154,10 +246,9 @@ def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
             "model.kind is 'tiny'; accepted with --estimate: 'checkpoint'. A tiny model trains on "
             "any machine"
         )
-    estimates = estimate(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
-    shown = {name: each.to_json() for name, each in estimates.items()}
-    print_result(arguments, shown, estimate_page(estimates))
-    return 0 if all(each.fits for each in estimates.values()) else 1
+    found = estimate_run(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
+    print_result(arguments, found.to_json(), estimate_page(found))
+    return 0 if found.fits else 1
 
 
 def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
@@ -167,6 +258,8 @@ def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
     command = [sys.executable, "-m", "coprs_deploy", "train", arguments.recipe, "--out", str(out)]
     for setting in arguments.set:
         command += ["--set", setting]
+    for key in arguments.allow_change:
+        command += ["--allow-change", key]
     if arguments.scenes_dir:
         command += ["--scenes-dir", str(arguments.scenes_dir)]
     return run_processes(command, recipe.num_processes, recipe.num_threads)

@@ -1,5 +1,8 @@
 """Compare an existing bundle with the checkpoint that it was exported from.
 
+BUNDLE --against CHECKPOINT             graphs against PyTorch
+--encoder-swap OLD NEW --images DIR     two checkpoints that differ in their image encoder
+
 Runs the equivalence check of export on other samples, the policy's graphs included. The exit code
 is 1 if a graph is outside its tolerance, a file was changed, or the checkpoint is another one.
 """
@@ -14,7 +17,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import print_result
-from coprs_deploy.cli.tables import equivalence_table
+from coprs_deploy.cli.tables import equivalence_table, movement_table
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.export import verify_bundle
 from coprs_deploy.export.comparison import (
@@ -23,6 +26,7 @@ from coprs_deploy.export.comparison import (
     require_onnx_graphs,
 )
 from coprs_deploy.export.comparison_page import write_comparison_page
+from coprs_deploy.export.encoder_swap import compare_image_encoders, mean_movement
 from coprs_deploy.export.verifier import verification, verify_policy_graphs
 from coprs_deploy.runtime.options import RuntimeOptions
 
@@ -39,9 +43,18 @@ OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, nargs="?", help="bundle directory")
+    parser.add_argument("--against", type=Path, metavar="CHECKPOINT", help="its checkpoint")
     parser.add_argument(
-        "--against", type=Path, required=True, metavar="CHECKPOINT", help="its checkpoint"
+        "--encoder-swap",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
+        help="checkpoint, and the same one with another image encoder: how far priors and masks "
+        "move; nothing is required of the difference",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="with --encoder-swap: images to compare on"
     )
     add_options(parser, RuntimeOptions, OPTIONS)
     parser.add_argument(
@@ -55,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; exit code 1 if a graph or backend is outside its tolerance."""
+    if arguments.encoder_swap:
+        return _compare_encoders(arguments)
+    if not arguments.bundle or not arguments.against or arguments.images:
+        raise ValueError(
+            "accepted: BUNDLE --against CHECKPOINT, or --encoder-swap OLD NEW --images DIR"
+        )
     options = read_options(arguments, RuntimeOptions, OPTIONS)
     if arguments.report:
         check_writable(arguments.report, is_file=True)
@@ -79,6 +98,17 @@ def run(arguments: argparse.Namespace) -> int:
         text += f"\npolicy: {policy}"
     print_result(arguments, shown, text)
     return 0 if passed else 1
+
+
+def _compare_encoders(arguments: argparse.Namespace) -> int:
+    if arguments.bundle or arguments.against or arguments.report or not arguments.images:
+        raise ValueError("--encoder-swap OLD NEW needs --images DIR, and no BUNDLE")
+    with StepPrinter() as progress:
+        old, new = arguments.encoder_swap
+        moved = compare_image_encoders(old, new, arguments.images, progress)
+    shown = {"images": [image.to_json() for image in moved], "mean": mean_movement(moved).to_json()}
+    print_result(arguments, shown, movement_table(moved, mean_movement(moved)))
+    return 0
 
 
 def _compare_backends(

@@ -2,6 +2,7 @@
 
 from coprs_deploy.conversion.converters import (
     ConversionOptions,
+    checkpoint_from_checkpoint,
     checkpoint_from_policy_and_sam,
     checkpoint_from_public_training,
     random_checkpoint,
@@ -9,6 +10,7 @@ from coprs_deploy.conversion.converters import (
 
 __all__ = [
     "ConversionOptions",
+    "checkpoint_from_checkpoint",
     "checkpoint_from_policy_and_sam",
     "checkpoint_from_public_training",
     "random_checkpoint",

@@ -1,16 +1,31 @@
-"""The three conversions to a checkpoint, named ``checkpoint_from_<source>``."""
+"""Conversions to a checkpoint, named ``checkpoint_from_<source>``."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from coprs_deploy.artifacts import check_replaceable
-from coprs_deploy.checkpoint import CONFIG_FILE, Checkpoint, CheckpointConfig, write_checkpoint
+from coprs_deploy.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    CheckpointConfig,
+    load_segmentation_model,
+    read_checkpoint,
+    write_checkpoint,
+)
+from coprs_deploy.conversion.encoder_files import (
+    PREFIX,
+    read_image_encoder,
+    require_same_decoder,
+)
 from coprs_deploy.conversion.policy_files import (
     DEFAULT_PROMPTS,
     copy_policy_files,
@@ -26,6 +41,7 @@ from coprs_deploy.conversion.weight_files import (
     read_sam,
     read_state_dict,
 )
+from coprs_deploy.encoder_config import ENCODERS
 from coprs_deploy.errors import ConversionError
 from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.prompts import PromptTemplate
@@ -51,12 +67,15 @@ class ConversionOptions:
             ``<REF_POS>``, both included; None for ``</think> <REF_POS>``.
         seed: seed of all random weights.
         overwrite: replace an existing checkpoint.
+        image_encoder: file of an image encoder that takes the place of SAM's, recognized by its
+            tensors; with random weights, the name of one.
     """
 
     prompt: str | None = None
     reference_tail: str | None = None
     seed: int = 0
     overwrite: bool = False
+    image_encoder: str | Path | None = None
 
     def template(self, model_type: str) -> PromptTemplate:
         """Return the prompt template for a type of policy."""
@@ -94,7 +113,7 @@ def checkpoint_from_policy_and_sam(
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
     source = Path(policy)
     progress("read SAM")
-    sam_config, tensors = read_sam(Path(sam))
+    sam_config, tensors = _read_sam(Path(sam), options)
     progress("load policy")
     model, tokenizer = load_policy(source)
     register_reference_token(model, tokenizer)
@@ -106,6 +125,7 @@ def checkpoint_from_policy_and_sam(
             "converter": "checkpoint_from_policy_and_sam",
             "policy": source.name,
             "sam": Path(sam).name,
+            **_encoder_provenance(options),
             "note": "the prior is untrained: masks are meaningless until it is trained",
         },
     )
@@ -145,7 +165,7 @@ def checkpoint_from_public_training(
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
     root = Path(directory)
     progress("read SAM and the trained modules")
-    sam_config, tensors = read_sam(Path(sam))
+    sam_config, tensors = _read_sam(Path(sam), options)
     sizes, trained = _read_trained_modules(root / PUBLIC_MODULES_FILE, sam_config)
     image_encoder = {n: t for n, t in tensors.items() if n.startswith("image_encoder.")}
     policy = _read_public_policy(root, progress)
@@ -162,10 +182,64 @@ def checkpoint_from_public_training(
             "converter": "checkpoint_from_public_training",
             "policy": policy.origin,
             "sam": Path(sam).name,
+            **_encoder_provenance(options),
         },
     )
     progress("write checkpoint")
     return write_checkpoint(out, config, image_encoder | trained, policy.save, options.overwrite)
+
+
+def checkpoint_from_checkpoint(
+    checkpoint: str | Path,
+    image_encoder: str | Path,
+    out: str | Path,
+    options: ConversionOptions | None = None,
+    progress: Progress = lambda step: None,
+    *,
+    sam: str | Path | None = None,
+) -> Checkpoint:
+    """Replace the image encoder of a checkpoint; everything else is copied.
+
+    Args:
+        checkpoint: checkpoint directory.
+        image_encoder: file of an image encoder, recognized by its tensors.
+        out: checkpoint directory to write.
+        options: overwriting.
+        progress: called with the name of each step as it starts.
+        sam: the ``sam_vit_*.pth`` file that the checkpoint was trained from. A decoder in the
+            encoder's file is compared with this one, as that of the checkpoint may be trained.
+
+    Raises:
+        ConversionError: the encoder cannot take the place of the checkpoint's.
+        CheckpointError: the checkpoint cannot be used.
+        ArtifactError: ``out`` exists.
+    """
+    options = options or ConversionOptions()
+    check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
+    source = read_checkpoint(checkpoint)
+    progress("read image encoder")
+    config = source.config
+    file = read_image_encoder(Path(image_encoder), config.model.sam)
+    kept = {
+        name: tensor
+        for name, tensor in load_segmentation_model(source).state_dict().items()
+        if not name.startswith(PREFIX)
+    }
+    if sam is not None:
+        require_same_decoder(file, read_sam(Path(sam))[1], str(sam))
+    else:
+        owner = f"{checkpoint} (if that one is trained, name the SAM it came from with --sam)"
+        require_same_decoder(file, kept, owner)
+    progress("write checkpoint")
+    provenance = config.provenance | {"image_encoder": Path(image_encoder).name}
+    model = msgspec.structs.replace(config.model, sam=file.sam)
+    return write_checkpoint(
+        out,
+        msgspec.structs.replace(config, model=model, provenance=provenance),
+        kept | file.tensors,
+        lambda directory: shutil.copytree(source.policy_path, directory, dirs_exist_ok=True),
+        options.overwrite,
+    )
 
 
 def random_checkpoint(
@@ -198,19 +272,26 @@ def random_checkpoint(
     if policy_size not in POLICY_SIZES:
         raise ValueError(f"policy-size is {policy_size!r}; accepted: {', '.join(POLICY_SIZES)}")
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
+    sam = SAM_SIZES[sam_size]
+    if options.image_encoder is not None:
+        if options.image_encoder not in ENCODERS:
+            raise ValueError(
+                f"image-encoder is {str(options.image_encoder)!r}; accepted with --random: "
+                f"{', '.join(ENCODERS)}"
+            )
+        sam = sam.with_image_encoder(ENCODERS[str(options.image_encoder)])
     progress(f"generate the {policy_size} policy")
     policy = build_random_policy(policy_size, options.seed)
     progress(f"generate the {sam_size} segmentation model")
     config = CheckpointConfig(
-        model=SegmentationConfig(
-            policy_hidden_size=_hidden_size(policy.model), sam=SAM_SIZES[sam_size]
-        ),
+        model=SegmentationConfig(policy_hidden_size=_hidden_size(policy.model), sam=sam),
         prompt=policy.prompt,
         policy_image=policy.image_limits,
         provenance={
             "converter": "random_checkpoint",
             "policy": policy_size,
             "sam": sam_size,
+            **_encoder_provenance(options),
             "seed": options.seed,
             "note": "random weights: the masks mean nothing",
         },
@@ -225,14 +306,39 @@ def random_tensors(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:
     import torch
 
     from coprs_deploy.models import SegmentationModel
+    from coprs_deploy.models.layers import BatchNorm2d
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SegmentationModel(config).requires_grad_(False)
         for name, tensor in model.image_encoder.named_parameters():
-            if "pos" in name:
+            if "pos" in name or "attention_biases" in name:
                 tensor.normal_(std=0.02)
+        for module in model.image_encoder.modules():
+            if isinstance(module, BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
     return model.state_dict()
+
+
+def _read_sam(path: Path, options: ConversionOptions) -> tuple[SamConfig, dict[str, Tensor]]:
+    """Read SAM, with another image encoder if the options name one."""
+    config, tensors = read_sam(path)
+    if options.image_encoder is None:
+        return config, tensors
+    file = read_image_encoder(Path(options.image_encoder), config)
+    require_same_decoder(file, tensors, str(path))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return file.sam, kept | file.tensors
+
+
+def _encoder_provenance(options: ConversionOptions) -> dict[str, str]:
+    """Return the entry of an image encoder that is not SAM's own."""
+    if options.image_encoder is None:
+        return {}
+    return {"image_encoder": Path(options.image_encoder).name}
 
 
 def _untrained_prior(config: SegmentationConfig, seed: int) -> dict[str, Tensor]:

@@ -34,6 +34,9 @@ PARTS = ("image_encoder", "prompt_encoder", "mask_decoder", "heatmap_head")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names that data parallelism, ``torch.compile``, FSDP and activation checkpointing insert."""
 
+DERIVED = ("num_batches_tracked", "attention_bias_idxs")
+"""Last parts of the names of integers that some files keep beside the weights they follow from."""
+
 _MAX_DEPTH = 2
 """Entries above a state dict, as in ``{"checkpoint": {"model": ...}}``; optimizers nest deeper."""
 
@@ -55,7 +58,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         found = with_parts if len(with_parts) == 1 else found
     if len(found) != 1:
         raise ConversionError(_describe_other(path, data, list(found)))
-    (tensors,) = found.values()
+    (stored,) = found.values()
+    tensors = {n: t for n, t in stored.items() if n.split(".")[-1] not in DERIVED}
     try:
         check_values(tensors, str(path))
     except CheckpointError as error:
@@ -200,6 +204,8 @@ def read_sam(path: Path) -> tuple[SamConfig, dict[str, Tensor]]:
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         shown, inside = ", ".join(sorted(tensors)[:3]), "image_encoder.pos_embed"
         advice = "accepted: sam_vit_b, sam_vit_l or sam_vit_h as published by segment-anything"
+        if "image_encoder.neck.0.weight" in tensors or "backbone.conv1.weight" in tensors:
+            advice += "; pass a light encoder as --image-encoder beside it"
         prefix = next((n.removesuffix(inside) for n in tensors if n.endswith(f".{inside}")), "")
         if prefix:
             (keys,) = _find_state_dicts(_load(path))

@@ -35,7 +35,8 @@ from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.data.synthetic.questions import ask_questions
 from coprs_deploy.data.synthetic.scene import Scene
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
-from coprs_deploy.evaluation.metrics import EMPTY_IOU, ExampleScore, count_pixels, iou
+from coprs_deploy.evaluation.metrics import EMPTY_IOU, count_pixels, iou
+from coprs_deploy.evaluation.rows import EvaluationRow
 from coprs_deploy.images import prepare_image
 from coprs_deploy.logits import resize_logits
 from coprs_deploy.prompts import read_response
@@ -109,7 +110,7 @@ class SceneEvaluator:
         questions: Sequence[SceneExample],
         teacher_forced: bool = False,
         accelerator: Accelerator | None = None,
-    ) -> list[ExampleScore]:
+    ) -> list[EvaluationRow]:
         """Predict and score.
 
         Args:

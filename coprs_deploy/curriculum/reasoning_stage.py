@@ -23,7 +23,7 @@ from coprs_deploy.curriculum.scenes import SceneBatch, policy_pixels, segmentati
 from coprs_deploy.curriculum.segmentation_stage import SegmentationBatch, mask_output
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.synthetic import vocabulary
-from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.summary import summarize
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.training.losses import IGNORED_LABEL, Mean, token_cross_entropy
 from coprs_deploy.training.mask_decoding import encode_images

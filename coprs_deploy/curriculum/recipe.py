@@ -126,6 +126,7 @@ class SegmentationSettings(StageSettings, frozen=True, tag_field="kind", tag="se
 
     metric_names = MASK_METRICS
 
+    best_metric: str = "giou"
     targets_per_image: int = 3
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     auxiliary_loss_weight: float = 0.5
@@ -162,6 +163,7 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
         *(*MASK_METRICS, "ciou", "object_accuracy", "pearson_r"),
     )
 
+    best_metric: str = "giou"
     questions_per_image: int = 4
     question_type_weights: dict[str, float] = {}
     initial_question_type_weights: dict[str, float] = {}

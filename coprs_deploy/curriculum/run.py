@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.curriculum.checks import check_curriculum
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.evaluation import SceneEvaluator, held_out_questions
 from coprs_deploy.curriculum.packed_forward import PackedForward
@@ -24,8 +27,17 @@ from coprs_deploy.curriculum.scenes import SceneSource, corpus, store_scenes
 from coprs_deploy.curriculum.segmentation_stage import SegmentationStage
 from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, PRESETS
-from coprs_deploy.evaluation.metrics import summarize
-from coprs_deploy.training.run import Run, finish_run, open_run, save_checkpoint
+from coprs_deploy.evaluation.summary import flat_row, summarize
+from coprs_deploy.training.progress import WEIGHTS_FILE
+from coprs_deploy.training.run import (
+    Run,
+    attach_run,
+    finish_run,
+    open_run,
+    report_problems,
+    save_checkpoint,
+)
+from coprs_deploy.training.saved_state import SavedState, load_objective
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.stage import TrainingStage
 from coprs_deploy.training.state import TrainingState
@@ -43,8 +55,7 @@ def train_curriculum(
     recipe: CurriculumRecipe,
     out: Path,
     scenes_dir: Path | None = None,
-    *,
-    export_only: bool = False,
+    allowed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe of a tiny model; a run in ``out`` is resumed.
 
@@ -52,32 +63,51 @@ def train_curriculum(
         recipe: the recipe.
         out: run directory.
         scenes_dir: folder of rendered scenes; ``out/scenes`` by default.
-        export_only: train nothing; write the newest state of the run as its checkpoint.
+        allowed: keys of settings that a resumed run may change though that changes the training.
 
     Returns:
         The report: stages with their thresholds, and metrics of the finished model.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings, settings contradict each other, or
-            there is no state to export.
+        ValueError: ``out`` holds a run with other settings.
+        ProblemsError: settings, initial checkpoint and machine do not fit together.
         CheckpointError: the initial checkpoint cannot be used.
     """
-    with open_run(recipe, out) as run:
-        if export_only:
-            run.directory.require_progress()
+    with open_run(recipe, out, allowed) as run:
+        num_processes = run.accelerator.num_processes
+        report_problems(run, check_curriculum(recipe, out, scenes_dir, num_processes))
         context = build_context(run, scenes_dir or out / "scenes")
         run.provenance.update(_provenance(recipe))
+        if run.accelerator.is_main_process and recipe.model.init_from:
+            inputs = {"model.init_from": run.provenance["from"]}
+            for note in run.directory.check_inputs(inputs, {}, list(recipe.stages), allowed):
+                print(note, file=sys.stderr, flush=True)
         trainer = Trainer(run, context.state)
         stages = (build_stage(name, each, context) for name, each in recipe.stages.items())
-        if export_only:
-            all(map(trainer.restore, stages))
-            save_checkpoint(run, context.state)
-            return {}
         results = {stage.name: trainer.run(stage) for stage in stages}
         save_checkpoint(run, context.state)
         round_weights(context.state, recipe.save_dtype)
         return finish_run(run, results, evaluate(run, context))
+
+
+def export_tiny_state(
+    recipe: CurriculumRecipe, run: Path, saved: SavedState, out: Path, scenes_dir: Path | None
+) -> None:
+    """Write the checkpoint of a state, as ``training.saved_state.export_state`` does."""
+    attached = attach_run(recipe, run)
+    context = build_context(attached, scenes_dir or run / "scenes")
+    for name, settings in recipe.stages.items():
+        stage = build_stage(name, settings, context)
+        if name == saved.stage and not saved.is_finished:
+            load_objective(saved.folder, stage.objective)
+            break
+        file = attached.directory.stage(name) / WEIGHTS_FILE
+        context.state.load_state_dict(torch.load(file, weights_only=True))
+        if name == saved.stage:
+            break
+    provenance = _provenance(recipe) | {"stage": saved.stage, "step": saved.step}
+    context.state.save_checkpoint(out, recipe.save_dtype, provenance, overwrite=True)
 
 
 def build_context(run: Run[CurriculumRecipe], scenes_dir: Path) -> CurriculumContext:
@@ -138,7 +168,7 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
     return {
         "generated": summarize(generated),
         "teacher_forced": summarize(teacher_forced),
-        "examples": [each.to_json() for each in generated],
+        "examples": [flat_row(each) for each in generated],
     }
 
 

@@ -15,6 +15,7 @@ from coprs_deploy.curriculum.scenes import attribute_values
 from coprs_deploy.curriculum.tiny_policy import build_tiny_policy, prompt_template, tiny_config
 from coprs_deploy.data.synthetic.presets import Preset
 from coprs_deploy.models import SegmentationModel
+from coprs_deploy.models.sam_encoder import SamImageEncoder
 from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 
 POSITION_SCALE = 0.1
@@ -108,7 +109,8 @@ def _load_initial(settings: TinyModel) -> TrainingState:
 def initialize_segmentation(model: SegmentationModel) -> None:
     """Initialize the weights that SAM's modules leave at zero or too large."""
     with torch.no_grad():
-        nn.init.normal_(model.image_encoder.pos_embed, std=POSITION_SCALE)
+        if isinstance(model.image_encoder, SamImageEncoder):
+            nn.init.normal_(model.image_encoder.pos_embed, std=POSITION_SCALE)
         for name, weight in model.named_parameters():
             if name.endswith(("mask_tokens.weight", "iou_token.weight")):
                 nn.init.normal_(weight, std=TOKEN_SCALE)

@@ -31,7 +31,7 @@ import difflib
 import io
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write
+from coprs_deploy.data.image_checks import ImageLoader, map_in_order
 from coprs_deploy.data.image_columns import (
     image_source,
     load_image_source,
@@ -175,6 +176,10 @@ class ExampleSource(LazyExamples):
         num_targets: number of targets of each example.
         question_types: question type of each example.
         problems: the invalid rows, which are skipped.
+        files: files with instructions and annotations, without those of images.
+        has_references: whether the instructions are referring expressions of REFER.
+        has_no_match: whether an example without a mask is a no-match example; else it has a
+            target whose annotation is empty.
     """
 
     description: str
@@ -182,10 +187,16 @@ class ExampleSource(LazyExamples):
     num_targets: Sequence[int]
     question_types: Sequence[str]
     problems: tuple[RowProblem, ...] = ()
+    files: Sequence[Path] = ()
+    has_references: bool = False
+    has_no_match: bool = True
 
     @abstractmethod
-    def read(self, index: int) -> Example:
-        """Decode the example of an index from 0; FieldError if a part of it is invalid."""
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
+        """Decode the example of an index from 0; FieldError if a part of it is invalid.
+
+        ``load`` decodes the image.
+        """
 
     @abstractmethod
     def image_file(self, index: int) -> bytes | Path:
@@ -194,6 +205,10 @@ class ExampleSource(LazyExamples):
     @abstractmethod
     def image_name(self, index: int) -> str:
         """Return a name that all examples on one image share, in every source of that image."""
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return None
 
     def __len__(self) -> int:
         return len(self.num_targets)
@@ -245,13 +260,17 @@ class ExampleFile(ExampleSource):
         max_examples: int | None = None,
         *,
         inspect: Callable[[Example], None] | None = None,
+        load: ImageLoader = load_image_source,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Open a file and validate every row, which decodes each image once.
+        """Open a file and validate every row, which decodes each image, in threads.
 
         Args:
             path: a ``.parquet`` or ``.jsonl`` file.
             max_examples: stop after this number of valid rows.
             inspect: called with each valid example, in order, while the file is opened.
+            load: decodes the image of a row for the validation and for ``inspect``.
+            on_progress: called with the numbers of rows that are validated and in the file.
 
         Raises:
             ValueError: the suffix is not supported.
@@ -261,6 +280,7 @@ class ExampleFile(ExampleSource):
             MissingDependencyError: the file is Parquet and pyarrow is not installed.
         """
         self.path = Path(path)
+        self.files = (self.path,)
         self.description = str(self.path)
         self._rows = open_rows(self.path)
         self._valid: list[int] = []
@@ -268,20 +288,20 @@ class ExampleFile(ExampleSource):
         num_targets: list[int] = []
         question_types: list[str] = []
         problems: list[RowProblem] = []
-        for index in range(len(self._rows)):
+        for index, found in enumerate(map_in_order(self._validation(load), self._each_row())):
             if len(self._valid) == max_examples:
                 break
             self.num_rows += 1
-            try:
-                example = example_from_row(self._rows.read(index), self.path.parent)
-            except FieldError as error:
-                problems.append(self._problem(index, error))
+            if isinstance(found, FieldError):
+                problems.append(self._problem(index, found))
             else:
                 self._valid.append(index)
-                num_targets.append(len(example.masks))
-                question_types.append(example.question_type)
+                num_targets.append(len(found.masks))
+                question_types.append(found.question_type)
                 if inspect is not None:
-                    inspect(example)
+                    inspect(found)
+            if on_progress is not None:
+                on_progress(self.num_rows, len(self._rows))
         self.num_targets, self.question_types = tuple(num_targets), tuple(question_types)
         self.problems = tuple(problems)
         self.ignored_columns = tuple(self._rows.ignored_columns)
@@ -290,9 +310,30 @@ class ExampleFile(ExampleSource):
         if problems or self.ignored_columns:
             warnings.warn(self.summary(), stacklevel=2)
 
-    def read(self, index: int) -> Example:
+    def _each_row(self) -> Iterator[Mapping[str, Any] | FieldError]:
+        for index in range(len(self._rows)):
+            try:
+                yield self._rows.read(index)
+            except FieldError as error:
+                yield error
+
+    def _validation(
+        self, load: ImageLoader
+    ) -> Callable[[Mapping[str, Any] | FieldError], Example | FieldError]:
+        def validate(row: Mapping[str, Any] | FieldError) -> Example | FieldError:
+            try:
+                return row if isinstance(row, FieldError) else self._example(row, load)
+            except FieldError as error:
+                return error
+
+        return validate
+
+    def _example(self, row: Mapping[str, Any], load: ImageLoader) -> Example:
+        return example_from_row(row, self.path.parent, load)
+
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode a valid row; FieldError if the file has changed."""
-        return example_from_row(self._rows.read(self._valid[index]), self.path.parent)
+        return self._example(self._rows.read(self._valid[index]), load)
 
     def load(self, index: int) -> Example:
         """Decode a valid row; ArtifactError if the file has changed."""
@@ -317,8 +358,12 @@ class ExampleFile(ExampleSource):
             return f"{self.path} has no rows"
         text = super().summary()
         if self.ignored_columns:
-            text += f"; ignored columns: {_first_of([*map(_with_hint, self.ignored_columns)])}"
+            text += f"; {self.describe_ignored()}"
         return text
+
+    def describe_ignored(self) -> str:
+        """Name the ignored columns, with the column that one may mean."""
+        return f"ignored columns: {_first_of([*map(_with_hint, self.ignored_columns)])}"
 
     def to_json(self) -> dict[str, Any]:
         """Return path, number of rows, all skipped rows and ignored columns."""
@@ -343,12 +388,15 @@ def _with_hint(column: str) -> str:
     return f"{column} (did you mean {nearest[0]}?)" if nearest else column
 
 
-def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
+def example_from_row(
+    row: Mapping[str, Any], directory: Path, load: ImageLoader = load_image_source
+) -> Example:
     """Decode a row of an example file.
 
     Args:
         row: values by column, as JSON or pyarrow gives them; a missing column is no key.
         directory: directory that image paths are relative to.
+        load: decodes the image.
 
     Raises:
         FieldError: a column is missing or its value is not accepted.
@@ -374,7 +422,7 @@ def example_from_row(row: Mapping[str, Any], directory: Path) -> Example:
             "nothing matches",
         )
     column, source = image_source(row, directory)
-    image = load_image_source(source, column)
+    image = load(source, column)
     height, width = image.shape[:2]
     decoded = []
     for number, segmentation in enumerate(segmentations, start=1):

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from coprs_deploy.data.examples import Example, ExampleSource
+from coprs_deploy.data.image_checks import ImageLoader
+from coprs_deploy.data.image_columns import load_image_source
 
 
 class Selection(ExampleSource):
@@ -19,13 +21,14 @@ class Selection(ExampleSource):
     def __init__(self, source: ExampleSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
         self.description, self.num_rows = source.description, source.num_rows
-        self.problems = source.problems
+        self.problems, self.files = source.problems, source.files
+        self.has_references, self.has_no_match = source.has_references, source.has_no_match
         self.num_targets = [source.num_targets[i] for i in indices]
         self.question_types = [source.question_types[i] for i in indices]
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode an example; FieldError if a part of it is invalid."""
-        return self.source.read(self.indices[index])
+        return self.source.read(self.indices[index], load)
 
     def image_file(self, index: int) -> bytes | Path:
         """Return the image file of an example: its bytes, or its path."""
@@ -34,6 +37,10 @@ class Selection(ExampleSource):
     def image_name(self, index: int) -> str:
         """Return the name of the image of an example."""
         return self.source.image_name(self.indices[index])
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return self.source.num_same_class(self.indices[index])
 
 
 def image_names(source: ExampleSource) -> set[str]:

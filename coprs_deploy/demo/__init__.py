@@ -3,9 +3,10 @@
     checkpoint/      float16 weights, for ``coprs-deploy export`` and further training
     bundle/          the graphs for ONNX Runtime, the policy as int8 graphs for OpenVINO; its policy
                      weights are those of the checkpoint
+    samples/         scenes with instructions for the page of the server
     MODEL_CARD.md    training data, evaluation and limits
 
-``make demo-model`` trains it and writes all three.
+``make demo-model`` trains it and writes checkpoint, bundle and card.
 """
 
 from __future__ import annotations
@@ -15,4 +16,5 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 CHECKPOINT = ROOT / "checkpoint"
 BUNDLE = ROOT / "bundle"
+SAMPLES = ROOT / "samples"
 MODEL_CARD = ROOT / "MODEL_CARD.md"

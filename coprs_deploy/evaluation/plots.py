@@ -1,10 +1,15 @@
-"""Scatter plot of prior IoU against mask IoU with a regression band (paper, 4.3, fig. 3)."""
+"""Scatter plots of correlations with regression line, band and Pearson R (paper, fig. 3 and 4).
+
+A plot is drawn for light and for dark pages, in the colors of ``page.html``.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +20,38 @@ from coprs_deploy.evaluation.metrics import pearson_r
 BAND_WIDTH = 10.0
 """Factor eta of the confidence band (paper, section 4.3)."""
 
-POINT, LINE, INK = "#2563eb", "#b91c1c", "#18181b"
+Scheme = Literal["light", "dark"]
+
+COLORS: dict[Scheme, dict[str, str]] = {
+    "light": {"paper": "#ffffff", "ink": "#1c1d21", "points": "#2563eb", "line": "#b91c1c"},
+    "dark": {"paper": "#14161a", "ink": "#e6e8ee", "points": "#7aa7ff", "line": "#ff8585"},
+}
+
+PANEL_INCHES = (5.4, 5.0)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Two values of each point.
+
+    Attributes:
+        x: values, at most 1.
+        y: values, at most 1.
+        x_label: meaning of the first value.
+        y_label: meaning of the second value.
+        unit: what a point is, in the plural.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    x_label: str
+    y_label: str
+    unit: str = "examples"
+
+    @property
+    def pearson_r(self) -> float | None:
+        """Pearson correlation; None if one of the values is constant."""
+        return pearson_r(self.x, self.y)
 
 
 def plot_correlation(path: Path, prior_iou: Sequence[float], mask_iou: Sequence[float]) -> None:
@@ -23,23 +59,61 @@ def plot_correlation(path: Path, prior_iou: Sequence[float], mask_iou: Sequence[
 
     The values of each example are in [0, 1].
     """
-    x, y = np.asarray(prior_iou), np.asarray(mask_iou)
-    plt = pyplot()
-    canvas, axes = plt.subplots(figsize=(5.4, 5))
-    axes.scatter(x, y, s=9, alpha=0.3, color=POINT, linewidths=0)
-    correlation = pearson_r(prior_iou, mask_iou)
-    if correlation is not None and len(x) > 2:
+    path.write_bytes(draw_correlations([prior_against_mask(prior_iou, mask_iou)]))
+
+
+def prior_against_mask(prior_iou: Sequence[float], mask_iou: Sequence[float]) -> Correlation:
+    """Return the correlation of the IoU of priors and masks, a point for each example."""
+    return Correlation(prior_iou, mask_iou, "IoU of the prior", "IoU of the mask")
+
+
+def draw_correlations(correlations: Sequence[Correlation], scheme: Scheme = "light") -> bytes:
+    """Draw correlations side by side.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    plt, colors = pyplot(), COLORS[scheme]
+    width, height = PANEL_INCHES
+    ink = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
+        colors["ink"],
+    )
+    papers = dict.fromkeys(("axes.facecolor", "savefig.facecolor"), colors["paper"])
+    with plt.rc_context({**ink, **papers}):
+        canvas, grid = plt.subplots(
+            1, len(correlations), figsize=(width * len(correlations), height), squeeze=False
+        )
+        for axes, correlation in zip(grid.flat, correlations, strict=True):
+            _draw(axes, correlation, colors)
+        canvas.tight_layout()
+        data = io.BytesIO()
+        canvas.savefig(data, dpi=120, format="png")
+        plt.close(canvas)
+    return data.getvalue()
+
+
+def _draw(axes: Any, correlation: Correlation, colors: dict[str, str]) -> None:
+    x, y = np.asarray(correlation.x, float), np.asarray(correlation.y, float)
+    crowding = max(1, len(x)) ** 0.5
+    opacity, area = np.clip(20 / crowding, 0.15, 0.8), np.clip(300 / crowding, 8, 30)
+    axes.scatter(x, y, s=area, alpha=opacity, color=colors["points"], linewidths=0)
+    found = correlation.pearson_r
+    if found is not None and len(x) > 2:
         at = np.linspace(x.min(), x.max(), 100)
         line, half = regression_band(x, y, at)
-        axes.plot(at, line, color=LINE, linewidth=1.6)
-        axes.fill_between(at, line - half, line + half, alpha=0.15, color=LINE, linewidth=0)
-        axes.set_title(f"Pearson R {correlation:.3f}, {len(x)} examples", fontsize=11)
-    axes.set(xlabel="IoU of the prior", ylabel="IoU of the mask", xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.plot(at, line, color=colors["line"], linewidth=1.6)
+        axes.fill_between(at, line - half, line + half, alpha=0.15, color=colors["line"], lw=0)
+    shown = "undefined" if found is None else f"{found:.3f}"
+    axes.set_title(f"Pearson R {shown}, {len(x):,} {correlation.unit}", fontsize=11)
+    axes.set(xlabel=correlation.x_label, ylabel=correlation.y_label)
+    axes.set_xlim(min([0.0, *x]), 1.02)  # 1 - BCE may be below 0
+    axes.set_ylim(min([0.0, *y]), 1.02)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.tight_layout()
-    canvas.savefig(path, dpi=120, format="png")
-    plt.close(canvas)
 
 
 def regression_band(

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-MASK_METRICS = ("giou", "ciou", "precision_at_50", "prior_giou")
-"""Metrics over examples with a target, also by question type as in ``ordinal.giou``."""
+from coprs_deploy.evaluation.protocols import TARGETS, EvaluationProtocol
+from coprs_deploy.evaluation.summary import PRECISION_THRESHOLDS
 
-METRICS = (*MASK_METRICS, "pearson_r", "no_match_recall", "no_match_precision")
+MASK_METRICS = (
+    *("giou", "ciou"),
+    *(f"precision_at_{100 * threshold:.0f}" for threshold in PRECISION_THRESHOLDS),
+    "prior_giou",
+)
+"""Metrics of masks, also by question type as in ``ordinal.giou``."""
+
+NO_MATCH_METRICS = {
+    "mask": (),
+    "answer": ("n_acc", "t_acc"),
+    "apart": ("no_match_recall", "no_match_precision"),
+}
+"""Metrics of no-match examples by how a protocol counts these."""
+
+METRICS = (*MASK_METRICS, "pearson_r", *itertools.chain(*NO_MATCH_METRICS.values()))
 
 _UNDEFINED = {
     "pearson_r": "the IoU of all priors, or of all masks, is the same",
@@ -52,7 +67,10 @@ def parse_thresholds(settings: Sequence[str]) -> dict[str, float]:
 
 
 def check_thresholds(
-    thresholds: Mapping[str, float], question_types: Sequence[str], num_no_match: int
+    thresholds: Mapping[str, float],
+    question_types: Sequence[str],
+    num_no_match: int,
+    protocol: EvaluationProtocol = TARGETS,
 ) -> None:
     """Refuse thresholds of metrics that are undefined for the data, before the work.
 
@@ -60,6 +78,7 @@ def check_thresholds(
         thresholds: required value by metric.
         question_types: question type of each example with a target.
         num_no_match: number of examples without a target.
+        protocol: how the examples are counted.
 
     Raises:
         ValueError: a metric is undefined for these examples.
@@ -68,12 +87,15 @@ def check_thresholds(
     for name in thresholds:
         question_type, dot, metric = name.rpartition(".")
         reason = ""
-        if metric.startswith("no_match") and not num_no_match:
+        others = {*METRICS} - {*MASK_METRICS, "pearson_r"} - {*NO_MATCH_METRICS[protocol.no_match]}
+        if metric in others:
+            reason = f"the protocol {protocol.name} does not have it"
+        elif metric not in MASK_METRICS and metric != "pearson_r" and not num_no_match:
             reason = "there is no no-match example"
         elif dot and not counts[question_type]:
             known = ", ".join(sorted(set(counts) - {""})) or "none"
             reason = f"no example with a target has this question type; question types: {known}"
-        elif metric in MASK_METRICS and not counts:
+        elif (metric in MASK_METRICS or metric == "t_acc") and not counts:
             reason = "there is no example with a target"
         elif metric == "pearson_r" and counts.total() < 2:
             reason = "it needs at least two examples with a target"

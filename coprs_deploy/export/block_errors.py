@@ -1,4 +1,4 @@
-"""Error of each transformer block of an int8 image encoder against float32."""
+"""Errors of an int8 image encoder against float32, by transformer block or by product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,32 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from coprs_deploy.models.image_encoder import ImageEncoder
     from coprs_deploy.models.sam_encoder import SamImageEncoder
+
+NUM_SHOWN = 8
+"""Number of products listed, those with the largest error first."""
+
+
+def describe_int8_errors(
+    encoder: ImageEncoder,
+    candidate: Path,
+    spec: GraphSpec,
+    image: NDArray[np.float32],
+    ranges: Ranges,
+) -> str:
+    """Describe where an int8 image encoder loses accuracy.
+
+    SAM's is compared block by block, see :func:`describe_block_errors`; for others, the products
+    whose inputs have the largest rounding errors are listed.
+    """
+    from coprs_deploy.models.sam_encoder import SamImageEncoder
+
+    if isinstance(encoder, SamImageEncoder):
+        return describe_block_errors(encoder, candidate, spec, image, ranges)
+    worst = sorted(ranges, key=lambda name: ranges[name].error, reverse=True)[:NUM_SHOWN]
+    lines = [f"  {name}: {ranges[name].error:.2%}" for name in worst]
+    return "\n".join(["Largest rounding errors of the inputs of products:", *lines])
 
 
 def describe_block_errors(

@@ -83,6 +83,22 @@ Ranges = Mapping[str, ProductRange]
 """Range by the name of the product's module, such as ``blocks.0.attn.qkv``."""
 
 
+def find_images(directory: Path) -> list[Path]:
+    """List the image files in and below a directory, by name.
+
+    Raises:
+        ValueError: there is no such directory.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; accepted: a directory of images")
+    suffixes = Image.registered_extensions()
+    return [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.suffix.lower() in suffixes and path.is_file()
+    ]
+
+
 def find_calibration_images(directory: Path) -> CalibrationImages:
     """Collect the images in and below a directory.
 
@@ -91,12 +107,7 @@ def find_calibration_images(directory: Path) -> CalibrationImages:
     """
     if not directory.is_dir():
         raise ValueError(f"calibration is {directory}; accepted: a directory of images")
-    suffixes = Image.registered_extensions()
-    by_content = {
-        hash_file(path): path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
-    }
+    by_content = {hash_file(path): path for path in find_images(directory)}
     if len(by_content) < MIN_IMAGES:
         raise ValueError(
             f"calibration is {directory}, which has {len(by_content)} different images; accepted: "

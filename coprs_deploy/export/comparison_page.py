@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from html import escape
@@ -15,20 +14,13 @@ from PIL import Image
 from coprs_deploy.artifacts import make_directory, write_text
 from coprs_deploy.bundle import Bundle
 from coprs_deploy.export.comparison import BackendComparison, Difference
+from coprs_deploy.page import data_uri, render_page
 from coprs_deploy.specs import IMAGE_ENCODER
 from coprs_deploy.visualization import colorize
 
 HEATMAP_PX = 176
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; } p { opacity: .7; }
-.good { color: light-dark(#0a7a33, #5fd38a); } .bad { color: light-dark(#b3261e, #ff8a80); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #8884;
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }
 .map { width: 176px; } .map p { margin: 0; font-size: .8rem; line-height: 1.35; }
 img { image-rendering: pixelated; width: 176px; height: 176px; border-radius: 4px; }
@@ -58,19 +50,17 @@ def comparison_page_html(
     valid_region = manifest.graphs[IMAGE_ENCODER].spec.valid_region
     shapes = "landscape, portrait, square" if valid_region is None else str(valid_region)
     sections = "".join(_section(comparison) for comparison in comparisons)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Backend comparison of {escape(bundle.path.name)}</title><style>{STYLE}</style>"
-        f"</head><body><h1>Backend comparison: {verdict}</h1>"
+    body = (
+        f"<h1>Backend comparison: {verdict}</h1>"
         f"<p>Bundle {escape(bundle.path.name)}, checkpoint "
         f"{escape(manifest.checkpoint_fingerprint[:12])}, image {manifest.geometry.image_size} px; "
         f"{num_samples} images: {shapes}. Each graph alone is fed with the module's outputs of the "
         "graph before it; end to end, each backend runs on its own outputs. The relative error is "
         "the largest absolute difference over the largest absolute value of the reference; the "
         "mean error is signed and shows a one-sided shift.</p>"
-        f"<p>Exported with {escape(versions)}.</p>{sections}</body></html>\n"
+        f"<p>Exported with {escape(versions)}.</p>{sections}"
     )
+    return render_page(f"Backend comparison of {bundle.path.name}", body, style=STYLE)
 
 
 def _section(comparison: BackendComparison) -> str:
@@ -83,10 +73,10 @@ def _section(comparison: BackendComparison) -> str:
     maps = "".join(_heatmap(difference) for difference in comparison.differences)
     names = f"{escape(comparison.reference)} &rarr; {escape(comparison.candidate)}"
     return (
-        f'<h2>{names}: {mark}</h2><div class="wide"><table><tr><th>graph</th>'
+        f"<h2>{names}: {mark}</h2><table><tr><th>graph</th>"
         "<th>max abs error</th><th>relative error</th><th>allowed</th><th>mean error</th>"
         "<th>cosine</th><th>mask IoU</th><th></th></tr>"
-        f'{rows}</table></div><div class="maps">{maps}</div>'
+        f'{rows}</table><div class="maps">{maps}</div>'
     )
 
 
@@ -109,17 +99,17 @@ def _heatmap(difference: Difference) -> str:
     scale = f"maximum {largest:.1e}" if largest else "no difference"
     name = f"{difference.record.graph}: {difference.output}"
     return (
-        f'<div class="map"><img alt="{escape(name)}" src="data:image/png;base64,'
+        f'<div class="map"><img alt="{escape(name)}" src="'
         f'{_png(difference.heatmap)}"><p>{escape(name)}<br>{scale}</p></div>'
     )
 
 
 def _png(heatmap: NDArray[np.float32]) -> str:
-    """Render a heat map as base64 PNG, colored from 0 to its own maximum."""
+    """Render a heat map as PNG in a data URI, colored from 0 to its own maximum."""
     largest = float(heatmap.max()) or 1.0
     image = Image.fromarray(colorize(heatmap / largest).astype(np.uint8))
     if image.width < HEATMAP_PX:
         image = image.resize((HEATMAP_PX, HEATMAP_PX), Image.Resampling.NEAREST)
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
-    return base64.b64encode(data.getvalue()).decode("ascii")
+    return data_uri(data.getvalue(), "image/png")

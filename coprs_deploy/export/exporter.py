@@ -48,7 +48,7 @@ from coprs_deploy.engines.trt.cache import (
     resolve_target,
 )
 from coprs_deploy.errors import EquivalenceError
-from coprs_deploy.export.block_errors import describe_block_errors
+from coprs_deploy.export.block_errors import describe_int8_errors
 from coprs_deploy.export.calibration import (
     CalibrationImages,
     Ranges,
@@ -190,6 +190,7 @@ class _Export:
                 options.aspect_ratio, drops_padding=options.drop_padding
             )
             self.model.image_encoder.set_valid_region(valid_region)
+        self.model.fold_batch_norms()
         if self.images is not None:
             check_calibration_images(self.images, config.geometry, valid_region)
         self.specs = graph_specs(
@@ -254,7 +255,7 @@ class _Export:
             spec, path = self.specs[name], graphs[name]
             if self.images is not None and name == IMAGE_ENCODER:
                 ranges = write_int8_graph(
-                    module,
+                    self.model.image_encoder,
                     spec,
                     path,
                     metadata,
@@ -291,7 +292,7 @@ class _Export:
             encoder = load_segmentation_model(self.checkpoint).image_encoder
             encoder.set_valid_region(spec.valid_region)
             image = check.samples[0].prepared.image
-            lines = describe_block_errors(encoder, path, spec, image, ranges)
+            lines = describe_int8_errors(encoder, path, spec, image, ranges)
             raise EquivalenceError(
                 f"{error}\n{lines}\nWhat to try: more images in --calibration, of the kind that "
                 "the model will see, or --precision fp16"
@@ -360,6 +361,7 @@ class _Export:
             package_version=__version__,
             checkpoint_fingerprint=self.fingerprint,
             checkpoint_note=str(config.provenance.get("note", "")),
+            image_encoder=config.model.sam.encoder_name,
             geometry=config.model.geometry,
             graphs={
                 name: GraphRecord(

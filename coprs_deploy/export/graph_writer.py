@@ -18,6 +18,8 @@ from coprs_deploy.specs import Geometry, GraphSpec
 if TYPE_CHECKING:
     import torch
 
+    from coprs_deploy.models.image_encoder import ImageEncoder
+
 
 def write_graph(
     module: torch.nn.Module,
@@ -42,7 +44,7 @@ def write_graph(
 
 
 def write_int8_graph(
-    encoder: torch.nn.Module,
+    encoder: ImageEncoder,
     spec: GraphSpec,
     path: Path,
     metadata: Mapping[str, str],
@@ -72,7 +74,13 @@ def write_int8_graph(
             cache,
             hash_graph(float32),
             images,
-            lambda: calibrate(encoder, product_names(float32), images.used, geometry, on_progress),
+            lambda: calibrate(
+                encoder,
+                product_names(float32, encoder.int8_operators),
+                images.used,
+                geometry,
+                on_progress,
+            ),
         )
         on_step(f"quantize {spec.name}")
         quantize_graph(float32, path if rest == FP32 else quantized, spec, ranges, rest)

@@ -12,6 +12,7 @@ converts one weight at a time, so that it supports graphs above 2 GB.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from coprs_deploy.export.onnx_graph import (
     INSTALL,
     METADATA_PREFIX,
     OPSET,
+    SCOPES,
     check_onnx_graph,
 )
 from coprs_deploy.specs import MASK_DECODER, PRIOR, GraphSpec
@@ -62,13 +64,22 @@ class Float32Part:
     """Nodes that compute in float32 in graphs of some precisions.
 
     They are all nodes of an operator in one graph, or in every graph if it is None; with
-    ``onwards``, the last one and all nodes after it.
+    ``onwards``, the last one and all nodes after it. With ``module``, they are the nodes of the
+    modules of that name, of any operator.
     """
 
     graph: str | None
-    operator: str
+    operator: str = ""
     onwards: bool = False
     precisions: tuple[str, ...] = (BF16, FP16)
+    module: str = ""
+
+    def selects(self, node: ir.Node) -> bool:
+        """Whether a node has the operator, or is inside the module."""
+        if self.module:
+            scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+            return any(str(scope).split(".")[-1] == self.module for scope in scopes)
+        return node.op_type == self.operator
 
 
 FLOAT32_PARTS = (
@@ -79,7 +90,12 @@ FLOAT32_PARTS = (
     # Prior logits arrive in float32 and are combined with the padding's -50 before rounding.
     Float32Part(MASK_DECODER, "Where"),
     # TensorRT for RTX 1.7 cannot build a transposed convolution in bfloat16.
-    Float32Part(MASK_DECODER, "ConvTranspose", precisions=(BF16,)),
+    Float32Part(None, "ConvTranspose", precisions=(BF16,)),
+    # Sums over all cells, as in public EfficientViT code: float16 overflows, and their ratio
+    # cancels in bfloat16.
+    Float32Part(None, module="linear_attention"),
+    # Its scales are float32 in ONNX; EfficientViT resizes three small tensors.
+    Float32Part(None, "Resize"),
     # The last product sums few terms of both signs, and the mask is the sign of the sum.
     Float32Part(MASK_DECODER, "MatMul", onwards=True),
 )
@@ -132,7 +148,7 @@ def float32_nodes(graph: ir.Graph, name: str, precision: str) -> set[ir.Node]:
     for part in FLOAT32_PARTS:
         if part.graph not in (None, name) or precision not in part.precisions:
             continue
-        named = [i for i, node in enumerate(nodes) if node.op_type == part.operator]
+        named = [i for i, node in enumerate(nodes) if part.selects(node)]
         if not named and part.graph is None:
             continue
         assert named, f"{name} has no {part.operator}; FLOAT32_PARTS is out of date"

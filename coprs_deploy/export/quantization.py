@@ -1,10 +1,10 @@
-"""int8 quantization of a graph: Q/DQ nodes around the encoder's large matrix products.
+"""int8 quantization of a graph: Q/DQ nodes around the encoder's large products.
 
-Only products with a learned matrix become int8 (attention's qkv and projection, and both layers of
-the MLP: nearly all of the work). Attention itself, patch embedding, neck, prior and mask decoder
-keep the precision of the rest. The pairs meet TensorRT's requirements: zero points are 0,
-activations have one scale per tensor, weights one per column, and scales have the type of the
-surrounding tensors.
+Only products with a learned weight become int8: in SAM's encoder attention's qkv and projection,
+and both layers of the MLP, nearly all of the work; in light encoders dense convolutions too.
+Attention itself, SAM's patch embedding and neck, prior and mask decoder keep the precision of the
+rest. The pairs meet TensorRT's requirements: zero points are 0, activations have one scale per
+tensor, weights one per output channel, and scales have the type of the surrounding tensors.
 
 Why an own pass: ONNX Runtime's static quantization keeps the activations of an image in memory
 (more than 20 GB for ViT-B), and NVIDIA ModelOpt requires older releases of onnx and onnxruntime
@@ -14,6 +14,7 @@ than this package is tested with.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +36,31 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
-    """Find the matrix products with a learned matrix.
+MIN_CHANNELS = 16
+"""Fewest channels of a quantized convolution's input: those on pixels are a small part of the work,
+and all others depend on them. It also leaves out depthwise convolutions."""
+
+_WEIGHT_DIMENSIONS = {"MatMul": 2, "Conv": 4}
+
+
+def find_products(graph: ir.Graph, operators: Collection[str]) -> dict[str, ir.Node]:
+    """Find the products with a learned weight: linear modules and dense convolutions.
+
+    Args:
+        graph: graph of an image encoder.
+        operators: ``MatMul``, ``Conv`` or both.
 
     Returns:
-        ``MatMul`` nodes by the name of their linear module, such as ``blocks.0.attn.qkv``.
+        Nodes by the name of their module, such as ``blocks.0.attn.qkv``.
     """
     products: dict[str, ir.Node] = {}
     for node in graph:
-        if node.op_type != "MatMul" or node.inputs[1] is None:
+        if node.op_type not in operators or node.inputs[1] is None:
             continue
         weight = node.inputs[1].const_value
-        if weight is None or len(weight.shape) != 2:
+        if weight is None or len(weight.shape) != _WEIGHT_DIMENSIONS[node.op_type]:
+            continue
+        if node.op_type == "Conv" and not _is_dense(node, weight):
             continue
         name = module_of(node.metadata_props.get(SCOPES))
         assert name and name not in products, f"{node.name} has no module of its own"
@@ -54,13 +68,19 @@ def find_products(graph: ir.Graph) -> dict[str, ir.Node]:
     return products
 
 
-def product_names(path: Path) -> list[str]:
-    """Return the names of the products that :func:`quantize_graph` makes int8."""
-    return list(find_products(load_graph(path).graph))
+def _is_dense(node: ir.Node, weight: ir.TensorProtocol) -> bool:
+    """Whether a convolution has one group and enough channels."""
+    group = node.attributes.get("group")
+    return (group is None or group.as_int() == 1) and weight.shape.numpy()[1] >= MIN_CHANNELS
+
+
+def product_names(path: Path, operators: Collection[str] = ("MatMul",)) -> list[str]:
+    """Return the names of the products of some operators that can be int8."""
+    return list(find_products(load_graph(path).graph, operators))
 
 
 def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, rest: str) -> None:
-    """Write a float32 graph with int8 products, and check the file.
+    """Write a float32 graph with int8 products, those that have a range, and check the file.
 
     Inputs and outputs do not change. Large weights go to ``<target>.data``. Scales are rounded to
     ``rest``, the precision that the rest of the graph gets afterwards.
@@ -71,7 +91,8 @@ def quantize_graph(source: Path, target: Path, spec: GraphSpec, ranges: Ranges, 
     """
     assert source != target
     model = load_graph(source)
-    products = find_products(model.graph)
+    found = find_products(model.graph, tuple(_WEIGHT_DIMENSIONS))
+    products = {name: node for name, node in found.items() if name in ranges}
     assert products.keys() == ranges.keys(), "the ranges belong to another graph"
     for name, node in products.items():
         _quantize_product(model.graph, node, name, ranges[name].limit, rest)
@@ -87,7 +108,9 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
     assert activation is not None and weight is not None and weight.const_value is not None
     tensor, shape = weight.const_value, ir.Shape(weight.const_value.numpy().shape)
     scale = _scales(np.array(limit), rest)
-    columns = _scales(np.abs(tensor.numpy()).max(axis=0), rest)
+    axis = 1 if node.op_type == "MatMul" else 0  # of the output channels
+    others = tuple(i for i in range(len(shape)) if i != axis)
+    columns = _scales(np.abs(tensor.numpy()).max(axis=others), rest)
 
     def constant(suffix: str, values: NDArray[np.generic]) -> ir.Value:
         full = f"{name}.{suffix}"
@@ -102,7 +125,7 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
 
     def insert(operator: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType) -> ir.Value:
         full = f"{name}.{suffix}"
-        new = ir.node(operator, inputs, {} if suffix != "weight" else {"axis": 1}, name=full)
+        new = ir.node(operator, inputs, {} if suffix != "weight" else {"axis": axis}, name=full)
         (output,) = new.outputs
         output.name, output.shape, output.type = full, inputs[0].shape, ir.TensorType(dtype)
         graph.insert_before(node, new)
@@ -115,7 +138,7 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, name: str, limit: float, r
     node.replace_input_with(0, dequantized)
 
     def convert() -> ir.TensorProtocol:
-        steps = np.rint(tensor.numpy() / columns)
+        steps = np.rint(tensor.numpy() / np.expand_dims(columns, others))
         rounded = np.clip(steps, -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
         return ir.tensor(rounded, name=f"{name}.weight.int8")
 

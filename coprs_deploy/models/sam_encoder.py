@@ -138,8 +138,11 @@ class SamImageEncoder(nn.Module):
     Attributes:
         padding_from: index of the block before which the padding cells join the others; None if
             all cells are computed from the first block on. See :meth:`set_valid_region`.
+        int8_operators: ONNX operators whose products with a learned weight an int8 export
+            quantizes; patch embedding and neck are a hundredth of the work.
     """
 
+    int8_operators = ("MatMul",)
     padding_from: int | None
     padding_below: Tensor
     padding_right: Tensor

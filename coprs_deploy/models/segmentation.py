@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from coprs_deploy.model_config import SegmentationConfig
+from coprs_deploy.models.image_encoder import ImageEncoder, build_image_encoder
+from coprs_deploy.models.layers import fold_batch_norms
 from coprs_deploy.models.mask_decoder import MaskDecoder, PromptEncoder
 from coprs_deploy.models.prior import PositionalPrior
-from coprs_deploy.models.sam_encoder import SamImageEncoder
 from coprs_deploy.specs import IMAGE_ENCODER, MASK_DECODER, OUTSIDE_IMAGE_LOGIT, PRIOR, Geometry
 
 
@@ -62,13 +63,19 @@ class MaskDecoderGraph(nn.Module):
 class SegmentationModel(nn.Module):
     """Image encoder, prior, prompt encoder and mask decoder under the checkpoint's names."""
 
+    image_encoder: ImageEncoder
+
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = SamImageEncoder(config.sam)
+        self.image_encoder = build_image_encoder(config.sam)
         self.prior = PositionalPrior(config)
         self.prompt_encoder = PromptEncoder(config.sam)
         self.mask_decoder = MaskDecoder(config.sam)
+
+    def fold_batch_norms(self) -> None:
+        """Fold the image encoder's batch normalizations into its convolutions, for export."""
+        fold_batch_norms(self.image_encoder)
 
     def graph_modules(self) -> dict[str, nn.Module]:
         """Return the modules of the three graphs by name, in execution order.

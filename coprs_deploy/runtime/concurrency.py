@@ -51,7 +51,7 @@ class ConcurrencyLimit:
 
 NUM_IMAGE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
 IMAGE_CORES = threading.BoundedSemaphore(NUM_IMAGE_CORES)
-"""Cores that decode and draw the images of uploads: half of them, so that the others answer."""
+"""Cores that decode uploaded images and encode results: half of them, so that the others answer."""
 
 MAX_IMAGE_BYTES = 1 << 30
 """Memory of the decoded images of uploads; the largest image has a quarter of it."""

@@ -71,6 +71,7 @@ class CoPRS(Closeable):
 
     Attributes:
         description: runtimes and devices of graphs and policy.
+        concurrency: number of requests that the policy decodes together.
         valid_region: images that the image encoder accepts; None accepts any.
         runtime_choices: as given.
     """
@@ -93,6 +94,7 @@ class CoPRS(Closeable):
         self._is_closed = False
         self._timeout_s = options.timeout_s
         self._estimates = DeadlineEstimates()
+        self.concurrency = policy.concurrency
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -142,9 +144,14 @@ class CoPRS(Closeable):
             choices += (policy_choice,)
         return cls(graphs, loaded_policy, opened.manifest.geometry, options, choices)
 
+    @property
+    def num_active(self) -> int:
+        """Number of requests that are running or queued; ``segment_many`` is not counted."""
+        return self._limit.num_active
+
     def segment(
         self,
-        image: ImageSource,
+        image: ImageSource | DecodedImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
@@ -153,7 +160,8 @@ class CoPRS(Closeable):
         """Segment what an instruction describes.
 
         Args:
-            image: a path, bytes, a Pillow image or an array; see ``images.load_image``.
+            image: a path, bytes, a Pillow image or an array; see ``images.load_image``; or what
+                :meth:`decode` returned.
             instruction: what to segment.
             max_targets: maximum number of targets, one mask each.
             max_new_tokens: token budget of the response; None takes the checkpoint's.
@@ -251,7 +259,7 @@ class CoPRS(Closeable):
         self._check_usable()
         check_type("requests", requests, Iterable)
         options = RequestOptions(max_targets, **limits)
-        concurrency = self._policy.concurrency
+        concurrency = self.concurrency
         with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:

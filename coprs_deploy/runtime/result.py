@@ -242,23 +242,16 @@ class SegmentationResult:
             One result per mask: ``image_id``, ``category_id``, ``segmentation`` (compressed RLE),
             ``bbox`` (x, y, width, height), ``area`` in pixels and ``score``.
         """
-        return [
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "segmentation": segmentation,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": area,
-                "score": score,
-            }
-            for segmentation, (x1, y1, x2, y2), area, score in zip(
-                self._rle(),
-                self.boxes.tolist(),
-                self.areas.tolist(),
-                self.scores.tolist(),
-                strict=True,
-            )
-        ]
+        from coprs_deploy.data.coco_results import coco_result
+
+        parts = zip(
+            self._rle(),
+            self.boxes.tolist(),
+            self.areas.tolist(),
+            self.scores.tolist(),
+            strict=True,
+        )
+        return [coco_result(image_id, *part, category_id=category_id) for part in parts]
 
     def to_supervision(self) -> sv.Detections:
         """Return the masks as ``supervision.Detections``, labeled with the instruction.

@@ -1,6 +1,7 @@
 """The HTTP application.
 
-    GET  /              web page
+    GET  /              web page; its files are below /page
+    GET  /samples       images with instructions to try, for the demo model
     GET  /health        200 as soon as requests are accepted
     GET  /openapi.json  description of the interface
     POST /segment       form with ``image`` (a file), ``instruction``, ``max_targets``,
@@ -16,6 +17,7 @@ client that disconnects cancels its request.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,8 +28,10 @@ from fastapi import APIRouter, Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from coprs_deploy import demo
 from coprs_deploy.docstrings import attribute_docs
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.runtime import CoPRS
@@ -40,6 +44,7 @@ from coprs_deploy.server.bodies import (
     UNAUTHORIZED,
     HealthBody,
     ResultBody,
+    SampleBody,
 )
 from coprs_deploy.server.error_handlers import add_handlers
 from coprs_deploy.server.events import encode_events
@@ -49,6 +54,17 @@ from coprs_deploy.version import __version__
 
 STALL_TIMEOUT_S = 30.0
 """How long a client may send nothing of its body, or read nothing of its response."""
+
+PAGE = resources.files("coprs_deploy.server") / "page"
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self' data:; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'self'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Headers of the web page: nothing is loaded from, or sent to, another server."""
 
 public = APIRouter()
 protected = APIRouter()
@@ -63,6 +79,7 @@ def build_app(
     cors_origins: Sequence[str] = (),
     stall_timeout_s: float = STALL_TIMEOUT_S,
     max_image_bytes: int = MAX_IMAGE_BYTES,
+    has_samples: bool = False,
 ) -> FastAPI:
     """Build the application.
 
@@ -74,6 +91,7 @@ def build_app(
         cors_origins: origins whose pages may use the server; ``*`` for any.
         stall_timeout_s: how long a client may send or read nothing, in seconds.
         max_image_bytes: memory of the decoded images; further requests wait.
+        has_samples: offer the sample images of the demo model.
     """
     app = FastAPI(
         title="coprs-deploy",
@@ -84,7 +102,11 @@ def build_app(
     )
     app.state.coprs = coprs
     app.state.image_memory = ImageMemory(max_image_bytes)
+    app.state.samples = _read_samples() if has_samples else []
     app.include_router(public)
+    app.mount("/page", StaticFiles(packages=[("coprs_deploy.server", "page")]))
+    if has_samples:
+        app.mount("/samples", StaticFiles(directory=demo.SAMPLES))
     if api_key:
         bearer = [Depends(HTTPBearer(auto_error=False))]  # for the document; RequestGuard checks
         app.include_router(protected, dependencies=bearer, responses=UNAUTHORIZED)
@@ -110,17 +132,30 @@ def build_app(
 
 @public.get("/", response_class=HTMLResponse, include_in_schema=False)
 @public.head("/", response_class=HTMLResponse, include_in_schema=False)
-async def page() -> str:
+async def page() -> Response:
     """Return the web page."""
-    return resources.files("coprs_deploy.server").joinpath("page.html").read_text("utf-8")
+    content = PAGE.joinpath("index.html").read_text("utf-8")
+    return HTMLResponse(content, headers=PAGE_HEADERS)
+
+
+@public.get("/samples")
+async def samples(request: Request) -> list[SampleBody]:
+    """List images with instructions to try; empty but for the demo model."""
+    listed: list[SampleBody] = request.app.state.samples
+    return listed
 
 
 @public.head("/health", include_in_schema=False)
 @public.get("/health")
 async def health(request: Request) -> HealthBody:
-    """Report readiness, version and runtime."""
+    """Report readiness, version, runtime, and how many requests are running or queued."""
     coprs: CoPRS = request.app.state.coprs
-    return HealthBody(status="ok", version=__version__, runtime=coprs.description)
+    return HealthBody(
+        status="ok",
+        version=__version__,
+        runtime=coprs.description,
+        active_requests=coprs.num_active,
+    )
 
 
 _ABOUT = attribute_docs(RequestOptions)
@@ -168,9 +203,14 @@ async def _return_result(
 async def _stream_events(
     coprs: CoPRS, image: UploadedImage, instruction: str, options: RequestOptions
 ) -> Response:
-    events = encode_events(image, coprs.astream(image, instruction, **asdict(options)))
+    events = encode_events(coprs.astream(image, instruction, **asdict(options)))
     first = await anext(events)  # an invalid request fails here, before the status is sent
     return _EventStreamResponse(first, events)
+
+
+def _read_samples() -> list[SampleBody]:
+    listed = json.loads((demo.SAMPLES / "samples.json").read_text("utf-8"))
+    return [SampleBody(**{**each, "image": f"samples/{each['image']}"}) for each in listed]
 
 
 class _EventStreamResponse(StreamingResponse):

@@ -57,6 +57,16 @@ class HealthBody(BaseModel):
     status: str
     version: str
     runtime: str
+    active_requests: int
+
+
+class SampleBody(BaseModel):
+    """An image with an instruction to try; ``image`` is a path relative to the page."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str
+    instruction: str
 
 
 def _error(description: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ FORM = (
     "accepted: a form with image (a file), instruction, and optional max_targets, max_new_tokens, "
     "max_reasoning_tokens, deadline_ms, reasoning"
 )
-NOT_FOUND = "Not found. Endpoints: GET /, /health, /openapi.json; POST /segment"
+NOT_FOUND = "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -1,11 +1,12 @@
 """Encoding of a stream as server-sent events.
 
     event: text     {"text"}                                    as the policy writes
-    event: prior    {"image"}                                   heat map over the image
-    event: result   SegmentationResult.to_json() and "image"    masks over the image
+    event: prior    {"image"}                                   heat map of all targets
+    event: result   SegmentationResult.to_json()
     event: error    {"error", "type"}                           instead of the remaining events
 
-``image`` is a JPEG as a ``data:`` URL. The stream ends after ``result`` or ``error``.
+``image`` is a gray PNG as a ``data:`` URL: 0 to 255 for 0 to 1, the whole image on at most
+``MAX_PRIOR_SIDE_PX`` pixels a side. The stream ends after ``result`` or ``error``.
 """
 
 from __future__ import annotations
@@ -16,27 +17,25 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from coprs_deploy.errors import CoPRSError, error_body
-from coprs_deploy.images import RgbArray
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import PriorEvent, SegmentationResult
-from coprs_deploy.runtime.concurrency import UploadedImage
 from coprs_deploy.server.steps import run_step
-from coprs_deploy.visualization import MAX_LONG_SIDE_PX, draw_heatmap, draw_overlay
 
-JPEG_QUALITY = 88
+MAX_PRIOR_SIDE_PX = 256
+"""Long side of the heat map that is sent: that of the prior itself."""
 
 
 async def encode_events(
-    image: UploadedImage, stream: AsyncIterator[TextDelta | PriorEvent | SegmentationResult]
+    stream: AsyncIterator[TextDelta | PriorEvent | SegmentationResult],
 ) -> AsyncGenerator[bytes, None]:
     """Encode the events of :meth:`CoPRS.astream`; later errors become an ``error`` event.
 
     Args:
-        image: image of the stream.
-        stream: its events; closed at the end.
+        stream: the events; closed at the end.
 
     Raises:
         CoPRSError, ValueError: the first event failed.
@@ -47,10 +46,9 @@ async def encode_events(
             if isinstance(event, TextDelta):
                 yield _write("text", {"text": event.text})
             elif isinstance(event, PriorEvent):
-                yield await run_step(_encode_prior, image.rgb, event)
+                yield await run_step(_encode_prior, event)
             else:
-                overlay = await run_step(draw_overlay, image.rgb, event.masks)
-                yield await run_step(_encode_result, event, overlay)
+                yield await run_step(_encode_result, event)
             has_begun = True
     except (CoPRSError, ValueError) as error:
         if not has_begun:
@@ -61,20 +59,17 @@ async def encode_events(
             await stream.aclose()
 
 
-def _encode_prior(rgb: RgbArray, event: PriorEvent) -> bytes:
-    heatmap = draw_heatmap(rgb, event.reduced_prior(MAX_LONG_SIDE_PX))
-    return _write("prior", {"image": _data_url(heatmap)})
+def _encode_prior(event: PriorEvent) -> bytes:
+    prior = np.rint(255 * event.reduced_prior(MAX_PRIOR_SIDE_PX)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(prior).save(file, "PNG", compress_level=1)
+    content = base64.b64encode(file.getvalue()).decode("ascii")
+    return _write("prior", {"image": f"data:image/png;base64,{content}"})
 
 
-def _encode_result(result: SegmentationResult, overlay: Image.Image) -> bytes:
-    return _write("result", {**result.to_json(), "image": _data_url(overlay)})
+def _encode_result(result: SegmentationResult) -> bytes:
+    return _write("result", result.to_json())
 
 
 def _write(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
-
-
-def _data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""Steps that keep a core busy, such as drawing: in threads, a bounded number at once.
+"""Steps that keep a core busy, such as encoding masks: in threads, a bounded number at once.
 
 The event loop stays free for other clients, and a step that has not begun is dropped when its
 request is cancelled.

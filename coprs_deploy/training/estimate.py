@@ -8,16 +8,16 @@ evenly over the GPUs (FSDP2), the segmentation modules are replicated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Record
+from coprs_deploy.training.meta_models import MetaModels, build_on_meta
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.run import build_on_meta, vision_tower
 from coprs_deploy.training.settings import ExampleData, GrpoSettings, StageSettings
+from coprs_deploy.training.state import vision_tower
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
@@ -41,6 +41,9 @@ LOGIT_CHUNK = 256
 
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory available to a peak."""
+
+FINISHED_WEIGHTS = "weights of the finished stage"
+"""Part of the disk space that stays until the run ends."""
 
 GIGABYTE = 1e9
 
@@ -165,12 +168,13 @@ class Workload(NamedTuple):
 
 
 class Estimate(Record, frozen=True):
-    """Memory per GPU and time per step of a stage.
+    """Memory per GPU, time and disk of a stage.
 
     Attributes:
         memory: bytes per GPU by part; ``peak`` is their largest sum at one time.
         seconds: seconds of a step by part, computed, not measured; ``step`` is their sum.
-        hours: hours of all steps at the maximum length, without evaluations.
+        hours: hours of all steps at the maximum length, evaluations included.
+        evaluation_hours: share of ``hours`` in evaluations.
         disk: bytes of the run directory by part; ``peak`` is their largest sum at one time.
         fits: whether the peak is below 90 % of the memory.
     """
@@ -180,23 +184,26 @@ class Estimate(Record, frozen=True):
     memory: dict[str, float]
     seconds: dict[str, float]
     hours: float
+    evaluation_hours: float
     disk: dict[str, float]
     fits: bool
     notes: tuple[str, ...] = ()
 
 
-def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str, Estimate]:
+def estimate(
+    recipe: Recipe, gpus: int, gpu: GpuSpec | None = None, models: MetaModels | None = None
+) -> dict[str, Estimate]:
     """Estimate every stage of a recipe that starts from a checkpoint.
 
+    ``models`` are those of the recipe; None builds them.
+
     Raises:
-        ValueError: the recipe names no sizes of policy and SAM.
+        CheckpointError: the checkpoint does not exist and the recipe names no sizes, or it cannot
+            be used.
+        ValueError: the name of a size is unknown.
     """
-    if not (recipe.model.policy and recipe.model.sam):
-        raise ValueError(
-            f"model.policy is {recipe.model.policy!r} and model.sam is {recipe.model.sam!r}; "
-            "--estimate needs the names of both sizes, as in `coprs-deploy convert --random`"
-        )
-    sizes, gpu = model_sizes(*build_on_meta(recipe.model)), gpu or GpuSpec()
+    models = models or build_on_meta(recipe.model)
+    sizes, gpu = model_sizes(models.policy, models.segmentation), gpu or GpuSpec()
     estimates = {}
     for name, settings in recipe.stages.items():
         work = workload(recipe, settings, gpus)
@@ -206,10 +213,23 @@ def estimate(recipe: Recipe, gpus: int, gpu: GpuSpec | None = None) -> dict[str,
         if work.rollout == "transformers" and work.is_sharded:
             notes = ("each sampled token gathers the sharded policy; use_vllm = true avoids it",)
         seconds = step_seconds(sizes, work, gpu)
-        hours = settings.max_steps * seconds["step"] / 3600
+        evaluation = evaluation_seconds(sizes, work, settings, gpu) / 3600
+        hours = settings.max_steps * seconds["step"] / 3600 + evaluation
         disk = disk_bytes(sizes, work, recipe, settings)
-        estimates[name] = Estimate(gpus, gpu, memory, seconds, hours, disk, fits, notes)
+        estimates[name] = Estimate(gpus, gpu, memory, seconds, hours, evaluation, disk, fits, notes)
     return estimates
+
+
+def evaluation_seconds(
+    sizes: ModelSizes, work: Workload, settings: StageSettings, gpu: GpuSpec
+) -> float:
+    """Return the computed seconds of all evaluations of a stage, with the longest responses."""
+    count = 1 + (settings.max_steps - 1) // settings.eval_steps if settings.eval_steps else 1
+    one = step_seconds(sizes, work._replace(rows=settings.num_eval_examples), gpu)
+    if work.grpo is None:
+        return count * one["update"] / (4 if work.checkpointing else 3)
+    parts = ("rollout", "gathering in the rollout", "masks for the reward", "image encoder")
+    return (count + 1) * sum(one.get(part, 0.0) for part in parts)  # one before the first step
 
 
 def model_sizes(policy: nn.Module, segmentation: SegmentationModel) -> ModelSizes:
@@ -315,7 +335,10 @@ def resident_bytes(sizes: ModelSizes, work: Workload) -> dict[str, float]:
 def disk_bytes(
     sizes: ModelSizes, work: Workload, recipe: Recipe, settings: StageSettings
 ) -> dict[str, float]:
-    """Return the bytes of the files of a stage, and their peak: while a state replaces another."""
+    """Return the bytes of the files of a stage, and their peak: while a state replaces another.
+
+    States and checkpoints are written before old ones are removed.
+    """
     segmentation = sizes.segmentation_head + sizes.image_encoder
     weights = sizes.policy + segmentation
     trained = work.lora_rank * sizes.language.adapter_parameters or sizes.policy
@@ -324,13 +347,15 @@ def disk_bytes(
     saved = trained if work.grpo else weights
     state = FLOAT32_BYTES * (saved + 2 * trained)
     size = FLOAT32_BYTES if recipe.save_dtype == "float32" else BFLOAT16_BYTES
+    kept = min(recipe.save_total_limit, settings.max_steps // recipe.save_steps)
+    checkpoint = size * weights
     disk = {
-        "state to resume from": float(state),
-        "weights of the finished stage": float(FLOAT32_BYTES * weights),
-        "checkpoint": float(size * weights),
-        "checkpoint-best": float(size * weights) if settings.eval_steps else 0.0,
+        "states to resume from": float(max(1, kept) * state),  # one when a signal stops the run
+        "checkpoints while it runs": float((kept + (settings.eval_steps > 0)) * checkpoint),
+        FINISHED_WEIGHTS: float(FLOAT32_BYTES * weights),
+        "checkpoint": float(checkpoint),
     }
-    disk["peak"] = sum(disk.values()) + state
+    disk["peak"] = sum(disk.values()) + (max(state, checkpoint) if kept else 0)
     return disk
 
 
@@ -366,32 +391,3 @@ def step_seconds(sizes: ModelSizes, work: Workload, gpu: GpuSpec) -> dict[str, f
         seconds["communication"] = 3 * policy_bytes * passes / link
     seconds["step"] = sum(seconds.values())
     return seconds
-
-
-def estimate_page(estimates: dict[str, Estimate]) -> str:
-    """Format estimates as text."""
-    return "\n".join(line for name, one in estimates.items() for line in _lines(name, one))
-
-
-def _lines(name: str, one: Estimate) -> Iterator[str]:
-    gpu, peak = one.gpu, one.memory["peak"] / GIGABYTE
-    verdict = "fits" if one.fits else "DOES NOT FIT"
-    yield f"{name}: {one.gpus} GPUs of {gpu.memory_gb:g} GB, {verdict} (peak {peak:.1f} GB per GPU)"
-    for part, size in one.memory.items():
-        if size:
-            yield f"  {part:<44}{size / GIGABYTE:>10.2f} GB"
-    step = one.seconds["step"]
-    yield f"  step at the maximum length, computed, not measured: {step:.1f} s"
-    for part, seconds in one.seconds.items():
-        if part != "step":
-            yield f"  {part:<44}{seconds:>10.2f} s"
-    yield f"  {3600 * one.hours / step:,.0f} steps: {one.hours:.1f} h, without evaluations"
-    yield f"  disk: at most {one.disk['peak'] / GIGABYTE:.1f} GB in the run directory"
-    for part, size in one.disk.items():
-        if size and part != "peak":
-            yield f"  {part:<44}{size / GIGABYTE:>10.2f} GB"
-    yield (
-        f"  assumed: {gpu.teraflops:g} TFLOP/s at {gpu.flops_utilization:.0%}, "
-        f"{gpu.bandwidth_gb:g} GB/s at {gpu.bandwidth_utilization:.0%}, links {gpu.link_gb:g} GB/s"
-    )
-    yield from (f"  note: {note}" for note in one.notes)

@@ -64,7 +64,8 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor) -> Tens
     Args:
         logits: (N, 1, M, M).
         target: (N, 1, M, M), share of each cell that the object covers, in [0, 1].
-        inside: (N, 1, M, M), 1 for cells of the image and 0 for padding.
+        inside: (N, 1, M, M), 1 for cells of the image and 0 for padding; in between for cells of
+            which a part is ignored.
 
     Returns:
         (N,) loss of each target.

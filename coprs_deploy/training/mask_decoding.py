@@ -108,6 +108,15 @@ def intersection_over_union(logits: Tensor, masks: Tensor) -> Tensor:
     return intersection / union.clamp(min=1)
 
 
+def fit_ignore_mask(
+    mask: NDArray[np.bool_] | None, unpadded_size: Sequence[int] | Tensor, geometry: Geometry
+) -> Tensor:
+    """Resize an ignore mask as :func:`fit_mask` does; zeros without one."""
+    if mask is None:
+        return torch.zeros(1, geometry.mask_size, geometry.mask_size)
+    return fit_mask(mask, unpadded_size, geometry)
+
+
 def fit_mask(
     mask: NDArray[np.bool_], unpadded_size: Sequence[int] | Tensor, geometry: Geometry
 ) -> Tensor:

@@ -1,8 +1,7 @@
-"""Optimizers (Muon for hidden matrices, AdamW for the rest) and the learning-rate schedule."""
+"""Optimizers: Muon for hidden matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,22 +74,26 @@ def is_hidden(name: str, weight: nn.Parameter) -> bool:
     )
 
 
-def lr_factor(settings: Optimizer, step: int, max_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0, as a share of its peak."""
-    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    left = 1 - step / max_steps
-    decay = min(1.0, left / settings.lr_decay_ratio) if settings.lr_decay_ratio else 1.0
-    if settings.lr_decay_type == "cosine":
-        decay = 0.5 - 0.5 * math.cos(math.pi * decay)
-        return warmup * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * decay)
-    return max(settings.min_lr_ratio, warmup * decay)
-
-
 def set_lr_factor(optimizers: Iterable[Any], factor: float) -> None:
     """Set the learning rate of every group to this share of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+
+def group_settings(optimizers: Iterable[Any]) -> list[list[dict[str, Any]]]:
+    """Return the settings of all groups of parameters: rates, betas, weight decay."""
+    return [
+        [{key: value for key, value in group.items() if key != "params"} for group in each]
+        for each in (optimizer.param_groups for optimizer in optimizers)
+    ]
+
+
+def set_group_settings(optimizers: Iterable[Any], settings: list[list[dict[str, Any]]]) -> None:
+    """Undo what loading a state did to the settings: those of the recipe count."""
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group.update(kept)
 
 
 class Muon(torch.optim.Optimizer):

@@ -18,9 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coprs_deploy.artifacts import atomic_write, write_json
+from coprs_deploy.machine import peak_memory_bytes
+from coprs_deploy.training.checkpoints import FOLDER, remove_directory, remove_hidden
+from coprs_deploy.training.diagnostics import Diagnostics
+from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.state import TrainingState
+from coprs_deploy.training.step_line import evaluation_text, progress_text, step_text
+from coprs_deploy.training.trackers import log_curves, open_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,11 +36,14 @@ WEIGHTS_FILE = "weights.pt"
 PROGRESS_FILE = "progress.json"
 BEST_FILE = "best.json"
 
+REFERENCE = "reference"
+"""Folder of the initial weights of a GRPO stage, from which its frozen reference is loaded."""
+
 
 class StageProgress:
     """Progress of a stage in its run directory; only the main process writes.
 
-    ``stages`` are those of the recipe; the steps of earlier ones are the offset of the curves.
+    The steps of earlier stages of the recipe are the offset of the curves.
     ``state`` is the folder of the state to resume from, after ``step`` steps; None starts from the
     first step.
     """
@@ -44,17 +53,19 @@ class StageProgress:
         directory: RunDirectory,
         accelerator: Accelerator,
         name: str,
-        stages: Mapping[str, StageSettings],
+        recipe: RunSettings,
     ) -> None:
-        self._directory, self._accelerator, self._name = directory, accelerator, name
+        self._directory, self._accelerator, self.name = directory, accelerator, name
+        stages = recipe.all_stages()
         self._settings = settings = stages[name]
+        self._recipe = recipe
         earlier = takewhile(lambda each: each != name, stages)
         self._steps_before = sum(stages[each].max_steps for each in earlier)
         self.path = directory.stage(name)
         self.state: Path | None = None
         self.step, self.init_metrics, self._seconds_before = 0, dict[str, float](), 0.0
-        if complete := [file.parent for file in self.path.glob(f"state-*/{PROGRESS_FILE}")]:
-            self.state = max(complete, key=lambda path: int(path.name.removeprefix("state-")))
+        if states := saved_states(self.path):
+            self.state = states[-1]
             saved = json.loads((self.state / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.step, self.init_metrics = saved["step"], saved["init_metrics"]
             self._seconds_before = saved["seconds"]
@@ -67,6 +78,8 @@ class StageProgress:
                 f"stages.{name}.max_steps is {settings.max_steps}, and {self.state} has "
                 f"{self.step} steps; accepted: {self.step} (ends the stage with it) or more"
             )
+        self._diagnostics = Diagnostics(name, settings)
+        self._sent_step = 0
         self._started = time.perf_counter()
 
     @property
@@ -79,15 +92,16 @@ class StageProgress:
         accelerator = self._accelerator
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self._directory.path / FOLDER):
+                remove_hidden(folder)
             for partial in self.path.glob("checkpoint-*"):
                 shutil.rmtree(partial)
-            self._directory.rewind_log(self._name, self.kept_step)
+            self._sent_step = self._directory.rewind_log(self.name, self.kept_step)
             position = f"resumed from step {self.step}" if self.state else "from its first step"
-            text = f"{self._name}: {self._settings.max_steps} steps, {position}"
-            print(text, file=sys.stderr, flush=True)
-        if not accelerator.trackers:
-            writer = {"purge_step": self._steps_before + self.step + 1}
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": writer})
+            _print(f"{self.name}: {self._settings.max_steps} steps, {position}")
+            if not accelerator.trackers:
+                first = self._steps_before + self.step + 1
+                open_trackers(accelerator, self._directory.path, self._recipe, first)
         accelerator.wait_for_everyone()
         self._started = time.perf_counter()
 
@@ -95,33 +109,40 @@ class StageProgress:
         """Return the seconds of the stage, interrupted runs included."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def log(self, step: int, line: Mapping[str, float], shown: str = "", **position: float) -> None:
-        """Log the metrics of a step; ``position`` is written to the log and drawn as no curve."""
+    def log(self, step: int, line: Mapping[str, float], text: str = "") -> None:
+        """Log the metrics of a step: to the log, the trackers, and as one line on stderr.
+
+        Args:
+            step: number of steps so far.
+            line: metrics by name.
+            text: metrics as they are shown; empty for those of a step.
+        """
         if not self._accelerator.is_main_process:
             return
-        seconds, max_steps = self.seconds(), self._settings.max_steps
-        position = {"step": step, **position, "seconds": seconds}
-        self._directory.log({"stage": self._name, **position, **line})
-        curves = {f"{self._name}/{key}": value for key, value in line.items()}
-        self._accelerator.log(curves, step=self._steps_before + step)
-        left = seconds / max(1, step) * (max_steps - step)
-        times = f"{seconds / 60:6.1f} min, {left / 60:.1f} left"
-        text = f"{self._name:<14} {step:>6}/{max_steps}  {shown}  {times}"
-        print(text, file=sys.stderr, flush=True)
+        now, memory = self.seconds(), peak_memory()
+        position = {"step": step, "seconds": now, "peak_memory_gb": memory / 1e9}
+        self._directory.log({"stage": self.name, **position, **line})
+        curves = {f"{self.name}/{key}": value for key, value in line.items()}
+        at, is_repeated = self._steps_before + step, step <= self._sent_step
+        log_curves(self._accelerator, curves, at, is_repeated=is_repeated)
+        done, left = step - self.step, self._settings.max_steps - step
+        times = progress_text(now - self._seconds_before, done, left, memory)
+        head = f"{self.name:<10} {step:>6}/{self._settings.max_steps}"
+        _print(f"{head}  {text or step_text(line)}  {times}")
+        if not text:
+            for warning in self._diagnostics.add(line):
+                _print(f"warning: {self.name}, step {step}: {warning}")
 
-    def log_evaluation(self, step: int, metrics: Mapping[str, float], best_metric: str) -> bool:
-        """Log the metrics of an evaluation, without those of single question types on stderr.
+    def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Log the metrics of an evaluation.
 
         Returns:
-            Whether ``best_metric`` is the best of several evaluations so far.
+            Whether ``best_metric`` has its largest value in several evaluations so far.
         """
-        shown = "  ".join(
-            f"{name} {value:.3f}"
-            for name, value in metrics.items()
-            if "." not in name and not name.endswith("_stderr")
-        )
-        self.log(step, {f"eval/{name}": value for name, value in metrics.items()}, f"eval: {shown}")
-        value, best = metrics.get(best_metric, math.nan), self.best.get("value", -math.inf)
+        line = {f"eval/{name}": value for name, value in metrics.items()}
+        self.log(step, line, evaluation_text(metrics))
+        value = metrics.get(self._settings.best_metric, math.nan)
+        best = self.best.get("value", -math.inf)
         if not self._settings.eval_steps or not value > best or step == 0:
             return False
         self.best = {"step": step, "value": value}
@@ -145,9 +166,9 @@ class StageProgress:
             shutil.rmtree(final, ignore_errors=True)
             with atomic_write(final) as complete:
                 partial.rename(complete)
-            for state in self.path.glob("state-*"):
-                if state != final:
-                    shutil.rmtree(state)
+            states = sorted(self.path.glob("state-*"), key=step_of)
+            for state in states[: -self._recipe.save_total_limit]:
+                remove_directory(state)
         self._accelerator.wait_for_everyone()
 
     def finish(
@@ -174,10 +195,37 @@ class StageProgress:
         if self._accelerator.is_main_process:
             torch.save(state.state_dict(), self.path / WEIGHTS_FILE)
             write_json(self.path / RESULT_FILE, result)  # last: it marks a finished stage
-            for folder in self.path.glob("state-*"):
-                shutil.rmtree(folder)
+            clear_finished(self.path)
         self._accelerator.wait_for_everyone()
         return result
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes: on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return peak_memory_bytes()
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def saved_states(stage: Path) -> list[Path]:
+    """Return the folders of the complete states of a stage, oldest first."""
+    return sorted((file.parent for file in stage.glob(f"state-*/{PROGRESS_FILE}")), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """Return the number of steps of a state from its name."""
+    return int(state.name.removeprefix("state-"))
+
+
+def clear_finished(stage: Path) -> None:
+    """Remove what a stage needs before its end only; a run killed meanwhile leaves some of it."""
+    remove_hidden(stage)
+    for folder in (*stage.glob("state-*"), *stage.glob("checkpoint-*"), *stage.glob(REFERENCE)):
+        remove_directory(folder)
 
 
 def load_finished_stage(

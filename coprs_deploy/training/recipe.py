@@ -28,6 +28,7 @@ from coprs_deploy.training.settings import (
     ExampleData,
     GrpoSettings,
     Positive,
+    StageSettings,
     SupervisedSettings,
     SyntheticData,
 )
@@ -43,6 +44,27 @@ FREE_TABLES = (
     "initial_question_type_weights",
 )
 """Tables whose keys are not fields of a record."""
+
+SYNONYMS = {
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "epochs": "max_steps",
+    "iterations": "max_steps",
+    "steps": "max_steps",
+    "group_size": "num_generations",
+    "warmup": "warmup_steps",
+    "gpus": "num_processes",
+    "workers": "num_workers",
+    "threads": "num_threads",
+    "checkpoint": "path",
+    "train": "training",
+    "val": "held_out",
+    "validation": "held_out",
+}
+"""Names of other trainers for settings of recipes."""
+
+MIN_LIKENESS = 0.6
+"""Smallest likeness of a name that an error suggests."""
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]+)`")
 
@@ -63,9 +85,9 @@ class RunSettings(Record, frozen=True, kw_only=True):
             also render its scenes. With 0 a process prepares its own batches, which costs nothing
             on a CPU but leaves a GPU idle meanwhile.
         logging_steps: steps between two lines of the log.
-        save_steps: steps between two states that a run can resume from.
-        best_metric: metric of the evaluations during a stage (``eval_steps``) whose best value
-            selects the weights in ``checkpoint-best``.
+        save_steps: steps between two states that a run can resume from, each with a checkpoint.
+        save_total_limit: number of states, and of checkpoints besides the best, that are kept.
+        report_to: where the curves are written: ``tensorboard``, ``wandb``, ``trackio``.
     """
 
     description: str
@@ -77,7 +99,13 @@ class RunSettings(Record, frozen=True, kw_only=True):
     num_workers: Count = 0
     logging_steps: Positive = 10
     save_steps: Positive = 200
-    best_metric: str = "giou"
+    save_total_limit: Positive = 2
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+    def all_stages(self) -> Mapping[str, StageSettings]:
+        """Return the stages by name, in the order in which they run."""
+        stages: Mapping[str, StageSettings] = self.stages  # type: ignore[attr-defined]
+        return stages
 
 
 class Recipe(RunSettings, frozen=True, kw_only=True):
@@ -185,8 +213,13 @@ def _find(source: str, readers: tuple[str, ...]) -> Path:
         names.append(f"{source}.toml")
     raise ValueError(
         f"there is no recipe {source!r}{reader}; accepted: {', '.join(names)}, or a .toml file"
-        f"{_suggestion(source, names, cutoff=0.6)}"
+        f"{_nearest_recipe(source, names)}"
     )
+
+
+def _nearest_recipe(source: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(source, names, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +243,7 @@ def _convert(data: object, where: str, recipe_type: type[R]) -> R:
         hint = ""
         if unknown := _UNKNOWN_FIELD.search(reason):
             fields = sorted({name for record in records for name in record.__struct_fields__})
-            hint = _suggestion(unknown[1], fields) or f"; accepted: {', '.join(fields)}"
+            hint = nearest_name(unknown[1], fields) or f"; accepted: {', '.join(fields)}"
         elif path.endswith(".kind`"):
             hint = f"; accepted: {', '.join(record.__struct_config__.tag for record in records)}"
         raise ValueError(f"{where} is not valid: {error}{hint}") from error
@@ -241,7 +274,7 @@ def _assign(data: dict[str, Any], key: str, value: object) -> None:
     is_free = bool(parents) and parents[-1] in FREE_TABLES
     if not isinstance(table, dict) or (last not in table and not is_free):
         known = [name for name, _ in _leaves(data)]
-        raise ValueError(f"there is no key {key!r} in this recipe{_suggestion(key, known)}")
+        raise ValueError(f"there is no key {key!r} in this recipe{nearest_name(key, known)}")
     table[last] = value
 
 
@@ -252,9 +285,32 @@ def _parse_value(text: str) -> object:
         return text
 
 
-def _suggestion(wrong: str, known: Sequence[str], cutoff: float = 0.5) -> str:
-    nearest = difflib.get_close_matches(wrong, known, n=1, cutoff=cutoff)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+def nearest_name(wrong: str, known: Sequence[str]) -> str:
+    """Return a hint at the known name that is meant, with a semicolon in front; or nothing.
+
+    Of dotted names the last part counts most. A name with the same word (``steps`` of
+    ``max_steps``), or one of ``SYNONYMS``, is nearer than one with similar letters.
+    """
+    *parents, last = wrong.lower().replace("-", "_").split(".")
+    last = SYNONYMS.get(last, last)
+
+    def likeness(name: str) -> tuple[float, float]:
+        *others, field = name.lower().split(".")
+        words, own = set(last.split("_")), set(field.split("_"))
+        shared = len(words & own) / len(words | own)
+        letters = difflib.SequenceMatcher(None, last, field).ratio()
+        place = difflib.SequenceMatcher(None, parents, others).ratio()
+        return max(letters, 0.6 + 0.4 * shared if words <= own else 0.0), place
+
+    if not known:
+        return ""
+    best = max(known, key=likeness)
+    return f"; did you mean {best}?" if likeness(best)[0] >= MIN_LIKENESS else ""
+
+
+def leaf_keys(data: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of a recipe, as ``to_json`` gives it."""
+    return [name for name, _ in _leaves(data)]
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from coprs_deploy.artifacts import write_text
 from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.plots import plot_correlation, pyplot
+from coprs_deploy.training.diagnostics import warnings_of
+from coprs_deploy.training.gallery import gallery_lines, plain
 from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.settings import StageSettings
 
 
 class Panel(NamedTuple):
@@ -23,26 +27,38 @@ class Panel(NamedTuple):
 SUPERVISED_PANELS = (
     Panel("loss", ("loss", "loss/"), is_log=True),
     Panel("evaluation", ("eval/",), limits=(0, 1.02)),
+    Panel("gradient norm", ("grad_norm",), is_log=True),
+    Panel("learning rate", ("learning_rate",)),
 )
 
 GRPO_PANELS = (
     Panel("reward", ("reward", "rewards/mask/mean", "rewards/format/mean", "eval/reward")),
-    Panel("IoU with the ground truth", ("giou", "prior_giou", "eval/giou")),
+    Panel("IoU with the ground truth", ("sampled_giou", "sampled_prior_giou", "eval/giou")),
+    Panel("completions", ("completions/clipped_ratio", "frac_reward_zero_std"), limits=(0, 1.02)),
+    Panel("completion length", ("completions/mean_length", "eval/completion_length")),
     Panel("loss", ("loss", "loss/policy", "loss/prior_bce", "loss/mask_dice", "loss/mask_focal")),
     Panel("divergence and entropy", ("kl", "entropy", "clip_ratio/region_mean")),
-    Panel("gradient norm", ("grad_norm",)),
+    Panel("gradient norm", ("grad_norm",), is_log=True),
     Panel("learning rate", ("learning_rate/",), is_log=True),
 )
 
 
-def write_report(directory: RunDirectory, report: Mapping[str, Any]) -> None:
+def write_report(
+    directory: RunDirectory, report: Mapping[str, Any], stages: Mapping[str, StageSettings]
+) -> None:
     """Write ``report.md`` and ``plots/`` into a run directory."""
-    (directory.path / "report.md").write_text(page(report), encoding="utf-8")
     plots = directory.path / "plots"
     plots.mkdir(exist_ok=True)
     log = directory.read_log()
+    lines = [page(report).rstrip("\n")]
     for name in report["stages"]:
-        plot_stage(plots / f"{name}.png", name, [line for line in log if line["stage"] == name])
+        of_stage = [line for line in log if line["stage"] == name]
+        lines += ["", f"## {name}"]
+        if found := warnings_of(name, stages[name], of_stage):
+            lines += ["", "Warnings:", "", *(f"- {plain(text)}" for text in found)]
+        if plot_stage(plots / f"{name}.png", name, of_stage):
+            lines += ["", f"![curves of {name}](plots/{name}.png)"]
+        lines += gallery_lines(directory.path, name)
     with_target = [example for example in report.get("examples", []) if example["num_targets"]]
     if with_target:
         plot_correlation(
@@ -50,6 +66,8 @@ def write_report(directory: RunDirectory, report: Mapping[str, Any]) -> None:
             [example["prior_iou"] for example in with_target],
             [example["mask_iou"] for example in with_target],
         )
+        lines += ["", "![prior IoU against mask IoU](plots/prior_against_mask.png)"]
+    write_text(directory.path / "report.md", "\n".join(lines) + "\n")
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -113,14 +131,14 @@ def _comparison(
     return markdown_table(("", *header), rows)
 
 
-def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Plot the lines of the log of a stage."""
+def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Plot the lines of the log of a stage; return whether it has any."""
     if not any("loss" in line for line in lines):
-        return
+        return False
     is_grpo = any("reward" in line for line in lines)
     panels = GRPO_PANELS if is_grpo else SUPERVISED_PANELS
     plt = pyplot()
-    rows, columns = (2, 3) if is_grpo else (1, 2)
+    rows, columns = 2, len(panels) // 2
     mpl_figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns + 1, 3.5 * rows + 0.5))
     for axes, panel in zip(grid.flat, panels, strict=True):
         for key in sorted({k for line in lines for k in line if _is_shown(k, panel)}):
@@ -129,13 +147,15 @@ def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> Non
                 axes.plot(*zip(*points, strict=True), **_style(key))
         axes.set(xlabel="step", title=panel.title, yscale="log" if panel.is_log else "linear")
         axes.set_ylim(panel.limits)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=8)
     mpl_figure.suptitle(name)
     mpl_figure.tight_layout()
     mpl_figure.savefig(path, dpi=120)
     plt.close(mpl_figure)
+    return True
 
 
 def _style(key: str) -> dict[str, Any]:

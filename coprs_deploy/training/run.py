@@ -8,49 +8,44 @@ run by :mod:`coprs_deploy.curriculum.run` with :func:`open_run`, :func:`save_che
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coprs_deploy.artifacts import write_json
-from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
-from coprs_deploy.conversion.random_policy import POLICY_SIZES, build_config, build_tokenizer
+from coprs_deploy.checkpoint import Checkpoint
+from coprs_deploy.console import StepPrinter
 from coprs_deploy.data.examples import ExampleSource
-from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.errors import import_failure, install_hint
-from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
-from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy.vision_inputs import VisionProcessor
-from coprs_deploy.training.examples import ExampleSets, open_data
+from coprs_deploy.training.checkpoints import BEST, LAST, RunCheckpoints
+from coprs_deploy.training.checks import check_run, describe_inputs, progress_of
+from coprs_deploy.training.examples import ExampleSets, OpenedData
+from coprs_deploy.training.problems import Problem, describe_problems, require_none
 from coprs_deploy.training.processes import StopRequest
-from coprs_deploy.training.progress import StageProgress, load_finished_stage
+from coprs_deploy.training.progress import StageProgress, clear_finished, load_finished_stage
 from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.report import write_report
 from coprs_deploy.training.run_directory import (
-    BEST_CHECKPOINT_FOLDER,
     CHECKPOINT_FOLDER,
     REPORT_FILE,
     RunDirectory,
     all_passed,
 )
-from coprs_deploy.training.settings import (
-    LORA_TARGETS,
-    CheckpointModel,
-    GrpoSettings,
-    SupervisedSettings,
-)
-from coprs_deploy.training.state import TrainingState, freeze_unused, state_from_checkpoint
+from coprs_deploy.training.saved_state import select_trained
+from coprs_deploy.training.settings import StageSettings, SupervisedSettings
+from coprs_deploy.training.state import TrainingState, state_from_checkpoint
 from coprs_deploy.training.supervised_stage import SupervisedStage
+from coprs_deploy.training.trackers import close_trackers, require_trackers
 from coprs_deploy.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -71,68 +66,137 @@ class Run(Generic[R]):
     provenance: dict[str, Any] = field(default_factory=dict)
     stop: StopRequest = field(default_factory=StopRequest)
 
+    def progress(self, stage: str) -> StageProgress:
+        """Return the progress of a stage."""
+        return StageProgress(self.directory, self.accelerator, stage, self.recipe)
+
+    @cached_property
+    def checkpoints(self) -> RunCheckpoints:
+        """Checkpoints that are written while the run trains."""
+        limit = self.recipe.save_total_limit
+        return RunCheckpoints(self.directory.path, list(self.recipe.all_stages()), limit)
+
+    def save_last(
+        self,
+        state: TrainingState,
+        progress: StageProgress,
+        step: int,
+        policy_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write ``checkpoints/last``; all processes take part."""
+        self._save(LAST, state, {"stage": progress.name, "step": step}, policy_weights)
+
     def save_best(
         self,
         state: TrainingState,
         progress: StageProgress,
         policy_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write ``checkpoint-best``; all processes take part."""
+        """Write ``checkpoints/best``; all processes take part."""
+        metric = self.recipe.all_stages()[progress.name].best_metric
+        position = {"stage": progress.name, "best_metric": metric, **progress.best}
+        self._save(BEST, state, position, policy_weights)
         if self.accelerator.is_main_process:
+            progress.commit_best()
+
+    def _save(
+        self,
+        link: str,
+        state: TrainingState,
+        position: dict[str, Any],
+        policy_weights: Mapping[str, Tensor] | None,
+    ) -> None:
+        def write(path: Path) -> None:
             state.save_checkpoint(
-                self.directory.path / BEST_CHECKPOINT_FOLDER,
+                path,
                 self.recipe.save_dtype,
-                self.provenance | progress.best,
-                overwrite=True,
+                self.provenance | position,
                 policy_weights=policy_weights,
             )
-            progress.commit_best()
+
+        if self.accelerator.is_main_process:
+            self.checkpoints.add(position["stage"], int(position["step"]), link, write)
         self.accelerator.wait_for_everyone()
 
 
-def train(recipe: Recipe, out: Path, *, export_only: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
     """Run a recipe that starts from a checkpoint; a run in ``out`` is resumed.
 
     Args:
         recipe: the recipe.
         out: run directory.
-        export_only: train nothing; write the newest state of the run as its checkpoint.
+        allowed: keys of settings and data that a resumed run may change though that changes the
+            training.
 
     Returns:
-        The report: stages with their metrics and thresholds; empty with ``export_only``.
+        The report: stages with their metrics and thresholds.
 
     Raises:
         MissingDependencyError: a package of the extra ``train`` is not installed.
-        ValueError: ``out`` holds a run with other settings or data, settings and data contradict
-            each other, or there is no state to export.
-        CheckpointError: the initial checkpoint cannot be used.
+        ValueError: ``out`` holds a run with other settings or data.
+        ProblemsError: settings, data, checkpoint and machine do not fit together.
     """
-    with open_run(recipe, out) as run:
-        if export_only:
-            run.directory.require_progress()
-        checkpoint = read_checkpoint(recipe.model.path or CHECKPOINT)
-        data = open_data(recipe)
+    with open_run(recipe, out, allowed) as run:
+        checkpoint, data = _check(run, out)
         if run.accelerator.is_main_process:
-            source = checkpoint.fingerprint()
-            run.directory.check_inputs({"model.path": source, **data.contents})
+            inputs, rows = describe_inputs(checkpoint, data)
+            _print(*run.directory.check_inputs(inputs, rows, list(recipe.stages), allowed))
+            source = inputs["model.path"]
             run.provenance.update({"recipe": recipe.description, "from": source})
         run.accelerator.wait_for_everyone()
         state = state_from_checkpoint(checkpoint)
-        if data.features is not None:
-            data.features.require_encoder(state.segmentation)
         vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
         examples = ExampleSets(data.training, data.held_out, vision, recipe.seed, data.features)
         if run.accelerator.is_main_process:
             log_run(run, checkpoint, examples)
-        results = _train_stages(run, checkpoint, state, examples, export_only=export_only)
+        results = _train_stages(run, checkpoint, state, examples)
         save_checkpoint(run, state)
         files = [file for file in (data.training, data.held_out) if isinstance(file, ExampleSource)]
         skipped = {"files": [file.to_json() for file in files]} if files else {}
-        return {} if export_only else finish_run(run, results, skipped)
+        return finish_run(run, results, skipped)
+
+
+def _check(run: Run[Recipe], out: Path) -> tuple[Checkpoint, OpenedData]:
+    """Check everything before the first step; the main process says what is wrong."""
+    is_main, num_processes = run.accelerator.is_main_process, run.accelerator.num_processes
+    with run.accelerator.main_process_first():  # it remembers the images that it decodes
+        if is_main:
+            with StepPrinter() as steps:
+                checked = check_run(run.recipe, out, num_processes, progress_of(steps))
+        else:
+            checked = check_run(run.recipe, out, num_processes)
+    report_problems(run, checked.problems)
+    assert checked.checkpoint is not None and checked.data is not None
+    return checked.checkpoint, checked.data
+
+
+def report_problems(run: Run[Any], problems: Sequence[Problem]) -> None:
+    """Print warnings in the main process; with an error, all processes end.
+
+    Raises:
+        ProblemsError: there is an error, in the main process.
+    """
+    if run.accelerator.is_main_process:
+        require_none(problems)
+        if problems:
+            _print(describe_problems(problems))
+    elif any(problem.is_error for problem in problems):
+        sys.exit(2)
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def attach_run(recipe: R, out: Path) -> Run[R]:
+    """Return a run that is only read, whether it trains or not."""
+    recipe = resolve_precision(recipe)
+    return Run(recipe, _accelerator(recipe), RunDirectory(out), time.perf_counter())
 
 
 @contextmanager
-def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
+def open_run(recipe: R, out: Path, allowed: Sequence[str] = ()) -> Iterator[Run[R]]:
     """Open a run directory, locked, with an accelerator for the recipe.
 
     Raises:
@@ -141,15 +205,17 @@ def open_run(recipe: R, out: Path) -> Iterator[Run[R]]:
         ArtifactError: another process trains in ``out``.
     """
     recipe = resolve_precision(type(recipe).from_json(recipe.to_json()))  # checks the ranges
-    accelerator = _accelerator(recipe, out)
+    accelerator = _accelerator(recipe)
     directory = RunDirectory(out)
     with directory.lock() if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
-            directory.open(recipe)
+            notes = directory.open(recipe, allowed)
+        if accelerator.is_main_process:
+            _print(*notes)
         run = Run(recipe, accelerator, directory, time.perf_counter())
         with run.stop.handled():
             yield run
-    accelerator.end_training()
+    close_trackers(accelerator)
 
 
 def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> None:
@@ -161,11 +227,22 @@ def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> 
         f"{f' ({skipped:,} invalid rows left out)' if skipped else ''}, "
         f"{len(examples.held_out):,} held out; {accelerator.device}, {recipe.precision}, "
         f"processes: {accelerator.num_processes}, threads: {recipe.num_threads}",
-        *(f"{name}: {settings.batch_text()} per step" for name, settings in recipe.stages.items()),
+        f"a state and a checkpoint every {recipe.save_steps} steps, the last "
+        f"{recipe.save_total_limit} kept; curves: {', '.join(recipe.report_to) or 'none'}",
+        *(_stage_text(name, settings) for name, settings in recipe.stages.items()),
         sep="\n",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _stage_text(name: str, settings: StageSettings) -> str:
+    """Return batch and evaluations of a stage."""
+    evaluations = "evaluation at the end"
+    if settings.eval_steps:
+        best = f", best by {settings.best_metric}" if settings.best_metric else ""
+        evaluations = f"evaluation every {settings.eval_steps} steps{best}"
+    return f"{name}: {settings.batch_text()} per step; {evaluations}"
 
 
 def resolve_precision(recipe: R) -> R:
@@ -185,6 +262,7 @@ def save_checkpoint(run: Run[Any], state: TrainingState) -> None:
     if run.accelerator.is_main_process:
         path = run.directory.path / CHECKPOINT_FOLDER
         state.save_checkpoint(path, run.recipe.save_dtype, run.provenance, overwrite=True)
+        run.checkpoints.end_with(path)
     run.accelerator.wait_for_everyone()
 
 
@@ -201,23 +279,23 @@ def finish_run(
         **(evaluation or {}),
     }
     if run.accelerator.is_main_process:
+        for name in results:
+            clear_finished(run.directory.stage(name))
         write_json(run.directory.path / REPORT_FILE, report)
-        write_report(run.directory, report)
+        write_report(run.directory, report, run.recipe.all_stages())
     run.accelerator.wait_for_everyone()
     return report
 
 
-def _accelerator(recipe: RunSettings, out: Path) -> Accelerator:
+def _accelerator(recipe: RunSettings) -> Accelerator:
     with _extra_packages():
         from accelerate import Accelerator
-        from torch.utils import tensorboard  # noqa: F401
+    require_trackers(recipe.report_to)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(recipe.num_threads)
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        log_with="tensorboard",
-        project_dir=str(out),
     )
 
 
@@ -235,13 +313,8 @@ def _train_stages(
     checkpoint: Checkpoint,
     state: TrainingState,
     examples: ExampleSets,
-    *,
-    export_only: bool,
 ) -> dict[str, Any]:
-    """Train all stages in order; return their results by name.
-
-    With ``export_only``, load the weights of the finished stages and of the one that was stopped.
-    """
+    """Train all stages in order; return their results by name."""
     recipe, accelerator, directory = run.recipe, run.accelerator, run.directory
     state.segmentation.to(accelerator.device)
     if accelerator.distributed_type != "FSDP":  # sharding moves each process's share itself
@@ -249,22 +322,13 @@ def _train_stages(
     trainer = Trainer(run, state)
     results: dict[str, Any] = {}
     for name, settings in recipe.stages.items():
-        state.policy.model.requires_grad_(True)
-        state.segmentation.requires_grad_(True)
-        if recipe.model.freeze_vision_tower:
-            vision_tower(state.policy.model).requires_grad_(False)
+        select_trained(recipe, settings, state)
         if isinstance(settings, SupervisedSettings):
             stage = SupervisedStage(name, settings, state, examples)
-            state.add_trained()
             if recipe.model.gradient_checkpointing:
                 enable_gradient_checkpointing(state.policy.model)
-            if not export_only:
-                results[name] = trainer.run(stage)
-            elif not trainer.restore(stage):
-                break
+            results[name] = trainer.run(stage)
             continue
-        freeze_unused(state.segmentation)
-        state.add_trained(partial(is_trained_by_grpo, settings))
         if finished := load_finished_stage(directory, name, settings, state):
             results[name] = finished
             continue
@@ -278,24 +342,8 @@ def _train_stages(
             examples,
             policy_path=None if results else checkpoint.policy_path,
         )
-        if export_only:
-            grpo.restore()
-            break
         results[name] = grpo.run()
     return results
-
-
-def is_trained_by_grpo(settings: GrpoSettings, part: str, name: str) -> bool:
-    """Return whether a GRPO stage trains a weight: no image encoder, and what its mode says."""
-    if part == "segmentation":
-        return settings.mode != "rl" and not name.startswith("image_encoder.")
-    return not settings.lora.r or bool(re.match(LORA_TARGETS, name))
-
-
-def vision_tower(policy: Any) -> nn.Module:
-    """Return the vision tower of a policy of either family."""
-    tower: nn.Module = getattr(policy.model, "visual", None) or policy.model.vision_tower
-    return tower
 
 
 def enable_gradient_checkpointing(policy: Any) -> None:
@@ -304,23 +352,3 @@ def enable_gradient_checkpointing(policy: Any) -> None:
         policy.activation_checkpointing_enable()
     else:
         policy.gradient_checkpointing_enable()
-
-
-def build_on_meta(settings: CheckpointModel) -> tuple[nn.Module, SegmentationModel]:
-    """Build policy and segmentation path of the named sizes on the meta device."""
-    from transformers import AutoModelForImageTextToText
-
-    for name, found, known in (
-        ("model.policy", settings.policy, POLICY_SIZES),
-        ("model.sam", settings.sam, SAM_SIZES),
-    ):
-        if found not in known:
-            raise ValueError(f"{name} is {found!r}; accepted: {', '.join(known)}")
-    size = POLICY_SIZES[settings.policy]
-    tokenizer = build_tokenizer(size.family)
-    with torch.device("meta"):
-        policy = AutoModelForImageTextToText.from_config(build_config(size, tokenizer))
-        hidden_size = policy.get_output_embeddings().weight.shape[1]
-        config = SegmentationConfig(hidden_size, sam=SAM_SIZES[settings.sam])
-        segmentation = SegmentationModel(config)
-    return policy, segmentation

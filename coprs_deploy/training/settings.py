@@ -6,6 +6,8 @@ stages of the tiny model are in :mod:`coprs_deploy.curriculum.recipe`.
 
 from __future__ import annotations
 
+import math
+import re
 from enum import Enum
 from typing import Annotated, ClassVar, Literal
 
@@ -15,6 +17,9 @@ from coprs_deploy.specs import Record
 
 MASK_METRICS = ("giou", "prior_giou", "precision_at_50")
 """Metrics of masks in an evaluation."""
+
+TEACHER_FORCED = "teacher_forced_"
+"""Start of the names of metrics of masks whose response was given, not generated."""
 
 COMPLETION_METRICS = ("reward", "format_score", "count_accuracy", "completion_length")
 """Metrics of generated completions in an evaluation."""
@@ -167,6 +172,8 @@ class StageSettings(Record, frozen=True):
         eval_steps: steps between two evaluations; 0 evaluates at the end only.
         num_eval_examples: held-out scenes or examples per evaluation.
         thresholds: acceptance thresholds at the end of the stage, metric to smallest value.
+        best_metric: metric of the evaluations during the stage (``eval_steps``) whose largest value
+            selects the weights in ``checkpoints/best``; empty for none.
     """
 
     max_steps: Positive
@@ -175,6 +182,7 @@ class StageSettings(Record, frozen=True):
     eval_steps: Count = 0
     num_eval_examples: Positive = 256
     thresholds: dict[str, float] = {}
+    best_metric: str = ""
 
     metric_names: ClassVar[tuple[str, ...]] = ()
     """Metrics of an evaluation, without a group in front, as in ``relation.giou``."""
@@ -186,6 +194,10 @@ class StageSettings(Record, frozen=True):
                 raise ValueError(
                     f"thresholds has {name!r}, and an evaluation measures: {', '.join(known)}"
                 )
+        if self.best_metric and self.best_metric.rpartition(".")[2] not in known:
+            raise ValueError(
+                f"best_metric is {self.best_metric!r}; accepted: {', '.join(known)}, or '' for none"
+            )
 
     def batch_text(self) -> str:
         """Return what a step learns from."""
@@ -202,15 +214,18 @@ class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supe
         train_image_encoder: whether SAM's image encoder is trained.
         allow_missing_responses: whether examples without a response are trained on their
             ``<REF_POS>`` alone, which teaches answers without reasoning; else they are refused.
+        num_completions_to_print: held-out examples whose generated responses the report shows.
     """
 
-    metric_names = MASK_METRICS
+    metric_names = tuple(TEACHER_FORCED + name for name in MASK_METRICS)
 
+    best_metric: str = f"{TEACHER_FORCED}giou"
     language_loss_weight: Weight = 1.0
     segmentation_loss_weight: Weight = 0.0
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     train_image_encoder: bool = False
     allow_missing_responses: bool = False
+    num_completions_to_print: Count = 8
 
 
 PAPER_OPTIMIZER = Optimizer(
@@ -289,12 +304,14 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
         vllm_enable_sleep_mode: whether a colocated engine frees its memory during the update.
         vllm_server_host: host of the vLLM server.
         vllm_server_port: port of the vLLM server.
-        num_completions_to_print: completions written with their masks at each evaluation.
+        num_completions_to_print: completions written with their masks at each evaluation, and
+            held-out examples whose responses the report shows.
     """
 
     metric_names = (*COMPLETION_METRICS, *MASK_METRICS, "giou_stderr", "reward_stderr")
 
     optimizer: Optimizer = PAPER_OPTIMIZER
+    best_metric: str = "giou"
     mode: Literal["joint", "rl", "segmentation"] = "joint"
     num_generations: Annotated[int, Meta(ge=2)] = 8
     loss_type: Literal["grpo", "dapo"] = "grpo"
@@ -339,6 +356,35 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
     def batch_text(self) -> str:
         """Return what a step learns from."""
         return f"{self.global_batch_size} prompts x {self.num_generations} completions"
+
+    def trains(self, part: str, name: str) -> bool:
+        """Return whether it trains a weight: no image encoder, and what its mode says."""
+        if part == "segmentation":
+            return self.mode != "rl" and not name.startswith("image_encoder.")
+        return not self.lora.r or bool(re.match(LORA_TARGETS, name))
+
+    def split_batch(self, num_processes: int) -> tuple[int, int]:
+        """Split the completions of a step: completions and number of forward passes of a process.
+
+        Raises:
+            ValueError: the completions cannot be split evenly.
+        """
+        prompts, group = self.global_batch_size, self.num_generations
+        total = prompts * group
+        if total % num_processes:
+            least = num_processes // math.gcd(num_processes, group)
+            raise ValueError(
+                f"global_batch_size is {prompts}; {prompts} prompts x {group} completions are not "
+                f"divisible by {num_processes} processes; accepted: multiples of {least}"
+            )
+        per_process = total // num_processes
+        per_pass = self.per_device_train_batch_size or per_process
+        if per_process % per_pass:
+            raise ValueError(
+                f"per_device_train_batch_size is {per_pass}; accepted: divisors of {per_process}, "
+                "the completions of a process"
+            )
+        return per_pass, per_process // per_pass
 
     def loss_weights_at(self, step: int) -> SegmentationLossWeights:
         """Return the weights of the segmentation losses in a step, counted from 0."""

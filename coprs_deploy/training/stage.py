@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from coprs_deploy.training.gallery import Sample
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.settings import StageSettings
 
@@ -53,6 +54,10 @@ class TrainingStage(ABC, Generic[S]):
         Returns:
             Loss name to coefficient; ``"X.*"`` stands for all losses ``X.NAME`` without their own.
         """
+
+    def held_out_samples(self) -> list[Sample]:
+        """Return responses to held-out examples for the report; called in the main process."""
+        return []
 
     @abstractmethod
     def evaluate(self, accelerator: Accelerator, num_examples: int) -> dict[str, float]:

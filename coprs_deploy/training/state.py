@@ -181,3 +181,9 @@ def freeze_unused(model: SegmentationModel) -> None:
     for name, weight in model.named_parameters():
         if name.startswith(UNUSED_PARTS):
             weight.requires_grad_(False)
+
+
+def vision_tower(policy: Any) -> nn.Module:
+    """Return the vision tower of a policy of either family."""
+    tower: nn.Module = getattr(policy.model, "visual", None) or policy.model.vision_tower
+    return tower

@@ -19,6 +19,8 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.batches import EpochOrder, pad_tokens
 from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, load_images
+from coprs_deploy.training.gallery import Sample, spread_indices
+from coprs_deploy.training.generation import respond
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
     inside_image,
@@ -28,15 +30,18 @@ from coprs_deploy.training.losses import (
 from coprs_deploy.training.mask_decoding import (
     decode_targets,
     encode_images,
+    fit_ignore_mask,
     fit_mask,
     mask_metrics,
 )
-from coprs_deploy.training.settings import SupervisedSettings
+from coprs_deploy.training.settings import TEACHER_FORCED, SupervisedSettings
 from coprs_deploy.training.stage import StageOutput, TrainingStage, mean_metrics
 from coprs_deploy.training.state import TrainingState, freeze_unused
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from coprs_deploy.models import SegmentationModel
 
 
 class ExampleBatch(NamedTuple):
@@ -50,6 +55,7 @@ class ExampleBatch(NamedTuple):
             ``is_encoded``, their embeddings (B, C, G, G) float16.
         masks: (N, 1, M, M), share of each mask cell that the target covers, in [0, 1].
         unpadded_sizes: int64 (B, 2), height and width in pixels of each padded image.
+        ignored: (B, 1, M, M), share of each mask cell that no loss and no metric counts.
         is_encoded: whether ``images`` holds embeddings.
     """
 
@@ -59,6 +65,7 @@ class ExampleBatch(NamedTuple):
     images: Tensor
     masks: Tensor
     unpadded_sizes: Tensor
+    ignored: Tensor
     is_encoded: bool = False
 
 
@@ -88,12 +95,14 @@ class ExampleObjective(nn.Module):
         inside = inside_image(batch.unpadded_sizes[rows], geometry.mask_size, geometry.mask_stride)
         states = hidden[rows, batch.references[:, 1]].to(embedding.dtype)
         priors, masks = decode_targets(model, embedding[rows], states, inside)
+        counted = inside * (1 - batch.ignored[rows])
         loss_weights = self._settings.loss_weights
-        losses.update(segmentation_losses(priors, masks, batch.masks, inside, loss_weights))
-        ground_truth = (batch.masks[:, 0] > 0.5) & (inside[:, 0] > 0)
+        losses.update(segmentation_losses(priors, masks, batch.masks, counted, loss_weights))
+        ground_truth = (batch.masks[:, 0] > 0.5) & (counted[:, 0] > 0.5)
         background = -torch.finfo(torch.float32).max
-        valid = [torch.where(inside > 0, x.float(), background) for x in (priors, masks)]
-        return StageOutput(losses, mask_metrics(valid[0], valid[1], ground_truth))
+        valid = [torch.where(counted > 0.5, x.float(), background) for x in (priors, masks)]
+        metrics = mask_metrics(valid[0], valid[1], ground_truth)
+        return StageOutput(losses, {TEACHER_FORCED + name: m for name, m in metrics.items()})
 
 
 class ExampleCollector:
@@ -137,6 +146,10 @@ class ExampleCollector:
             for example, size in zip(examples, sizes, strict=True)
             for mask in example.masks
         ]
+        ignored = [
+            fit_ignore_mask(example.ignore_mask, size, self._geometry)
+            for example, size in zip(examples, sizes, strict=True)
+        ]
         grid = self._geometry.mask_size
         return ExampleBatch(
             inputs,
@@ -145,6 +158,7 @@ class ExampleCollector:
             images,
             torch.stack(masks) if masks else torch.zeros(0, 1, grid, grid),
             sizes,
+            torch.stack(ignored),
             is_encoded=self._features is not None,
         )
 
@@ -156,6 +170,15 @@ class ExampleCollector:
         return [*prompt, *ids, int(self._tokenizer.eos_token_id)], len(prompt)
 
 
+def freeze_untrained(model: SegmentationModel, settings: SupervisedSettings) -> None:
+    """Freeze the segmentation weights that a supervised stage does not train."""
+    freeze_unused(model)
+    if not settings.train_image_encoder:
+        model.image_encoder.requires_grad_(False)
+    if not settings.segmentation_loss_weight:
+        model.requires_grad_(False)
+
+
 class SupervisedStage(TrainingStage[SupervisedSettings]):
     """Cross-entropy on the response, and segmentation losses where they have a weight."""
 
@@ -164,11 +187,7 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
     ) -> None:
         self.name = name
         self.settings = settings
-        freeze_unused(state.segmentation)
-        if not settings.train_image_encoder:
-            state.segmentation.image_encoder.requires_grad_(False)
-        if not settings.segmentation_loss_weight:
-            state.segmentation.requires_grad_(False)
+        freeze_untrained(state.segmentation, settings)
         if settings.train_image_encoder and examples.features is not None:
             raise ValueError(
                 f"stages.{name}.train_image_encoder is set, and data.features holds embeddings of "
@@ -176,6 +195,7 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
             )
         self.objective = ExampleObjective(state, settings)
         self._collect = ExampleCollector(state, examples.vision, examples.features)
+        self._state, self._examples = state, examples
         self._training, self._held_out = examples.training, examples.held_out
         self._order = EpochOrder(len(examples.training), examples.seed)
 
@@ -184,6 +204,14 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
         size = self.settings.global_batch_size
         positions = range(step * size + rank, (step + 1) * size, num_ranks)
         return self._collect([self._training[self._order[position]] for position in positions])
+
+    def held_out_samples(self) -> list[Sample]:
+        """See :meth:`TrainingStage.held_out_samples`."""
+        shown = spread_indices(len(self._held_out), self.settings.num_completions_to_print)
+        if not shown:
+            return []
+        examples = [self._held_out[index] for index in shown]
+        return respond(self._state, self._examples, examples)
 
     def loss_coefficients(self, lr_factor: float) -> dict[str, float]:
         """See :meth:`TrainingStage.loss_coefficients`."""

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from coprs_deploy.training.gallery import write_gallery
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optim import build_optimizers, lr_factor, set_lr_factor
+from coprs_deploy.training.lr_schedule import lr_factor
+from coprs_deploy.training.optim import (
+    build_optimizers,
+    group_settings,
+    set_group_settings,
+    set_lr_factor,
+)
 from coprs_deploy.training.progress import StageProgress, load_finished_stage
 from coprs_deploy.training.stage import StageOutput, TrainingStage, reduce_means
 from coprs_deploy.training.state import TrainingState
@@ -34,33 +41,19 @@ class Trainer:
             result = self._train(stage)
         return result
 
-    def restore(self, stage: TrainingStage[Any]) -> bool:
-        """Load the weights of a stage, finished or stopped; return whether it is finished."""
-        directory = self._run.directory
-        if load_finished_stage(directory, stage.name, stage.settings, self._state):
-            return True
-        if newest := self._progress(stage).state:
-            weights = torch.load(newest / "pytorch_model.bin", map_location="cpu", mmap=True)
-            names = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-            stage.objective.load_state_dict(names)
-        return False
-
-    def _progress(self, stage: TrainingStage[Any]) -> StageProgress:
-        return StageProgress(
-            self._run.directory, self._accelerator, stage.name, self._run.recipe.stages
-        )
-
     def _train(self, stage: TrainingStage[Any]) -> dict[str, Any]:
         accelerator, settings, recipe = self._accelerator, stage.settings, self._run.recipe
         torch.manual_seed(recipe.seed)
-        progress, stop = self._progress(stage), self._run.stop
+        progress, stop = self._run.progress(stage.name), self._run.stop
         if progress.state is None:
             progress.init_metrics = stage.prepare(accelerator)
         objective, *optimizers = accelerator.prepare(
             stage.objective, *build_optimizers(stage.objective, settings.optimizer)
         )
         if progress.state is not None:
+            kept = group_settings(optimizers)
             accelerator.load_state(str(progress.state))
+            set_group_settings(optimizers, kept)
         progress.start()
         objective.train()
         ranks = (accelerator.process_index, accelerator.num_processes)
@@ -68,11 +61,11 @@ class Trainer:
         with stop.while_steps_run():
             for step, batch in enumerate(batches, start=progress.step):
                 factor = lr_factor(settings.optimizer, step, settings.max_steps)
-                output = self._step(stage, objective, optimizers, batch, factor)
+                update = self._step(stage, objective, optimizers, batch, factor)
                 done = step + 1
                 is_last = done == settings.max_steps
                 if done % recipe.logging_steps == 0 or is_last:
-                    self._log(stage, progress, done, factor, output)
+                    self._log(stage, progress, done, factor, update)
                 if settings.eval_steps and done % settings.eval_steps == 0 and not is_last:
                     self._evaluate(stage, progress, done)
                     objective.train()
@@ -80,9 +73,11 @@ class Trainer:
                 if is_stopped or (done % recipe.save_steps == 0 and not is_last):
                     partial = str(progress.partial_state(done))
                     accelerator.save_state(partial, safe_serialization=False)
+                    if not is_stopped:  # before the state: a resume from it would not write it
+                        self._run.save_last(self._state, progress, done)
                     progress.commit(done)
-                if is_stopped:
-                    stop.exit()
+                    if is_stopped:
+                        stop.exit()
         metrics = self._evaluate(stage, progress, settings.max_steps)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
         result = progress.finish(self._state, metrics, num_parameters)
@@ -94,8 +89,16 @@ class Trainer:
     ) -> dict[str, float]:
         """Evaluate, and write the checkpoint of the best weights so far."""
         metrics = stage.evaluate(self._accelerator, stage.settings.num_eval_examples)
-        if progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
+        if progress.log_evaluation(step, metrics):
             self._run.save_best(self._state, progress)
+        accelerator = self._accelerator
+        if accelerator.is_main_process and accelerator.distributed_type != "FSDP":
+            self._state.policy.model.eval()  # a sharded policy cannot be called by one process
+            with accelerator.autocast():
+                samples = stage.held_out_samples()
+            self._state.policy.model.train()
+            write_gallery(self._run.directory.path, stage.name, step, samples)
+        accelerator.wait_for_everyone()
         return metrics
 
     def _step(
@@ -105,8 +108,8 @@ class Trainer:
         optimizers: list[Any],
         batch: Any,
         factor: float,
-    ) -> StageOutput:
-        """Update the weights once."""
+    ) -> tuple[StageOutput, Any]:
+        """Update the weights once; return the output and the norm of the gradient."""
         from accelerate.utils import send_to_device
 
         accelerator = self._accelerator
@@ -115,11 +118,11 @@ class Trainer:
         loss = self._total_loss(output.losses, stage.loss_coefficients(factor))
         accelerator.backward(loss)
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        accelerator.clip_grad_norm_(trained, stage.settings.optimizer.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(trained, stage.settings.optimizer.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return output
+        return output, norm
 
     def _total_loss(self, losses: dict[str, Mean], coefficients: dict[str, float]) -> Tensor:
         """Add the losses as means over the batch of all processes, in the order of their names.
@@ -142,14 +145,23 @@ class Trainer:
         progress: StageProgress,
         step: int,
         factor: float,
-        output: StageOutput,
+        update: tuple[StageOutput, Any],
     ) -> None:
+        output, norm = update
         losses = reduce_means(self._accelerator, output.losses)
         metrics = reduce_means(self._accelerator, output.metrics)
         coefficients = stage.loss_coefficients(factor)
         total = sum(loss_coefficient(name, coefficients) * value for name, value in losses.items())
-        line = {"loss": total, **{f"loss/{k}": v for k, v in losses.items()}, **metrics}
-        progress.log(step, line, f"loss {total:8.4f}", lr_factor=factor)
+        progress.log(
+            step,
+            {
+                "loss": total,
+                **{f"loss/{k}": v for k, v in losses.items()},
+                **metrics,
+                "grad_norm": float(norm),
+                "learning_rate": factor * stage.settings.optimizer.learning_rate,
+            },
+        )
 
 
 def loss_coefficient(name: str, coefficients: Mapping[str, float]) -> float:

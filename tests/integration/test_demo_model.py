@@ -20,7 +20,8 @@ from coprs_deploy.data.synthetic.expressions import Description, Expression, res
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED
 from coprs_deploy.data.synthetic.scene import make_scene
 from coprs_deploy.evaluation.evaluator import evaluate, predict_with
-from coprs_deploy.evaluation.metrics import count_pixels, iou, summarize, union
+from coprs_deploy.evaluation.metrics import count_pixels, iou, union
+from coprs_deploy.evaluation.summary import summarize
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
 from coprs_deploy.export.verifier import verify_policy_graphs
 from tests import ROOT

@@ -111,3 +111,10 @@ def test_help_of_every_verb_needs_no_torch():
     done = run_edge(f"for verb in {list(VERBS)!r}:\n    main([verb, '--help'])\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: coprs-deploy ") == len(VERBS)
+
+
+def test_batch_needs_no_torch(tmp_path):
+    arguments = ["batch", SCENE, "--instruction", INSTRUCTION, "--out", str(tmp_path / "out")]
+    done = run_edge(f"sys.exit(main({[*arguments, '--workers', '1', '--json']!r}))", "fsspec")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_done"] == 1

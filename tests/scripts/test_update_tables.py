@@ -56,15 +56,22 @@ def test_latest_takes_the_best_machine_and_its_newest_report(tmp_path):
     assert update_tables.latest(tmp_path, "full-size") is None
 
 
-def test_cpu_speed_names_the_machine_and_links_the_report_if_there_is_one(tmp_path):
+def test_cpu_speed_names_the_machines_and_links_their_reports(tmp_path):
     folder = tmp_path / "docs"
-    assert update_tables.cpu_speed(tmp_path, folder)[-1].endswith("| - |")
-    path = tmp_path / update_tables.REAL_SIZES
-    path.parent.mkdir(parents=True)
-    cases = {"3b openvino int8": {"tokens_per_second": 4.56}}
-    report = {"machine": {"processor": "A CPU", "cores": 2}, "cases": cases}
-    path.write_text(json.dumps(report), encoding="utf-8")
+    assert update_tables.cpu_speed(tmp_path, folder)[-1].endswith(" |")
+    path = tmp_path / update_tables.REPORTS
+    path.mkdir(parents=True)
+    for kind, speed in (("cpu-2-cores-avx2", 1.26), ("cpu-4-cores-avx512", 4.56)):
+        cases = {"3b openvino int8": {"tokens_per_second": speed}}
+        machine = {"processor": "A CPU", "cores": int(kind[4]), "kind": kind}
+        report = {"machine": machine, "cases": cases}
+        file = path / f"{update_tables.REAL_SIZES}-{kind}.json"
+        file.write_text(json.dumps(report), encoding="utf-8")
     lines = update_tables.cpu_speed(tmp_path, folder)
-    assert [line for line in lines if line.endswith("| 4.6 |")] == [lines[3]]
-    link = "../benchmarks/reports/real-size-policy.md"
-    assert lines[-1] == f"Measured with random weights on: A CPU, 2 cores ([report]({link}))."
+    assert lines[0].endswith("| 4 cores, avx512 (m) | 2 cores, avx2 (m) |")
+    assert [line for line in lines if line.endswith("| 4.6 | 1.3 |")] == [lines[3]]
+    link = "[report](../benchmarks/reports/real-size-policy-cpu-"
+    assert lines[-1] == (
+        f"Measured with random weights on: A CPU, 4 cores, avx512 ({link}4-cores-avx512.md)); "
+        f"A CPU, 2 cores, avx2 ({link}2-cores-avx2.md))."
+    )

@@ -37,6 +37,12 @@ def test_processor_int8_instructions_are_found(unit, monkeypatch):
     assert found.has_int8_units
 
 
+def test_processor_name_has_family_and_model_where_the_system_gives_them(monkeypatch):
+    text = CPUINFO.replace("model name", "cpu family\t: 25\nmodel\t\t: 17\nmodel name", 1)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: text.format("fma"))
+    assert describe_processor().name == "A Processor (family 25, model 17)"
+
+
 def test_processor_without_int8_instructions_has_none(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: CPUINFO.format("fma"))
     assert not describe_processor().has_int8_units

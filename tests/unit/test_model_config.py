@@ -2,6 +2,7 @@
 
 import pytest
 
+from coprs_deploy.encoder_config import ENCODERS
 from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.specs import Geometry
 
@@ -28,7 +29,7 @@ def test_sam_sizes_public_equal_sam(name, width, depth, heads, global_blocks):
 
 
 def test_sam_sizes_names_are_complete():
-    assert list(SAM_SIZES) == ["vit_b", "vit_l", "vit_h", "tiny"]
+    assert list(SAM_SIZES) == ["vit_b", "vit_l", "vit_h", "tiny", *ENCODERS]
 
 
 @pytest.mark.parametrize("name", SAM_SIZES)

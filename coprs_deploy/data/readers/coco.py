@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
-from coprs_deploy.data.image_columns import image_name_of
+from coprs_deploy.data.image_checks import ImageLoader
+from coprs_deploy.data.image_columns import image_name_of, load_image_source
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.instances import InstanceFile, check_size, stack_masks
 from coprs_deploy.data.rows import FieldError
@@ -39,7 +40,7 @@ class CocoExamples(ExampleSource):
             ArtifactError: the file is not an instance file of COCO.
             NoValidRowError: no annotation has a mask and a caption or category.
         """
-        self.description = path.name
+        self.description, self.files = path.name, (path,)
         self.instances = InstanceFile(path)
         self._groups: dict[tuple[int, str], list[int]] = {}
         self._crowds: dict[tuple[int, str], list[int]] = {}
@@ -84,11 +85,11 @@ class CocoExamples(ExampleSource):
                 groups = self._crowds
         groups.setdefault((image_id, text.strip()), []).append(position)
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode image and masks of an example; FieldError if one of them is invalid."""
         key = image_id, text = self._keys[index]
         record = self.instances.images[image_id]
-        image = self.images.load(record.file_name)
+        image = self.images.load(record.file_name, load)
         check_size(record, image, self.images.path(record.file_name))
         masks = [self.instances.mask(position) for position in self._groups[key]]
         for mask, position in zip(masks, self._groups[key], strict=True):
@@ -113,6 +114,10 @@ class CocoExamples(ExampleSource):
     def image_name(self, index: int) -> str:
         """Return the stem of the image file, or its number in COCO."""
         return image_name_of(self.image_file(index))
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return self.instances.num_same_class(self._groups[self._keys[index]])
 
     @property
     def num_images(self) -> int:

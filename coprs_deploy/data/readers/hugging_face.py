@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
+from coprs_deploy.data.image_checks import ImageLoader
 from coprs_deploy.data.image_columns import image_name_of, image_source, load_image_source
 from coprs_deploy.data.readers.arrow import ArrowRows
 from coprs_deploy.data.readers.images import ImageFiles
@@ -57,6 +58,9 @@ class ReferenceRows(ExampleSource):
         images: the image files.
     """
 
+    has_references = True
+    has_no_match = False
+
     def __init__(
         self,
         paths: Sequence[Path],
@@ -78,7 +82,7 @@ class ReferenceRows(ExampleSource):
         Raises:
             ArtifactError: a file cannot be read.
         """
-        self.description = description
+        self.description, self.files = description, paths
         self._rows = ArrowRows(paths)
         self.num_refs = len(self._rows)
         self._row_of_sentence, self._sent_ids = array("q"), array("q")
@@ -115,10 +119,10 @@ class ReferenceRows(ExampleSource):
         assert record is not None
         return record
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode image and mask of a sentence; FieldError if one of them is invalid."""
         row, record = self._row_of_sentence[index], self._record(index)
-        image = self.images.load(record.file_name)
+        image = self.images.load(record.file_name, load)
         check_size(record, image, self.images.path(record.file_name))
         text = self._rows.scalars(row, ("raw_anns",)).get("raw_anns")
         annotation = _decode(text.as_py() if text else None, _Annotation, "raw_anns")
@@ -163,7 +167,7 @@ class MaskRows(ExampleSource):
         Raises:
             ArtifactError: a file cannot be read.
         """
-        self.description = description
+        self.description, self.files = description, paths
         self._rows = ArrowRows(paths)
         self._folder = paths[0].parent
         self._row_of_text, self._number_of_text = array("q"), array("q")
@@ -196,11 +200,11 @@ class MaskRows(ExampleSource):
         except FieldError:  # reported when the row is read
             return True
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode image and mask of a text; FieldError if one of them is invalid."""
         row = self._row_of_text[index]
         scalars = self._rows.scalars(row, ("image", "mask"))
-        image = load_image_source(self._image_source(scalars), "image")
+        image = load(self._image_source(scalars), "image")
         mask = _mask(scalars)
         if mask.shape != image.shape[:2]:
             height, width = image.shape[:2]

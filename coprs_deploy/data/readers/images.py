@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from coprs_deploy.data.image_checks import ImageLoader
 from coprs_deploy.data.image_columns import load_image_source
 from coprs_deploy.data.rows import FieldError
 from coprs_deploy.images import RgbArray
@@ -42,20 +43,24 @@ class ImageFiles:
         """Return the path of an image."""
         return self.folder / name
 
-    def load(self, name: str) -> RgbArray:
+    def load(self, name: str, load: ImageLoader = load_image_source) -> RgbArray:
         """Decode an image; the last one is kept, because sentences on one image are neighbors.
+
+        With another loader, nothing is kept.
 
         Raises:
             FieldError: the image does not exist, or cannot be decoded.
         """
         last = self._last
-        if last is None or last[0] != name:
-            path = self.path(name)
-            if not path.is_file():
-                raise FieldError("image", f"{path} does not exist")
-            last = (name, load_image_source(path, "image"))
-            self._last = last
-        return last[1]
+        if last is not None and last[0] == name and load is load_image_source:
+            return last[1]
+        path = self.path(name)
+        if not path.is_file():
+            raise FieldError("image", f"{path} does not exist")
+        image = load(path, "image")
+        if load is load_image_source:
+            self._last = (name, image)
+        return image
 
     def empty(self) -> list[str]:
         """Return the names of image files without content, as a stopped download leaves them."""

@@ -7,7 +7,9 @@ of its segmentation, which is read when a mask is needed.
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from coprs_deploy.data.rle import decode_segmentation
 from coprs_deploy.data.rows import FieldError
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.images import RgbArray
+
+NO_CATEGORY = -1
+"""Category of an annotation that names none."""
 
 _EMPTY = 2
 """Bytes of ``[]``, the segmentation of an annotation without a mask."""
@@ -44,7 +49,7 @@ class _Annotation(msgspec.Struct, gc=False):
     id: int
     image_id: int
     segmentation: msgspec.Raw = msgspec.Raw(b"")
-    category_id: int = 0
+    category_id: int = NO_CATEGORY
     iscrowd: int = 0
     caption: str | None = None
 
@@ -120,6 +125,27 @@ class InstanceFile:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def num_same_class(self, positions: Sequence[int]) -> int | None:
+        """Return the number of other objects of the categories of annotations in their image.
+
+        Crowd annotations are no objects. None without annotations, or if they have no category.
+        """
+        categories = {int(self.category_ids[position]) for position in positions}
+        if not positions or NO_CATEGORY in categories:
+            return None
+        image_id = int(self.image_ids[positions[0]])
+        total = sum(self._num_objects[image_id, category] for category in categories)
+        return total - sum(not self.is_crowd[position] for position in positions)
+
+    @cached_property
+    def _num_objects(self) -> Counter[tuple[int, int]]:
+        """Number of objects by image and category."""
+        is_object = ~self.is_crowd
+        pairs = zip(
+            self.image_ids[is_object].tolist(), self.category_ids[is_object].tolist(), strict=True
+        )
+        return Counter(pairs)
 
     def positions(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the position of each annotation id; -1 for an id that the file does not have."""

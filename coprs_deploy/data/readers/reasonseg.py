@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
-from coprs_deploy.data.image_columns import image_name_of
+from coprs_deploy.data.image_checks import ImageLoader
+from coprs_deploy.data.image_columns import image_name_of, load_image_source
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.polygon_fill import fill_polygon
 from coprs_deploy.data.readers.refer import ROOT_VARIABLE
@@ -116,8 +117,10 @@ class ReasonSegExamples(ExampleSource):
         self.num_targets: list[int] = []
         problems: list[RowProblem] = []
         paths = sorted(folder.glob("*.json"))
+        self.files: list[Path] = [*paths]
         if split == "explanatory":
-            problems += self._add_explanations(folder.parent / "explanatory/train.json")
+            self.files.append(folder.parent / "explanatory/train.json")
+            problems += self._add_explanations(self.files[-1])
         else:
             if first_sentences is None:
                 first_sentences = split != "train"
@@ -168,10 +171,10 @@ class ReasonSegExamples(ExampleSource):
         self.question_types.append("long" if annotation.is_sentence else "short")
         self.num_targets.append(int(any(_value(shape) == TARGET for shape in annotation.shapes)))
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode image and masks of a query; FieldError if one of them is invalid."""
         stem = self._stems[index]
-        image = self.images.load(f"{stem}{IMAGE_SUFFIX}")
+        image = self.images.load(f"{stem}{IMAGE_SUFFIX}", load)
         shapes = read_annotation(self.folder / f"{stem}.json").shapes
         painted = paint_shapes(shapes, *image.shape[:2])
         target, ignored = painted == TARGET, painted == IGNORED

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from coprs_deploy.data.examples import Example, ExampleSource, RowProblem
-from coprs_deploy.data.image_columns import image_name_of
+from coprs_deploy.data.image_checks import ImageLoader
+from coprs_deploy.data.image_columns import image_name_of, load_image_source
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.instances import InstanceFile, check_size, stack_masks
 from coprs_deploy.data.readers.pickles import read_plain_pickle
@@ -67,12 +68,16 @@ class _Reference(msgspec.Struct):
 class ReferExamples(ExampleSource):
     """Sentences of a split of a data set in the layout of REFER.
 
+    Only gRefCOCO has no-match examples; elsewhere, an annotation may be empty.
+
     Attributes:
         num_refs: number of references of the split, invalid ones included.
         splits: number of references of each split in the file, by its name there.
         images: the image files.
         instances: the instance file.
     """
+
+    has_references = True
 
     def __init__(
         self,
@@ -106,7 +111,8 @@ class ReferExamples(ExampleSource):
         self.instances = InstanceFile(folder / "instances.json")
         self.splits: dict[str, int] = {}
         self.num_refs = 0
-        self._is_generalized = dataset == "grefcoco"
+        self.files = (path, self.instances.path)
+        self._is_generalized = self.has_no_match = dataset == "grefcoco"
         self._ref_ids, self._sent_ids = array("q"), array("q")
         self._text, self._text_ends = b"", array("q", [0])
         self._ref_of_sentence = array("q")
@@ -188,11 +194,11 @@ class ReferExamples(ExampleSource):
             return ""
         return ("no_target", "single_target")[num_targets] if num_targets < 2 else "multi_target"
 
-    def read(self, index: int) -> Example:
+    def read(self, index: int, load: ImageLoader = load_image_source) -> Example:
         """Decode image and masks of a sentence; FieldError if one of them is invalid."""
         ref = self._ref_of_sentence[index]
         record = self.instances.images[self._image_ids[ref]]
-        image = self.images.load(record.file_name)
+        image = self.images.load(record.file_name, load)
         check_size(record, image, self.images.path(record.file_name))
         masks = [self.instances.mask(position) for position in self._targets[ref]]
         begin, end = self._text_ends[index : index + 2]
@@ -212,6 +218,10 @@ class ReferExamples(ExampleSource):
     def image_name(self, index: int) -> str:
         """Return the number of the image in COCO."""
         return image_name_of(Path(self._record_name(index)))
+
+    def num_same_class(self, index: int) -> int | None:
+        """Return the number of other objects of the targets' categories in the image, if known."""
+        return self.instances.num_same_class(self._targets[self._ref_of_sentence[index]])
 
     def _record_name(self, index: int) -> str:
         return self.instances.images[self._image_ids[self._ref_of_sentence[index]]].file_name

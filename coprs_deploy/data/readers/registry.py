@@ -19,7 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from coprs_deploy.data.examples import Example, ExampleFile, ExampleSource
+from coprs_deploy.data.examples import Example, ExampleFile, ExampleSource, RowProblem
+from coprs_deploy.data.image_checks import ImageLoader, map_in_order
+from coprs_deploy.data.image_columns import load_image_source
 from coprs_deploy.data.readers.arrow import STATE_FILE, ArrowRows, saved_files
 from coprs_deploy.data.readers.coco import CocoExamples
 from coprs_deploy.data.readers.hugging_face import (
@@ -31,8 +33,9 @@ from coprs_deploy.data.readers.hugging_face import (
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.reasonseg import SPLITS, ReasonSegExamples, has_split
 from coprs_deploy.data.readers.refer import ROOT_VARIABLE, SPLIT_BY, ReferExamples, splits_of
-from coprs_deploy.data.rows import REQUIRED_COLUMNS, SUFFIXES
-from coprs_deploy.errors import ArtifactError
+from coprs_deploy.data.rows import REQUIRED_COLUMNS, SUFFIXES, FieldError
+from coprs_deploy.data.selection import Selection
+from coprs_deploy.errors import ArtifactError, NoValidRowError
 
 DICTIONARY_FILE = "dataset_dict.json"
 """File that marks a folder of ``save_to_disk`` with several splits."""
@@ -68,6 +71,8 @@ def open_source(
     *,
     max_examples: int | None = None,
     inspect: Callable[[Example], None] | None = None,
+    load: ImageLoader = load_image_source,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> ExampleSource:
     """Open the examples of a source; invalid rows are skipped with a warning.
 
@@ -75,31 +80,66 @@ def open_source(
         source: name or path, as in the docstring of this module.
         options: how to open it.
         max_examples: of an example file, stop after this number of valid rows.
-        inspect: called with each valid example, in order, which decodes all of them.
+        inspect: called with each valid example, in order; all are decoded, in threads, and invalid
+            ones are skipped.
+        load: decodes the images for ``inspect``.
+        on_progress: called with the numbers of examples that were decoded and of all.
 
     Raises:
         ValueError: the name or the split is unknown.
         FileNotFoundError: a file or folder does not exist.
-        ArtifactError: a file cannot be read, has no valid example, or with ``inspect``, an example
-            is invalid.
+        ArtifactError: a file cannot be read or has no valid example, or with ``inspect``, images
+            are missing.
         MissingDependencyError: pyarrow is needed and not installed.
     """
-    found = _open(str(source), options or SourceOptions(), max_examples, inspect)
+
+    def open_file(path: Path) -> ExampleFile:
+        return ExampleFile(path, max_examples, inspect=inspect, load=load, on_progress=on_progress)
+
+    found = _open(str(source), options or SourceOptions(), open_file)
     if not isinstance(found, ExampleFile):  # which does both while it is opened
-        if found.problems:
-            warnings.warn(found.summary(), stacklevel=2)
         if inspect is not None:
             require_images(found)
-            for example in found:
-                inspect(example)
+            found = _inspected(found, inspect, load, on_progress)
+        if found.problems:
+            warnings.warn(found.summary(), stacklevel=2)
     return found
 
 
+def _inspected(
+    source: ExampleSource,
+    inspect: Callable[[Example], None],
+    load: ImageLoader,
+    on_progress: Callable[[int, int], None] | None,
+) -> ExampleSource:
+    """Decode all examples of a source, and leave out the invalid ones."""
+
+    def read(index: int) -> Example | FieldError:
+        try:
+            return source.read(index, load)
+        except FieldError as error:
+            return error
+
+    valid, problems = [], list(source.problems)
+    for index, found in enumerate(map_in_order(read, range(len(source)))):
+        if isinstance(found, FieldError):
+            problems.append(RowProblem(index + 1, found.field, str(found)))
+        else:
+            valid.append(index)
+            inspect(found)
+        if on_progress is not None:
+            on_progress(index + 1, len(source))
+    if len(valid) == len(source):
+        return source
+    selection = Selection(source, valid)
+    selection.problems = tuple(problems)
+    if not valid:
+        raise NoValidRowError(f"{selection.summary()}; at least one row must be valid")
+    return selection
+
+
 def _open(
-    text: str,
-    options: SourceOptions,
-    max_examples: int | None,
-    inspect: Callable[[Example], None] | None,
+    text: str, options: SourceOptions, open_file: Callable[[Path], ExampleFile]
 ) -> ExampleSource:
     name, *parts = text.split(":")
     if name in SPLIT_BY:
@@ -119,7 +159,7 @@ def _open(
         raise ValueError(_unknown(text))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    return ExampleFile(path, max_examples, inspect=inspect)
+    return open_file(path)
 
 
 def all_splits(source: str | Path, options: SourceOptions | None = None) -> list[str]:

@@ -146,7 +146,7 @@ def decoder_tensors(
 
 
 class VisionTower:
-    """Preprocessing and vision graph of one family.
+    """Preprocessing and vision graph of one family; images of several threads take turns.
 
     Args:
         path: directory of the graphs.
@@ -160,6 +160,7 @@ class VisionTower:
         self._qwen = QwenPixels(config) if description.vision else None
         self._clip = None if description.vision else ClipPixels(config)
         self._compiled = compile_file(path / VISION_FILE, settings)
+        self._lock = threading.Lock()
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         """Return rows and columns of the image's patches; (0, 0) if its size does not matter."""
@@ -186,7 +187,11 @@ class VisionTower:
         else:
             assert self._clip is not None
             inputs = {"pixel_values": self._clip(image)}
-        tokens: NDArray[np.float32] = self._compiled.create_infer_request().infer(inputs)["tokens"]
+        with self._lock:  # memory cannot be released while another request runs
+            outputs = self._compiled.create_infer_request().infer(inputs)
+            # The decoder runs next: at 3B, activations of the largest image take 0.3 GB.
+            self._compiled.release_memory()
+        tokens: NDArray[np.float32] = outputs["tokens"]
         return tokens
 
     def positions(self, is_image: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.int64]:

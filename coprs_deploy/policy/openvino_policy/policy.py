@@ -35,8 +35,9 @@ from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.policy_tokens import PolicyTokens
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
-MAX_CACHED_PROMPTS = 2
-"""Images whose vision tokens, keys and values are kept; a 3B policy needs 50 MB for each."""
+MAX_CACHED_PROMPTS = 3
+"""Images whose vision tokens, keys and values are kept: those of two requests that alternate, and
+the next one. A 3B policy needs 50 MB for each."""
 
 SMALL_DECODER_BYTES = 100_000_000
 """Size of the decoder's weights below which decoder and vision tower run on one thread: operators

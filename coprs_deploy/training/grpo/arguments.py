@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,30 +25,6 @@ TRL_SETTINGS = (
 """Settings that TRL takes under the same name."""
 
 
-def split_batch(settings: GrpoSettings, num_processes: int) -> tuple[int, int]:
-    """Split the completions of a step: completions and number of forward passes of a process.
-
-    Raises:
-        ValueError: the completions cannot be split evenly.
-    """
-    prompts, group = settings.global_batch_size, settings.num_generations
-    total = prompts * group
-    if total % num_processes:
-        least = num_processes // math.gcd(num_processes, group)
-        raise ValueError(
-            f"global_batch_size is {prompts}; {prompts} prompts x {group} completions are not "
-            f"divisible by {num_processes} processes; accepted: multiples of {least}"
-        )
-    per_process = total // num_processes
-    per_pass = settings.per_device_train_batch_size or per_process
-    if per_process % per_pass:
-        raise ValueError(
-            f"per_device_train_batch_size is {per_pass}; accepted: divisors of {per_process}, the "
-            "completions of a process"
-        )
-    return per_pass, per_process // per_pass
-
-
 def grpo_arguments(
     settings: GrpoSettings,
     recipe: Recipe,
@@ -67,7 +42,7 @@ def grpo_arguments(
             f"save_steps is {recipe.save_steps}; accepted: multiples of num_iterations "
             f"({settings.num_iterations}), so that a resume does not split a rollout"
         )
-    per_pass, passes = split_batch(settings, accelerator.num_processes)
+    per_pass, passes = settings.split_batch(accelerator.num_processes)
     prompt = state.policy.prompt
     max_completion_length = settings.max_completion_length or prompt.max_response_tokens
     return GRPOConfig(

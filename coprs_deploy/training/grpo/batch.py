@@ -15,7 +15,7 @@ from coprs_deploy.training.features import FeatureStore, load_images
 from coprs_deploy.training.grpo.attachment import SegmentationRequest
 from coprs_deploy.training.grpo.processor import IMAGE_KEY
 from coprs_deploy.training.losses import inside_image
-from coprs_deploy.training.mask_decoding import encode_images, fit_mask
+from coprs_deploy.training.mask_decoding import encode_images, fit_ignore_mask, fit_mask
 from coprs_deploy.training.state import TrainingState
 
 
@@ -40,12 +40,15 @@ class GroundTruth(NamedTuple):
         inside: (B, 1, M, M), 1 for mask cells of the image and 0 for padding.
         masks: (B, K, M, M), share of each cell covered by a target; zeros beyond the last target.
         num_targets: int64 (B,), at most K.
+        counted: (B, 1, M, M), ``inside`` without the share of each cell that is ignored: the weight
+            of a cell in losses and scores.
     """
 
     image_embedding: Tensor
     inside: Tensor
     masks: Tensor
     num_targets: Tensor
+    counted: Tensor
 
     def request(self, first_column: int) -> SegmentationRequest:
         """Build the request for the masks of completions that start in ``first_column``."""
@@ -103,7 +106,10 @@ class PromptCollator:
         masks = torch.stack([self._masks(item.example, size) for item, size in pairs])
         inside = inside_image(sizes, self.geometry.mask_size, self.geometry.mask_stride)
         counts = torch.tensor([len(item.example.masks) for item in distinct])
-        parts = (embedding, inside.to(device), masks.to(device), counts.to(device))
+        pairs = zip(distinct, sizes, strict=True)
+        ignored = [fit_ignore_mask(i.example.ignore_mask, s, self.geometry) for i, s in pairs]
+        counted = inside * (1 - torch.stack(ignored))
+        parts = (embedding, *(part.to(device) for part in (inside, masks, counts, counted)))
         return GroundTruth(*(part[order] for part in parts))
 
     def _masks(self, example: Example, size: Tensor) -> Tensor:

@@ -10,29 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate
-from coprs_deploy.evaluation.metrics import (
-    ExampleScore,
-    count_pixels,
-    iou,
-    mask_metrics,
-    standard_error,
-    union,
-)
-from coprs_deploy.images import prepare_image
-from coprs_deploy.logits import resize_logits, sigmoid
+from coprs_deploy.evaluation.metrics import standard_error
+from coprs_deploy.evaluation.protocols import TARGETS
+from coprs_deploy.evaluation.rows import EvaluationRow
+from coprs_deploy.evaluation.summary import measure, row_iou
+from coprs_deploy.training.gallery import TILES, Sample, quality_text
+from coprs_deploy.training.generation import at_image_size, row_of, sample_of, until_end
 from coprs_deploy.training.grpo.scores import mask_scores
 from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
-from coprs_deploy.visualization import add_caption, draw_grid, draw_heatmap, draw_overlay
+from coprs_deploy.visualization import add_caption
 
 if TYPE_CHECKING:
     from coprs_deploy.data.examples import Example
@@ -41,15 +36,17 @@ if TYPE_CHECKING:
 
 COMPLETIONS_FILE = "completions.jsonl"
 
-TILE_PX = 240
-"""Side of one image on a sheet, in pixels."""
-
 BATCH_SIZE = 32
 """Prompts that are generated together."""
 
 
-def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[ExampleScore]:
-    """Evaluate greedy responses; all processes take part and each returns all results."""
+def evaluate_policy(
+    trainer: JointTrainer, examples: Sequence[Example], shown: Sequence[int] = ()
+) -> tuple[list[EvaluationRow], list[Sample]]:
+    """Evaluate greedy responses; all processes take part and each returns all results.
+
+    ``shown`` are the indices of the examples whose samples are returned beside the scores.
+    """
     from accelerate.utils import gather_object
 
     accelerator, model = trainer.accelerator, trainer.model
@@ -57,33 +54,41 @@ def evaluate_policy(trainer: JointTrainer, examples: Sequence[Example]) -> list[
     own = list(range(accelerator.process_index, count, num_processes))
     # A sharded model must be called equally often by all processes: a process with fewer examples
     # evaluates the last one again.
-    padding = [count - 1] * (-(-count // num_processes) - len(own))
+    indices = own + [count - 1] * (-(-count // num_processes) - len(own))
+    kept: dict[int, Sample] = {}
+    position = iter(indices)
+
+    def predict(batch: Sequence[Example]) -> list[Prediction]:
+        predictions, samples = _predict(trainer, batch)
+        kept.update((i, each) for i, each in zip(position, samples, strict=False) if i in shown)
+        return predictions
+
     was_training = model.training
     model.eval()
-    evaluated = evaluate(
-        lambda batch: _predict(trainer, batch),
-        [examples[i] for i in own + padding],
-        batch_size=BATCH_SIZE,
-    )[: len(own)]
+    evaluated = evaluate(predict, [examples[i] for i in indices], batch_size=BATCH_SIZE)[: len(own)]
     model.train(was_training)
-    gathered: list[ExampleScore] = gather_object(evaluated) if num_processes > 1 else evaluated
-    return gathered
+    found = list(kept.items())
+    if num_processes > 1:
+        evaluated, found = gather_object(evaluated), gather_object(found)
+    return evaluated, [sample for _, sample in sorted(dict(found).items())]
 
 
-def summarize(scores: Sequence[ExampleScore]) -> dict[str, float]:
+def summarize(scores: Sequence[EvaluationRow]) -> dict[str, float]:
     """Average metrics over all examples; those of masks are nan if no example has a target."""
     present = [score for score in scores if score.num_targets]
-    of_masks = mask_metrics(present)
+    of_masks = measure(present, TARGETS)
     means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
     return {
         **means,
-        **{name: of_masks.get(name, math.nan) for name in MASK_METRICS},
-        "giou_stderr": standard_error([score.mask_iou for score in present]),
+        **{n: of_masks[n].value if n in of_masks else math.nan for n in MASK_METRICS},
+        "giou_stderr": standard_error([row_iou(score, TARGETS) for score in present]),
         "reward_stderr": standard_error([score.extra["reward"] for score in scores]),
     }
 
 
-def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Prediction]:
+def _predict(
+    trainer: JointTrainer, examples: Sequence[Example]
+) -> tuple[list[Prediction], list[Sample]]:
     parts = trainer.parts
     items = [parts.collator.item(example, i) for i, example in enumerate(examples)]
     parts.processor.clear_cache()
@@ -95,24 +100,21 @@ def _predict(trainer: JointTrainer, examples: Sequence[Example]) -> list[Predict
     scores = mask_scores(decoded, ground_truth).float().cpu()
     rewards = (weights.mask * scores + weights.format * torch.tensor(format_scores)).tolist()
     parts.processor.clear_cache()
-    predictions = []
+    predictions, samples = [], []
     for row, example in enumerate(examples):
-        is_found = decoded.is_found[row]
-        read = parts.reader.read(responses[row])
-        predictions.append(
-            Prediction(
-                masks=at_image_size(trainer, example, decoded.mask_logits[row][is_found]) > 0,
-                priors=at_image_size(trainer, example, decoded.prior_logits[row][is_found]) > 0,
-                response=read.text,
-                extra={
-                    "reward": rewards[row],
-                    "format_score": format_scores[row],
-                    "count_accuracy": float(len(read.reference_positions) == len(example.masks)),
-                    "completion_length": float(len(responses[row])),
-                },
-            )
-        )
-    return predictions
+        read, of_row = parts.reader.read(responses[row]), row_of(decoded, row)
+        geometry, both = parts.collator.geometry, (rewards[row], format_scores[row])
+        priors = at_image_size(geometry, example, of_row[0]) > 0
+        sample = sample_of(example, read, of_row, geometry, both)
+        samples.append(sample)
+        extra = {
+            "reward": rewards[row],
+            "format_score": format_scores[row],
+            "count_accuracy": float(len(read.reference_positions) == len(example.masks)),
+            "completion_length": float(len(responses[row])),
+        }
+        predictions.append(Prediction(sample.masks, priors, read.text, extra))
+    return predictions, samples
 
 
 def generate_greedily(trainer: JointTrainer, items: Sequence[PromptItem]) -> list[list[int]]:
@@ -135,60 +137,36 @@ def generate_greedily(trainer: JointTrainer, items: Sequence[PromptItem]) -> lis
             eos_token_id=trainer.eos_token_ids,
             pad_token_id=processor.tokenizer.pad_token_id,
         )[:, fields["input_ids"].shape[1] :].tolist()
-    responses = []
-    for row in sequences:
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
-        responses.append(row[: stop + 1])
-    return responses
-
-
-def at_image_size(
-    trainer: JointTrainer, example: Example, logits: torch.Tensor
-) -> NDArray[np.float32]:
-    """Resize (N, M, M) logits to the size of the image: (N, H, W)."""
-    if not len(logits):
-        return np.zeros((0, *example.image.shape[:2]), np.float32)
-    geometry = trainer.parts.collator.geometry
-    prepared = prepare_image(example.image, geometry)
-    return resize_logits(logits.float().cpu().numpy()[:, None], prepared, geometry)
+    return [until_end(row, ends) for row in sequences]
 
 
 def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int) -> None:
     """Write completions of the last rollout to ``step-N.png`` and ``completions.jsonl``.
 
-    Different prompts come first. A row of the sheet is one completion: the ground truth, its prior
-    and its mask, or empty fields if it named no target, and below them instruction and response.
+    Different prompts come first. A row of the sheet is one completion: the image, the ground truth,
+    its prior and its mask, or grey fields if it named no target; below them scores and texts.
     """
     rollout = trainer.rollout
     decoded = rollout.decoded if rollout else None
     if rollout is None or decoded is None or not count:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    reader, lines, sheets = trainer.parts.reader, [], []
+    reader, geometry = trainer.parts.reader, trainer.parts.collator.geometry
+    scores, counts = mask_scores(decoded, rollout.ground_truth), rollout.ground_truth.num_targets
+    weights, lines, sheets = trainer.parts.settings.reward_weights, [], []
     for number in spread([item.example.id for item in rollout.items], count):
-        example, is_found = rollout.items[number].example, decoded.is_found[number]
         completion = rollout.completions[number]
-        found = _largest(trainer, example, decoded.prior_logits[number][is_found])
-        mask = _largest(trainer, example, decoded.mask_logits[number][is_found])
-        gt = union(example.masks)
-        predicted = np.zeros_like(gt) if mask is None else mask > 0
-        targets = int(rollout.ground_truth.num_targets[number])
-        line = {
-            "step": step,
-            "id": example.id,
-            "instruction": example.instruction,
-            "response": reader.read(completion).text,
-            "format_score": reader.format_scores([completion], [targets])[0],
-            "mask_iou": iou(count_pixels(predicted, gt), empty=0.0) if targets else None,
-            "num_targets": targets,
-            "num_found": int(is_found.sum()),
-        }
-        lines.append(line)
-        empty = Image.new("RGB", (TILE_PX, TILE_PX), "gray")
-        tiles = [draw_overlay(example.image, gt[None] if targets else gt[None][:0])]
-        tiles.append(empty if found is None else draw_heatmap(example.image, sigmoid(found)))
-        tiles.append(empty if mask is None else draw_overlay(example.image, predicted[None]))
-        sheets.append(_captioned(draw_grid([tiles], TILE_PX), line))
+        format_score = reader.format_scores([completion], [int(counts[number])])[0]
+        reward = weights.mask * float(scores[number]) + weights.format * format_score
+        sample = sample_of(
+            rollout.items[number].example,
+            reader.read(completion),
+            row_of(decoded, number),
+            geometry,
+            (reward, format_score),
+        )
+        lines.append({"step": step, **sample.to_json()})
+        sheets.append(_captioned(sample))
     _stack(sheets).save(directory / f"step-{step:06d}.png")
     with (directory / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -204,12 +182,11 @@ def spread(prompts: Sequence[str], count: int) -> list[int]:
     return [number for _, number in sorted(turns)[:count]]
 
 
-def _captioned(tiles: Image.Image, line: Mapping[str, Any]) -> Image.Image:
-    """Add the numbers, the instruction and the response below a row of a sheet."""
-    quality = "no-match" if line["mask_iou"] is None else f"IoU {line['mask_iou']:.2f}"
-    numbers = f"{quality}, {line['num_found']} of {line['num_targets']} targets named"
-    tiles = add_caption(tiles, "ground truth | prior | mask: " + numbers)
-    return add_caption(add_caption(tiles, line["instruction"]), line["response"] or "(empty)")
+def _captioned(sample: Sample) -> Image.Image:
+    """Draw a sample with its numbers, instruction and response below."""
+    drawn = add_caption(sample.draw(), f"{TILES}: {quality_text(sample.to_json())}")
+    drawn = add_caption(drawn, sample.example.instruction)
+    return add_caption(drawn, sample.response or "(empty)")
 
 
 def _stack(rows: Sequence[Image.Image]) -> Image.Image:
@@ -220,13 +197,3 @@ def _stack(rows: Sequence[Image.Image]) -> Image.Image:
         sheet.paste(row, (0, top))
         top += row.height
     return sheet
-
-
-def _largest(
-    trainer: JointTrainer, example: Example, found: torch.Tensor
-) -> NDArray[np.float32] | None:
-    """Return the maximum of (N, M, M) logits at the image size, (H, W); None if N is 0."""
-    if not len(found):
-        return None
-    largest: NDArray[np.float32] = at_image_size(trainer, example, found.float().amax(0)[None])[0]
-    return largest

@@ -59,8 +59,8 @@ def mask_scores(decoded: DecodedMasks, gt: GroundTruth) -> Tensor:
     prompt, a completion without ``<REF_POS>`` scores 1, any other 0.
     """
     rows, targets = decoded.is_found.shape
-    probabilities = decoded.mask_logits.float().sigmoid() * gt.inside
-    scores = mask_score(probabilities.flatten(0, 1), gt.masks.flatten(0, 1))
+    probabilities = decoded.mask_logits.float().sigmoid() * gt.counted
+    scores = mask_score(probabilities.flatten(0, 1), (gt.masks * gt.counted).flatten(0, 1))
     counted = scores.view(rows, targets) * decoded.is_found * gt.is_target
     mean = counted.sum(1) / gt.num_targets.clamp(min=1)
     has_no_reference = (~decoded.is_found.any(1)).float()
@@ -68,20 +68,24 @@ def mask_scores(decoded: DecodedMasks, gt: GroundTruth) -> Tensor:
 
 
 def grid_ious(decoded: DecodedMasks, gt: GroundTruth) -> dict[str, Mean]:
-    """Compute the IoU of masks (``giou``) and priors (``prior_giou``) on the mask grid.
+    """Compute the IoU of masks and priors of sampled completions on the mask grid.
 
-    Means over the targets of all rows; a target without ``<REF_POS>`` counts as 0.
+    ``sampled_giou`` and ``sampled_prior_giou`` are means over the targets of all rows; a target
+    without ``<REF_POS>`` counts as 0.
     """
     is_target = gt.is_target
     if not is_target.any():
         nothing = decoded.mask_logits.new_zeros(())
-        return {name: Mean(nothing, nothing) for name in ("giou", "prior_giou")}
+        return {name: Mean(nothing, nothing) for name in ("sampled_giou", "sampled_prior_giou")}
     outside = -torch.finfo(torch.float32).max
-    inside = (gt.inside > 0).expand_as(decoded.mask_logits)
+    counted = (gt.counted > 0.5).expand_as(decoded.mask_logits)
     metrics = {}
-    for name, logits in (("giou", decoded.mask_logits), ("prior_giou", decoded.prior_logits)):
-        visible = torch.where(inside, logits.detach().float(), outside)[is_target]
-        iou = intersection_over_union(visible[:, None], gt.masks[is_target] > 0.5)
+    for name, logits in (
+        ("sampled_giou", decoded.mask_logits),
+        ("sampled_prior_giou", decoded.prior_logits),
+    ):
+        visible = torch.where(counted, logits.detach().float(), outside)[is_target]
+        iou = intersection_over_union(visible[:, None], ((gt.masks > 0.5) & counted)[is_target])
         metrics[name] = Mean.of(iou * decoded.is_found[is_target])
     return metrics
 
@@ -97,9 +101,9 @@ def row_losses(
     is_target = gt.is_target
     row = torch.nonzero(is_target)[:, 0]
     share = 1 / gt.num_targets[row].float()
-    inside = gt.inside[row]
+    counted = gt.counted[row]
     prior = decoded.prior_logits[is_target][:, None]
     mask = decoded.mask_logits[is_target][:, None]
     target = gt.masks[is_target][:, None]
-    losses = segmentation_losses(prior, mask, target, inside, weights, target_weights=share)
+    losses = segmentation_losses(prior, mask, target, counted, weights, target_weights=share)
     return {name: mean.total for name, mean in losses.items()}

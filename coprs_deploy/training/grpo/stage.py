@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from coprs_deploy.artifacts import atomic_write, write_json
 from coprs_deploy.data.examples import Example
+from coprs_deploy.evaluation.summary import flat_row
 from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
-from coprs_deploy.training.examples import ExampleSets
+from coprs_deploy.training.examples import ExampleSets, first_examples
+from coprs_deploy.training.gallery import spread_indices, write_gallery
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import PromptCollator
@@ -30,7 +31,7 @@ from coprs_deploy.training.grpo.evaluation import (
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.scores import ResponseReader
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
-from coprs_deploy.training.progress import StageProgress
+from coprs_deploy.training.progress import REFERENCE
 from coprs_deploy.training.recipe import Recipe
 from coprs_deploy.training.run_directory import rewind_lines
 from coprs_deploy.training.settings import GrpoSettings
@@ -39,7 +40,6 @@ from coprs_deploy.training.state import TrainingState
 if TYPE_CHECKING:
     from coprs_deploy.training.run import Run
 
-REFERENCE_FOLDER = "reference"
 SAMPLES_FOLDER = "samples"
 HELD_OUT_FOLDER = "held_out"
 
@@ -62,9 +62,9 @@ class GrpoStage:
         policy_path: Path | None,
     ) -> None:
         self.settings = settings
-        self.progress = StageProgress(run.directory, run.accelerator, name, run.recipe.stages)
+        self.progress = run.progress(name)
         self._run, self._name, self._state, self._examples = run, name, state, examples
-        self._held_out: list[Example] = list(examples.held_out[: settings.num_eval_examples])
+        self._held_out = first_examples(examples.held_out, settings.num_eval_examples)
         self._policy_path = policy_path
 
     def run(self) -> dict[str, Any]:
@@ -84,28 +84,24 @@ class GrpoStage:
         metrics = self.evaluate(trainer, self.settings.max_steps)
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         self._take_weights(trainer, attachment)
-        result = progress.finish(self._state, metrics, num_trainable)
-        if accelerator.is_main_process:
-            shutil.rmtree(progress.path / REFERENCE_FOLDER, ignore_errors=True)
-        return result
+        return progress.finish(self._state, metrics, num_trainable)
 
-    def restore(self) -> None:
-        """Load the weights of the newest state, if there is one; not for a sharded policy."""
-        if self.progress.state is not None:
-            trainer, attachment = self._attach()
-            load_trainable_weights(self.progress.state, trainer.model)
-            self._take_weights(trainer, attachment)
+    def save_checkpoint(self, trainer: JointTrainer, step: int) -> None:
+        """Write the checkpoint of the current weights."""
+        self._run.save_last(self._state, self.progress, step, policy_weights(trainer))
 
     def evaluate(self, trainer: JointTrainer, step: int) -> dict[str, float]:
         """Evaluate the current weights on the held-out examples."""
-        evaluated = evaluate_policy(trainer, self._held_out)
+        shown = spread_indices(len(self._held_out), self.settings.num_completions_to_print)
+        evaluated, samples = evaluate_policy(trainer, self._held_out, shown)
         metrics = summarize(evaluated)
-        if self.progress.log_evaluation(step, metrics, self._run.recipe.best_metric):
+        if self.progress.log_evaluation(step, metrics):
             self._run.save_best(self._state, self.progress, policy_weights(trainer))
         if self._run.accelerator.is_main_process:
+            write_gallery(self._run.directory.path, self._name, step, samples)
             held_out, _ = self._folders()
             held_out.mkdir(parents=True, exist_ok=True)
-            rows = [each.to_json() for each in evaluated]
+            rows = [flat_row(each) for each in evaluated]
             write_json(held_out / f"step-{step:06d}.json", {"examples": rows})
         return metrics
 
@@ -146,10 +142,7 @@ class GrpoStage:
 
     def _log(self, step: int, line: dict[str, float]) -> None:
         """Log the metrics of a step, under TRL's names and ours."""
-        found = {name: value for name, value in line.items() if value is not None}
-        cut = line.get("completions/clipped_ratio", 0.0)
-        shown = f"reward {line['reward']:7.4f}  loss {line['loss']:8.4f}  cut off {cut:4.0%}"
-        self.progress.log(step, found, shown)
+        self.progress.log(step, {name: value for name, value in line.items() if value is not None})
 
     def _trainer(self, policy: Any) -> JointTrainer:
         settings, state, examples = self.settings, self._state, self._examples
@@ -164,21 +157,22 @@ class GrpoStage:
         )
         callback = _StageCallback(self)
         recipe, accelerator = self._run.recipe, self._run.accelerator
-        trainer = JointTrainer(
-            parts,
-            grpo_arguments(settings, recipe, accelerator, self.progress.path, state),
-            order=prompt_order(examples.training, settings, examples.seed),
-            peft_config=lora_config(settings.lora),
-            on_log=lambda line: self._log(trainer.state.global_step, line),
-            callbacks=[callback],
-        )
+        with without_progress_bars():  # of the reference
+            trainer = JointTrainer(
+                parts,
+                grpo_arguments(settings, recipe, accelerator, self.progress.path, state),
+                order=prompt_order(examples.training, settings, examples.seed),
+                peft_config=lora_config(settings.lora),
+                on_log=lambda line: self._log(trainer.state.global_step, line),
+                callbacks=[callback],
+            )
         callback.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _reference(self) -> Path:
         """Write the initial weights of the stage, from which the frozen reference is loaded."""
-        path = self.progress.path / REFERENCE_FOLDER
+        path = self.progress.path / REFERENCE
         if self._run.accelerator.is_main_process and not path.is_dir():
             with atomic_write(path) as partial, without_progress_bars():
                 partial.mkdir(parents=True)
@@ -240,6 +234,8 @@ class _StageCallback(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not control.should_training_stop:  # before the state: a resume would not write it
+            self._stage.save_checkpoint(self.trainer, state.global_step)
         self._stage.progress.commit(state.global_step)
 
 

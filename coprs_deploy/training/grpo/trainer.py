@@ -42,7 +42,8 @@ from coprs_deploy.training.grpo.scores import (
     row_losses,
 )
 from coprs_deploy.training.losses import Mean
-from coprs_deploy.training.optim import build_optimizers, lr_factor
+from coprs_deploy.training.lr_schedule import lr_factor
+from coprs_deploy.training.optim import build_optimizers, group_settings, set_group_settings
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.stage import add_mean, reduce_means
 
@@ -265,6 +266,20 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_trainable_weights(Path(resume_from_checkpoint), model or self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the moments of a state; rates and their schedule are those of the recipe."""
+        kept = group_settings([self.optimizer])
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        set_group_settings([self.optimizer], kept)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        for group, peak, factor in zip(
+            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * factor(schedule.last_epoch)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write nothing: the run directory has a report."""

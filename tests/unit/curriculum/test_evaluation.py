@@ -20,7 +20,7 @@ from coprs_deploy.curriculum.state import initialize_segmentation
 from coprs_deploy.curriculum.tiny_policy import build_tiny_policy
 from coprs_deploy.data.synthetic import HELD_OUT_SEED, PLAIN
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
-from coprs_deploy.evaluation.metrics import summarize
+from coprs_deploy.evaluation.summary import summarize
 from coprs_deploy.export import export_checkpoint
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.policy import Policy

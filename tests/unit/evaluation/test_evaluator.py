@@ -8,7 +8,8 @@ import pytest
 from coprs_deploy.data.examples import Example
 from coprs_deploy.data.sources import open_examples
 from coprs_deploy.evaluation.evaluator import Prediction, evaluate, predict_with, score_example
-from coprs_deploy.evaluation.metrics import MaskCounts, summarize
+from coprs_deploy.evaluation.rows import MaskCounts
+from coprs_deploy.evaluation.summary import flat_row, summarize
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_evaluate_with_a_missing_prediction_is_refused(dataset):
 
 
 def test_evaluated_row_holds_texts_counts_and_metrics(dataset):
-    (row,) = [each.to_json() for each in evaluate(perfect, dataset.examples[:1])]
+    (row,) = [flat_row(each) for each in evaluate(perfect, dataset.examples[:1])]
     example = dataset.examples[0]
     assert row == {
         "id": example.id,
@@ -72,7 +73,13 @@ def test_predict_with_thresholds_the_priors_of_a_segment_function(dataset):
         assert len(masks) <= max_targets == dataset.max_targets
         prior_logits = np.where(masks, 3.0, -3.0).astype(np.float32)
         prior_logits[:, 0] = 0
-        return SimpleNamespace(masks=masks, prior_logits=prior_logits, response="text")
+        return SimpleNamespace(
+            masks=masks,
+            prior_logits=prior_logits,
+            response="text",
+            scores=[0.5] * len(masks),
+            stop_reason="end_of_text",
+        )
 
     (prediction,) = predict_with(segment, dataset.max_targets)(dataset.examples[:1])
     expected = dataset.examples[0].masks.copy()
@@ -94,6 +101,6 @@ def test_evaluate_leaves_out_the_pixels_of_the_ignore_mask():
     counted = [(y, x) for y in range(4) for x in range(6) if not ignored[y, x]]
     hits = sum(masks[0, y, x] and predicted[0, y, x] for y, x in counted)
     either = sum(masks[0, y, x] or predicted[0, y, x] for y, x in counted)
-    score = score_example(example, prediction)
-    assert score.mask == MaskCounts(hits, either) == MaskCounts(2, 4)
-    assert score.prior == MaskCounts(4, 4)
+    score = score_example(0, example, prediction)
+    assert score.mask == MaskCounts(hits, either, 2, 4) == MaskCounts(2, 4, 2, 4)
+    assert score.prior == MaskCounts(4, 4, 4, 4)

@@ -4,30 +4,29 @@ import numpy as np
 import pytest
 
 from coprs_deploy.evaluation.metrics import (
-    ExampleScore,
-    MaskCounts,
     ciou,
     count_pixels,
     giou,
     iou,
-    mask_metrics,
-    no_match_metrics,
     pearson_r,
     precision_at,
     standard_error,
-    summarize,
     union,
 )
+from coprs_deploy.evaluation.protocols import TARGETS
+from coprs_deploy.evaluation.rows import EvaluationRow, MaskCounts
+from coprs_deploy.evaluation.summary import measure, row_iou, summarize
 
 
 def score(question_type, mask, prior=(1, 1), num_targets=1, num_found=1, extra=None):
-    return ExampleScore(
-        "x",
-        question_type,
-        num_targets,
-        num_found,
-        MaskCounts(*mask),
-        MaskCounts(*prior),
+    return EvaluationRow(
+        index=0,
+        id="x",
+        question_type=question_type,
+        num_targets=num_targets,
+        num_found=num_found,
+        mask=MaskCounts(*mask, 0, 0),
+        prior=MaskCounts(*prior, 0, 0),
         extra=extra or {},
     )
 
@@ -36,7 +35,7 @@ def test_count_pixels_of_two_masks_returns_intersection_and_union():
     one, other = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     one[:2], other[1:3] = True, True
     counts = count_pixels(one, other)
-    assert counts == MaskCounts(4, 12)
+    assert counts == MaskCounts(4, 12, 8, 8)
     assert iou(counts, empty=0) == pytest.approx(1 / 3)
     assert iou(count_pixels(one, one), empty=0) == 1
     assert iou(count_pixels(one, ~one), empty=1) == 0
@@ -48,13 +47,13 @@ def test_iou_of_empty_masks_is_the_value_of_the_protocol(empty):
     counts = count_pixels(nothing, nothing)
     assert iou(counts, empty=empty) == empty
     assert ciou([counts], empty=empty) == empty
-    assert giou([counts, MaskCounts(1, 1)], empty=empty) == (1 + empty) / 2
+    assert giou([counts, MaskCounts(1, 1, 1, 1)], empty=empty) == (1 + empty) / 2
     assert precision_at([counts], 0.5, empty=empty) == empty
 
 
-def test_example_score_of_empty_masks_has_iou_0():
+def test_row_of_empty_masks_has_iou_0():
     nothing = score("none", (0, 0), (0, 0), num_targets=0, num_found=0)
-    assert nothing.mask_iou == nothing.prior_iou == 0
+    assert row_iou(nothing, TARGETS) == row_iou(nothing, TARGETS, "prior") == 0
 
 
 def test_union_merges_masks_and_is_empty_without_masks():
@@ -76,7 +75,7 @@ def test_summarize_distinguishes_giou_and_ciou():
 
 def test_precision_at_excludes_the_threshold_itself():
     assert summarize([score("a", (5, 10))])["precision_at_50"] == 0
-    counts = [MaskCounts(5, 10), MaskCounts(8, 10)]
+    counts = [MaskCounts(5, 10, 10, 5), MaskCounts(8, 10, 10, 8)]
     assert precision_at(counts, 0.7, empty=0) == 0.5
     assert precision_at(counts, 0.8, empty=0) == 0
 
@@ -104,13 +103,12 @@ def test_summarize_averages_extra_metrics_over_examples_with_a_target():
     metrics = summarize(scores)
     assert metrics["exact_match"] == 0.5
     assert metrics["a.exact_match"] == 1
-    assert mask_metrics(scores[1:2])["exact_match"] == 0
+    assert measure(scores[1:2], TARGETS)["exact_match"].value == 0
 
 
 def test_undefined_metrics_are_left_out():
     assert summarize([]) == {}
-    assert mask_metrics([]) == {}
-    assert no_match_metrics([1], [1]) == {}
+    assert measure([], TARGETS) == {}
     assert pearson_r([0.5, 0.5], [0.1, 0.9]) is None
     assert pearson_r([0.1], [0.1]) is None
 

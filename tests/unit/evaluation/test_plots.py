@@ -1,10 +1,18 @@
 """The regression band of the paper, on values made by hand."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from coprs_deploy.evaluation.plots import plot_correlation, regression_band
+from coprs_deploy.evaluation.plots import (
+    COLORS,
+    Correlation,
+    draw_correlations,
+    plot_correlation,
+    regression_band,
+)
 
 
 def test_regression_band_is_narrowest_at_the_mean():
@@ -23,3 +31,22 @@ def test_plot_correlation_of_any_values_writes_an_image(values, tmp_path):
     plot_correlation(tmp_path / "plot.png", values, values)
     with Image.open(tmp_path / "plot.png") as image:
         assert image.size[0] > 400
+
+
+def test_draw_correlations_has_the_paper_of_each_scheme_and_a_panel_each():
+    panels = [Correlation([0.1, 0.5, 0.9], [-0.2, 0.4, 1.0], "x", "y", "batches")] * 2
+    sizes = set()
+    for scheme, colors in COLORS.items():
+        with Image.open(io.BytesIO(draw_correlations(panels, scheme))) as image:
+            sizes.add(image.size)
+            assert (
+                "#{:02x}{:02x}{:02x}".format(*image.convert("RGB").getpixel((2, 2)))
+                == (colors["paper"])
+            )
+    ((width, height),) = sizes
+    assert width > 2 * height
+
+
+def test_draw_correlations_is_the_same_each_time():
+    panel = [Correlation([0.1, 0.5, 0.9], [0.2, 0.4, 1.0], "x", "y")]
+    assert draw_correlations(panel) == draw_correlations(panel)

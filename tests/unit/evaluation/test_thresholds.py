@@ -2,7 +2,9 @@
 
 import pytest
 
-from coprs_deploy.evaluation.metrics import ExampleScore, MaskCounts, summarize
+from coprs_deploy.evaluation.protocols import GREFCOCO, LISA
+from coprs_deploy.evaluation.rows import EvaluationRow, MaskCounts
+from coprs_deploy.evaluation.summary import measure, summarize
 from coprs_deploy.evaluation.thresholds import (
     METRICS,
     check_thresholds,
@@ -67,22 +69,49 @@ def test_metric_that_the_examples_do_not_define_is_refused(
 
 
 def test_metrics_of_complete_examples_are_accepted():
-    thresholds = {**dict.fromkeys(METRICS, 0.5), "ordinal.giou": 0.5}
+    known = set(METRICS) - {"n_acc", "t_acc"}
+    thresholds = {**dict.fromkeys(known, 0.5), "ordinal.giou": 0.5}
     check_thresholds(thresholds, ("ordinal", "", "several"), 1)
+    check_thresholds({"n_acc": 0.5, "t_acc": 0.5}, ("a",), 1, GREFCOCO)
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "question_types", "num_no_match", "reason"),
+    [
+        ("n_acc", LISA, ("a",), 1, "the protocol lisa does not have it"),
+        ("no_match_recall", GREFCOCO, ("a",), 1, "the protocol grefcoco does not have it"),
+        ("t_acc", GREFCOCO, ("a",), 0, "there is no no-match example"),
+        ("t_acc", GREFCOCO, (), 2, "there is no example with a target"),
+    ],
+)
+def test_metric_that_the_protocol_does_not_define_is_refused(
+    name, protocol, question_types, num_no_match, reason
+):
+    with pytest.raises(ValueError, match=reason):
+        check_thresholds({name: 0.5}, question_types, num_no_match, protocol)
 
 
 def scores(*found):
     """Score one no-match example and one example per number: predicted masks and their IoU."""
-    hit = MaskCounts(1, 2)
-    present = [ExampleScore("a", "", 1, 1, MaskCounts(n, 10), hit) for n in found]
-    return [ExampleScore("b", "", 0, 1, MaskCounts(0, 5), hit), *present]
+    present = [row(1, 1, (n, 10), (1, 2)) for n in found]
+    return [row(0, 1, (0, 5), (1, 2)), *present]
+
+
+def row(num_targets, num_found, mask, prior):
+    return EvaluationRow(
+        index=0,
+        id="a",
+        num_targets=num_targets,
+        num_found=num_found,
+        mask=MaskCounts(*mask, 0, 0),
+        prior=MaskCounts(*prior, 0, 0),
+    )
 
 
 def test_every_metric_that_can_be_required_is_computed():
     found = scores(4, 8)
-    found.append(ExampleScore("c", "", 0, 0, MaskCounts(0, 0), MaskCounts(0, 0)))
-    found.append(ExampleScore("d", "", 1, 1, MaskCounts(1, 2), MaskCounts(3, 4)))
-    assert set(summarize(found)) == set(METRICS)
+    found += [row(0, 0, (0, 0), (0, 0)), row(1, 1, (1, 2), (3, 4))]
+    assert {*summarize(found), *measure(found, GREFCOCO)} == set(METRICS)
 
 
 def test_metrics_below_their_threshold_fail():

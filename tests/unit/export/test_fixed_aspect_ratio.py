@@ -266,8 +266,8 @@ def test_evaluate_examples_outside_valid_region_are_refused_first(exact, capsys)
     arguments = ["evaluate", str(exact.path), "--num-examples", "3", "--num-no-match", "0"]
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "does not accept 3 of 3 images; the first is plain-" in message
-    assert "on --examples of that aspect ratio" in message
+    assert "does not accept the first image of synthetic:plain" in message
+    assert "on a --dataset of that aspect ratio" in message
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 
 import pytest
@@ -10,10 +11,12 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from coprs_deploy.errors import PolicyError
-from coprs_deploy.server.app import MAX_INSTRUCTION_CHARS, _accepts_stream, build_app
+from coprs_deploy.server.app import MAX_INSTRUCTION_CHARS, PAGE, _accepts_stream, build_app
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
 from tests.unit.runtime_fakes import WAIT, FakePolicy
 from tests.unit.server.asgi import MAX_BYTES, png
+
+SCRIPTS = ("app", "masks", "stream", "viewer")
 
 
 @pytest.fixture
@@ -80,10 +83,10 @@ class TestResults:
         events = events_of(response)
         assert [name for name, _ in events] == ["text", "text", "prior", "result"]
         assert "".join(data["text"] for _, data in events[:2]) == "some text"
-        for _, data in events[2:]:
-            kind, _, content = data["image"].partition(",")
-            assert kind == "data:image/jpeg;base64"
-            assert Image.open(io.BytesIO(base64.b64decode(content))).size == (640, 427)
+        kind, _, content = events[2][1]["image"].partition(",")
+        assert kind == "data:image/png;base64"
+        prior = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert (prior.mode, prior.size) == ("L", (30, 20))  # as the image, which is small
         result = events[-1][1]
         assert result["masks"][0]["size"] == result["image_size"] == [20, 30]
         assert result["stop_reason"] == "targets_reached"
@@ -96,7 +99,12 @@ class TestResults:
         page = client.get("/")
         assert page.headers["content-type"].startswith("text/html")
         assert "<form" in page.text
-        assert "://" not in page.text  # no external resources
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        files = re.findall(r'(?:src|href)="(page/[^"]*)"', page.text)
+        assert len(files) == 3
+        for name in [*files, *(f"page/{each.name}" for each in PAGE.iterdir())]:
+            assert client.get(f"/{name}").status_code == 200
+        assert client.get("/page/none.js").json()["type"] == "RequestError"
         assert client.get("/docs").status_code == 404  # FastAPI's page loads external scripts
 
     @pytest.mark.parametrize("path", ["/", "/health", "/openapi.json"])
@@ -110,9 +118,28 @@ class TestResults:
 
     def test_page_works_under_any_path_of_a_proxy(self, connect):
         client, _ = connect()
-        page = client.get("/").text
+        texts = [client.get("/").text, *(client.get(f"/page/{each}.js").text for each in SCRIPTS)]
         for link in ('href="openapi.json"', 'fetch("segment"', 'fetch("health")'):
-            assert link in page
+            assert any(link in text for text in texts)
+        for text in texts:
+            assert not re.search(r'(src|href|from|fetch\()\s*=?\s*"(/|\w+:)', text)
+
+    def test_samples_are_those_of_the_demo_model(self, connect):
+        assert connect()[0].get("/samples").json() == []
+        client, _ = connect(app_options={"has_samples": True})
+        samples = client.get("/samples").json()
+        assert len(samples) == 5
+        for sample in samples:
+            image = client.get(f"/{sample['image']}")
+            assert (image.status_code, image.headers["content-type"]) == (200, "image/jpeg")
+        assert client.get("/samples/none.jpg").status_code == 404
+
+    def test_health_counts_the_active_requests(self, connect):
+        seen = []
+        during = lambda: seen.append(client.get("/health").json()["active_requests"])  # noqa: E731
+        client, _ = connect(FakePolicy(deltas=("text",), during=during))
+        post(client)
+        assert (seen, client.get("/health").json()["active_requests"]) == ([1], 0)
 
     @pytest.mark.parametrize(
         ("accept", "expected"),
@@ -267,7 +294,9 @@ class TestRefusals:
         for method, path, status in (("GET", "/segment", 405), ("POST", "/result", 404)):
             response = client.request(method, path)
             assert response.status_code == status
-            endpoints = "Not found. Endpoints: GET /, /health, /openapi.json; POST /segment"
+            endpoints = (
+                "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
+            )
             assert response.json() == {
                 "error": f"{method} {path}: {endpoints}",
                 "type": "RequestError",

@@ -39,22 +39,22 @@ def test_disconnected_client_cancels_its_request(build, accept, num_deltas):
     assert coprs._limit.num_active == 0
 
 
-@pytest.mark.parametrize("name", ["draw_heatmap", "draw_overlay"])
-def test_client_that_leaves_during_a_drawing_ends_its_request(build, monkeypatch, name):
+@pytest.mark.parametrize("name", ["_encode_prior", "_encode_result"])
+def test_client_that_leaves_during_an_encoding_ends_its_request(build, monkeypatch, name):
     begun, release = threading.Event(), threading.Event()
-    drawn = []
+    encoded = []
 
-    def draw(*args):
-        drawn.append(name)
+    def encode(*args):
+        encoded.append(name)
         begun.set()
         release.wait(WAIT)
-        return pytest.fail("unreachable") if len(drawn) > 1 else original(*args)
+        return pytest.fail("unreachable") if len(encoded) > 1 else original(*args)
 
     original = getattr(events, name)
-    monkeypatch.setattr(events, name, draw)
+    monkeypatch.setattr(events, name, encode)
     coprs, _ = build(FakePolicy())
     exchange = Exchange(EVENT_STREAM, leaving=lambda: asyncio.to_thread(begun.wait, WAIT))
-    asyncio.run(exchange.run(build_app(coprs, MAX_BYTES)))  # ends before the drawing does
+    asyncio.run(exchange.run(build_app(coprs, MAX_BYTES)))  # ends before the encoding does
     assert not release.is_set()
     join_stream_threads()
     assert coprs._limit.num_active == 0
@@ -62,15 +62,15 @@ def test_client_that_leaves_during_a_drawing_ends_its_request(build, monkeypatch
     assert "event: result" not in exchange.text
 
 
-def test_health_is_answered_while_a_drawing_runs(build, monkeypatch):
+def test_health_is_answered_while_an_event_is_encoded(build, monkeypatch):
     answered = threading.Event()
-    original = events.draw_heatmap
+    original = events._encode_prior
 
-    def draw(*args):
+    def encode(*args):
         assert answered.wait(WAIT)
         return original(*args)
 
-    monkeypatch.setattr(events, "draw_heatmap", draw)
+    monkeypatch.setattr(events, "_encode_prior", encode)
     coprs, _ = build(FakePolicy())
     app = build_app(coprs, MAX_BYTES)
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.main import main
 from coprs_deploy.curriculum.recipe import TinyPolicy
 from coprs_deploy.curriculum.tiny_policy import build_tiny_policy
+from coprs_deploy.data.examples import write_examples
+from coprs_deploy.data.synthetic import PLAIN, SceneExamples
 from coprs_deploy.model_config import SamConfig, SegmentationConfig
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.specs import Geometry
@@ -20,6 +23,7 @@ from coprs_deploy.training.estimate import (
     model_sizes,
     resident_bytes,
 )
+from coprs_deploy.training.estimate_page import estimate_page, estimate_run, largest_directory
 from coprs_deploy.training.grpo.attachment import (
     Attachment,
     SegmentationHead,
@@ -163,14 +167,21 @@ def test_estimate_of_the_paper_fits_eight_gpus_and_not_one(name):
 def test_estimate_has_the_time_of_all_steps_and_the_disk():
     recipe = load_recipe("grpo_7b", ["stages.grpo.max_steps=3600"])
     one = estimate(recipe, 8)["grpo"]
-    assert one.hours == pytest.approx(one.seconds["step"])
-    assert one.disk["checkpoint"] == pytest.approx(2 * 8.93e9, rel=0.01)
-    assert one.disk["state to resume from"] > 3 * 4 * 8.2e9
-    assert one.disk["peak"] > 2 * one.disk["state to resume from"]
-    once = load_recipe("grpo_7b", ["stages.grpo.eval_steps=0", "save_dtype=float32"])
-    other = estimate(once, 8)["grpo"].disk
-    assert other["checkpoint-best"] == 0
-    assert other["checkpoint"] == 2 * one.disk["checkpoint"]
+    assert one.hours - one.evaluation_hours == pytest.approx(one.seconds["step"])
+    assert one.evaluation_hours > 0
+    checkpoint = one.disk["checkpoint"]
+    assert checkpoint == pytest.approx(2 * 8.93e9, rel=0.01)
+    states = one.disk["states to resume from"]
+    assert states > 2 * 3 * 4 * 8.2e9
+    assert one.disk["checkpoints while it runs"] == 3 * checkpoint  # two, and the best
+    assert one.disk["peak"] == sum(one.disk.values()) - one.disk["peak"] + states / 2
+    once = load_recipe(
+        "grpo_7b", ["stages.grpo.eval_steps=0", "save_dtype=float32", "save_total_limit=1"]
+    )
+    other = estimate(once, 8)["grpo"]
+    assert other.disk["checkpoint"] == other.disk["checkpoints while it runs"] == 2 * checkpoint
+    assert other.disk["states to resume from"] == states / 2
+    assert 0 < other.evaluation_hours < one.evaluation_hours
 
 
 def test_estimate_with_vllm_has_no_gathering():
@@ -201,14 +212,54 @@ def test_estimate_of_a_supervised_stage_has_no_rollout():
 
 def test_train_command_with_estimate_prints_it_and_exits_by_fit(capsys):
     assert main(["train", str(RECIPES / "grpo_3b.toml"), "--estimate", "--json"]) == 0
-    actual = json.loads(capsys.readouterr().out)["grpo"]
+    shown = json.loads(capsys.readouterr().out)
+    actual = shown["stages"]["grpo"]
     assert actual["fits"]
+    assert shown["hours"] == actual["hours"]
+    assert "checkpoints/qwen2_5_vl_3b does not exist" in shown["source"]
+    assert len(shown["notes"]) == 2  # the data of the recipe do not exist
     assert actual["gpu"] == GpuSpec().to_json()
     assert main(["train", "grpo_7b", "--estimate", "--gpus", "1"]) == 1
     text = capsys.readouterr().out
     assert "DOES NOT FIT" in text
     assert "computed, not measured" in text
-    for recipe, field in (("demo", "model.kind"), ("grpo_demo", "model.policy")):
-        assert main(["train", recipe, "--estimate"]) == 2
-        assert field in capsys.readouterr().err
+    assert main(["train", "demo", "--estimate"]) == 2
+    assert "model.kind" in capsys.readouterr().err
+    missing = ["--set", "model.path=nowhere"]
+    assert main(["train", "grpo_demo", "--estimate", *missing]) == 2
+    assert "there is no checkpoint directory nowhere" in capsys.readouterr().err
     assert main(["train", LLAVA_RECIPE, "--estimate", "--gpus", "0"]) == 2
+
+
+def test_estimate_of_a_run_takes_the_sizes_of_its_checkpoint(tmp_path, tiny_checkpoint):
+    """The names of sizes are for a checkpoint that is not there yet."""
+    examples = list(SceneExamples(PLAIN, 3))
+    for name in ("training", "held_out"):
+        write_examples(tmp_path / f"{name}.jsonl", examples)
+    (tmp_path / "recipe.toml").write_text(
+        f'base = "supervised_7b"\n[model]\npath = "{tiny_checkpoint}"\n[data]\n'
+        f'training = "{tmp_path}/training.jsonl"\nheld_out = "{tmp_path}/held_out.jsonl"\n'
+    )
+    found = estimate_run(load_recipe(str(tmp_path / "recipe.toml")), 1)
+    checkpoint = read_checkpoint(tiny_checkpoint)
+    stored = sum(
+        file.stat().st_size
+        for file in (
+            checkpoint.path / "segmentation.safetensors",
+            *checkpoint.policy_path.glob("*.safetensors"),
+        )
+    )
+    assert found.source == f"sizes of {tiny_checkpoint}"
+    assert not found.notes
+    (one,) = found.stages.values()
+    assert one.disk["weights of the finished stage"] == pytest.approx(stored, rel=0.25)
+    geometry = checkpoint.config.model.geometry
+    assert found.feature_bytes == 6 * 2 * geometry.out_chans * geometry.grid_size**2
+    assert found.disk_bytes == one.disk["peak"]
+    assert "all stages: " in estimate_page(found)
+
+
+def test_largest_directory_keeps_the_weights_of_earlier_stages():
+    one = estimate(load_recipe("grpo_7b"), 8)["grpo"]
+    weights = one.disk["weights of the finished stage"]
+    assert largest_directory({"a": one, "b": one}) == one.disk["peak"] + weights

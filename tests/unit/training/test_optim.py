@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from coprs_deploy.training.optim import Muon, lr_factor, orthogonalize
+from coprs_deploy.training.lr_schedule import lr_factor
+from coprs_deploy.training.optim import Muon, orthogonalize
 from coprs_deploy.training.settings import PAPER_OPTIMIZER, Optimizer
 
 SHAPES = [(24, 16), (16, 24), (24, 16), (12, 12)]

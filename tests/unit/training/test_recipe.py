@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from coprs_deploy.cli.main import main
+from coprs_deploy.training.meta_models import build_on_meta
 from coprs_deploy.training.optim import build_optimizers, set_lr_factor
 from coprs_deploy.training.recipe import Recipe, changed_keys, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.run import build_on_meta, resolve_precision
+from coprs_deploy.training.run import resolve_precision
 from coprs_deploy.training.settings import (
     PAPER_OPTIMIZER,
     CheckpointModel,
@@ -43,7 +44,7 @@ def recipe_id(source):
 
 @functools.cache
 def built_on_meta(policy, sam):
-    return build_on_meta(CheckpointModel(path="x", policy=policy, sam=sam))
+    return build_on_meta(CheckpointModel(path="x", policy=policy, sam=sam))[:2]
 
 
 @pytest.mark.parametrize("source", CHECKPOINT_RECIPES, ids=recipe_id)
@@ -225,7 +226,7 @@ def test_grpo_recipe_builds_on_the_meta_device(source):
 
 def test_build_on_meta_of_an_unknown_size_names_the_accepted_ones():
     with pytest.raises(ValueError, match=r"model\.sam is 'vit_x'; accepted: .*vit_h"):
-        build_on_meta(CheckpointModel(policy="7b", sam="vit_x"))
+        build_on_meta(CheckpointModel(path="x", policy="7b", sam="vit_x"))
 
 
 def test_grpo_settings_default_to_the_paper():
@@ -267,7 +268,7 @@ def test_ablation_recipe_changes_one_thing(name, keys):
 def test_lr_multipliers_reach_their_parts():
     recipe = load_recipe(lab("supervised_3b"))
     settings = recipe.stages["supervised"].optimizer
-    _, segmentation = build_on_meta(recipe.model)
+    segmentation = build_on_meta(recipe.model).segmentation
     (optimizer,) = build_optimizers(segmentation, settings)
     base = settings.learning_rate
     peaks = {
@@ -318,7 +319,7 @@ def test_train_interrupted_says_what_is_kept(recipe, function, capsys, monkeypat
     assert main(command) == 130
     message = capsys.readouterr().err
     assert f"{state} is kept; re-run the same command to resume from it" in message
-    assert f"--export-checkpoint to write {out / 'checkpoint'}" in message
+    assert f"train --export-state {out}" in message
 
 
 def test_train_estimate_of_a_tiny_model_is_refused(capsys):

@@ -1,9 +1,16 @@
 """Report of a run: page and plots."""
 
-import pytest
+import re
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from coprs_deploy.data.examples import Example
+from coprs_deploy.training.gallery import TILE_PX, Sample, write_gallery
 from coprs_deploy.training.report import page, plot_stage, write_report
 from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.settings import GrpoSettings, SupervisedSettings
 
 STAGE = {
     "steps": 3,
@@ -63,6 +70,31 @@ def test_write_report_plots_prior_against_mask(tmp_path):
         {"num_targets": targets, "prior_iou": iou, "mask_iou": iou / 2}
         for targets, iou in ((1, 0.8), (1, 0.4), (0, 0.0))
     ]
-    write_report(RunDirectory(tmp_path), report_of(STAGE) | {"examples": examples})
+    settings = {"one": SupervisedSettings(max_steps=3)}
+    write_report(RunDirectory(tmp_path), report_of(STAGE) | {"examples": examples}, settings)
     assert (tmp_path / "report.md").is_file()
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["prior_against_mask.png"]
+
+
+def test_write_report_shows_curves_warnings_and_gallery(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        line = {"loss": 1.0, "reward": 0.5, "completions/clipped_ratio": 0.75}
+        directory.log({"stage": "one", "step": step, **line})
+    image = np.zeros((40, 60, 3), np.uint8)
+    masks = np.zeros((1, 40, 60), np.bool_)
+    masks[0, 10:20, 10:20] = True
+    example = Example("7", image, "the <left> *cup*", masks, "")
+    nothing = Sample(example, "nothing", "I see nothing", None, masks[:0], 0.1, 0.2)
+    write_gallery(tmp_path, "one", 3, [nothing])
+    write_report(directory, report_of(STAGE), {"one": GrpoSettings(max_steps=3)})
+    text = (tmp_path / "report.md").read_text()
+    assert "- Step 3: 75% of the completions in the last 3 lines were cut off" in text
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / name).is_file()
+    assert "plots/one.png" in text
+    assert "**the &lt;left> \\*cup\\*** (7): IoU 0.00, reward 0.10, format 0.20, 0 of 1" in text
+    assert "> I see nothing" in text
+    drawn = Image.open(tmp_path / "gallery" / "one" / "00.png")
+    centers = [drawn.getpixel((TILE_PX * n + TILE_PX // 2, TILE_PX // 2)) for n in (2, 3)]
+    assert centers == [(128, 128, 128)] * 2, "a prior or mask was invented"

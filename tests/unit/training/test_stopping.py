@@ -108,6 +108,14 @@ def finish(recipe, out, *more):
     assert start(recipe, out, *more).wait() == 0, log_of(out)
 
 
+def export(out, *more):
+    """Write the checkpoint of a state, and load it."""
+    command = [sys.executable, "-m", "coprs_deploy", "train", "--export-state", str(out), *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return state_from_checkpoint(read_checkpoint(done.stdout.strip())).state_dict()
+
+
 def log_of(out):
     return (out.parent / f"{out.name}.log").read_text()
 
@@ -153,9 +161,8 @@ def test_stopped_run_keeps_a_state_and_resumes_to_the_same_bits(
     assert f"{state} is kept; re-run the same command" in log_of(out)
     assert not (out / "checkpoint").exists()
 
-    finish(recipe, out, "--export-checkpoint")
+    exported = export(out)
     step = json.loads((state / "progress.json").read_text())["step"]
-    exported = state_from_checkpoint(read_checkpoint(out / "checkpoint")).state_dict()
     final = weights_of(whole_run, stage)
     assert any(not torch.equal(t, final[f"policy.{n}"]) for n, t in exported["policy"].items())
 
@@ -169,7 +176,7 @@ def test_stopped_run_keeps_a_state_and_resumes_to_the_same_bits(
     assert steps == [step for step, _ in losses_of(whole_run)]
 
 
-def test_export_checkpoint_has_the_weights_of_the_newest_state(tmp_path, recipe, stage):
+def test_export_state_has_the_weights_of_the_state(tmp_path, recipe, stage):
     """A run that ends after two steps has the weights of the state after two of them."""
     out = tmp_path / "killed"
     process = start(recipe, out, "--set", "save_steps=2")
@@ -178,11 +185,10 @@ def test_export_checkpoint_has_the_weights_of_the_newest_state(tmp_path, recipe,
         time.sleep(0.005)
     process.kill()
     process.wait()
-    finish(recipe, out, "--export-checkpoint")
+    exported = export(out, "--step", "2")
     for leftover in (out / "stages" / stage).glob("state-*"):
         assert leftover.name == "state-000002"
     finish(recipe, out, "--set", f"stages.{stage}.max_steps=2")
-    exported = state_from_checkpoint(read_checkpoint(out / "checkpoint")).state_dict()
     ended = weights_of(out, stage)
     for part, tensors in exported.items():
         for name, tensor in tensors.items():
@@ -231,19 +237,41 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, recipe, stage)
     every_step = ("--set", f"stages.{stage}.eval_steps=1")
     finish(recipe, out, *every_step, "--set", f"stages.{stage}.max_steps=2")
     result = json.loads((out / "stages" / stage / "result.json").read_text())
+    metric = "eval/giou" if stage == "grpo" else "eval/teacher_forced_giou"
     values = {
-        line["step"]: line["eval/giou"]
+        line["step"]: line[metric]
         for line in RunDirectory(out).read_log()
-        if line.get("eval/giou") is not None and line["step"] > 0
+        if line.get(metric) is not None and line["step"] > 0
     }
     best = max(values, key=lambda step: (values[step], -step))
     assert result["best"] == {"step": best, "value": values[best]}
-    checkpoint = read_checkpoint(out / "checkpoint-best")
+    checkpoint = read_checkpoint(out / "checkpoints" / "best")
     assert checkpoint.config.provenance["step"] == best
     if best == 2:
         found = state_from_checkpoint(checkpoint).state_dict()
         for name, tensor in found["policy"].items():
             assert torch.equal(tensor, weights_of(out, stage)[f"policy.{name}"]), name
+
+
+@pytest.mark.extended
+def test_best_checkpoint_is_exported_and_evaluated_while_the_run_trains(tmp_path, recipe, stage):
+    out, bundle = tmp_path / "long", tmp_path / "bundle"
+    settings = (f"stages.{stage}.max_steps=500", f"stages.{stage}.eval_steps=1", "save_steps=1")
+    process = start(recipe, out, *(word for each in settings for word in ("--set", each)))
+    wait_for_step(process, out, 2)
+    best = out / "checkpoints" / "best"
+    for command in (
+        ("export", str(best), "--out", str(bundle)),
+        ("evaluate", str(bundle), "--num-examples", "2", "--num-no-match", "0"),
+    ):
+        subprocess.run([sys.executable, "-m", "coprs_deploy", *command], check=True)
+    assert process.poll() is None, log_of(out)
+    process.terminate()
+    assert process.wait(timeout=300) == 143
+    assert len(losses_of(out)) > 2, "the run did not train on"
+    checkpoints = [path.name for path in (out / "checkpoints").iterdir()]
+    assert {"last", "best"} < set(checkpoints)
+    assert not [name for name in checkpoints if name.startswith(".")]
 
 
 @pytest.mark.extended

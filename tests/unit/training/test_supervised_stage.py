@@ -1,10 +1,14 @@
 """Supervised stage on example files, with tiny policies of both families."""
 
+import shutil
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.conversion import random_checkpoint
@@ -15,11 +19,17 @@ from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.mask_decoding import fit_mask
+from coprs_deploy.training.processes import StopRequest
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.run import train
+from coprs_deploy.training.run_directory import RunDirectory
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
-from coprs_deploy.training.supervised_stage import ExampleCollector, SupervisedStage
+from coprs_deploy.training.supervised_stage import (
+    ExampleCollector,
+    ExampleObjective,
+    SupervisedStage,
+)
 from coprs_deploy.training.trainer import loss_coefficient
 
 SETTINGS = SupervisedSettings(
@@ -87,7 +97,28 @@ def test_objective_losses_fall_on_a_repeated_batch(checkpoint, examples):
         optimizer.step()
     assert totals[-1] < totals[0]
     metrics = stage.evaluate(Accelerator(cpu=True), 3)
-    assert 0 <= metrics["giou"] <= 1
+    assert 0 <= metrics["teacher_forced_giou"] <= 1
+
+
+def test_objective_counts_no_pixel_of_an_ignore_mask(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    collect = ExampleCollector(state, vision)
+    ignored = np.zeros((60, 100), np.bool_)
+    ignored[:, 60:] = True
+    wrong = examples[0].masks.copy()
+    wrong[:, 10:50, 75:90] = True  # well inside: cells at the border are ignored in part
+    found = []
+    for masks in (examples[0].masks, wrong):
+        for ignore_mask in (ignored, None):
+            example = replace(examples[0], masks=masks, ignore_mask=ignore_mask)
+            with torch.no_grad():
+                output = ExampleObjective(state, SETTINGS)(collect([example]))
+            found.append({**output.losses, **output.metrics})
+    for name in ("prior_bce", "mask_dice"):
+        assert torch.equal(found[0][name].total, found[2][name].total), name
+        assert not torch.equal(found[1][name].total, found[3][name].total), name
+    assert all(torch.equal(found[0][name].total, found[2][name].total) for name in found[0])
 
 
 def test_stage_has_a_coefficient_for_every_loss(checkpoint, examples):
@@ -160,7 +191,10 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     recipe = load_recipe("supervised_7b", settings)
     recipe = msgspec.structs.replace(recipe, stages={"supervised": SETTINGS})
     report = train(recipe, tmp_path / "run")
-    assert report["stages"]["supervised"]["metrics"].keys() >= {"giou", "prior_giou"}
+    assert report["stages"]["supervised"]["metrics"].keys() >= {
+        "teacher_forced_giou",
+        "teacher_forced_prior_giou",
+    }
     training, held_out = report["files"]
     assert [row["column"] for row in training["skipped_rows"]] == ["instruction"]
     assert held_out["skipped_rows"] == []
@@ -175,3 +209,48 @@ def test_train_from_a_checkpoint_writes_a_trained_checkpoint(
     assert torch.equal(trained["segmentation"][name], before["segmentation"][name])
     changed = [k for k, v in trained["policy"].items() if not torch.equal(v, before["policy"][k])]
     assert any("language_model" in name for name in changed)
+
+
+def query_head(path, name="segmentation.safetensors"):
+    return load_file(path / name)["prior.q_proj.weight"]
+
+
+def test_resumed_run_uses_an_allowed_learning_rate_and_data(
+    tiny_checkpoint, examples, tmp_path, monkeypatch
+):
+    """A state holds the rate that it was saved with."""
+    for name in ("training", "held_out"):
+        write_examples(tmp_path / f"{name}.jsonl", examples)
+    settings = [
+        *(f"model.path={tiny_checkpoint}", "precision=fp32", "save_dtype=float32"),
+        *(f"data.training={tmp_path}/training.jsonl", f"data.held_out={tmp_path}/held_out.jsonl"),
+    ]
+    recipe = load_recipe("supervised_7b", [*settings, "num_threads=1", "num_workers=0"])
+    short = msgspec.structs.replace(SETTINGS, max_steps=2)
+    recipe = msgspec.structs.replace(recipe, stages={"supervised": short})
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "is_agreed", lambda *_: True)
+        with pytest.raises(SystemExit):
+            train(recipe, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "other", symlinks=True)
+    optimizer = msgspec.structs.replace(SETTINGS.optimizer, learning_rate=1e-12)
+    slow = msgspec.structs.replace(short, optimizer=optimizer)
+    changed = msgspec.structs.replace(recipe, stages={"supervised": slow})
+    with pytest.raises(
+        ValueError, match=r"--allow-change stages\.supervised\.optimizer\.learning_rate"
+    ):
+        train(changed, tmp_path / "run")
+    write_examples(tmp_path / "training.jsonl", examples[:-1])
+    allowed = ["stages.supervised.optimizer"]
+    with pytest.raises(ValueError, match=r"data\.training: 1 row removed \(plain-3\)"):
+        train(changed, tmp_path / "run", allowed)
+    train(changed, tmp_path / "run", [*allowed, "data.training"])
+    changes = [line for line in RunDirectory(tmp_path / "run").read_log() if "changed" in line]
+    assert [(line["stage"], line["step"]) for line in changes] == [("supervised", 1)] * 2
+    write_examples(tmp_path / "training.jsonl", examples)
+    train(recipe, tmp_path / "other")
+    (state,) = tmp_path.glob("run/checkpoints/supervised-000001")
+    stopped = query_head(state)
+    slow_end, end = (query_head(tmp_path / name / "checkpoint") for name in ("run", "other"))
+    assert (slow_end - stopped).abs().max() < 1e-9
+    assert (end - stopped).abs().max() > 1e-4

@@ -143,3 +143,16 @@ def test_ids_that_are_text_are_refused_with_their_place(write):
 def test_coco_examples_can_be_pickled(write):
     found = pickle.loads(pickle.dumps(CocoExamples(write([annotation(7, "polygon")]))))
     np.testing.assert_array_equal(found[0].masks, [painted(*BOXES["polygon"])])
+
+
+def test_captions_know_the_other_objects_of_the_class_of_their_targets(write):
+    path = write(
+        [
+            annotation(7, "polygon", caption="left"),
+            annotation(7, "compressed RLE", caption="right"),
+            annotation(7, "uncompressed RLE", 2, caption="right"),
+        ]
+    )
+    found = CocoExamples(path)
+    assert [found.num_same_class(index) for index in range(len(found))] == [1, 1]
+    assert found.files == (path,)

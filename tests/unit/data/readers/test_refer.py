@@ -20,6 +20,7 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.data.readers.pickles import read_plain_pickle
 from coprs_deploy.data.readers.refer import ReferExamples, in_split
 from coprs_deploy.data.rle import decode_segmentation
+from coprs_deploy.data.selection import Selection
 from coprs_deploy.errors import ArtifactError
 from tests.unit.damage import Damaged, damages
 from tests.unit.data.readers.layouts import (
@@ -359,3 +360,33 @@ def test_damaged_file_is_read_or_refused_with_an_error_of_the_package(written, n
     with written.file(f"refcoco/{name}", damage), contextlib.suppress(ArtifactError, ValueError):
         list(ReferExamples(written.root, "refcoco", "train"))
     assert len(ReferExamples(written.root, "refcoco", "train")) == len(FORMS)
+
+
+@pytest.mark.parametrize("dataset", ["refcoco", "grefcoco"])
+def test_refer_counts_other_objects_of_the_class_of_the_targets(tmp_path, dataset):
+    builder = Refer(tmp_path, dataset)
+    ids = [builder.annotate(1, "polygon") for _ in range(4)]
+    builder.annotate(1, "polygon", is_crowd=True)
+    alone = builder.annotate(2, "polygon")
+    for annotation, category in zip(builder.annotations, (1, 1, 2, 1, 1, 1), strict=True):
+        annotation["category_id"] = category
+    several = dataset == "grefcoco"
+    builder.refer(1, [ids[0]] if several else ids[0], "val", "one", "two")
+    builder.refer(1, [ids[0], ids[2]] if several else ids[2], "val", "other")
+    builder.refer(2, [alone] if several else alone, "val", "alone")
+    if several:
+        builder.refer(2, [-1], "val", "nothing")
+    found = ReferExamples(builder.write(), dataset, "val")
+    expected = [2, 2, 2, 0, None] if several else [2, 2, 0, 0]
+    assert [found.num_same_class(index) for index in range(len(found))] == expected
+    picked = Selection(found, [3, 1])
+    assert [picked.num_same_class(index) for index in range(2)] == [0, 2]
+    assert picked.has_references and picked.has_no_match == several
+    assert [path.name for path in picked.files][1] == "instances.json"
+
+
+def test_refer_without_categories_knows_no_class(tmp_path):
+    builder = Refer(tmp_path)
+    builder.refer(1, builder.annotate(1, "polygon"), "val", "one")
+    del builder.annotations[0]["category_id"]
+    assert ReferExamples(builder.write(), "refcoco", "val").num_same_class(0) is None

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from coprs_deploy import demo
 from coprs_deploy.bundle import POLICY_GRAPHS_DIRECTORY, open_bundle
@@ -211,3 +212,34 @@ def test_compressed_graphs_run_with_the_settings_that_were_measured(policies):
         assert graph.get_property("INFERENCE_NUM_THREADS") == 1
         assert graph.get_property("ENABLE_CPU_PINNING") is False
         assert graph.get_property("KV_CACHE_PRECISION").get_type_name() == "u8"
+
+
+def test_images_of_several_threads_take_turns_in_the_vision_tower(policies, examples):
+    """OpenVINO refuses to release memory while another request runs."""
+    vision = policies[0]._vision
+    images = [Image.fromarray(example.image) for example in examples[:4]]
+    wanted = [vision(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(vision, images * 40))
+    assert all(np.array_equal(tokens, wanted[i % 4]) for i, tokens in enumerate(found))
+
+
+def test_activations_of_the_vision_tower_are_released_after_each_image(
+    policies, examples, monkeypatch
+):
+    vision, steps = policies[0]._vision, []
+    compiled = vision._compiled
+
+    class Recorded:
+        def create_infer_request(self):
+            steps.append("request")
+            return compiled.create_infer_request()
+
+        def release_memory(self):
+            steps.append("release")
+            compiled.release_memory()
+
+    monkeypatch.setattr(vision, "_compiled", Recorded())
+    for _ in range(2):
+        vision(Image.fromarray(examples[0].image))
+    assert steps == ["request", "release"] * 2

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from coprs_deploy.errors import ArtifactError
-from coprs_deploy.training.grpo.arguments import split_batch
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE
 from coprs_deploy.training.grpo.distribution import (
     check_sharding_settings,
@@ -171,11 +170,11 @@ def test_check_sharding_settings_refuses_adapters_and_no_clipping():
 
 def test_split_batch_refuses_batches_that_are_not_divisible():
     paper = GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=2)
-    assert split_batch(paper, 8) == (2, 8)
-    assert split_batch(GrpoSettings(max_steps=1, global_batch_size=16), 8) == (16, 1)
+    assert paper.split_batch(8) == (2, 8)
+    assert GrpoSettings(max_steps=1, global_batch_size=16).split_batch(8) == (16, 1)
     with pytest.raises(ValueError, match="divisible by 6 processes; accepted: multiples of 3"):
-        split_batch(paper, 6)
+        paper.split_batch(6)
     with pytest.raises(ValueError, match="accepted: divisors of 16"):
-        split_batch(
-            GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=3), 8
+        GrpoSettings(max_steps=1, global_batch_size=16, per_device_train_batch_size=3).split_batch(
+            8
         )

@@ -13,12 +13,14 @@ from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.evaluation.evaluator import evaluate, predict_with
+from coprs_deploy.evaluation.protocols import TARGETS
+from coprs_deploy.evaluation.summary import row_iou
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
+from coprs_deploy.training.gallery import TILE_PX
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
 from coprs_deploy.training.grpo.evaluation import (
-    TILE_PX,
     evaluate_policy,
     spread,
     summarize,
@@ -129,7 +131,7 @@ def decoded_and_gt():
     is_found = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 0]]).bool()
     inside = torch.ones(4, 1, 8, 8)
     counts = torch.tensor([2, 2, 1, 0])
-    gt = GroundTruth(torch.zeros(4, 4, 2, 2), inside, masks, counts)
+    gt = GroundTruth(torch.zeros(4, 4, 2, 2), inside, masks, counts, inside)
     return DecodedMasks(logits, logits, is_found), gt
 
 
@@ -139,7 +141,9 @@ def test_mask_scores_are_means_over_targets():
     with_references = DecodedMasks(*decoded[:2], torch.ones(4, 2, dtype=torch.bool))
     assert mask_scores(with_references, gt).tolist() == pytest.approx([1.0, 1.0, 1.0, 0.0])
     found = grid_ious(decoded, gt)
-    assert (found["giou"].total / found["giou"].weight).item() == pytest.approx(3 / 5)
+    assert (found["sampled_giou"].total / found["sampled_giou"].weight).item() == pytest.approx(
+        3 / 5
+    )
 
 
 def test_mask_scores_ignore_the_padding():
@@ -148,13 +152,37 @@ def test_mask_scores_ignore_the_padding():
     inside[:, :, 6:] = 0
     everywhere = DecodedMasks(decoded[0], torch.full_like(decoded[1], 40.0), decoded[2])
     upper = gt.masks[0, 0]  # 4 of the 6 rows that belong to the image
-    gt = gt._replace(inside=inside, masks=gt.masks * inside)
+    gt = gt._replace(inside=inside, counted=inside, masks=gt.masks * inside)
     iou = float(upper.sum() / inside[0].sum())
     dice = 2 * iou / (1 + iou)
     lower_iou = 1 - iou
     lower = 0.8 * lower_iou + 0.2 * 2 * lower_iou / (1 + lower_iou)
     expected = (0.8 * iou + 0.2 * dice + lower) / 2
     assert float(mask_scores(everywhere, gt)[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_and_losses_ignore_what_is_not_counted():
+    decoded, gt = decoded_and_gt()
+    counted = torch.ones(4, 1, 8, 8)
+    counted[:, :, :2] = 0
+    other = gt.masks.clone()
+    other[:, :, :2] = 1 - other[:, :, :2]
+    noise = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoded, weights = DecodedMasks(noise, noise, decoded.is_found), SegmentationLossWeights()
+    results = [
+        [
+            mask_scores(decoded, each),
+            *(mean.total for mean in grid_ious(decoded, each).values()),
+            *row_losses(decoded, each, weights).values(),
+        ]
+        for masks in (gt.masks, other)
+        for each in (gt._replace(masks=masks, counted=counted), gt._replace(masks=masks))
+    ]
+    for ignoring, ignoring_other, counting, counting_other in zip(
+        results[0], results[2], results[1], results[3], strict=True
+    ):
+        assert torch.equal(ignoring, ignoring_other)
+        assert not torch.equal(counting, counting_other)
 
 
 def test_row_losses_average_over_the_targets_of_a_row_first():
@@ -218,7 +246,7 @@ def test_write_samples_of_a_response_without_reference_shows_no_prior(
     assert found == [("one", 1, 0, 0.0), ("none", 0, 0, None)]
     assert lines[0]["response"] == "nothing"
     sheet = Image.open(tmp_path / "step-000003.png")
-    for column in (1, 2):
+    for column in (2, 3):
         pixel = (column * TILE_PX + TILE_PX // 2, TILE_PX // 2)
         assert sheet.getpixel(pixel) == (128, 128, 128), "a prior or mask was invented"
     assert sheet.height > 2 * TILE_PX, "the text is missing"
@@ -227,13 +255,19 @@ def test_write_samples_of_a_response_without_reference_shows_no_prior(
 @pytest.mark.slow
 def test_evaluate_policy_agrees_with_the_runtime(make_setup):
     examples = held_out_examples(PRESETS["plain"], 6, 2)
-    evaluated = evaluate_policy(make_setup(max_completion_length=128).trainer, examples)
+    evaluated, samples = evaluate_policy(
+        make_setup(max_completion_length=128).trainer, examples, [0, 7]
+    )
+    assert [sample.example for sample in samples] == [examples[0], examples[7]]
+    assert samples[0].mask_iou == evaluated[0].mask_iou
+    assert samples[0].reward == evaluated[0].extra["reward"]
     with CoPRS.load(policy="transformers") as coprs:
         expected = evaluate(predict_with(coprs.segment, 1), examples)
     for ours, theirs in zip(evaluated, expected, strict=True):
         assert ours.response == theirs.response
-        assert ours.mask_iou == pytest.approx(theirs.mask_iou, abs=2e-3)
-        assert ours.prior_iou == pytest.approx(theirs.prior_iou, abs=2e-3)
+        for part in ("mask", "prior"):
+            expected_iou = row_iou(theirs, TARGETS, part)
+            assert row_iou(ours, TARGETS, part) == pytest.approx(expected_iou, abs=2e-3)
     metrics = summarize(evaluated)
     assert metrics["giou"] > 0.9
     assert metrics["count_accuracy"] == 1

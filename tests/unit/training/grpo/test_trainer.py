@@ -8,7 +8,8 @@ import torch
 
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE, reference_columns
 from coprs_deploy.training.grpo.scores import row_losses
-from coprs_deploy.training.optim import lr_factor
+from coprs_deploy.training.lr_schedule import lr_factor
+from coprs_deploy.training.settings import PAPER_OPTIMIZER
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -143,6 +144,30 @@ def test_create_optimizer_gives_each_part_its_learning_rate(make_setup):
         cycle.step()
 
 
+def test_loaded_state_has_the_learning_rates_of_the_recipe(make_setup, tmp_path):
+    """torch stores rates in the state of an optimizer, and loads them."""
+    old, new = (
+        make_setup(optimizer=msgspec.structs.replace(PAPER_OPTIMIZER, learning_rate=rate)).trainer
+        for rate in (1e-4, 1e-5)
+    )
+    for trainer in (old, new):
+        trainer.create_optimizer_and_scheduler(10)
+    for _ in range(3):
+        old.optimizer.step()
+        old.lr_scheduler.step()
+    torch.save(old.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(old.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+    peaks = [group["peak_lr"] for group in new.optimizer.param_groups]
+    new._load_optimizer_and_scheduler(str(tmp_path))
+    for step in (3, 4):
+        factor = lr_factor(new.parts.settings.optimizer, step, 10)
+        rates = [group["lr"] for group in new.optimizer.param_groups]
+        assert rates == pytest.approx([peak * factor for peak in peaks])
+        new.optimizer.step()
+        new.lr_scheduler.step()
+    assert [group["peak_lr"] for group in new.optimizer.param_groups] == peaks
+
+
 @pytest.mark.parametrize(
     ("mode", "is_trained"), [("joint", True), ("rl", False), ("segmentation", True)]
 )
@@ -159,7 +184,13 @@ def test_training_step_updates_the_parts_of_the_mode(make_setup, mode, is_traine
     assert not any("output_hypernetworks_mlps.1" in n for n in changed)
     (line,) = setup.lines
     assert {"reward", "rewards/mask/mean", "rewards/format/mean", "kl", "entropy"} <= line.keys()
-    assert {"giou", "prior_giou", "grad_norm", "loss/policy", "frac_with_reference"} <= line.keys()
+    assert {
+        "sampled_giou",
+        "sampled_prior_giou",
+        "grad_norm",
+        "loss/policy",
+        "frac_with_reference",
+    } <= line.keys()
     assert line["rewards/mask/mean"] > 0.5, "<REF_POS> was lost on the way"
     assert ("loss/prior_bce" in line) == is_trained
 

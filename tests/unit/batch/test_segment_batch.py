@@ -1,0 +1,112 @@
+"""``SegmentBatch``: rows in, rows out."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coprs_deploy.batch import InputRow
+from coprs_deploy.batch.segment_batch import bundle_fingerprint, group_by_image
+from coprs_deploy.data.rle import decode_mask
+from coprs_deploy.version import __version__
+from tests.unit.runtime_fakes import FakePolicy
+
+
+def row(number, location, instruction="a ring", **others):
+    return InputRow(number, f"id{number}", str(location), instruction, str(location), **others)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_rows_on_an_image_share_its_embedding(open_batch, images, concurrency):
+    batch, runners = open_batch(FakePolicy(concurrency=concurrency))
+    names = ["a.png", "c.png", "a.png", "d.png", "c.png", "a.png"]
+    found = batch([row(n, images / name, f"ask {n}") for n, name in enumerate(names)])
+    assert [each.row for each in found] == list(range(6))
+    assert [each.instruction for each in found] == [f"ask {n}" for n in range(6)]
+    assert runners["image_encoder"].calls == 3
+
+
+def test_rows_without_a_cache_of_embeddings_are_segmented(open_batch, images):
+    batch, _ = open_batch()
+    assert all(each.found for each in batch([row(0, images / "a.png"), row(1, images / "a.png")]))
+
+
+def test_row_has_masks_boxes_scores_and_provenance(open_batch, images):
+    batch, _ = open_batch()
+    (found,) = batch([row(3, images / "a.png", image_id="9")])
+    assert (found.row, found.id, found.image_id, found.found) == (3, "id3", "9", True)
+    mask = decode_mask(found.masks[0], 20, 30)
+    assert found.areas == [int(mask.sum())] == [600]
+    assert found.boxes == [[0, 0, 30, 20]]
+    assert found.image_size == [20, 30]
+    assert found.response == "some text"
+    assert found.timings["total_ms"] > 0
+    assert (found.bundle, found.version) == (bundle_fingerprint(None), __version__)
+    assert found.runtime.startswith("graphs: fake")
+    assert (found.error, found.error_type) == ("", "")
+
+
+def test_no_match_is_a_result_and_no_error(open_batch, images):
+    batch, _ = open_batch(FakePolicy(found=0))
+    (found,) = batch([row(0, images / "a.png")])
+    assert (found.found, found.masks, found.boxes, found.error) == (False, [], [], "")
+
+
+def test_failed_row_is_a_row_with_its_error(open_batch, images):
+    (images / "broken.png").write_bytes(b"no image")
+    batch, _ = open_batch()
+    found = batch(
+        [
+            row(0, images / "missing.png"),
+            row(1, images / "broken.png"),
+            row(2, images / "a.png", "x" * 100_000),
+            row(3, "", problem="the line is not valid JSON"),
+            row(4, images / "a.png"),
+        ]
+    )
+    kinds = ["FileNotFoundError", "ImageDecodeError", "InstructionError", "ValueError", ""]
+    assert [each.error_type for each in found] == kinds
+    assert [bool(each.error) for each in found] == [True] * 4 + [False]
+    assert [each.found for each in found] == [False] * 4 + [True]
+    assert found[3].error == "the line is not valid JSON"
+
+
+def test_error_of_the_policy_ends_one_row(open_batch, images):
+    calls = []
+
+    def fail_once():
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+
+    batch, _ = open_batch(FakePolicy(deltas=("text",), during=fail_once))
+    found = batch([row(n, images / name) for n, name in enumerate(["a.png", "c.png", "d.png"])])
+    assert sorted(each.error for each in found) == ["", "", "out of memory"]
+
+
+def test_bytes_of_an_image_are_segmented_and_grouped(open_batch, images):
+    content = (images / "a.png").read_bytes()
+    rows = [InputRow(n, str(n), "x", "a ring", content=bytes(content)) for n in range(3)]
+    batch, runners = open_batch()
+    assert all(each.found for each in batch(rows))
+    assert runners["image_encoder"].calls == len(group_by_image(rows)) == 1
+
+
+def test_masks_are_saved_by_row_and_target(open_batch, images, tmp_path):
+    batch, _ = open_batch(max_targets=2, mask_folder=tmp_path / "masks")
+    (found,) = batch([row(12, images / "a.png")])
+    assert found.mask_files == ["000000012-1.png", "000000012-2.png"]
+    for name, mask in zip(found.mask_files, found.masks, strict=True):
+        with Image.open(tmp_path / "masks" / name) as image:
+            np.testing.assert_array_equal(np.array(image) > 0, decode_mask(mask, 20, 30))
+
+
+def test_no_rows_are_no_rows(open_batch):
+    batch, _ = open_batch()
+    assert batch([]) == []
+
+
+def test_path_that_is_not_utf_8_is_stored_as_escapes(open_batch, images):
+    batch, _ = open_batch()
+    (found,) = batch([row(0, images / "b\udcff.png")])
+    assert found.image.endswith("b\\udcff.png")
+    assert found.error_type == "FileNotFoundError"
