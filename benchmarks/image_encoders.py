@@ -233,7 +233,7 @@ def render(report: dict[str, Any]) -> str:
             )
         )
     heads = ("encoder", "input, px", "parameters", "multiply-adds", "graph", "median", "fastest")
-    heads = (*heads, "CPU time", "load")
+    last = ("CPU time", "load", "of ViT-H", "memory", "file", "cosine")
     lines = [
         "# Image encoders at full size",
         "",
@@ -248,7 +248,7 @@ def render(report: dict[str, Any]) -> str:
         "over a minute, other processes included: above 2 on two cores, the times are those of a "
         "busy machine. The cosine is of the embedding against PyTorch in float32.",
         "",
-        *markdown_table((*heads, "of ViT-H", "memory", "file", "cosine"), rows),
+        *markdown_table((*heads, *last), rows),
         "",
         *(f"- {line}" for line in goals(report)),
     ]

@@ -290,5 +290,14 @@ def test_announcement_counts_cases_and_estimates_the_preparation(tmp_path, work_
     ],
 )
 def test_variants_of_encoders_of_real_size_only(graph, precision, is_random, count):
-    model = Model("any", None, None, random_bytes=int(is_random))
+    model = Model("vit_b", None, None, random_bytes=int(is_random))
     assert len(variants(model, graph, precision)) == count
+
+
+def test_variants_of_light_encoders_skip_padding_only_by_dropping_it():
+    model = Model("tinyvit_5m", None, None, random_bytes=1)
+    found = variants(model, IMAGE_ENCODER, "fp32")
+    assert [(form.aspect_ratio, form.drop_padding) for form in found] == [
+        (None, False),
+        ((16, 9), True),
+    ]
