@@ -129,7 +129,7 @@ def test_features_and_training_take_a_data_set(tmp_path, capsys, monkeypatch):
     text = '[data]\nkind = "examples"\ntraining = "refcoco:train"\nheld_out = "refcoco:train"\n'
     (tmp_path / "recipe.toml").write_text(f'base = "grpo_demo"\n{text}features = "{out}"\n')
     opened = open_data(load_recipe(str(tmp_path / "recipe.toml"), []), [])
-    assert len(opened.training) == opened.contents["data.training"]["examples"] == 4
+    assert len(opened.training) == len(opened.contents["data.training"].rows) == 4
 
 
 def test_root_without_a_data_set_is_refused(tmp_path, capsys):
