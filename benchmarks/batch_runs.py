@@ -200,6 +200,8 @@ def kill_runs(folder: Path, num_kills: int, num_workers: int, seed: int) -> dict
         for _ in range(min(5, num_kills - found["kills"])):
             was_running = _kill_once(place, out, num_workers, moments.uniform(0.2, duration))
             found["kills" if was_running else "after_the_end"] += 1
+            if not was_running:
+                break
         _complete(place, out, num_workers)
         found["violations"] += [f"{out.name}: {text}" for text in check(out, reference)]
     return {**found, "rows": len(reference), "seconds_of_a_run": duration}
