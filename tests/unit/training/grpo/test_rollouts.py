@@ -100,7 +100,7 @@ def test_joint_trainer_with_several_targets_updates_weights(family, request, mak
     assert any(n.startswith("segmentation.prior") for n in changed)
     assert len(setup.lines) == 2
     assert all(np.isfinite(line["loss"]) for line in setup.lines)
-    evaluated = evaluate_policy(setup.trainer, examples)
+    evaluated, _ = evaluate_policy(setup.trainer, examples)
     assert [each.id for each in evaluated] == ["two", "one", "none", "other"]
     assert [each.num_targets for each in evaluated] == [2, 1, 0, 1]
 
