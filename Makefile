@@ -107,7 +107,7 @@ test-quantize: $(QUANTIZE_VENV)/.ready
 	$(OWN_PATH) $(QUANTIZE_BIN)/python -m pytest tests/quantize_engine -W default
 
 $(VENV)/.browser: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[browser]"
 	touch $@
 
 test-browser: $(VENV)/.browser

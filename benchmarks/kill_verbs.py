@@ -55,7 +55,7 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = (
     *("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "trl", "matplotlib.pyplot"),
     *(f"coprs_deploy.cli.{verb}" for verb in ("convert", "export", "features", "train", "bench")),
-    *("coprs_deploy.training.run", "coprs_deploy.training.grpo.stage", "coprs_deploy.export"),
+    *("coprs_deploy.training.runs.run", "coprs_deploy.training.grpo.stage", "coprs_deploy.export"),
     *("coprs_deploy.runtime", "coprs_deploy.policy.transformers_policy"),
 )
 """Modules that the process imports from which runs are forked; unknown ones are ignored."""

@@ -164,7 +164,7 @@ def make_checkpoint(path: str, size: str) -> dict[str, Any]:
 def convert(path: str, precision: str) -> dict[str, Any]:
     """Convert the policy to graphs; return seconds, peak memory and size."""
     from coprs_deploy.artifacts import new_directory
-    from coprs_deploy.export.policy_graphs import export_policy_graphs
+    from coprs_deploy.export.policy.graphs import export_policy_graphs
     from coprs_deploy.policy.openvino_policy.graphs import DESCRIPTION_FILE
 
     started = time.perf_counter()

@@ -39,7 +39,7 @@ from coprs_deploy.export.precision import BF16, FP32
 from coprs_deploy.machine import KINDS
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER
-from coprs_deploy.training.estimate import BFLOAT16_BYTES
+from coprs_deploy.training.planning.estimate import BFLOAT16_BYTES
 
 REPORTS = Path("benchmarks/reports")
 REAL_SIZES = "real-size-policy"

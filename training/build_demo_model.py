@@ -23,8 +23,8 @@ from coprs_deploy.checkpoint import CONFIG_FILE, read_checkpoint
 from coprs_deploy.console import markdown_table
 from coprs_deploy.data.synthetic.presets import PRESETS, Preset
 from coprs_deploy.export import ExportOptions, export_checkpoint
-from coprs_deploy.training.report import page
-from coprs_deploy.training.run_directory import CHECKPOINT_FOLDER, REPORT_FILE, read_report
+from coprs_deploy.training.runs.report import page
+from coprs_deploy.training.runs.run_directory import CHECKPOINT_FOLDER, REPORT_FILE, read_report
 
 MAX_BYTES = 12_000_000
 """Maximum size of checkpoint and bundle together in the wheel."""

@@ -28,9 +28,9 @@ from coprs_deploy.artifacts import write_json
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.metrics import standard_error
-from coprs_deploy.evaluation.plots import pyplot
+from coprs_deploy.evaluation.reports.plots import pyplot
 from coprs_deploy.specs import Record
-from coprs_deploy.training.run_directory import REPORT_FILE, RunDirectory, read_report
+from coprs_deploy.training.runs.run_directory import REPORT_FILE, RunDirectory, read_report
 from coprs_deploy.training.state import state_from_checkpoint
 
 RECIPE = "grpo_demo"

@@ -1,8 +1,9 @@
 """Memory of a model on a device, and an upper bound of its decoding speed, computed from sizes.
 
-Parameters are counted on a model on the meta device (:mod:`coprs_deploy.training.estimate`). What a
-library adds to them is assumed; each assumption is a constant below. One image is encoded at a
-time; a request has the paper's 1,300 prompt tokens and 2,000 response tokens.
+Parameters are counted on a model on the meta device
+(:mod:`coprs_deploy.training.planning.estimate`). What a library adds to them is assumed; each
+assumption is a constant below. One image is encoded at a time; a request has the paper's 1,300
+prompt tokens and 2,000 response tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 from coprs_deploy.model_config import SAM_SIZES, SamConfig
-from coprs_deploy.training.estimate import (
+from coprs_deploy.training.planning.estimate import (
     BFLOAT16_BYTES,
     GIGABYTE,
     USABLE_MEMORY,
@@ -125,7 +126,7 @@ def named_sizes(policy: str, sam: str = "vit_h") -> ModelSizes:
     Raises:
         ValueError: a name is unknown.
     """
-    from coprs_deploy.training.meta_models import build_named
+    from coprs_deploy.training.planning.meta_models import build_named
     from coprs_deploy.training.settings import CheckpointModel
 
     models = build_named(CheckpointModel(policy=policy, sam=sam))

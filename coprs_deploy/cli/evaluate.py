@@ -31,10 +31,10 @@ from coprs_deploy.data.sources import DEFAULT_NUM_NO_MATCH, SYNTHETIC, ExampleSe
 from coprs_deploy.errors import check_number
 from coprs_deploy.evaluation.evaluator import Segment
 from coprs_deploy.evaluation.judge import JudgeReport, JudgeSettings
-from coprs_deploy.evaluation.plots import pyplot
 from coprs_deploy.evaluation.protocols import PROTOCOLS, default_protocol, find_protocol
-from coprs_deploy.evaluation.report import EvaluatedDataset, ReportOptions, write_report
-from coprs_deploy.evaluation.report_parts import metric_rows
+from coprs_deploy.evaluation.reports.plots import pyplot
+from coprs_deploy.evaluation.reports.report import EvaluatedDataset, ReportOptions, write_report
+from coprs_deploy.evaluation.reports.report_parts import metric_rows
 from coprs_deploy.evaluation.runner import EvaluationTask
 from coprs_deploy.evaluation.store import EvaluationStore, RowFile, evaluation_identity
 from coprs_deploy.evaluation.summary import flat_summary, summarize_dataset

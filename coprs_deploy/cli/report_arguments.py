@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from coprs_deploy.evaluation.judge import JudgeSettings
-from coprs_deploy.evaluation.training_correlation import read_training_correlation
+from coprs_deploy.evaluation.reports.training_correlation import read_training_correlation
 
 KEY_VARIABLE = "COPRS_DEPLOY_JUDGE_KEY"
 """Environment variable with the key of the judge's endpoint; no option, which others could see."""

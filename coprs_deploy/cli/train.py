@@ -19,7 +19,7 @@ from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.run_directory import RECIPE_FILE, RunDirectory, read_report
+from coprs_deploy.training.runs.run_directory import RECIPE_FILE, RunDirectory, read_report
 
 AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
@@ -118,12 +118,12 @@ def _out(arguments: argparse.Namespace) -> Path:
 
 def _check(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
     """Print all problems of a run; return 2 if one of them refuses it."""
-    from coprs_deploy.training.problems import describe_problems, reporting
-    from coprs_deploy.training.run import resolve_precision
+    from coprs_deploy.training.planning.problems import describe_problems, reporting
+    from coprs_deploy.training.runs.run import resolve_precision
 
     recipe, out, count = resolve_precision(recipe), _out(arguments), recipe.num_processes
     if isinstance(recipe, Recipe):
-        from coprs_deploy.training.checks import check_resume, check_run, progress_of
+        from coprs_deploy.training.planning.checks import check_resume, check_run, progress_of
 
         with StepPrinter() as steps:
             checked = check_run(recipe, out, count, progress_of(steps))
@@ -144,7 +144,7 @@ def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
     check_writable(out)
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
     if is_worker:
-        from coprs_deploy.training.processes import end_with_launcher
+        from coprs_deploy.training.runs.processes import end_with_launcher
 
         end_with_launcher()
     try:
@@ -175,7 +175,7 @@ def _kept(out: Path) -> str:
 
 
 def _show(report: dict[str, Any], out: Path, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.report import page
+    from coprs_deploy.training.runs.report import page
 
     shown = {key: value for key, value in report.items() if key not in ("examples", "recipe")}
     print_result(arguments, shown, page(report))
@@ -187,7 +187,7 @@ def _run_recipe(recipe: AnyRecipe, out: Path, arguments: argparse.Namespace) -> 
     """Train in this process; return the exit code, 0 if the run ended."""
     scenes_dir = arguments.scenes_dir
     if isinstance(recipe, Recipe):
-        from coprs_deploy.training.run import train
+        from coprs_deploy.training.runs.run import train
 
         if scenes_dir is not None:
             log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
@@ -205,7 +205,7 @@ def _export_state(arguments: argparse.Namespace) -> int:
         raise ValueError("--export-state takes the recipe of the run; leave out RECIPE and --set")
     run = arguments.export_state
     recipe = _recipe_of(run)
-    from coprs_deploy.training.saved_state import choose_state, export_state
+    from coprs_deploy.training.runs.saved_state import choose_state, export_state
 
     saved = choose_state(run, list(recipe.stages), arguments.step)
     out = arguments.out or run / "exported" / f"{saved.stage}-{saved.step:06d}"
@@ -236,8 +236,8 @@ def _recipe_of(run: Path) -> AnyRecipe:
 
 
 def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
-    from coprs_deploy.training.estimate import GpuSpec
-    from coprs_deploy.training.estimate_page import estimate_page, estimate_run
+    from coprs_deploy.training.planning.estimate import GpuSpec
+    from coprs_deploy.training.planning.estimate_page import estimate_page, estimate_run
 
     if arguments.gpus < 1:
         raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
@@ -253,7 +253,7 @@ def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
 
 def _launch(recipe: AnyRecipe, arguments: argparse.Namespace, out: Path) -> int:
     """Run this command in several processes that train together; return the exit code."""
-    from coprs_deploy.training.processes import run_processes
+    from coprs_deploy.training.runs.processes import run_processes
 
     command = [sys.executable, "-m", "coprs_deploy", "train", arguments.recipe, "--out", str(out)]
     for setting in arguments.set:

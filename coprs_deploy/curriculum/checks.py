@@ -11,8 +11,8 @@ from coprs_deploy.console import format_bytes
 from coprs_deploy.curriculum.recipe import CurriculumRecipe, ReasoningSettings
 from coprs_deploy.data.synthetic.examples import with_question_types
 from coprs_deploy.data.synthetic.presets import PRESETS, QUESTION_TYPES
-from coprs_deploy.training.checks import place_problems, setting_problems
-from coprs_deploy.training.problems import Problem, reporting
+from coprs_deploy.training.planning.checks import place_problems, setting_problems
+from coprs_deploy.training.planning.problems import Problem, reporting
 from coprs_deploy.training.recipe import nearest_name
 
 SCENE_CHANNELS = 4

@@ -28,8 +28,8 @@ from coprs_deploy.curriculum.segmentation_stage import SegmentationStage
 from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic.presets import HELD_OUT_SEED, PRESETS
 from coprs_deploy.evaluation.summary import flat_row, summarize
-from coprs_deploy.training.progress import WEIGHTS_FILE
-from coprs_deploy.training.run import (
+from coprs_deploy.training.runs.progress import WEIGHTS_FILE
+from coprs_deploy.training.runs.run import (
     Run,
     attach_run,
     finish_run,
@@ -37,7 +37,7 @@ from coprs_deploy.training.run import (
     report_problems,
     save_checkpoint,
 )
-from coprs_deploy.training.saved_state import SavedState, load_objective
+from coprs_deploy.training.runs.saved_state import SavedState, load_objective
 from coprs_deploy.training.settings import StageSettings
 from coprs_deploy.training.stage import TrainingStage
 from coprs_deploy.training.state import TrainingState

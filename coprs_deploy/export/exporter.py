@@ -59,7 +59,7 @@ from coprs_deploy.export.calibration_examples import CalibrationExamples, split_
 from coprs_deploy.export.graph_check import GraphCheck
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.options import ExportOptions
-from coprs_deploy.export.policy_compression import MAX_CALIBRATION_EXAMPLES, MAX_HELD_OUT
+from coprs_deploy.export.policy.compression import MAX_CALIBRATION_EXAMPLES, MAX_HELD_OUT
 from coprs_deploy.export.precision import (
     FP32,
     INT8,
@@ -325,7 +325,7 @@ class _Export:
         """Convert the policy and compare it with PyTorch, if the options say so."""
         if self.options.policy_runtime == "transformers":
             return None
-        from coprs_deploy.export.policy_export import PolicyExport
+        from coprs_deploy.export.policy.export import PolicyExport
 
         return PolicyExport(
             checkpoint=self.checkpoint,

@@ -238,8 +238,8 @@ def _check(
     report: Report,
 ) -> PolicyEquivalence:
     """Compare the written policy with the float one on the held-out examples."""
-    from coprs_deploy.export.policy_check import compare_samples
-    from coprs_deploy.export.policy_samples import decode_sample
+    from coprs_deploy.export.policy.check import compare_samples
+    from coprs_deploy.export.policy.samples import decode_sample
 
     report("responses of the quantized policy")
     with _output_on_stderr(), open_policy(checkpoint, policy) as candidate:

@@ -103,7 +103,7 @@ def verify_policy_graphs(
     record = bundle.manifest.policy_graphs
     if record is None:
         return None
-    from coprs_deploy.export.policy_check import NUM_SAMPLES, compare_policy
+    from coprs_deploy.export.policy.check import NUM_SAMPLES, compare_policy
 
     try:
         return compare_policy(

@@ -21,7 +21,7 @@ from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.images import MAX_ASPECT_RATIO
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.features import FeatureStore
-from coprs_deploy.training.problems import Problem, named, reporting, row_problems
+from coprs_deploy.training.planning.problems import Problem, named, reporting, row_problems
 from coprs_deploy.training.recipe import Recipe
 from coprs_deploy.training.settings import (
     GrpoSettings,

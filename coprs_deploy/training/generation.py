@@ -17,11 +17,11 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, Response
 from coprs_deploy.specs import Geometry
 from coprs_deploy.training.batches import pad_tokens
 from coprs_deploy.training.examples import ExampleSets
-from coprs_deploy.training.gallery import Sample
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import PromptCollator
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.scores import DecodedMasks, ResponseReader, mask_scores
+from coprs_deploy.training.runs.gallery import Sample
 from coprs_deploy.training.settings import ResponseFormat, RewardWeights
 from coprs_deploy.training.state import TrainingState
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from coprs_deploy.training.gallery import Sample
 from coprs_deploy.training.losses import Mean
+from coprs_deploy.training.runs.gallery import Sample
 from coprs_deploy.training.settings import StageSettings
 
 if TYPE_CHECKING:

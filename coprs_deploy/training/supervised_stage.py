@@ -19,7 +19,6 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
 from coprs_deploy.training.batches import EpochOrder, pad_tokens
 from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, load_images
-from coprs_deploy.training.gallery import Sample, spread_indices
 from coprs_deploy.training.generation import respond
 from coprs_deploy.training.losses import (
     IGNORED_LABEL,
@@ -34,6 +33,7 @@ from coprs_deploy.training.mask_decoding import (
     fit_mask,
     mask_metrics,
 )
+from coprs_deploy.training.runs.gallery import Sample, spread_indices
 from coprs_deploy.training.settings import TEACHER_FORCED, SupervisedSettings
 from coprs_deploy.training.stage import StageOutput, TrainingStage, mean_metrics
 from coprs_deploy.training.state import TrainingState, freeze_unused

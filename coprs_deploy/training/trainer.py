@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coprs_deploy.training.gallery import write_gallery
 from coprs_deploy.training.losses import Mean
 from coprs_deploy.training.lr_schedule import lr_factor
 from coprs_deploy.training.optim import (
@@ -18,12 +17,13 @@ from coprs_deploy.training.optim import (
     set_group_settings,
     set_lr_factor,
 )
-from coprs_deploy.training.progress import StageProgress, load_finished_stage
+from coprs_deploy.training.runs.gallery import write_gallery
+from coprs_deploy.training.runs.progress import StageProgress, load_finished_stage
 from coprs_deploy.training.stage import StageOutput, TrainingStage, reduce_means
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
-    from coprs_deploy.training.run import Run
+    from coprs_deploy.training.runs.run import Run
 
 
 class Trainer:

@@ -21,7 +21,7 @@ from coprs_deploy.errors import (
     install_hint,
     shorten,
 )
-from coprs_deploy.evaluation import plots
+from coprs_deploy.evaluation.reports import plots
 from coprs_deploy.runtime import result
 from tests import ROOT
 

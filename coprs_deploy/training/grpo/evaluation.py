@@ -23,9 +23,9 @@ from coprs_deploy.evaluation.metrics import standard_error
 from coprs_deploy.evaluation.protocols import TARGETS
 from coprs_deploy.evaluation.rows import EvaluationRow
 from coprs_deploy.evaluation.summary import measure, row_iou
-from coprs_deploy.training.gallery import TILES, Sample, quality_text
 from coprs_deploy.training.generation import at_image_size, row_of, sample_of, until_end
 from coprs_deploy.training.grpo.scores import mask_scores
+from coprs_deploy.training.runs.gallery import TILES, Sample, quality_text
 from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
 from coprs_deploy.visualization import add_caption
 

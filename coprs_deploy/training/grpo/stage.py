@@ -17,7 +17,6 @@ from coprs_deploy.policy.progress_bars import without_progress_bars
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from coprs_deploy.training.batches import EpochOrder
 from coprs_deploy.training.examples import ExampleSets, first_examples
-from coprs_deploy.training.gallery import spread_indices, write_gallery
 from coprs_deploy.training.grpo.arguments import grpo_arguments, lora_config
 from coprs_deploy.training.grpo.attachment import Attachment, SegmentationHead
 from coprs_deploy.training.grpo.batch import PromptCollator
@@ -31,14 +30,15 @@ from coprs_deploy.training.grpo.evaluation import (
 from coprs_deploy.training.grpo.processor import PolicyProcessor
 from coprs_deploy.training.grpo.scores import ResponseReader
 from coprs_deploy.training.grpo.trainer import GrpoParts, JointTrainer
-from coprs_deploy.training.progress import REFERENCE
 from coprs_deploy.training.recipe import Recipe
-from coprs_deploy.training.run_directory import rewind_lines
+from coprs_deploy.training.runs.gallery import spread_indices, write_gallery
+from coprs_deploy.training.runs.progress import REFERENCE
+from coprs_deploy.training.runs.run_directory import rewind_lines
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.state import TrainingState
 
 if TYPE_CHECKING:
-    from coprs_deploy.training.run import Run
+    from coprs_deploy.training.runs.run import Run
 
 SAMPLES_FOLDER = "samples"
 HELD_OUT_FOLDER = "held_out"

@@ -15,7 +15,7 @@ from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.curriculum.state import build_tiny_state
 from coprs_deploy.data.synthetic import PLAIN
 from coprs_deploy.training.recipe import load_recipe
-from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.runs.run_directory import RunDirectory
 from coprs_deploy.training.state import state_from_checkpoint
 
 SAME_BATCH_TOLERANCE = 2e-4

@@ -9,8 +9,8 @@ from coprs_deploy.curriculum.reasoning_stage import ridge_regression
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.curriculum.run import build_context, build_stage
 from coprs_deploy.training.recipe import load_recipe
-from coprs_deploy.training.run import Run
-from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.runs.run import Run
+from coprs_deploy.training.runs.run_directory import RunDirectory
 from coprs_deploy.training.trainer import loss_coefficient
 
 

@@ -11,7 +11,7 @@ from coprs_deploy.data.rle import encode_mask
 from coprs_deploy.data.sources import open_examples
 from coprs_deploy.evaluation.evaluator import Prediction, score_example
 from coprs_deploy.evaluation.protocols import TARGETS
-from coprs_deploy.evaluation.report import EvaluatedDataset
+from coprs_deploy.evaluation.reports.report import EvaluatedDataset
 from coprs_deploy.evaluation.runner import EvaluationTask
 from coprs_deploy.evaluation.summary import summarize_dataset
 

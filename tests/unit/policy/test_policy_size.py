@@ -12,7 +12,7 @@ import pytest
 from coprs_deploy.conversion.policy_files import load_policy as load_policy_for_conversion
 from coprs_deploy.conversion.random_policy import build_random_policy
 from coprs_deploy.errors import ConversionError, PolicyError
-from coprs_deploy.export.policy_graphs import load_policy as load_policy_for_export
+from coprs_deploy.export.policy.graphs import load_policy as load_policy_for_export
 from coprs_deploy.policy.policy_size import check_policy_size
 from coprs_deploy.training.state import state_from_checkpoint
 

@@ -8,8 +8,8 @@ from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.training.examples import ExampleSets
-from coprs_deploy.training.gallery import spread_indices
 from coprs_deploy.training.generation import respond, until_end
+from coprs_deploy.training.runs.gallery import spread_indices
 from coprs_deploy.training.state import state_from_checkpoint
 
 

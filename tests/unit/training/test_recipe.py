@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from coprs_deploy.cli.main import main
-from coprs_deploy.training.meta_models import build_on_meta
 from coprs_deploy.training.optim import build_optimizers, set_lr_factor
+from coprs_deploy.training.planning.meta_models import build_on_meta
 from coprs_deploy.training.recipe import Recipe, changed_keys, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.run import resolve_precision
+from coprs_deploy.training.runs.run import resolve_precision
 from coprs_deploy.training.settings import (
     PAPER_OPTIMIZER,
     CheckpointModel,
@@ -301,7 +301,7 @@ def test_train_with_an_unknown_key_suggests_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("recipe", "function"),
     [
-        ("grpo_demo", "coprs_deploy.training.run.train"),
+        ("grpo_demo", "coprs_deploy.training.runs.run.train"),
         ("demo", "coprs_deploy.curriculum.run.train_curriculum"),
     ],
 )

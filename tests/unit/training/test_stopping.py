@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coprs_deploy.checkpoint import read_checkpoint
-from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.runs.run_directory import RunDirectory
 from coprs_deploy.training.state import state_from_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -19,10 +19,10 @@ from coprs_deploy.training.examples import ExampleSets
 from coprs_deploy.training.features import FeatureStore, compute_features
 from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.mask_decoding import fit_mask
-from coprs_deploy.training.processes import StopRequest
 from coprs_deploy.training.recipe import load_recipe
-from coprs_deploy.training.run import train
-from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.runs.processes import StopRequest
+from coprs_deploy.training.runs.run import train
+from coprs_deploy.training.runs.run_directory import RunDirectory
 from coprs_deploy.training.settings import Optimizer, SupervisedSettings
 from coprs_deploy.training.state import state_from_checkpoint
 from coprs_deploy.training.supervised_stage import (

@@ -18,7 +18,6 @@ from coprs_deploy.evaluation.summary import row_iou
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
-from coprs_deploy.training.gallery import TILE_PX
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
 from coprs_deploy.training.grpo.evaluation import (
     evaluate_policy,
@@ -29,6 +28,7 @@ from coprs_deploy.training.grpo.evaluation import (
 from coprs_deploy.training.grpo.scores import DecodedMasks, grid_ious, mask_scores, row_losses
 from coprs_deploy.training.grpo.trainer import ScoredRollout
 from coprs_deploy.training.losses import segmentation_losses
+from coprs_deploy.training.runs.gallery import TILE_PX
 from coprs_deploy.training.settings import SegmentationLossWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

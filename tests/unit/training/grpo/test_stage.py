@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.demo import CHECKPOINT
 from coprs_deploy.export import export_checkpoint
-from coprs_deploy.training.run_directory import RunDirectory
+from coprs_deploy.training.runs.run_directory import RunDirectory
 
 RECIPE = """
 base = "grpo_demo"

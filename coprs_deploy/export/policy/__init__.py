@@ -1,0 +1,1 @@
+"""The policy as OpenVINO graphs: conversion, compression, and the check against PyTorch."""

@@ -1,0 +1,1 @@
+"""What is known before the first step: problems of a run, and estimates of memory and time."""
