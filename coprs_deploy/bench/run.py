@@ -67,6 +67,9 @@ STABLE_WITHIN = 0.03
 MAX_RUNS = 1000
 """Largest number of runs of a case in one round."""
 
+MAX_COUNTED_ROUNDS = 3
+"""Largest number of rounds of a group whose number of runs is given."""
+
 
 def run_benchmark(options: BenchOptions, progress: Progress, note: Progress) -> Report:
     """Select, filter, prepare and measure.
@@ -224,7 +227,9 @@ class _Measurement:
         self._timeout = group.timeout_s or options.case_timeout_s
         self._min_rounds, self._max_rounds = options.rounds, options.max_rounds
         if group.runs is not None:
-            self._min_rounds = self._max_rounds = min(options.rounds, group.runs)
+            self._min_rounds = self._max_rounds = min(
+                MAX_COUNTED_ROUNDS, options.rounds, group.runs
+            )
         if not self._side_by_side:
             self._max_rounds = self._min_rounds
 

@@ -19,7 +19,6 @@ from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
-from coprs_deploy.training.runs.run_directory import RECIPE_FILE, RunDirectory, read_report
 
 AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
 
@@ -130,6 +129,7 @@ def _check(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
         problems = checked.problems + check_resume(recipe, out, checked, arguments.allow_change)
     else:
         from coprs_deploy.curriculum.checks import check_curriculum
+        from coprs_deploy.training.runs.run_directory import RunDirectory
 
         problems = check_curriculum(recipe, out, arguments.scenes_dir, count)
         with reporting(problems, "--out"):
@@ -140,6 +140,8 @@ def _check(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
 
 
 def _train(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.runs.run_directory import read_report
+
     out = _out(arguments)
     check_writable(out)
     is_worker = "LOCAL_RANK" in os.environ  # one of several processes of a run
@@ -225,6 +227,8 @@ def _export_state(arguments: argparse.Namespace) -> int:
 
 def _recipe_of(run: Path) -> AnyRecipe:
     """Read the recipe of a run."""
+    from coprs_deploy.training.runs.run_directory import RECIPE_FILE
+
     file = run / RECIPE_FILE
     if not file.is_file():
         raise ValueError(

@@ -299,7 +299,7 @@ def nearest_name(wrong: str, known: Sequence[str]) -> str:
         words, own = set(last.split("_")), set(field.split("_"))
         shared = len(words & own) / len(words | own)
         letters = difflib.SequenceMatcher(None, last, field).ratio()
-        place = difflib.SequenceMatcher(None, parents, others).ratio()
+        place = difflib.SequenceMatcher(None, ".".join(parents), ".".join(others)).ratio()
         return max(letters, 0.6 + 0.4 * shared if words <= own else 0.0), place
 
     if not known:

@@ -258,7 +258,7 @@ class TestWrongUse:
             (["export", "nowhere", "--out", "b"], "there is no checkpoint directory nowhere"),
             (["export", "nowhere", "--out", "b", "--precision", "fp17"], "accepted: fp32, bf16"),
             (["export", "nowhere", "--out", "b", "--targets", "4,1"], "min,opt,max"),
-            (["convert", "--out", "c"], "one of the arguments --policy"),
+            (["convert", "--out", "c"], "one of the arguments CHECKPOINT --policy"),
             (["convert", "--random", "--sam", "vit_x", "--out", "c"], "vit_b, vit_l, vit_h"),
             (["convert", "--policy", "p", "--out", "c"], "--sam is missing"),
             (["convert", "--policy", "p", "--sam", "s.pth", "--out", "c"], "no file s.pth"),

@@ -110,7 +110,7 @@ def test_worker_responses_are_apart_from_printed_text():
 
 def test_measure_counted_runs_have_no_warm_up():
     result = measure(case("cold"), runs=4)
-    assert result.cases[0].latency.n == 6  # three rounds of two
+    assert result.cases[0].latency.n == 4  # two rounds of two
     assert "first_run_ms" not in result.cases[0].metrics
 
 
