@@ -32,6 +32,7 @@ from coprs_deploy.errors import (
     import_failure,
     install_hint,
 )
+from coprs_deploy.machine import describe_processor
 from coprs_deploy.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class OrtRunner(Runner):
         if options.device_type == "cpu":
             _share_arena()
             settings.add_session_config_entry("session.use_env_allocators", "1")
+            if not describe_processor().has_int8_units:
+                # Without int8 dot products, pairs of int8 products are added in 16 bits and
+                # saturate, unless the weights are stored without a sign.
+                settings.add_session_config_entry("session.x64quantprecision", "1")
         # Spinning idle threads take cores from the policy and from resizing: segmentation with the
         # demo model took a quarter longer.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -168,11 +168,12 @@ class TestHalfPrecisionOverflow:
     second overflows float16 itself."""
 
     @pytest.fixture(scope="class")
-    def graphs(self, tiny_checkpoint, tmp_path_factory):
+    @classmethod
+    def graphs(cls, tiny_checkpoint, tmp_path_factory):
         folder = tmp_path_factory.mktemp("overflow")
         exported = Exported("tiny_vit", tiny_checkpoint, folder)
         paths = {}
-        for scale in self.SCALES:
+        for scale in cls.SCALES:
             graph = onnx.load(exported.graph)
             weights = {tensor.name: tensor for tensor in graph.graph.initializer}
             weight = weights["neck.0.weight"]
@@ -213,7 +214,9 @@ class TestExport:
         source = write_light_checkpoint(
             tmp_path / "light", tiny_checkpoint, "tiny_vit", change=overflow
         )
-        options = ExportOptions(runtime="tensorrt-rtx", precision=FP16)
+        options = ExportOptions(
+            runtime="tensorrt-rtx", precision=FP16, compute_capabilities=("sm_89",)
+        )
         pytest.importorskip("tensorrt_rtx")
         with (
             pytest.warns(RuntimeWarning),

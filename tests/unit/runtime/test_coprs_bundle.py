@@ -105,7 +105,8 @@ class TestBundle:
     def test_segment_several_targets_have_different_priors(self, coprs, scene):
         one, three = (coprs.segment(scene, "the discs", max_targets=n) for n in (1, 3))
         assert three.response.count("<REF_POS>") == 3
-        assert np.array_equal(three.prior_logits[0], one.prior_logits[0])
+        # A pass of several tokens rounds differently than one of a single token.
+        assert np.allclose(three.prior_logits[0], one.prior_logits[0], atol=1e-4)
         assert not np.allclose(three.prior_logits[0], three.prior_logits[1], atol=1e-3)
         assert np.array_equal(three.prior, sigmoid(three.prior_logits[2]))
 
