@@ -211,11 +211,12 @@ def summarize(
         finite = finite and bool(np.isfinite(output).all() and np.isfinite(reference).all())
         a, b = output.astype(np.float64), reference.astype(np.float64)
         difference, scale = a - b, float(np.abs(b).max()) or 1.0
-        max_abs_error = max(max_abs_error, float(np.abs(difference).max()))
-        largest = max(largest, relative_error(a, b))
+        # Unlike `max`, `np.maximum` keeps NaN, so that an error names what was not finite.
+        max_abs_error = float(np.maximum(max_abs_error, np.abs(difference).max()))
+        largest = float(np.maximum(largest, relative_error(a, b)))
         mean = float(difference.mean()) / scale
-        mean_error = mean if abs(mean) > abs(mean_error) else mean_error
-        cosine = min(cosine, cosine_similarity(a, b))
+        mean_error = mean_error if abs(mean) <= abs(mean_error) else mean
+        cosine = float(np.minimum(cosine, cosine_similarity(a, b)))
         iou = min(iou, mask_iou(a, b))
     if allowed.pools_masks:
         iou = mask_iou(*(np.concatenate([np.ravel(o) for o in side]) for side in (found, expected)))
