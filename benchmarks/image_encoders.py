@@ -32,7 +32,12 @@ from coprs_deploy.export.equivalence import cosine_similarity, relative_error
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.export.samples import sample_inputs
-from coprs_deploy.machine import installed_versions, machine_record, peak_memory_bytes
+from coprs_deploy.machine import (
+    describe_processor,
+    installed_versions,
+    machine_record,
+    peak_memory_bytes,
+)
 from coprs_deploy.model_config import SAM_SIZES
 from coprs_deploy.specs import IMAGE_ENCODER, GraphSpec, graph_specs
 
@@ -108,11 +113,17 @@ def _measure(
     made = step("make_checkpoint", "checkpoint-made", size=size)
     for precision in PRECISIONS:
         graph = step("export_encoder", f"export-{precision}", precision=precision)
-        for runtime in () if prepare_only else RUNTIMES:
+        for runtime in () if prepare_only else runtimes(precision):
             settings = {"runtime": runtime, "precision": precision}
             timed = step("time_encoder", f"time-{runtime}-{precision}", **settings)
             rows.append({"encoder": size, **settings, **made, **graph, **timed})
     return rows
+
+
+def runtimes(precision: str) -> list[str]:
+    """Return the runtimes that compute a precision exactly on this processor."""
+    exact = precision != "int8" or describe_processor().has_int8_units
+    return [name for name in RUNTIMES if exact or name != "openvino"]
 
 
 def make_checkpoint(folder: str, size: str) -> dict[str, Any]:

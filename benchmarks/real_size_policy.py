@@ -220,11 +220,11 @@ def measure(path: str, runtime: str, precision: str, max_pixels: int | None) -> 
         image = noise(len(prefill_s))
         with policy.start(PolicyRequest(image, instruction)) as decoding:
             started = time.perf_counter()
-            token = decoding.prefill()
+            token, _ = decoding.prefill()
             prefill_s.append(time.perf_counter() - started)
             started = time.perf_counter()
             for _ in range(NUM_TOKENS):
-                token, _ = decoding.feed(token)
+                (token,), _ = decoding.feed([token])
             decode_s = time.perf_counter() - started
     return {
         "load_s": round(load_s, 2),

@@ -1,10 +1,12 @@
 """Image encoders at full size: steps that are kept, goals, the report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from coprs_deploy.bench.fixtures import RANDOM_MODELS
+from coprs_deploy.machine import INT8_UNITS
 from coprs_deploy.model_config import SAM_SIZES
 from tests.scripts import load_script
 
@@ -67,6 +69,17 @@ def test_kept_steps_are_not_repeated(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [(frozenset({"avx2"}), ["onnxruntime"]), (INT8_UNITS, ["onnxruntime", "openvino"])],
+)
+def test_int8_is_measured_where_its_products_are_exact(monkeypatch, units, expected):
+    processor = SimpleNamespace(has_int8_units=bool(units & INT8_UNITS))
+    monkeypatch.setattr(image_encoders, "describe_processor", lambda: processor)
+    assert image_encoders.runtimes("int8") == expected
+    assert image_encoders.runtimes("fp32") == ["onnxruntime", "openvino"]
+
+
 def test_unknown_size_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         image_encoders.main(["--out", str(tmp_path), "--work-dir", str(tmp_path), "--sizes", "x"])
@@ -85,9 +98,8 @@ def test_script_measures_a_tiny_encoder(tmp_path):
     assert image_encoders.main(["--out", str(out), "--work-dir", work, "--sizes", "tiny"]) == 0
     rows = json.loads((out / "image-encoders.json").read_text())["rows"]
     assert [(r["runtime"], r["precision"]) for r in rows] == [
-        ("onnxruntime", "fp32"),
-        ("openvino", "fp32"),
-        ("onnxruntime", "int8"),
-        ("openvino", "int8"),
+        (runtime, precision)
+        for precision in ("fp32", "int8")
+        for runtime in image_encoders.runtimes(precision)
     ]
     assert all(r["cosine"] > 0.99 and r["median_ms"] > 0 for r in rows)

@@ -114,12 +114,14 @@ def select_rows(graph: Any) -> None:
         shape = port.get_partial_shape()
         return len(shape) if shape.rank.is_static else 0
 
+    # The last row is taken of (1, L, D), D being known; LLaVA's positions are taken of (1, 1, L).
     found = [
         node
         for node in graph.get_ops()
         if node.get_type_name() == "Gather"
         and rank(node.input(0)) == 3
         and rank(node.output(0)) == 2
+        and node.output(0).get_partial_shape()[1].is_static
     ]
     if len(found) != 1:
         raise ValueError(f"{DECODER_FILE} selects rows {len(found)} times; accepted: once")

@@ -259,7 +259,7 @@ def test_evaluate_policy_agrees_with_the_runtime(make_setup):
         make_setup(max_completion_length=128).trainer, examples, [0, 7]
     )
     assert [sample.example for sample in samples] == [examples[0], examples[7]]
-    assert samples[0].mask_iou == evaluated[0].mask_iou
+    assert samples[0].mask_iou == row_iou(evaluated[0], TARGETS)
     assert samples[0].reward == evaluated[0].extra["reward"]
     with CoPRS.load(policy="transformers") as coprs:
         expected = evaluate(predict_with(coprs.segment, 1), examples)
