@@ -7,7 +7,7 @@ import pytest
 from tests.scripts import load_script
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_kills_lose_and_double_no_row(capsys):
     script = load_script("benchmarks/batch_runs.py")
     assert script.main(["kills", "--kills", "3", "--workers", "2"]) == 0

@@ -91,7 +91,7 @@ def test_bench_knows_every_size():
     assert set(image_encoders.SIZES) == SAM_SIZES.keys() - {"tiny"}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_script_measures_a_tiny_encoder(tmp_path):
     out = tmp_path / "out"
     work = str(tmp_path / "work")

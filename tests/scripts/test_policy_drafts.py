@@ -34,9 +34,9 @@ def test_modes_without_the_comparison_are_refused():
 
 
 @pytest.mark.extended
-def test_a_thousand_responses_are_equal(capsys):
+def test_a_hundred_responses_are_equal(capsys):
     code, results = run(
-        capsys, "--count", "900", "--num-no-match", "100", "--drafts", "none,tail and lookup"
+        capsys, "--count", "90", "--num-no-match", "10", "--drafts", "none,tail and lookup"
     )
     assert code == 0
-    assert {r["equal"] for r in results} == {1000}
+    assert {r["equal"] for r in results} == {100}

@@ -44,7 +44,7 @@ def run_to_the_end(context, table, out):
 
 @pytest.mark.parametrize(
     "num_kills",
-    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.extended)],
+    [pytest.param(5, marks=pytest.mark.extended), pytest.param(50, marks=pytest.mark.extended)],
 )
 def test_killed_and_resumed_runs_equal_a_whole_run(images, tmp_path, num_kills):
     context = multiprocessing.get_context("forkserver")

@@ -70,7 +70,7 @@ def test_evaluation_killed_three_times_writes_the_same_files(tmp_path):
     assert len(files(tmp_path / "whole")["refcoco-val/rows.jsonl"].splitlines()) == 160
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_workers_write_the_same_files_as_one_process_and_keep_rows_if_one_dies(tmp_path):
     root = write_data(tmp_path / "data", 96)
     killed = run(root, tmp_path / "many", kill_at=20, num_workers=2, expected=2)
@@ -95,7 +95,7 @@ def test_bundle_that_a_worker_cannot_open_ends_the_run_with_its_error(tmp_path):
 
 @pytest.mark.parametrize(
     "num_workers",
-    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.extended)],
+    [pytest.param(1, marks=pytest.mark.extended), pytest.param(2, marks=pytest.mark.extended)],
 )
 def test_interrupt_keeps_the_rows_and_says_how_to_go_on(tmp_path, num_workers):
     root = write_data(tmp_path / "data", 4000)
