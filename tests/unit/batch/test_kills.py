@@ -42,10 +42,8 @@ def run_to_the_end(context, table, out):
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize(
-    "num_kills",
-    [pytest.param(5, marks=pytest.mark.extended), pytest.param(50, marks=pytest.mark.extended)],
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("num_kills", [5, 50])
 def test_killed_and_resumed_runs_equal_a_whole_run(images, tmp_path, num_kills):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.unit.batch.killed_run", "pyarrow.parquet"])

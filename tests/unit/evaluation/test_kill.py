@@ -93,10 +93,8 @@ def test_bundle_that_a_worker_cannot_open_ends_the_run_with_its_error(tmp_path):
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize(
-    "num_workers",
-    [pytest.param(1, marks=pytest.mark.extended), pytest.param(2, marks=pytest.mark.extended)],
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_interrupt_keeps_the_rows_and_says_how_to_go_on(tmp_path, num_workers):
     root = write_data(tmp_path / "data", 4000)
     partial = tmp_path / "out/refcoco-val/rows.partial.jsonl"
