@@ -30,11 +30,12 @@ REWOUND = "tensorboard"
 """Tracker that forgets the steps after which a run resumes."""
 
 MODULES = {
-    "tensorboard": ("torch.utils.tensorboard", "train"),
-    "wandb": ("wandb", "track"),
-    "trackio": ("trackio", "track"),
+    "tensorboard": ("torch.utils.tensorboard", install_hint("train")),
+    "wandb": ("wandb", install_hint("track")),
+    # No extra: trackio 0.43 refuses the Pillow that this package is tested with.
+    "trackio": ("trackio", "pip install trackio"),
 }
-"""Module of each tracker, and the extra that brings it."""
+"""Module of each tracker, and the command that installs it."""
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -44,11 +45,10 @@ def require_trackers(names: Sequence[str]) -> None:
         MissingDependencyError: one is not.
     """
     for name in names:
-        module, extra = MODULES[name]
+        module, hint = MODULES[name]
         try:
             importlib.import_module(module)
         except ImportError as error:
-            hint = install_hint(extra)
             raise import_failure(error, "", hint, needed_by=f"report_to = {name!r}") from error
 
 

@@ -84,5 +84,7 @@ def test_open_trackers_that_does_not_start_names_it(tmp_path, recipe, packages):
 
 def test_require_trackers_names_the_extra_of_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(MissingDependencyError, match=r"report_to = 'trackio' needs .*\[track\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"report_to = 'trackio' needs .*pip install trackio"
+    ):
         require_trackers(["tensorboard", "trackio"])
