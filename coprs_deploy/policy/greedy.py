@@ -248,6 +248,8 @@ class _Response:
         """
         start = time.perf_counter()
         following, states = self._feed(tokens)
+        if self._cut is StopReason.REASONING_BUDGET and following[0] == self._known.tail[0]:
+            self._cut = None  # the reasoning ended by itself, just at the limit
         if len(tokens) > 1 and tokens[-1] == self._tokens.reference_id:
             self._policy.tail_time.add(time.perf_counter() - start)
         kept = len(tokens) if is_forced else 1
