@@ -1,6 +1,6 @@
 # make demo           segment one image with the demo model: the edge install, no PyTorch
 # make demo-export    convert, export, verify and segment: what needs PyTorch
-# make test           all tests but the following two, in nine minutes on two cores
+# make test           all tests but those of the following targets
 # make test-extended  real sizes and long runs
 # make test-vllm      tests with a real vLLM engine, in an environment of its own
 # make test-quantize  tests of `quantize` with llm-compressor, in an environment of its own
