@@ -10,9 +10,14 @@ files is left to :mod:`coprs_deploy.conversion`.
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +37,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 SEGMENTATION_FILE = "segmentation.safetensors"
 POLICY_DIRECTORY = "policy"
+
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 10, 0.02
+"""A link that points to a checkpoint that is being removed is resolved again."""
 
 NAMES_SHOWN = 5
 """Number of tensor names listed in an error; the others are counted."""
@@ -69,12 +77,75 @@ class CheckpointConfig(Record, frozen=True):
     policy_quantization: PolicyQuantization | None = None
 
 
+class ReaderLock:
+    """Shared lock on the configuration of a checkpoint, as long as this object exists.
+
+    A training run does not remove a checkpoint that has one (:func:`without_readers`). A copy in
+    another process has none. Where the file system has no locks, nothing is locked.
+
+    Raises:
+        BlockingIOError: the checkpoint is being removed.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, descriptor)
+        try:
+            _lock(descriptor, fcntl.LOCK_SH)
+            if not os.path.samestat(os.fstat(descriptor), file.stat()):
+                raise BlockingIOError(f"{file} was replaced")
+        except OSError:
+            self._close()
+            raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+@contextmanager
+def without_readers(path: Path) -> Iterator[bool]:
+    """Lock a checkpoint against programs that open it; yield False if one works with it."""
+    try:
+        descriptor = os.open(path / CONFIG_FILE, os.O_RDONLY)
+    except OSError:
+        yield True  # not complete: nothing can open it
+        return
+    try:
+        try:
+            _lock(descriptor, fcntl.LOCK_EX)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    """Lock an open file; without an effect where its file system has no locks.
+
+    Raises:
+        BlockingIOError: another lock does not allow it.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """Opened checkpoint directory whose configuration has been read."""
+    """Opened checkpoint directory whose configuration has been read.
+
+    ``lock`` keeps it from being removed by the run that wrote it.
+    """
 
     path: Path
     config: CheckpointConfig
+    lock: ReaderLock | None = field(default=None, repr=False, compare=False)
 
     @property
     def policy_path(self) -> Path:
@@ -91,14 +162,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint directory and read its configuration without loading weights.
 
     A link is resolved, so that one that a training run points to a newer checkpoint meanwhile
-    does not mix two.
+    does not mix two; the run keeps the checkpoint as long as the returned object exists.
 
     Raises:
         CheckpointError: a part is missing, or the configuration is not valid.
     """
-    root = Path(path)
-    if root.is_symlink() and root.is_dir():
-        root = root.resolve()
+    root, lock = _lock_for_reading(Path(path))
     if not root.is_dir():
         raise CheckpointError(
             f"there is no checkpoint directory {root}; `coprs-deploy convert --help` shows how to "
@@ -115,7 +184,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         config = CheckpointConfig.from_json(data)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{root / CONFIG_FILE} is not valid: {error}") from error
-    return Checkpoint(root, config)
+    return Checkpoint(root, config, lock)
+
+
+def _lock_for_reading(path: Path) -> tuple[Path, ReaderLock | None]:
+    """Resolve a link and lock what it points to, which a run may be removing."""
+    for _ in range(LOCK_ATTEMPTS):
+        root = path.resolve() if path.is_symlink() and path.is_dir() else path
+        try:
+            return root, ReaderLock(root / CONFIG_FILE)
+        except OSError as error:
+            if not path.is_symlink() and not isinstance(error, BlockingIOError):
+                return root, None  # the caller names what is missing
+        time.sleep(LOCK_PAUSE_S)
+    return root, None
 
 
 def write_checkpoint(

@@ -6,7 +6,7 @@ checkpoints/best        link to the one with the best evaluation
 
 A checkpoint is complete as soon as it has its name, and a link is replaced in one step: a program
 that opens ``last`` or ``best`` (:func:`~coprs_deploy.checkpoint.read_checkpoint` resolves the link)
-gets one checkpoint, and keeps it while newer ones are written.
+gets one checkpoint, which is kept as long as the program works with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from coprs_deploy.checkpoint import without_readers
 
 FOLDER = "checkpoints"
 LAST, BEST = "last", "best"
@@ -77,7 +79,9 @@ class RunCheckpoints:
         newest = sorted((position for position in found if position <= now), reverse=True)
         kept = {found[position] for position in newest[: self._limit]}
         for path in set(found.values()) - kept - {self.target(LAST), self.target(BEST)}:
-            remove_directory(path)
+            with without_readers(path) as is_free:
+                if is_free:  # else a later call removes it
+                    remove_directory(path)
 
     def _at(self, path: Path) -> tuple[int, int] | None:
         """Return stage and step of a checkpoint; None for other files."""

@@ -260,19 +260,23 @@ def test_best_checkpoint_is_exported_and_evaluated_while_the_run_trains(tmp_path
     out, bundle = tmp_path / "long", tmp_path / "bundle"
     settings = (f"stages.{stage}.max_steps=500", f"stages.{stage}.eval_steps=1", "save_steps=1")
     process = start(recipe, out, *(word for each in settings for word in ("--set", each)))
-    wait_for_step(process, out, 2)
-    best = out / "checkpoints" / "best"
-    for command in (
-        ("export", str(best), "--out", str(bundle)),
-        ("evaluate", str(bundle), "--num-examples", "2", "--num-no-match", "0"),
-    ):
-        subprocess.run([sys.executable, "-m", "coprs_deploy", *command], check=True)
-    assert process.poll() is None, log_of(out)
-    report = (out / "report.md").read_text()
-    assert f"not finished: {stage} has had " in report
-    assert "Best evaluation of " in report
-    process.terminate()
-    assert process.wait(timeout=300) == 143
+    try:
+        wait_for_step(process, out, 2)
+        best = out / "checkpoints" / "best"
+        for command in (
+            ("export", str(best), "--out", str(bundle)),
+            ("evaluate", str(bundle), "--num-examples", "2", "--num-no-match", "0"),
+        ):
+            subprocess.run([sys.executable, "-m", "coprs_deploy", *command], check=True)
+        assert process.poll() is None, log_of(out)
+        report = (out / "report.md").read_text()
+        assert f"not finished: {stage} has had " in report
+        assert "Best evaluation of " in report
+        process.terminate()
+        assert process.wait(timeout=300) == 143
+    finally:
+        process.kill()
+        process.wait()
     assert len(losses_of(out)) > 2, "the run did not train on"
     checkpoints = [path.name for path in (out / "checkpoints").iterdir()]
     assert {"last", "best"} < set(checkpoints)

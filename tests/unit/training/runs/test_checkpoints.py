@@ -1,11 +1,17 @@
 """Checkpoints of a running run: links, what is kept, and readers meanwhile."""
 
+import copy
 import json
+import pickle
 import shutil
 
 import pytest
 
-from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
+from coprs_deploy.checkpoint import (
+    load_segmentation_model,
+    read_checkpoint,
+    without_readers,
+)
 from coprs_deploy.training.runs.checkpoints import BEST, LAST, RunCheckpoints
 
 
@@ -82,15 +88,58 @@ def test_end_with_lets_last_point_to_the_finished_checkpoint(tmp_path, checkpoin
     assert (checkpoints.path / "last" / "name").read_text() == "checkpoint"
 
 
-def test_reader_of_a_link_keeps_its_checkpoint_while_a_newer_one_is_written(
-    tiny_checkpoint, checkpoints
-):
-    def write_model(path):
+@pytest.fixture
+def write_model(tiny_checkpoint):
+    """Write a checkpoint whose provenance is its name."""
+
+    def write(path):
         shutil.copytree(tiny_checkpoint, path)
         config = json.loads((path / "config.json").read_text())
         config["provenance"] = {"step": path.name}
         (path / "config.json").write_text(json.dumps(config))
 
+    return write
+
+
+def test_checkpoint_is_kept_as_long_as_a_program_works_with_it(checkpoints, write_model):
+    """Longer than ``save_total_limit`` would, and not any longer."""
+    checkpoints.add("one", 1, LAST, write_model)
+    opened = read_checkpoint(checkpoints.path / "last")
+    again = copy.copy(opened)
+    before = opened.fingerprint()
+    del opened
+    for step in range(2, 7):
+        checkpoints.add("one", step, LAST, write_model)
+    assert again.fingerprint() == before
+    load_segmentation_model(again)
+    assert len(list(checkpoints.path.glob("one-*"))) == 3
+    assert pickle.loads(pickle.dumps(again)).lock is None
+    del again
+    checkpoints.add("one", 7, LAST, write_model)
+    names = sorted(path.name for path in checkpoints.path.glob("one-*"))
+    assert names == ["one-000006", "one-000007"]
+
+
+def test_read_checkpoint_of_a_link_follows_it_while_its_target_is_removed(
+    checkpoints, write_model, monkeypatch
+):
+    checkpoints.add("one", 1, LAST, write_model)
+    checkpoints.add("one", 2, BEST, write_model)
+    link = checkpoints.path / "last"
+    with without_readers(link.resolve()) as is_free:
+        assert is_free
+
+        def point(seconds):
+            link.unlink()
+            link.symlink_to("one-000002")
+
+        monkeypatch.setattr("time.sleep", point)
+        assert read_checkpoint(link).path.name == "one-000002"
+
+
+def test_reader_of_a_link_keeps_its_checkpoint_while_a_newer_one_is_written(
+    checkpoints, write_model
+):
     checkpoints.add("one", 1, LAST, write_model)
     opened = read_checkpoint(checkpoints.path / "last")
     before = opened.fingerprint()
