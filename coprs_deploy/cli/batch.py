@@ -37,7 +37,11 @@ OPTIONS = GRAPHS + POLICY
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("source", metavar="SRC", help="folder, pattern, table, shard or URL")
-    parser.add_argument("--bundle", type=Path, help="bundle directory (default: the demo model)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        help="bundle directory, or hf://org/name (default: the demo model)",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the part files"
     )
@@ -106,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
         tuple(arguments.instruction), arguments.instruction_column, arguments.image_column
     )
     bundle = open_bundle(arguments.bundle or demo.BUNDLE)
+    if arguments.bundle:
+        arguments.bundle = bundle.path  # one download for all workers
     num_workers = arguments.workers or default_num_workers(bundle, runtime)
     with StepPrinter() as steps:
         steps("list the rows")
