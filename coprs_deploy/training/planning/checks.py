@@ -138,7 +138,9 @@ def setting_problems(
     """Find settings of any recipe that contradict each other."""
     for name, stage in stages.items():
         key = f"stages.{name}"
-        if stage.global_batch_size < num_processes:
+        # Processes of a GRPO stage share the completions, see GrpoSettings.split_batch.
+        is_too_small = stage.global_batch_size < num_processes
+        if is_too_small and not isinstance(stage, GrpoSettings):
             yield Problem(
                 f"{key}.global_batch_size",
                 f"it is {stage.global_batch_size}, and {num_processes} processes train together; "
