@@ -21,7 +21,7 @@ from coprs_deploy.hub import (
     local_policy,
 )
 from coprs_deploy.publishing import push_bundle
-from tests.unit.hub_server import TOKEN, Repository, running_hub
+from tests.unit.hub_server import TOKEN, Repository
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"
@@ -29,21 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 NAME = "lab/demo"
 LOCATION = f"hf://{NAME}"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A running hub, an empty cache, and no token."""
-    with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        yield server
 
 
 @pytest.fixture
