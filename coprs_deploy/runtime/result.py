@@ -211,8 +211,22 @@ class SegmentationResult:
         """(N, H, W) float32 mask logits at the original image size, computed on first access."""
         return self._mask_logits.at_original_size
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything but the arrays as JSON types; masks are compressed COCO RLE."""
+    @property
+    def low_resolution_mask_logits(self) -> LowResolutionLogits:
+        """Mask logits on the mask grid, as the mask decoder returns them."""
+        return self._mask_logits
+
+    @property
+    def low_resolution_prior_logits(self) -> LowResolutionLogits:
+        """Prior logits on the mask grid, as the prior graph returns them."""
+        return self._prior_logits
+
+    def to_json(self, *, masks: bool = True) -> dict[str, Any]:
+        """Return everything but the arrays as JSON types; masks are compressed COCO RLE.
+
+        Args:
+            masks: whether ``masks`` is included.
+        """
         height, width = self.image.shape[:2]
         return {
             "found": self.found,
@@ -225,7 +239,7 @@ class SegmentationResult:
             "scores": self.scores.tolist(),
             "boxes": self.boxes.tolist(),
             "areas": self.areas.tolist(),
-            "masks": self._rle(),
+            **({"masks": self._rle()} if masks else {}),
             "timings": asdict(self.timings),
             "runtime": self.runtime,
         }
