@@ -6,6 +6,8 @@ GET /health reports readiness, GET /openapi.json describes the interface:
   curl -F image=@photo.jpg -F "instruction=the cup that is about to fall" localhost:8000/segment
   curl -N -H "Accept: text/event-stream" -F ... localhost:8000/segment    stream of events
 
+With --engine ray, replicas on a Ray cluster serve; SIGHUP then replaces them one after another.
+
 With an API key, clients send it as "Authorization: Bearer KEY". No TLS: to expose the server beyond
 localhost, put it behind a reverse proxy.
 """
@@ -20,6 +22,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log
@@ -32,6 +35,7 @@ from coprs_deploy.cli.runtime_arguments import (
 )
 from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime.ray_cluster import RayOptions, read_ray_options
 
 PORTS = range(1 << 16)
 
@@ -41,6 +45,8 @@ API_KEY_VARIABLE = "COPRS_API_KEY"
 
 EXIT_TIMEOUT_S = 10
 """Time for closing after the last response; then the process ends even if a step is running."""
+
+POLL_S = 1.0
 
 SWITCH_INTERVAL_S = 0.001
 """How long a thread keeps the interpreter while the event loop waits; Python's default is 5 ms."""
@@ -83,6 +89,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "list of processes)",
     )
     parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="what serves: this process, or replicas on a Ray cluster",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="MIN:MAX",
+        help="ray: number of replicas, which follows the length of the queue; each has a GPU, or "
+        "--num-threads cores (default: 1)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="ray: address of the cluster (default: RAY_ADDRESS, else one on this machine)",
+    )
+    parser.add_argument(
         "--grace-period",
         type=float,
         default=5,
@@ -104,6 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_origins(arguments.cors_origin)
     arguments.api_key = read_api_key(arguments.api_key)
     options = read_options(arguments, RuntimeOptions, OPTIONS)
+    scale = read_ray_options(arguments.replicas, arguments.ray_address)
+    if arguments.engine == "local" and scale != RayOptions():
+        raise ValueError("--replicas and --ray-address are accepted with --engine ray only")
     try:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
@@ -116,6 +142,9 @@ def run(arguments: argparse.Namespace) -> int:
     if previous[signal.SIGHUP] != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
+        if arguments.engine == "ray":
+            _serve_on_ray(arguments, options, scale)
+            return 0
         with _bind(arguments.host, arguments.port) as listener:
             _serve(arguments, options, listener)
     finally:
@@ -129,19 +158,11 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: soc
 
     from coprs_deploy.server.app import build_app
     from coprs_deploy.server.connection import TimedConnection
-    from coprs_deploy.server.request_guard import MIB
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with open_runtime(arguments.bundle, options, log) as coprs:
         coprs.warm_up()
-        app = build_app(
-            coprs,
-            int(arguments.max_upload * MIB),
-            api_key=arguments.api_key,
-            root_path=arguments.root_path,
-            cors_origins=arguments.cors_origin,
-            has_samples=arguments.bundle is None,
-        )
+        app = build_app(coprs, **_app_options(arguments))
         config = uvicorn.Config(
             app,
             http=TimedConnection,
@@ -159,6 +180,48 @@ def _serve(arguments: argparse.Namespace, options: RuntimeOptions, listener: soc
             log("stopped")
         finally:
             _exit_after(EXIT_TIMEOUT_S)
+
+
+def _app_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``build_app``."""
+    from coprs_deploy.server.request_guard import MIB
+
+    return {
+        "max_upload_bytes": int(arguments.max_upload * MIB),
+        "api_key": arguments.api_key,
+        "root_path": arguments.root_path,
+        "cors_origins": arguments.cors_origin,
+        "has_samples": arguments.bundle is None,
+    }
+
+
+def _serve_on_ray(
+    arguments: argparse.Namespace, options: RuntimeOptions, scale: RayOptions
+) -> None:
+    from coprs_deploy.server.ray_serve import RayServer, ReplicaOptions
+
+    is_due = threading.Event()
+    replica = ReplicaOptions(
+        arguments.bundle and arguments.bundle.absolute(),
+        options,
+        _app_options(arguments),
+        arguments.grace_period,
+    )
+    with RayServer(replica, scale, arguments.host, arguments.port) as server:
+        # Ray has installed handlers of its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, lambda *_: is_due.set())
+        log(f"{scale.min_replicas} to {scale.max_replicas} replicas on Ray")
+        log(f"http://{arguments.host}:{arguments.port}")
+        try:
+            while True:
+                if is_due.wait(POLL_S):
+                    is_due.clear()
+                    log("replicas are replaced")
+                    server.replace_replicas()
+                    log("replicas were replaced")
+        except KeyboardInterrupt:
+            log("stopped")
 
 
 def _exit_after(seconds: float) -> None:
