@@ -12,6 +12,8 @@ whose hash is added to the file:
   coprs-deploy serve --api-keys keys.json --new-api-key alice
 
 docs/security.md lists what the server checks and what is left to a reverse proxy.
+
+With --engine ray, replicas on a Ray cluster serve; SIGHUP then replaces them one after another.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log
@@ -40,6 +43,7 @@ from coprs_deploy.cli.runtime_arguments import (
 from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.images import MAX_IMAGE_PIXELS
 from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime.ray_cluster import RayOptions, read_ray_options
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -51,6 +55,22 @@ PORTS = range(1 << 16)
 OPTIONS = QUEUE + GRAPHS + POLICY
 
 API_KEY_VARIABLE = "COPRS_API_KEY"
+
+LOCAL_OPTIONS = (
+    "api_keys",
+    "new_api_key",
+    "requests_per_minute",
+    "max_concurrent",
+    "tls_cert",
+    "tls_key",
+    "otlp_endpoint",
+    "access_log",
+    "drain",
+)
+"""Options that ``--engine ray`` does not take."""
+
+POLL_S = 1.0
+"""How often the main thread looks whether replicas are to be replaced."""
 
 SWITCH_INTERVAL_S = 0.001
 """How long a thread keeps the interpreter while the event loop waits; Python's default is 5 ms."""
@@ -142,6 +162,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "http://localhost:4318/v1/traces",
     )
     parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="what serves: this process, or replicas on a Ray cluster",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="MIN:MAX",
+        help="ray: number of replicas, which follows the length of the queue; each has a GPU, or "
+        "--num-threads cores (default: 1)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="ray: address of the cluster (default: RAY_ADDRESS, else one on this machine)",
+    )
+    parser.add_argument(
         "--grace-period",
         type=float,
         default=5,
@@ -177,6 +214,11 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.api_key = read_api_key(arguments.api_key)
     check_limits(arguments)
     options = read_options(arguments, RuntimeOptions, OPTIONS)
+    scale = read_ray_options(arguments.replicas, arguments.ray_address)
+    if arguments.engine == "local" and scale != RayOptions():
+        raise ValueError("--replicas and --ray-address are accepted with --engine ray only")
+    if arguments.engine == "ray":
+        check_ray(arguments)
     try:
         import fastapi_offline  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -196,6 +238,9 @@ def run(arguments: argparse.Namespace) -> int:
     if previous[signal.SIGHUP] != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
+        if arguments.engine == "ray":
+            _serve_on_ray(arguments, options, scale)
+            return 0
         with _bind(arguments.host, arguments.port) as listener:
             _serve(arguments, options, listener, keys, spans)
     finally:
@@ -214,7 +259,6 @@ def _serve(
     from coprs_deploy.server.app import build_app
     from coprs_deploy.server.logs import configure_logs
     from coprs_deploy.server.process import ProcessOptions, run_server
-    from coprs_deploy.server.request_guard import MIB
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     undo = configure_logs(arguments.log_format, access_log=arguments.access_log)
@@ -222,16 +266,7 @@ def _serve(
     try:
         with open_runtime(arguments.bundle, options, say, say) as coprs:
             coprs.warm_up()
-            app = build_app(
-                coprs,
-                int(arguments.max_upload * MIB),
-                api_keys=keys,
-                root_path=arguments.root_path,
-                cors_origins=arguments.cors_origin,
-                max_pixels=arguments.max_pixels,
-                has_samples=arguments.bundle is None,
-                span_processor=spans,
-            )
+            app = build_app(coprs, **_app_options(arguments), api_keys=keys, span_processor=spans)
             try:
                 listener.listen()  # connections are accepted from here on
                 address, port = listener.getsockname()[:2]
@@ -249,6 +284,48 @@ def _serve(
                 say("stopped")
     finally:
         undo()
+
+
+def _app_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``build_app``."""
+    from coprs_deploy.server.request_guard import MIB
+
+    return {
+        "max_upload_bytes": int(arguments.max_upload * MIB),
+        "root_path": arguments.root_path,
+        "cors_origins": arguments.cors_origin,
+        "max_pixels": arguments.max_pixels,
+        "has_samples": arguments.bundle is None,
+    }
+
+
+def _serve_on_ray(
+    arguments: argparse.Namespace, options: RuntimeOptions, scale: RayOptions
+) -> None:
+    from coprs_deploy.server.ray_serve import RayServer, ReplicaOptions
+
+    is_due = threading.Event()
+    replica = ReplicaOptions(
+        arguments.bundle and arguments.bundle.absolute(),
+        options,
+        _app_options(arguments) | {"api_key": arguments.api_key},
+        arguments.grace_period,
+    )
+    with RayServer(replica, scale, arguments.host, arguments.port) as server:
+        # Ray has installed handlers of its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, lambda *_: is_due.set())
+        log(f"{scale.min_replicas} to {scale.max_replicas} replicas on Ray")
+        log(f"http://{arguments.host}:{arguments.port}")
+        try:
+            while True:
+                if is_due.wait(POLL_S):
+                    is_due.clear()
+                    log("replicas are replaced")
+                    server.replace_replicas()
+                    log("replicas were replaced")
+        except KeyboardInterrupt:
+            log("stopped")
 
 
 def _new_key(arguments: argparse.Namespace) -> str:
@@ -284,6 +361,20 @@ def _spans(endpoint: str) -> SpanProcessor:
         hint = install_hint("otel")
         raise import_failure(error, "opentelemetry", hint, needed_by="--otlp-endpoint") from error
     return otlp_processor(endpoint)
+
+
+def check_ray(arguments: argparse.Namespace) -> None:
+    """Refuse what replicas would not share, and what belongs to the proxy before them.
+
+    Raises:
+        ValueError: such an option is given.
+    """
+    for name in LOCAL_OPTIONS:
+        if getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} is accepted with --engine local only; leave it to the proxy before Ray"
+            )
 
 
 def check_limits(arguments: argparse.Namespace) -> None:

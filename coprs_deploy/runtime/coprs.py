@@ -14,8 +14,8 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -63,6 +63,16 @@ RequestImage: TypeAlias = ImageSource | DecodedImage | UploadedImage
 """Image of a request; one that was uploaded waits for memory before it is decoded."""
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A request that was checked, and whose image is being encoded since ``start``."""
+
+    start: float
+    image: DecodedImage
+    request: PolicyRequest
+    pending: PendingEmbedding
+
+
 class CoPRS(Closeable):
     """Reasoning segmentation with an exported bundle.
 
@@ -80,6 +90,7 @@ class CoPRS(Closeable):
     Attributes:
         description: runtimes and devices of graphs and policy.
         concurrency: number of requests that the policy decodes together.
+        answers_together: whether :meth:`segment_together` is faster than a request at a time.
         valid_region: images that the image encoder accepts; None accepts any.
         runtime_choices: as given.
     """
@@ -103,6 +114,7 @@ class CoPRS(Closeable):
         self._timeout_s = options.timeout_s
         self._estimates = DeadlineEstimates()
         self.concurrency = policy.concurrency
+        self.answers_together = policy.answers_together
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -353,6 +365,52 @@ class CoPRS(Closeable):
                 for future in pending:
                     future.cancel()
 
+    def segment_together(
+        self,
+        requests: Sequence[tuple[ImageSource | DecodedImage, str]],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> list[SegmentationResult | Exception]:
+        """Segment requests of which all are known, as fast as possible together.
+
+        All images are in memory at once. The masks may differ from those of :meth:`segment` in
+        single pixels, because sums are rounded in another order.
+
+        Args:
+            requests: pairs of image and instruction; requests on one image, which must be the
+                same object, share its embedding and the beginning of the prompt.
+            max_targets: maximum number of targets of each request.
+            max_new_tokens: token budget of each response; None takes the checkpoint's.
+            limits: limits of the reasoning of each request, as in :meth:`segment`.
+
+        Returns:
+            The result of each request, or its error, as :meth:`segment` raises it.
+        """
+        self._check_usable()
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
+        done: dict[int, SegmentationResult | Exception] = {}
+        prepared: dict[int, _Prepared] = {}
+        start = time.perf_counter()
+        with ExitStack() as releases:
+            for number, (image, instruction) in enumerate(requests):
+                try:
+                    prepared[number] = self._prepare(image, instruction, options, start, start)
+                    releases.callback(prepared[number].pending.release)
+                except Exception as error:
+                    done[number] = error
+            numbers, policy_start = list(prepared), time.perf_counter()
+            answers = self._policy.answer_together([prepared[n].request for n in numbers])
+            for index, answer in answers:
+                number = numbers[index]
+                try:
+                    if isinstance(answer, Exception):
+                        raise answer
+                    done[number] = _last(self._finish(prepared[number], answer, policy_start))
+                except Exception as error:
+                    done[number] = error
+        return [done[number] for number in range(len(requests))]
+
     def warm_up(self) -> Timings:
         """Run every graph and the policy once on a grey image, so that the first request is fast.
 
@@ -437,7 +495,20 @@ class CoPRS(Closeable):
     ) -> Generator[StreamEvent, None, None]:
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter() if start is None else start
-        deadline = self._deadline(start if arrival is None else arrival)
+        arrival = start if arrival is None else arrival
+        prepared = self._prepare(source, instruction, options, start, arrival)
+        return self._run(prepared, stream_prior)
+
+    def _prepare(
+        self,
+        source: RequestImage,
+        instruction: str,
+        options: RequestOptions,
+        start: float,
+        arrival: float,
+    ) -> _Prepared:
+        """Check the request and submit its image to the encoder; the caller must release it."""
+        deadline = self._deadline(arrival)
         image = self.decode(source)
         request = PolicyRequest(
             image.rgb,
@@ -455,8 +526,7 @@ class CoPRS(Closeable):
         except ValueError:
             pending.release()
             raise
-        request = replace(request, reasoning_deadline=due)
-        return self._run(start, image, request, pending, stream_prior)
+        return _Prepared(start, image, replace(request, reasoning_deadline=due), pending)
 
     def decode(self, source: RequestImage) -> DecodedImage:
         """Decode and check an image ahead of its request.
@@ -485,74 +555,79 @@ class CoPRS(Closeable):
         key = content_key(rgb) if self._cache.capacity else ""
         return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start), waited_ms)
 
-    def _run(
-        self,
-        start: float,
-        image: DecodedImage,
-        request: PolicyRequest,
-        pending: PendingEmbedding,
-        stream_prior: bool,
-    ) -> Generator[StreamEvent, None, None]:
+    def _run(self, prepared: _Prepared, stream_prior: bool) -> Generator[StreamEvent, None, None]:
         try:
             policy_start = time.perf_counter()
-            result = yield from self._run_policy(request)
-            policy_end = time.perf_counter()
-            decoded = DecodedTargets.none(image.resize, self._geometry)
-            encoder_ms = overlap_ms = reference_to_mask_ms = 0.0
-            if len(result.concentrations):
-                encoded = pending.wait(request)
-                decoded = yield from decode_targets(
-                    self._graphs,
-                    encoded.embedding,
-                    result.concentrations,
-                    image.resize,
-                    self._geometry,
-                    stream_prior=stream_prior,
-                )
-                reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
-                waited = max(policy_end, encoded.finished)
-                self._estimates.masks.add(time.perf_counter() - waited)
-                if not pending.is_cached:
-                    encoder_ms = encoded.duration_ms
-                    overlap_ms = encoded.overlap_ms(policy_start, policy_end)
-                    self._estimates.encoder.add(encoder_ms / 1e3)
-            self._estimates.prompt.add((result.preprocess_ms + result.prefill_ms) / 1e3)
-            num_tokens = len(result.token_ids)
-            timings = replace(
-                decoded.timings,
-                queue_ms=image.waited_ms + result.queue_ms,
-                image_decode_ms=image.decode_ms,
-                policy_preprocess_ms=result.preprocess_ms,
-                image_encoder_ms=encoder_ms,
-                image_encoder_overlap_ms=overlap_ms,
-                prefill_ms=result.prefill_ms,
-                decode_ms=result.decode_ms,
-                reference_to_mask_ms=reference_to_mask_ms,
-                total_ms=1e3 * (time.perf_counter() - start),
-                prompt_tokens=result.num_prompt_tokens,
-                cached_prompt_tokens=result.num_cached_tokens,
-                response_tokens=num_tokens,
-                tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
-            )
-            yield SegmentationResult(
-                masks=decoded.masks,
-                reasoning=result.response.reasoning,
-                response=result.response.text,
-                stop_reason=result.stop_reason.value,
-                format_violations=tuple(v.value for v in result.response.format_violations),
-                instruction=request.instruction,
-                timings=timings,
-                runtime=self.description,
-                image=image.rgb,
-                _mask_logits=decoded.mask_logits,
-                _prior_logits=decoded.prior_logits,
-            )
+            answer = yield from self._run_policy(prepared.request)
+            yield from self._finish(prepared, answer, policy_start, stream_prior=stream_prior)
         except Exception as error:
             if self._is_closed and not isinstance(error, CoPRSError):
                 raise CoPRSError("CoPRS was closed during the request") from error
             raise
         finally:
-            pending.release()
+            prepared.pending.release()
+
+    def _finish(
+        self,
+        prepared: _Prepared,
+        result: PolicyResult,
+        policy_start: float,
+        *,
+        stream_prior: bool = False,
+    ) -> Generator[StreamEvent, None, None]:
+        """Decode the masks of a response that has just ended; yield the result."""
+        policy_end = time.perf_counter()
+        image, request, pending = prepared.image, prepared.request, prepared.pending
+        decoded = DecodedTargets.none(image.resize, self._geometry)
+        encoder_ms = overlap_ms = reference_to_mask_ms = 0.0
+        if len(result.concentrations):
+            encoded = pending.wait(request)
+            decoded = yield from decode_targets(
+                self._graphs,
+                encoded.embedding,
+                result.concentrations,
+                image.resize,
+                self._geometry,
+                stream_prior=stream_prior,
+            )
+            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
+            waited = max(policy_end, encoded.finished)
+            self._estimates.masks.add(time.perf_counter() - waited)
+            if not pending.is_cached:
+                encoder_ms = encoded.duration_ms
+                overlap_ms = encoded.overlap_ms(policy_start, policy_end)
+                self._estimates.encoder.add(encoder_ms / 1e3)
+        self._estimates.prompt.add((result.preprocess_ms + result.prefill_ms) / 1e3)
+        num_tokens = len(result.token_ids)
+        timings = replace(
+            decoded.timings,
+            queue_ms=image.waited_ms + result.queue_ms,
+            image_decode_ms=image.decode_ms,
+            policy_preprocess_ms=result.preprocess_ms,
+            image_encoder_ms=encoder_ms,
+            image_encoder_overlap_ms=overlap_ms,
+            prefill_ms=result.prefill_ms,
+            decode_ms=result.decode_ms,
+            reference_to_mask_ms=reference_to_mask_ms,
+            total_ms=1e3 * (time.perf_counter() - prepared.start),
+            prompt_tokens=result.num_prompt_tokens,
+            cached_prompt_tokens=result.num_cached_tokens,
+            response_tokens=num_tokens,
+            tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
+        )
+        yield SegmentationResult(
+            masks=decoded.masks,
+            reasoning=result.response.reasoning,
+            response=result.response.text,
+            stop_reason=result.stop_reason.value,
+            format_violations=tuple(v.value for v in result.response.format_violations),
+            instruction=request.instruction,
+            timings=timings,
+            runtime=self.description,
+            image=image.rgb,
+            _mask_logits=decoded.mask_logits,
+            _prior_logits=decoded.prior_logits,
+        )
 
     def _run_policy(self, request: PolicyRequest) -> Generator[TextDelta, None, PolicyResult]:
         result: PolicyResult | None = None

@@ -103,8 +103,29 @@ def test_wrong_use_is_refused_before_the_work(images, tmp_path, capsys, argument
 def test_missing_pyarrow_is_found_before_the_work(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     code, shown = run(capsys, images, "--instruction", "a", "--out", tmp_path / "out")
-    assert (code, "pip install pyarrow" in shown.err) == (2, True)
+    assert (code, 'pip install -e ".[batch]"' in shown.err) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "2"], "--replicas is given; accepted: with --engine ray only"),
+        (["--ray-address", "auto"], "--ray-address is given; accepted: with --engine ray only"),
+        (["--engine", "ray", "--workers", "1"], "accepted: with --engine local only"),
+        (["--engine", "ray", "--replicas", "2:1"], "max_replicas is 1"),
+        (["--engine", "ray"], 'pip install -e ".[ray]"'),
+    ],
+)
+def test_engine_and_its_options_are_checked_before_the_work(
+    images, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    out = tmp_path / "out"
+    given = ["batch", str(images), "--instruction", "a", "--out", str(out), *arguments]
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_small_bundle_has_one_worker_a_core_on_the_cpu_only(monkeypatch):
