@@ -55,7 +55,11 @@ QUEUE = (
 def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
     """Add the optional positional argument ``BUNDLE``."""
     parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="bundle (default: the demo model)"
+        "bundle",
+        metavar="BUNDLE",
+        type=Path,
+        nargs="?",
+        help="bundle directory, or hf://org/name (default: the demo model)",
     )
 
 

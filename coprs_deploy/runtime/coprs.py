@@ -126,13 +126,15 @@ class CoPRS(Closeable):
         """Open a bundle: verify its files, then load graphs and policy in parallel.
 
         Args:
-            bundle: directory written by ``coprs-deploy export``; None loads the demo model.
+            bundle: directory written by ``coprs-deploy export``, or a bundle on the Hugging Face
+                hub, ``hf://org/name@revision``; None loads the demo model.
             options: where and how to run it.
             policy: ``openvino``, ``transformers`` or ``vllm``; None takes it from ``options``.
             progress: called with a line of text per step.
 
         Raises:
             BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
+            HubError: it is on the hub and cannot be downloaded.
             EnvironmentNotReadyError: a requested library or device is not available.
         """
         check_type("options", options, RuntimeOptions, NoneType)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write, make_directory, write_json
-from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.images import ResizeTransform, RgbArray
 from coprs_deploy.logits import mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
@@ -273,18 +272,10 @@ class SegmentationResult:
         Raises:
             MissingDependencyError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            hint = install_hint("supervision")
-            raise import_failure(error, "supervision", hint, needed_by="to_supervision") from error
-        return supervision.Detections(
-            xyxy=self.boxes.astype(np.float32),
-            mask=self.masks,
-            confidence=self.scores.astype(np.float32),
-            class_id=np.zeros(len(self.masks), dtype=np.int64),
-            data={"class_name": np.full(len(self.masks), self.instruction)},
-        )
+        from coprs_deploy.data.detections import detections
+
+        instructions = [self.instruction] * len(self.masks)
+        return detections(self.masks, self.boxes, self.scores, instructions, [self.instruction])
 
     def plot(self) -> Image.Image:
         """Draw the masks over the image, with the instruction as caption."""

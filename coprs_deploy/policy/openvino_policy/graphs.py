@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.engines.mapped_weights import MappedWeights
 from coprs_deploy.engines.openvino_runner import compile_file
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.policy.openvino_policy.positions import (
@@ -162,6 +163,7 @@ class VisionTower:
         self._qwen = QwenPixels(config) if description.vision else None
         self._clip = None if description.vision else ClipPixels(config)
         self._compiled = compile_file(path / VISION_FILE, settings)
+        self._weights = MappedWeights((path / VISION_FILE).with_suffix(".bin"))
         self._lock = threading.Lock()
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
@@ -193,6 +195,7 @@ class VisionTower:
             outputs = self._compiled.create_infer_request().infer(inputs)
             # The decoder runs next: at 3B, activations of the largest image take 0.3 GB.
             self._compiled.release_memory()
+        self._weights.release()
         tokens: NDArray[np.float32] = outputs["tokens"]
         return tokens
 
@@ -231,11 +234,13 @@ class Decoder:
 
     Attributes:
         embed: embedding table.
+        weights: file of the decoder's weights, which OpenVINO packs with the first request.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.embed = EmbeddingTable(path)
         self._compiled = compile_file(path / DECODER_FILE, settings, change=select_rows)
+        self.weights = MappedWeights((path / DECODER_FILE).with_suffix(".bin"))
         self._idle: deque[Any] = deque(maxlen=MAX_IDLE_REQUESTS)  # its append and pop are atomic
         self._lock = threading.Lock()
 

@@ -227,6 +227,7 @@ class _Decoding:
             self._running.restore(known.state, self.num_cached_tokens)
         new = slice(self.num_cached_tokens, None)
         (token,), hidden = self._running.feed(embeddings[new], positions[:, new], num_rows=1)
+        self._decoder.weights.release()
         self._cache.put(key, _CachedPrompt(vision_tokens, ids, self._running.state()))
         return token, hidden[0]
 
