@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import sys
 import threading
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coprs_deploy.errors import PolicyError
+from coprs_deploy.server import metrics
 from coprs_deploy.server.bodies import EVENT_STREAM
 from coprs_deploy.server.logs import configure_logs
 from coprs_deploy.server.metrics import STAGES
@@ -110,6 +112,15 @@ class TestMetrics:
         release.set()
         for thread in threads:
             thread.join()
+
+    def test_memory_of_each_gpu_is_reported(self, build, monkeypatch):
+        memory = [{"used": 5, "total": 9, "reserved": 3}, {"used": 1, "total": 9, "reserved": 0}]
+        monkeypatch.setattr(metrics, "gpu_memory", lambda: memory)
+        monkeypatch.setitem(sys.modules, "torch", object())
+        values = values_of(connect_to(build)[0])
+        assert values["coprs_gpu_memory_bytes", "0", "used"] == 5
+        assert values["coprs_gpu_memory_bytes", "0", "reserved"] == 3
+        assert values["coprs_gpu_memory_bytes", "1", "total"] == 9
 
     def test_openmetrics_is_sent_to_clients_that_accept_it(self, build):
         client, _ = connect_to(build)

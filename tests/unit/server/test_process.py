@@ -12,8 +12,8 @@ import pytest
 from coprs_deploy.cli.serve import check_tls
 from coprs_deploy.server.app import build_app
 from coprs_deploy.server.process import DrainingServer, ProcessOptions
-from tests.unit.runtime_fakes import WAIT
-from tests.unit.server.asgi import MAX_BYTES
+from tests.unit.runtime_fakes import WAIT, FakePolicy, join_stream_threads
+from tests.unit.server.asgi import MAX_BYTES, form
 
 
 @contextlib.asynccontextmanager
@@ -84,6 +84,35 @@ class TestDrain:
         ready, live = asyncio.run(close())
         assert (ready[0], live[0]) == (503, 200)
         assert b'"status":"closed"' in ready[1]
+
+
+class TestSlowClients:
+    def test_stream_that_is_not_read_ends_its_request(self, build):
+        policy = FakePolicy(deltas=("x" * 100_000,) * 500)  # more than the buffers of a socket
+        coprs, _ = build(policy)
+        app = build_app(coprs, MAX_BYTES, stall_timeout_s=0.3)
+        content = form()
+        head = (
+            "POST /segment HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+
+        async def stall():
+            async with running(app) as (_, port):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head.encode() + content)
+                is_abandoned = await asyncio.to_thread(policy.was_abandoned.wait, WAIT)
+                health = await get(port, "/metrics")
+                writer.close()
+                return is_abandoned, health
+
+        is_abandoned, (status, metrics) = asyncio.run(stall())
+        assert is_abandoned
+        assert status == 200
+        assert b'coprs_failures_total{type="ClientStalled"} 1.0' in metrics
+        join_stream_threads()
+        assert coprs.num_active == 0
 
 
 @pytest.fixture(scope="module")
