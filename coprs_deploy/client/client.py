@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from coprs_deploy.client.request import (
@@ -18,6 +18,7 @@ from coprs_deploy.client.request import (
     error_of_response,
     import_httpx,
     read_event,
+    read_results,
     segment_form,
 )
 from coprs_deploy.client.result import RemoteResult
@@ -97,6 +98,23 @@ class Client(Closeable):
         form = segment_form(image, instruction, options)
         response = self._request("POST", "segment", headers=JSON, **form)
         return RemoteResult.from_json(self._read(response))
+
+    def segment_instructions(
+        self,
+        image: RemoteImage,
+        instructions: Sequence[str],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> list[RemoteResult]:
+        """Segment by several instructions on one image, which is sent and encoded once.
+
+        Returns:
+            A result for each instruction, in their order; errors as in :meth:`segment`.
+        """
+        options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
+        form = segment_form(image, list(instructions), options)
+        return read_results(self._read(self._request("POST", "segment", headers=JSON, **form)))
 
     def stream(
         self,
@@ -203,6 +221,20 @@ class AsyncClient:
         form = segment_form(image, instruction, options)
         response = await self._request("POST", "segment", headers=JSON, **form)
         return RemoteResult.from_json(await self._read(response))
+
+    async def segment_instructions(
+        self,
+        image: RemoteImage,
+        instructions: Sequence[str],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> list[RemoteResult]:
+        """Asynchronous :meth:`Client.segment_instructions`."""
+        options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
+        form = segment_form(image, list(instructions), options)
+        response = await self._request("POST", "segment", headers=JSON, **form)
+        return read_results(await self._read(response))
 
     async def stream(
         self,

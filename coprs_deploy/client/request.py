@@ -7,7 +7,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from coprs_deploy.client.result import RemotePrior, RemoteResult
 from coprs_deploy.errors import (
     CoPRSError,
     EndpointError,
+    QueueFullError,
     RequestTimeoutError,
     check_number,
     check_type,
@@ -122,15 +123,29 @@ def _retry_after_s(text: str) -> float:
 
 
 def segment_form(
-    image: RemoteImage, instruction: str, options: Mapping[str, Any]
+    image: RemoteImage, instructions: str | Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the form of ``POST /segment`` as keyword arguments of httpx2."""
-    check_type("instruction", instruction, str)
-    given = {name: str(value) for name, value in options.items() if value is not None}
+    """Return the form of ``POST /segment``, with one instruction or several, for httpx2."""
+    check_type("instructions", instructions, str, list, tuple)
+    name = "instruction" if isinstance(instructions, str) else "instructions"
+    given = {key: str(value) for key, value in options.items() if value is not None}
     return {
         "files": {"image": ("image", _image_bytes(image))},
-        "data": {"instruction": instruction, **given},
+        "data": {name: instructions, **given},
     }
+
+
+def read_results(data: Mapping[str, Any]) -> list[RemoteResult]:
+    """Read the results of several instructions.
+
+    Raises:
+        EndpointError: there are none.
+    """
+    if not isinstance(listed := data.get("results"), list):
+        raise EndpointError(
+            "the server sent no list of results; check that client and server have the same version"
+        )
+    return [RemoteResult.from_json(each) for each in listed]
 
 
 def _image_bytes(image: RemoteImage) -> bytes:
@@ -175,15 +190,16 @@ def error_of_response(url: str, status: int, content: bytes) -> Exception:
         return EndpointError(f"{url} responded with {status}: {text}; is it coprs-deploy serve?")
     if status in (401, 403, 404, 405):
         return EndpointError(f"{url} responded with {status}: {message}")
-    return _error(kind, message, is_refused=400 <= status < 500)
+    others = {408: RequestTimeoutError, 429: QueueFullError, 503: QueueFullError}
+    return _error(kind, message, others.get(status, ValueError if status < 500 else CoPRSError))
 
 
-def _error(kind: str, message: str, *, is_refused: bool = False) -> Exception:
-    error_class = getattr(errors, kind, None)
-    if isinstance(error_class, type) and issubclass(error_class, CoPRSError):
-        error: Exception = error_class(message)
-        return error
-    return ValueError(message) if is_refused or kind == "ValueError" else CoPRSError(message)
+def _error(kind: str, message: str, other: type[Exception] = CoPRSError) -> Exception:
+    """Return an error of the class that the server names, or of another one."""
+    found = ValueError if kind == "ValueError" else getattr(errors, kind, None)
+    is_known = isinstance(found, type) and issubclass(found, CoPRSError | ValueError)
+    error_class: type[Exception] = found if is_known else other
+    return error_class(message)
 
 
 def error_of_connection(

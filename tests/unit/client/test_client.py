@@ -24,6 +24,7 @@ from coprs_deploy.errors import (
     CoPRSError,
     EndpointError,
     ImageDecodeError,
+    ImageError,
     InstructionError,
     MissingDependencyError,
     PolicyError,
@@ -168,6 +169,18 @@ def test_options_reach_the_policy_and_health_is_read(serve):
     assert health["status"] == "ok"
 
 
+def test_several_instructions_on_one_image_give_results_in_their_order(serve):
+    policy = FakePolicy(concurrency=2)
+    texts = ["the cup", "the plate", "the spoon"]
+    with Client(serve(policy)) as client:
+        results = client.segment_instructions(png(), texts, 2)
+        assert [result.instruction for result in results] == texts
+        assert all(len(result.masks) == 2 for result in results)
+        assert client.segment_instructions(png(), ("a",))[0].instruction == "a"
+        with pytest.raises(InstructionError):
+            client.segment_instructions(png(), ["the cup", " "])
+
+
 def test_stream_yields_text_prior_and_result(serve):
     with Client(serve()) as client:
         events = list(client.stream(png(), "the cup"))
@@ -238,6 +251,8 @@ def test_async_client_segments_together_and_streams(serve):
             results = await asyncio.gather(*(client.segment(png(), text) for text in texts))
             events = [event async for event in client.stream(png(), "the cup")]
             health = await client.health()
+            several = await client.segment_instructions(png(), texts)
+            assert [result.instruction for result in several] == [*texts]
             with pytest.raises(ImageDecodeError):
                 await client.segment(b"no image", "the cup")
         return results, events, health
@@ -367,6 +382,22 @@ def test_pause_follows_a_date_and_has_a_limit():
     odd = httpx2.Response(503, headers={"Retry-After": "soon"})
     assert options.pause_s(0, odd) == 0
     assert options.pause_s(2, odd) < 0
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "error"),
+    [
+        (429, "TooManyRequests", QueueFullError),
+        (503, "ServerStopping", QueueFullError),
+        (408, "RequestError", RequestTimeoutError),
+        (422, "RequestError", ValueError),
+        (422, "ImageSizeError", ImageError),
+        (500, "ValueError", ValueError),
+    ],
+)
+def test_status_chooses_the_class_of_an_error_that_has_none_here(status, kind, error):
+    content = json.dumps({"error": "text", "type": kind}).encode()
+    assert isinstance(error_of_response("http://server", status, content), error)
 
 
 def test_error_class_of_the_server_is_only_one_of_this_package():
