@@ -47,6 +47,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[dev]"
+	# Triton's schema: one generated module; the client around it asks for other versions.
+	$(BIN)/python $(PIP_INSTALL) --no-deps tritonclient==2.73.0
 	touch $@
 
 $(EDGE_VENV)/.ready: pyproject.toml constraints.txt

@@ -24,6 +24,7 @@ from coprs_deploy.batch.sources import IMAGE_COLUMNS, SourceColumns, batch_rows
 from coprs_deploy.bundle import MANIFEST_FILE
 from coprs_deploy.closing import Closeable
 from coprs_deploy.data.rle import encode_mask
+from coprs_deploy.hub import local_bundle
 from coprs_deploy.runtime import CoPRS, RuntimeOptions, SegmentationResult
 from coprs_deploy.runtime.encoder import DecodedImage
 from coprs_deploy.version import __version__
@@ -44,7 +45,7 @@ class SegmentBatch(Closeable):
     fails is a row with its error.
 
     Args:
-        bundle: directory of a bundle; None is the demo model.
+        bundle: directory of a bundle, or ``hf://org/name@revision``; None is the demo model.
         options: where and how it runs.
         max_targets: maximum number of targets of each row.
         max_new_tokens: token budget of each response; None takes the checkpoint's.
@@ -72,6 +73,7 @@ class SegmentBatch(Closeable):
         columns: SourceColumns | None = None,
         num_ahead: int = 1,
     ) -> None:
+        bundle = None if bundle is None else local_bundle(bundle)
         self._coprs = CoPRS.load(bundle, options)
         self.concurrency = self._coprs.concurrency
         self.segments_together = self._coprs.answers_together or self.concurrency > 1

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from coprs_deploy import demo
 from coprs_deploy.artifacts import check_writable
+from coprs_deploy.batch.annotations import LOCAL_FILES, write_fiftyone, write_label_studio
 from coprs_deploy.batch.coco import write_coco
 from coprs_deploy.batch.local import BatchSummary, run_rows
 from coprs_deploy.batch.manifest import BatchManifest, BatchOutput
@@ -41,7 +42,11 @@ OPTIONS = GRAPHS + POLICY
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("source", metavar="SRC", help="folder, pattern, table, shard or URL")
-    parser.add_argument("--bundle", type=Path, help="bundle directory (default: the demo model)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        help="bundle directory, or hf://org/name (default: the demo model)",
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder or URL of the part files"
     )
@@ -102,6 +107,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--save-masks", action="store_true", help="write a PNG of each mask")
     parser.add_argument("--coco", type=Path, metavar="FILE", help="also write COCO results")
+    parser.add_argument(
+        "--fiftyone", type=Path, metavar="DIR", help="also write a dataset for FiftyOne"
+    )
+    parser.add_argument(
+        "--label-studio",
+        type=Path,
+        metavar="FILE.json",
+        help="also write tasks with predictions for Label Studio, and FILE.xml with its setup",
+    )
+    parser.add_argument(
+        "--image-root",
+        metavar="PREFIX",
+        help="folder or URL before the names of the images in these two (default: the folder of "
+        f"SRC; for Label Studio {LOCAL_FILES})",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a run that ended early")
     parser.add_argument(
         "--retry-failed",
@@ -119,13 +139,18 @@ def run(arguments: argparse.Namespace) -> int:
         check_number("max_new_tokens", arguments.max_new_tokens, least=1)
     if arguments.workers is not None:
         check_number("workers", arguments.workers, least=1)
-    if arguments.coco:
-        check_writable(arguments.coco, is_file=True)
+    for file in (arguments.coco, arguments.label_studio):
+        if file:
+            check_writable(file, is_file=True)
+    if arguments.fiftyone:
+        check_writable(arguments.fiftyone)
     runtime = read_options(arguments, RuntimeOptions, OPTIONS)
     columns = SourceColumns(
         tuple(arguments.instruction), arguments.instruction_column, arguments.image_column
     )
     bundle = open_bundle(arguments.bundle or demo.BUNDLE)
+    if arguments.bundle:
+        arguments.bundle = bundle.path  # one download for all workers
     open_workers = _worker_opener(arguments, default_num_workers(bundle, runtime))
     with StepPrinter() as steps:
         steps("list the rows")
@@ -147,11 +172,32 @@ def run(arguments: argparse.Namespace) -> int:
                 retry_failed=arguments.retry_failed,
                 on_progress=_Progress(steps),
             )
-            if arguments.coco:
-                steps(f"write {arguments.coco.name}")
-                write_coco(arguments.coco, output.rows())
+            _write_exports(arguments, source, output, steps)
     _print_summary(arguments, source, summary)
     return 1 if summary.num_failed else 0
+
+
+def _write_exports(
+    arguments: argparse.Namespace, source: RowSource, output: BatchOutput, steps: StepPrinter
+) -> None:
+    """Write the rows in the formats of other tools."""
+    if arguments.coco:
+        steps(f"write {arguments.coco.name}")
+        write_coco(arguments.coco, output.rows())
+    if arguments.fiftyone:
+        steps(f"write {arguments.fiftyone.name}")
+        root = arguments.image_root
+        if root is None:
+            first = next(iter(source))
+            root = first.location.removesuffix(first.image)
+        write_fiftyone(arguments.fiftyone, output.rows(), root)
+    if arguments.label_studio:
+        steps(f"write {arguments.label_studio.name}")
+        write_label_studio(
+            arguments.label_studio,
+            output.rows(),
+            LOCAL_FILES if arguments.image_root is None else arguments.image_root,
+        )
 
 
 def _worker_opener(

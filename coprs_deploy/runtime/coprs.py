@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import reprlib
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +28,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.autotune import RuntimeChoice
-from coprs_deploy.errors import CoPRSError, PolicyError, check_type
+from coprs_deploy.errors import CoPRSError, PolicyError, QueueFullError, check_type
 from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
@@ -33,6 +39,7 @@ from coprs_deploy.images import (
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
 from coprs_deploy.policy.policy import remaining_s
+from coprs_deploy.prompts import check_instruction
 from coprs_deploy.runtime.concurrency import ConcurrencyLimit, UploadedImage
 from coprs_deploy.runtime.deadline import DeadlineEstimates
 from coprs_deploy.runtime.encoder import (
@@ -46,6 +53,7 @@ from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
 from coprs_deploy.runtime.options import RequestLimits, RequestOptions, RuntimeOptions
 from coprs_deploy.runtime.policy_loading import choose_policy
 from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
+from coprs_deploy.runtime.streams import in_thread, interleave
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
 from coprs_deploy.specs import Geometry
 
@@ -130,13 +138,15 @@ class CoPRS(Closeable):
         """Open a bundle: verify its files, then load graphs and policy in parallel.
 
         Args:
-            bundle: directory written by ``coprs-deploy export``; None loads the demo model.
+            bundle: directory written by ``coprs-deploy export``, or a bundle on the Hugging Face
+                hub, ``hf://org/name@revision``; None loads the demo model.
             options: where and how to run it.
             policy: ``openvino``, ``transformers`` or ``vllm``; None takes it from ``options``.
             progress: called with a line of text per step.
 
         Raises:
             BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
+            HubError: it is on the hub and cannot be downloaded.
             EnvironmentNotReadyError: a requested library or device is not available.
         """
         check_type("options", options, RuntimeOptions, NoneType)
@@ -160,6 +170,25 @@ class CoPRS(Closeable):
     def num_active(self) -> int:
         """Number of requests that are running or queued; ``segment_many`` is not counted."""
         return self._limit.num_active
+
+    @property
+    def max_active(self) -> int:
+        """Number of requests that may be running or queued; further ones are refused."""
+        return self._limit.max_active
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._is_closed
+
+    def check_queue(self) -> None:
+        """Check, before the work for a request begins, that the queue takes it.
+
+        Raises:
+            QueueFullError: the queue is full.
+        """
+        if self._limit.num_active >= self._limit.max_active:
+            raise QueueFullError(self._limit.full_message())
 
     def segment(
         self,
@@ -229,28 +258,72 @@ class CoPRS(Closeable):
         events = self.astream(image, instruction, max_targets, max_new_tokens, **limits)
         return _last([event async for event in events])
 
-    async def astream(
+    def astream(
         self,
         image: RequestImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Asynchronous :meth:`stream`."""
         events = self.stream(image, instruction, max_targets, max_new_tokens, **limits)
-        loop = asyncio.get_running_loop()
-        thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        try:
-            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
-                yield event
-        finally:
-            if isinstance(image, UploadedImage):
-                image.abandon()
-            # Close in the same thread, after the running step: a generator cannot be closed while
-            # it runs. The event loop must not wait for it.
-            thread.submit(events.close)
-            thread.shutdown(wait=False)
+        return in_thread(events, _abandon(image))
+
+    def stream_instructions(
+        self,
+        image: RequestImage,
+        instructions: Sequence[str],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> Generator[tuple[int, StreamEvent], None, None]:
+        """Stream the events of several instructions on one image, which is encoded once.
+
+        As many run at once as the policy decodes together. Each counts as a request in the queue,
+        and its ``deadline_ms`` runs from its turn; the time limit is that of all. Other arguments
+        and errors are those of :meth:`segment`, and the first error ends all.
+
+        Yields:
+            Index of the instruction, and an event as :meth:`stream` yields it.
+        """
+        self._check_usable()
+        arrival = time.perf_counter()
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
+        for instruction in instructions:
+            check_instruction(instruction)
+        if not instructions:
+            raise ValueError("instructions is empty; accepted: one instruction or more")
+        num_slots = len(instructions)
+        with self._limit.slot(num_slots), self._in_memory(image, instructions[0], arrival):
+            decoded = self.decode(image)
+            pending = self._cache.get_or_submit(decoded)
+            first = replace(decoded, embedding=pending)
+            others = replace(decoded, embedding=replace(pending, is_cached=True))
+            starts = [
+                partial(self._start, each, text, options, stream_prior=True, arrival=arrival)
+                for each, text in zip(
+                    [first] + [others] * (num_slots - 1), instructions, strict=True
+                )
+            ]
+            try:
+                yield from interleave(starts, self.concurrency)
+            finally:
+                pending.release()
+
+    def astream_instructions(
+        self,
+        image: RequestImage,
+        instructions: Sequence[str],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+        """Asynchronous :meth:`stream_instructions`."""
+        events = self.stream_instructions(
+            image, instructions, max_targets, max_new_tokens, **limits
+        )
+        return in_thread(events, _abandon(image))
 
     def segment_many(
         self,
@@ -322,7 +395,7 @@ class CoPRS(Closeable):
         with ExitStack() as releases:
             for number, (image, instruction) in enumerate(requests):
                 try:
-                    prepared[number] = self._prepare(image, instruction, options, start)
+                    prepared[number] = self._prepare(image, instruction, options, start, start)
                     releases.callback(prepared[number].pending.release)
                 except Exception as error:
                     done[number] = error
@@ -418,16 +491,25 @@ class CoPRS(Closeable):
         *,
         stream_prior: bool = False,
         start: float | None = None,
+        arrival: float | None = None,
     ) -> Generator[StreamEvent, None, None]:
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter() if start is None else start
-        return self._run(self._prepare(source, instruction, options, start), stream_prior)
+        arrival = start if arrival is None else arrival
+        prepared = self._prepare(source, instruction, options, start, arrival)
+        return self._run(prepared, stream_prior)
 
     def _prepare(
-        self, source: RequestImage, instruction: str, options: RequestOptions, start: float
+        self,
+        source: RequestImage,
+        instruction: str,
+        options: RequestOptions,
+        start: float,
+        arrival: float,
     ) -> _Prepared:
         """Check the request and submit its image to the encoder; the caller must release it."""
-        image, deadline = self.decode(source), self._deadline(start)
+        deadline = self._deadline(arrival)
+        image = self.decode(source)
         request = PolicyRequest(
             image.rgb,
             instruction,
@@ -557,6 +639,11 @@ class CoPRS(Closeable):
         if result is None:
             raise PolicyError(f"{self._policy.description} ended without a result")
         return result
+
+
+def _abandon(image: RequestImage) -> Callable[[], None]:
+    """Return what ends the wait of an uploaded image."""
+    return image.abandon if isinstance(image, UploadedImage) else lambda: None
 
 
 def _check_process(loaded_in: int | None) -> None:

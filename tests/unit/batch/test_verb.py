@@ -47,6 +47,23 @@ def test_folder_is_segmented_and_exported(fakes, images, tmp_path, capsys):
     assert fakes[0].max_targets == 2
 
 
+def test_finished_run_is_exported_for_other_tools(fakes, images, tmp_path, capsys):
+    arguments = (images, "--instruction", "a ring", "--out", tmp_path / "out")
+    assert run(capsys, *arguments)[0] == 0
+    tasks, dataset = tmp_path / "tasks.json", tmp_path / "dataset"
+    exports = ("--resume", "--fiftyone", dataset, "--label-studio", tasks)
+    assert run(capsys, *arguments, *exports)[0] == 0
+    samples = json.loads((dataset / "samples.json").read_text())["samples"]
+    assert [sample["filepath"] for sample in samples] == [
+        str(images / name) for name in ("a.png", "b.jpg", "c.png", "d.png", "more/e.png")
+    ]
+    found = [task["data"]["image"] for task in json.loads(tasks.read_text())]
+    assert found[4] == "/data/local-files/?d=more/e.png"
+    assert '<Label value="a ring"/>' in tasks.with_suffix(".xml").read_text()
+    assert run(capsys, *arguments, *exports, "--image-root", "s3://bucket")[0] == 0
+    assert json.loads(tasks.read_text())[0]["data"]["image"] == "s3://bucket/a.png"
+
+
 def test_failed_row_is_exit_code_1_with_the_first_error(fakes, images, tmp_path, capsys):
     (images / "broken.png").write_bytes(b"no image")
     arguments = (images, "--instruction", "a ring", "--out", tmp_path / "out")
