@@ -29,6 +29,9 @@ from coprs_deploy.runtime import CoPRS, RuntimeOptions, SegmentationResult
 from coprs_deploy.runtime.encoder import DecodedImage
 from coprs_deploy.version import __version__
 
+MAX_IMAGE_BYTES = 256 * 2**20
+"""Memory of the decoded images of rows that are segmented together."""
+
 
 def bundle_fingerprint(bundle: str | Path | None) -> str:
     """Return the hash of a bundle's manifest, which has the hashes of all files."""
@@ -124,13 +127,24 @@ class SegmentBatch(Closeable):
     def _segment_together(self, groups: Iterable[list[InputRow]]) -> Iterator[OutputRow]:
         """Yield the rows; the policy reads several in one pass."""
         requests: list[tuple[InputRow, DecodedImage]] = []
+        num_bytes = 0
         for group in groups:
             image = _SharedImage(len(group))
             for row in group:
                 try:
-                    requests.append((row, image.decoded(self._coprs, row)))
+                    decoded = image.decoded(self._coprs, row)
                 except Exception as error:  # of any kind, so that one row ends no run
                     yield self._failed(row, error)
+                    continue
+                if not requests or requests[-1][1] is not decoded:
+                    num_bytes += decoded.rgb.nbytes
+                if requests and num_bytes > MAX_IMAGE_BYTES:
+                    yield from self._answers(requests)
+                    requests, num_bytes = [], decoded.rgb.nbytes
+                requests.append((row, decoded))
+        yield from self._answers(requests)
+
+    def _answers(self, requests: Sequence[tuple[InputRow, DecodedImage]]) -> Iterator[OutputRow]:
         results = self._coprs.segment_together(
             [(image, row.instruction) for row, image in requests],
             self._max_targets,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coprs_deploy.batch import InputRow, SourceColumns
+from coprs_deploy.batch import InputRow, SourceColumns, segment_batch
 from coprs_deploy.batch.segment_batch import bundle_fingerprint, group_by_image
 from coprs_deploy.data.rle import decode_mask
 from coprs_deploy.version import __version__
@@ -36,6 +36,25 @@ def test_rows_on_an_image_share_its_embedding(open_batch, images, policy):
     assert [each.row for each in found] == list(range(6))
     assert [each.instruction for each in found] == [f"ask {n}" for n in range(6)]
     assert runners["image_encoder"].calls == 3
+
+
+def test_images_that_do_not_fit_into_memory_together_are_segmented_in_turn(
+    open_batch, images, monkeypatch
+):
+    monkeypatch.setattr(segment_batch, "MAX_IMAGE_BYTES", 2 * 20 * 30 * 3)
+    batch, runners = open_batch(Together())
+    calls, together = [], batch._coprs.segment_together
+
+    def counted(requests, *limits):
+        calls.append(len({id(image) for image, _ in requests}))
+        return together(requests, *limits)
+
+    monkeypatch.setattr(batch._coprs, "segment_together", counted)
+    names = ["a.png", "a.png", "b.jpg", "c.png", "missing.png", "d.png", "more/e.png"]
+    found = batch([row(n, images / name) for n, name in enumerate(names)])
+    assert [each.found for each in found] == [True] * 4 + [False] + [True] * 2
+    assert calls == [2, 2, 1]
+    assert runners["image_encoder"].calls == 5
 
 
 def test_rows_without_a_cache_of_embeddings_are_segmented(open_batch, images):
