@@ -26,7 +26,8 @@ from coprs_deploy.runtime import CoPRS, SegmentationResult, Timings
 from coprs_deploy.runtime.concurrency import ImageMemory
 from coprs_deploy.version import __version__
 
-disable_created_metrics()  # a series with the time of its start for each series
+# Else each series has another one with the time of its start.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Bounds of the histograms: one graph on a GPU to long reasoning on a CPU."""
