@@ -257,12 +257,12 @@ def _serve(
     spans: SpanProcessor | None,
 ) -> None:
     from coprs_deploy.server.app import build_app
-    from coprs_deploy.server.logs import configure_logs
+    from coprs_deploy.server.logs import LOGGER, configure_logs
     from coprs_deploy.server.process import ProcessOptions, run_server
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     undo = configure_logs(arguments.log_format, access_log=arguments.access_log)
-    say = log if arguments.log_format == "text" else logging.getLogger("coprs_deploy").info
+    say = log if arguments.log_format == "text" else logging.getLogger(LOGGER).info
     try:
         with open_runtime(arguments.bundle, options, say, say) as coprs:
             coprs.warm_up()

@@ -13,7 +13,10 @@ from coprs_deploy.server.request_log import ACCESS_LOGGER
 
 LogFormat: TypeAlias = Literal["text", "json"]
 
-LOGGER = "coprs_deploy"
+LOGGER = "coprs_deploy.server"
+"""Logger of the server; of the other modules, warnings are logged."""
+
+PACKAGE = "coprs_deploy"
 
 
 class _TextFormatter(logging.Formatter):
@@ -59,11 +62,12 @@ def configure_logs(
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     logging.captureWarnings(log_format == "json")
-    loggers = {name: logging.getLogger(name) for name in (LOGGER, "uvicorn", "py.warnings")}
+    loggers = {name: logging.getLogger(name) for name in (PACKAGE, "uvicorn", "py.warnings")}
     for logger in loggers.values():
         logger.addHandler(handler)
         logger.propagate = False
-    loggers[LOGGER].setLevel(logging.INFO)
+    loggers[PACKAGE].setLevel(logging.WARNING)
+    logging.getLogger(LOGGER).setLevel(logging.INFO)
     loggers["uvicorn"].setLevel(logging.WARNING)
     logging.getLogger(ACCESS_LOGGER).setLevel(logging.INFO if access_log else logging.WARNING)
 

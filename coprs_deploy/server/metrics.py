@@ -10,7 +10,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
@@ -18,6 +25,9 @@ from coprs_deploy.engines.cuda import gpu_memory
 from coprs_deploy.runtime import CoPRS, SegmentationResult, Timings
 from coprs_deploy.runtime.concurrency import ImageMemory
 from coprs_deploy.version import __version__
+
+# Else each series has another one with the time of its start.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Bounds of the histograms: one graph on a GPU to long reasoning on a CPU."""

@@ -25,7 +25,7 @@ def test_running_server_conforms_to_its_document(key, tmp_path):
         command = [
             *(Path(sys.executable).with_name("schemathesis"), "run", f"{address}/openapi.json"),
             *("--checks", "all", "--exclude-checks", ",".join(CHECKS_LEFT_OUT)),
-            *("--max-examples", "40", "--seed", "1", "--request-timeout", "60"),
+            *("--max-examples", "20", "--seed", "1", "--request-timeout", "60"),
             *("--generation-database", "none", "--no-color", "--warnings", "off"),
             *(("--header", f"Authorization: Bearer {key}") if key else ()),
         ]
