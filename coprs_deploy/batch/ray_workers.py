@@ -37,7 +37,7 @@ class BatchActor:
         self._error = ""
         try:
             self._batch = settings.open()
-        except CoPRSError as error:
+        except (CoPRSError, ValueError) as error:  # ValueError: an option of the runtime
             self._error = str(error)
 
     def load_error(self) -> str:

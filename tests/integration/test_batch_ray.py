@@ -14,8 +14,8 @@ import pytest
 
 from coprs_deploy.batch.rows import read_part
 from coprs_deploy.cli.main import main
-from coprs_deploy.data.synthetic import PLAIN
-from coprs_deploy.data.synthetic.examples import held_out_examples
+from coprs_deploy.data.synthetic import HELD_OUT_SEED, PLAIN, make_scene
+from coprs_deploy.data.synthetic.questions import ask_questions
 from tests import ROOT
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -80,12 +80,14 @@ def table(tmp_path_factory):
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("rows")
-    lines = []
-    examples = held_out_examples(PLAIN, NUM_ROWS // 4, 0)
-    for number, example in enumerate(examples):
-        Image.fromarray(example.image).save(folder / f"{number}.png")
-        instructions = [example.instruction, "a ring", "the largest object", "the red circle"]
-        lines += [{"image": f"{number}.png", "instruction": text} for text in instructions]
+    lines, seed = [], HELD_OUT_SEED
+    while len(lines) < NUM_ROWS:
+        scene = make_scene(PLAIN, seed)
+        questions = ask_questions(scene, PLAIN, seed, 4)
+        if len(questions) == 4:  # a scene of few objects has fewer
+            Image.fromarray(scene.image).save(folder / f"{seed}.png")
+            lines += [{"image": f"{seed}.png", "instruction": q.instruction} for q in questions]
+        seed += 1
     lines[-1]["image"] = "missing.png"
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder / "rows.jsonl"
@@ -183,15 +185,11 @@ def test_actor_that_is_killed_and_nodes_that_are_added_lose_no_row(table, local,
     assert rows_of(out) == local[1]
 
 
-def test_bundle_that_cannot_be_loaded_is_one_sentence(table, tmp_path):
-    from coprs_deploy import demo
-
-    bundle = tmp_path / "bundle"
-    shutil.copytree(demo.BUNDLE, bundle)
-    (bundle / "prior.onnx").write_bytes(b"damaged")
+def test_bundle_that_no_actor_can_load_is_one_sentence(table, tmp_path):
+    options = ["--policy", "openvino", "--policy-dtype", "bfloat16"]
     with cluster_of(1) as cluster:
         done = subprocess.run(
-            ray_command(cluster, table, tmp_path / "out", "1", "--bundle", str(bundle)),
+            ray_command(cluster, table, tmp_path / "out", "1", *options),
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
@@ -199,7 +197,7 @@ def test_bundle_that_cannot_be_loaded_is_one_sentence(table, tmp_path):
             check=False,
         )
     assert done.returncode == 2
-    assert "prior.onnx" in done.stderr
+    assert "the openvino policy has the precision that it was exported with" in done.stderr
     assert "Traceback" not in done.stderr
 
 
