@@ -19,8 +19,9 @@ from PIL import Image
 
 from coprs_deploy import CoPRS
 from coprs_deploy.cli.main import main
-from coprs_deploy.cli.serve import EXIT_TIMEOUT_S, read_api_key
+from coprs_deploy.cli.serve import read_api_key
 from coprs_deploy.errors import install_hint
+from coprs_deploy.server.process import EXIT_TIMEOUT_S
 from tests import ROOT
 
 SCENE = ROOT / "examples" / "scene.png"
