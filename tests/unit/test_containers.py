@@ -8,6 +8,7 @@ import tomllib
 import pytest
 import yaml
 
+from coprs_deploy.cli.main import build_parser
 from tests import ROOT
 
 CONTAINERS = ROOT / "containers"
@@ -91,6 +92,8 @@ def test_services_are_hardened_and_published_on_loopback_only():
 def test_additions_change_the_server_only(name):
     services = compose(name)["services"]
     assert services.keys() == {"server"}
+    arguments = compose()["services"]["server"] | services["server"]
+    build_parser().parse_args(["serve", *arguments["command"]])
     dockerfile = services["server"].get("build", {}).get("dockerfile", "containers/cpu.Dockerfile")
     assert (ROOT / dockerfile).is_file()
 

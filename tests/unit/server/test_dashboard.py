@@ -8,11 +8,10 @@ import types
 import pytest
 from starlette.testclient import TestClient
 
+from coprs_deploy.server import metrics
 from coprs_deploy.server.app import build_app
 from tests import ROOT
 from tests.unit.server.asgi import MAX_BYTES, png
-
-metrics = pytest.importorskip("coprs_deploy.server.metrics")
 
 DASHBOARD = json.loads((ROOT / "containers/grafana/server.json").read_text("utf-8"))
 FUNCTIONS = {"sum", "by", "rate", "histogram_quantile", "le"}
