@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from coprs_deploy.errors import HubError, import_failure, install_hint, shorten
@@ -207,8 +206,8 @@ def upload(
         if location.revision != MAIN:
             api.create_branch(location.repository, branch=location.revision, exist_ok=True)
         existing = set(api.list_repo_files(location.repository, revision=location.revision))
-        added = {name: each for name, each in (default_files or {}).items() if name not in existing}
-        added |= files
+        defaults = {n: each for n, each in (default_files or {}).items() if n not in existing}
+        added = {**defaults, **files}
         stale = sorted(name for name in existing - set(added) if _is_known(name))
         operations = [hub.CommitOperationAdd(name, each) for name, each in added.items()]
         operations += [hub.CommitOperationDelete(name) for name in stale]
@@ -355,7 +354,7 @@ def _endpoint() -> str:
     return str(constants.ENDPOINT)
 
 
-def _import_hub() -> ModuleType:
+def _import_hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:

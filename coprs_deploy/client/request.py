@@ -99,8 +99,8 @@ class ClientOptions:
         if attempt >= self.max_retries or not _is_temporary(outcome):
             return -1.0
         requested = _retry_after_s(getattr(outcome, "headers", {}).get("retry-after", ""))
-        pause = max(requested, self.backoff_s * 2**attempt * random.uniform(0.75, 1.25))
-        return min(pause, MAX_PAUSE_S)
+        own: float = self.backoff_s * 2**attempt * random.uniform(0.75, 1.25)
+        return min(max(requested, own), MAX_PAUSE_S)
 
 
 def _is_temporary(outcome: httpx2.Response | httpx2.TransportError) -> bool:
@@ -197,9 +197,9 @@ def error_of_response(url: str, status: int, content: bytes) -> Exception:
 def _error(kind: str, message: str, other: type[Exception] = CoPRSError) -> Exception:
     """Return an error of the class that the server names, or of another one."""
     found = ValueError if kind == "ValueError" else getattr(errors, kind, None)
-    is_known = isinstance(found, type) and issubclass(found, CoPRSError | ValueError)
-    error_class: type[Exception] = found if is_known else other
-    return error_class(message)
+    if isinstance(found, type) and issubclass(found, CoPRSError | ValueError):
+        return found(message)
+    return other(message)
 
 
 def error_of_connection(

@@ -166,4 +166,5 @@ class RemotePrior:
         """(h, w) float32 heat map in [0, 1]; decoded on first access."""
         from PIL import Image
 
-        return np.asarray(Image.open(io.BytesIO(self.png)).convert("L"), np.float32) / 255
+        gray = np.asarray(Image.open(io.BytesIO(self.png)).convert("L"), np.float32)
+        return gray / np.float32(255)
