@@ -18,7 +18,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.examples import held_out_examples
-from coprs_deploy.data.synthetic.presets import PLAIN
+from coprs_deploy.data.synthetic.presets import PLAIN, PRESETS
 from coprs_deploy.engines import Runner, RunnerOptions, SegmentationGraphs, open_bundle_graph
 from coprs_deploy.engines.graphs import masks_at_original_size
 from coprs_deploy.evaluation import metrics
@@ -105,8 +105,8 @@ def ask(policy: Policy, example: Example) -> PolicyResult:
     return result
 
 
-def scenes(count: int, side: int | None = None) -> list[Example]:
-    """Generate held-out scenes of the preset ``plain``, one question with an answer each.
+def scenes(count: int, side: int | None = None, preset: str = PLAIN.name) -> list[Example]:
+    """Generate held-out scenes of a preset, one question with one target each.
 
     ``side`` enlarges them to this side in pixels.
     """
@@ -114,7 +114,9 @@ def scenes(count: int, side: int | None = None) -> list[Example]:
     def enlarged(array: NDArray[Any], resampling: Image.Resampling) -> NDArray[Any]:
         return np.asarray(Image.fromarray(array).resize((side or 0, side or 0), resampling))
 
-    examples = held_out_examples(PLAIN, count, 0)
+    drawn = count if PRESETS[preset].max_targets == 1 else 2 * count
+    examples = held_out_examples(PRESETS[preset], drawn, 0)
+    examples = [example for example in examples if len(example.masks) == 1][:count]
     for index, example in enumerate(examples if side else ()):
         image = enlarged(example.image, Image.Resampling.BICUBIC)
         masks = np.stack([enlarged(mask, Image.Resampling.NEAREST) for mask in example.masks])

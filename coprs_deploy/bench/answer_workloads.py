@@ -14,6 +14,7 @@ import numpy as np
 from coprs_deploy.bench import accuracy
 from coprs_deploy.bench.case import TOTAL, Values, Workload
 from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.data.synthetic.presets import PLAIN
 from coprs_deploy.evaluation.metrics import union
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.runtime.options import RuntimeOptions
@@ -78,9 +79,10 @@ class _RequestWorkload(Workload):
     questions: int = 1
     images: int = 0
     side: int | None = None
+    preset: str = PLAIN.name
 
     def __post_init__(self) -> None:
-        self._scenes = accuracy.scenes(self.images or self.count, self.side)
+        self._scenes = accuracy.scenes(self.images or self.count, self.side, self.preset)
         self._tokens: list[int] = []
         self._next = itertools.cycle(self._scenes)
         for scene in self._scenes if self.warms_cache else ():
@@ -174,11 +176,13 @@ class PolicyWorkload(Workload):
     library: str
     dtype: str
     device: str = "cpu"
+    preset: str = PLAIN.name
 
     def __post_init__(self) -> None:
         source = read_checkpoint(self.checkpoint)
         self._policy = accuracy.open_policy(source, self.dtype, self.library, self.device)
-        self._scenes, self._metrics = accuracy.scenes(self.count), dict[str, list[float]]()
+        self._scenes = accuracy.scenes(self.count, preset=self.preset)
+        self._metrics = dict[str, list[float]]()
         self._next = itertools.cycle(self._scenes)
 
     def run(self) -> Mapping[str, float]:

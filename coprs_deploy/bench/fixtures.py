@@ -16,6 +16,7 @@ from coprs_deploy.bench.report import Skipped
 from coprs_deploy.bench.worker import WorkerError, call_once
 from coprs_deploy.bundle import TRT_VARIANT_NAMES, Bundle, Manifest, open_bundle, read_manifest
 from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
+from coprs_deploy.data.synthetic.presets import PLAIN, PRESETS
 from coprs_deploy.engines import openvino_runner, runtime_module, runtime_names
 from coprs_deploy.engines.cuda import current_gpu
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
@@ -141,6 +142,7 @@ class Model:
     Attributes:
         num_inputs: number of inputs for accuracy.
         has_gt: whether its masks of held-out scenes mean something.
+        preset: difficulty preset of the scenes.
         random_bytes: size of random weights, which need not exist yet; 0 for other models.
         variant: variant of its bundle.
     """
@@ -150,6 +152,7 @@ class Model:
     bundle: Path | None
     num_inputs: int = 3
     has_gt: bool = False
+    preset: str = PLAIN.name
     random_bytes: int = 0
     variant: ExportOptions = field(default_factory=ExportOptions)
 
@@ -209,6 +212,9 @@ class Model:
 def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
     """Describe the demo model, or a user's bundle, whose files are checked.
 
+    A checkpoint that was trained on generated scenes is compared with the ground truth of held-out
+    ones.
+
     Raises:
         BundleError: the bundle is not usable.
         ValueError: it was exported from another checkpoint.
@@ -223,7 +229,18 @@ def open_model(bundle: Path | None, checkpoint: Path | None) -> Model:
                 f"--checkpoint {checkpoint} ({found[:12]}) is not what {bundle} was exported from "
                 f"({manifest.checkpoint_fingerprint[:12]}); name that one, or leave it out"
             )
-    return Model(bundle.resolve().name, checkpoint, bundle, variant=variant_of(manifest))
+    described = Model(bundle.resolve().name, checkpoint, bundle, variant=variant_of(manifest))
+    preset = _trained_preset(checkpoint)
+    return replace(described, has_gt=True, preset=preset) if preset else described
+
+
+def _trained_preset(checkpoint: Path | None) -> str | None:
+    """Return the preset of the scenes that a checkpoint was trained on."""
+    if checkpoint is None:
+        return None
+    data = read_checkpoint(checkpoint).config.provenance.get("data")
+    preset = data.get("preset") if isinstance(data, dict) else None
+    return preset if preset in PRESETS else None
 
 
 class Fixtures:
@@ -349,13 +366,15 @@ class Fixtures:
         aspect_ratio = model.variant.aspect_ratio or (WIDE if model.random_bytes else None)
         names = [model.name, count, *variant_words(model.variant), model.fingerprint]
         names += ["own"] * (model.checkpoint is None)
-        settings = {"has_gt": model.has_gt, "count": count, "aspect_ratio": aspect_ratio}
+        settings: dict[str, Any] = {"has_gt": model.has_gt, "count": count}
+        settings |= {"aspect_ratio": aspect_ratio, "preset": model.preset}
         return GraphReference(self.make("write_inputs", *names, **source, **settings), **source)
 
     def scene_reference(self, count: int, side: int | None = None) -> SceneReference:
         """Return what PyTorch in float32 finds on held-out scenes, or why there is nothing."""
         model, file, note = self.model, None, ""
-        settings = {"checkpoint": model.checkpoint, "count": count, "side": side}
+        settings: dict[str, Any] = {"checkpoint": model.checkpoint, "count": count, "side": side}
+        settings["preset"] = model.preset
         try:
             if model.checkpoint is not None:
                 names = (model.name, count, side or "own size", model.fingerprint)

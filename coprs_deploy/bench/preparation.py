@@ -92,19 +92,21 @@ def write_inputs(
     has_gt: bool,
     count: int,
     aspect_ratio: tuple[int, int] | None,
+    preset: str = PLAIN.name,
 ) -> None:
     """Write ``0.safetensors`` and so on: inputs and float32 outputs of every graph.
 
-    ``has_gt`` takes held-out scenes with their ground truth and the concentrations that the policy
-    finds, without scenes in which it finds no target; else images and concentrations are the random
-    ones of the equivalence check, of one aspect ratio or of several.
+    ``has_gt`` takes held-out scenes of the preset with their ground truth and the concentrations
+    that the policy finds, without scenes in which it finds no target; else images and
+    concentrations are the random ones of the equivalence check, of one aspect ratio or of several.
     """
     reference = open_reference(checkpoint, bundle)
     geometry, found = reference.geometry, list[Values]()
     if has_gt:
         assert checkpoint is not None
         with open_policy(read_checkpoint(checkpoint)) as policy:
-            answered = [(example, ask(policy, example).concentrations) for example in scenes(count)]
+            examples = scenes(count, preset=preset)
+            answered = [(example, ask(policy, example).concentrations) for example in examples]
         answered = [(example, vectors) for example, vectors in answered if len(vectors)]
         found = [{"ground_truth": union(example.masks)} for example, _ in answered]
         drawn = [SampleInput(prepare_image(e.image, geometry), v[-1:]) for e, v in answered]
@@ -126,10 +128,12 @@ def write_inputs(
         write_arrays(out / f"{index}.safetensors", values)
 
 
-def write_scenes(out: Path, checkpoint: Path, count: int, side: int | None) -> None:
+def write_scenes(
+    out: Path, checkpoint: Path, count: int, side: int | None, preset: str = PLAIN.name
+) -> None:
     """Write the concentrations and masks of PyTorch in float32 on held-out scenes as one file."""
     with open_policy(read_checkpoint(checkpoint)) as policy:
-        examples = scenes(count, side)
+        examples = scenes(count, side, preset)
         write_arrays(out, scene_outputs(policy, open_reference(checkpoint), examples))
 
 

@@ -69,6 +69,7 @@ def answer_suite(fixtures: Fixtures) -> Planned:
     yield from skipped
     count, memory = QUICK_COUNT if is_quick else COUNT, model.request_bytes
     shared = {"count": count, "reference": partial(fixtures.scene_reference, count)}
+    shared["preset"] = model.preset
     # What a lower precision of the graphs costs and gains shows in the graphs alone.
     kinds = [(*kind, d) for r, d in present for kind in precisions(model, [r])]
     kinds = [kind for kind in kinds if model.checkpoint is None or kind[1] == FP32]
@@ -120,7 +121,7 @@ def latency_suite(fixtures: Fixtures) -> Planned:
     limits |= {f"{n} tokens": {"max_reasoning_tokens": n} for n in REASONING_BUDGETS}
     limits |= {f"deadline {ms:g} ms": {"deadline_ms": ms} for ms in options.deadlines_ms}
     limits["whole reasoning"] = {}
-    shared = {"count": FRONTIER_COUNT, "cached": 0, "runtime": RUNTIME}
+    shared = {"count": FRONTIER_COUNT, "cached": 0, "runtime": RUNTIME, "preset": model.preset}
     shared["reference"] = partial(fixtures.scene_reference, FRONTIER_COUNT)
     shared["bundle"] = partial(fixtures.bundle, model, RUNTIME, FP32)
     for _, device in runtimes:
@@ -153,7 +154,7 @@ def policy_suite(fixtures: Fixtures) -> Planned:
     for library, device, dtype in itertools.product(libraries, fixtures.options.devices, dtypes):
         name = f"{library} {version_of(library, f'{library}-{device}')} {device} {dtype}"
         settings: dict[str, Any] = {"checkpoint": model.checkpoint, "count": QUICK_COUNT}
-        settings |= {"library": library, "dtype": dtype, "device": device}
+        settings |= {"library": library, "dtype": dtype, "device": device, "preset": model.preset}
         settings["reference"] = partial(fixtures.scene_reference, QUICK_COUNT)
         labels, target = (library, dtypes[dtype], device), f"{WORKLOADS}:PolicyWorkload"
         cases.append(Case(name, target, settings, model.labels(*labels), model.request_bytes))
@@ -180,6 +181,7 @@ def start_suite(fixtures: Fixtures) -> Planned:
         labels = model.labels(graph.runtime, graph.precision, device, policy=library)
         settings = {"function": f"{__name__}:segment_first", "bundle": str(model.bundle)}
         first = {"device": device, "reference": partial(fixtures.scene_reference, 1)}
+        first["preset"] = model.preset
         cases.append(Case(name, FUNCTION, settings | first | {"policy": library}, labels))
     runs = QUICK_RUNS if options.is_quick else RUNS
     yield Group(f"{model.name}: start", cases, unit="one process, to its end", runs=runs)
@@ -196,10 +198,10 @@ def run_code(code: str, *arguments: str) -> dict[str, Any]:
 
 
 def segment_first(
-    bundle: str, device: str, policy: str, reference: SceneReference
+    bundle: str, device: str, policy: str, reference: SceneReference, preset: str
 ) -> dict[str, Any]:
     """Load a bundle and answer one request, about a held-out scene, in a new process."""
-    (scene,) = scenes(1)
+    (scene,) = scenes(1, preset=preset)
     with tempfile.TemporaryDirectory(prefix="coprs-deploy-") as folder:
         image, mask = (str(Path(folder) / name) for name in ("scene.png", "mask.npy"))
         Image.fromarray(scene.image).save(image)
@@ -249,6 +251,7 @@ def scaling_suite(fixtures: Fixtures) -> Planned:
         for title, parameter, values, count in REQUEST_SWEEPS:
             shared = {"bundle": partial(bundle, fixtures.model), "count": count}
             shared["policy"] = _policies(fixtures.model, FP32, device)[0]
+            shared["preset"] = fixtures.model.preset
             sides = {n: n if parameter == "side" else None for n in values}
             references = {n: partial(fixtures.scene_reference, count, sides[n]) for n in values}
             each = {n: {**shared, parameter: n, "reference": references[n]} for n in values}

@@ -1,6 +1,7 @@
 """Evaluation of a tiny policy in training on held-out scenes.
 
-Responses are generated greedily in batches, or the target responses are used (teacher forcing). The
+Responses are generated greedily in batches, or given: the target responses (teacher forcing), or
+responses whose reasoning is truncated. The
 masks are computed in float32 and resized exactly as the runtime does. Scores and metrics are those
 of :mod:`coprs_deploy.evaluation`, with three more per example:
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +41,7 @@ from coprs_deploy.evaluation.metrics import EMPTY_IOU, count_pixels, iou
 from coprs_deploy.evaluation.rows import EvaluationRow
 from coprs_deploy.images import prepare_image
 from coprs_deploy.logits import resize_logits
-from coprs_deploy.prompts import read_response
+from coprs_deploy.prompts import REASONING_START, read_response
 from coprs_deploy.training.batches import pad_tokens
 from coprs_deploy.training.mask_decoding import decode_targets, whole_images
 from coprs_deploy.training.state import TrainingState
@@ -108,26 +110,32 @@ class SceneEvaluator:
     def evaluate(
         self,
         questions: Sequence[SceneExample],
-        teacher_forced: bool = False,
+        responses: Sequence[Sequence[int]] | None = None,
         accelerator: Accelerator | None = None,
     ) -> list[EvaluationRow]:
         """Predict and score.
 
         Args:
             questions: questions with their ground truth.
-            teacher_forced: use the target responses instead of generated ones.
+            responses: token ids of the response to each question; None generates them.
             accelerator: distributes the questions over its processes; each returns all results.
         """
-        own = list(questions)
+        own = slice(None)
         if accelerator is not None:
-            own = own[accelerator.process_index :: accelerator.num_processes]
+            own = slice(accelerator.process_index, None, accelerator.num_processes)
+        given = None if responses is None else iter(responses[own])
         model = self._state.policy.model
         was_training = model.training
         model.eval()
+
+        def predict(batch: Sequence[SceneExample]) -> list[Prediction]:
+            if given is not None:
+                return self._predict(batch, list(islice(given, len(batch))))
+            pairs = [(each.image, each.instruction) for each in batch]
+            return self._predict(batch, self.generate(*zip(*pairs, strict=True)))
+
         with torch.no_grad():
-            scores = evaluate(
-                lambda batch: self._predict(batch, teacher_forced), own, batch_size=BATCH_SIZE
-            )
+            scores = evaluate(predict, questions[own], batch_size=BATCH_SIZE)
         model.train(was_training)
         if accelerator is not None and accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -135,6 +143,23 @@ class SceneEvaluator:
             scores = gather_object(scores)
         return scores
 
+    def target_responses(self, questions: Sequence[SceneExample]) -> list[list[int]]:
+        """Return the token ids of the target responses."""
+        return [self._packer.encode_response(each.response + END_TOKEN) for each in questions]
+
+    def truncate(self, response: Sequence[int], max_reasoning_tokens: int) -> list[int]:
+        """Return the response of a policy whose reasoning has at most so many tokens.
+
+        The tail of the prompt template is forced behind it, as the runtime does, and the response
+        names one target.
+        """
+        tokenizer, tail = self._state.policy.tokenizer, self._state.policy.prompt.reference_tail
+        start, *forced = tokenizer(f"{REASONING_START}{tail}{END_TOKEN}")["input_ids"]
+        columns = self._packer.reasoning_columns(response)
+        reasoning = list(response)[columns.start : columns.stop][:max_reasoning_tokens]
+        return [start, *reasoning, *forced]
+
+    @torch.no_grad()
     def generate(self, images: Sequence[Any], instructions: Sequence[str]) -> list[list[int]]:
         """Generate a response per (S, S, 3) uint8 image: token ids without prompt and padding."""
         policy = self._state.policy
@@ -154,12 +179,13 @@ class SceneEvaluator:
         end = policy.tokenizer.convert_tokens_to_ids(END_TOKEN)
         return [row[: row.index(end) + 1] if end in row else row for row in sequences]
 
-    def _predict(self, questions: Sequence[SceneExample], teacher_forced: bool) -> list[Prediction]:
+    def _predict(
+        self, questions: Sequence[SceneExample], responses: Sequence[Sequence[int]]
+    ) -> list[Prediction]:
         policy, packer = self._state.policy, self._packer
         images = [question.image for question in questions]
         instructions = [question.instruction for question in questions]
-        targets = [policy.tokenizer(each.response + END_TOKEN)["input_ids"] for each in questions]
-        responses = targets if teacher_forced else self.generate(images, instructions)
+        targets = self.target_responses(questions)
         packed = packer.pack([[pair] for pair in zip(instructions, responses, strict=True)])
         packed = PackedRows(*(tensor.to(self._device) for tensor in packed))
         pixels = policy_pixels(

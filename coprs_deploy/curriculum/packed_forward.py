@@ -169,7 +169,7 @@ class PackedForward:
         embedded = F.embedding(rows.input_ids, self._language.embed_tokens.weight)
         stop_column = image_start + features.shape[1]
         hidden = torch.cat([embedded[:, :image_start], features, embedded[:, stop_column:]], dim=1)
-        bias = attention_bias(rows.blocks, self._dtype)
+        bias = attention_bias(rows, self._dtype)
         rotation = self._token_rotation(rows.positions)
         layers = self._language.layers
         eps = self._text.rms_norm_eps

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coprs_deploy.curriculum.auxiliary_heads import CellLabels, cell_labels, prefixed
 from coprs_deploy.curriculum.context import CurriculumContext
 from coprs_deploy.curriculum.evaluation import held_out_questions
-from coprs_deploy.curriculum.packing import PackedRows
-from coprs_deploy.curriculum.recipe import ReasoningSettings
+from coprs_deploy.curriculum.packing import COMPLETE, PackedRows
+from coprs_deploy.curriculum.recipe import NO_REASONING, ReasoningSettings
 from coprs_deploy.curriculum.scenes import SceneBatch, policy_pixels, segmentation_pixels
 from coprs_deploy.curriculum.segmentation_stage import SegmentationBatch, mask_output
 from coprs_deploy.curriculum.tiny_policy import END_TOKEN
@@ -27,6 +28,7 @@ from coprs_deploy.evaluation.summary import summarize
 from coprs_deploy.models import SegmentationModel
 from coprs_deploy.training.losses import IGNORED_LABEL, Mean, token_cross_entropy
 from coprs_deploy.training.mask_decoding import encode_images
+from coprs_deploy.training.settings import MASK_METRICS
 from coprs_deploy.training.stage import StageOutput, TrainingStage
 from coprs_deploy.training.state import freeze_unused
 
@@ -188,7 +190,13 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
         questions = held_out_questions(
             held_out.preset, held_out.scenes, num_examples, num_examples // 4
         )
-        metrics = summarize(self._context.evaluator.evaluate(questions, accelerator=accelerator))
+        evaluator = self._context.evaluator
+        metrics = summarize(evaluator.evaluate(questions, accelerator=accelerator))
+        if self.settings.num_truncations and self.settings.segmentation_loss_weight:
+            with_target = [each for each in questions if each.targets]
+            responses = [evaluator.truncate([], 0)] * len(with_target)
+            found = summarize(evaluator.evaluate(with_target, responses, accelerator))
+            metrics |= {NO_REASONING + name: found[name] for name in MASK_METRICS}
         if self.settings.segmentation_loss_weight:
             return metrics
         return {k: v for k, v in metrics.items() if k.rpartition(".")[2] in TEXT_METRICS}
@@ -212,8 +220,10 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
                     batch.images, batch.rows, self._context.packer.image_start, MIDDLE_LAYER
                 ).hidden
                 assert hidden is not None
-                states.append(hidden[rows, columns])
-                queries.append(oracle(batch.scenes.attributes[rows, batch.targets]))
+                is_complete = batch.rows.sources[:, 2] == COMPLETE
+                states.append(hidden[rows, columns][is_complete])
+                attributes = batch.scenes.attributes[rows, batch.targets]
+                queries.append(oracle(attributes[is_complete]))
             solution, r2 = ridge_regression(torch.cat(states), torch.cat(queries))
             head = self._context.state.segmentation.prior.q_proj
             head.weight.copy_(head.weight @ solution.T)
@@ -228,17 +238,26 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
             source.questions(index, step, settings.questions_per_image, question_type_weights)
             for index in indices
         ]
+        packer = context.packer
         pairs = [
-            [(q.instruction, q.response + END_TOKEN) for q in of_image] for of_image in questions
+            [(q.instruction, packer.encode_response(q.response + END_TOKEN)) for q in of_image]
+            for of_image in questions
         ]
-        rows = context.packer.pack(pairs, settings.max_packed_length or None)
-        sources = [(row, question) for row, question in rows.sources.tolist()]
-        packed = dict.fromkeys(sources)
-        targets = [target for row, q in packed for target in questions[row][q].targets]
         generators = {index: source.generator(step, index) for index in indices}
+        truncations = [
+            [
+                self._truncations(response, generators[index]) if question.targets else []
+                for (_, response), question in zip(*each, strict=True)
+            ]
+            for index, *each in zip(indices, pairs, questions, strict=True)
+        ]
+        rows = packer.pack(pairs, settings.max_packed_length or None, truncations)
+        sources = [tuple(source) for source in rows.sources.tolist()]
+        packed = dict.fromkeys(sources)
+        targets = [target for row, q, _ in packed for target in questions[row][q].targets]
         segmented = [
             target
-            for target, (row, _) in enumerate(sources)
+            for target, (row, _, _) in enumerate(sources)
             if generators[indices[row]].random() < settings.segmentation_ratio
         ]
         return ReasoningBatch(
@@ -248,8 +267,19 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
             torch.tensor(targets, dtype=torch.int64),
             torch.tensor(segmented, dtype=torch.int64),
             dropped_questions(rows, [len(of_image) for of_image in questions]),
-            cell_labels(scenes, context.packer.grid_size),
+            cell_labels(scenes, packer.grid_size),
         )
+
+    def _truncations(self, response: Sequence[int], generator: np.random.Generator) -> list[int]:
+        """Draw numbers of tokens that truncations of the reasoning keep; the first keeps none."""
+        count, length = (
+            self.settings.num_truncations,
+            len(self._context.packer.reasoning_columns(response)),
+        )
+        if not count or not length:
+            return []
+        kept = generator.permutation(np.arange(1, length))[: count - 1]
+        return [0, *kept.tolist()]
 
 
 def dropped_questions(rows: PackedRows, counts: Sequence[int]) -> Tensor:

@@ -11,10 +11,14 @@ from coprs_deploy.specs import Record
 from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.settings import (
     MASK_METRICS,
+    Count,
     SegmentationLossWeights,
     StageSettings,
     SyntheticData,
 )
+
+NO_REASONING = "no_reasoning_"
+"""Start of the names of metrics of masks without any reasoning."""
 
 
 class TinyPolicy(Record, frozen=True):
@@ -143,6 +147,10 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
         max_packed_length: tokens of one image with its packed questions. Questions that do not fit
             are dropped, long ones first (``frac_questions_dropped`` in the log is their share). 0
             sets no limit.
+        num_truncations: further answers to each question with a target, in the same row: the
+            reasoning is truncated at a random length, the first time at 0, and the losses of
+            ``<REF_POS>`` teach the best guess after it. No loss teaches to end the reasoning there.
+            0 disables them.
         language_loss_weight: weight of the cross-entropy on the response.
         location_token_weight: weight of a token that names a row or column, as a label.
         reference_head_loss_weight: weight of the auxiliary head that reads the target from
@@ -161,6 +169,7 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
     metric_names = (
         *("location_accuracy", "exact_match", "no_match_precision", "no_match_recall"),
         *(*MASK_METRICS, "ciou", "object_accuracy", "pearson_r"),
+        *(NO_REASONING + name for name in MASK_METRICS),
     )
 
     best_metric: str = "giou"
@@ -169,6 +178,7 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
     initial_question_type_weights: dict[str, float] = {}
     initial_ratio: float = 0.0
     max_packed_length: int = 0
+    num_truncations: Count = 0
     language_loss_weight: float = 1.0
     location_token_weight: float = 1.0
     reference_head_loss_weight: float = 0.0

@@ -161,9 +161,10 @@ def evaluate(run: Run[CurriculumRecipe], context: CurriculumContext) -> dict[str
     questions = held_out_questions(
         held_out.preset, held_out.scenes, data.num_held_out_scenes, data.num_no_match_scenes
     )
+    evaluator = context.evaluator
     generated, teacher_forced = (
-        context.evaluator.evaluate(questions, is_forced, run.accelerator)
-        for is_forced in (False, True)
+        evaluator.evaluate(questions, responses, run.accelerator)
+        for responses in (None, evaluator.target_responses(questions))
     )
     return {
         "generated": summarize(generated),

@@ -77,8 +77,9 @@ class RuntimeOptions(RunnerOptions):
             check_number(name, getattr(self, name), least=0)
         if self.prompt_lookup_num_tokens and self.policy == "vllm":
             raise ValueError(
-                "prompt_lookup_num_tokens is set and policy is 'vllm'; its engine captures hidden "
-                "states only without speculation: leave it out, or use another policy"
+                "prompt_lookup_num_tokens is set and policy is 'vllm'; vLLM's model runner refuses "
+                "custom logits processors under speculative decoding, and one captures the hidden "
+                "states: leave it out, or use another policy"
             )
         if self.timeout_s is not None:
             most = int(threading.TIMEOUT_MAX)

@@ -1,6 +1,6 @@
-"""Rewards of a completion: mask score and format score (paper, B.2).
+"""Rewards of a completion: mask score and format score (paper, B.2), and a length score.
 
-    reward = 0.7 * mask score + 0.3 * format score
+    reward = 0.7 * mask score + 0.3 * format score, unless the recipe has other weights
     mask score = 0.5 * soft IoU + 0.2 * soft dice + 0.3 * hard IoU
 
 Masks are compared on the mask grid. The paper and its public code differ in one format rule; see
@@ -95,6 +95,19 @@ def format_score(
         _MINOR_VIOLATIONS[response_format],
     }
     return IMPERFECT_FORMAT_SCORE if violations & minor else 1.0
+
+
+def length_score(num_tokens: int, max_tokens: int, mask_score: float) -> float:
+    """Score concise reasoning: 1 for none of it, 0 from ``max_tokens`` on, times the mask score.
+
+    A short response with a wrong mask gains nothing. This score is an addition of this project.
+
+    Raises:
+        ValueError: max_tokens is not positive.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; accepted: 1 or more")
+    return mask_score * max(0.0, 1 - num_tokens / max_tokens)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

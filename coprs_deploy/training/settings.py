@@ -62,21 +62,24 @@ class ResponseFormat(str, Enum):
 
 
 class RewardWeights(Record, frozen=True):
-    """Weights of the two rewards, adding up to 1 (the paper ablates the mask's from 0 to 1).
+    """Weights of the rewards, adding up to 1 (the paper ablates the mask's from 0 to 1).
 
     Attributes:
         mask: weight of the mask reward, in [0, 1].
         format: weight of the format reward, in [0, 1].
+        length: weight of the length reward for concise reasoning, in [0, 1], an addition of this
+            project; 0 computes none.
     """
 
     mask: Share = 0.7
     format: Share = 0.3
+    length: Share = 0.0
 
     def __post_init__(self) -> None:
-        if abs(self.mask + self.format - 1) > 1e-6:
+        if abs(self.mask + self.format + self.length - 1) > 1e-6:
             raise ValueError(
-                f"reward_weights is {{ mask = {self.mask:g}, format = {self.format:g} }}; "
-                "accepted: two weights in [0, 1] that add up to 1; set both"
+                f"reward_weights is {{ mask = {self.mask:g}, format = {self.format:g}, length = "
+                f"{self.length:g} }}; accepted: weights in [0, 1] that add up to 1; set all of them"
             )
 
 
@@ -212,6 +215,8 @@ class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supe
         segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
         loss_weights: weights of the single segmentation losses.
         train_image_encoder: whether SAM's image encoder is trained.
+        truncation_ratio: share of the examples whose reasoning is truncated at a random length, so
+            that the masks of a best guess are learned; no loss teaches to end the reasoning there.
         allow_missing_responses: whether examples without a response are trained on their
             ``<REF_POS>`` alone, which teaches answers without reasoning; else they are refused.
         num_completions_to_print: held-out examples whose generated responses the report shows.
@@ -224,8 +229,18 @@ class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supe
     segmentation_loss_weight: Weight = 0.0
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()
     train_image_encoder: bool = False
+    truncation_ratio: Share = 0.0
     allow_missing_responses: bool = False
     num_completions_to_print: Count = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.truncation_ratio and not self.segmentation_loss_weight:
+            raise ValueError(
+                f"truncation_ratio is {self.truncation_ratio:g} and segmentation_loss_weight is 0; "
+                "only masks learn from truncated reasoning: set segmentation_loss_weight, or "
+                "truncation_ratio=0"
+            )
 
 
 PAPER_OPTIMIZER = Optimizer(
@@ -290,7 +305,13 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
         top_k: number of most likely tokens to sample from; 0 is off.
         max_completion_length: maximum tokens of a completion; 0 for the checkpoint's limit.
         max_targets: maximum number of targets per prompt; an example with more is refused.
-        reward_weights: weights of the mask and the format reward.
+        truncation_ratio: share of the prompts with a reasoning budget. Longer reasoning of their
+            completions is truncated, the answer is forced, and both are rewarded as they are; the
+            policy loss counts sampled tokens only.
+        max_reasoning_tokens: largest reasoning budget; each one is drawn from 0 to it, the same for
+            all completions of a prompt.
+        reward_weights: weights of the mask, the format and the length reward.
+        length_reward_tokens: tokens of the reasoning from which on the length reward is 0.
         response_format: format rules of the paper or of its public code.
         segmentation_loss_weight: weight of the segmentation loss, lambda_SEG.
         loss_weights: weights of the segmentation losses among themselves.
@@ -328,7 +349,10 @@ class GrpoSettings(StageSettings, frozen=True, tag_field="kind", tag="grpo"):
     top_k: Count = 0
     max_completion_length: Count = 0
     max_targets: Positive = 1
+    truncation_ratio: Share = 0.0
+    max_reasoning_tokens: Positive = 64
     reward_weights: RewardWeights = RewardWeights()
+    length_reward_tokens: Positive = 128
     response_format: ResponseFormat = ResponseFormat.PAPER
     segmentation_loss_weight: Weight = 0.3
     loss_weights: SegmentationLossWeights = SegmentationLossWeights()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from coprs_deploy.training.runs.gallery import Sample, spread_indices
 from coprs_deploy.training.settings import TEACHER_FORCED, SupervisedSettings
 from coprs_deploy.training.stage import StageOutput, TrainingStage, mean_metrics
 from coprs_deploy.training.state import TrainingState, freeze_unused
+from coprs_deploy.training.truncation import ReasoningTruncator, truncation_generator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,25 +115,38 @@ class ExampleCollector:
     ) -> None:
         self._features, self._vision = features, vision
         self._tokenizer, self._prompt = state.policy.tokenizer, state.policy.prompt
+        self._truncator = ReasoningTruncator(self._tokenizer, self._prompt)
         self._limits = (state.image_limits.min_pixels, state.image_limits.max_pixels)
         self._geometry = state.segmentation.config.geometry
         self._reference_id, self._image_id = self._tokenizer.convert_tokens_to_ids(
             [REFERENCE_TOKEN, self._prompt.image_token]
         )
 
-    def __call__(self, examples: Sequence[Example]) -> ExampleBatch:
-        """Collect examples; each keeps its whole response."""
+    def __call__(
+        self, examples: Sequence[Example], generators: Sequence[np.random.Generator | None] = ()
+    ) -> ExampleBatch:
+        """Collect examples.
+
+        Args:
+            examples: examples.
+            generators: for each example, the random generator of the length at which its reasoning
+                is truncated, None if it is not; empty truncates none.
+        """
         inputs_of = [self._vision(fit_pixel_count(e.image, *self._limits)) for e in examples]
-        pairs = zip(examples, inputs_of, strict=True)
-        encoded = [self._encode(example, vision.num_tokens) for example, vision in pairs]
-        ids, attended = pad_tokens([tokens for tokens, _ in encoded], self._tokenizer.pad_token_id)
+        parts = zip(examples, inputs_of, generators or [None] * len(examples), strict=True)
+        encoded = [self._encode(e, vision.num_tokens, generator) for e, vision, generator in parts]
+        rows = [tokens for tokens, _, _ in encoded]
+        ids, attended = pad_tokens(rows, self._tokenizer.pad_token_id)
         next_tokens = [
             [IGNORED_LABEL] * (start - 1) + tokens[start:] + [IGNORED_LABEL]
-            for tokens, start in encoded
+            for tokens, start, _ in encoded
         ]
+        for labels, (_, _, cut) in zip(next_tokens, encoded, strict=True):
+            if cut is not None:
+                labels[cut - 1] = IGNORED_LABEL
         references = [
             (row, column)
-            for row, (tokens, start) in enumerate(encoded)
+            for row, (tokens, start, _) in enumerate(encoded)
             for column in range(start, len(tokens))
             if tokens[column] == self._reference_id
         ]
@@ -162,12 +177,24 @@ class ExampleCollector:
             is_encoded=self._features is not None,
         )
 
-    def _encode(self, example: Example, num_image_tokens: int) -> tuple[list[int], int]:
-        """Encode prompt and response; return the tokens and the length of the prompt."""
+    def _encode(
+        self, example: Example, num_image_tokens: int, generator: np.random.Generator | None
+    ) -> tuple[list[int], int, int | None]:
+        """Encode prompt and response.
+
+        Returns:
+            The tokens, the length of the prompt, and the column of the first token behind the
+            reasoning if that is truncated.
+        """
         prompt = encode_prompt(self._prompt, self._tokenizer, example.instruction, num_image_tokens)
         response = example.response or " ".join([REFERENCE_TOKEN] * len(example.masks))
         ids = self._tokenizer(response, add_special_tokens=False)["input_ids"]
-        return [*prompt, *ids, int(self._tokenizer.eos_token_id)], len(prompt)
+        cut = None
+        if generator is not None and (columns := self._truncator.columns(ids)):
+            kept = columns.start + int(generator.integers(len(columns)))
+            ids = [*ids[:kept], *ids[columns.stop :]]
+            cut = len(prompt) + kept
+        return [*prompt, *ids, int(self._tokenizer.eos_token_id)], len(prompt), cut
 
 
 def freeze_untrained(model: SegmentationModel, settings: SupervisedSettings) -> None:
@@ -203,7 +230,10 @@ class SupervisedStage(TrainingStage[SupervisedSettings]):
         """See :meth:`TrainingStage.batch`."""
         size = self.settings.global_batch_size
         positions = range(step * size + rank, (step + 1) * size, num_ranks)
-        return self._collect([self._training[self._order[position]] for position in positions])
+        ratio, seed = self.settings.truncation_ratio, self._examples.seed
+        generators = [truncation_generator(ratio, seed, position) for position in positions]
+        examples = [self._training[self._order[position]] for position in positions]
+        return self._collect(examples, generators)
 
     def held_out_samples(self) -> list[Sample]:
         """See :meth:`TrainingStage.held_out_samples`."""

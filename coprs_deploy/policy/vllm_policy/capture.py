@@ -94,7 +94,9 @@ class HiddenStateCapture(LogitsProcessor):  # type: ignore[misc]  # vLLM may be 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError(
-                "speculative decoding is on; <REF_POS> can be captured only without it"
+                "speculative decoding is on; vLLM's first model runner refuses custom logits "
+                "processors under it, and its second one calls them through another interface, "
+                "with a row for each draft token: leave speculative_config out"
             )
         self._batch: dict[int, tuple[CaptureRequest, list[int]]] = {}
         self._is_first_rank = is_first_rank()  # the other ranks have the same hidden states

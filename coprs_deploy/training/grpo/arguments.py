@@ -45,6 +45,7 @@ def grpo_arguments(
     per_pass, passes = settings.split_batch(accelerator.num_processes)
     prompt = state.policy.prompt
     max_completion_length = settings.max_completion_length or prompt.max_response_tokens
+    weights = settings.reward_weights
     return GRPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=per_pass,
@@ -54,7 +55,7 @@ def grpo_arguments(
         max_completion_length=max_completion_length,
         use_bias_correction_kl=False,  # the paper's k3 estimator
         scale_rewards="group",
-        reward_weights=[settings.reward_weights.mask, settings.reward_weights.format],
+        reward_weights=[weights.mask, weights.format] + [weights.length] * (weights.length > 0),
         learning_rate=settings.optimizer.learning_rate,
         max_grad_norm=settings.optimizer.max_grad_norm,
         bf16=recipe.precision == "bf16",

@@ -24,7 +24,7 @@ from coprs_deploy.evaluation.protocols import TARGETS
 from coprs_deploy.evaluation.rows import EvaluationRow
 from coprs_deploy.evaluation.summary import measure, row_iou
 from coprs_deploy.training.generation import at_image_size, row_of, sample_of, until_end
-from coprs_deploy.training.grpo.scores import mask_scores
+from coprs_deploy.training.grpo.scores import mask_scores, total_rewards
 from coprs_deploy.training.runs.gallery import TILES, Sample, quality_text
 from coprs_deploy.training.settings import COMPLETION_METRICS, MASK_METRICS
 from coprs_deploy.visualization import add_caption
@@ -96,9 +96,9 @@ def _predict(
     ground_truth = parts.collator.ground_truth(items, trainer.accelerator.device)
     decoded = trainer.decode(items, ground_truth, responses)
     format_scores = parts.reader.format_scores(responses, ground_truth.num_targets.tolist())
-    weights = parts.settings.reward_weights
-    scores = mask_scores(decoded, ground_truth).float().cpu()
-    rewards = (weights.mask * scores + weights.format * torch.tensor(format_scores)).tolist()
+    scores = mask_scores(decoded, ground_truth).tolist()
+    lengths = trainer.length_scores(responses, scores)
+    rewards = total_rewards(parts.settings, scores, format_scores, lengths)
     parts.processor.clear_cache()
     predictions, samples = [], []
     for row, example in enumerate(examples):
@@ -153,17 +153,19 @@ def write_samples(trainer: JointTrainer, directory: Path, step: int, count: int)
     directory.mkdir(parents=True, exist_ok=True)
     reader, geometry = trainer.parts.reader, trainer.parts.collator.geometry
     scores, counts = mask_scores(decoded, rollout.ground_truth), rollout.ground_truth.num_targets
-    weights, lines, sheets = trainer.parts.settings.reward_weights, [], []
+    settings, lines, sheets = trainer.parts.settings, [], []
     for number in spread([item.example.id for item in rollout.items], count):
         completion = rollout.completions[number]
-        format_score = reader.format_scores([completion], [int(counts[number])])[0]
-        reward = weights.mask * float(scores[number]) + weights.format * format_score
+        score = [float(scores[number])]
+        formats = reader.format_scores([completion], [int(counts[number])])
+        lengths = trainer.length_scores([completion], score)
+        (reward,) = total_rewards(settings, score, formats, lengths)
         sample = sample_of(
             rollout.items[number].example,
             reader.read(completion),
             row_of(decoded, number),
             geometry,
-            (reward, format_score),
+            (reward, formats[0]),
         )
         lines.append({"step": step, **sample.to_json()})
         sheets.append(_captioned(sample))

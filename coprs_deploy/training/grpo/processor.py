@@ -33,7 +33,7 @@ class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
         self.chat_template = None
         self.image_token_id = tokenizer.convert_tokens_to_ids(prompt.image_token)
         self._vision = vision
-        self._prompt = prompt
+        self.prompt = prompt
         self._cache: dict[Any, VisionInputs] = {}
 
     def clear_cache(self) -> None:
@@ -52,7 +52,7 @@ class PolicyProcessor(ProcessorMixin):  # type: ignore[misc]
     def encode(self, instruction: str, image: Image.Image) -> list[int]:
         """Return the token ids of the prompt, with one image token per vision token."""
         num_tokens = self.vision_inputs(image).num_tokens
-        return encode_prompt(self._prompt, self.tokenizer, instruction, num_tokens)
+        return encode_prompt(self.prompt, self.tokenizer, instruction, num_tokens)
 
     def apply_chat_template(self, conversation: Any, tokenize: bool = False, **options: Any) -> Any:
         """Render one conversation to its instruction, or tokenize several with their images."""

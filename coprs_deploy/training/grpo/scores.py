@@ -12,8 +12,9 @@ from coprs_deploy.prompts import REFERENCE_TOKEN, Response, read_response
 from coprs_deploy.training.grpo.batch import GroundTruth
 from coprs_deploy.training.losses import Mean, segmentation_losses
 from coprs_deploy.training.mask_decoding import intersection_over_union
-from coprs_deploy.training.rewards import format_score, mask_score
-from coprs_deploy.training.settings import ResponseFormat, SegmentationLossWeights
+from coprs_deploy.training.rewards import format_score, length_score, mask_score
+from coprs_deploy.training.settings import GrpoSettings, ResponseFormat, SegmentationLossWeights
+from coprs_deploy.training.truncation import ReasoningTruncator
 
 
 class DecodedMasks(NamedTuple):
@@ -50,6 +51,34 @@ class ResponseReader:
             format_score(self.read(ids), self._response_format, count)
             for ids, count in zip(completions, num_targets, strict=True)
         ]
+
+
+def length_scores(
+    completions: Sequence[Sequence[int]],
+    scores: Sequence[float],
+    truncator: ReasoningTruncator,
+    settings: GrpoSettings,
+) -> list[float]:
+    """Return the length score of each completion, given its mask score."""
+    most = settings.length_reward_tokens
+    return [
+        length_score(len(truncator.columns(ids)), most, score)
+        for ids, score in zip(completions, scores, strict=True)
+    ]
+
+
+def total_rewards(
+    settings: GrpoSettings,
+    scores: Sequence[float],
+    formats: Sequence[float],
+    lengths: Sequence[float],
+) -> list[float]:
+    """Return the weighted sum of mask, format and length scores of each completion."""
+    weights = settings.reward_weights
+    return [
+        weights.mask * score + weights.format * of_format + weights.length * of_length
+        for score, of_format, of_length in zip(scores, formats, lengths, strict=True)
+    ]
 
 
 def mask_scores(decoded: DecodedMasks, gt: GroundTruth) -> Tensor:

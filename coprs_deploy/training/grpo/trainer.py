@@ -4,6 +4,7 @@ TRL keeps sampling (by the policy itself or by vLLM), groups and advantages, the
 variants, the frozen reference, accumulation and distribution. Added here:
 
 - the mask reward, computed from the masks decoded for each completion;
+- reasoning budgets: longer reasoning is truncated, and the policy loss leaves out what is forced;
 - mask decoding in the forward pass of the policy loss, and the segmentation loss added to it;
 - one learning rate per part, one cycle (:mod:`coprs_deploy.training.optim`);
 - states with the trainable weights under their names in memory, loaded strictly. (transformers'
@@ -38,6 +39,7 @@ from coprs_deploy.training.grpo.scores import (
     DecodedMasks,
     ResponseReader,
     grid_ious,
+    length_scores,
     mask_scores,
     row_losses,
 )
@@ -46,6 +48,11 @@ from coprs_deploy.training.lr_schedule import lr_factor
 from coprs_deploy.training.optim import build_optimizers, group_settings, set_group_settings
 from coprs_deploy.training.settings import GrpoSettings
 from coprs_deploy.training.stage import add_mean, reduce_means
+from coprs_deploy.training.truncation import (
+    ReasoningTruncator,
+    TruncatedResponse,
+    truncation_generator,
+)
 
 GROUND_TRUTH_KEYS = GroundTruth._fields
 """Keys of a batch that hold its :class:`GroundTruth`, one row per completion."""
@@ -65,12 +72,16 @@ class GrpoParts:
 
 @dataclass
 class ScoredRollout:
-    """One batch of sampled completions, token ids each; ``decoded`` is None before scoring."""
+    """One batch of sampled completions, token ids each; ``decoded`` is None before scoring.
+
+    ``budgets`` are the reasoning budgets of the rows, None for those without one.
+    """
 
     items: list[PromptItem]
     ground_truth: GroundTruth
     completions: list[list[int]]
     decoded: DecodedMasks | None = None
+    budgets: Sequence[int | None] = ()
 
 
 class JointTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -93,6 +104,7 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         self.parts = parts
         self.rollout: ScoredRollout | None = None
         self._on_log = on_log
+        self._truncator = ReasoningTruncator(parts.processor.tokenizer, parts.processor.prompt)
         self._means: dict[str, Mean] = {}
         self.optimizer: Any
         self.lr_scheduler: Any
@@ -100,7 +112,11 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         trainable = [p for p in head.parameters() if p.requires_grad]
         super().__init__(
             model=parts.policy,
-            reward_funcs=[self._mask_rewards, self._format_rewards],
+            reward_funcs=[
+                self._mask_rewards,
+                self._format_rewards,
+                *[self._length_rewards] * (parts.settings.reward_weights.length > 0),
+            ],
             args=arguments,
             train_dataset=order,
             processing_class=parts.processor,
@@ -125,7 +141,8 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         distinct = {i: collator.item(self.parts.examples[i], i) for i in dict.fromkeys(indices)}
         items = [distinct[i] for i in indices]
         gt = collator.ground_truth(items, self.accelerator.device)
-        self.rollout = ScoredRollout(items, gt, [])
+        budgets = {index: self._budget(index) for index in distinct}
+        self.rollout = ScoredRollout(items, gt, [], budgets=[budgets[index] for index in indices])
         batch: dict[str, Any] = super()._generate_and_score_completions(
             [item.row for item in items]
         )
@@ -133,6 +150,43 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         count = (gt.num_targets > 0).sum()
         batch["rows_with_targets"] = self.accelerator.gather(count).sum()
         return batch
+
+    def _budget(self, index: int) -> int | None:
+        """Draw the reasoning budget of an example in this step, the same in every process."""
+        settings = self.parts.settings
+        seed = (self.args.seed, self.state.global_step, index)
+        generator = truncation_generator(settings.truncation_ratio, *seed)
+        if generator is None:
+            return None
+        return int(generator.integers(settings.max_reasoning_tokens, endpoint=True))
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """Generate completions, and truncate reasoning beyond its budget.
+
+        TRL excludes tokens from the policy loss where its mask of tool results is 0.
+        """
+        generated = super()._generate(prompts)
+        assert self.rollout is not None
+        if not self.parts.settings.truncation_ratio:
+            return generated
+        prompt_ids, completion_ids, _, completions, logprobs, *others = generated
+        targets = self.rollout.ground_truth.num_targets.tolist()
+        rows = zip(completion_ids, self.rollout.budgets, targets, strict=True)
+        truncated = [
+            TruncatedResponse(list(ids), len(ids))
+            if budget is None or not count
+            else self._truncator.truncate(ids, budget, count)
+            for ids, budget, count in rows
+        ]
+        masks = [[1] * kept + [0] * (len(ids) - kept) for ids, kept in truncated]
+        if logprobs is not None:
+            pairs = zip(logprobs, truncated, strict=True)
+            logprobs = [[*row[:kept], *[0.0] * (len(ids) - kept)] for row, (ids, kept) in pairs]
+        is_truncated = torch.tensor([kept < len(ids) for ids, kept in truncated])
+        device = self.accelerator.device
+        add_mean(self._means, "frac_truncated", Mean.of(is_truncated.float().to(device)))
+        ids = [each.ids for each in truncated]
+        return (prompt_ids, ids, masks, completions, logprobs, *others)
 
     def _mask_rewards(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         """Decode the masks of the completions without gradient and score them."""
@@ -155,6 +209,21 @@ class JointTrainer(GRPOTrainer):  # type: ignore[misc]
         return self.parts.reader.format_scores(completion_ids, counts)
 
     _format_rewards.__name__ = "format"
+
+    def _length_rewards(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """Score the length of completions whose masks have been decoded."""
+        assert self.rollout is not None
+        assert self.rollout.decoded is not None
+        scores = mask_scores(self.rollout.decoded, self.rollout.ground_truth).tolist()
+        return self.length_scores(completion_ids, scores)
+
+    _length_rewards.__name__ = "length"
+
+    def length_scores(
+        self, completions: Sequence[Sequence[int]], scores: Sequence[float]
+    ) -> list[float]:
+        """Return the length score of each completion, given its mask score."""
+        return length_scores(completions, scores, self._truncator, self.parts.settings)
 
     @torch.no_grad()
     def decode(

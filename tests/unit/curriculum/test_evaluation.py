@@ -17,7 +17,7 @@ from coprs_deploy.curriculum.packing import QuestionPacker
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.curriculum.scenes import store_scenes
 from coprs_deploy.curriculum.state import initialize_segmentation
-from coprs_deploy.curriculum.tiny_policy import build_tiny_policy
+from coprs_deploy.curriculum.tiny_policy import END_TOKEN, build_tiny_policy
 from coprs_deploy.data.synthetic import HELD_OUT_SEED, PLAIN
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.evaluation.summary import summarize
@@ -106,7 +106,7 @@ def test_teacher_forced_evaluation_scores_the_target_responses(state, scenes):
     questions = held_out_questions(PLAIN, scenes, 4, 2)
     assert [q.question_type == "none" for q in questions] == [False] * 4 + [True] * 2
     assert [q.id for q in questions] == [f"plain-held-out-{i}" for i in (0, 1, 2, 3, 5, 4)]
-    scores = evaluator.evaluate(questions, teacher_forced=True)
+    scores = evaluator.evaluate(questions, evaluator.target_responses(questions))
     for score in scores:
         assert score.extra["exact_match"] == score.extra["location_accuracy"] == 1
     assert [score.num_found for score in scores] == [1] * 4 + [0] * 2
@@ -114,6 +114,30 @@ def test_teacher_forced_evaluation_scores_the_target_responses(state, scenes):
     metrics = summarize(scores)
     assert metrics["no_match_precision"] == metrics["no_match_recall"] == 1
     assert metrics["location_accuracy"] == metrics["exact_match"] == 1
+
+
+def test_truncated_responses_have_forced_answers(state, scenes):
+    tokenizer = state.policy.tokenizer
+    packer = QuestionPacker(tokenizer, state.policy.prompt, 8)
+    evaluator = SceneEvaluator(state, PackedForward(state.policy.model, 128, torch.float32), packer)
+    questions = held_out_questions(PLAIN, scenes, 2, 1)
+    *targets, no_match = evaluator.target_responses(questions)
+    for response in targets:
+        whole = len(packer.reasoning_columns(response))
+        text = tokenizer.decode(evaluator.truncate(response, 4))
+        start, _, end = text.partition("</think>")
+        assert questions[targets.index(response)].response.startswith(start)
+        assert end == f" <REF_POS>{END_TOKEN}"
+        assert evaluator.truncate(response, whole) == response
+        assert len(evaluator.truncate(response, 4)) == len(response) - whole + 4
+    assert tokenizer.decode(evaluator.truncate(no_match, 100)).endswith(
+        f"</think> <REF_POS>{END_TOKEN}"
+    )
+    assert tokenizer.decode(evaluator.truncate([], 0)) == f"<think></think> <REF_POS>{END_TOKEN}"
+    truncated = [evaluator.truncate(response, 4) for response in targets]
+    scores = evaluator.evaluate(questions[:2], truncated)
+    assert [score.num_found for score in scores] == [1, 1]
+    assert [score.extra["exact_match"] for score in scores] == [0, 0]
 
 
 def test_prediction_of_a_target_mask_selects_its_object(state, scenes):

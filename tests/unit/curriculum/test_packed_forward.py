@@ -6,7 +6,7 @@ import torch
 
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.curriculum.packed_forward import PackedForward
-from coprs_deploy.curriculum.packing import QuestionPacker, attention_bias
+from coprs_deploy.curriculum.packing import COMPLETE, PackedRows, QuestionPacker, attention_bias
 from coprs_deploy.curriculum.reasoning_stage import dropped_questions
 from coprs_deploy.curriculum.recipe import CurriculumRecipe, TinyPolicy
 from coprs_deploy.curriculum.scenes import policy_pixels, segmentation_pixels
@@ -84,13 +84,13 @@ def test_pack_labels_the_response_and_its_end(parts):
     assert text == QUESTIONS[0][0][1] + QUESTIONS[0][1][1]
     at = rows.references
     assert (rows.input_ids[at[:, 0], at[:, 1]] == packer.reference_id).all()
-    assert rows.sources.tolist() == [[0, 0], [0, 1]]
+    assert rows.sources.tolist() == [[0, 0, 0], [0, 1, 0]]
 
 
 def test_pack_drops_a_question_that_does_not_fit(parts):
     packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
     rows = packer.pack(QUESTIONS, length=len(packer.prefix) + 24)
-    assert rows.sources.tolist() == [[0, 0]]
+    assert rows.sources.tolist() == [[0, 0, 0]]
     assert rows.input_ids.shape == (2, len(packer.prefix) + 24)
     counts = [len(pairs) for pairs in QUESTIONS]
     assert dropped_questions(rows, counts).sum() == 1
@@ -99,15 +99,62 @@ def test_pack_drops_a_question_that_does_not_fit(parts):
     assert dropped_questions(packer.prefix_rows(2), [0, 3]).tolist() == [True] * 3
 
 
-def test_attention_bias_separates_questions():
-    bias = attention_bias(torch.tensor([[0, 1, 1, 2, -1]]), torch.float32)[0, 0]
-    assert (bias == 0).int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 1, 0],
-        [1, 0, 0, 0, 1],
+def test_attention_bias_separates_questions_and_truncations():
+    """The prefix, a question of three tokens, two truncations before its third, one of another."""
+    blocks = torch.tensor([[0, 1, 1, 1, 1, 1, 2, -1]])
+    positions = torch.tensor([0, 1, 2, 3, 2, 3, 1, 0]).expand(3, 1, -1)
+    truncations = torch.tensor([[0, 0, 0, 0, 2, 3, 0, 0]])
+    nothing = torch.zeros(0)
+    rows = PackedRows(blocks, positions, blocks, truncations, nothing, nothing, nothing)
+    assert (attention_bias(rows, torch.float32)[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0, 1, 0],
+        [1, 0, 0, 0, 0, 0, 0, 1],
     ]
+
+
+def test_packed_truncations_have_the_states_of_truncated_responses(parts, images):
+    packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
+    num_tokens = len(parts.tokenizer("row2 col5")["input_ids"])
+    assert num_tokens >= 3
+    rows = packer.pack(QUESTIONS, truncations=[[[0], [2, 0, num_tokens - 1]], [[]]])
+    forward = PackedForward(parts.model, SIZES.image_size, torch.float32)
+    pixels = policy_pixels(torch.from_numpy(images), parts.image_processor)
+    first = packer.image_start + packer.grid_size
+    with torch.no_grad():
+        hidden = forward(pixels, rows, packer.image_start, 2).hidden
+        for question, (instruction, response) in enumerate(QUESTIONS[0]):
+            ids = parts.tokenizer(response)["input_ids"]
+            reasoning = packer.reasoning_columns(ids)
+            assert parts.tokenizer.decode(ids[reasoning.start : reasoning.stop]) in response
+            for number in [[0], [0, 2, num_tokens - 1]][question]:
+                cut = [ids[0], *ids[1:][:number], *ids[reasoning.stop :]]
+                own = packer.pack([[(instruction, cut)]])
+                states = forward(pixels[:1], own, packer.image_start, 2).hidden[0]
+                expected = states[own.references[0, 1]]
+                prompt = packer.encode_prompt(instruction)[len(packer.prefix) :]
+                position = first + len(prompt) + 1 + number
+                (at,) = torch.nonzero(
+                    (rows.sources[:, 1] == question) & (rows.sources[:, 2] == position)
+                )[0]
+                found = hidden[0][rows.references[at, 1]]
+                assert torch.allclose(found, expected, atol=3e-5)
+    assert rows.sources[:, 1].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_pack_labels_no_end_of_the_reasoning_in_truncations(parts):
+    packer = QuestionPacker(parts.tokenizer, parts.prompt, SIZES.grid_size)
+    rows = packer.pack(QUESTIONS, truncations=[[[0, 1], [1]], [[]]])
+    of_truncations = rows.truncations[0] != COMPLETE
+    labels = rows.labels[0][of_truncations]
+    assert parts.tokenizer.decode(labels) == f" <REF_POS>{END_TOKEN}" * 3
+    assert parts.tokenizer.decode(rows.input_ids[0][of_truncations]) == "</think> <REF_POS>" * 3
+    assert packer.reasoning_columns(parts.tokenizer("<REF_POS>")["input_ids"]) == range(0)
 
 
 def test_tokenizer_has_one_reference_token_and_whole_words(parts):

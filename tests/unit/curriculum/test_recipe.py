@@ -5,7 +5,7 @@ import pytest
 from coprs_deploy.curriculum.recipe import CurriculumRecipe, TinyPolicy
 from coprs_deploy.training.recipe import changed_keys, load_recipe, model_kind
 
-RECIPES = ["demo", "full", "full_further"]
+RECIPES = ["demo", "demo_truncated", "full", "full_further", "full_truncated"]
 
 
 def load(source, *settings):

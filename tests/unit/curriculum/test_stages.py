@@ -47,6 +47,26 @@ def test_loss_coefficient_missing_is_an_assertion_error():
         loss_coefficient("mask_dice", {"language": 1.0})
 
 
+def test_reasoning_stage_with_truncations_supervises_their_references(recipe, context):
+    given = msgspec.structs.replace(recipe.stages["joint"], max_packed_length=0)
+    plain = build_stage("joint", given, context).batch(0, 0, 1)
+    settings = msgspec.structs.replace(given, num_truncations=3)
+    stage = build_stage("joint", settings, context)
+    batch, again = stage.batch(0, 0, 1), stage.batch(0, 0, 1)
+    assert torch.equal(batch.rows.truncations, again.rows.truncations)
+    assert len(plain.targets) > 0
+    assert len(batch.targets) == 4 * len(plain.targets)
+    assert batch.targets[::4].tolist() == plain.targets.tolist()
+    for row, column in batch.rows.references.tolist():
+        position = batch.rows.positions[0, row, column]
+        is_cut = batch.rows.truncations[row, column] > 0
+        assert not is_cut or position - batch.rows.truncations[row, column] == 2
+    found = stage.objective(batch)
+    assert found.losses["reference_head.row"].weight == len(batch.targets)
+    metrics = stage.evaluate(Accelerator(cpu=True), 2)
+    assert {"giou", "no_reasoning_giou", "no_reasoning_precision_at_50"} <= set(metrics)
+
+
 def test_reasoning_stage_without_train_image_encoder_freezes_it(recipe, context):
     settings = msgspec.structs.replace(recipe.stages["joint"], train_image_encoder=False)
     stage = build_stage("joint", settings, context)

@@ -54,9 +54,9 @@ def test_recipe_survives_json(source):
     assert recipe.stages
 
 
-def test_package_has_the_six_recipes():
-    expected = ["demo", "full", "full_further", "grpo_7b", "grpo_demo", "supervised_7b"]
-    assert recipe_names() == expected
+def test_package_has_the_eight_recipes():
+    expected = ["demo", "demo_truncated", "full", "full_further", "full_truncated"]
+    assert recipe_names() == [*expected, "grpo_7b", "grpo_demo", "supervised_7b"]
 
 
 @pytest.mark.parametrize("source", LAB_RECIPES, ids=recipe_id)

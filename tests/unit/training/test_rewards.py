@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprs_deploy.prompts import read_response
-from coprs_deploy.training.rewards import format_score, mask_score
+from coprs_deploy.training.rewards import format_score, length_score, mask_score
 from coprs_deploy.training.settings import ResponseFormat, RewardWeights
 
 REFERENCE = 0
@@ -118,6 +118,20 @@ class TestFormatScore:
     def test_format_score_of_negative_targets_is_refused(self):
         with pytest.raises(ValueError, match="num_targets is -1"):
             format_score(respond("<think>x</think><REF_POS>"), num_targets=-1)
+
+
+def test_length_score_rewards_concise_reasoning_with_a_right_mask():
+    assert [length_score(n, 50, 1.0) for n in (0, 10, 50, 80)] == pytest.approx([1, 0.8, 0, 0])
+    assert length_score(0, 50, 0.0) == 0
+    assert length_score(25, 50, 0.8) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="max_tokens is 0; accepted: 1 or more"):
+        length_score(1, 0, 1.0)
+
+
+def test_reward_weights_with_a_length_weight_add_up_to_one():
+    assert RewardWeights(mask=0.6, format=0.3, length=0.1).length == 0.1
+    with pytest.raises(ValueError, match=r"length = 0\.1 .*add up to 1"):
+        RewardWeights(mask=0.7, format=0.3, length=0.1)
 
 
 @pytest.mark.parametrize(("mask", "format_weight"), [(1.2, -0.2), (0.5, 0.3), (0.7, 0.7)])

@@ -255,3 +255,35 @@ def test_resumed_run_uses_an_allowed_learning_rate_and_data(
     slow_end, end = (query_head(tmp_path / name / "checkpoint") for name in ("run", "other"))
     assert (slow_end - stopped).abs().max() < 1e-9
     assert (end - stopped).abs().max() > 1e-4
+
+
+def test_truncated_examples_keep_the_tail_and_do_not_learn_to_end_the_reasoning(
+    checkpoint, examples
+):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    sets = ExampleSets(examples[2:], examples[2:], vision, seed=0)
+    whole = SupervisedStage("supervised", SETTINGS, state, sets).batch(0, 0, 1)
+    settings = msgspec.structs.replace(SETTINGS, truncation_ratio=1.0)
+    stage = SupervisedStage("supervised", settings, state, sets)
+    batch, tokenizer = stage.batch(0, 0, 1), state.policy.tokenizer
+    lengths = batch.inputs["attention_mask"].sum(1)
+    assert (lengths < whole.inputs["attention_mask"].sum(1)).all()
+    for row, length in enumerate(lengths):
+        ids = batch.inputs["input_ids"][row][:length]
+        labels = batch.labels[row][:length]
+        response = int((labels != IGNORED_LABEL).nonzero()[0]) + 1
+        text = tokenizer.decode(ids[response:])
+        end = tokenizer.decode(tokenizer.eos_token_id)
+        assert text.startswith("<think>")
+        assert text.endswith(f"</think> <REF_POS>{end}")
+        (missing,) = (labels[response - 1 : -1] == IGNORED_LABEL).nonzero()[:, 0].tolist()
+        assert tokenizer.decode(ids[response + missing :]) == f"</think> <REF_POS>{end}"
+    assert torch.equal(stage.batch(0, 0, 1).inputs["input_ids"], batch.inputs["input_ids"])
+    evaluated = stage.evaluate(Accelerator(cpu=True), 2)
+    assert evaluated == stage.evaluate(Accelerator(cpu=True), 2)
+
+
+def test_truncation_ratio_without_masks_is_refused():
+    with pytest.raises(ValueError, match="only masks learn from truncated reasoning"):
+        SupervisedSettings(max_steps=1, truncation_ratio=0.5)

@@ -9,7 +9,8 @@ import torch
 from coprs_deploy.training.grpo.attachment import ATTRIBUTE, reference_columns
 from coprs_deploy.training.grpo.scores import row_losses
 from coprs_deploy.training.lr_schedule import lr_factor
-from coprs_deploy.training.settings import PAPER_OPTIMIZER
+from coprs_deploy.training.settings import PAPER_OPTIMIZER, RewardWeights
+from coprs_deploy.training.stage import reduce_means
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -265,3 +266,51 @@ def test_loss_weights_at_changes_at_late_from_step(make_setup):
     assert settings.loss_weights_at(1499).mask_focal == 0.0
     assert settings.loss_weights_at(1500).mask_dice == 3.0
     assert settings.loss_weights_at(1500).mask_focal == 10.0
+
+
+def test_prompts_with_a_budget_have_truncated_completions(make_setup):
+    setup = make_setup(truncation_ratio=1.0, max_reasoning_tokens=3, max_completion_length=64)
+    trainer, tokenizer = setup.trainer, setup.state.policy.tokenizer
+    inputs = one_batch(trainer)
+    budgets = trainer.rollout.budgets
+    assert budgets[::2] == budgets[1::2], "completions of a prompt have one budget"
+    for row, budget in enumerate(budgets):
+        ids = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        mask = inputs["tool_mask"][row][: len(ids)]
+        forced = tokenizer.decode(ids[mask == 0])
+        assert forced == "</think> <REF_POS><|im_end|>"
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert int(mask.sum()) == 1 + budget
+        assert trainer.rollout.completions[row] == ids.tolist()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    line = reduce_means(trainer.accelerator, trainer._means)
+    assert line["frac_truncated"] == line["frac_with_reference"] == 1
+
+
+def test_forced_tokens_are_no_actions_of_the_policy(make_setup):
+    """Without segmentation losses the gradient is that of the sampled tokens alone."""
+    trainer = make_setup(mode="rl", beta=0.0, truncation_ratio=1.0, max_reasoning_tokens=2).trainer
+    inputs = one_batch(trainer)
+    inputs["advantages"] = torch.ones_like(inputs["advantages"])
+    logps = torch.zeros(inputs["completion_ids"].shape, requires_grad=True)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
+        logps,
+        torch.zeros(logps.shape),
+        None,
+    )
+    trainer.compute_loss(trainer.model, inputs).backward()
+    is_action = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
+    assert torch.equal(logps.grad != 0, is_action)
+    assert (is_action.sum(1) < inputs["completion_mask"].sum(1)).all()
+
+
+def test_length_reward_is_logged_with_the_others(make_setup):
+    weights = RewardWeights(mask=0.6, format=0.2, length=0.2)
+    setup = make_setup(max_steps=1, reward_weights=weights, length_reward_tokens=100)
+    setup.trainer.train()
+    (line,) = setup.lines
+    rewards = [line[f"rewards/{name}/mean"] for name in ("mask", "format", "length")]
+    assert 0 < rewards[2] < rewards[0]
+    expected = 0.6 * rewards[0] + 0.2 * rewards[1] + 0.2 * rewards[2]
+    assert line["reward"] == pytest.approx(expected, abs=1e-5)
+    assert "rewards/length/mean" not in make_setup(max_steps=1).trainer.reward_func_names
