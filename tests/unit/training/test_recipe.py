@@ -54,9 +54,10 @@ def test_recipe_survives_json(source):
     assert recipe.stages
 
 
-def test_package_has_the_six_recipes():
-    expected = ["demo", "full", "full_further", "grpo_7b", "grpo_demo", "supervised_7b"]
-    assert recipe_names() == expected
+def test_package_has_the_nine_recipes():
+    distill = ["distill", "distill_demo", "distill_masks"]
+    checkpoint = ["grpo_7b", "grpo_demo", "supervised_7b"]
+    assert recipe_names() == ["demo", *distill, "full", "full_further", *checkpoint]
 
 
 @pytest.mark.parametrize("source", LAB_RECIPES, ids=recipe_id)
