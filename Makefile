@@ -47,6 +47,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[dev]"
+	# Triton's schema: one generated module; the client around it asks for other versions.
+	$(BIN)/python $(PIP_INSTALL) --no-deps tritonclient==2.73.0
 	touch $@
 
 $(EDGE_VENV)/.ready: pyproject.toml constraints.txt
@@ -101,7 +103,7 @@ $(QUANTIZE_VENV)/.ready: $(QUANTIZE_VENV)/.packages pyproject.toml
 OWN_PATH := PYTHONPATH=$(CURDIR)/tests/vllm_engine/site:$(CURDIR)
 
 test-vllm: $(VLLM_VENV)/.ready $(QUANTIZE_VENV)/.ready
-	$(OWN_PATH) QUANTIZE_PYTHON=$(abspath $(QUANTIZE_BIN)/python) $(VLLM_BIN)/python -m pytest tests/vllm_engine -W default
+	$(OWN_PATH) QUANTIZE_PYTHON=$(abspath $(QUANTIZE_BIN)/python) $(VLLM_BIN)/python -m pytest tests/vllm_engine --numprocesses 2 --dist loadscope -W default
 
 test-quantize: $(QUANTIZE_VENV)/.ready
 	$(OWN_PATH) $(QUANTIZE_BIN)/python -m pytest tests/quantize_engine -W default

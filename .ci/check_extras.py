@@ -49,9 +49,11 @@ NOT_ON_THE_INDEX = {
 PRERELEASES = (
     "opentelemetry-exporter-http-transport",
     "opentelemetry-exporter-otlp-common",
+    "opentelemetry-exporter-prometheus",
     "opentelemetry-semantic-conventions",
 )
-"""Packages of which vLLM's requirements name pre-releases. Of other packages pip takes none."""
+"""Packages of which the requirements of vLLM and Ray name pre-releases, or which have no other
+release. Of other packages pip takes none."""
 
 UNSATISFIABLE = "No solution found"
 """How uv says that requirements contradict each other, rather than that the index failed."""

@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("speed", "kills", "memory"), help="what to measure")
-    parser.add_argument("--images", type=int, default=48, help="speed: images of a round")
+    parser.add_argument("--images", type=int, default=256, help="speed: images of a round")
     parser.add_argument("--rounds", type=int, default=3, help="speed: number of rounds")
     parser.add_argument("--rows", type=int, default=20_000, help="memory: number of rows")
     parser.add_argument("--kills", type=int, default=50, help="kills: number of kills")

@@ -61,7 +61,7 @@ PRELOADED = (
 """Modules that the process imports from which runs are forked; unknown ones are ignored."""
 
 RUN_VERB = """
-import atexit, os, signal, sys
+import atexit, faulthandler, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
 os.setsid()
@@ -69,6 +69,7 @@ os.chdir(folder)
 os.environ.update(environment)
 for stream, path in ((1, os.devnull), (2, stderr)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+faulthandler.register(signal.SIGUSR1, file=2)
 try:
     from coprs_deploy.cli.main import main
     code = main(arguments)
@@ -82,6 +83,7 @@ sys.exit(code)
 
 TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 60.0
+STACK_SECONDS, STACK_LINES = 5.0, 60
 
 SHORT_TRAINING = {
     "max_steps": 3,
@@ -201,13 +203,31 @@ class Place:
         process.start()
         return process
 
-    def last_line(self) -> str:
-        """Return the last line that the last run wrote to stderr."""
-        return (self.stderr.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    def last_lines(self, count: int = 1) -> str:
+        """Return the last lines that the last run wrote to stderr."""
+        return "\n".join(self.stderr.read_text(errors="replace").strip().splitlines()[-count:])
 
     def complete(self) -> int:
         """Run the command to its end; return its exit code."""
-        return end_of(self.start())
+        return self.end_of(self.start())
+
+    def end_of(self, process: ForkServerProcess) -> int:
+        """Wait for the end of a run; return its exit code, negative for a signal.
+
+        One that does not end is killed, after its threads wrote what they do.
+        """
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            assert process.pid is not None, "it was started"
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(STACK_SECONDS)
+            for each in self.processes():
+                each.kill()
+            process.join()
+            lines = self.last_lines(STACK_LINES)
+            print(f"{self.verb} did not end within {TIMEOUT_S:.0f} s:\n{lines}", file=sys.stderr)
+        assert process.exitcode is not None, "it was joined"
+        return process.exitcode
 
     def processes(self) -> list[psutil.Process]:
         """Return the processes of interrupted runs that still exist."""
@@ -229,23 +249,13 @@ class Place:
             code = self.complete()
             durations.append(time.monotonic() - start)
             if code:
-                line = self.last_line()
+                line = self.last_lines()
                 raise RuntimeError(f"{self.verb} ends with {code} without a signal: {line}")
         self.seconds = min(durations)
         self.reference, self.reference_losses = self.files(), self.losses()
         if self.verb in REPLACED:
             out = self.folder / "out"
             self.results = [self.hashes(out), self.hashes(Path(REPLACED[self.verb]))]
-
-
-def end_of(process: ForkServerProcess) -> int:
-    """Wait for the end of a run; return its exit code, negative for a signal."""
-    process.join(TIMEOUT_S)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        raise RuntimeError(f"a run did not end within {TIMEOUT_S:.0f} s")
-    return process.exitcode
 
 
 def interrupt(place: Place, number: signal.Signals, after_s: float, outcome: Outcome) -> None:
@@ -257,14 +267,14 @@ def interrupt(place: Place, number: signal.Signals, after_s: float, outcome: Out
     assert process.pid is not None, "it was started"
     with suppress(ProcessLookupError):
         os.kill(process.pid, number)
-    code = end_of(process)
+    code = place.end_of(process)
     outcome.codes[code] += 1
     if code == 0:
         outcome.finished += 1
     else:
         outcome.interrupted += 1
     if code not in (0, -number, 128 + number):
-        outcome.violations.append(f"{where}: exit code {code}: {place.last_line()}")
+        outcome.violations.append(f"{where}: exit code {code}: {place.last_lines()}")
     _check_processes(place, where, outcome)
     if place.hashes(place.folder / "user") != place.user:
         outcome.violations.append(f"{where}: files of the user changed")
@@ -272,7 +282,7 @@ def interrupt(place: Place, number: signal.Signals, after_s: float, outcome: Out
         outcome.violations.append(f"{where}: what was to be replaced is neither old nor new")
     state = place.newest_state()
     if code := place.complete():
-        line = place.last_line()
+        line = place.last_lines()
         outcome.violations.append(f"{where}: the next run ends with {code}: {line}")
     if state and f"resumed from step {int(state[6:])}\n" not in place.stderr.read_text():
         outcome.violations.append(f"{where}: the next run does not resume from {state}")
@@ -307,7 +317,7 @@ def run(verbs: Sequence[str], signals: Sequence[signal.Signals], repeat: int, se
     FORK_SERVER.set_forkserver_preload(list(PRELOADED))
     imports = FORK_SERVER.Process(target=exec, args=("pass", {}))
     imports.start()
-    end_of(imports)
+    imports.join()
     with tempfile.TemporaryDirectory(prefix="kill-verbs-") as folder:
         for verb in verbs:
             place = Place(Path(folder) / verb, verb)

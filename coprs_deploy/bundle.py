@@ -19,6 +19,7 @@ from typing import Any
 
 from coprs_deploy.artifacts import FileRecord, hash_file, write_json
 from coprs_deploy.errors import BundleError, BundleIntegrityError
+from coprs_deploy.hub import local_bundle
 from coprs_deploy.prompts import PromptTemplate
 from coprs_deploy.specs import GRAPH_NAMES, Geometry, GraphSpec, Record
 
@@ -358,8 +359,13 @@ class Bundle:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest of a bundle, with a hash of itself."""
+    write_json(directory / MANIFEST_FILE, manifest_json(manifest))
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of a manifest's file: the manifest, and a hash of itself."""
     data = manifest.to_json()
-    write_json(directory / MANIFEST_FILE, {**data, "sha256": hash_manifest(data)})
+    return {**data, "sha256": hash_manifest(data)}
 
 
 def hash_manifest(data: Mapping[str, Any]) -> str:
@@ -373,8 +379,9 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         BundleError: the manifest is missing, not valid, or has another schema version.
         BundleIntegrityError: it was changed.
+        HubError: it is on the hub and cannot be downloaded.
     """
-    file = Path(path) / MANIFEST_FILE
+    file = local_bundle(path) / MANIFEST_FILE
     if not file.is_file():
         raise BundleError(
             f"there is no bundle at {path} (no {MANIFEST_FILE}); "
@@ -425,11 +432,15 @@ def _check_manifest(file: Path, manifest: Manifest) -> None:
 def open_bundle(path: str | Path) -> Bundle:
     """Read the manifest and check every file of the bundle against it.
 
+    Args:
+        path: directory, or location on the hub; see :func:`coprs_deploy.hub.local_bundle`.
+
     Raises:
         BundleError: there is no valid manifest.
         BundleIntegrityError: a file is missing, truncated, changed, or not listed.
+        HubError: it is on the hub and cannot be downloaded.
     """
-    root = Path(path)
+    root = local_bundle(path)
     manifest = read_manifest(root)
     policy = manifest.policy
     inside = {MANIFEST_FILE}

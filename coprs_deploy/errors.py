@@ -9,6 +9,7 @@
     │   ├── NoValidRowError         every row of an example file is invalid
     │   ├── CheckpointError         a checkpoint is incomplete or inconsistent
     │   ├── ConversionError         a public weight file cannot be converted
+    │   ├── HubError                a model hub refuses, lacks something, or cannot be reached
     │   └── BundleError             a bundle is missing, incompatible, or incomplete
     │       ├── BundleIntegrityError    a file was changed, truncated, removed or added
     │       └── EngineMismatchError     an engine was built for another library or GPU
@@ -78,6 +79,10 @@ class CheckpointError(ArtifactError):
 
 class ConversionError(ArtifactError):
     """A public weight file cannot be read or does not match the model."""
+
+
+class HubError(ArtifactError):
+    """A model hub has no such repository or file, refuses access, or cannot be reached."""
 
 
 class BundleError(ArtifactError):

@@ -242,6 +242,28 @@ class GraphSpec(Record, frozen=True):
         return next((found for size, found in sizes if isinstance(size, str)), None)
 
 
+MODEL_NAME = "coprs"
+"""Name of the model that calls the graphs in a model repository of Triton."""
+
+MODEL_TENSORS = (
+    (
+        TensorSpec("image", "bytes", (1,)),
+        TensorSpec("concentration", "float32", ("targets", "hidden")),
+    ),
+    (
+        TensorSpec("masks", "bool", ("targets", "height", "width")),
+        TensorSpec("mask_logits", "float32", ("targets", 1, "rows", "columns")),
+    ),
+)
+"""Its inputs, an image file and (N, D) concentrations; its outputs, (N, H, W) masks at the size of
+the image and (N, 1, M, M) logits."""
+
+
+def model_of_graph(graph: str) -> str:
+    """Return the name of a graph in a model repository, where other models may be."""
+    return f"{MODEL_NAME}_{graph}"
+
+
 def graph_specs(
     geometry: Geometry,
     policy_hidden_size: int,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from coprs_deploy.errors import import_failure
+from coprs_deploy.errors import MissingDependencyError, import_failure, install_hint
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAGIC = re.compile(r"[*?\[]")
@@ -66,7 +66,7 @@ def open_file(location: str) -> IO[bytes]:
     """
     if not is_url(location):
         return Path(location).open("rb")
-    filesystem, path = _filesystem(location)
+    filesystem, path = filesystem_of(location)
     return cast(IO[bytes], filesystem.open(path, "rb"))
 
 
@@ -102,7 +102,7 @@ def _described(paths: Sequence[Path], root: Path) -> list[SourceFile]:
 
 
 def _list_remote(source: str) -> list[SourceFile]:
-    filesystem, path = _filesystem(source)
+    filesystem, path = filesystem_of(source)
     if _MAGIC.search(path):
         found = filesystem.glob(path, detail=True)
         root = _MAGIC.split(path, maxsplit=1)[0].rpartition("/")[0]
@@ -120,14 +120,23 @@ def _below(name: str, root: str) -> str:
     return name.removeprefix(root).lstrip("/")
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Return the file system of fsspec for a URL, and the path in it.
+
+    Raises:
+        MissingDependencyError: fsspec, or the package of the protocol, is not installed.
+        ValueError: the protocol is not known.
+    """
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        need = "a URL as source"
-        raise import_failure(error, "fsspec", "pip install fsspec", needed_by=need) from error
+        hint = install_hint("batch")
+        raise import_failure(error, "fsspec", hint, needed_by="a URL") from error
     try:
         found: tuple[Any, str] = url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:  # of the protocol's package
+        hint = install_hint("s3") if url.lower().startswith("s3") else str(error)
+        raise MissingDependencyError(f"{url} cannot be opened ({error}); {hint}") from error
+    except ValueError as error:
         raise ValueError(f"{url} cannot be opened: {error}") from error
     return found

@@ -1,4 +1,4 @@
-"""The run of a batch on this machine: part by part, by one worker or several."""
+"""The run of a batch: part by part, by the workers of this machine or of a cluster."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from coprs_deploy.batch.manifest import BatchOutput
 from coprs_deploy.batch.rows import InputRow, OutputRow
 from coprs_deploy.batch.segment_batch import group_by_image
 from coprs_deploy.batch.sources import RowSource
-from coprs_deploy.batch.workers import Workers, WorkerSettings
+from coprs_deploy.batch.workers import BatchWorkers, Workers, WorkerSettings
 
 ROWS_PER_TASK = 16
 """Rows of a task, unless more are on its last image."""
-
-PARTS_AHEAD = 1
-"""Parts that are read before the one that is finished next, so that no worker waits between two."""
 
 OnProgress: TypeAlias = Callable[[int, int], None]
 """Takes the number of rows that this run has done, and has to do."""
@@ -60,11 +58,10 @@ class BatchSummary:
                 self.errors[row.error_type] = (count + 1, first)
 
 
-def run_local(
+def run_rows(
     source: RowSource,
     output: BatchOutput,
-    settings: WorkerSettings,
-    num_workers: int,
+    open_workers: Callable[[], BatchWorkers],
     *,
     retry_failed: bool = False,
     on_progress: OnProgress = lambda done, total: None,
@@ -74,8 +71,7 @@ def run_local(
     Args:
         source: the rows.
         output: the folder, opened.
-        settings: what each worker loads.
-        num_workers: number of workers.
+        open_workers: opens what segments the rows, if there are any.
         retry_failed: also repeat rows that failed in an earlier run.
         on_progress: called after each task.
 
@@ -87,16 +83,19 @@ def run_local(
         OSError: a part cannot be written.
     """
     summary = BatchSummary(len(source))
-    failed = {part: output.count_failed(part) for part in range(output.manifest.num_parts)}
-    missing = {part for part, count in failed.items() if count is None}
+    failed = output.count_failed()
+    missing = set(range(output.manifest.num_parts)) - failed.keys()
     repeated = {part for part, count in failed.items() if retry_failed and count}
     total = sum(len(output.part_rows(part)) for part in missing)
-    total += sum(failed[part] or 0 for part in repeated)
+    total += sum(failed[part] for part in repeated)
     summary.num_kept = summary.num_rows - total
-    summary.num_failed = sum(count or 0 for part, count in failed.items() if part not in repeated)
+    summary.num_failed = sum(count for part, count in failed.items() if part not in repeated)
     if not total:
         return summary
-    with Workers(settings, num_workers) as workers:
+    with open_workers() as workers:
+        tasks_per_part = -(-output.manifest.rows_per_file // ROWS_PER_TASK)
+        # So many are read before the one that is finished next that no worker waits.
+        parts_ahead = -(-2 * workers.num_workers // tasks_per_part)
         start = time.perf_counter()
         running: deque[_Part] = deque()
 
@@ -120,12 +119,35 @@ def run_local(
             done = {row.row for row in kept}
             tasks = [workers.submit(task) for task in _tasks(rows, done)]
             running.append(_Part(number, kept, tasks))
-            if len(running) > PARTS_AHEAD:
+            if len(running) > parts_ahead:
                 finish()
         while running:
             finish()
         summary.seconds = time.perf_counter() - start
     return summary
+
+
+def run_local(
+    source: RowSource,
+    output: BatchOutput,
+    settings: WorkerSettings,
+    num_workers: int,
+    *,
+    retry_failed: bool = False,
+    on_progress: OnProgress = lambda done, total: None,
+) -> BatchSummary:
+    """Segment the rows that an output folder lacks on this machine; see :func:`run_rows`.
+
+    Args:
+        source: the rows.
+        output: the folder, opened.
+        settings: what each worker loads.
+        num_workers: number of workers.
+        retry_failed: also repeat rows that failed in an earlier run.
+        on_progress: called after each task.
+    """
+    workers = partial(Workers, settings, num_workers)
+    return run_rows(source, output, workers, retry_failed=retry_failed, on_progress=on_progress)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     OUT/part-00000.parquet      rows 0 to N-1 of the source, and so on
     OUT/masks/000000000-1.png   with saved masks: row and number of the target
 
-A part file is written under a hidden name and renamed when it is complete, so that it has all of
-its rows or does not exist. A run goes on with the parts that are missing, wherever they are made.
+A part file has all of its rows or does not exist; :mod:`coprs_deploy.batch.folders` says how. A run
+goes on with the parts that are missing, wherever they are made.
 """
 
 from __future__ import annotations
@@ -13,25 +13,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from coprs_deploy.artifacts import (
-    atomic_write,
-    check_writable,
-    exclusive,
-    make_directory,
-    write_json,
-)
-from coprs_deploy.batch.rows import OutputRow, read_part, read_part_notes, write_part
+from coprs_deploy.batch.folders import in_memory, open_folder
+from coprs_deploy.batch.rows import OutputRow, encode_part, read_part, read_part_notes
 from coprs_deploy.data.rows import import_pyarrow
 from coprs_deploy.errors import ArtifactError
 from coprs_deploy.specs import Record
 
-MANIFEST_FILE, MASK_FOLDER, LOCK_FILE = "manifest.json", "masks", ".lock"
+MANIFEST_FILE, MASK_FOLDER = "manifest.json", "masks"
+
+FILES_AT_ONCE = 16
+"""Part files whose notes are read at the same time."""
 
 
 class BatchManifest(Record, frozen=True):
@@ -79,17 +77,21 @@ class BatchOutput:
     """The output folder of a run.
 
     Attributes:
-        path: the folder.
+        path: path or URL of the folder.
         manifest: what is run.
+
+    Raises:
+        MissingDependencyError: it is a URL, and fsspec or its protocol's package is not installed.
     """
 
-    def __init__(self, path: Path, manifest: BatchManifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: str | Path, manifest: BatchManifest) -> None:
+        self._folder, self.manifest = open_folder(path), manifest
+        self.path = self._folder.location
 
     @property
-    def mask_folder(self) -> Path:
+    def mask_folder(self) -> str:
         """Folder of saved masks."""
-        return self.path / MASK_FOLDER
+        return self._folder.below(MASK_FOLDER)
 
     @contextmanager
     def opened(self, *, resume: bool) -> Iterator[None]:
@@ -102,14 +104,14 @@ class BatchOutput:
             MissingDependencyError: pyarrow is not installed.
         """
         import_pyarrow()  # what is missing is found before the work
-        check_writable(self.path)
+        self._folder.check_writable()
         found = self._read_manifest()
         if found is not None and not resume:
             raise ArtifactError(
                 f"{self.path} has a batch run; pass --resume to go on with it, or choose another "
                 "name"
             )
-        if found is None and self.path.is_dir() and any(self._foreign_files()):
+        if found is None and self._folder.names():
             raise ArtifactError(
                 f"{self.path} has files and no {MANIFEST_FILE}: it is no batch run; choose another "
                 "name"
@@ -119,32 +121,33 @@ class BatchOutput:
                 f"{self.path} has another run: {'; '.join(found.differences(self.manifest))}; pass "
                 "the same arguments, or choose another name"
             )
-        make_directory(self.path)
-        taken = f"{self.path} is being written by another process; wait for it to end"
-        with exclusive(self.path / LOCK_FILE, taken):
+        self._folder.create()
+        with self._folder.exclusive():
             if found is None:
-                write_json(self.path / MANIFEST_FILE, self.manifest.to_json())
+                content = json.dumps(self.manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
+                self._folder.write(MANIFEST_FILE, content.encode())
             yield
-
-    def part_path(self, part: int) -> Path:
-        """Return the path of a part file, which need not exist."""
-        return self.path / f"part-{part:05d}.parquet"
 
     def part_rows(self, part: int) -> range:
         """Return the numbers of the rows of a part."""
         size = self.manifest.rows_per_file
         return range(part * size, min((part + 1) * size, self.manifest.num_rows))
 
-    def count_failed(self, part: int) -> int | None:
-        """Return the number of failed rows of a part; None if it does not exist.
+    def count_failed(self) -> dict[int, int]:
+        """Return the number of failed rows of each part that exists.
 
         Raises:
-            ArtifactError: the file is damaged, or belongs to another run.
+            ArtifactError: a file is damaged, or belongs to another run.
         """
-        path = self.part_path(part)
-        if not path.exists():
-            return None
-        fingerprint, num_rows, num_failed = read_part_notes(path)
+        names = set(self._folder.names())
+        parts = [n for n in range(self.manifest.num_parts) if part_name(n) in names]
+        with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="parts") as pool:
+            return dict(zip(parts, pool.map(self._count_failed, parts), strict=True))
+
+    def _count_failed(self, part: int) -> int:
+        path = self._folder.below(part_name(part))
+        with self._folder.open(part_name(part)) as file:
+            fingerprint, num_rows, num_failed = read_part_notes(path, file)
         if fingerprint != self.manifest.fingerprint or num_rows != len(self.part_rows(part)):
             raise ArtifactError(f"{path} belongs to another run; remove it, and pass --resume")
         return num_failed
@@ -152,12 +155,12 @@ class BatchOutput:
     def write_part(self, part: int, rows: Sequence[OutputRow]) -> None:
         """Write a part file, which replaces an earlier one when it is complete."""
         assert [row.row for row in rows] == [*self.part_rows(part)], "each row of the part once"
-        with atomic_write(self.part_path(part)) as partial:
-            write_part(partial, rows, self.manifest.fingerprint)
+        self._folder.write(part_name(part), encode_part(rows, self.manifest.fingerprint))
 
     def read_part(self, part: int) -> list[OutputRow]:
         """Read the rows of a part file."""
-        return read_part(self.part_path(part))
+        name = part_name(part)
+        return read_part(self._folder.below(name), in_memory(self._folder.open(name)))
 
     def rows(self) -> Iterator[OutputRow]:
         """Yield the rows of a complete run in the order of the source."""
@@ -165,14 +168,17 @@ class BatchOutput:
             yield from self.read_part(part)
 
     def _read_manifest(self) -> BatchManifest | None:
-        path = self.path / MANIFEST_FILE
-        if not path.is_file():
+        try:
+            content = in_memory(self._folder.open(MANIFEST_FILE)).read()
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            return msgspec.json.decode(path.read_bytes(), type=BatchManifest)
+            return msgspec.json.decode(content, type=BatchManifest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            path = self._folder.below(MANIFEST_FILE)
             raise ArtifactError(f"{path} is no manifest of a batch run: {error}") from error
 
-    def _foreign_files(self) -> Iterator[Path]:
-        """Return what a killed run cannot have left before its manifest was written."""
-        return (path for path in self.path.iterdir() if not path.name.startswith("."))
+
+def part_name(part: int) -> str:
+    """Return the name of a part file."""
+    return f"part-{part:05d}.parquet"

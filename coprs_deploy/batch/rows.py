@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from coprs_deploy.data.rle import Rle
 from coprs_deploy.data.rows import import_pyarrow
@@ -31,7 +33,8 @@ class InputRow:
         image: name of the image, for people.
         instruction: what to segment.
         location: path or URL of the image file; empty if ``content`` has it.
-        content: the bytes of the image file; None if it is at ``location``.
+        content: the bytes of the image file, or an array as ``images.load_image`` takes it; None if
+            it is at ``location``.
         image_id: id of the image in COCO results.
         problem: why the row cannot be segmented; empty for a valid row.
     """
@@ -41,7 +44,7 @@ class InputRow:
     image: str
     instruction: str
     location: str = ""
-    content: bytes | None = None
+    content: bytes | NDArray[Any] | None = None
     image_id: str = ""
     problem: str = ""
 
@@ -98,8 +101,8 @@ class OutputRow(Record, frozen=True, kw_only=True):
     version: str = ""
 
 
-def write_part(path: Path, rows: Sequence[OutputRow], fingerprint: str) -> None:
-    """Write rows to a Parquet file.
+def encode_part(rows: Sequence[OutputRow], fingerprint: str) -> bytes:
+    """Return rows as a Parquet file.
 
     Raises:
         MissingDependencyError: pyarrow is not installed.
@@ -108,14 +111,29 @@ def write_part(path: Path, rows: Sequence[OutputRow], fingerprint: str) -> None:
     num_failed = sum(bool(row.error) for row in rows)
     notes = {FINGERPRINT_KEY: fingerprint.encode(), FAILED_KEY: str(num_failed).encode()}
     schema = _schema(pyarrow).with_metadata(notes)
-    with pyarrow.parquet.ParquetWriter(path, schema) as file:
+    content = io.BytesIO()
+    with pyarrow.parquet.ParquetWriter(content, schema) as file:
         for start in range(0, len(rows), ROWS_PER_GROUP):
-            part = [_to_columns(row) for row in rows[start : start + ROWS_PER_GROUP]]
-            file.write_table(pyarrow.Table.from_pylist(part, schema=schema))
+            file.write_table(to_table(rows[start : start + ROWS_PER_GROUP]))
+    return content.getvalue()
 
 
-def read_part(path: Path) -> list[OutputRow]:
+def to_table(rows: Sequence[OutputRow]) -> Any:
+    """Return rows as a table of pyarrow, with the columns of the part files.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+    """
+    pyarrow = import_pyarrow()
+    return pyarrow.Table.from_pylist([_to_columns(row) for row in rows], schema=_schema(pyarrow))
+
+
+def read_part(path: Path | str, file: IO[bytes] | None = None) -> list[OutputRow]:
     """Read the rows of a part file.
+
+    Args:
+        path: the file; for messages alone if ``file`` is given.
+        file: the opened file.
 
     Raises:
         ArtifactError: it cannot be read, or is no part file.
@@ -123,14 +141,18 @@ def read_part(path: Path) -> list[OutputRow]:
     """
     pyarrow = import_pyarrow()
     try:
-        columns = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        columns = pyarrow.parquet.ParquetFile(file or path).read().to_pylist()
         return [msgspec.convert(_from_columns(row), OutputRow) for row in columns]
     except (pyarrow.ArrowException, OSError, msgspec.ValidationError) as error:
         raise ArtifactError(f"{path} cannot be read as a part file: {error}") from error
 
 
-def read_part_notes(path: Path) -> tuple[str, int, int]:
+def read_part_notes(path: Path | str, file: IO[bytes] | None = None) -> tuple[str, int, int]:
     """Return fingerprint, number of rows and number of failed rows of a part file.
+
+    Args:
+        path: the file; for messages alone if ``file`` is given.
+        file: the opened file.
 
     Raises:
         ArtifactError: it cannot be read, or is no part file.
@@ -138,7 +160,7 @@ def read_part_notes(path: Path) -> tuple[str, int, int]:
     """
     pyarrow = import_pyarrow()
     try:
-        found = pyarrow.parquet.read_metadata(path)
+        found = pyarrow.parquet.read_metadata(file or path)
         notes = found.metadata or {}
         return notes[FINGERPRINT_KEY].decode(), found.num_rows, int(notes[FAILED_KEY])
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:

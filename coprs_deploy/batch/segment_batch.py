@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy import demo
-from coprs_deploy.artifacts import atomic_write, hash_file, make_directory
+from coprs_deploy.artifacts import hash_file
 from coprs_deploy.batch.files import is_url, open_file
-from coprs_deploy.batch.rows import InputRow, OutputRow
+from coprs_deploy.batch.folders import open_folder
+from coprs_deploy.batch.rows import InputRow, OutputRow, to_table
+from coprs_deploy.batch.sources import IMAGE_COLUMNS, SourceColumns, batch_rows
 from coprs_deploy.bundle import MANIFEST_FILE
 from coprs_deploy.closing import Closeable
 from coprs_deploy.data.rle import encode_mask
+from coprs_deploy.hub import local_bundle
 from coprs_deploy.runtime import CoPRS, RuntimeOptions, SegmentationResult
 from coprs_deploy.runtime.encoder import DecodedImage
 from coprs_deploy.version import __version__
+
+MAX_IMAGE_BYTES = 256 * 2**20
+"""Memory of the decoded images of rows that are segmented together."""
 
 
 def bundle_fingerprint(bundle: str | Path | None) -> str:
@@ -37,16 +45,18 @@ class SegmentBatch(Closeable):
     fails is a row with its error.
 
     Args:
-        bundle: directory of a bundle; None is the demo model.
+        bundle: directory of a bundle, or ``hf://org/name@revision``; None is the demo model.
         options: where and how it runs.
         max_targets: maximum number of targets of each row.
         max_new_tokens: token budget of each response; None takes the checkpoint's.
-        mask_folder: folder for a PNG of each mask; None saves none.
+        mask_folder: path or URL of a folder for a PNG of each mask; None saves none.
+        columns: instructions and columns of batches of Ray Data.
         num_ahead: number of rows whose image is decoded and encoded while the policy serves others;
             0 is for several processes that share the cores.
 
     Attributes:
-        concurrency: number of rows that the policy decodes together.
+        concurrency: number of requests that the policy takes at once.
+        segments_together: whether the policy decodes several rows in one pass.
 
     Raises:
         CoPRSError: the bundle cannot be loaded; see :meth:`CoPRS.load`.
@@ -60,36 +70,44 @@ class SegmentBatch(Closeable):
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         mask_folder: str | Path | None = None,
+        columns: SourceColumns | None = None,
         num_ahead: int = 1,
     ) -> None:
+        bundle = None if bundle is None else local_bundle(bundle)
         self._coprs = CoPRS.load(bundle, options)
         self.concurrency = self._coprs.concurrency
+        self.segments_together = self._coprs.answers_together or self.concurrency > 1
         self._num_threads = self.concurrency + num_ahead
+        self._columns = columns or SourceColumns()
         self._bundle = bundle_fingerprint(bundle)
         self._max_targets, self._max_new_tokens = max_targets, max_new_tokens
-        self._mask_folder = None if mask_folder is None else Path(mask_folder)
+        self._mask_folder = None if mask_folder is None else open_folder(mask_folder)
         if self._mask_folder is not None:
-            make_directory(self._mask_folder)
+            self._mask_folder.create()
 
-    def __call__(self, rows: Sequence[InputRow]) -> list[OutputRow]:
+    @overload
+    def __call__(self, rows: Sequence[InputRow]) -> list[OutputRow]: ...
+
+    @overload
+    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> Any: ...
+
+    def __call__(self, rows: Sequence[InputRow] | Mapping[str, Sequence[Any]]) -> Any:
         """Segment rows.
 
         Args:
-            rows: in any order.
+            rows: rows in any order; or a batch of Ray Data, which is values by column.
 
         Returns:
-            One row for each, in their order.
+            One row for each, in their order. Of a batch, a table of pyarrow with the columns of the
+            part files and the other columns of the batch, its images excepted.
         """
+        if isinstance(rows, Mapping):
+            return self._segment_columns(rows)
         groups = group_by_image(rows)
-        images = {key: _SharedImage(len(group)) for key, group in groups.items()}
-        tasks = [(images[key], group) for key, group in groups.items()]
-        if self.concurrency > 1:  # the policy reads one prefix for all of them
-            tasks = [(image, [row]) for image, group in tasks for row in group]
-        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="batch")
-        try:
-            done = [row for task in pool.map(self._segment_group, tasks) for row in task]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        if self._coprs.answers_together and self.concurrency == 1:
+            done = list(self._segment_together(groups.values()))
+        else:
+            done = self._segment_one_by_one(groups)
         by_number = {row.row: row for row in done}
         return [by_number[row.row] for row in rows]
 
@@ -97,14 +115,67 @@ class SegmentBatch(Closeable):
         """Free graphs and policy."""
         self._coprs.close()
 
+    def _segment_columns(self, batch: Mapping[str, Sequence[Any]]) -> Any:
+        rows, indices = batch_rows(batch, self._columns)
+        table = to_table(self(rows))
+        for name, values in batch.items():
+            is_image = name == self._columns.image_column or name in IMAGE_COLUMNS
+            if name not in table.column_names and not is_image:
+                table = table.append_column(name, [[values[index] for index in indices]])
+        return table
+
+    def _segment_together(self, groups: Iterable[list[InputRow]]) -> Iterator[OutputRow]:
+        """Yield the rows; the policy reads several in one pass."""
+        requests: list[tuple[InputRow, DecodedImage]] = []
+        num_bytes = 0
+        for group in groups:
+            image = _SharedImage(len(group))
+            for row in group:
+                try:
+                    decoded = image.decoded(self._coprs, row)
+                except Exception as error:  # of any kind, so that one row ends no run
+                    yield self._failed(row, error)
+                    continue
+                if not requests or requests[-1][1] is not decoded:
+                    num_bytes += decoded.rgb.nbytes
+                if requests and num_bytes > MAX_IMAGE_BYTES:
+                    yield from self._answers(requests)
+                    requests, num_bytes = [], decoded.rgb.nbytes
+                requests.append((row, decoded))
+        yield from self._answers(requests)
+
+    def _answers(self, requests: Sequence[tuple[InputRow, DecodedImage]]) -> Iterator[OutputRow]:
+        results = self._coprs.segment_together(
+            [(image, row.instruction) for row, image in requests],
+            self._max_targets,
+            self._max_new_tokens,
+        )
+        for (row, _), result in zip(requests, results, strict=True):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                yield self._output(row, result)
+            except Exception as error:  # of any kind, so that one row ends no run
+                yield self._failed(row, error)
+
+    def _segment_one_by_one(self, groups: dict[str, list[InputRow]]) -> list[OutputRow]:
+        """Return the rows; while the policy serves some, images of others are encoded."""
+        images = {key: _SharedImage(len(group)) for key, group in groups.items()}
+        tasks = [(images[key], group) for key, group in groups.items()]
+        if self.concurrency > 1:  # the policy reads one prefix for all of them
+            tasks = [(image, [row]) for image, group in tasks for row in group]
+        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="batch")
+        try:
+            return [row for task in pool.map(self._segment_group, tasks) for row in task]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def _segment_group(self, task: tuple[_SharedImage, list[InputRow]]) -> list[OutputRow]:
         image, rows = task
         return [self._segment(image, row) for row in rows]
 
     def _segment(self, image: _SharedImage, row: InputRow) -> OutputRow:
         try:
-            if row.problem:
-                raise ValueError(row.problem)
             result = self._coprs.segment(
                 image.decoded(self._coprs, row),
                 row.instruction,
@@ -113,8 +184,7 @@ class SegmentBatch(Closeable):
             )
             return self._output(row, result)
         except Exception as error:  # of any kind, so that one row ends no run
-            message = str(error) or type(error).__name__
-            return self._row(row, error=message, error_type=type(error).__name__)
+            return self._failed(row, error)
         finally:
             image.release()
 
@@ -135,6 +205,10 @@ class SegmentBatch(Closeable):
             timings=asdict(result.timings),
         )
 
+    def _failed(self, row: InputRow, error: Exception) -> OutputRow:
+        message = str(error) or type(error).__name__
+        return self._row(row, error=message, error_type=type(error).__name__)
+
     def _row(self, row: InputRow, **values: Any) -> OutputRow:
         return OutputRow(
             row=row.row,
@@ -154,8 +228,9 @@ class SegmentBatch(Closeable):
             return []
         names = [f"{row.row:09d}-{number + 1}.png" for number in range(len(result.masks))]
         for name, mask in zip(names, result.masks, strict=True):
-            with atomic_write(self._mask_folder / name) as partial:
-                Image.fromarray(mask.astype(np.uint8) * 255).save(partial, "PNG")
+            png = io.BytesIO()
+            Image.fromarray(mask.astype(np.uint8) * 255).save(png, "PNG")
+            self._mask_folder.write(name, png.getvalue())
         return names
 
 
@@ -163,7 +238,7 @@ def group_by_image(rows: Sequence[InputRow]) -> dict[str, list[InputRow]]:
     """Group rows by the location or the content of their image, in the order of the first."""
     groups: dict[str, list[InputRow]] = {}
     for row in rows:
-        key = row.location if row.content is None else xxhash.xxh3_128_hexdigest(row.content)
+        key = row.location if row.content is None else _content_key(row.content)
         groups.setdefault(key, []).append(row)
     return groups
 
@@ -180,9 +255,12 @@ class _SharedImage:
         """Return the image.
 
         Raises:
+            ValueError: the row cannot be segmented.
             ImageError: it cannot be used.
             OSError: it cannot be read.
         """
+        if row.problem:
+            raise ValueError(row.problem)
         with self._lock:
             if self._image is None:
                 self._image = coprs.decode(_image_source(row))
@@ -196,7 +274,14 @@ class _SharedImage:
                 self._image = None
 
 
-def _image_source(row: InputRow) -> str | bytes:
+def _content_key(content: bytes | NDArray[Any]) -> str:
+    if isinstance(content, bytes):
+        return xxhash.xxh3_128_hexdigest(content)
+    shape = str((content.shape, content.dtype)).encode()
+    return xxhash.xxh3_128_hexdigest(shape + np.ascontiguousarray(content).tobytes())
+
+
+def _image_source(row: InputRow) -> str | bytes | NDArray[Any]:
     if row.content is not None:
         return row.content
     if not is_url(row.location):

@@ -17,10 +17,12 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from coprs_deploy.batch.files import SourceFile, beside, list_files, open_file
 from coprs_deploy.batch.rows import InputRow
@@ -69,7 +71,7 @@ class _Record:
     id: str
     image: str = ""
     location: str = ""
-    content: bytes | None = None
+    content: bytes | NDArray[Any] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
@@ -131,21 +133,8 @@ class RowSource:
     def _rows(self, with_images: bool) -> Iterator[InputRow]:
         number = 0
         for record in self._records(with_images):
-            texts, problem = self._instructions(record)
-            image_id = record.columns.get("image_id")
-            if image_id is None:
-                image_id = image_name_of(PurePosixPath(record.image)).removeprefix("coco-")
-            for index, text in enumerate(texts):
-                yield InputRow(
-                    row=number,
-                    id=record.id if len(texts) == 1 else f"{record.id}#{index + 1}",
-                    image=record.image,
-                    instruction=text,
-                    location=record.location,
-                    content=record.content,
-                    image_id=str(image_id),
-                    problem=problem,
-                )
+            for row in _rows_of(record, self._columns, number):
+                yield row
                 number += 1
 
     def _records(self, with_images: bool) -> Iterator[_Record]:
@@ -155,21 +144,67 @@ class RowSource:
             else:
                 yield _Record(file.name, file.name, file.location)
 
-    def _instructions(self, record: _Record) -> tuple[Sequence[str], str]:
-        """Return the instructions of a record, and its problem; at least one instruction.
 
-        Their number does not depend on the image, so that rows are counted without it.
-        """
-        if self._columns.instructions:
-            return self._columns.instructions, record.problem
-        name = self._columns.instruction_column or DEFAULT_COLUMN
-        value = record.columns.get(name)
-        listed = value if isinstance(value, list) else [value]
-        texts = [text for text in listed if isinstance(text, str) and text.strip()]
-        if not listed or len(texts) < len(listed):
-            problem = f"{name} is {value!r}; accepted: text, or a list of texts"
-            return ("",), record.problem or problem
-        return texts, record.problem
+def batch_rows(
+    batch: Mapping[str, Sequence[Any]], columns: SourceColumns
+) -> tuple[list[InputRow], list[int]]:
+    """Return the rows of a batch of Ray Data, or of another library.
+
+    Args:
+        batch: values by column, all of one length; an image may also be an array, as of
+            ``ray.data.read_images``. Paths are relative to the working directory.
+        columns: instructions, and columns.
+
+    Returns:
+        Rows, numbered within the batch, and the index of each row's image in the batch.
+    """
+    file = SourceFile(str(Path.cwd() / "batch"), "batch", 0)
+    rows, indices = list[InputRow](), list[int]()
+    for index in range(len(next(iter(batch.values()), ()))):
+        values = {name: column[index] for name, column in batch.items()}
+        record = _table_record(file, columns, values, str(index))
+        found = list(_rows_of(record, columns, len(rows)))
+        rows += found
+        indices += [index] * len(found)
+    return rows, indices
+
+
+def _rows_of(record: _Record, columns: SourceColumns, number: int) -> Iterator[InputRow]:
+    """Yield a row for each instruction, numbered from ``number`` on."""
+    texts, problem = _instructions(record, columns)
+    image_id = record.columns.get("image_id")
+    if image_id is None:
+        image_id = image_name_of(PurePosixPath(record.image)).removeprefix("coco-")
+    for index, text in enumerate(texts):
+        yield InputRow(
+            row=number + index,
+            id=record.id if len(texts) == 1 else f"{record.id}#{index + 1}",
+            image=record.image,
+            instruction=text,
+            location=record.location,
+            content=record.content,
+            image_id=str(image_id),
+            problem=problem,
+        )
+
+
+def _instructions(record: _Record, columns: SourceColumns) -> tuple[Sequence[str], str]:
+    """Return the instructions of a record, and its problem; at least one instruction.
+
+    Their number does not depend on the image, so that rows are counted without it.
+    """
+    if columns.instructions:
+        return columns.instructions, record.problem
+    name = columns.instruction_column or DEFAULT_COLUMN
+    value = record.columns.get(name)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    listed = value if isinstance(value, list) else [value]
+    texts = [text for text in listed if isinstance(text, str) and text.strip()]
+    if not listed or len(texts) < len(listed):
+        problem = f"{name} is {value!r}; accepted: text, or a list of texts"
+        return ("",), record.problem or problem
+    return texts, record.problem
 
 
 def _read_json_lines(
@@ -274,10 +309,10 @@ def _table_record(
     column = _image_column(columns, row)
     identifier = str(row["id"]) if row.get("id") not in (None, "") else name
     value = row.get(column)
-    content: bytes | None = None
+    content: bytes | NDArray[Any] | None = None
     if isinstance(value, Mapping):  # the image of Hugging Face datasets
         content, value = value.get("bytes"), value.get("path")
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | np.ndarray):
         content, value = value, None
     if content is not None:
         return _Record(identifier, value or identifier, content=content, columns=row)

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol, Self
 
 from coprs_deploy.batch.rows import InputRow, OutputRow
 from coprs_deploy.batch.segment_batch import SegmentBatch
@@ -41,7 +41,7 @@ class WorkerSettings:
         runtime: where and how it runs.
         max_targets: maximum number of targets of a row.
         max_new_tokens: token budget of a response; None takes the checkpoint's.
-        mask_folder: folder for a PNG of each mask; None saves none.
+        mask_folder: path or URL of a folder for a PNG of each mask; None saves none.
         num_ahead: number of rows that are prepared while the policy serves others.
     """
 
@@ -49,7 +49,7 @@ class WorkerSettings:
     runtime: RuntimeOptions
     max_targets: int = 1
     max_new_tokens: int | None = None
-    mask_folder: Path | None = None
+    mask_folder: str | None = None
     num_ahead: int = 1
 
     def open(self) -> SegmentBatch:
@@ -66,8 +66,7 @@ class WorkerSettings:
 
 def default_num_workers(bundle: Bundle, options: RuntimeOptions) -> int:
     """Return one worker a core for a small bundle on the CPU, else one."""
-    devices = (options.device_type, options.policy_device or "cpu")
-    if any(device != "cpu" for device in devices) or options.policy == "vllm":
+    if not options.is_on_cpu:
         return 1
     folders = [bundle.path]
     if (path := bundle.manifest.policy.path) is not None:
@@ -77,6 +76,23 @@ def default_num_workers(bundle: Bundle, options: RuntimeOptions) -> int:
     return len(os.sched_getaffinity(0)) if is_small else 1
 
 
+class BatchWorkers(Protocol):
+    """What segments lists of rows; a context manager that is closed at the end.
+
+    Attributes:
+        num_workers: how many lists it segments at once.
+    """
+
+    num_workers: int
+
+    def submit(self, rows: Sequence[InputRow]) -> Future[list[OutputRow]]:
+        """Segment rows when a worker is free; the future raises CoPRSError if the worker ended."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class Workers(Closeable):
     """Workers that segment lists of rows.
 
@@ -84,6 +100,9 @@ class Workers(Closeable):
         settings: what each of them loads.
         num_workers: number of workers; of several, each is a process and has its share of the
             cores, unless the options name a number of threads.
+
+    Attributes:
+        num_workers: how many lists are segmented at once.
 
     Raises:
         CoPRSError: the bundle cannot be loaded.
@@ -95,11 +114,11 @@ class Workers(Closeable):
         self._idle: SimpleQueue[_WorkerProcess] = SimpleQueue()
         if num_workers == 1:
             self._local = settings.open()
-            # Of a policy that decodes many rows together, one task must not wait for the last row
-            # of another.
-            num_workers = 2 if self._local.concurrency > 1 else 1
+            # While the policy ends one list, the images of the next are decoded and encoded.
+            num_workers = 2 if self._local.segments_together else 1
         else:
             self._start(settings, num_workers)
+        self.num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
 
     def submit(self, rows: Sequence[InputRow]) -> Future[list[OutputRow]]:

@@ -197,14 +197,11 @@ def openvino_policy_bytes(sizes: ModelSizes, form: WeightFormat) -> dict[str, fl
     """Return the bytes of a policy's graphs in OpenVINO.
 
     Returns:
-        ``files``: the weight files. They are mapped into memory, and their pages may be dropped
-        again. ``private``: memory that cannot be dropped: the weights once more, in the layout of
-        the products, KV cache and libraries. ``peak``: both, as resident memory counts them.
+        ``files``: the weight files. ``private``: memory that cannot be dropped: the weights once
+        more, in the layout of the products, KV cache and libraries. ``peak``: private memory and
+        the mapped file of the decoder, whose pages are given back after the first prompt.
     """
-    files = (
-        form.decoder_bytes(sizes.language)
-        + form.vision * sizes.vision.parameters
-        + form.head * sizes.output_embeddings
-    )
+    decoder = form.decoder_bytes(sizes.language) + form.head * sizes.output_embeddings
+    files = decoder + form.vision * sizes.vision.parameters
     private = files + cache_bytes(sizes, form, REQUEST.row_tokens) + OPENVINO_BYTES
-    return {"files": files, "private": private, "peak": files + private}
+    return {"files": files, "private": private, "peak": decoder + private}

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from coprs_deploy import demo
 from coprs_deploy.artifacts import check_writable
+from coprs_deploy.batch.annotations import LOCAL_FILES, write_fiftyone, write_label_studio
 from coprs_deploy.batch.coco import write_coco
-from coprs_deploy.batch.local import BatchSummary, run_local
+from coprs_deploy.batch.local import BatchSummary, run_rows
 from coprs_deploy.batch.manifest import BatchManifest, BatchOutput
+from coprs_deploy.batch.ray_workers import RayWorkers
 from coprs_deploy.batch.segment_batch import bundle_fingerprint
 from coprs_deploy.batch.sources import RowSource, SourceColumns
-from coprs_deploy.batch.workers import WorkerSettings, default_num_workers
+from coprs_deploy.batch.workers import BatchWorkers, Workers, WorkerSettings, default_num_workers
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.cli.options import add_options, read_options
 from coprs_deploy.cli.parser import log, print_result
@@ -30,6 +34,7 @@ from coprs_deploy.cli.runtime_arguments import GRAPHS, POLICY
 from coprs_deploy.console import StepPrinter, table
 from coprs_deploy.errors import check_number
 from coprs_deploy.runtime import RuntimeOptions
+from coprs_deploy.runtime.ray_cluster import import_ray, read_ray_options
 
 OPTIONS = GRAPHS + POLICY
 
@@ -37,9 +42,13 @@ OPTIONS = GRAPHS + POLICY
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("source", metavar="SRC", help="folder, pattern, table, shard or URL")
-    parser.add_argument("--bundle", type=Path, help="bundle directory (default: the demo model)")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the part files"
+        "--bundle",
+        type=Path,
+        help="bundle directory, or hf://org/name (default: the demo model)",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder or URL of the part files"
     )
     parser.add_argument(
         "--instruction",
@@ -80,8 +89,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of processes (default: the number of cores for a small bundle, else 1)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where the rows are segmented: on this machine, or by actors of a Ray cluster",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="MIN:MAX",
+        help="ray: number of actors, of which each has a GPU, or --num-threads cores (default: 1)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="ray: address of the cluster (default: RAY_ADDRESS, else one on this machine)",
+    )
     parser.add_argument("--save-masks", action="store_true", help="write a PNG of each mask")
     parser.add_argument("--coco", type=Path, metavar="FILE", help="also write COCO results")
+    parser.add_argument(
+        "--fiftyone", type=Path, metavar="DIR", help="also write a dataset for FiftyOne"
+    )
+    parser.add_argument(
+        "--label-studio",
+        type=Path,
+        metavar="FILE.json",
+        help="also write tasks with predictions for Label Studio, and FILE.xml with its setup",
+    )
+    parser.add_argument(
+        "--image-root",
+        metavar="PREFIX",
+        help="folder or URL before the names of the images in these two (default: the folder of "
+        f"SRC; for Label Studio {LOCAL_FILES})",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a run that ended early")
     parser.add_argument(
         "--retry-failed",
@@ -99,39 +139,82 @@ def run(arguments: argparse.Namespace) -> int:
         check_number("max_new_tokens", arguments.max_new_tokens, least=1)
     if arguments.workers is not None:
         check_number("workers", arguments.workers, least=1)
-    if arguments.coco:
-        check_writable(arguments.coco, is_file=True)
+    for file in (arguments.coco, arguments.label_studio):
+        if file:
+            check_writable(file, is_file=True)
+    if arguments.fiftyone:
+        check_writable(arguments.fiftyone)
     runtime = read_options(arguments, RuntimeOptions, OPTIONS)
     columns = SourceColumns(
         tuple(arguments.instruction), arguments.instruction_column, arguments.image_column
     )
     bundle = open_bundle(arguments.bundle or demo.BUNDLE)
-    num_workers = arguments.workers or default_num_workers(bundle, runtime)
+    if arguments.bundle:
+        arguments.bundle = bundle.path  # one download for all workers
+    open_workers = _worker_opener(arguments, default_num_workers(bundle, runtime))
     with StepPrinter() as steps:
         steps("list the rows")
         source = RowSource(arguments.source, columns)
         output = BatchOutput(arguments.out, _manifest(arguments, source, columns))
         with output.opened(resume=arguments.resume or arguments.retry_failed):
             steps(f"segment {source.num_rows:,} rows")
-            summary = run_local(
+            settings = WorkerSettings(
+                arguments.bundle,
+                runtime,
+                arguments.max_targets,
+                arguments.max_new_tokens,
+                output.mask_folder if arguments.save_masks else None,
+            )
+            summary = run_rows(
                 source,
                 output,
-                WorkerSettings(
-                    arguments.bundle,
-                    runtime,
-                    arguments.max_targets,
-                    arguments.max_new_tokens,
-                    output.mask_folder if arguments.save_masks else None,
-                ),
-                num_workers,
+                partial(open_workers, settings),
                 retry_failed=arguments.retry_failed,
                 on_progress=_Progress(steps),
             )
-            if arguments.coco:
-                steps(f"write {arguments.coco.name}")
-                write_coco(arguments.coco, output.rows())
+            _write_exports(arguments, source, output, steps)
     _print_summary(arguments, source, summary)
     return 1 if summary.num_failed else 0
+
+
+def _write_exports(
+    arguments: argparse.Namespace, source: RowSource, output: BatchOutput, steps: StepPrinter
+) -> None:
+    """Write the rows in the formats of other tools."""
+    if arguments.coco:
+        steps(f"write {arguments.coco.name}")
+        write_coco(arguments.coco, output.rows())
+    if arguments.fiftyone:
+        steps(f"write {arguments.fiftyone.name}")
+        root = arguments.image_root
+        if root is None:
+            first = next(iter(source))
+            root = first.location.removesuffix(first.image)
+        write_fiftyone(arguments.fiftyone, output.rows(), root)
+    if arguments.label_studio:
+        steps(f"write {arguments.label_studio.name}")
+        write_label_studio(
+            arguments.label_studio,
+            output.rows(),
+            LOCAL_FILES if arguments.image_root is None else arguments.image_root,
+        )
+
+
+def _worker_opener(
+    arguments: argparse.Namespace, num_workers: int
+) -> Callable[[WorkerSettings], BatchWorkers]:
+    """Return what opens the workers of the chosen engine, after a check of its options."""
+    if arguments.engine == "local":
+        for name in ("replicas", "ray_address"):
+            if getattr(arguments, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is given; accepted: with --engine ray only")
+        return lambda settings: Workers(settings, arguments.workers or num_workers)
+    if arguments.workers is not None:
+        raise ValueError("--workers is given; accepted: with --engine local only; see --replicas")
+    options = read_ray_options(arguments.replicas, arguments.ray_address)
+    import_ray()  # what is missing is found before the work
+    return lambda settings: RayWorkers(settings, options)
 
 
 def _manifest(
@@ -190,7 +273,7 @@ def _print_summary(arguments: argparse.Namespace, source: RowSource, summary: Ba
         ("rows per second", f"{summary.rows_per_second:.1f}"),
     ]
     report = {
-        "out": str(arguments.out),
+        "out": arguments.out,
         **asdict(summary),
         "rows_per_second": summary.rows_per_second,
         "errors": {kind: count for kind, (count, _) in summary.errors.items()},

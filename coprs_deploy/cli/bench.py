@@ -49,6 +49,7 @@ from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.cli.runtime_arguments import add_bundle_argument
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.engines import RunnerOptions
+from coprs_deploy.hub import local_bundle
 from coprs_deploy.machine import available_memory_bytes
 from coprs_deploy.model_config import SAM_SIZES
 
@@ -161,7 +162,7 @@ def _options(arguments: argparse.Namespace) -> BenchOptions:
         arguments,
         BenchOptions,
         OPTIONS,
-        bundle=arguments.bundle,
+        bundle=local_bundle(arguments.bundle) if arguments.bundle else None,
         devices=("cpu", "cuda") if gpu_name() else ("cpu",),
         is_quick=is_quick,
         tag="full-size" if has_sizes else "",

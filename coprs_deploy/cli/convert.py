@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--policy",
         type=Path,
-        metavar="DIR",
-        help="transformers directory of a Qwen2.5-VL or LLaVA-1.5 model",
+        metavar="DIR | HUB",
+        help="transformers directory of a Qwen2.5-VL or LLaVA-1.5 model, or hf://org/name@revision",
     )
     source.add_argument(
         "--training-checkpoint",

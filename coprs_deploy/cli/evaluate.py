@@ -39,6 +39,7 @@ from coprs_deploy.evaluation.runner import EvaluationTask
 from coprs_deploy.evaluation.store import EvaluationStore, RowFile, evaluation_identity
 from coprs_deploy.evaluation.summary import flat_summary, summarize_dataset
 from coprs_deploy.evaluation.thresholds import check_thresholds, failed_thresholds, parse_thresholds
+from coprs_deploy.hub import local_bundle
 from coprs_deploy.runtime import RuntimeOptions
 
 SPEED_FILE = "speed.json"
@@ -132,10 +133,11 @@ def run(arguments: argparse.Namespace) -> int:
             thresholds, examples.question_types, examples.num_no_match, opened.task.protocol
         )
     tasks = [opened.task for opened in datasets]
-    manifest = read_manifest(arguments.bundle or demo.BUNDLE)
+    bundle = local_bundle(arguments.bundle) if arguments.bundle else None
+    manifest = read_manifest(bundle or demo.BUNDLE)
     kept = {name: asdict(options)[name] for name in OPTIONS_OF_RESULTS}
     identity = evaluation_identity(hash_manifest(manifest.to_json()), tasks, kept)
-    job = EvaluationJob(arguments.bundle, options, tasks)
+    job = EvaluationJob(bundle, options, tasks)
     with ExitStack() as stack:
         directory = arguments.out or stack.enter_context(temporary_directory("coprs-evaluate-"))
         overwrite = arguments.overwrite

@@ -17,6 +17,7 @@ from coprs_deploy.console import StepPrinter
 from coprs_deploy.engines.trt.build import BuildCallbacks
 from coprs_deploy.engines.trt.variants import parse_capabilities
 from coprs_deploy.export import ExportOptions, ExportReport, export_checkpoint
+from coprs_deploy.export.model_repository import check_model_repository, write_model_repository
 from coprs_deploy.specs import IMAGE_ENCODER, OptimizationProfile, parse_aspect_ratio
 
 GRAPHS = (
@@ -49,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint directory")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle to write")
+    parser.add_argument(
+        "--triton",
+        type=Path,
+        metavar="DIR",
+        help="also write a model repository of NVIDIA's Triton Inference Server (runtimes "
+        "onnxruntime and tensorrt)",
+    )
     add_options(parser, ExportOptions, GRAPHS)
     group = parser.add_argument_group("engines (tensorrt, tensorrt-rtx)")
     add_options(group, ExportOptions, ENGINES)
@@ -57,11 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, and print the equivalence records."""
     options = read_options(arguments, ExportOptions, GRAPHS + ENGINES)
+    if arguments.triton is not None:
+        check_model_repository(options.runtime, arguments.triton, options.overwrite)
     with StepPrinter() as progress:
         callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.progress)
         report = export_checkpoint(
             arguments.checkpoint, arguments.out, options, progress, callbacks
         )
+    if arguments.triton is not None:
+        write_model_repository(report.bundle, arguments.triton, options.overwrite)
     records = report.bundle.manifest.equivalence
     shown = {
         **{k: v for k, v in asdict(report).items() if k != "bundle"},

@@ -30,6 +30,7 @@ VERBS = {
     "quantize": "quantize the policy of a checkpoint for vLLM",
     "export": "export a checkpoint to a bundle of graphs",
     "verify": "compare a bundle with its checkpoint",
+    "push": "upload a bundle to the Hugging Face hub",
     "inspect": "show the contents of a bundle",
     "doctor": "report which runtimes and policies can run on this machine",
     "train": "train a model by a recipe",

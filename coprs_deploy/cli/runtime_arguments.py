@@ -55,15 +55,22 @@ QUEUE = (
 def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
     """Add the optional positional argument ``BUNDLE``."""
     parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="bundle (default: the demo model)"
+        "bundle",
+        metavar="BUNDLE",
+        type=Path,
+        nargs="?",
+        help="bundle directory, or hf://org/name (default: the demo model)",
     )
 
 
 def open_runtime(
-    bundle: Path | None, options: RuntimeOptions, progress: Progress = lambda step: None
+    bundle: Path | None,
+    options: RuntimeOptions,
+    progress: Progress = lambda step: None,
+    report: Progress = log,
 ) -> CoPRS:
-    """Load a bundle, the demo model if None, and log which runtimes were measured as fastest."""
+    """Load a bundle, the demo model if None, and report which runtimes were measured as fastest."""
     coprs = CoPRS.load(bundle, options, progress=progress)
     for choice in coprs.runtime_choices:
-        log(str(choice))
+        report(str(choice))
     return coprs

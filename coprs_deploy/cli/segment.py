@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of this verb."""
     parser.add_argument("image", metavar="IMAGE", help="image file, or - for stdin")
     parser.add_argument("instruction", metavar="INSTRUCTION", help="what to segment")
-    parser.add_argument("--bundle", type=Path, help="bundle directory (default: the demo model)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        help="bundle directory, or hf://org/name (default: the demo model)",
+    )
     parser.add_argument(
         "--out", type=Path, help="directory for overlay, mask, prior and result.json"
     )

@@ -18,6 +18,7 @@ from coprs_deploy.artifacts import check_writable
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
+from coprs_deploy.errors import check_number
 from coprs_deploy.training.distillation.recipe import DistillationRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
 
@@ -263,11 +264,13 @@ def _recipe_of(run: Path) -> AnyRecipe:
 
 
 def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
+    from coprs_deploy.training.planning.checks import recipe_problems
     from coprs_deploy.training.planning.estimate import GpuSpec
     from coprs_deploy.training.planning.estimate_page import estimate_page, estimate_run
+    from coprs_deploy.training.planning.problems import require_none
 
-    if arguments.gpus < 1:
-        raise ValueError(f"--gpus is {arguments.gpus}; it must be at least 1")
+    check_number("--gpus", arguments.gpus, least=1)
+    check_number("--gpu-memory", arguments.gpu_memory, above=0, is_whole=False)
     gpu = GpuSpec(memory_gb=arguments.gpu_memory)
     if isinstance(recipe, CurriculumRecipe):
         raise ValueError(
@@ -282,6 +285,7 @@ def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
         teacher = read_checkpoint(recipe.teacher or CHECKPOINT)
         found = estimate_distillation(recipe, teacher, arguments.gpus, gpu)
     else:
+        require_none(recipe_problems(recipe, arguments.gpus))
         found = estimate_run(recipe, arguments.gpus, gpu)
     print_result(arguments, found.to_json(), estimate_page(found))
     return 0 if found.fits else 1

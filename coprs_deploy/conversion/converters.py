@@ -43,6 +43,7 @@ from coprs_deploy.conversion.weight_files import (
 )
 from coprs_deploy.encoder_config import ENCODERS
 from coprs_deploy.errors import ConversionError
+from coprs_deploy.hub import hub_location, local_policy
 from coprs_deploy.model_config import SAM_SIZES, SamConfig, SegmentationConfig
 from coprs_deploy.prompts import PromptTemplate
 
@@ -99,7 +100,8 @@ def checkpoint_from_policy_and_sam(
     ``<REF_POS>`` is added to the tokenizer and the embedding tables.
 
     Args:
-        policy: transformers directory of a Qwen2.5-VL or LLaVA-1.5 model.
+        policy: transformers directory of a Qwen2.5-VL or LLaVA-1.5 model, or one on the Hugging
+            Face hub, ``hf://org/name@revision``.
         sam: ``sam_vit_*.pth`` file.
         out: checkpoint directory to write.
         options: prompt template, overwriting, seed.
@@ -107,11 +109,15 @@ def checkpoint_from_policy_and_sam(
 
     Raises:
         ConversionError: a source cannot be used.
+        HubError: the policy is on the hub and cannot be downloaded.
         ArtifactError: ``out`` exists.
     """
     options = options or ConversionOptions()
     check_replaceable(Path(out), CONFIG_FILE, options.overwrite)
-    source = Path(policy)
+    if location := hub_location(policy):
+        progress("download policy")
+    source = local_policy(policy)
+    origin = f"{location} ({source.name})" if location else source.name  # the commit
     progress("read SAM")
     sam_config, tensors = _read_sam(Path(sam), options)
     progress("load policy")
@@ -123,7 +129,7 @@ def checkpoint_from_policy_and_sam(
         prompt=options.template(model.config.model_type),
         provenance={
             "converter": "checkpoint_from_policy_and_sam",
-            "policy": source.name,
+            "policy": origin,
             "sam": Path(sam).name,
             **_encoder_provenance(options),
             "note": "the prior is untrained: masks are meaningless until it is trained",

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from coprs_deploy.data.rle import Rle, json_type
-from coprs_deploy.errors import ArtifactError, import_failure
+from coprs_deploy.errors import ArtifactError, import_failure, install_hint
 from coprs_deploy.specs import Record
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -245,5 +245,5 @@ def import_pyarrow() -> Any:
         importlib.import_module("pyarrow.parquet")
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        need = "a Parquet file"
-        raise import_failure(error, "pyarrow", "pip install pyarrow", needed_by=need) from error
+        hint = install_hint("batch")
+        raise import_failure(error, "pyarrow", hint, needed_by="a Parquet file") from error

@@ -42,6 +42,27 @@ def current_gpu(index: int = 0) -> Gpu | None:
     return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}")
 
 
+def gpu_memory() -> list[dict[str, int]]:
+    """Return the memory of each GPU in bytes; none where PyTorch has not used CUDA.
+
+    Returns:
+        ``used`` by all processes, ``total``, and ``reserved`` by PyTorch in this one.
+    """
+    try:
+        import torch
+    except ImportError:
+        return []
+    # A query would make a context, which takes memory.
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        reserved = torch.cuda.memory_reserved(index)
+        found.append({"used": total - free, "total": total, "reserved": reserved})
+    return found
+
+
 @dataclass(frozen=True)
 class CudaTensor(DeviceTensor):
     """A torch tensor in GPU memory, and the event after which its values are valid."""

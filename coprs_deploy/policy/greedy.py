@@ -4,16 +4,20 @@ A pass of the decoder reads the last token together with a draft of the next one
 one: the tail that the prompt template states, or what followed the same words before. What greedy
 decoding would not have written is dropped again, so that drafts change no response. Only where the
 request limits the reasoning is the tail forced.
+
+A response is a generator that yields what is to be read and is sent what the decoder returned, so
+that a policy may read for several responses in one pass.
 """
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,16 +36,43 @@ from coprs_deploy.policy.reasoning_limit import ReasoningLimit, RunningEstimate
 from coprs_deploy.prompts import PromptTemplate
 
 
-class Decoding(Protocol):
-    """One request in progress.
+@dataclass(frozen=True)
+class Prefill:
+    """The prompt is to be read, and these tokens behind it; see :meth:`Decoding.prefill`."""
+
+    response: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Feed:
+    """These tokens are to be read; see :meth:`Decoding.feed`."""
+
+    tokens: Sequence[int]
+
+
+Steps: TypeAlias = Generator[TextDelta | Prefill | Feed, Any, None]
+"""Steps of a response; what reading returned is sent to them."""
+
+
+class PromptState(Protocol):
+    """The prompt of a request in progress, and what forgets tokens.
 
     Attributes:
-        prompt_ids: tokens of the prompt, vision tokens included.
-        num_cached_tokens: how many of them an earlier request had read already.
+        num_cached_tokens: how many tokens of the prompt another request had read already.
     """
 
-    prompt_ids: list[int]
     num_cached_tokens: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens of the prompt, vision tokens included."""
+
+    def drop(self, count: int) -> None:
+        """Forget the last tokens that were read."""
+
+
+class Decoding(PromptState, Protocol):
+    """One request in progress, which is read alone."""
 
     def prefill(self, response: Sequence[int] = ()) -> tuple[int, NDArray[np.float32]]:
         """Read the prompt and the beginning of a response, if given.
@@ -57,9 +88,6 @@ class Decoding(Protocol):
         Returns:
             Most likely next token after each, and their (R, D) post-norm hidden states.
         """
-
-    def drop(self, count: int) -> None:
-        """Forget the last tokens that were read."""
 
 
 class GreedyPolicy(Policy):
@@ -86,30 +114,14 @@ class GreedyPolicy(Policy):
         """See :meth:`Policy.stream`."""
         received = time.perf_counter()
         with self.start(request) as decoding:
-            start = time.perf_counter()
-            response = _Response(self, request, decoding)
-            yield from response.prefill()
-            first_token = time.perf_counter()
-            while response.stop is None:
-                request.remaining_s()
-                yield from response.step()
-            end = time.perf_counter()
-        parsed = self.tokens.read(response.token_ids)
-        if response.stop is not StopReason.END_OF_TEXT and (text := response.text.rest(parsed)):
-            yield TextDelta(text)
-        states = np.array(response.concentrations, np.float32).reshape(-1, self.hidden_size)
-        yield PolicyResult(
-            response=parsed,
-            concentrations=states,
-            stop_reason=response.stop,
-            token_ids=tuple(response.token_ids),
-            num_prompt_tokens=len(decoding.prompt_ids),
-            num_cached_tokens=decoding.num_cached_tokens,
-            num_passes=response.num_passes,
-            prefill_ms=1e3 * (first_token - start),
-            decode_ms=1e3 * (end - first_token),
-            preprocess_ms=1e3 * (start - received),
-        )
+            response = GreedyResponse(self, request, decoding)
+            yield from _run(response, decoding)
+            ended = time.perf_counter()
+        result = response.result(received, ended)
+        rest = response.text.rest(result.response)
+        if response.stop is not StopReason.END_OF_TEXT and rest:
+            yield TextDelta(rest)
+        yield result
 
     @cached_property
     def known_text(self) -> KnownText:
@@ -122,8 +134,41 @@ class GreedyPolicy(Policy):
         return RunningEstimate()
 
 
-class _Response:
+def _run(response: GreedyResponse, decoding: Decoding) -> Iterator[TextDelta]:
+    """Read what a response asks for, alone."""
+    steps = response.steps()
+    reply: Any = None
+    while True:
+        try:
+            step = steps.send(reply)
+        except StopIteration:
+            return
+        reply = None
+        if isinstance(step, Prefill):
+            reply = decoding.prefill(step.response)
+        elif isinstance(step, Feed):
+            reply = decoding.feed(step.tokens)
+        else:
+            yield step
+
+
+def next_read(steps: Steps, reply: Any) -> Prefill | Feed | None:
+    """Continue the steps of a response to what is read next; None at its end."""
+    try:
+        while isinstance(step := steps.send(reply), TextDelta):
+            reply = None
+    except StopIteration:
+        return None
+    return step
+
+
+class GreedyResponse:
     """One response while it is decoded.
+
+    Args:
+        policy: tokenizer, prompt template and kinds of drafts.
+        request: the request.
+        decoding: prompt, and what forgets tokens.
 
     Attributes:
         token_ids: tokens so far; all of them have been read.
@@ -133,7 +178,7 @@ class _Response:
         num_passes: passes after the prefill.
     """
 
-    def __init__(self, policy: GreedyPolicy, request: PolicyRequest, decoding: Decoding) -> None:
+    def __init__(self, policy: GreedyPolicy, request: PolicyRequest, decoding: PromptState) -> None:
         self._policy, self._request, self._decoding = policy, request, decoding
         self._known, self._tokens = policy.known_text, policy.tokens
         self._max_tokens = request.max_new_tokens or policy._prompt.max_response_tokens
@@ -153,19 +198,50 @@ class _Response:
         self.num_passes = 0
         self._cut: StopReason | None = None
         self._next = 0
+        self._started = self._first_token = time.perf_counter()
 
-    def prefill(self) -> Iterator[TextDelta]:
+    def steps(self) -> Steps:
+        """Decode to the end."""
+        yield from self._prefill()
+        self._first_token = time.perf_counter()
+        while self.stop is None:
+            self._request.remaining_s()
+            yield from self._step()
+
+    def result(self, received: float, ended: float) -> PolicyResult:
+        """Return the result.
+
+        Args:
+            received: ``time.perf_counter()`` when the request arrived.
+            ended: that when the last token was read.
+        """
+        assert self.stop is not None, "the response has ended"
+        states = np.array(self.concentrations, np.float32).reshape(-1, self._policy.hidden_size)
+        return PolicyResult(
+            response=self._tokens.read(self.token_ids),
+            concentrations=states,
+            stop_reason=self.stop,
+            token_ids=tuple(self.token_ids),
+            num_prompt_tokens=len(self._decoding.prompt_ids),
+            num_cached_tokens=self._decoding.num_cached_tokens,
+            num_passes=self.num_passes,
+            prefill_ms=1e3 * (self._first_token - self._started),
+            decode_ms=1e3 * (ended - self._first_token),
+            preprocess_ms=1e3 * (self._started - received),
+        )
+
+    def _prefill(self) -> Steps:
         """Read the prompt, and the tail at once for a response without reasoning."""
         if not self._limit.is_reached:
-            self._next, _ = self._decoding.prefill()
+            self._next, _ = yield Prefill()
             return
         tail = [*self._known.opening, *self._known.tail]
-        self._next, hidden = self._decoding.prefill(tail)
+        self._next, hidden = yield Prefill(tail)
         yield from self._write(tail)
         self._cut = StopReason.REASONING_BUDGET
         self._add_reference(hidden)
 
-    def step(self) -> Iterator[TextDelta]:
+    def _step(self) -> Steps:
         """Write the next token, and those that one pass confirms."""
         if self._limit.is_set and self.concentrations:
             yield from self._write_next_reference()
@@ -205,11 +281,11 @@ class _Response:
         has_ended = self._limit.is_set and not self._limit.is_reasoning
         return self._cut is not None or (has_ended and self._next != self._tokens.reference_id)
 
-    def _write_next_reference(self) -> Iterator[TextDelta]:
+    def _write_next_reference(self) -> Steps:
         """After the answer to a limited request: write one more target if the policy would."""
         draft = self._known.next_reference
         if draft[0] == self._next and len(self.token_ids) + len(draft) <= self._max_tokens:
-            following, states = self._feed(draft)
+            following, states = yield self._feed(draft)
             if following[:-1] == draft[1:]:
                 yield from self._write(draft)
                 self._next = following[-1]
@@ -239,15 +315,13 @@ class _Response:
             missing -= token == self._tokens.reference_id
         return draft
 
-    def _read(
-        self, tokens: Sequence[int], is_forced: bool, *, is_written: bool = False
-    ) -> Iterator[TextDelta]:
+    def _read(self, tokens: Sequence[int], is_forced: bool, *, is_written: bool = False) -> Steps:
         """Read tokens in one pass, and keep those that are forced or confirmed.
 
         ``is_written``: the first token belongs to the response already.
         """
         start = time.perf_counter()
-        following, states = self._feed(tokens)
+        following, states = yield self._feed(tokens)
         if self._cut is StopReason.REASONING_BUDGET and following[0] == self._known.tail[0]:
             self._cut = None  # the reasoning ended by itself, just at the limit
         if len(tokens) > 1 and tokens[-1] == self._tokens.reference_id:
@@ -263,9 +337,9 @@ class _Response:
             if token == self._tokens.reference_id:
                 self._add_reference(hidden)
 
-    def _feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+    def _feed(self, tokens: Sequence[int]) -> Feed:
         self.num_passes += 1
-        return self._decoding.feed(tokens)
+        return Feed(tokens)
 
     def _add_reference(self, hidden: NDArray[np.float32]) -> None:
         self.concentrations.append(hidden)

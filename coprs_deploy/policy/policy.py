@@ -10,7 +10,7 @@ from __future__ import annotations
 import reprlib
 import time
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
@@ -160,11 +160,13 @@ class Policy(Closeable):
         description: library, model and device, for messages.
         hidden_size: hidden size D of the policy.
         concurrency: number of requests that are decoded together.
+        answers_together: whether :meth:`answer_together` is faster than one request at a time.
     """
 
     description: str
     hidden_size: int
     concurrency: int = 1
+    answers_together: bool = False
 
     @abstractmethod
     def stream(self, request: PolicyRequest) -> PolicyStream:
@@ -177,3 +179,22 @@ class Policy(Closeable):
             PolicyError: decoding failed.
             RequestTimeoutError: the request passed its deadline.
         """
+
+    def answer_together(
+        self, requests: Sequence[PolicyRequest]
+    ) -> Iterator[tuple[int, PolicyResult | Exception]]:
+        """Answer requests of which all are known, in an order of the policy's.
+
+        Yields:
+            Number of a request, and its result or error.
+
+        Raises:
+            PolicyError: the policy was closed.
+        """
+        for index, request in enumerate(requests):
+            try:
+                (*_, result) = self.stream(request)
+                assert isinstance(result, PolicyResult), "a stream ends with its result"
+                yield index, result
+            except Exception as error:  # of any kind: it is the result of this request alone
+                yield index, error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from coprs_deploy.errors import CoPRSError, QueueFullError
+from coprs_deploy.errors import CoPRSError, ImageSizeError, QueueFullError
 from coprs_deploy.images import RgbArray, decoded_bytes, load_image
 
 
@@ -18,35 +18,46 @@ class ConcurrencyLimit:
     """Counter of active requests that refuses those beyond the queue.
 
     Attributes:
+        max_active: number of requests that may be running or queued.
         num_active: number of requests that are running or queued.
     """
 
     def __init__(self, concurrency: int, max_queue_size: int) -> None:
         self._concurrency = concurrency
         self._max_queue_size = max_queue_size
+        self.max_active = concurrency + max_queue_size
         self.num_active = 0
         self._lock = threading.Lock()
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Occupy a slot inside the block.
+    def slot(self, count: int = 1) -> Iterator[None]:
+        """Occupy a slot inside the block, or several that are free together.
 
         Raises:
-            QueueFullError: no slot is free.
+            QueueFullError: fewer slots are free.
+            ValueError: there are fewer slots.
         """
+        if count > self.max_active:
+            raise ValueError(
+                f"the request has {count} instructions; accepted: at most {self.max_active}, which "
+                "the policy and max_queue_size take at once; send fewer at a time"
+            )
         with self._lock:
-            if self.num_active >= self._concurrency + self._max_queue_size:
-                raise QueueFullError(
-                    f"{self.num_active} requests are active: the policy serves "
-                    f"{self._concurrency} at once and max_queue_size is {self._max_queue_size}; "
-                    "retry later, or raise max_queue_size"
-                )
-            self.num_active += 1
+            if self.num_active + count > self.max_active:
+                raise QueueFullError(self.full_message())
+            self.num_active += count
         try:
             yield
         finally:
             with self._lock:
-                self.num_active -= 1
+                self.num_active -= count
+
+    def full_message(self) -> str:
+        """Return the message of a full queue."""
+        return (
+            f"{self.num_active} requests are active: the policy serves {self._concurrency} at once "
+            f"and max_queue_size is {self._max_queue_size}; retry later, or raise max_queue_size"
+        )
 
 
 NUM_IMAGE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -142,6 +153,19 @@ class UploadedImage:
 
         with self._memory.hold(decoded_bytes(self._file), check_all):
             yield
+
+    def check_size(self, max_pixels: int) -> None:
+        """Check the number of its pixels, which its header tells, before it waits.
+
+        Raises:
+            ImageSizeError: it has more.
+        """
+        num_pixels = decoded_bytes(self._file) // 3
+        if num_pixels > max_pixels:
+            raise ImageSizeError(
+                f"the image has {num_pixels:,} pixels; accepted: at most {max_pixels:,}; scale it "
+                "down first"
+            )
 
     def decode(self) -> RgbArray:
         """Decode it when a core is free.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import reprlib
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -22,7 +28,7 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.autotune import RuntimeChoice
-from coprs_deploy.errors import CoPRSError, PolicyError, check_type
+from coprs_deploy.errors import CoPRSError, PolicyError, QueueFullError, check_type
 from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
@@ -33,6 +39,7 @@ from coprs_deploy.images import (
 )
 from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
 from coprs_deploy.policy.policy import remaining_s
+from coprs_deploy.prompts import check_instruction
 from coprs_deploy.runtime.concurrency import ConcurrencyLimit, UploadedImage
 from coprs_deploy.runtime.deadline import DeadlineEstimates
 from coprs_deploy.runtime.encoder import (
@@ -46,6 +53,7 @@ from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
 from coprs_deploy.runtime.options import RequestLimits, RequestOptions, RuntimeOptions
 from coprs_deploy.runtime.policy_loading import choose_policy
 from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
+from coprs_deploy.runtime.streams import in_thread, interleave
 from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
 from coprs_deploy.specs import Geometry
 
@@ -53,6 +61,16 @@ StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult
 
 RequestImage: TypeAlias = ImageSource | DecodedImage | UploadedImage
 """Image of a request; one that was uploaded waits for memory before it is decoded."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request that was checked, and whose image is being encoded since ``start``."""
+
+    start: float
+    image: DecodedImage
+    request: PolicyRequest
+    pending: PendingEmbedding
 
 
 class CoPRS(Closeable):
@@ -72,6 +90,7 @@ class CoPRS(Closeable):
     Attributes:
         description: runtimes and devices of graphs and policy.
         concurrency: number of requests that the policy decodes together.
+        answers_together: whether :meth:`segment_together` is faster than a request at a time.
         valid_region: images that the image encoder accepts; None accepts any.
         runtime_choices: as given.
     """
@@ -95,6 +114,7 @@ class CoPRS(Closeable):
         self._timeout_s = options.timeout_s
         self._estimates = DeadlineEstimates()
         self.concurrency = policy.concurrency
+        self.answers_together = policy.answers_together
         self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
         self._queue = EncoderQueue(graphs, geometry)
         self._cache = EmbeddingCache(options.max_cached_images, self._queue)
@@ -118,13 +138,15 @@ class CoPRS(Closeable):
         """Open a bundle: verify its files, then load graphs and policy in parallel.
 
         Args:
-            bundle: directory written by ``coprs-deploy export``; None loads the demo model.
+            bundle: directory written by ``coprs-deploy export``, or a bundle on the Hugging Face
+                hub, ``hf://org/name@revision``; None loads the demo model.
             options: where and how to run it.
             policy: ``openvino``, ``transformers`` or ``vllm``; None takes it from ``options``.
             progress: called with a line of text per step.
 
         Raises:
             BundleError: the bundle is missing or invalid; BundleIntegrityError: a file was changed.
+            HubError: it is on the hub and cannot be downloaded.
             EnvironmentNotReadyError: a requested library or device is not available.
         """
         check_type("options", options, RuntimeOptions, NoneType)
@@ -148,6 +170,25 @@ class CoPRS(Closeable):
     def num_active(self) -> int:
         """Number of requests that are running or queued; ``segment_many`` is not counted."""
         return self._limit.num_active
+
+    @property
+    def max_active(self) -> int:
+        """Number of requests that may be running or queued; further ones are refused."""
+        return self._limit.max_active
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._is_closed
+
+    def check_queue(self) -> None:
+        """Check, before the work for a request begins, that the queue takes it.
+
+        Raises:
+            QueueFullError: the queue is full.
+        """
+        if self._limit.num_active >= self._limit.max_active:
+            raise QueueFullError(self._limit.full_message())
 
     def segment(
         self,
@@ -217,28 +258,72 @@ class CoPRS(Closeable):
         events = self.astream(image, instruction, max_targets, max_new_tokens, **limits)
         return _last([event async for event in events])
 
-    async def astream(
+    def astream(
         self,
         image: RequestImage,
         instruction: str,
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Asynchronous :meth:`stream`."""
         events = self.stream(image, instruction, max_targets, max_new_tokens, **limits)
-        loop = asyncio.get_running_loop()
-        thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        try:
-            while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
-                yield event
-        finally:
-            if isinstance(image, UploadedImage):
-                image.abandon()
-            # Close in the same thread, after the running step: a generator cannot be closed while
-            # it runs. The event loop must not wait for it.
-            thread.submit(events.close)
-            thread.shutdown(wait=False)
+        return in_thread(events, _abandon(image))
+
+    def stream_instructions(
+        self,
+        image: RequestImage,
+        instructions: Sequence[str],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> Generator[tuple[int, StreamEvent], None, None]:
+        """Stream the events of several instructions on one image, which is encoded once.
+
+        As many run at once as the policy decodes together. Each counts as a request in the queue,
+        and its ``deadline_ms`` runs from its turn; the time limit is that of all. Other arguments
+        and errors are those of :meth:`segment`, and the first error ends all.
+
+        Yields:
+            Index of the instruction, and an event as :meth:`stream` yields it.
+        """
+        self._check_usable()
+        arrival = time.perf_counter()
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
+        for instruction in instructions:
+            check_instruction(instruction)
+        if not instructions:
+            raise ValueError("instructions is empty; accepted: one instruction or more")
+        num_slots = len(instructions)
+        with self._limit.slot(num_slots), self._in_memory(image, instructions[0], arrival):
+            decoded = self.decode(image)
+            pending = self._cache.get_or_submit(decoded)
+            first = replace(decoded, embedding=pending)
+            others = replace(decoded, embedding=replace(pending, is_cached=True))
+            starts = [
+                partial(self._start, each, text, options, stream_prior=True, arrival=arrival)
+                for each, text in zip(
+                    [first] + [others] * (num_slots - 1), instructions, strict=True
+                )
+            ]
+            try:
+                yield from interleave(starts, self.concurrency)
+            finally:
+                pending.release()
+
+    def astream_instructions(
+        self,
+        image: RequestImage,
+        instructions: Sequence[str],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+        """Asynchronous :meth:`stream_instructions`."""
+        events = self.stream_instructions(
+            image, instructions, max_targets, max_new_tokens, **limits
+        )
+        return in_thread(events, _abandon(image))
 
     def segment_many(
         self,
@@ -279,6 +364,52 @@ class CoPRS(Closeable):
             finally:
                 for future in pending:
                     future.cancel()
+
+    def segment_together(
+        self,
+        requests: Sequence[tuple[ImageSource | DecodedImage, str]],
+        max_targets: int = 1,
+        max_new_tokens: int | None = None,
+        **limits: Unpack[RequestLimits],
+    ) -> list[SegmentationResult | Exception]:
+        """Segment requests of which all are known, as fast as possible together.
+
+        All images are in memory at once. The masks may differ from those of :meth:`segment` in
+        single pixels, because sums are rounded in another order.
+
+        Args:
+            requests: pairs of image and instruction; requests on one image, which must be the
+                same object, share its embedding and the beginning of the prompt.
+            max_targets: maximum number of targets of each request.
+            max_new_tokens: token budget of each response; None takes the checkpoint's.
+            limits: limits of the reasoning of each request, as in :meth:`segment`.
+
+        Returns:
+            The result of each request, or its error, as :meth:`segment` raises it.
+        """
+        self._check_usable()
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
+        done: dict[int, SegmentationResult | Exception] = {}
+        prepared: dict[int, _Prepared] = {}
+        start = time.perf_counter()
+        with ExitStack() as releases:
+            for number, (image, instruction) in enumerate(requests):
+                try:
+                    prepared[number] = self._prepare(image, instruction, options, start, start)
+                    releases.callback(prepared[number].pending.release)
+                except Exception as error:
+                    done[number] = error
+            numbers, policy_start = list(prepared), time.perf_counter()
+            answers = self._policy.answer_together([prepared[n].request for n in numbers])
+            for index, answer in answers:
+                number = numbers[index]
+                try:
+                    if isinstance(answer, Exception):
+                        raise answer
+                    done[number] = _last(self._finish(prepared[number], answer, policy_start))
+                except Exception as error:
+                    done[number] = error
+        return [done[number] for number in range(len(requests))]
 
     def warm_up(self) -> Timings:
         """Run every graph and the policy once on a grey image, so that the first request is fast.
@@ -360,10 +491,25 @@ class CoPRS(Closeable):
         *,
         stream_prior: bool = False,
         start: float | None = None,
+        arrival: float | None = None,
     ) -> Generator[StreamEvent, None, None]:
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter() if start is None else start
-        image, deadline = self.decode(source), self._deadline(start)
+        arrival = start if arrival is None else arrival
+        prepared = self._prepare(source, instruction, options, start, arrival)
+        return self._run(prepared, stream_prior)
+
+    def _prepare(
+        self,
+        source: RequestImage,
+        instruction: str,
+        options: RequestOptions,
+        start: float,
+        arrival: float,
+    ) -> _Prepared:
+        """Check the request and submit its image to the encoder; the caller must release it."""
+        deadline = self._deadline(arrival)
+        image = self.decode(source)
         request = PolicyRequest(
             image.rgb,
             instruction,
@@ -380,8 +526,7 @@ class CoPRS(Closeable):
         except ValueError:
             pending.release()
             raise
-        request = replace(request, reasoning_deadline=due)
-        return self._run(start, image, request, pending, stream_prior)
+        return _Prepared(start, image, replace(request, reasoning_deadline=due), pending)
 
     def decode(self, source: RequestImage) -> DecodedImage:
         """Decode and check an image ahead of its request.
@@ -410,74 +555,79 @@ class CoPRS(Closeable):
         key = content_key(rgb) if self._cache.capacity else ""
         return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start), waited_ms)
 
-    def _run(
-        self,
-        start: float,
-        image: DecodedImage,
-        request: PolicyRequest,
-        pending: PendingEmbedding,
-        stream_prior: bool,
-    ) -> Generator[StreamEvent, None, None]:
+    def _run(self, prepared: _Prepared, stream_prior: bool) -> Generator[StreamEvent, None, None]:
         try:
             policy_start = time.perf_counter()
-            result = yield from self._run_policy(request)
-            policy_end = time.perf_counter()
-            decoded = DecodedTargets.none(image.resize, self._geometry)
-            encoder_ms = overlap_ms = reference_to_mask_ms = 0.0
-            if len(result.concentrations):
-                encoded = pending.wait(request)
-                decoded = yield from decode_targets(
-                    self._graphs,
-                    encoded.embedding,
-                    result.concentrations,
-                    image.resize,
-                    self._geometry,
-                    stream_prior=stream_prior,
-                )
-                reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
-                waited = max(policy_end, encoded.finished)
-                self._estimates.masks.add(time.perf_counter() - waited)
-                if not pending.is_cached:
-                    encoder_ms = encoded.duration_ms
-                    overlap_ms = encoded.overlap_ms(policy_start, policy_end)
-                    self._estimates.encoder.add(encoder_ms / 1e3)
-            self._estimates.prompt.add((result.preprocess_ms + result.prefill_ms) / 1e3)
-            num_tokens = len(result.token_ids)
-            timings = replace(
-                decoded.timings,
-                queue_ms=image.waited_ms + result.queue_ms,
-                image_decode_ms=image.decode_ms,
-                policy_preprocess_ms=result.preprocess_ms,
-                image_encoder_ms=encoder_ms,
-                image_encoder_overlap_ms=overlap_ms,
-                prefill_ms=result.prefill_ms,
-                decode_ms=result.decode_ms,
-                reference_to_mask_ms=reference_to_mask_ms,
-                total_ms=1e3 * (time.perf_counter() - start),
-                prompt_tokens=result.num_prompt_tokens,
-                cached_prompt_tokens=result.num_cached_tokens,
-                response_tokens=num_tokens,
-                tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
-            )
-            yield SegmentationResult(
-                masks=decoded.masks,
-                reasoning=result.response.reasoning,
-                response=result.response.text,
-                stop_reason=result.stop_reason.value,
-                format_violations=tuple(v.value for v in result.response.format_violations),
-                instruction=request.instruction,
-                timings=timings,
-                runtime=self.description,
-                image=image.rgb,
-                _mask_logits=decoded.mask_logits,
-                _prior_logits=decoded.prior_logits,
-            )
+            answer = yield from self._run_policy(prepared.request)
+            yield from self._finish(prepared, answer, policy_start, stream_prior=stream_prior)
         except Exception as error:
             if self._is_closed and not isinstance(error, CoPRSError):
                 raise CoPRSError("CoPRS was closed during the request") from error
             raise
         finally:
-            pending.release()
+            prepared.pending.release()
+
+    def _finish(
+        self,
+        prepared: _Prepared,
+        result: PolicyResult,
+        policy_start: float,
+        *,
+        stream_prior: bool = False,
+    ) -> Generator[StreamEvent, None, None]:
+        """Decode the masks of a response that has just ended; yield the result."""
+        policy_end = time.perf_counter()
+        image, request, pending = prepared.image, prepared.request, prepared.pending
+        decoded = DecodedTargets.none(image.resize, self._geometry)
+        encoder_ms = overlap_ms = reference_to_mask_ms = 0.0
+        if len(result.concentrations):
+            encoded = pending.wait(request)
+            decoded = yield from decode_targets(
+                self._graphs,
+                encoded.embedding,
+                result.concentrations,
+                image.resize,
+                self._geometry,
+                stream_prior=stream_prior,
+            )
+            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
+            waited = max(policy_end, encoded.finished)
+            self._estimates.masks.add(time.perf_counter() - waited)
+            if not pending.is_cached:
+                encoder_ms = encoded.duration_ms
+                overlap_ms = encoded.overlap_ms(policy_start, policy_end)
+                self._estimates.encoder.add(encoder_ms / 1e3)
+        self._estimates.prompt.add((result.preprocess_ms + result.prefill_ms) / 1e3)
+        num_tokens = len(result.token_ids)
+        timings = replace(
+            decoded.timings,
+            queue_ms=image.waited_ms + result.queue_ms,
+            image_decode_ms=image.decode_ms,
+            policy_preprocess_ms=result.preprocess_ms,
+            image_encoder_ms=encoder_ms,
+            image_encoder_overlap_ms=overlap_ms,
+            prefill_ms=result.prefill_ms,
+            decode_ms=result.decode_ms,
+            reference_to_mask_ms=reference_to_mask_ms,
+            total_ms=1e3 * (time.perf_counter() - prepared.start),
+            prompt_tokens=result.num_prompt_tokens,
+            cached_prompt_tokens=result.num_cached_tokens,
+            response_tokens=num_tokens,
+            tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
+        )
+        yield SegmentationResult(
+            masks=decoded.masks,
+            reasoning=result.response.reasoning,
+            response=result.response.text,
+            stop_reason=result.stop_reason.value,
+            format_violations=tuple(v.value for v in result.response.format_violations),
+            instruction=request.instruction,
+            timings=timings,
+            runtime=self.description,
+            image=image.rgb,
+            _mask_logits=decoded.mask_logits,
+            _prior_logits=decoded.prior_logits,
+        )
 
     def _run_policy(self, request: PolicyRequest) -> Generator[TextDelta, None, PolicyResult]:
         result: PolicyResult | None = None
@@ -489,6 +639,11 @@ class CoPRS(Closeable):
         if result is None:
             raise PolicyError(f"{self._policy.description} ended without a result")
         return result
+
+
+def _abandon(image: RequestImage) -> Callable[[], None]:
+    """Return what ends the wait of an uploaded image."""
+    return image.abandon if isinstance(image, UploadedImage) else lambda: None
 
 
 def _check_process(loaded_in: int | None) -> None:

@@ -34,6 +34,7 @@ class DecodedImage:
         cache_key: content hash; empty if embeddings are not cached.
         decode_ms: duration of decoding and hashing.
         waited_ms: how long it waited to be decoded.
+        embedding: its embedding, held for several requests; None to look it up.
     """
 
     rgb: RgbArray
@@ -41,6 +42,7 @@ class DecodedImage:
     cache_key: str
     decode_ms: float
     waited_ms: float = 0.0
+    embedding: PendingEmbedding | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,11 @@ class EmbeddingCache:
 
     def get_or_submit(self, image: DecodedImage) -> PendingEmbedding:
         """Return the embedding of an image, cached or enqueued; the caller must release it."""
-        key = image.cache_key
+        key, held = image.cache_key, image.embedding
         with self._lock:
+            if held is not None and not _has_failed(held.future):
+                self._num_waiting[held.future] += 1
+                return held
             future = self._entries.pop(key, None)
             is_cached = future is not None and not _has_failed(future)
             if future is None or not is_cached:

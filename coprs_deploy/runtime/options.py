@@ -84,6 +84,12 @@ class RuntimeOptions(RunnerOptions):
             most = int(threading.TIMEOUT_MAX)
             check_number("timeout_s", self.timeout_s, above=0, most=most, is_whole=False)
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether graphs and policy run on the CPU."""
+        devices = (self.device_type, self.policy_device or "cpu")
+        return all(device == "cpu" for device in devices) and self.policy != "vllm"
+
 
 REASONING = ("full", "none")
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coprs_deploy.artifacts import atomic_write, make_directory, write_json
-from coprs_deploy.errors import import_failure, install_hint
 from coprs_deploy.images import ResizeTransform, RgbArray
 from coprs_deploy.logits import mask_cells, resize_logits, sigmoid
 from coprs_deploy.specs import Geometry
@@ -212,8 +211,22 @@ class SegmentationResult:
         """(N, H, W) float32 mask logits at the original image size, computed on first access."""
         return self._mask_logits.at_original_size
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything but the arrays as JSON types; masks are compressed COCO RLE."""
+    @property
+    def low_resolution_mask_logits(self) -> LowResolutionLogits:
+        """Mask logits on the mask grid, as the mask decoder returns them."""
+        return self._mask_logits
+
+    @property
+    def low_resolution_prior_logits(self) -> LowResolutionLogits:
+        """Prior logits on the mask grid, as the prior graph returns them."""
+        return self._prior_logits
+
+    def to_json(self, *, masks: bool = True) -> dict[str, Any]:
+        """Return everything but the arrays as JSON types; masks are compressed COCO RLE.
+
+        Args:
+            masks: whether ``masks`` is included.
+        """
         height, width = self.image.shape[:2]
         return {
             "found": self.found,
@@ -226,7 +239,7 @@ class SegmentationResult:
             "scores": self.scores.tolist(),
             "boxes": self.boxes.tolist(),
             "areas": self.areas.tolist(),
-            "masks": self._rle(),
+            **({"masks": self._rle()} if masks else {}),
             "timings": asdict(self.timings),
             "runtime": self.runtime,
         }
@@ -259,18 +272,10 @@ class SegmentationResult:
         Raises:
             MissingDependencyError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            hint = install_hint("supervision")
-            raise import_failure(error, "supervision", hint, needed_by="to_supervision") from error
-        return supervision.Detections(
-            xyxy=self.boxes.astype(np.float32),
-            mask=self.masks,
-            confidence=self.scores.astype(np.float32),
-            class_id=np.zeros(len(self.masks), dtype=np.int64),
-            data={"class_name": np.full(len(self.masks), self.instruction)},
-        )
+        from coprs_deploy.data.detections import detections
+
+        instructions = [self.instruction] * len(self.masks)
+        return detections(self.masks, self.boxes, self.scores, instructions, [self.instruction])
 
     def plot(self) -> Image.Image:
         """Draw the masks over the image, with the instruction as caption."""

@@ -1,12 +1,12 @@
 """The HTTP application.
 
     GET  /              web page; its files are below /page
-    GET  /samples       images with instructions to try, for the demo model
-    GET  /health        200 as soon as requests are accepted
+    GET  /docs          the interface, to read and try; its files are below /docs/assets
     GET  /openapi.json  description of the interface
-    POST /segment       form with ``image`` (a file), ``instruction``, ``max_targets``,
-                        ``max_new_tokens``, ``max_reasoning_tokens``, ``deadline_ms``,
-                        ``reasoning``
+    GET  /samples       images with instructions to try, for the demo model
+    GET  /health        state of the server; /health/live and /health/ready for an orchestrator
+    GET  /metrics       metrics for Prometheus (``server/metrics.py``)
+    POST /segment       form or JSON (``server/request_body.py``)
 
 The response is one JSON object (``SegmentationResult.to_json``), or server-sent events
 (``server/events.py``) if the client accepts ``text/event-stream``. An error is
@@ -16,44 +16,48 @@ client that disconnects cancels its request.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
 
 from coprs_deploy import demo
-from coprs_deploy.docstrings import attribute_docs
-from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
+from coprs_deploy.images import MAX_IMAGE_PIXELS
 from coprs_deploy.runtime import CoPRS
-from coprs_deploy.runtime.concurrency import MAX_IMAGE_BYTES, ImageMemory, UploadedImage
-from coprs_deploy.runtime.options import RequestOptions
+from coprs_deploy.runtime.concurrency import MAX_IMAGE_BYTES, ImageMemory
+from coprs_deploy.server.api_keys import ApiKeys
 from coprs_deploy.server.bodies import (
     COMMON_RESPONSES,
-    EVENT_STREAM,
+    KEY_RESPONSES,
     SEGMENT_RESPONSES,
-    UNAUTHORIZED,
+    STOPPING,
     HealthBody,
     ResultBody,
+    ResultsBody,
     SampleBody,
+    ServerStatus,
 )
 from coprs_deploy.server.error_handlers import add_handlers
-from coprs_deploy.server.events import encode_events
+from coprs_deploy.server.metrics import ServerMetrics
+from coprs_deploy.server.openapi import DESCRIPTION, SEGMENT_BODY, add_document
+from coprs_deploy.server.request_body import read_request
 from coprs_deploy.server.request_guard import RequestGuard
-from coprs_deploy.server.steps import run_step
+from coprs_deploy.server.request_log import RequestLog
+from coprs_deploy.server.request_record import REQUEST_ID_HEADER
+from coprs_deploy.server.segmentation import respond
 from coprs_deploy.version import __version__
 
 STALL_TIMEOUT_S = 30.0
 """How long a client may send nothing of its body, or read nothing of its response."""
+
+MIN_BYTES_PER_S = 4096.0
+"""Least average rate of a body: 8 MiB have to arrive within 35 minutes."""
 
 PAGE = resources.files("coprs_deploy.server") / "page"
 
@@ -64,7 +68,12 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Headers of the web page: nothing is loaded from, or sent to, another server."""
+"""Headers of the web pages: nothing is loaded from, or sent to, another server."""
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 public = APIRouter()
 protected = APIRouter()
@@ -75,194 +84,174 @@ def build_app(
     max_upload_bytes: int,
     *,
     api_key: str = "",
+    api_keys: ApiKeys | None = None,
     root_path: str = "",
     cors_origins: Sequence[str] = (),
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    min_bytes_per_s: float = MIN_BYTES_PER_S,
     max_image_bytes: int = MAX_IMAGE_BYTES,
+    max_pixels: int = MAX_IMAGE_PIXELS,
     has_samples: bool = False,
+    span_processor: SpanProcessor | None = None,
 ) -> FastAPI:
     """Build the application.
 
     Args:
         coprs: serves the requests; closing it is left to the caller.
         max_upload_bytes: size limit of a request.
-        api_key: key that ``POST`` needs in ``Authorization: Bearer KEY``; empty for none.
+        api_key: a single key that ``POST`` needs in ``Authorization: Bearer KEY``; empty for none.
+        api_keys: keys with names and limits, instead of ``api_key``.
         root_path: path under which a reverse proxy serves the application, as ``/segmentation``.
         cors_origins: origins whose pages may use the server; ``*`` for any.
         stall_timeout_s: how long a client may send or read nothing, in seconds.
+        min_bytes_per_s: least average rate at which a body has to arrive.
         max_image_bytes: memory of the decoded images; further requests wait.
+        max_pixels: pixels of an image.
         has_samples: offer the sample images of the demo model.
+        span_processor: where a span of each request goes (``server/tracing.py``); None for none.
     """
     app = FastAPI(
         title="coprs-deploy",
+        summary="Reasoning segmentation: an image and an instruction become masks.",
+        description=DESCRIPTION,
         version=__version__,
         docs_url=None,  # its page loads scripts from another server
         redoc_url=None,
         responses=COMMON_RESPONSES,
     )
+    if api_key:
+        api_keys = ApiKeys(api_key)
     app.state.coprs = coprs
     app.state.image_memory = ImageMemory(max_image_bytes)
+    app.state.max_pixels = max_pixels
+    app.state.is_stopping = False
     app.state.samples = _read_samples() if has_samples else []
     app.include_router(public)
     app.mount("/page", StaticFiles(packages=[("coprs_deploy.server", "page")]))
+    app.mount("/docs/assets", StaticFiles(packages=[("fastapi_offline", "static")]))
     if has_samples:
         app.mount("/samples", StaticFiles(directory=demo.SAMPLES))
-    if api_key:
+    if api_keys is not None:
         bearer = [Depends(HTTPBearer(auto_error=False))]  # for the document; RequestGuard checks
-        app.include_router(protected, dependencies=bearer, responses=UNAUTHORIZED)
+        app.include_router(protected, dependencies=bearer, responses=KEY_RESPONSES)
     else:
         app.include_router(protected)
+    add_document(app)
+    paths = frozenset({"/", "/openapi.json", "/segment", *_paths(public)})
+    app.state.metrics = ServerMetrics(coprs, app.state.image_memory, paths)
     app.add_middleware(
         RequestGuard,
         max_bytes=max_upload_bytes,
-        api_key=api_key,
+        api_keys=api_keys,
         root_path=root_path,
         stall_timeout_s=stall_timeout_s,
+        min_bytes_per_s=min_bytes_per_s,
     )
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization"],
+            allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
         )
+    app.add_middleware(RequestLog, metrics=app.state.metrics, root_path=root_path)
+    if span_processor is not None:
+        from coprs_deploy.server.tracing import RequestTracing
+
+        app.add_middleware(RequestTracing, processor=span_processor)
     add_handlers(app)
     return app
 
 
-@public.get("/", response_class=HTMLResponse, include_in_schema=False)
-@public.head("/", response_class=HTMLResponse, include_in_schema=False)
+def _get(path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
+    """Register an endpoint for GET, and for HEAD, which the server answers without the body."""
+
+    def register(endpoint: Endpoint) -> Endpoint:
+        public.head(path, **{**options, "include_in_schema": False})(endpoint)
+        return public.get(path, **options)(endpoint)
+
+    return register
+
+
+@_get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page() -> Response:
     """Return the web page."""
-    content = PAGE.joinpath("index.html").read_text("utf-8")
-    return HTMLResponse(content, headers=PAGE_HEADERS)
+    return _page("index.html")
 
 
-@public.get("/samples")
+@_get("/docs", response_class=HTMLResponse, include_in_schema=False)
+async def docs() -> Response:
+    """Return the page of the interface."""
+    return _page("docs.html")
+
+
+@_get("/samples")
 async def samples(request: Request) -> list[SampleBody]:
     """List images with instructions to try; empty but for the demo model."""
     listed: list[SampleBody] = request.app.state.samples
     return listed
 
 
-@public.head("/health", include_in_schema=False)
-@public.get("/health")
+@_get("/health")
 async def health(request: Request) -> HealthBody:
-    """Report readiness, version, runtime, and how many requests are running or queued."""
+    """Report state, version, runtime, and how many requests are running or queued."""
     coprs: CoPRS = request.app.state.coprs
+    status: ServerStatus = "stopping" if request.app.state.is_stopping else "ok"
     return HealthBody(
-        status="ok",
+        status="closed" if coprs.is_closed else status,
         version=__version__,
         runtime=coprs.description,
         active_requests=coprs.num_active,
     )
 
 
-_ABOUT = attribute_docs(RequestOptions)
+@_get("/health/live")
+async def live(request: Request) -> HealthBody:
+    """Report that the process answers: for a liveness probe."""
+    return await health(request)
 
 
-def request_options(
-    max_targets: Annotated[int, Form(ge=1, description=_ABOUT["max_targets"])] = 1,
-    max_new_tokens: Annotated[int | None, Form(ge=1, description=_ABOUT["max_new_tokens"])] = None,
-    max_reasoning_tokens: Annotated[
-        int | None, Form(ge=1, description=_ABOUT["max_reasoning_tokens"])
-    ] = None,
-    deadline_ms: Annotated[float | None, Form(gt=0, description=_ABOUT["deadline_ms"])] = None,
-    reasoning: Annotated[Literal["full", "none"], Form(description=_ABOUT["reasoning"])] = "full",
-) -> RequestOptions:
-    """Read the options of a request from its form."""
-    return RequestOptions(max_targets, max_new_tokens, max_reasoning_tokens, deadline_ms, reasoning)
+@_get("/health/ready", response_model=HealthBody, responses=STOPPING)
+async def ready(request: Request) -> Response:
+    """Report whether requests are accepted: for a readiness probe and load balancers."""
+    state = await health(request)
+    return JSONResponse(state.model_dump(), 200 if state.status == "ok" else 503)
 
 
-@protected.post("/segment", response_model=ResultBody, responses=SEGMENT_RESPONSES)
-async def segment(
-    request: Request,
-    image: Annotated[UploadFile, File(description="an image file that Pillow can read")],
-    instruction: Annotated[
-        str, Form(description="what to segment", max_length=MAX_INSTRUCTION_CHARS)
-    ],
-    options: Annotated[RequestOptions, Depends(request_options)],
-) -> Response:
-    """Segment one image by one instruction."""
-    coprs: CoPRS = request.app.state.coprs
-    accepts_stream = _accepts_stream(request.headers.get("accept", ""))
-    respond = _stream_events if accepts_stream else _return_result
-    uploaded = UploadedImage(image.file, request.app.state.image_memory)
-    work = respond(coprs, uploaded, instruction, options)
-    response = await _unless_disconnected(request, work)
-    return response or Response(status_code=499)  # for the log only
+@_get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"description": "Metrics", "content": {"text/plain": {"schema": {}}}}},
+)
+async def metrics(request: Request) -> Response:
+    """Return metrics in the format of Prometheus, or of OpenMetrics if that is accepted."""
+    collected: ServerMetrics = request.app.state.metrics
+    content, media_type = collected.write(request.headers.get("accept", ""))
+    return Response(content, media_type=media_type)
 
 
-async def _return_result(
-    coprs: CoPRS, image: UploadedImage, instruction: str, options: RequestOptions
-) -> Response:
-    result = await coprs.asegment(image, instruction, **asdict(options))
-    return await run_step(lambda: JSONResponse(result.to_json()))
+@protected.post(
+    "/segment",
+    response_model=ResultBody | ResultsBody,
+    responses=SEGMENT_RESPONSES,
+    openapi_extra=SEGMENT_BODY,
+)
+async def segment(request: Request) -> Response:
+    """Segment one image by one or several instructions."""
+    request.app.state.coprs.check_queue()  # before the body is read
+    async with read_request(request) as requested:
+        return await respond(request, requested)
 
 
-async def _stream_events(
-    coprs: CoPRS, image: UploadedImage, instruction: str, options: RequestOptions
-) -> Response:
-    events = encode_events(coprs.astream(image, instruction, **asdict(options)))
-    first = await anext(events)  # an invalid request fails here, before the status is sent
-    return _EventStreamResponse(first, events)
+def _page(name: str) -> Response:
+    return HTMLResponse(PAGE.joinpath(name).read_text("utf-8"), headers=PAGE_HEADERS)
+
+
+def _paths(router: APIRouter) -> set[str]:
+    return {str(getattr(route, "path", "")) for route in router.routes}
 
 
 def _read_samples() -> list[SampleBody]:
     listed = json.loads((demo.SAMPLES / "samples.json").read_text("utf-8"))
     return [SampleBody(**{**each, "image": f"samples/{each['image']}"}) for each in listed]
-
-
-class _EventStreamResponse(StreamingResponse):
-    """Server-sent events; the generator is closed, whatever ends the response."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        async def chain() -> AsyncGenerator[bytes, None]:
-            yield first
-            async for event in rest:
-                yield event
-
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(chain(), media_type=EVENT_STREAM, headers=headers)
-        self._events = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-
-
-def _accepts_stream(accept: str) -> bool:
-    """Whether an Accept header names the event stream, and JSON with no higher quality."""
-    qualities = {}
-    for part in accept.lower().split(","):
-        media_type, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        with suppress(ValueError):
-            qualities[media_type] = float(quality)
-    wanted = qualities.get(EVENT_STREAM, 0.0)
-    return wanted > 0 and wanted >= qualities.get("application/json", 0.0)
-
-
-async def _unless_disconnected(
-    request: Request, work: Coroutine[Any, Any, Response]
-) -> Response | None:
-    """Await the work; cancel it and return None if the client disconnects first."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

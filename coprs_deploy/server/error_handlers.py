@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,8 @@ from coprs_deploy.errors import (
     error_body,
     shorten,
 )
+from coprs_deploy.server.request_body import FILE_EXPECTED
+from coprs_deploy.server.request_record import RequestRecord
 
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (QueueFullError, 503),
@@ -28,57 +31,66 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
 RETRY_AFTER = {503: {"Retry-After": "1"}}
 """Retry header by status, in seconds."""
 
-FORM = (
-    "accepted: a form with image (a file), instruction, and optional max_targets, max_new_tokens, "
-    "max_reasoning_tokens, deadline_ms, reasoning"
+FIELDS = (
+    "accepted: a form with image (a file), or JSON with image (base64); instruction or "
+    "instructions; and optional max_targets, max_new_tokens, max_reasoning_tokens, deadline_ms, "
+    "reasoning, return"
 )
-NOT_FOUND = "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
+NOT_FOUND = (
+    "Not found. Endpoints: GET /, /docs, /openapi.json, /samples, /health, /health/live, "
+    "/health/ready, /metrics; POST /segment"
+)
+
+logger = logging.getLogger(__name__)
 
 
 def add_handlers(app: FastAPI) -> None:
     """Register the handlers of all errors."""
     app.add_exception_handler(RequestValidationError, _invalid_form)
     app.add_exception_handler(HTTPException, _not_routed)
-    app.add_exception_handler(Exception, _unexpected)
     for error_class, _ in STATUSES:
         app.add_exception_handler(error_class, _failed)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    return JSONResponse(error_body(error), status, RETRY_AFTER.get(status))
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    """Hide the text of a bug from the client; the server logs its traceback."""
-    message = "internal error; the log of the server has its traceback"
-    return JSONResponse(error_body(error, message), 500)
+    body = error_body(error)
+    record = RequestRecord.of(request.scope)
+    record.error = body["type"]
+    if status == 500:
+        extra = {"request_id": record.request_id}
+        logger.error("%s: %s", body["type"], body["error"], extra=extra)
+    return JSONResponse(body, status, RETRY_AFTER.get(status))
 
 
 async def _invalid_form(request: Request, error: Exception) -> Response:
     """Convert form validation errors into the JSON error envelope."""
     assert isinstance(error, RequestValidationError)
     problems = "; ".join(_problem(problem) for problem in error.errors())
-    return _request_error(f"{problems}; {FORM}", 422)
+    return _request_error(request, f"{problems}; {FIELDS}", 422)
 
 
 def _problem(problem: dict[str, Any]) -> str:
-    field = problem["loc"][-1]
-    if field == "image" and isinstance(problem["input"], str):
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    field = ".".join(map(str, problem["loc"]))
+    if message == FILE_EXPECTED:
         return f"image is {problem['input'][:40]!r}, text instead of a file (curl: image=@FILE)"
-    return f"{field}: {problem['msg']}"
+    return f"{field}: {message}"
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
-    """Convert 404, 405, 408 and malformed multipart into the JSON error envelope."""
+    """Convert 404, 405, 408, 415 and malformed bodies into the JSON error envelope."""
     assert isinstance(error, HTTPException)
     place = f"{request.method} {shorten(request.url.path)}"
     if error.status_code in (404, 405):
         message = f"{place}: {NOT_FOUND}"
     else:
-        message = f"{place}: {error.detail}; {FORM}"
-    return _request_error(message, error.status_code, error.headers)
+        message = f"{place}: {error.detail}; {FIELDS}"
+    return _request_error(request, message, error.status_code, error.headers)
 
 
-def _request_error(message: str, status: int, headers: Any = None) -> Response:
-    return JSONResponse({"error": message, "type": "RequestError"}, status, headers)
+def _request_error(request: Request, message: str, status: int, headers: Any = None) -> Response:
+    kind = RequestRecord.of(request.scope).error = "RequestError"
+    return JSONResponse({"error": message, "type": kind}, status, headers)

@@ -77,6 +77,7 @@ class Trainer:
                         self._run.save_last(self._state, progress, done)
                     progress.commit(done)
                     if is_stopped:
+                        self._run.write_report()
                         stop.exit()
         metrics = self._evaluate(stage, progress, settings.max_steps)
         num_parameters = sum(p.numel() for p in stage.objective.parameters() if p.requires_grad)
@@ -98,6 +99,8 @@ class Trainer:
                 samples = stage.held_out_samples()
             self._state.policy.model.train()
             write_gallery(self._run.directory.path, stage.name, step, samples)
+        if step < stage.settings.max_steps:
+            self._run.write_report()
         accelerator.wait_for_everyone()
         return metrics
 

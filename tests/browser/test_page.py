@@ -364,6 +364,22 @@ def test_controls_have_names_and_colors_have_contrast(open_page, address):
         assert min(ratios) >= 4.5
 
 
+class TestDocs:
+    def test_interface_is_listed_and_tried_without_another_server(self, open_page, address):
+        page = open_page(address)
+        page.goto(f"{address}/docs")
+        page.locator(".opblock-summary-path").first.wait_for()
+        paths = page.locator(".opblock-summary-path").all_inner_texts()
+        assert {"/segment", "/health/ready", "/metrics"} <= {each.strip("\u200b") for each in paths}
+        health = page.locator("#operations-default-health_health_get")
+        health.locator(".opblock-summary").click()
+        health.get_by_role("button", name="Try it out").click()
+        health.get_by_role("button", name="Execute").click()
+        answer = health.locator(".live-responses-table .response-col_description").first
+        answer.wait_for()
+        assert '"status": "ok"' in answer.inner_text()
+
+
 CONTRAST = """() => {
     const context = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
     const luminance = color => {

@@ -11,7 +11,7 @@ from coprs_deploy.engines import (
     runtime_module,
 )
 from coprs_deploy.engines.autotune import random_inputs
-from coprs_deploy.engines.cuda import current_gpu
+from coprs_deploy.engines.cuda import current_gpu, gpu_memory
 from coprs_deploy.engines.graphs import join_chunks, masks_at_original_size
 from coprs_deploy.export import ExportOptions, export_checkpoint, verify_bundle
 from coprs_deploy.images import prepare_image
@@ -49,6 +49,13 @@ def engines(request, tiny_checkpoint, tmp_path_factory):
     )
     out = tmp_path_factory.mktemp("engines") / "bundle"
     return export_checkpoint(tiny_checkpoint, out, options).bundle
+
+
+def test_memory_of_the_gpu_is_that_of_the_driver():
+    torch = pytest.importorskip("torch")
+    held = torch.zeros(1 << 24, device="cuda")
+    memory = gpu_memory()[0]
+    assert 4 * held.numel() <= memory["reserved"] <= memory["used"] <= memory["total"]
 
 
 @pytest.mark.tensorrt

@@ -19,8 +19,10 @@ from PIL import Image
 
 from coprs_deploy import CoPRS
 from coprs_deploy.cli.main import main
-from coprs_deploy.cli.serve import EXIT_TIMEOUT_S, read_api_key
+from coprs_deploy.cli.serve import read_api_key
 from coprs_deploy.errors import install_hint
+from coprs_deploy.server.api_keys import ApiKeys
+from coprs_deploy.server.process import EXIT_TIMEOUT_S
 from tests import ROOT
 
 SCENE = ROOT / "examples" / "scene.png"
@@ -132,6 +134,14 @@ def test_serve_address_in_use_is_refused_before_loading(capsys):
         (["--cors-origin", "a.example"], "--cors-origin is 'a.example'; accepted: * or an origin"),
         (["--cors-origin", "https://a.example/page"], "accepted: * or an origin"),
         (["--api-key", ""], "--api-key is empty or holds other than visible ASCII characters"),
+        (["--drain", "-1"], "--drain is -1.0; it must be at least 0 s"),
+        (["--max-pixels", "0"], "--max-pixels is 0; it must be at least 1"),
+        (["--requests-per-minute", "5"], "--requests-per-minute limits each API key; add --api"),
+        (["--max-concurrent", "0"], "--max-concurrent is 0; it must be at least 1"),
+        (["--new-api-key", "alice"], "--new-api-key needs --api-keys FILE"),
+        (["--api-keys", "nowhere.json"], "nowhere.json: No such file or directory"),
+        (["--tls-key", "key.pem"], "--tls-key is key.pem; accepted: with --tls-cert only"),
+        (["--otlp-endpoint", "collector"], "--otlp-endpoint is 'collector'; accepted: a URL"),
     ],
 )
 def test_serve_arguments_out_of_range_are_refused(arguments, part, capsys):
@@ -157,3 +167,13 @@ def test_serve_missing_library_names_the_pip_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 2
     assert capsys.readouterr().err.strip().endswith(install_hint("serve"))
+
+
+def test_serve_new_api_key_is_printed_and_added(tmp_path, capsys):
+    path = tmp_path / "keys.json"
+    printed = []
+    for name in ("alice", "bob"):
+        assert main(["serve", "--api-keys", str(path), "--new-api-key", name]) == 0
+        printed.append(capsys.readouterr().out.strip())
+    keys = ApiKeys(path=path)
+    assert [keys.find(key).name for key in printed] == ["alice", "bob"]

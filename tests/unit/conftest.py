@@ -1,4 +1,4 @@
-"""A runtime of fakes, and a fresh accelerate state for every test."""
+"""A runtime of fakes, a model hub, and a fresh accelerate state for every test."""
 
 import sys
 
@@ -6,6 +6,7 @@ import pytest
 
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.runtime import CoPRS, RuntimeOptions
+from tests.unit.hub_server import running_hub
 from tests.unit.runtime_fakes import GEOMETRY, SPECS, FakePolicy, FakeRunner
 
 
@@ -50,3 +51,20 @@ def build():
     yield builder
     for coprs in built:
         coprs.close()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running hub, an empty cache, and no token."""
+    from huggingface_hub import constants
+
+    with running_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        yield server

@@ -103,11 +103,13 @@ def test_commands_of_a_page_are_accepted(page, monkeypatch):
             assert arguments[0] in targets, arguments
         elif program.endswith("python") and arguments[0].startswith(LAB):
             parse_with_script(arguments, monkeypatch)
+        elif program == "docker" and "-f" in arguments:
+            assert (ROOT / arguments[arguments.index("-f") + 1]).is_file(), arguments
         elif program.endswith(".sh"):
             assert (ROOT / program).is_file(), program
             check_recipe(arguments)
         else:
-            assert program in ("pip", "curl"), program
+            assert program in ("pip", "curl", "docker"), program
 
 
 def parse_with_script(arguments, monkeypatch):

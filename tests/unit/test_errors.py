@@ -11,6 +11,7 @@ import pytest
 
 from coprs_deploy import errors
 from coprs_deploy.data import rows
+from coprs_deploy.data.detections import detections
 from coprs_deploy.engines import onnxruntime_runner, openvino_runner
 from coprs_deploy.engines.trt.variants import TRT_VARIANTS
 from coprs_deploy.errors import (
@@ -22,7 +23,6 @@ from coprs_deploy.errors import (
     shorten,
 )
 from coprs_deploy.evaluation.reports import plots
-from coprs_deploy.runtime import result
 from tests import ROOT
 
 CLASSES = [
@@ -114,7 +114,7 @@ def test_import_failure_names_who_needs_what(import_error):
 @pytest.mark.parametrize(
     ("package", "call"),
     [
-        ("supervision", lambda: result.SegmentationResult.to_supervision(None)),
+        ("supervision", lambda: detections(None, None, None, (), ())),
         ("pyarrow", rows.import_pyarrow),
         ("onnxruntime", lambda: onnxruntime_runner._import_onnxruntime("cpu")),
         ("openvino", openvino_runner._import_openvino),

@@ -269,7 +269,7 @@ def _decoder_graph(
     present, last, count = [], x.output(0), config.num_hidden_layers
     for i in range(count):
         report(f"convert layer {i + 1} of {count}")
-        if mode is not None and i % LAYERS_PER_LOAD == 0:
+        if i % LAYERS_PER_LOAD == 0:
             del model
             _unmap_files()
             model = load()

@@ -1,4 +1,4 @@
-"""The graphs of a policy in OpenVINO: vision tower, embedding table and decoder with its cache.
+"""The files of a policy in OpenVINO, its vision tower and its embedding table.
 
 policy_graphs.json            model family, special tokens, precision, sizes
 vision.xml, vision.bin        image -> vision tokens
@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coprs_deploy.engines.mapped_weights import MappedWeights
 from coprs_deploy.engines.openvino_runner import compile_file
 from coprs_deploy.errors import PolicyError
 from coprs_deploy.policy.openvino_policy.positions import (
@@ -36,9 +35,6 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 EMBEDDING_FILE = "embedding.npy"
 VISION_FILE = "vision.xml"
 DECODER_FILE = "decoder.xml"
-
-MAX_IDLE_REQUESTS = 8
-"""Inference requests that are kept for later; each holds the keys and values that it has read."""
 
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -98,44 +94,6 @@ def read_description(path: Path) -> PolicyGraphs:
         ) from error
 
 
-FIRST_ROW = "first_row"
-"""Input that :func:`select_rows` adds: first row of the outputs, counted from the end (-1)."""
-
-
-def select_rows(graph: Any) -> None:
-    """Let a decoder graph, which returns its last row, return the rows from ``FIRST_ROW`` on.
-
-    Raises:
-        ValueError: the graph does not select a row.
-    """
-    from openvino import opset13 as ops
-
-    def rank(port: Any) -> int:
-        shape = port.get_partial_shape()
-        return len(shape) if shape.rank.is_static else 0
-
-    # The last row is taken of (1, L, D), D being known; LLaVA's positions are taken of (1, 1, L).
-    found = [
-        node
-        for node in graph.get_ops()
-        if node.get_type_name() == "Gather"
-        and rank(node.input(0)) == 3
-        and rank(node.output(0)) == 2
-        and node.output(0).get_partial_shape()[1].is_static
-    ]
-    if len(found) != 1:
-        raise ValueError(f"{DECODER_FILE} selects rows {len(found)} times; accepted: once")
-    first = ops.parameter([1], np.int64, name=FIRST_ROW)
-    first.output(0).get_tensor().set_names({FIRST_ROW})
-    end, step, axis = (ops.constant(np.array([n])) for n in (np.iinfo(np.int64).max, 1, 1))
-    rows = ops.slice(found[0].input_value(0), first, end, step, axis)
-    without_batch = ops.squeeze(rows, ops.constant(np.array([0])))
-    for user in found[0].output(0).get_target_inputs():
-        user.replace_source_output(without_batch.output(0))
-    graph.add_parameters([first])
-    graph.validate_nodes_and_infer_types()
-
-
 def decoder_tensors(
     embeddings: NDArray[np.float32], positions: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
@@ -162,6 +120,7 @@ class VisionTower:
         self._qwen = QwenPixels(config) if description.vision else None
         self._clip = None if description.vision else ClipPixels(config)
         self._compiled = compile_file(path / VISION_FILE, settings)
+        self._weights = MappedWeights((path / VISION_FILE).with_suffix(".bin"))
         self._lock = threading.Lock()
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
@@ -193,6 +152,7 @@ class VisionTower:
             outputs = self._compiled.create_infer_request().infer(inputs)
             # The decoder runs next: at 3B, activations of the largest image take 0.3 GB.
             self._compiled.release_memory()
+        self._weights.release()
         tokens: NDArray[np.float32] = outputs["tokens"]
         return tokens
 
@@ -220,81 +180,3 @@ class EmbeddingTable:
         if rows.dtype == np.uint16:  # bfloat16 is the upper half of a float32
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32, copy=False)
-
-
-class Decoder:
-    """Embedding table and decoder graph; each request in progress has keys and values of its own.
-
-    Args:
-        path: directory of the graphs.
-        settings: properties of OpenVINO.
-
-    Attributes:
-        embed: embedding table.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.embed = EmbeddingTable(path)
-        self._compiled = compile_file(path / DECODER_FILE, settings, change=select_rows)
-        self._idle: deque[Any] = deque(maxlen=MAX_IDLE_REQUESTS)  # its append and pop are atomic
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def request(self) -> Iterator[DecoderRequest]:
-        """Lend an inference request with an empty cache."""
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._compiled.create_infer_request()
-        request.reset_state()
-        try:
-            yield DecoderRequest(request, self._lock)
-        finally:
-            self._idle.append(request)
-
-
-class DecoderRequest:
-    """One inference request of the decoder, with the keys and values of what it has read."""
-
-    def __init__(self, request: Any, lock: threading.Lock) -> None:
-        self._request = request
-        self._lock = lock
-
-    def feed(
-        self, embeddings: NDArray[np.float32], positions: NDArray[np.int64], num_rows: int
-    ) -> tuple[list[int], NDArray[np.float32]]:
-        """Read rows; other requests may run between two calls, not during one.
-
-        Args:
-            embeddings: (L, D).
-            positions: (3, L) or (1, L).
-            num_rows: number R of rows at the end to return something of.
-
-        Returns:
-            Most likely token after each of the last R rows, and their (R, D) post-norm hidden
-            states.
-        """
-        inputs = decoder_tensors(embeddings, positions) | {FIRST_ROW: np.array([-num_rows])}
-        with self._lock:
-            outputs = self._request.infer(inputs)
-            return outputs["logits"].argmax(-1).tolist(), outputs["hidden"].copy()
-
-    def drop(self, count: int) -> None:
-        """Forget the last rows. A state cannot be shortened in place: what remains is copied."""
-        import openvino
-
-        for variable in self._request.query_state():
-            rows = np.ascontiguousarray(np.array(variable.state.data)[:, :, :-count])
-            variable.state = openvino.Tensor(rows)
-
-    def state(self) -> dict[str, NDArray[np.float32]]:
-        """Copy the keys and values, (1, heads, L, d) each."""
-        return {s.name: np.array(s.state.data) for s in self._request.query_state()}
-
-    def restore(self, state: dict[str, NDArray[np.float32]], length: int) -> None:
-        """Take over the keys and values of the first ``length`` rows of another request."""
-        import openvino
-
-        for variable in self._request.query_state():
-            rows = np.ascontiguousarray(state[variable.name][:, :, :length])
-            variable.state = openvino.Tensor(rows)

@@ -12,26 +12,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from coprs_deploy.engines.openvino_runner import LATENCY, cache_settings
 from coprs_deploy.errors import PolicyError, RuntimeUnavailableError
-from coprs_deploy.images import fit_pixel_count, image_key
+from coprs_deploy.images import RgbArray, fit_pixel_count, image_key
 from coprs_deploy.policy.greedy import GreedyPolicy
+from coprs_deploy.policy.openvino_policy.decoder import Decoder, DecoderRequest
 from coprs_deploy.policy.openvino_policy.graphs import (
     DECODER_FILE,
-    Decoder,
-    DecoderRequest,
     VisionTower,
     read_description,
 )
 from coprs_deploy.policy.openvino_policy.positions import common_prefix
+from coprs_deploy.policy.openvino_policy.together import FittedImage, Prompt, answer_together
 from coprs_deploy.policy.openvino_policy.tokenizer import FileTokenizer
-from coprs_deploy.policy.policy import PolicyRequest
+from coprs_deploy.policy.policy import PolicyRequest, PolicyResult
 from coprs_deploy.policy.policy_tokens import PolicyTokens
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
@@ -79,6 +77,8 @@ class OpenVinoPolicy(GreedyPolicy):
         RuntimeUnavailableError: the device is not the CPU.
         ValueError: a dtype is given.
     """
+
+    answers_together = True
 
     def __init__(
         self,
@@ -128,44 +128,53 @@ class OpenVinoPolicy(GreedyPolicy):
     @contextmanager
     def start(self, request: PolicyRequest) -> Iterator[_Decoding]:
         """See :meth:`GreedyPolicy.start`."""
-        vision, decoder = self._vision, self._decoder
-        if vision is None or decoder is None:
-            raise PolicyError("the policy was closed")
-        image = fit_pixel_count(request.image, *self._pixels)
-        grid = vision.grid(image)
-        ids = encode_prompt(
-            self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens(grid)
-        )
-        is_image = np.asarray(ids) == self._image_token_id
-        prompt = _Prompt(image, ids, is_image, vision.positions(is_image, grid))
+        vision, decoder = self._graphs()
+        prompt = self._prompt_of(request, self._fit(request.image, vision), vision)
         with decoder.request() as running:
             yield _Decoding(prompt, vision, decoder, running, self._cache)
+
+    def answer_together(
+        self, requests: Sequence[PolicyRequest]
+    ) -> Iterator[tuple[int, PolicyResult | Exception]]:
+        """See :meth:`Policy.answer_together`."""
+        vision, decoder = self._graphs()
+        fitted: dict[int, FittedImage] = {}
+
+        def prepare(request: PolicyRequest) -> Prompt:
+            key = id(request.image)  # the requests hold it
+            if key not in fitted:
+                fitted[key] = self._fit(request.image, vision)
+            return self._prompt_of(request, fitted[key], vision)
+
+        return answer_together(self, prepare, vision, decoder, requests)
 
     def close(self) -> None:
         """Free the graphs; requests in progress end as usual."""
         self._vision = self._decoder = None
         self._cache.clear()
 
+    def _graphs(self) -> tuple[VisionTower, Decoder]:
+        if self._vision is None or self._decoder is None:
+            raise PolicyError("the policy was closed")
+        return self._vision, self._decoder
+
+    def _fit(self, rgb: RgbArray, vision: VisionTower) -> FittedImage:
+        image = fit_pixel_count(rgb, *self._pixels)
+        return FittedImage(image, image_key(np.asarray(image)), vision.grid(image))
+
+    def _prompt_of(
+        self, request: PolicyRequest, fitted: FittedImage, vision: VisionTower
+    ) -> Prompt:
+        num_tokens = vision.num_tokens(fitted.grid)
+        tokenizer = self.tokens.tokenizer
+        ids = encode_prompt(self._prompt, tokenizer, request.instruction, num_tokens)
+        is_image = np.asarray(ids) == self._image_token_id
+        return Prompt(fitted, ids, is_image, vision.positions(is_image, fitted.grid))
+
 
 def _decoder_bytes(path: Path) -> int:
     weights = (path / DECODER_FILE).with_suffix(".bin")
     return weights.stat().st_size if weights.is_file() else 0
-
-
-class _Prompt(NamedTuple):
-    """A request as the graphs take it.
-
-    Attributes:
-        image: RGB image within the pixel limits.
-        token_ids: prompt.
-        is_image: (L,) whether a token is a vision token.
-        positions: (3, L) or (1, L).
-    """
-
-    image: Image.Image
-    token_ids: list[int]
-    is_image: NDArray[np.bool_]
-    positions: NDArray[np.int64]
 
 
 class _PromptCache:
@@ -200,7 +209,7 @@ class _Decoding:
 
     def __init__(
         self,
-        prompt: _Prompt,
+        prompt: Prompt,
         vision: VisionTower,
         decoder: Decoder,
         running: DecoderRequest,
@@ -215,33 +224,31 @@ class _Decoding:
 
     def prefill(self, response: Sequence[int] = ()) -> tuple[int, NDArray[np.float32]]:
         """See :meth:`Decoding.prefill`."""
-        image, ids, is_image, positions = self._prompt
-        key = image_key(np.asarray(image))
+        ids, key = self.prompt_ids, self._prompt.fitted.key
         known = self._cache.get(key)
-        vision_tokens = self._vision(image) if known is None else known.vision_tokens
-        embeddings = np.array(self._decoder.embed([*ids, *response]))
-        embeddings[: len(ids)][is_image] = vision_tokens
-        positions = np.concatenate([positions, self._next_positions(len(response))], axis=1)
+        vision_tokens = (
+            self._vision(self._prompt.fitted.image) if known is None else known.vision_tokens
+        )
+        embeddings, positions = self._prompt.with_response(
+            self._decoder.embed, vision_tokens, response
+        )
+        self._next_position += len(response)
         if known is not None:
             self.num_cached_tokens = min(common_prefix(known.token_ids, ids), len(ids) - 1)
             self._running.restore(known.state, self.num_cached_tokens)
         new = slice(self.num_cached_tokens, None)
         (token,), hidden = self._running.feed(embeddings[new], positions[:, new], num_rows=1)
+        self._decoder.weights.release()
         self._cache.put(key, _CachedPrompt(vision_tokens, ids, self._running.state()))
         return token, hidden[0]
 
     def feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
         """See :meth:`Decoding.feed`."""
-        positions = self._next_positions(len(tokens))
+        positions = self._prompt.following(self._next_position, len(tokens))
+        self._next_position += len(tokens)
         return self._running.feed(self._decoder.embed(tokens), positions, num_rows=len(tokens))
 
     def drop(self, count: int) -> None:
         """See :meth:`Decoding.drop`."""
         self._next_position -= count
         self._running.drop(count)
-
-    def _next_positions(self, count: int) -> NDArray[np.int64]:
-        """Return the positions of the next tokens, (3, count) or (1, count)."""
-        positions = self._next_position + np.arange(count)
-        self._next_position += count
-        return np.tile(positions, (len(self._prompt.positions), 1))

@@ -48,6 +48,7 @@ from coprs_deploy.policy.vllm_policy.engine import (
     visible_device,
 )
 from coprs_deploy.policy.vllm_policy.limited import stream_limited
+from coprs_deploy.policy.vllm_policy.quantized import check_processor
 from coprs_deploy.policy.vllm_policy.settings import (
     GIB,
     VllmSettings,
@@ -121,7 +122,8 @@ class VllmPolicy(Policy):
     Raises:
         MissingDependencyError: vLLM is not installed.
         RuntimeUnavailableError: the device does not exist, or too little of its memory is free.
-        PolicyError: the directory cannot be loaded as a policy, or the engine does not start.
+        PolicyError: the directory cannot be loaded as a policy, the processor lacks instructions
+            for its quantized weights, or the engine does not start.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class VllmPolicy(Policy):
         with engine_environment(settings.num_threads):
             vllm = import_vllm(device_type)
             config = self._read_directory(path.resolve())
+            if device_type == "cpu":
+                check_processor(path)
             if memory_is_ready is not None:
                 memory_is_ready.result()
             # Four bytes a value, whatever the dtype: an upper limit.

@@ -80,6 +80,7 @@ class GrpoStage:
             with stop.while_steps_run():
                 trainer.train(resume_from_checkpoint=progress.state and str(progress.state))
         if trainer.state.global_step < self.settings.max_steps and stop.is_agreed(accelerator):
+            self._run.write_report()
             stop.exit()
         metrics = self.evaluate(trainer, self.settings.max_steps)
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -103,6 +104,8 @@ class GrpoStage:
             held_out.mkdir(parents=True, exist_ok=True)
             rows = [flat_row(each) for each in evaluated]
             write_json(held_out / f"step-{step:06d}.json", {"examples": rows})
+        if step < self.settings.max_steps:
+            self._run.write_report()
         return metrics
 
     def write_samples(self, trainer: JointTrainer, step: int) -> None:

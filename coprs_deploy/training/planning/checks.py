@@ -67,8 +67,8 @@ def check_run(
         num_processes: processes that train together.
         on_progress: callback after each example.
     """
-    problems = list(setting_problems(recipe, recipe.stages, num_processes))
-    problems += _stage_problems(recipe, num_processes)
+    problems = recipe_problems(recipe, num_processes)
+    problems += _package_problems(recipe)
     problems += place_problems(out)
     checkpoint = None
     with reporting(problems, "model.path"):
@@ -87,6 +87,12 @@ def check_run(
         with reporting(problems, "data.features"):
             require_encoder(data.features, checkpoint)
     return CheckedRun(problems, checkpoint, data)
+
+
+def recipe_problems(recipe: Recipe, num_processes: int) -> list[Problem]:
+    """Find settings that contradict each other, without a look at checkpoint, data and machine."""
+    problems = list(setting_problems(recipe, recipe.stages, num_processes))
+    return problems + list(_stage_problems(recipe, num_processes))
 
 
 def check_resume(
@@ -138,7 +144,9 @@ def setting_problems(
     """Find settings of any recipe that contradict each other."""
     for name, stage in stages.items():
         key = f"stages.{name}"
-        if stage.global_batch_size < num_processes:
+        # Processes of a GRPO stage share the completions, see GrpoSettings.split_batch.
+        is_too_small = stage.global_batch_size < num_processes
+        if is_too_small and not isinstance(stage, GrpoSettings):
             yield Problem(
                 f"{key}.global_batch_size",
                 f"it is {stage.global_batch_size}, and {num_processes} processes train together; "
@@ -234,14 +242,21 @@ def _grpo_problems(
             f"{key}.segmentation_loss_weight",
             "it is 0, and mode is 'segmentation': nothing is trained; raise it",
         )
-    packages = [
-        ("peft", f"{key}.lora.r", stage.lora.r),
-        ("vllm", f"{key}.use_vllm", stage.use_vllm),
-    ]
-    for package, setting, is_needed in packages:
-        if is_needed and importlib.util.find_spec(package) is None:
-            hint = install_hint("train") if package == "peft" else "see docs/train.md"
-            yield Problem(setting, f"it needs {package}, which is not installed; {hint}")
+
+
+def _package_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Find settings that need a package that is not installed."""
+    for name, stage in recipe.stages.items():
+        if not isinstance(stage, GrpoSettings):
+            continue
+        packages = [
+            ("peft", f"stages.{name}.lora.r", stage.lora.r),
+            ("vllm", f"stages.{name}.use_vllm", stage.use_vllm),
+        ]
+        for package, setting, is_needed in packages:
+            if is_needed and importlib.util.find_spec(package) is None:
+                hint = install_hint("train") if package == "peft" else "see docs/train.md"
+                yield Problem(setting, f"it needs {package}, which is not installed; {hint}")
 
 
 def multiplier_problems(stages: Mapping[str, StageSettings], parts: Set[str]) -> Iterator[Problem]:

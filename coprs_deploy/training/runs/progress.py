@@ -22,7 +22,7 @@ from coprs_deploy.machine import peak_memory_bytes
 from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.runs.checkpoints import FOLDER, remove_directory, remove_hidden
 from coprs_deploy.training.runs.diagnostics import Diagnostics
-from coprs_deploy.training.runs.run_directory import RunDirectory
+from coprs_deploy.training.runs.run_directory import RunDirectory, threshold_results
 from coprs_deploy.training.runs.step_line import evaluation_text, progress_text, step_text
 from coprs_deploy.training.runs.trackers import log_curves, open_trackers
 from coprs_deploy.training.settings import StageSettings
@@ -175,21 +175,13 @@ class StageProgress:
         self, state: TrainingState, metrics: dict[str, float], num_parameters: int
     ) -> dict[str, Any]:
         """Write the weights and the result of the stage, remove its states; return the result."""
-        thresholds = {
-            name: {
-                "required": required,
-                "value": metrics.get(name),
-                "passed": metrics.get(name, float("-inf")) >= required,
-            }
-            for name, required in self._settings.thresholds.items()
-        }
         result = {
             "steps": self._settings.max_steps,
             "seconds": self.seconds(),
             "metrics": metrics,
             "init_metrics": self.init_metrics,
             "best": self.best,
-            "thresholds": thresholds,
+            "thresholds": threshold_results(self._settings.thresholds, metrics),
             "parameters": num_parameters,
         }
         if self._accelerator.is_main_process:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +11,11 @@ from typing import Any, NamedTuple
 from coprs_deploy.artifacts import write_text
 from coprs_deploy.console import markdown_table
 from coprs_deploy.evaluation.reports.plots import plot_correlation, pyplot
+from coprs_deploy.training.recipe import RunSettings
 from coprs_deploy.training.runs.diagnostics import warnings_of
 from coprs_deploy.training.runs.gallery import gallery_lines, plain
-from coprs_deploy.training.runs.run_directory import RunDirectory
+from coprs_deploy.training.runs.progress import BEST_FILE, RESULT_FILE
+from coprs_deploy.training.runs.run_directory import RunDirectory, threshold_results
 from coprs_deploy.training.settings import StageSettings
 
 
@@ -70,13 +74,60 @@ def write_report(
     write_text(directory.path / "report.md", "\n".join(lines) + "\n")
 
 
+def write_running_report(directory: RunDirectory, recipe: RunSettings) -> None:
+    """Write the report of a run that trains or was stopped, from its log and its results so far."""
+    stages, log = recipe.all_stages(), directory.read_log()
+    results = {}
+    for name, settings in stages.items():
+        lines = [each for each in log if each["stage"] == name and "seconds" in each]
+        file = directory.stage(name) / RESULT_FILE
+        if file.is_file():
+            results[name] = json.loads(file.read_text(encoding="utf-8"))
+        elif lines:
+            results[name] = _result_so_far(directory.stage(name), settings, lines)
+    if not results:
+        return
+    newest = list(results)[-1]
+    position = f"{newest} has had {results[newest]['steps']} of {stages[newest].max_steps} steps"
+    seconds = sum(result["seconds"] for result in results.values())
+    report = {"recipe": recipe.to_json(), "minutes": seconds / 60, "stages": results}
+    write_report(directory, report | {"position": position}, stages)
+
+
+def _result_so_far(
+    folder: Path, settings: StageSettings, lines: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the result of a stage that has not ended, with the metrics of its last evaluation."""
+    before, metrics = dict[str, float](), dict[str, float]()
+    for line in lines:
+        found = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
+        if found and line["step"]:
+            metrics = found
+        elif found:
+            before = {f"before/{name}": value for name, value in found.items()}
+    steps, file = lines[-1]["step"], folder / BEST_FILE
+    best = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {
+        "is_finished": False,
+        "steps": steps,
+        "seconds": lines[-1]["seconds"],
+        "metrics": metrics,
+        "init_metrics": before,
+        "best": best
+        if best and best["step"] <= steps
+        else {},  # a later one is from before a resume
+        "thresholds": threshold_results(settings.thresholds, metrics),
+    }
+
+
 def page(report: Mapping[str, Any]) -> str:
     """Format the metrics as Markdown."""
-    recipe, stages = report["recipe"], report["stages"]
+    recipe, stages, position = report["recipe"], report["stages"], report.get("position")
     lines = [
         f"# {recipe['description']}",
         "",
-        f"Seed {recipe['seed']}, {report['minutes']:.1f} minutes of training.",
+        f"Seed {recipe['seed']}, {report['minutes']:.1f} minutes of training"
+        f"{f', not finished: {position}' if position else ''}.",
         "",
         *markdown_table(
             ("stage", "steps", "minutes", "threshold", "required", "value", ""),
@@ -96,7 +147,7 @@ def page(report: Mapping[str, Any]) -> str:
             lines += ["", f"Held-out {how}, after {name}:", ""]
             shown = {m: v for m, v in result["metrics"].items() if "." not in m}
             lines += markdown_table(
-                ("", "value"), [(_label(m), f"{v:.4f}") for m, v in shown.items()]
+                ("", "value"), [(_label(m), _number(v)) for m, v in shown.items()]
             )
         if result.get("best"):
             step, value = result["best"]["step"], result["best"]["value"]
@@ -125,10 +176,10 @@ def _encoder_table(encoders: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _stage_rows(name: str, result: Mapping[str, Any]) -> list[list[str]]:
     start = [name, str(result["steps"]), f"{result['seconds'] / 60:.1f}"]
-    rows = []
+    rows, missed = [], "**failed**" if result.get("is_finished", True) else "not yet"
     for metric, threshold in result["thresholds"].items():
         value = "-" if threshold["value"] is None else f"{threshold['value']:.4f}"
-        verdict = "passed" if threshold["passed"] else "**failed**"
+        verdict = "passed" if threshold["passed"] else missed
         rows.append([*start, metric, f"{threshold['required']:g}", value, verdict])
         start = ["", "", ""]
     return rows or [[*start, "", "", "", ""]]
@@ -141,8 +192,8 @@ def _comparison(
     rows = [
         (
             _label(metric.removeprefix("before/")),
-            f"{value:.4f}",
-            f"{second[metric]:.4f}" if metric in second else "-",
+            _number(value),
+            _number(second.get(metric, math.nan)),
         )
         for metric, value in first.items()
     ]
@@ -191,6 +242,11 @@ def _is_shown(key: str, panel: Panel) -> bool:
     if key.startswith("eval/") and "." in key:  # metrics of single question types
         return False
     return any(key.startswith(k) if k.endswith("/") else key == k for k in panel.keys)
+
+
+def _number(value: float) -> str:
+    """Format a metric; a dash for one that is undefined."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _label(key: str) -> str:

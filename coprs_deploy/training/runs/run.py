@@ -34,7 +34,7 @@ from coprs_deploy.training.recipe import R, Recipe, RunSettings
 from coprs_deploy.training.runs.checkpoints import BEST, LAST, RunCheckpoints
 from coprs_deploy.training.runs.processes import StopRequest
 from coprs_deploy.training.runs.progress import StageProgress, clear_finished, load_finished_stage
-from coprs_deploy.training.runs.report import write_report
+from coprs_deploy.training.runs.report import write_report, write_running_report
 from coprs_deploy.training.runs.run_directory import (
     CHECKPOINT_FOLDER,
     REPORT_FILE,
@@ -98,6 +98,12 @@ class Run(Generic[R]):
         self._save(BEST, state, position, policy_weights)
         if self.accelerator.is_main_process:
             progress.commit_best()
+
+    def write_report(self) -> None:
+        """Write the report of what was trained so far; all processes take part."""
+        if self.accelerator.is_main_process:
+            write_running_report(self.directory, self.recipe)
+        self.accelerator.wait_for_everyone()
 
     def _save(
         self,

@@ -12,7 +12,8 @@ stages/NAME/state-N/   weights, optimizers and position after N steps
 stages/NAME/result.json, weights.pt
 checkpoints/           checkpoints while it runs, with links ``last`` and ``best``
 checkpoint/            the finished model
-report.json, report.md, plots/
+report.md, plots/       metrics so far, curves, examples; rewritten at each evaluation and at a stop
+report.json            metrics of the finished run
 """
 
 from __future__ import annotations
@@ -270,6 +271,20 @@ def rewind_lines(file: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     with atomic_write(file) as partial:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         partial.write_text(text, encoding="utf-8")
+
+
+def threshold_results(
+    required: Mapping[str, float], metrics: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Compare metrics with their thresholds; one that was not measured fails."""
+    return {
+        name: {
+            "required": value,
+            "value": metrics.get(name),
+            "passed": metrics.get(name, float("-inf")) >= value,
+        }
+        for name, value in required.items()
+    }
 
 
 def all_passed(results: dict[str, Any]) -> bool:

@@ -228,7 +228,7 @@ def test_url_of_fsspec_is_listed_and_read(memory):
 
 def test_url_without_fsspec_names_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
-    with pytest.raises(MissingDependencyError, match="pip install fsspec"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e \"\.\[batch\]\""):
         list_files("s3://bucket/images")
 
 

@@ -47,6 +47,23 @@ def test_folder_is_segmented_and_exported(fakes, images, tmp_path, capsys):
     assert fakes[0].max_targets == 2
 
 
+def test_finished_run_is_exported_for_other_tools(fakes, images, tmp_path, capsys):
+    arguments = (images, "--instruction", "a ring", "--out", tmp_path / "out")
+    assert run(capsys, *arguments)[0] == 0
+    tasks, dataset = tmp_path / "tasks.json", tmp_path / "dataset"
+    exports = ("--resume", "--fiftyone", dataset, "--label-studio", tasks)
+    assert run(capsys, *arguments, *exports)[0] == 0
+    samples = json.loads((dataset / "samples.json").read_text())["samples"]
+    assert [sample["filepath"] for sample in samples] == [
+        str(images / name) for name in ("a.png", "b.jpg", "c.png", "d.png", "more/e.png")
+    ]
+    found = [task["data"]["image"] for task in json.loads(tasks.read_text())]
+    assert found[4] == "/data/local-files/?d=more/e.png"
+    assert '<Label value="a ring"/>' in tasks.with_suffix(".xml").read_text()
+    assert run(capsys, *arguments, *exports, "--image-root", "s3://bucket")[0] == 0
+    assert json.loads(tasks.read_text())[0]["data"]["image"] == "s3://bucket/a.png"
+
+
 def test_failed_row_is_exit_code_1_with_the_first_error(fakes, images, tmp_path, capsys):
     (images / "broken.png").write_bytes(b"no image")
     arguments = (images, "--instruction", "a ring", "--out", tmp_path / "out")
@@ -86,8 +103,29 @@ def test_wrong_use_is_refused_before_the_work(images, tmp_path, capsys, argument
 def test_missing_pyarrow_is_found_before_the_work(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     code, shown = run(capsys, images, "--instruction", "a", "--out", tmp_path / "out")
-    assert (code, "pip install pyarrow" in shown.err) == (2, True)
+    assert (code, 'pip install -e ".[batch]"' in shown.err) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "2"], "--replicas is given; accepted: with --engine ray only"),
+        (["--ray-address", "auto"], "--ray-address is given; accepted: with --engine ray only"),
+        (["--engine", "ray", "--workers", "1"], "accepted: with --engine local only"),
+        (["--engine", "ray", "--replicas", "2:1"], "max_replicas is 1"),
+        (["--engine", "ray"], 'pip install -e ".[ray]"'),
+    ],
+)
+def test_engine_and_its_options_are_checked_before_the_work(
+    images, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    out = tmp_path / "out"
+    given = ["batch", str(images), "--instruction", "a", "--out", str(out), *arguments]
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_small_bundle_has_one_worker_a_core_on_the_cpu_only(monkeypatch):

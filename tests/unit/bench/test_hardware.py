@@ -126,5 +126,5 @@ def test_cpu_tables_write_measured_cells_and_dashes_without_a_measurement():
     assert (speed[2], speed[3], speed[-2:]) == ("1.82 GB", "≤ 28.1", ["7.4", "-"])
     assert cells["| Qwen2.5-VL 7B", "int8"][-2:] == ["-", "-"]
     memory = {tuple(line.split(" | ")[:2]): line for line in cpu_memory_table(measured)}
-    assert memory["| Qwen2.5-VL 3B", "int4"].endswith("| 3.36 GB | - | 5.96 GB | 5.70 GB | - |")
+    assert memory["| Qwen2.5-VL 3B", "int4"].endswith("| 3.36 GB | - | 5.29 GB | 5.70 GB | - |")
     assert memory["| Qwen2.5-VL 7B", "int8"].endswith("| - | - | 16.59 GB | - | - |")

@@ -25,6 +25,7 @@ from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.prompts import REFERENCE_TOKEN
 from tests.unit.conversion.test_weight_files import shard, write_shards
+from tests.unit.hub_server import Repository
 
 PROMPT = (
     "<|im_start|>user\n<|image_pad|>\nSegment: {instruction}<|im_end|>\n<|im_start|>assistant\n"
@@ -121,6 +122,18 @@ class TestPolicyAndSam:
         with pytest.raises(ValueError, match=r"\{instruction\} 0 times"):
             checkpoint_from_policy_and_sam(untuned_policy, sam_file, tmp_path / "c", options)
         assert list(tmp_path.iterdir()) == []
+
+    def test_policy_and_sam_policy_may_be_on_the_hub(self, hub, checkpoint, sam_file, tmp_path):
+        hub.repositories["lab/policy"] = Repository()
+        files = {path.name: path.read_bytes() for path in checkpoint.policy_path.iterdir()}
+        commit = hub.repositories["lab/policy"].commit(files)
+        out = tmp_path / "checkpoint"
+        made = checkpoint_from_policy_and_sam("hf://lab/policy", sam_file, out)
+        assert made.config.provenance["policy"] == f"hf://lab/policy ({commit})"
+        assert_same(
+            load_file(made.policy_path / "model.safetensors"),
+            load_file(checkpoint.policy_path / "model.safetensors"),
+        )
 
     def test_policy_and_sam_provenance_notes_untrained_prior(self, checkpoint):
         provenance = checkpoint.config.provenance

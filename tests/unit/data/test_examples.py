@@ -553,7 +553,7 @@ def test_parquet_without_pyarrow_is_refused_with_the_install_command(
     tmp_path, examples, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingDependencyError, match="pip install pyarrow"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e \"\.\[batch\]\""):
         write_examples(tmp_path / "scenes.parquet", examples)
     assert not list(tmp_path.iterdir())
 

@@ -2,19 +2,22 @@
 
 import base64
 import io
-import json
 import re
 import threading
+from functools import partial
 
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from coprs_deploy.errors import PolicyError
-from coprs_deploy.server.app import MAX_INSTRUCTION_CHARS, PAGE, _accepts_stream, build_app
+from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
+from coprs_deploy.server.app import PAGE
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
+from coprs_deploy.server.segmentation import _accepts_stream
 from tests.unit.runtime_fakes import WAIT, FakePolicy
 from tests.unit.server.asgi import MAX_BYTES, png
+from tests.unit.server.clients import connect_to, events_of, post
 
 SCRIPTS = ("app", "masks", "stream", "viewer")
 
@@ -22,28 +25,7 @@ SCRIPTS = ("app", "masks", "stream", "viewer")
 @pytest.fixture
 def connect(build):
     """Build a client of an application, and its policy."""
-
-    def builder(policy=None, app_options=None, **options):
-        policy = policy or FakePolicy()
-        coprs, _ = build(policy, **options)
-        return TestClient(build_app(coprs, MAX_BYTES, **(app_options or {}))), policy
-
-    return builder
-
-
-def post(client, image=None, headers=None, **fields):
-    files = {"image": ("a.png", png() if image is None else image)}
-    return client.post(
-        "/segment", files=files, data={"instruction": "the cup", **fields}, headers=headers
-    )
-
-
-def events_of(response):
-    parts = [part.split("\n") for part in response.text.split("\n\n")[:-1]]
-    assert all(
-        len(p) == 2 and p[0].startswith("event: ") and p[1].startswith("data: ") for p in parts
-    )
-    return [(name[len("event: ") :], json.loads(data[len("data: ") :])) for name, data in parts]
+    return partial(connect_to, build)
 
 
 class TestResults:
@@ -105,9 +87,31 @@ class TestResults:
         for name in [*files, *(f"page/{each.name}" for each in PAGE.iterdir())]:
             assert client.get(f"/{name}").status_code == 200
         assert client.get("/page/none.js").json()["type"] == "RequestError"
-        assert client.get("/docs").status_code == 404  # FastAPI's page loads external scripts
 
-    @pytest.mark.parametrize("path", ["/", "/health", "/openapi.json"])
+    @pytest.mark.parametrize("path", ["/", "/docs"])
+    def test_pages_load_nothing_from_elsewhere(self, connect, path):
+        client, _ = connect()
+        page = client.get(path)
+        assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src")
+        assert page.headers["x-content-type-options"] == "nosniff"
+        files = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+        assert not any(":" in name or name.startswith("/") for name in files)
+        for name in files:
+            assert client.get(f"/{name}").status_code == 200
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/",
+            "/docs",
+            "/openapi.json",
+            "/samples",
+            "/health",
+            "/health/live",
+            "/health/ready",
+            "/metrics",
+        ],
+    )
     def test_head_has_the_status_of_get(self, connect, path):
         client, _ = connect()
         head, get = client.head(path), client.get(path)
@@ -119,7 +123,7 @@ class TestResults:
     def test_page_works_under_any_path_of_a_proxy(self, connect):
         client, _ = connect()
         texts = [client.get("/").text, *(client.get(f"/page/{each}.js").text for each in SCRIPTS)]
-        for link in ('href="openapi.json"', 'fetch("segment"', 'fetch("health")'):
+        for link in ('href="docs"', 'fetch("segment"', 'fetch("health")'):
             assert any(link in text for text in texts)
         for text in texts:
             assert not re.search(r'(src|href|from|fetch\()\s*=?\s*"(/|\w+:)', text)
@@ -172,8 +176,14 @@ class TestDocument:
         responses = client.get("/openapi.json").json()["paths"]["/segment"]["post"]["responses"]
         result = responses.pop("200")["content"]
         assert set(result) == {"application/json", EVENT_STREAM}
-        assert result["application/json"]["schema"]["$ref"].endswith("/ResultBody")
-        assert set(map(int, responses)) == {400, 404, 405, 408, 411, 413, 422, 500, 503, 504}
+        references = result["application/json"]["schema"]["anyOf"]
+        assert [each["$ref"].rpartition("/")[2] for each in references] == [
+            "ResultBody",
+            "ResultsBody",
+        ]
+        assert set(map(int, responses)) == {
+            *(400, 404, 405, 408, 411, 413, 415, 422, 500, 503, 504)
+        }
         for response in responses.values():
             schema = response["content"]["application/json"]["schema"]
             assert schema["$ref"].endswith("/ErrorBody")
@@ -278,7 +288,7 @@ class TestRefusals:
         response = client.post("/segment", data={"instruction": "x"})
         assert response.status_code == 422
         assert response.json()["error"].startswith(
-            "image: Field required; accepted: a form with image"
+            "image: Field required; accepted: a form with image (a file), or JSON"
         )
 
     def test_image_sent_as_text_is_refused(self, connect):
@@ -294,13 +304,11 @@ class TestRefusals:
         for method, path, status in (("GET", "/segment", 405), ("POST", "/result", 404)):
             response = client.request(method, path)
             assert response.status_code == status
-            endpoints = (
-                "Not found. Endpoints: GET /, /health, /samples, /openapi.json; POST /segment"
-            )
-            assert response.json() == {
-                "error": f"{method} {path}: {endpoints}",
-                "type": "RequestError",
-            }
+            assert response.json()["type"] == "RequestError"
+            message = response.json()["error"]
+            assert message.startswith(f"{method} {path}: Not found. Endpoints: GET /, /docs, ")
+            documented = client.get("/openapi.json").json()["paths"]
+            assert all(each in message for each in documented)
         assert client.get("/segment").headers["allow"] == "POST"
 
     def test_malformed_multipart_is_refused(self, connect):
@@ -349,7 +357,7 @@ class TestRefusals:
             raise RuntimeError("secret detail")
 
         coprs_client, _ = connect(FakePolicy(during=fail))
-        client = TestClient(coprs_client.app, raise_server_exceptions=False)
+        client = TestClient(coprs_client.app)
         response = post(client)
         assert response.status_code == 500
         assert ErrorBody.model_validate(response.json()).type == "RuntimeError"

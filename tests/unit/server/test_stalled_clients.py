@@ -140,6 +140,36 @@ def test_body_that_stops_arriving_ends_in_408(build):
     assert (b"connection", b"close") in exchange.sent[0]["headers"]
 
 
+def test_client_that_leaves_during_its_body_ends_its_request(build, caplog):
+    coprs, _ = build(FakePolicy())
+    app = build_app(coprs, MAX_BYTES)
+    exchange = Exchange("application/json", body=[form()[:60]])
+    exchange.messages.append({"type": "http.disconnect"})
+    asyncio.run(exchange.run(app))
+    assert exchange.sent == []
+    assert caplog.records == []
+    assert coprs.num_active == 0
+
+
+def test_body_that_arrives_too_slowly_ends_in_408(build):
+    """Each piece comes in time, and their sum does not."""
+    coprs, _ = build(FakePolicy())
+    app = build_app(coprs, MAX_BYTES, stall_timeout_s=0.2, min_bytes_per_s=1e6)
+    content = form()
+    exchange = Exchange("application/json", body=[content[i : i + 1] for i in range(100)])
+    received = exchange.receive
+
+    async def receive_slowly():
+        await asyncio.sleep(0.01)
+        return await received()
+
+    exchange.receive = receive_slowly
+    asyncio.run(exchange.run(app))
+    assert exchange.status == 408
+    assert "more slowly than 1e+06 bytes/s" in json.loads(exchange.text)["error"]
+    assert exchange.messages  # the rest is not read
+
+
 def test_client_that_stops_reading_ends_its_request(build):
     policy = FakePolicy(deltas=("a",) * 50)
     coprs, _ = build(policy)

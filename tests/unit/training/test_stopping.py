@@ -160,6 +160,7 @@ def test_stopped_run_keeps_a_state_and_resumes_to_the_same_bits(
     (state,) = (out / "stages" / stage).glob("state-*")
     assert f"{state} is kept; re-run the same command" in log_of(out)
     assert not (out / "checkpoint").exists()
+    assert f"not finished: {stage} has had " in (out / "report.md").read_text()
 
     exported = export(out)
     step = json.loads((state / "progress.json").read_text())["step"]
@@ -214,6 +215,7 @@ def test_resumed_run_may_change_memory_evaluation_and_length(tmp_path, recipe, s
     changes = [word for each in CHANGES[stage] for word in ("--set", f"stages.{stage}.{each}")]
     finish(recipe, out, *changes)
     assert [n for n, _ in losses_of(out)] == [1, 2, 3]
+    assert "not finished" not in (out / "report.md").read_text()
     found, expected = losses_of(out), losses_of(whole_run)
     assert found[:step] == expected[:step]
     # The schedule of the learning rate ends earlier, which the first resumed step does not show.
@@ -266,6 +268,9 @@ def test_best_checkpoint_is_exported_and_evaluated_while_the_run_trains(tmp_path
     ):
         subprocess.run([sys.executable, "-m", "coprs_deploy", *command], check=True)
     assert process.poll() is None, log_of(out)
+    report = (out / "report.md").read_text()
+    assert f"not finished: {stage} has had " in report
+    assert "Best evaluation of " in report
     process.terminate()
     assert process.wait(timeout=300) == 143
     assert len(losses_of(out)) > 2, "the run did not train on"

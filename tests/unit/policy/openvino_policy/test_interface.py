@@ -17,7 +17,7 @@ from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.errors import InstructionError, RequestTimeoutError
 from coprs_deploy.policy import PolicyRequest, PolicyResult, StopReason, TextDelta
-from coprs_deploy.policy.openvino_policy.graphs import MAX_IDLE_REQUESTS
+from coprs_deploy.policy.openvino_policy.decoder import MAX_IDLE_REQUESTS
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 

@@ -115,6 +115,13 @@ def test_check_run_finds_settings_that_contradict_each_other(found):
     assert "at the end" in warnings["stages.grpo.eval_steps"]
 
 
+def test_check_run_splits_the_completions_of_fewer_prompts_than_processes(found):
+    more = ("stages.supervised.global_batch_size=4", "stages.grpo.global_batch_size=1")
+    assert not found(*more, recipe="grpo", processes=4)[0]
+    errors, _ = found(*more, recipe="grpo", processes=3)
+    assert "accepted: multiples of 3" in errors["stages.grpo"]
+
+
 def test_check_run_with_thresholds_of_masks_that_are_not_decoded_is_an_error(found):
     errors, _ = found(
         "stages.supervised.segmentation_loss_weight=0",

@@ -235,6 +235,27 @@ def test_train_command_with_estimate_prints_it_and_exits_by_fit(capsys):
     assert main(["train", LLAVA_RECIPE, "--estimate", "--gpus", "0"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu-memory", "0"), "--gpu-memory is 0.0; it must be above 0"),
+        (("--gpu-memory", "nan"), "--gpu-memory is nan; accepted: a finite number"),
+        (("--gpus", "7"), "not divisible by 7 processes"),
+        (("--set", "save_steps=9", "--set", "stages.grpo.num_iterations=2"), "multiples of"),
+        (("--set", "stages.grpo.thresholds.giou=93"), "the metric is at most 1"),
+    ],
+)
+def test_estimate_of_a_run_that_cannot_be_names_the_setting(arguments, message, capsys):
+    assert main(["train", "grpo_7b", "--estimate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_estimate_needs_no_package_of_the_training_machine(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    assert main(["train", VLLM_RECIPE, "--estimate"]) == 0
+    assert "computed, not measured" in capsys.readouterr().out
+
+
 def test_estimate_of_a_run_takes_the_sizes_of_its_checkpoint(tmp_path, tiny_checkpoint):
     """The names of sizes are for a checkpoint that is not there yet."""
     examples = list(SceneExamples(PLAIN, 3))

@@ -1,5 +1,6 @@
 """Report of a run: page and plots."""
 
+import math
 import re
 
 import numpy as np
@@ -7,8 +8,14 @@ import pytest
 from PIL import Image
 
 from coprs_deploy.data.examples import Example
+from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.runs.gallery import TILE_PX, Sample, write_gallery
-from coprs_deploy.training.runs.report import page, plot_stage, write_report
+from coprs_deploy.training.runs.report import (
+    page,
+    plot_stage,
+    write_report,
+    write_running_report,
+)
 from coprs_deploy.training.runs.run_directory import RunDirectory
 from coprs_deploy.training.settings import GrpoSettings, SupervisedSettings
 
@@ -74,6 +81,42 @@ def test_write_report_plots_prior_against_mask(tmp_path):
     write_report(RunDirectory(tmp_path), report_of(STAGE) | {"examples": examples}, settings)
     assert (tmp_path / "report.md").is_file()
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["prior_against_mask.png"]
+
+
+def test_running_report_has_the_last_evaluation_and_the_position(tmp_path):
+    """Results of ended stages are kept, best evaluations from before a resume are not."""
+    recipe = load_recipe("grpo_demo", ["stages.grpo.thresholds.giou=0.9"])
+    directory, folder = RunDirectory(tmp_path), tmp_path / "stages" / "grpo"
+    write_running_report(directory, recipe)
+    assert not (tmp_path / "report.md").exists()
+    folder.mkdir(parents=True)
+    (folder / "best.json").write_text('{"step": 2, "value": 0.75}')
+    for step, line in (
+        (0, {"eval/reward": 0.25, "eval/giou": 0.5}),
+        (1, {"loss": 1.0, "reward": 0.5}),
+        (1, {"eval/reward": 0.75, "eval/giou": 0.625}),
+        (2, {"loss": 0.5, "reward": 0.5}),
+    ):
+        write_running_report(directory, recipe)
+        directory.log({"stage": "grpo", "step": step, "seconds": 60.0 * step, **line})
+        directory.log({"stage": "grpo", "step": step, "changed": {"seed": [0, 1]}})
+    text = (tmp_path / "report.md").read_text()
+    assert "1.0 minutes of training, not finished: grpo has had 1 of 25 steps." in text
+    assert "| grpo | 1 | 1.0 | giou | 0.9 | 0.6250 | not yet |" in text
+    assert "| giou | 0.5000 | 0.6250 |" in text
+    assert "Best evaluation" not in text
+    write_running_report(directory, recipe)
+    text = (tmp_path / "report.md").read_text()
+    assert "grpo has had 2 of 25 steps" in text
+    assert "Best evaluation of grpo: step 2, 0.7500." in text
+    assert (tmp_path / "plots" / "grpo.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "report.json").exists(), "it marks the end"
+
+
+def test_page_shows_a_dash_for_an_undefined_metric():
+    assert "| reward | - | 0.7000 |" in page(
+        report_of(STAGE | {"metrics": {"reward": 0.7}, "init_metrics": {"before/reward": math.nan}})
+    )
 
 
 def test_write_report_shows_curves_warnings_and_gallery(tmp_path):

@@ -1,0 +1,87 @@
+"""Streams in threads: one for an event loop, or several at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(
+    events: Generator[T, None, None], abandon: Callable[[], None]
+) -> AsyncGenerator[T, None]:
+    """Run a generator in a thread of its own.
+
+    Args:
+        events: the generator; closed at the end.
+        abandon: called at the end, so that a step that waits can end.
+
+    Yields:
+        What the generator yields.
+    """
+    loop = asyncio.get_running_loop()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    try:
+        while (event := await loop.run_in_executor(thread, next, events, None)) is not None:
+            yield event
+    finally:
+        abandon()
+        # Close in the same thread, after the running step: a generator cannot be closed while it
+        # runs. The event loop must not wait for it.
+        thread.submit(events.close)
+        thread.shutdown(wait=False)
+
+
+def interleave(
+    starts: Sequence[Callable[[], Generator[T, None, None]]], num_threads: int
+) -> Generator[tuple[int, T], None, None]:
+    """Run streams, at most ``num_threads`` at once, and yield their events.
+
+    Args:
+        starts: functions that begin a stream; each is called in the thread of its stream.
+        num_threads: number of streams that run at once.
+
+    Yields:
+        Index of the stream, and its event. The first stream that fails raises, and ends the
+        others. Closing the generator waits for the running step of each stream.
+    """
+    events: SimpleQueue[tuple[int, T] | Future[None]] = SimpleQueue()
+    is_abandoned = threading.Event()
+
+    def run(index: int) -> None:
+        if is_abandoned.is_set():
+            return
+        with closing(starts[index]()) as stream:
+            try:
+                for event in stream:
+                    if is_abandoned.is_set():
+                        return
+                    events.put((index, event))
+            except BaseException:
+                is_abandoned.set()  # the next stream does not begin
+                raise
+
+    num_threads = max(1, min(num_threads, len(starts)))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="instruction") as pool:
+        running = [pool.submit(run, index) for index in range(len(starts))]
+        try:
+            for future in running:
+                future.add_done_callback(events.put)
+            num_left = len(running)
+            while num_left:
+                event = events.get()
+                if isinstance(event, Future):
+                    event.result()
+                    num_left -= 1
+                else:
+                    yield event
+        finally:
+            is_abandoned.set()
+            for future in running:
+                future.cancel()

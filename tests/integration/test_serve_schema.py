@@ -1,0 +1,45 @@
+"""schemathesis against a running server: every response is one that the document declares."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_serve import serving
+
+CHECKS_LEFT_OUT = (
+    "positive_data_acceptance",  # a schema cannot say which bytes are an image
+    "missing_required_header",  # there is none
+)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("key", ["", "secret"])
+def test_running_server_conforms_to_its_document(key, tmp_path):
+    environment = {"COPRS_API_KEY": key} if key else {}
+    arguments = ("--max-upload", "1", "--timeout", "60", "--max-queue-size", "8")
+    with serving(*arguments, **environment) as (server, address):
+        command = [
+            *(Path(sys.executable).with_name("schemathesis"), "run", f"{address}/openapi.json"),
+            *("--checks", "all", "--exclude-checks", ",".join(CHECKS_LEFT_OUT)),
+            *("--max-examples", "20", "--seed", "1", "--request-timeout", "60"),
+            *("--generation-database", "none", "--no-color", "--warnings", "off"),
+            *(("--header", f"Authorization: Bearer {key}") if key else ()),
+        ]
+        clean = {name: value for name, value in os.environ.items() if name != "COPRS_API_KEY"}
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=tmp_path,
+            env=clean,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        print(done.stdout[-20_000:], done.stderr[-2_000:])
+        assert server.poll() is None
+    assert done.returncode == 0
+    assert re.search(r"\d+ passed", done.stdout)
