@@ -49,6 +49,7 @@ def read_run(path: Path) -> dict[str, Any]:
         "share": encoders["student"]["multiply_adds"] / encoders["teacher"]["multiply_adds"],
         "teacher": encoders["teacher"],
         "steps": {name: stage["steps"] for name, stage in stages.items()},
+        "changed_steps": _changed_steps(path / "log.jsonl"),
         "minutes": report["minutes"],
         "images": inputs["images"]["examples"],
         "held_out": inputs["held_out"],
@@ -59,6 +60,17 @@ def read_run(path: Path) -> dict[str, Any]:
     if (path / "evaluation/report.json").is_file():
         row["generated"] = read_evaluation(path / "evaluation")
     return row
+
+
+def _changed_steps(log: Path) -> list[str]:
+    """List changes of the number of steps when a run was resumed, which the log records."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return [
+        f"{key} from {old} to {new} at step {line['step']} of {line['stage']}"
+        for line in map(json.loads, lines)
+        for key, (old, new) in line.get("changed", {}).items()
+        if key.endswith(".max_steps")
+    ]
 
 
 def read_evaluation(path: Path) -> dict[str, float]:
@@ -96,6 +108,7 @@ def render(report: dict[str, Any]) -> str:
             row["run"],
             row["encoder"],
             str(row["seed"]),
+            " + ".join(map(str, row["steps"].values())),
             f"{row['parameters'] / 1e3:,.0f} k",
             f"{row['multiply_adds'] / 1e6:.1f} M",
             f"{row['share']:.3f}",
@@ -110,7 +123,7 @@ def render(report: dict[str, Any]) -> str:
         for row in rows
     ]
     heads = (
-        *("run", "student", "seed", "parameters", "multiply-adds", "of the teacher's"),
+        *("run", "student", "seed", "steps", "parameters", "multiply-adds", "of the teacher's"),
         *("embedding error", "mask IoU with the teacher", "gIoU"),
         *("below the teacher's after the first stage", "at the end", "prior gIoU", "minutes"),
     )
@@ -131,6 +144,11 @@ def render(report: dict[str, Any]) -> str:
         f"![multiply-adds against gIoU]({NAME}.png)",
         "",
         *(f"- {line}" for line in goals(rows)),
+        *(
+            f"- {row['run']} was resumed with {', '.join(row['changed_steps'])}."
+            for row in rows
+            if row["changed_steps"]
+        ),
         *_generated_lines(report),
         "",
         "Made by `python benchmarks/distilled_encoders.py RUN... --out benchmarks/reports`. "
