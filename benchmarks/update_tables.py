@@ -43,6 +43,7 @@ from coprs_deploy.training.planning.estimate import BFLOAT16_BYTES
 
 REPORTS = Path("benchmarks/reports")
 REAL_SIZES = "real-size-policy"
+IMAGE_ENCODERS = "image-encoders"
 ENGINES = Path("engines/records/full-size-engines.json")
 
 MODEL_TAG, POLICY_TAG, PRECISION_TAG = "demo", "openvino-policy", "precision"
@@ -312,6 +313,40 @@ def _measured_encoder(root: Path, tag: str, size: str, runtime: str, precision: 
     return "-"
 
 
+def encoder_times(root: Path, folder: Path) -> list[str]:
+    """Lay out time and memory of every image encoder at full size; nothing without a report."""
+    file = root / REPORTS / f"{IMAGE_ENCODERS}.json"
+    if not file.is_file():
+        return []
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows = report["rows"]
+    graphs = sorted({(row["runtime"], row["precision"]) for row in rows})
+    by_encoder: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for row in rows:
+        by_encoder.setdefault(row["encoder"], {})[row["runtime"], row["precision"]] = row
+    cells = [
+        (
+            SAM_SIZES[encoder].encoder_name,
+            *(_time_and_memory(found.get(graph)) for graph in graphs),
+        )
+        for encoder, found in by_encoder.items()
+    ]
+    heads = (f"{RUNTIME_NAMES[runtime]} {precision}" for runtime, precision in graphs)
+    machine, link = report["machine"], os.path.relpath(file.with_suffix(".md"), folder)
+    title = f"Median time of one image and peak memory, random weights, {machine['processor']}"
+    return [
+        f"{title}, {machine['cores']} cores ([report]({link})):",
+        "",
+        *markdown_table(("image encoder", *heads), cells),
+    ]
+
+
+def _time_and_memory(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{format_ms(row['median_ms'])}, {format_bytes(row['peak_bytes'])}"
+
+
 TABLES: Mapping[str, Callable[[Path, Path], list[str]]] = {
     "speed": speed_table,
     "readme-speed": readme_table,
@@ -322,6 +357,7 @@ TABLES: Mapping[str, Callable[[Path, Path], list[str]]] = {
     "cpu-memory": cpu_memory,
     "cpu-speed": cpu_speed,
     "encoder-memory": encoder_memory,
+    "encoder-times": encoder_times,
 }
 """What writes the table of a name, given the root and the folder of the file."""
 

@@ -1,7 +1,7 @@
 """Precompute SAM's image embeddings for training with a frozen image encoder.
 
-Equal images are stored once. Re-run the same command to resume. Set data.features of a recipe to
-the output directory.
+Equal images are stored once. Re-run the same command to resume. Set data.features of a recipe, or
+features of a distillation, to the output directory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from coprs_deploy.artifacts import check_writable
 from coprs_deploy.checkpoint import read_checkpoint
 from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
-from coprs_deploy.data.readers.registry import SourceOptions, open_source, require_images
+from coprs_deploy.data.readers.registry import SourceOptions, open_images, require_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples",
         metavar="EXAMPLES",
         nargs="+",
-        help="example files or data sets, as in refcoco:train",
+        help="example files, data sets, as in refcoco:train, or folders of images",
     )
     parser.add_argument(
         "--root",
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     checkpoint = read_checkpoint(arguments.checkpoint)
     options = SourceOptions(arguments.root)
-    files = [open_source(source, options) for source in arguments.examples]
+    files = [open_images(source, options) for source in arguments.examples]
     for file in files:
         require_images(file)
     count = sum(len(file) for file in files)

@@ -19,9 +19,17 @@ from coprs_deploy.cli.parser import log, print_result
 from coprs_deploy.console import StepPrinter
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.errors import check_number
+from coprs_deploy.training.distillation.recipe import DistillationRecipe
 from coprs_deploy.training.recipe import Recipe, load_recipe, model_kind, recipe_names
 
-AnyRecipe: TypeAlias = Recipe | CurriculumRecipe
+AnyRecipe: TypeAlias = Recipe | CurriculumRecipe | DistillationRecipe
+
+RECIPE_TYPES: dict[str, type[AnyRecipe]] = {
+    "checkpoint": Recipe,
+    "tiny": CurriculumRecipe,
+    "distilled": DistillationRecipe,
+}
+"""``model.kind`` to the type of a recipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(source: str, settings: list[str]) -> AnyRecipe:
     """Load a recipe of the type that its ``model.kind`` selects."""
-    types: dict[str, type[AnyRecipe]] = {"checkpoint": Recipe, "tiny": CurriculumRecipe}
     kind = model_kind(source)
-    if kind not in types:
-        raise ValueError(f"model.kind is {kind!r}; accepted: {', '.join(types)}")
-    return load_recipe(source, settings, types[kind])
+    if kind not in RECIPE_TYPES:
+        raise ValueError(f"model.kind is {kind!r}; accepted: {', '.join(RECIPE_TYPES)}")
+    return load_recipe(source, settings, RECIPE_TYPES[kind])
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -128,6 +135,14 @@ def _check(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
         with StepPrinter() as steps:
             checked = check_run(recipe, out, count, progress_of(steps))
         problems = checked.problems + check_resume(recipe, out, checked, arguments.allow_change)
+    elif isinstance(recipe, DistillationRecipe):
+        from coprs_deploy.training.distillation import checks
+        from coprs_deploy.training.planning.checks import progress_of
+
+        with StepPrinter() as steps:
+            found = checks.check_distillation(recipe, out, count, progress_of(steps))
+        problems = found.problems
+        problems += checks.check_resume(recipe, out, found, arguments.allow_change)
     else:
         from coprs_deploy.curriculum.checks import check_curriculum
         from coprs_deploy.training.runs.run_directory import RunDirectory
@@ -189,16 +204,21 @@ def _show(report: dict[str, Any], out: Path, arguments: argparse.Namespace) -> i
 def _run_recipe(recipe: AnyRecipe, out: Path, arguments: argparse.Namespace) -> int:
     """Train in this process; return the exit code, 0 if the run ended."""
     scenes_dir = arguments.scenes_dir
-    if isinstance(recipe, Recipe):
-        from coprs_deploy.training.runs.run import train
-
-        if scenes_dir is not None:
-            log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
-        train(recipe, out, arguments.allow_change)
-    else:
+    if isinstance(recipe, CurriculumRecipe):
         from coprs_deploy.curriculum.run import train_curriculum
 
         train_curriculum(recipe, out, scenes_dir, arguments.allow_change)
+        return 0
+    if scenes_dir is not None:
+        log("--scenes-dir is ignored: only recipes of the tiny model keep rendered scenes")
+    if isinstance(recipe, Recipe):
+        from coprs_deploy.training.runs.run import train
+
+        train(recipe, out, arguments.allow_change)
+    else:
+        from coprs_deploy.training.distillation.run import train_distillation
+
+        train_distillation(recipe, out, arguments.allow_change)
     return 0
 
 
@@ -217,6 +237,10 @@ def _export_state(arguments: argparse.Namespace) -> int:
     check_writable(out)
     if isinstance(recipe, Recipe):
         export_state(recipe, run, saved, out)
+    elif isinstance(recipe, DistillationRecipe):
+        from coprs_deploy.training.distillation.run import export_distilled_state
+
+        export_distilled_state(recipe, run, saved, out)
     else:
         from coprs_deploy.curriculum.run import export_tiny_state
 
@@ -236,8 +260,7 @@ def _recipe_of(run: Path) -> AnyRecipe:
             f"{run} has no {RECIPE_FILE}; --export-state takes the directory of a training run"
         )
     data = json.loads(file.read_text(encoding="utf-8"))
-    is_tiny = data["model"]["kind"] == "tiny"
-    return CurriculumRecipe.from_json(data) if is_tiny else Recipe.from_json(data)
+    return RECIPE_TYPES[data["model"]["kind"]].from_json(data)
 
 
 def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
@@ -248,13 +271,22 @@ def _estimate(recipe: AnyRecipe, arguments: argparse.Namespace) -> int:
 
     check_number("--gpus", arguments.gpus, least=1)
     check_number("--gpu-memory", arguments.gpu_memory, above=0, is_whole=False)
-    if not isinstance(recipe, Recipe):
+    gpu = GpuSpec(memory_gb=arguments.gpu_memory)
+    if isinstance(recipe, CurriculumRecipe):
         raise ValueError(
-            "model.kind is 'tiny'; accepted with --estimate: 'checkpoint'. A tiny model trains on "
-            "any machine"
+            "model.kind is 'tiny'; accepted with --estimate: 'checkpoint' and 'distilled'. A tiny "
+            "model trains on any machine"
         )
-    require_none(recipe_problems(recipe, arguments.gpus))
-    found = estimate_run(recipe, arguments.gpus, GpuSpec(memory_gb=arguments.gpu_memory))
+    if isinstance(recipe, DistillationRecipe):
+        from coprs_deploy.checkpoint import read_checkpoint
+        from coprs_deploy.demo import CHECKPOINT
+        from coprs_deploy.training.distillation.estimate import estimate_distillation
+
+        teacher = read_checkpoint(recipe.teacher or CHECKPOINT)
+        found = estimate_distillation(recipe, teacher, arguments.gpus, gpu)
+    else:
+        require_none(recipe_problems(recipe, arguments.gpus))
+        found = estimate_run(recipe, arguments.gpus, gpu)
     print_result(arguments, found.to_json(), estimate_page(found))
     return 0 if found.fits else 1
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from coprs_deploy.artifacts import hash_file
 from coprs_deploy.bundle import CalibrationRecord
+from coprs_deploy.data.readers.image_folder import find_images
 from coprs_deploy.engines.cache import Cache
 from coprs_deploy.errors import ImageSizeError
 from coprs_deploy.images import ResizeTransform, check_valid_region, load_image, prepare_image
@@ -81,22 +81,6 @@ class ProductRange(Record, frozen=True):
 
 Ranges = Mapping[str, ProductRange]
 """Range by the name of the product's module, such as ``blocks.0.attn.qkv``."""
-
-
-def find_images(directory: Path) -> list[Path]:
-    """List the image files in and below a directory, by name.
-
-    Raises:
-        ValueError: there is no such directory.
-    """
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; accepted: a directory of images")
-    suffixes = Image.registered_extensions()
-    return [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
-    ]
 
 
 def find_calibration_images(directory: Path) -> CalibrationImages:

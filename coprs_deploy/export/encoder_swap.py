@@ -13,10 +13,10 @@ from statistics import fmean
 import numpy as np
 
 from coprs_deploy.checkpoint import Checkpoint, load_segmentation_model, read_checkpoint
+from coprs_deploy.data.readers.image_folder import find_images
 from coprs_deploy.engines.runner import Array
 from coprs_deploy.errors import EquivalenceError
 from coprs_deploy.evaluation.metrics import count_pixels, iou
-from coprs_deploy.export.calibration import find_images
 from coprs_deploy.export.equivalence import cosine_similarity, reference_opener, relative_error
 from coprs_deploy.export.samples import RunnerOpener, SampleInput, decode, draw_masked_samples
 from coprs_deploy.images import PreparedImage, load_image, prepare_image

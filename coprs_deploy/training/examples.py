@@ -198,6 +198,13 @@ def _image_problems(
             f"{named(contents.too_long)} an image with an aspect ratio above {MAX_ASPECT_RATIO}, "
             "which no policy accepts; crop or pad it",
         )
+    yield from embedding_problems(where, contents, path, features)
+
+
+def embedding_problems(
+    where: str, contents: Contents, path: str, features: FeatureStore | None
+) -> Iterator[Problem]:
+    """Find images of a source that have no precomputed embedding."""
     if features is not None and contents.without_embedding:
         yield Problem(
             where,

@@ -45,6 +45,9 @@ FREE_TABLES = (
 )
 """Tables whose keys are not fields of a record."""
 
+TAGS = ("kind", "family")
+"""Keys that decide the type of a table."""
+
 SYNONYMS = {
     "lr": "learning_rate",
     "batch_size": "global_batch_size",
@@ -223,13 +226,13 @@ def _nearest_recipe(source: str, names: Sequence[str]) -> str:
 
 
 def _derive(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Apply changes to a recipe: tables are merged, unless their kind changes."""
+    """Apply changes to a recipe: tables are merged, unless their type changes."""
     derived = dict(base)
     for key, value in changes.items():
         old, derived[key] = base.get(key), value
         if not isinstance(old, dict) or not isinstance(value, dict):
             continue
-        if value.get("kind", old.get("kind")) == old.get("kind"):
+        if all(value.get(tag, old.get(tag)) == old.get(tag) for tag in TAGS):
             derived[key] = _derive(old, value)
     return derived
 

@@ -80,10 +80,11 @@ def mean_metrics(
     mine = list(range(num_examples))[accelerator.process_index :: accelerator.num_processes]
     sums: dict[str, Mean] = {}
     objective.eval()
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad():
         for start in range(0, len(mine), batch_size):
             batch = send_to_device(collect(mine[start : start + batch_size]), accelerator.device)
-            output: StageOutput = objective(batch)
+            with accelerator.autocast():  # on a CPU it cannot stack float16 embeddings
+                output: StageOutput = objective(batch)
             for name, mean in output.metrics.items():
                 add_mean(sums, name, mean)
     objective.train()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coprs_deploy.bundle import PolicyQuantization
 from coprs_deploy.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -36,12 +37,16 @@ UNUSED_PARTS = (
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """Policy in memory: transformers model, tokenizer and image processor, and its prompt."""
+    """Policy in memory: transformers model, tokenizer and image processor, and its prompt.
+
+    ``quantization`` says how its weights were quantized; None if they were not.
+    """
 
     model: Any
     tokenizer: Any
     image_processor: Any
     prompt: PromptTemplate
+    quantization: PolicyQuantization | None = None
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the transformers directory.
@@ -102,7 +107,11 @@ class TrainingState:
         """
         policy = self.policy.model.state_dict() if policy_weights is None else policy_weights
         config = CheckpointConfig(
-            self.segmentation.config, self.policy.prompt, self.image_limits, provenance
+            self.segmentation.config,
+            self.policy.prompt,
+            self.image_limits,
+            provenance,
+            self.policy.quantization,
         )
         return write_checkpoint(
             path,

@@ -56,6 +56,23 @@ def test_latest_takes_the_best_machine_and_its_newest_report(tmp_path):
     assert update_tables.latest(tmp_path, "full-size") is None
 
 
+def test_encoder_times_has_a_row_for_each_encoder_and_a_column_for_each_graph(tmp_path):
+    folder = tmp_path / update_tables.REPORTS
+    folder.mkdir(parents=True)
+    assert update_tables.encoder_times(tmp_path, tmp_path / "docs") == []
+    row = {"runtime": "openvino", "precision": "fp32", "median_ms": 560.0, "peak_bytes": 6e8}
+    rows = [row | {"encoder": "vit_h"}, row | {"encoder": "tinyvit_5m", "precision": "int8"}]
+    machine = {"processor": "a processor", "cores": 2}
+    (folder / "image-encoders.json").write_text(json.dumps({"machine": machine, "rows": rows}))
+    lines = update_tables.encoder_times(tmp_path, tmp_path / "docs")
+    assert "(../benchmarks/reports/image-encoders.md)" in lines[0]
+    assert lines[2].startswith("| image encoder | OpenVINO fp32 | OpenVINO int8 |")
+    assert [line.split(" | ")[1:] for line in lines[4:]] == [
+        ["560 ms, 600 MB", "- |"],
+        ["-", "560 ms, 600 MB |"],
+    ]
+
+
 def test_cpu_speed_names_the_machines_and_links_their_reports(tmp_path):
     folder = tmp_path / "docs"
     assert update_tables.cpu_speed(tmp_path, folder)[-1].endswith(" |")

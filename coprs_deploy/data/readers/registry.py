@@ -30,6 +30,7 @@ from coprs_deploy.data.readers.hugging_face import (
     REFERENCE_COLUMNS,
     open_rows_of_hub,
 )
+from coprs_deploy.data.readers.image_folder import ImageFolder, find_images
 from coprs_deploy.data.readers.images import ImageFiles
 from coprs_deploy.data.readers.reasonseg import SPLITS, ReasonSegExamples, has_split
 from coprs_deploy.data.readers.refer import ROOT_VARIABLE, SPLIT_BY, ReferExamples, splits_of
@@ -104,6 +105,26 @@ def open_source(
         if found.problems:
             warnings.warn(found.summary(), stacklevel=2)
     return found
+
+
+def open_images(
+    source: str | Path,
+    options: SourceOptions | None = None,
+    *,
+    inspect: Callable[[Example], None] | None = None,
+    load: ImageLoader = load_image_source,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ExampleSource:
+    """Open the images of a source, for what reads nothing else of its examples.
+
+    ``source`` is a folder with image files in or below it, or a source of :func:`open_source`,
+    whose other arguments and errors these are.
+    """
+    path = Path(source)
+    if path.is_dir() and (paths := find_images(path)):
+        found = ImageFolder(path, paths)
+        return found if inspect is None else _inspected(found, inspect, load, on_progress)
+    return open_source(source, options, inspect=inspect, load=load, on_progress=on_progress)
 
 
 def _inspected(

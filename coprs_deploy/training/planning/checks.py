@@ -78,10 +78,10 @@ def check_run(
     if checkpoint is not None:
         with reporting(problems, "model.path"):
             models = build_on_meta(recipe.model)
-            problems += _multiplier_problems(recipe, parameter_parts(models))
-            estimates = estimate(recipe, num_processes, _device(num_processes), models)
-            problems += _disk_problems(recipe, estimates, out)
-            problems += _memory_problems(estimates)
+            problems += multiplier_problems(recipe.stages, parameter_parts(models))
+            estimates = estimate(recipe, num_processes, available_device(num_processes), models)
+            problems += disk_problems(recipe, estimates, out)
+            problems += memory_problems(estimates)
     data = open_data(recipe, problems, out / IMAGES_FILE, on_progress)
     if checkpoint is not None and data is not None and data.features is not None:
         with reporting(problems, "data.features"):
@@ -109,15 +109,15 @@ def check_resume(
     return problems
 
 
-def progress_of(steps: StepPrinter) -> Progress:
-    """Return a callback that shows the progress of a check."""
+def progress_of(steps: StepPrinter, what: str = "check") -> Progress:
+    """Return a callback that shows the progress of a check, or of other work on examples."""
     shown = ""
 
     def progress(name: str, done: int, total: int) -> None:
         nonlocal shown
         if name != shown:
             shown = name
-            steps(f"check {name}")
+            steps(f"{what} {name}")
         steps.progress(f"{done:,} of {total:,} examples")
 
     return progress
@@ -259,9 +259,9 @@ def _package_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(setting, f"it needs {package}, which is not installed; {hint}")
 
 
-def _multiplier_problems(recipe: Recipe, parts: Set[str]) -> Iterator[Problem]:
+def multiplier_problems(stages: Mapping[str, StageSettings], parts: Set[str]) -> Iterator[Problem]:
     """Find multipliers that no parameter has in its name, so that they have no effect."""
-    for key, stage in recipe.stages.items():
+    for key, stage in stages.items():
         for name in stage.optimizer.lr_multipliers:
             if name not in parts:
                 known = ("policy", "prior", "prompt_encoder", "mask_decoder", "image_encoder")
@@ -272,15 +272,15 @@ def _multiplier_problems(recipe: Recipe, parts: Set[str]) -> Iterator[Problem]:
                 )
 
 
-def _device(num_processes: int) -> GpuSpec:
+def available_device(num_processes: int) -> GpuSpec:
     """Return the memory that a process has: of its GPU, or its share of the machine's."""
     if torch.cuda.is_available():
         return GpuSpec(memory_gb=torch.cuda.get_device_properties(0).total_memory / GIGABYTE)
     return GpuSpec(memory_gb=available_memory_bytes() / num_processes / GIGABYTE)
 
 
-def _disk_problems(
-    recipe: Recipe, estimates: Mapping[str, Estimate], out: Path
+def disk_problems(
+    recipe: RunSettings, estimates: Mapping[str, Estimate], out: Path
 ) -> Iterator[Problem]:
     """Compare the files that a run writes with the free space."""
     needed = largest_directory(estimates)
@@ -296,7 +296,7 @@ def _disk_problems(
         )
 
 
-def _memory_problems(estimates: Mapping[str, Estimate]) -> Iterator[Problem]:
+def memory_problems(estimates: Mapping[str, Estimate]) -> Iterator[Problem]:
     """Name stages whose estimated memory is not there; an estimate refuses no run."""
     for name, one in estimates.items():
         if not one.fits:

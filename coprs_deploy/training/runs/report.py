@@ -134,6 +134,8 @@ def page(report: Mapping[str, Any]) -> str:
             [row for name, result in stages.items() for row in _stage_rows(name, result)],
         ),
     ]
+    if "encoders" in report:
+        lines += ["", *_encoder_table(report["encoders"])]
     for name, result in stages.items():
         before = result.get("init_metrics", {})
         if "before/reward" in before:
@@ -141,7 +143,8 @@ def page(report: Mapping[str, Any]) -> str:
             after = {f"before/{metric}": value for metric, value in result["metrics"].items()}
             lines += _comparison(("before", "after"), before, after)
         elif result.get("metrics") and "generated" not in report:
-            lines += ["", f"Held-out examples, teacher-forced, after {name}:", ""]
+            how = "images" if "encoders" in report else "examples, teacher-forced"
+            lines += ["", f"Held-out {how}, after {name}:", ""]
             shown = {m: v for m, v in result["metrics"].items() if "." not in m}
             lines += markdown_table(
                 ("", "value"), [(_label(m), _number(v)) for m, v in shown.items()]
@@ -154,6 +157,21 @@ def page(report: Mapping[str, Any]) -> str:
         columns = ("generated", "teacher-forced")
         lines += _comparison(columns, report["generated"], report["teacher_forced"])
     return "\n".join(lines) + "\n"
+
+
+def _encoder_table(encoders: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Format the sizes of image encoders."""
+    rows = [
+        (
+            role,
+            cost["encoder"],
+            f"{cost['image_size']}",
+            f"{cost['parameters']:,}",
+            f"{cost['multiply_adds'] / 1e6:,.1f} M",
+        )
+        for role, cost in encoders.items()
+    ]
+    return markdown_table(("", "image encoder", "input, px", "parameters", "multiply-adds"), rows)
 
 
 def _stage_rows(name: str, result: Mapping[str, Any]) -> list[list[str]]:

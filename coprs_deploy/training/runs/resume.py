@@ -31,6 +31,7 @@ FREE_KEYS = (
     *("num_threads", "num_workers", "model.gradient_checkpointing", "model.policy", "model.sam"),
     # Compared by content: see RunDirectory.check_inputs.
     *("model.path", "model.init_from", "data.training", "data.held_out", "data.features"),
+    *("teacher", "images", "examples", "held_out", "features"),
 )
 """Settings that change no result."""
 
@@ -43,7 +44,7 @@ FREE_STAGE_KEYS = (
 """Settings of a stage that change no result, but ``max_steps``: see :func:`schedule_notes`."""
 
 _FIXED = re.compile(
-    r"model\.(kind|freeze_vision_tower|segmentation\..*|policy\..*)"
+    r"model\.(kind|freeze_vision_tower|segmentation\..*|policy\..*|image_encoder(\..*)?)"
     r"|stages\.[^.]+\.(kind|mode|lora\.r|train_image_encoder|init_query_head"
     r"|optimizer\.(name|lr_multipliers(\..*)?))"
 )

@@ -235,14 +235,14 @@ def log_run(run: Run[Recipe], checkpoint: Checkpoint, examples: ExampleSets) -> 
         f"processes: {accelerator.num_processes}, threads: {recipe.num_threads}",
         f"a state and a checkpoint every {recipe.save_steps} steps, the last "
         f"{recipe.save_total_limit} kept; curves: {', '.join(recipe.report_to) or 'none'}",
-        *(_stage_text(name, settings) for name, settings in recipe.stages.items()),
+        *(stage_text(name, settings) for name, settings in recipe.stages.items()),
         sep="\n",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _stage_text(name: str, settings: StageSettings) -> str:
+def stage_text(name: str, settings: StageSettings) -> str:
     """Return batch and evaluations of a stage."""
     evaluations = "evaluation at the end"
     if settings.eval_steps:

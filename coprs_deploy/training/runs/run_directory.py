@@ -198,8 +198,10 @@ class RunDirectory:
             for key, each in changes.items()
         ]
 
-    def check_start(self, checkpoint: Checkpoint) -> str:
+    def check_start(self, checkpoint: Checkpoint, key: str = "model.path") -> str:
         """Return the fingerprint of the checkpoint that the run started from.
+
+        ``key`` is the key of the recipe that names it.
 
         Raises:
             ValueError: it is another one.
@@ -207,7 +209,7 @@ class RunDirectory:
         found = checkpoint.fingerprint()
         file = self.path / INPUTS_FILE
         recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if recorded.get("model.path", found) != found:
+        if recorded.get(key, found) != found:
             raise ValueError(
                 f"{self.path} started from another checkpoint than {checkpoint.path} is now; "
                 "restore it"

@@ -1,5 +1,7 @@
 """Light image encoders in every precision and runtime: graphs, roundings, int8, overflow."""
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -13,7 +15,7 @@ from coprs_deploy.engines.trt.build import BuildSettings, build_engine_bytes
 from coprs_deploy.errors import EquivalenceError, RuntimeUnavailableError
 from coprs_deploy.export import ExportOptions, export_checkpoint
 from coprs_deploy.export.calibration import find_calibration_images
-from coprs_deploy.export.equivalence import cosine_similarity, relative_error
+from coprs_deploy.export.equivalence import cosine_similarity, relative_error, summarize
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.precision import (
     BF16,
@@ -27,6 +29,7 @@ from coprs_deploy.export.precision import (
 )
 from coprs_deploy.export.samples import sample_inputs
 from coprs_deploy.export.tolerances import TOLERANCES
+from coprs_deploy.models.layers import LayerNorm2d
 from coprs_deploy.specs import IMAGE_ENCODER, OptimizationProfile, graph_specs
 from tests.unit.light_encoders import SAM, write_light_checkpoint
 
@@ -159,6 +162,14 @@ def test_engine_is_built_without_gpu(exported):
         assert len(memoryview(built.data)) > 10_000
 
 
+def normalize_in_single_operations(self, x):
+    """Compute LayerNorm2d as in segment-anything, whose sum of squares overflows float16."""
+    mean = x.mean(1, keepdim=True)
+    variance = (x - mean).pow(2).mean(1, keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + self.eps)
+    return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
 class TestHalfPrecisionOverflow:
     """MobileSAM is publicly reported wrong in TensorRT's float16 (NanoSAM's README)."""
 
@@ -198,6 +209,25 @@ class TestHalfPrecisionOverflow:
         exported, paths = graphs
         found = self.rounded(exported, paths[500.0], "kept")
         exported.assert_within(found, "tensorrt-rtx", FP16)
+
+    def test_normalization_in_single_half_operations_fails_the_check(self, graphs, monkeypatch):
+        """The reported error: MobileSAM exports the neck's normalization as single operations."""
+        exported, paths = graphs
+        tolerance = TOLERANCES["tensorrt-rtx", FP16][IMAGE_ENCODER]
+        expected = [exported.expected]
+        kept = self.rounded(exported, paths[500.0], "kept")
+        assert summarize(IMAGE_ENCODER, [kept], expected, tolerance).passed
+        monkeypatch.setattr(LayerNorm2d, "forward", normalize_in_single_operations)
+        encoder, folder = copy.deepcopy(exported.model.image_encoder), exported.folder
+        with torch.no_grad():
+            encoder.neck[0].weight *= 500  # which the normalization cancels
+        source = folder / "single.onnx"
+        write_graph(encoder, exported.spec, source, {}, precision=FP32, scratch=folder)
+        exported.assert_within(exported.run(source), "onnxruntime", FP32)  # in float32 it is right
+        with np.errstate(all="ignore"):
+            wrong = self.rounded(exported, source, "single")
+            record = summarize(IMAGE_ENCODER, [wrong], expected, tolerance)
+        assert not record.passed
 
     def test_overflow_of_float16_shows_in_the_rounded_graph(self, graphs):
         exported, paths = graphs

@@ -54,9 +54,11 @@ def test_recipe_survives_json(source):
     assert recipe.stages
 
 
-def test_package_has_the_eight_recipes():
-    expected = ["demo", "demo_truncated", "full", "full_further", "full_truncated"]
-    assert recipe_names() == [*expected, "grpo_7b", "grpo_demo", "supervised_7b"]
+def test_package_has_the_recipes():
+    supervised = ["full", "full_further", "full_truncated"]
+    distill = ["distill", "distill_demo", "distill_masks"]
+    checkpoint = ["grpo_7b", "grpo_demo", "supervised_7b"]
+    assert recipe_names() == ["demo", "demo_truncated", *distill, *supervised, *checkpoint]
 
 
 @pytest.mark.parametrize("source", LAB_RECIPES, ids=recipe_id)
