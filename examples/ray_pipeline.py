@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     instructions = (instruction, "the leftmost circle", "the topmost triangle")
     path = str(Path(image).absolute())
     rows = [{"id": each, "image_path": path, "instruction": each} for each in instructions]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(include_dashboard=False, log_to_driver=False)  # address="auto" joins a cluster
     try:
         found = ray.data.from_items(rows).map_batches(
             SegmentBatch,  # the demo model; fn_constructor_kwargs={"bundle": "bundle"} loads yours
@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> int:
             batch_size=8,
             num_cpus=1,
         )
+        found = found.materialize()
         found.write_parquet("segmented")
-        results = ray.data.read_parquet("segmented").take_all()
+        results = found.take_all()
     finally:
         ray.shutdown()
     for result in results:
