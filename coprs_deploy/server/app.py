@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.staticfiles import StaticFiles
 
@@ -137,7 +138,8 @@ def build_app(
     else:
         app.include_router(protected)
     add_document(app)
-    paths = frozenset({"/", "/openapi.json", "/segment", *_paths(public)})
+    app.state.methods = _methods(public, protected)
+    paths = frozenset({"/openapi.json", *app.state.methods})
     app.state.metrics = ServerMetrics(coprs, app.state.image_memory, paths)
     app.add_middleware(
         RequestGuard,
@@ -248,8 +250,13 @@ def _page(name: str) -> Response:
     return HTMLResponse(PAGE.joinpath(name).read_text("utf-8"), headers=PAGE_HEADERS)
 
 
-def _paths(router: APIRouter) -> set[str]:
-    return {str(getattr(route, "path", "")) for route in router.routes}
+def _methods(*routers: APIRouter) -> dict[str, set[str]]:
+    """Return the methods of each path."""
+    methods: dict[str, set[str]] = {}
+    for route in (each for router in routers for each in router.routes):
+        assert isinstance(route, APIRoute)
+        methods.setdefault(route.path, set()).update(route.methods)
+    return methods
 
 
 def _read_samples() -> list[SampleBody]:

@@ -88,7 +88,15 @@ async def _not_routed(request: Request, error: Exception) -> Response:
         message = f"{place}: {NOT_FOUND}"
     else:
         message = f"{place}: {error.detail}; {FIELDS}"
-    return _request_error(request, message, error.status_code, error.headers)
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return _request_error(request, message, error.status_code, headers)
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods of a path; those of a file if it is none of the interface."""
+    path = request.scope["path"].removeprefix(request.scope["root_path"])
+    methods: set[str] = request.app.state.methods.get(path) or {"GET", "HEAD"}
+    return ", ".join(sorted(methods))
 
 
 def _request_error(request: Request, message: str, status: int, headers: Any = None) -> Response:

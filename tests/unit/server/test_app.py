@@ -309,7 +309,9 @@ class TestRefusals:
             assert message.startswith(f"{method} {path}: Not found. Endpoints: GET /, /docs, ")
             documented = client.get("/openapi.json").json()["paths"]
             assert all(each in message for each in documented)
-        assert client.get("/segment").headers["allow"] == "POST"
+        paths = ("/segment", "/health", "/samples", "/", "/page/app.js")
+        allowed = [client.put(path).headers["allow"] for path in paths]
+        assert allowed == ["POST", *["GET, HEAD"] * 4]
 
     def test_malformed_multipart_is_refused(self, connect):
         client, _ = connect()
