@@ -13,7 +13,6 @@ import psutil
 from ray.cluster_utils import Cluster
 
 MEMORY_BYTES = 100 * 2**20
-ADDRESS = "127.0.0.1"
 
 
 def actors():
@@ -27,7 +26,7 @@ def actors():
 
 
 def main():
-    node = {"object_store_memory": MEMORY_BYTES, "node_ip_address": ADDRESS}
+    node = {"object_store_memory": MEMORY_BYTES}
     head = {**node, "num_cpus": int(sys.argv[1]), "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     print(cluster.address, flush=True)
