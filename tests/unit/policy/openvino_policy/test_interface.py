@@ -17,6 +17,7 @@ from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.errors import InstructionError, RequestTimeoutError
 from coprs_deploy.policy import PolicyRequest, PolicyResult, StopReason, TextDelta
+from coprs_deploy.policy.openvino_policy import graphs as graphs_module
 from coprs_deploy.policy.openvino_policy.decoder import MAX_IDLE_REQUESTS
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
@@ -79,12 +80,32 @@ def test_a_second_target_after_the_first_gives_the_response_of_transformers(poli
     assert found.concentrations.shape == expected.concentrations.shape
 
 
+@pytest.fixture(scope="module", params=["exact", "rounded"])
+def drafting(request, policies):
+    """Policy and the difference that drafts may make to a hidden state.
+
+    On processors with int8 units the inputs of products are rounded to int8 too, and differently
+    for several rows than for one.
+    """
+    if request.param == "rounded":
+        yield policies[0], 1e-2
+        return
+    bundle = open_bundle(demo.BUNDLE)
+    record = bundle.manifest.policy
+    source = (record.prompt, record.min_pixels, record.max_pixels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs_module, "COMPRESSED", graphs_module.EXACT)
+        policy = OpenVinoPolicy(bundle.path / POLICY_GRAPHS_DIRECTORY, *source)
+    with policy:
+        yield policy, 1e-4
+
+
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("max_targets", [1, 3])
 def test_drafts_change_no_token_and_hardly_a_state(
-    policies, examples, monkeypatch, index, max_targets
+    drafting, examples, monkeypatch, index, max_targets
 ):
-    graphs, example = policies[0], examples[index]
+    (graphs, tolerance), example = drafting, examples[index]
     monkeypatch.setattr(graphs, "drafts_tail", False)
     _, plain = ask(graphs, example.image, example.instruction, max_targets=max_targets)
     for tail, lookup in ((True, 0), (False, 4), (True, 4)):
@@ -94,7 +115,7 @@ def test_drafts_change_no_token_and_hardly_a_state(
         assert found.token_ids == plain.token_ids
         assert found.num_passes < plain.num_passes or index == 3
         difference = np.abs(found.concentrations - plain.concentrations).max(initial=0)
-        assert difference <= 1e-4 * np.abs(plain.concentrations).max(initial=1)
+        assert difference <= tolerance * np.abs(plain.concentrations).max(initial=1)
 
 
 @pytest.mark.parametrize("limit", [0, 5, 60])
