@@ -456,7 +456,7 @@ async def _load(
                 events = coprs.astream(scene, instruction, targets)
                 async for _ in events:
                     break
-                await events.aclose()  # type: ignore[attr-defined]
+                await events.aclose()
                 return "abandoned"
             answer = await coprs.asegment(scene, instruction, targets)
         expected = alone[(scene.tobytes(), instruction, targets)]

@@ -255,7 +255,7 @@ def _methods(*routers: APIRouter) -> dict[str, set[str]]:
     methods: dict[str, set[str]] = {}
     for route in (each for router in routers for each in router.routes):
         assert isinstance(route, APIRoute)
-        methods.setdefault(route.path, set()).update(route.methods)
+        methods.setdefault(route.path, set()).update(route.methods or ())
     return methods
 
 
