@@ -7,9 +7,9 @@ Starts `coprs-deploy serve` and `plain_server.py`, the peer, on free loopback po
 raises the rate of an open loop of requests (Poisson arrivals, images of 128 x 128 to 4000 x 3000
 pixels, some clients leave) until a server no longer keeps up; both get the same rates in turn. Part
 `memory` sends mixed requests to both for 20 minutes, with bad bodies and slow clients, and fits the
-slope of the memory. Each part is added to the report of the day: JSON, Markdown and a chart. Exit
-code 1 if `coprs-deploy serve` loses a request, refuses one without a full queue or Retry-After,
-keeps requests after a load, or if its memory grows by more than 2 % over the last half.
+slope of the memory. Each part is added to the report of this kind of machine: JSON, Markdown and a
+chart. Exit code 1 if `coprs-deploy serve` loses a request, refuses one without a full queue or
+Retry-After, keeps requests after a load, or if its memory grows by over 2 % in the last half.
 """
 
 from __future__ import annotations
@@ -428,8 +428,9 @@ def main(arguments: Sequence[str]) -> int:
     command = shlex.join(["python", "benchmarks/server_load.py", *arguments])
     measured = {"command": command, "seed": given.seed, **measured}
     machine = machine_record()
-    path = given.out / f"{NAME}-{machine.kind}-{date.today().isoformat()}.json"
+    path = given.out / f"{NAME}-{machine.kind}.json"
     report = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    measured["date"] = date.today().isoformat()
     report |= {"suite": NAME, "machine": machine.to_json(), given.part: measured}
     write_json(path, report)
     write_outputs(path, report)

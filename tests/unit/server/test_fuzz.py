@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.config import SchemathesisConfig
 
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.runtime import CoPRS
@@ -22,13 +23,19 @@ load_all_checks()
 # A schema cannot say which bytes are an image, nor that a text is not blank.
 CHOSEN = [check for check in CHECKS.get_all() if check.__name__ != "positive_data_acceptance"]
 
+REFUSALS = [400, 401, 404, 405, 406, 413, 415, 422, 429]
+CONFIG = SchemathesisConfig.from_dict(
+    {"checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}}}
+)
+
 
 @pytest.fixture(scope="module")
 def operations():
     """Return the operations of the OpenAPI document, bound to the application."""
     graphs = SegmentationGraphs({name: FakeRunner(name) for name in SPECS})
     with CoPRS(graphs, FakePolicy(found=1), GEOMETRY) as coprs:
-        document = schemathesis.openapi.from_asgi("/openapi.json", build_app(coprs, MAX_BYTES))
+        app = build_app(coprs, MAX_BYTES)
+        document = schemathesis.openapi.from_asgi("/openapi.json", app, config=CONFIG)
         yield [operation.ok() for operation in document.get_all_operations()]
 
 
