@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     instructions = (instruction, "the leftmost circle", "the topmost triangle")
     path = str(Path(image).absolute())
     rows = [{"id": each, "image_path": path, "instruction": each} for each in instructions]
-    ray.init(include_dashboard=False, log_to_driver=False)  # address="auto" joins a cluster
+    ray.init("local", include_dashboard=False, log_to_driver=False)  # "auto" joins a cluster
     try:
         found = ray.data.from_items(rows).map_batches(
             SegmentBatch,  # the demo model; fn_constructor_kwargs={"bundle": "bundle"} loads yours

@@ -103,6 +103,13 @@ class SegmentBatch(Closeable):
         """
         if isinstance(rows, Mapping):
             return self._segment_columns(rows)
+        return self._segment_rows(rows)
+
+    def close(self) -> None:
+        """Free graphs and policy."""
+        self._coprs.close()
+
+    def _segment_rows(self, rows: Sequence[InputRow]) -> list[OutputRow]:
         groups = group_by_image(rows)
         if self._coprs.answers_together and self.concurrency == 1:
             done = list(self._segment_together(groups.values()))
@@ -111,13 +118,9 @@ class SegmentBatch(Closeable):
         by_number = {row.row: row for row in done}
         return [by_number[row.row] for row in rows]
 
-    def close(self) -> None:
-        """Free graphs and policy."""
-        self._coprs.close()
-
     def _segment_columns(self, batch: Mapping[str, Sequence[Any]]) -> Any:
         rows, indices = batch_rows(batch, self._columns)
-        table = to_table(self(rows))
+        table = to_table(self._segment_rows(rows))
         for name, values in batch.items():
             is_image = name == self._columns.image_column or name in IMAGE_COLUMNS
             if name not in table.column_names and not is_image:

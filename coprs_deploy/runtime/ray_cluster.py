@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,9 @@ def connect(address: str | None) -> Any:
     ray = import_ray()
     if not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            # Without an address, Ray takes the cluster that was started last, even if it has ended.
+            found = address or os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise CoPRSError(
                 f"Ray cannot be used at {address or 'this machine'}: {error}; start a cluster with "

@@ -1,10 +1,12 @@
 """``SegmentBatch``: rows in, rows out."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from coprs_deploy.batch import InputRow, SourceColumns, segment_batch
+from coprs_deploy.batch import InputRow, SegmentBatch, SourceColumns, segment_batch
 from coprs_deploy.batch.segment_batch import bundle_fingerprint, group_by_image
 from coprs_deploy.data.rle import decode_mask
 from coprs_deploy.version import __version__
@@ -178,3 +180,17 @@ def test_batch_of_columns_takes_fixed_instructions_and_named_columns(opener, ima
     assert table["image_id"].to_pylist() == ["9", "9"]
     assert "file" not in table.column_names
     assert batch({"file": []}).num_rows == 0
+
+
+def test_batch_of_columns_runs_in_the_one_thread_that_ray_data_gives_a_class(opener, images):
+    """Ray Data overrides ``__call__`` to send each call to a single thread."""
+    with ThreadPoolExecutor(1) as thread:
+
+        class InOneThread(SegmentBatch):
+            def __call__(self, rows):
+                return thread.submit(SegmentBatch.__call__, self, rows).result(timeout=20)
+
+        batch, _ = opener()
+        batch.__class__ = InOneThread
+        table = batch({"image": [str(images / "a.png")], "instruction": ["a ring"]})
+    assert table["found"].to_pylist() == [True]
