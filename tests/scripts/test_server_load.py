@@ -94,7 +94,7 @@ def short(monkeypatch):
     monkeypatch.setattr(load, "slope_growth", lambda *_: (0.0, 0.0))  # seconds show no slope
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_overload_is_refused_and_leaves_nothing_behind(short, tmp_path):
     arguments = ["--seconds", "1", "--levels", "2", "--max-queue-size", "2", "--no-peer"]
     assert load.main(["--out", str(tmp_path), *arguments]) == 0
@@ -109,7 +109,7 @@ def test_overload_is_refused_and_leaves_nothing_behind(short, tmp_path):
 
 
 @pytest.mark.peer
-@pytest.mark.slow
+@pytest.mark.extended
 def test_both_servers_answer_the_same_masks_to_mixed_requests(short, tmp_path):
     arguments = ["--part", "memory", "--minutes", "0.05", "--max-queue-size", "64"]
     assert load.main(["--out", str(tmp_path), *arguments]) == 0
