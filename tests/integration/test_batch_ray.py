@@ -205,11 +205,14 @@ def test_segment_batch_runs_in_map_batches(local, table):
     """The public class in a pipeline of Ray Data gives the rows of the verb."""
     program = """
 import json, sys
+from pathlib import Path
 import ray
 from coprs_deploy.batch import SegmentBatch
 
 ray.init(address=sys.argv[1], log_to_driver=False)
 lines = [json.loads(line) for line in open(sys.argv[2])]
+for line in lines:  # an actor has another working directory
+    line["image"] = str(Path(line["image"]).absolute())
 rows = [{"id": str(n), **line} for n, line in enumerate(lines[:16])]
 found = ray.data.from_items(rows).map_batches(
     SegmentBatch, concurrency=2, num_cpus=1, batch_size=8, batch_format="numpy"
