@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -17,6 +17,9 @@ from coprs_deploy.server.api_keys import ApiKeys, KeyLimitError
 from coprs_deploy.server.request_record import RequestRecord
 
 MIB = 1 << 20
+
+LINGER_S = 5.0
+"""How long the rest of a refused request may arrive before the connection is closed."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if Headers(scope=scope).get("connection", "").lower() == "close":
+            receive, send = _lingering(receive, send)
         try:
             with self._admitted(scope):
                 await self._forward({**scope, "root_path": self._root_path}, receive, send)
@@ -151,6 +156,35 @@ class RequestGuard:
             "larger --max-upload"
         )
         raise _RefusedError(413, "TooLarge", message)
+
+
+def _lingering(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Discard what a client still sends of a refused request before its connection is closed.
+
+    A client that has not read its response would otherwise find the connection reset, and the
+    response gone.
+    """
+    is_received = False
+
+    async def tracked_receive() -> Message:
+        nonlocal is_received
+        message = await receive()
+        is_received = not message.get("more_body", False)
+        return message
+
+    async def lingering_send(message: Message) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if not is_last or is_received:
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not is_received:
+                    await tracked_receive()
+        await send({"type": "http.response.body"})
+
+    return tracked_receive, lingering_send
 
 
 class _ClientStalledError(Exception):

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import uvicorn
+from starlette.responses import JSONResponse
 
 from coprs_deploy.server.connection import TimedConnection
+from coprs_deploy.server.request_guard import RequestGuard
 from tests.unit.runtime_fakes import WAIT
 
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4\r\n\r\n"
@@ -24,7 +26,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
-def answers(*pieces, pause_s=0.0):
+def answers(*pieces, pause_s=0.0, app=app):
     """Send pieces of a request to a server and return all that it sends until it closes."""
 
     async def exchange():
@@ -82,3 +84,22 @@ def test_request_that_is_served_for_longer_is_not_cut():
     answer = answers(HEAD, b"body", pause_s=0.3)
     assert answer.startswith(b"HTTP/1.1 200")
     assert answer.endswith(b"body")
+
+
+def test_refusal_is_read_by_a_client_that_sends_a_large_body_first():
+    async def full(scope, receive, send):
+        await JSONResponse({"type": "QueueFullError"}, 503)(scope, receive, send)
+
+    guard = RequestGuard(
+        full,
+        max_bytes=1 << 24,
+        api_keys=None,
+        root_path="",
+        stall_timeout_s=WAIT,
+        min_bytes_per_s=1,
+    )
+    num_bytes = 1 << 23
+    head = HEAD.replace(b"Length: 4", b"Length: %d" % num_bytes)
+    answer = answers(head, *[bytes(1 << 20)] * 8, pause_s=0.02, app=guard)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert answer.endswith(b'{"type":"QueueFullError"}')

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import threading
 
 import pytest
@@ -147,7 +148,7 @@ def test_client_that_leaves_during_its_body_ends_its_request(build, caplog):
     exchange.messages.append({"type": "http.disconnect"})
     asyncio.run(exchange.run(app))
     assert exchange.sent == []
-    assert caplog.records == []
+    assert not any(record.levelno >= logging.WARNING for record in caplog.records)
     assert coprs.num_active == 0
 
 
