@@ -172,8 +172,11 @@ def _draw_latencies(axes: Any, report: Mapping[str, Any]) -> None:
             times = [_seconds(level[quantile]) for level in levels]
             label = f"{name}, {quantile}"
             axes.plot(offered, times, style, marker=".", color=color, label=label)
+    from matplotlib.ticker import LogLocator
+
     axes.set(xlabel="offered requests per second", ylabel="latency in seconds", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
 
 
