@@ -44,7 +44,7 @@ def test_example_of_a_client_uses_a_server(tmp_path):
     assert "score 0.9" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_example_of_ray_writes_files(tmp_path):
     pytest.importorskip("ray.data")
     shown = run("ray_pipeline.py", tmp_path, SCENE, INSTRUCTION)
