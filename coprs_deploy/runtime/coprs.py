@@ -374,8 +374,8 @@ class CoPRS(Closeable):
     ) -> list[SegmentationResult | Exception]:
         """Segment requests of which all are known, as fast as possible together.
 
-        All images are in memory at once. The masks may differ from those of :meth:`segment` in
-        single pixels, because sums are rounded in another order.
+        All images are in memory at once, and the queue does not count the requests. Hidden states
+        are those of :meth:`segment` but for roundings, which may move the edge of a mask.
 
         Args:
             requests: pairs of image and instruction; requests on one image, which must be the
@@ -391,14 +391,20 @@ class CoPRS(Closeable):
         options = RequestOptions(max_targets, max_new_tokens, **limits)
         done: dict[int, SegmentationResult | Exception] = {}
         prepared: dict[int, _Prepared] = {}
+        shared: dict[int, DecodedImage] = {}  # by identity of the given image
         start = time.perf_counter()
         with ExitStack() as releases:
-            for number, (image, instruction) in enumerate(requests):
+            for number, (given, instruction) in enumerate(requests):
+                image = shared.get(id(given), given)
                 try:
-                    prepared[number] = self._prepare(image, instruction, options, start, start)
-                    releases.callback(prepared[number].pending.release)
+                    request = self._prepare(image, instruction, options, start, start)
                 except Exception as error:
                     done[number] = error
+                    continue
+                releases.callback(request.pending.release)
+                prepared[number] = request
+                pending = replace(request.pending, is_cached=True)
+                shared.setdefault(id(given), replace(request.image, embedding=pending))
             numbers, policy_start = list(prepared), time.perf_counter()
             answers = self._policy.answer_together([prepared[n].request for n in numbers])
             for index, answer in answers:

@@ -32,6 +32,16 @@ def test_results_are_in_the_order_of_the_requests(build):
     assert found[1].timings.total_ms > 0
 
 
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_requests_on_one_image_share_its_embedding_without_a_cache(build, is_decoded):
+    coprs, runners = build(FakePolicy(), max_cached_images=0)
+    image = coprs.decode(image_of()) if is_decoded else image_of()
+    found = coprs.segment_together([(image, "a"), (image, "b"), (image, "c")])
+    assert [result.found for result in found] == [True] * 3
+    assert runners["image_encoder"].calls == 1
+    assert not coprs._cache._num_waiting
+
+
 def test_error_is_the_result_of_its_request(build):
     coprs, _ = build(FakePolicy())
     found = coprs.segment_together(
