@@ -1,8 +1,9 @@
-"""Compare a policy's responses and decoding time with and without drafts, over many scenes.
+"""Compare a policy's responses and decoding time with drafts and without, over many scenes.
 
 Every response must be equal, token by token. Times are processor times of this process, from the
 first token on, so that other processes disturb them little. Without a bundle the demo model is
-measured, with OpenVINO and with transformers.
+measured, with OpenVINO and with transformers. The mode ``static`` is transformers' static decoding,
+without drafts.
 
   python benchmarks/policy_drafts.py --count 1000
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,14 @@ from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.policy_loading import open_policy
 
-MODES = {"none": (False, 0), "tail": (True, 0), "lookup": (False, 1), "tail and lookup": (True, 1)}
+STATIC = "static"
+MODES = {
+    "none": (False, 0),
+    "tail": (True, 0),
+    "lookup": (False, 1),
+    "tail and lookup": (True, 1),
+    STATIC: (False, 0),
+}
 """Whether the tail, and whether earlier text, is drafted."""
 
 
@@ -39,28 +48,31 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--policy", choices=("openvino", "transformers"), action="append")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="plain")
     parser.add_argument(
-        "--drafts",
+        "--modes",
         type=lambda text: text.split(","),
-        default=[*MODES],
-        help=f"modes to compare, with a comma; the first is none (default: {','.join(MODES)})",
+        default=[mode for mode in MODES if mode != STATIC],
+        help=f"some of {','.join(MODES)}; the first is none (default: all but {STATIC})",
     )
     parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
     parser.add_argument("--num-no-match", type=int, default=0)
     parser.add_argument("--max-targets", type=int, default=1)
     parser.add_argument("--lookup", type=int, default=4, help="length of a draft (default: 4)")
     parsed = parser.parse_args(arguments)
-    if parsed.drafts[0] != "none" or not MODES.keys() >= set(parsed.drafts):
-        raise ValueError(f"--drafts is {parsed.drafts}; accepted: none, and others of {[*MODES]}")
+    libraries = parsed.policy or ("openvino", "transformers")
+    if parsed.modes[0] != "none" or not MODES.keys() >= set(parsed.modes):
+        raise ValueError(f"--modes is {parsed.modes}; accepted: none, and others of {[*MODES]}")
+    if STATIC in parsed.modes and "openvino" in libraries:
+        raise ValueError(f"--modes has {STATIC}; accepted with --policy transformers only")
     results = [
         result
-        for library in parsed.policy or ("openvino", "transformers")
+        for library in libraries
         for result in _measure(parsed, library)
     ]
-    heads = ("policy", "drafts", "equal", "tokens per pass", "decode p50", "saved")
+    heads = ("policy", "mode", "equal", "tokens per pass", "decode p50", "saved")
     rows = [
         (
             r["policy"],
-            r["drafts"],
+            r["mode"],
             f"{r['equal']} of {r['count']}",
             f"{r['tokens_per_pass']:.2f}",
             format_ms(r["decode_ms"]),
@@ -76,14 +88,20 @@ def main(arguments: list[str]) -> int:
 def _measure(parsed: argparse.Namespace, library: str) -> list[dict[str, Any]]:
     """Ask about each scene in each mode in turn, so that a busy moment meets all of them."""
     examples = held_out_examples(PRESETS[parsed.preset], parsed.count, parsed.num_no_match)
-    found: dict[str, list[tuple[PolicyResult, float]]] = {mode: [] for mode in parsed.drafts}
-    with open_policy(open_bundle(parsed.bundle), RuntimeOptions(), library) as policy:
-        assert isinstance(policy, GreedyPolicy)
+    found: dict[str, list[tuple[PolicyResult, float]]] = {mode: [] for mode in parsed.modes}
+    bundle = open_bundle(parsed.bundle)
+    with ExitStack() as stack:
+        opened = {False: stack.enter_context(open_policy(bundle, RuntimeOptions(), library))}
+        if STATIC in found:
+            options = RuntimeOptions(policy=library, static_decoding=True)
+            opened[True] = stack.enter_context(open_policy(bundle, options, library))
         for number, example in enumerate(examples):
             request = PolicyRequest(example.image, example.instruction, parsed.max_targets)
             first = number % len(found)
             order = [*found][first:] + [*found][:first]
             for mode in order:
+                policy = opened[mode == STATIC]
+                assert isinstance(policy, GreedyPolicy)
                 policy.drafts_tail, has_lookup = MODES[mode]
                 policy.prompt_lookup_num_tokens = parsed.lookup * has_lookup
                 stream = policy.stream(request)
@@ -97,7 +115,7 @@ def _measure(parsed: argparse.Namespace, library: str) -> list[dict[str, Any]]:
     return [
         {
             "policy": library,
-            "drafts": mode,
+            "mode": mode,
             "count": len(plain),
             "equal": sum(
                 r.token_ids == p.token_ids for (r, _), p in zip(pairs, plain, strict=True)

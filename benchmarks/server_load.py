@@ -1,12 +1,14 @@
-"""Load test of the HTTP server: latency and throughput up to saturation, refusals, memory.
+"""Load test of the HTTP server: latency and throughput up to saturation, deadlines, memory.
 
     python benchmarks/server_load.py --out benchmarks/reports --part load
+    python benchmarks/server_load.py --out benchmarks/reports --part deadlines --no-peer
     python benchmarks/server_load.py --out benchmarks/reports --part memory --minutes 20
 
 Starts `coprs-deploy serve` and `plain_server.py`, the peer, on free loopback ports. Part `load`
 raises the rate of an open loop of requests (Poisson arrivals, images of 128 x 128 to 4000 x 3000
 pixels, some clients leave) until a server no longer keeps up; both get the same rates in turn. Part
-`memory` sends mixed requests to both for 20 minutes, with bad bodies and slow clients, and fits the
+`deadlines` sends requests with `deadline_ms` at shares of the capacity without one, and counts those
+that were answered in time, to the client's clock. Part `memory` sends mixed requests to both for 20 minutes, with bad bodies and slow clients, and fits the
 slope of the memory. Each part is added to the report of this kind of machine: JSON, Markdown and a
 chart. Exit code 1 if `coprs-deploy serve` loses a request, refuses one without a full queue or
 Retry-After, keeps requests after a load, or if its memory grows by over 2 % in the last half.
@@ -28,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import IO, Any
@@ -75,6 +77,10 @@ LOAD_KINDS = {"json": 7, "stream": 2, "abort": 1}
 MEMORY_KINDS = {"json": 10, "stream": 5, "abort": 3, "bad": 3, "health": 2, "slow": 1}
 
 NUM_CALIBRATION_CLIENTS, CALIBRATION_S = 2, 6.0
+DEADLINES_MS = (100.0, 200.0, 400.0, 800.0)
+DEADLINE_RATES = (0.3, 0.6, 0.9)
+"""Rates of part `deadlines` over the capacity without a deadline."""
+
 LOWEST, HIGHEST = 0.25, 1.5
 """First rate over the smaller capacity; last rate of a server over its own."""
 
@@ -102,6 +108,7 @@ class Server:
 
     name: str
     process: psutil.Process
+    address: str
     traffic: Traffic
 
     @property
@@ -314,6 +321,34 @@ def load_failures(
     return found
 
 
+async def run_deadlines(
+    server: Server, queries: Sequence[Query], capacity: float, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Send requests with each deadline at each rate."""
+    levels = []
+    for deadline_ms in (None, *given.deadline_ms):
+        asked = [replace(query, deadline_ms=deadline_ms) for query in queries]
+        traffic = Traffic(server.address, Mix(asked, {"json": 1}), given.seed)
+        for share in DEADLINE_RATES:
+            exchanges = await traffic.run(share * capacity, given.seconds)
+            record = level_record(exchanges, share * capacity, given.seconds)
+            record |= {"deadline_ms": deadline_ms, "share": share}
+            if deadline_ms is not None:
+                record["in_time"] = in_time(exchanges, deadline_ms, given.seconds)
+            levels.append(record)
+            print(f"{deadline_ms or 'no deadline'}: {level_words(record)}", flush=True)
+            await drained(traffic)
+    failed = [f"at {r['rate']:.2f}/s: {r['lost'][0]}" for r in levels if r["lost"]]
+    return {"seconds": given.seconds, "levels": levels, "failures": failed}
+
+
+def in_time(exchanges: Sequence[Exchange], deadline_ms: float, seconds: float) -> float:
+    """Return the share of the measured requests that were answered within the deadline."""
+    due = [e for e in exchanges if WARM_SHARE * seconds <= e.due_s < seconds]
+    answered = [e for e in due if e.outcome == ANSWERED and e.latency_ms <= deadline_ms]
+    return len(answered) / len(due) if due else 0.0
+
+
 async def run_memory(
     servers: Sequence[Server], capacities: Mapping[str, float], minutes: float
 ) -> dict[str, Any]:
@@ -377,6 +412,8 @@ async def measure(
     print("capacity: " + ", ".join(f"{n} {c:.2f}/s" for n, c in capacities.items()), flush=True)
     if given.part == "load":
         measured = await run_load(servers, capacities, given)
+    elif given.part == "deadlines":
+        measured = await run_deadlines(servers[0], queries, capacities[OURS], given)
     else:
         measured = await run_memory(servers, capacities, given.minutes)
     return {"capacities": capacities, "agreement": agreement, **measured}
@@ -393,12 +430,12 @@ def open_servers(stack: ExitStack, given: Any, queries: Sequence[Query]) -> list
     }
     if given.checkpoint:
         commands[PEER] += ["--checkpoint", str(given.checkpoint)]
-    mix = Mix(queries, LOAD_KINDS if given.part == "load" else MEMORY_KINDS)
+    mix = Mix(queries, MEMORY_KINDS if given.part == "memory" else LOAD_KINDS)
     servers = []
     for name in (OURS, PEER) if given.peer else (OURS,):
         process, address = stack.enter_context(serving(commands[name]))
         traffic = Traffic(address, mix, given.seed, is_documented=name == OURS)
-        servers.append(Server(name, process, traffic))
+        servers.append(Server(name, process, address, traffic))
     return servers
 
 
@@ -409,8 +446,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
-    add("--part", choices=("load", "memory"), default="load", help="default: load")
+    add("--part", choices=("load", "deadlines", "memory"), default="load", help="default: load")
     add("--seconds", type=float, default=20, help="duration of a rate (default: 20)")
+    add(
+        "--deadline-ms",
+        type=lambda text: [float(part) for part in text.split(",")],
+        default=DEADLINES_MS,
+        help=f"of part deadlines (default: {','.join(f'{d:g}' for d in DEADLINES_MS)})",
+    )
     add("--levels", type=int, default=8, help="number of rates (default: 8)")
     add("--minutes", type=float, default=20, help="duration of part memory (default: 20)")
     add("--max-queue-size", type=int, default=32, help="of the server (default: 32)")

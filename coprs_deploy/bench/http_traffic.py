@@ -21,7 +21,8 @@ from typing import Any
 BOUNDARY = "traffic-boundary"
 
 ANSWERED, REFUSED, REJECTED, LEFT, LOST = "answered", "refused", "rejected", "left", "lost"
-"""Outcomes: a result; a full queue (503 or 429); a bad body (4xx); the client left; none of these.
+"""Outcomes: a result; a full queue (503 or 429); a bad body, or a deadline that cannot be met (4xx);
+the client left; none of these.
 """
 
 QUEUE_STATUSES = (429, 503)
@@ -44,10 +45,12 @@ class Query:
     Attributes:
         image: bytes of an image file.
         instruction: what to segment.
+        deadline_ms: time in which the server is asked to answer; None for no limit.
     """
 
     image: bytes
     instruction: str
+    deadline_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -328,17 +331,19 @@ class Traffic:
         return "\r\n".join([*lines, "", ""]).encode()
 
     async def _json(self, query: Query) -> str:
-        return self._read(await self.ask(query))
+        return self._read(await self.ask(query), query)
 
     async def _stream(self, query: Query) -> str:
         accept = "text/event-stream"
-        return self._read(await self.request("POST", "/segment", _body(query), accept))
+        return self._read(await self.request("POST", "/segment", _body(query), accept), query)
 
     @staticmethod
-    def _read(reply: Reply) -> str:
+    def _read(reply: Reply, query: Query) -> str:
         if reply.status in QUEUE_STATUSES:
             check_refusal(reply)
             return REFUSED
+        if query.deadline_ms and 400 <= reply.status < 500 and b"deadline_ms" in reply.body:
+            return REJECTED
         read_result(reply)
         return ANSWERED
 
@@ -388,13 +393,16 @@ class Traffic:
             while part := await reader.read(SLOW_PART_BYTES):
                 received.append(part)
                 await asyncio.sleep(SLOW_PAUSE_S)
-            return self._read(read_reply(b"".join(received)))
+            return self._read(read_reply(b"".join(received)), query)
         finally:
             writer.close()
 
 
 def _body(query: Query) -> bytes:
-    return encode_form({"instruction": query.instruction}, query.image)
+    fields = {"instruction": query.instruction}
+    if query.deadline_ms is not None:
+        fields["deadline_ms"] = f"{query.deadline_ms:g}"
+    return encode_form(fields, query.image)
 
 
 def _parts(body: bytes) -> Iterator[bytes]:

@@ -47,6 +47,8 @@ def render_markdown(report: Mapping[str, Any], chart: str) -> str:
     ]
     if load := report.get("load"):
         lines += _load_lines(load)
+    if deadlines := report.get("deadlines"):
+        lines += _deadline_lines(deadlines)
     if memory := report.get("memory"):
         lines += _memory_lines(memory)
     return "\n".join(lines)
@@ -102,6 +104,31 @@ def _level_row(level: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _deadline_lines(part: Mapping[str, Any]) -> list[str]:
+    lines = ["## Deadlines", "", *_head(part)]
+    lines += [
+        f"Poisson arrivals for {part['seconds']:g} s a row; the rate is a share of the results per "
+        "second without a deadline. In time: answered within the deadline from the time at which "
+        "the request was due, upload and download included. Not met: refused at once because a "
+        "mask without reasoning would take longer.",
+        "",
+    ]
+    heads = ("deadline", "rate", "offered/s", "n", "in time", *QUANTILES, "not met", "queue full")
+    rows = [
+        (
+            "none" if level["deadline_ms"] is None else format_ms(level["deadline_ms"]),
+            f"{level['share']:.0%}",
+            f"{level['offered_per_s']:.2f}",
+            str(level["n"]),
+            f"{level['in_time']:.1%}" if "in_time" in level else "",
+            *("" if level[q] is None else format_ms(level[q]) for q in QUANTILES),
+            *(str(level["outcomes"].get(outcome, 0)) for outcome in ("rejected", "refused")),
+        )
+        for level in part["levels"]
+    ]
+    return [*lines, *markdown_table(heads, rows), ""]
+
+
 def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
     lines = ["## Memory", "", *_head(memory)]
     lines += [
@@ -138,6 +165,7 @@ def draw_report(report: Mapping[str, Any]) -> bytes:
     """
     plt = pyplot()
     panels = [_draw_results, _draw_latencies] * ("load" in report)
+    panels += [_draw_deadlines] * ("deadlines" in report)
     panels += [_draw_memory] * ("memory" in report)
     width, height = PANEL_INCHES
     canvas, grid = plt.subplots(
@@ -178,6 +206,15 @@ def _draw_latencies(axes: Any, report: Mapping[str, Any]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def _draw_deadlines(axes: Any, report: Mapping[str, Any]) -> None:
+    timed = [level for level in report["deadlines"]["levels"] if "in_time" in level]
+    for deadline in sorted({level["deadline_ms"] for level in timed}):
+        levels = [level for level in timed if level["deadline_ms"] == deadline]
+        rates, shares = [x["share"] for x in levels], [x["in_time"] for x in levels]
+        axes.plot(rates, shares, "o-", label=f"{format_ms(deadline)}")
+    axes.set(xlabel="rate, of the capacity", ylabel="answered in time", ylim=(0, 1.02))
 
 
 def _seconds(milliseconds: float | None) -> float:

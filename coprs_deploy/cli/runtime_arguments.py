@@ -27,6 +27,7 @@ POLICY = (
     Option("policy_device"),
     Option("policy_dtype"),
     Option("prompt_lookup_num_tokens", parse=int),
+    Option("static_decoding"),
     Option(
         "vllm",
         metavar="NAME=VALUE",

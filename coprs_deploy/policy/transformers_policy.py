@@ -23,12 +23,14 @@ from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.policy_dtype import choose_dtype
 from coprs_deploy.policy.policy_tokens import PolicyTokens
 from coprs_deploy.policy.progress_bars import without_progress_bars
+from coprs_deploy.policy.static_decoding import StaticDecoder
 from coprs_deploy.policy.torch_settings import require_device, torch_threads
 from coprs_deploy.policy.vision_inputs import VisionInputs, VisionProcessor
 from coprs_deploy.prompts import PromptTemplate, encode_prompt
 
 if TYPE_CHECKING:
     import torch
+    from transformers import StaticCache
 
 
 SMALL_POLICY = 10_000_000
@@ -51,11 +53,12 @@ class TransformersPolicy(GreedyPolicy):
         num_threads: CPU threads per operator; None selects one for a policy of less than
             :data:`SMALL_POLICY` parameters, else PyTorch's own number.
         prompt_lookup_num_tokens: length of the drafts by prompt lookup; 0 for none.
+        static_decoding: whether the decoding step is compiled, on a KV cache of fixed size.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed, or compressed-tensors for a
             quantized policy.
-        RuntimeUnavailableError: the device does not exist.
+        RuntimeUnavailableError: the device does not exist, or the step cannot be compiled here.
         PolicyError: the directory cannot be loaded as a policy.
         ValueError: the dtype is unknown.
     """
@@ -71,6 +74,7 @@ class TransformersPolicy(GreedyPolicy):
         dtype: str | None = None,
         num_threads: int | None = None,
         prompt_lookup_num_tokens: int = 0,
+        static_decoding: bool = False,
     ) -> None:
         try:
             from safetensors import SafetensorError
@@ -100,6 +104,7 @@ class TransformersPolicy(GreedyPolicy):
         if num_threads is None and model.num_parameters() < SMALL_POLICY:
             num_threads = 1
         self._num_threads = num_threads
+        self._static = StaticDecoder(self._model) if static_decoding else None
         self.hidden_size = int(model.get_output_embeddings().weight.shape[1])
         self.description = f"transformers {model.config.model_type} on {device}, {chosen}"
 
@@ -110,7 +115,13 @@ class TransformersPolicy(GreedyPolicy):
         prompt_ids = encode_prompt(
             self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens
         )
-        yield _Decoding(self._model, self._lock, self._num_threads, prompt_ids, vision)
+        decoding = (self._model, self._lock, self._num_threads, prompt_ids, vision)
+        if self._static is None:
+            yield _Decoding(*decoding)
+            return
+        num_tokens = len(prompt_ids) + (request.max_new_tokens or self._prompt.max_response_tokens)
+        with self._static.cache(num_tokens) as cache:
+            yield _StaticDecoding(self._static, cache, *decoding)
 
     @property
     def decoder_layers(self) -> Iterable[torch.nn.Module]:
@@ -202,6 +213,39 @@ class _Decoding:
         with torch_threads(self._num_threads), torch.inference_mode():
             tokens: list[int] = self._model.get_output_embeddings()(hidden).argmax(-1).tolist()
         return tokens
+
+
+class _StaticDecoding(_Decoding):
+    """One request in progress, on a KV cache of fixed size after the prefill."""
+
+    def __init__(self, decoder: StaticDecoder, cache: StaticCache, *decoding: Any) -> None:
+        super().__init__(*decoding)
+        self._decoder, self._static_cache = decoder, cache
+
+    def read(self, ids: list[int]) -> torch.Tensor:
+        """Read tokens, the prompt first; return their post-norm hidden states (1, L, D)."""
+        import torch
+
+        hidden = super().read(ids)
+        with self._lock, torch.inference_mode():
+            self._decoder.fill(self._static_cache, self._cache)
+        self._cache = None
+        return hidden
+
+    def feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """See :meth:`Decoding.feed`."""
+        import torch
+
+        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
+            following, hidden = self._decoder.read(
+                self._static_cache, tokens, self._position_offsets
+            )
+            return following, _array(hidden)
+
+    def drop(self, count: int) -> None:
+        """See :meth:`Decoding.drop`."""
+        with self._lock:
+            self._decoder.drop(self._static_cache, count)
 
 
 def _array(hidden: torch.Tensor) -> NDArray[np.float32]:

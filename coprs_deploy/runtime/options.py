@@ -42,6 +42,8 @@ class RuntimeOptions(RunnerOptions):
         timeout_s: time limit of a request in seconds; None for no limit.
         prompt_lookup_num_tokens: length of the drafts that a policy in OpenVINO or transformers
             copies from prompt and response and checks in one pass; 0 for none.
+        static_decoding: compile the decoding step of a policy in transformers, on a KV cache of
+            fixed size; takes some 30 seconds at the first request.
     """
 
     runtime: str | None = None
@@ -54,6 +56,7 @@ class RuntimeOptions(RunnerOptions):
     max_queue_size: int = 256
     timeout_s: float | None = None
     prompt_lookup_num_tokens: int = 0
+    static_decoding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +83,12 @@ class RuntimeOptions(RunnerOptions):
                 "prompt_lookup_num_tokens is set and policy is 'vllm'; vLLM's model runner refuses "
                 "custom logits processors under speculative decoding, and one captures the hidden "
                 "states: leave it out, or use another policy"
+            )
+        check_type("static_decoding", self.static_decoding, bool)
+        if self.static_decoding and self.policy != "transformers":
+            raise ValueError(
+                f"static_decoding is True and policy is {self.policy!r}; accepted: static_decoding "
+                "with policy 'transformers' only, the other libraries compile by themselves"
             )
         if self.timeout_s is not None:
             most = int(threading.TIMEOUT_MAX)

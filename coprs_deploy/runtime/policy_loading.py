@@ -186,6 +186,8 @@ def open_policy(
         settings |= {"prompt_lookup_num_tokens": options.prompt_lookup_num_tokens}
         if library == "openvino":
             settings["cache_dir"] = options.cache_dir
+        else:
+            settings["static_decoding"] = options.static_decoding
         policy = _policy_class(library)(*source, **settings)
     if policy.hidden_size != record.hidden_size:
         policy.close()

@@ -20,7 +20,7 @@ def run(capsys, *arguments):
 def test_modes_have_equal_responses_and_fewer_passes(capsys):
     code, results = run(capsys, "--count", "2", "--num-no-match", "1")
     assert code == 0
-    assert [r["drafts"] for r in results] == list(script.MODES)
+    assert [r["mode"] for r in results] == [m for m in script.MODES if m != script.STATIC]
     assert {(r["equal"], r["count"], r["other_tails"]) for r in results} == {(3, 3, 1)}
     none, tail, lookup, both = (r["tokens_per_pass"] for r in results)
     assert none < min(tail, lookup)
@@ -30,14 +30,16 @@ def test_modes_have_equal_responses_and_fewer_passes(capsys):
 
 
 def test_modes_without_the_comparison_are_refused():
-    with pytest.raises(ValueError, match=r"--drafts is \['tail'\]; accepted: none, and others"):
-        script.main(["--drafts", "tail"])
+    with pytest.raises(ValueError, match=r"--modes is \['tail'\]; accepted: none, and others"):
+        script.main(["--modes", "tail"])
+    with pytest.raises(ValueError, match="--modes has static; accepted with --policy transformers"):
+        script.main(["--modes", "none,static"])
 
 
 @pytest.mark.extended
 def test_a_hundred_responses_are_equal(capsys):
     code, results = run(
-        capsys, "--count", "90", "--num-no-match", "10", "--drafts", "none,tail and lookup"
+        capsys, "--count", "90", "--num-no-match", "10", "--modes", "none,tail and lookup"
     )
     assert code == 0
     assert {r["equal"] for r in results} == {100}

@@ -108,6 +108,26 @@ def test_overload_is_refused_and_leaves_nothing_behind(short, tmp_path):
         assert chart.width > chart.height
 
 
+def test_requests_in_time_are_answered_within_the_deadline_and_due_after_the_warm_up():
+    early = [exchange(1.0, 0.1)]  # due in the first fifth
+    due = [exchange(3.0, 0.1), exchange(4.0, 0.3), exchange(5.0, 0.01, outcome="rejected")]
+    assert load.in_time([*early, *due], 200.0, 10) == pytest.approx(1 / 3)
+    assert load.in_time(early, 200.0, 10) == 0.0
+
+
+@pytest.mark.extended
+def test_deadlines_are_met_or_refused_at_once(short, tmp_path):
+    arguments = ["--part", "deadlines", "--seconds", "1.5", "--deadline-ms", "1,5000", "--no-peer"]
+    assert load.main(["--out", str(tmp_path), *arguments]) == 0
+    (path,) = tmp_path.glob("server-load-*.json")
+    levels = json.loads(path.read_text("utf-8"))["deadlines"]["levels"]
+    assert [level["deadline_ms"] for level in levels] == [None] * 3 + [1.0] * 3 + [5000.0] * 3
+    for level in levels[3:6]:
+        assert set(level["outcomes"]) <= {"rejected"} and level["in_time"] == 0
+    assert all(level["in_time"] > 0.5 for level in levels[6:])
+    assert "| in time |" in path.with_suffix(".md").read_text("utf-8")
+
+
 @pytest.mark.peer
 @pytest.mark.extended
 def test_both_servers_answer_the_same_masks_to_mixed_requests(short, tmp_path):

@@ -6,10 +6,12 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coprs_deploy.checkpoint import read_checkpoint
@@ -18,10 +20,11 @@ from coprs_deploy.errors import (
     InstructionError,
     MissingDependencyError,
     PolicyError,
+    RuntimeUnavailableError,
     install_hint,
 )
 from coprs_deploy.images import fit_pixel_count
-from coprs_deploy.policy import PolicyRequest, StopReason
+from coprs_deploy.policy import PolicyRequest, StopReason, static_decoding
 from coprs_deploy.policy.transformers_policy import TransformersPolicy
 from coprs_deploy.policy.vision_inputs import VisionProcessor
 from coprs_deploy.prompts import REFERENCE_TOKEN, encode_prompt
@@ -499,3 +502,71 @@ def test_stream_stops_at_each_end_token_of_the_generation_config(tmp_path, ask):
         pieces, result = ask(policy)
     assert pieces == ["<think>", " a"]
     assert result.stop_reason is StopReason.END_OF_TEXT
+
+
+COMPILES = pytest.mark.filterwarnings("default::DeprecationWarning")
+"""PyTorch's compiler uses parts of PyTorch that are deprecated."""
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.extended)])
+def static_policy(request, unscripted, monkeypatch):
+    """The unscripted policy with a KV cache of fixed size; compiled in the extended tests."""
+    if not request.param:
+        monkeypatch.setattr(static_decoding, "_compiled_step", lambda device: static_decoding._step)
+    _, directory, prompt = unscripted
+    with open_policy(directory, prompt, static_decoding=True) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 40, "max_targets": 9},
+        {"max_reasoning_tokens": 5},
+        {"max_reasoning_tokens": 0, "max_targets": 3},
+        {"max_new_tokens": 600},  # a longer cache
+    ],
+    ids=["targets", "limit", "no reasoning", "long"],
+)
+@pytest.mark.parametrize("lookup", [0, 4])
+@COMPILES
+def test_static_decoding_changes_no_token_and_no_state(
+    unscripted, static_policy, ask, monkeypatch, options, lookup
+):
+    policy, _, _ = unscripted
+    for each in (policy, static_policy):
+        monkeypatch.setattr(each, "prompt_lookup_num_tokens", lookup)
+    for instruction in ("the red disc", "the blue one"):  # the second one's cache has been used
+        _, expected = ask(policy, instruction, **options)
+        _, found = ask(static_policy, instruction, **options)
+        assert found.token_ids == expected.token_ids
+        assert found.stop_reason is expected.stop_reason
+        assert found.concentrations.shape == expected.concentrations.shape
+        if len(expected.concentrations):
+            error = relative_error(found.concentrations, expected.concentrations)
+            assert error < STATE_TOLERANCE
+
+
+@COMPILES
+def test_static_decoding_alternating_requests_have_caches_of_their_own(
+    unscripted, static_policy, scene
+):
+    policy, _, _ = unscripted
+    requests = [
+        PolicyRequest(scene, instruction, max_new_tokens=30, max_targets=9)
+        for instruction in ("the red disc", "the blue one")
+    ]
+    expected = [[*policy.stream(request)][-1] for request in requests]
+    streams = zip_longest(*[static_policy.stream(request) for request in requests])
+    found = [[e for e in events if e is not None][-1] for events in zip(*streams, strict=True)]
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+    assert expected[0].token_ids != expected[1].token_ids
+
+
+def test_static_decoding_without_a_compiler_says_how_to_get_one(unscripted):
+    _, directory, prompt = unscripted
+    with (
+        inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(RuntimeUnavailableError, match=re.escape("apt-get install g++")),
+    ):
+        open_policy(directory, prompt, static_decoding=True)
