@@ -137,7 +137,8 @@ format: $(VENV)/.dev
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m coprs_deploy train demo --out runs/demo
-	$(BIN)/python training/build_demo_model.py runs/demo
+	$(BIN)/python -m coprs_deploy train demo_truncated --out runs/demo-truncated
+	$(BIN)/python training/build_demo_model.py runs/demo-truncated
 	$(BIN)/python export/record_golden.py tests/golden/demo.npz
 
 REPORTS ?= benchmarks/reports

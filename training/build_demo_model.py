@@ -2,8 +2,8 @@
 
     python training/build_demo_model.py RUN [--reports DIRECTORY] [--only-report]
 
-``make demo-model`` calls this after ``coprs-deploy train demo``. ``--only-report`` copies the
-report of the run and leaves the package unchanged; ``--only-bundle`` exports the checkpoint of the
+``make demo-model`` calls this after ``coprs-deploy train demo`` and, from its checkpoint,
+``coprs-deploy train demo_truncated``. ``--only-report`` copies the report of the run and leaves the package unchanged; ``--only-bundle`` exports the checkpoint of the
 package again and ``--only-card`` writes the model card again, both from the report in DIRECTORY.
 """
 
@@ -117,15 +117,16 @@ def model_card(report: Mapping[str, Any], environment: Mapping[str, Any], size_b
     recipe, metrics = report["recipe"], report["generated"]
     data, policy = recipe["data"], recipe["model"]["policy"]
     sam = recipe["model"]["segmentation"]["sam"]
+    joint, short = recipe["stages"]["joint"], report["stages"]["joint"]["metrics"]
     preset = PRESETS[data["preset"]]
     targets = "One target" if preset.max_targets == 1 else f"Up to {preset.max_targets} targets"
     wordings = "in many wordings" if preset.has_paraphrases else "in one wording"
     lines = [
         "# The demo model",
         "",
-        "A small CoPRS model trained from random weights on synthetic scenes, so that every",
-        "command of this package can be run, tested and measured on trained weights. It does not",
-        "work on photographs.",
+        "A small CoPRS model trained on synthetic scenes alone, so that every command of this",
+        "package can be run, tested and measured on trained weights. It does not work on",
+        "photographs.",
         "",
         "## Architecture",
         f"- Policy: Qwen2.5-VL, hidden size {policy['hidden_size']}, "
@@ -139,8 +140,10 @@ def model_card(report: Mapping[str, Any], environment: Mapping[str, Any], size_b
         "## Training data",
         *_data(preset, data["num_training_scenes"]),
         "",
-        f"Recipe `coprs_deploy/curriculum/recipes/demo.toml`, seed {recipe['seed']}, "
-        f"{report['minutes']:.0f} minutes on {environment['machine']} in {recipe['precision']}.",
+        "Recipe `demo` from random weights, then `demo_truncated`, with reasoning truncated at "
+        f"random lengths: seed {recipe['seed']}, {report['minutes']:.0f} minutes on "
+        f"{environment['machine']} in {recipe['precision']}. Both are in "
+        "`coprs_deploy/curriculum/recipes`.",
         "",
         "## Evaluation",
         f"One greedy response on each of {data['num_held_out_scenes']:,} held-out scenes, with the "
@@ -151,7 +154,10 @@ def model_card(report: Mapping[str, Any], environment: Mapping[str, Any], size_b
         f"On {data['num_no_match_scenes']} no-match scenes the recall is "
         f"{100 * metrics['no_match_recall']:.1f} % and the precision "
         f"{100 * metrics['no_match_precision']:.1f} %. Pearson correlation of prior IoU and mask "
-        f"IoU: {metrics['pearson_r']:.3f}. Thresholds of the recipe: {_thresholds(report)}.",
+        f"IoU: {metrics['pearson_r']:.3f}. Without reasoning gIoU is "
+        f"{short['no_reasoning_giou']:.3f} and P@0.5 {short['no_reasoning_precision_at_50']:.3f}, on "
+        f"the first {joint['num_eval_examples']} scenes. Thresholds of the recipe: "
+        f"{_thresholds(report)}.",
         "",
         "## Limits",
         "- Synthetic scenes only; results on photographs are meaningless.",

@@ -1,4 +1,4 @@
-"""Paths of the demo model: a small model trained by the recipe ``demo``.
+"""Paths of the demo model: a small model trained by the recipes ``demo`` and ``demo_truncated``.
 
     checkpoint/      float16 weights, for ``coprs-deploy export`` and further training
     bundle/          the graphs for ONNX Runtime, the policy as int8 graphs for OpenVINO; its policy
