@@ -63,11 +63,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--modes is {parsed.modes}; accepted: none, and others of {[*MODES]}")
     if STATIC in parsed.modes and "openvino" in libraries:
         raise ValueError(f"--modes has {STATIC}; accepted with --policy transformers only")
-    results = [
-        result
-        for library in libraries
-        for result in _measure(parsed, library)
-    ]
+    results = [result for library in libraries for result in _measure(parsed, library)]
     heads = ("policy", "mode", "equal", "tokens per pass", "decode p50", "saved")
     rows = [
         (

@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoints", nargs="*", type=_named, metavar="NAME=CHECKPOINT")
     parser.add_argument("--latency", nargs="+", type=_named, default=[], metavar="NAME=REPORT.json")
-    parser.add_argument("--draw", nargs="+", type=Path, metavar="JSON", help="draw these into --out")
+    parser.add_argument(
+        "--draw", nargs="+", type=Path, metavar="JSON", help="draw these into --out"
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="plain")
     parser.add_argument("--count", type=int, default=512, help="number of scenes (default: 512)")
     parser.add_argument("--out", type=Path, help="table, with its JSON beside it; or chart")

@@ -15,11 +15,11 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import ClassVar, Self, TypeAlias, Unpack
+from typing import ClassVar, Self, Unpack
 
 import numpy as np
 
@@ -28,49 +28,35 @@ from coprs_deploy.bundle import open_bundle
 from coprs_deploy.closing import Closeable
 from coprs_deploy.engines import SegmentationGraphs
 from coprs_deploy.engines.autotune import RuntimeChoice
-from coprs_deploy.errors import CoPRSError, PolicyError, QueueFullError, check_type
+from coprs_deploy.errors import CoPRSError, QueueFullError, check_type
 from coprs_deploy.images import (
     ImageSource,
     ResizeTransform,
     RgbArray,
     check_valid_region,
-    load_image,
     prepare_image,
 )
-from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult, TextDelta
+from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.policy.policy import remaining_s
 from coprs_deploy.prompts import check_instruction
 from coprs_deploy.runtime.concurrency import ConcurrencyLimit, UploadedImage
-from coprs_deploy.runtime.deadline import DeadlineEstimates
 from coprs_deploy.runtime.encoder import (
     DecodedImage,
-    EmbeddingCache,
-    EncoderQueue,
-    PendingEmbedding,
-    content_key,
 )
 from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
 from coprs_deploy.runtime.options import RequestLimits, RequestOptions, RuntimeOptions
+from coprs_deploy.runtime.pipeline import (
+    PreparedRequest,
+    RequestImage,
+    RequestPipeline,
+    StreamEvent,
+    last_result,
+)
 from coprs_deploy.runtime.policy_loading import choose_policy
-from coprs_deploy.runtime.result import PriorEvent, SegmentationResult, Timings
+from coprs_deploy.runtime.result import SegmentationResult, Timings
 from coprs_deploy.runtime.streams import in_thread, interleave
-from coprs_deploy.runtime.target_decoding import DecodedTargets, decode_targets
+from coprs_deploy.runtime.target_decoding import decode_targets
 from coprs_deploy.specs import Geometry
-
-StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult
-
-RequestImage: TypeAlias = ImageSource | DecodedImage | UploadedImage
-"""Image of a request; one that was uploaded waits for memory before it is decoded."""
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A request that was checked, and whose image is being encoded since ``start``."""
-
-    start: float
-    image: DecodedImage
-    request: PolicyRequest
-    pending: PendingEmbedding
 
 
 class CoPRS(Closeable):
@@ -106,25 +92,15 @@ class CoPRS(Closeable):
         runtime_choices: tuple[RuntimeChoice, ...] = (),
     ) -> None:
         options = options or RuntimeOptions()
-        self._graphs = graphs
-        self._policy = policy
-        self._geometry = geometry
         CoPRS._loaded_in = self._process = os.getpid()
-        self._is_closed = False
-        self._timeout_s = options.timeout_s
-        self._estimates = DeadlineEstimates()
+        self._graphs, self._policy, self._geometry = graphs, policy, geometry
+        self._pipeline = RequestPipeline(graphs, policy, geometry, options)
+        self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
+        self.description = self._pipeline.description
         self.concurrency = policy.concurrency
         self.answers_together = policy.answers_together
-        self._limit = ConcurrencyLimit(policy.concurrency, options.max_queue_size)
-        self._queue = EncoderQueue(graphs, geometry)
-        self._cache = EmbeddingCache(options.max_cached_images, self._queue)
         self.valid_region = graphs.valid_region
         self.runtime_choices = runtime_choices
-        runtimes = " + ".join(dict.fromkeys(r.description for r in graphs.runners.values()))
-        accepted = "" if self.valid_region is None else f" for {self.valid_region}"
-        if self.valid_region is not None and self.valid_region.drops_padding:
-            accepted += ", padding dropped"
-        self.description = f"graphs: {runtimes}{accepted}; policy: {policy.description}"
 
     @classmethod
     def load(
@@ -179,7 +155,7 @@ class CoPRS(Closeable):
     @property
     def is_closed(self) -> bool:
         """Whether it was closed."""
-        return self._is_closed
+        return self._pipeline.is_closed
 
     def check_queue(self) -> None:
         """Check, before the work for a request begins, that the queue takes it.
@@ -224,7 +200,7 @@ class CoPRS(Closeable):
         self._check_usable()
         options = RequestOptions(max_targets, max_new_tokens, **limits)
         with self._limit.slot():
-            return _last(self._start(image, instruction, options))
+            return last_result(self._pipeline.start(image, instruction, options))
 
     def stream(
         self,
@@ -244,7 +220,9 @@ class CoPRS(Closeable):
         start = time.perf_counter()
         options = RequestOptions(max_targets, max_new_tokens, **limits)
         with self._limit.slot(), self._in_memory(image, instruction, start):
-            yield from self._start(image, instruction, options, stream_prior=True, start=start)
+            yield from self._pipeline.start(
+                image, instruction, options, stream_prior=True, start=start
+            )
 
     async def asegment(
         self,
@@ -256,7 +234,7 @@ class CoPRS(Closeable):
     ) -> SegmentationResult:
         """Asynchronous :meth:`segment`; cancelling the task abandons the request."""
         events = self.astream(image, instruction, max_targets, max_new_tokens, **limits)
-        return _last([event async for event in events])
+        return last_result([event async for event in events])
 
     def astream(
         self,
@@ -297,11 +275,13 @@ class CoPRS(Closeable):
         num_slots = len(instructions)
         with self._limit.slot(num_slots), self._in_memory(image, instructions[0], arrival):
             decoded = self.decode(image)
-            pending = self._cache.get_or_submit(decoded)
+            pending = self._pipeline.cache.get_or_submit(decoded)
             first = replace(decoded, embedding=pending)
             others = replace(decoded, embedding=replace(pending, is_cached=True))
             starts = [
-                partial(self._start, each, text, options, stream_prior=True, arrival=arrival)
+                partial(
+                    self._pipeline.start, each, text, options, stream_prior=True, arrival=arrival
+                )
                 for each, text in zip(
                     [first] + [others] * (num_slots - 1), instructions, strict=True
                 )
@@ -351,12 +331,12 @@ class CoPRS(Closeable):
                 for request in requests:
                     try:
                         image, instruction = _pair(request)
-                        events = self._start(image, instruction, options)
+                        events = self._pipeline.start(image, instruction, options)
                     except Exception as error:  # raised when the turn of the request comes
                         pending.append(Future())
                         pending[-1].set_exception(error)
                     else:
-                        pending.append(pool.submit(_last, events))
+                        pending.append(pool.submit(last_result, events))
                     if len(pending) > concurrency:
                         yield pending.pop(0).result()
                 while pending:
@@ -390,14 +370,14 @@ class CoPRS(Closeable):
         self._check_usable()
         options = RequestOptions(max_targets, max_new_tokens, **limits)
         done: dict[int, SegmentationResult | Exception] = {}
-        prepared: dict[int, _Prepared] = {}
+        prepared: dict[int, PreparedRequest] = {}
         shared: dict[int, DecodedImage] = {}  # by identity of the given image
         start = time.perf_counter()
         with ExitStack() as releases:
             for number, (given, instruction) in enumerate(requests):
                 image = shared.get(id(given), given)
                 try:
-                    request = self._prepare(image, instruction, options, start, start)
+                    request = self._pipeline.prepare(image, instruction, options, start, start)
                 except Exception as error:
                     done[number] = error
                     continue
@@ -412,7 +392,9 @@ class CoPRS(Closeable):
                 try:
                     if isinstance(answer, Exception):
                         raise answer
-                    done[number] = _last(self._finish(prepared[number], answer, policy_start))
+                    done[number] = last_result(
+                        self._pipeline.finish(prepared[number], answer, policy_start)
+                    )
                 except Exception as error:
                     done[number] = error
         return [done[number] for number in range(len(requests))]
@@ -442,97 +424,8 @@ class CoPRS(Closeable):
         total_ms = 1e3 * (time.perf_counter() - start)
         # What a request with a deadline reserves is first estimated from this one.
         limited = RequestOptions(max_reasoning_tokens=4)
-        list(self._start(replace(image, cache_key=""), "anything", limited))
+        list(self._pipeline.start(replace(image, cache_key=""), "anything", limited))
         return Timings(prefill_ms=result.prefill_ms, decode_ms=result.decode_ms, total_ms=total_ms)
-
-    def check_image(self, image: RgbArray) -> None:
-        """Check the shape of a decoded image, (H, W, 3), against ``valid_region``.
-
-        Raises:
-            ImageSizeError: the image is outside the valid region.
-        """
-        check_valid_region(ResizeTransform.of(image, self._geometry), self.valid_region)
-
-    def close(self) -> None:
-        """Free graphs and policy; running requests end with an error.
-
-        In a fork of the process that loaded them it does nothing: they belong to the other process.
-        """
-        self._is_closed = True
-        if os.getpid() != self._process:
-            return
-        self._queue.close()
-        self._policy.close()
-        self._graphs.close()
-
-    def __repr__(self) -> str:
-        return f"CoPRS({self.description})"
-
-    def _check_usable(self) -> None:
-        """Check that the runtime is open and belongs to this process."""
-        _check_process(self._process)
-        if self._is_closed:
-            raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
-
-    def _in_memory(
-        self, image: RequestImage, instruction: str, start: float
-    ) -> AbstractContextManager[None]:
-        """Wait, up to the deadline, until there is memory for an uploaded image; hold it."""
-
-        def check() -> None:
-            remaining_s(self._deadline(start), instruction)
-            if self._is_closed:
-                raise CoPRSError("CoPRS was closed during the request")
-
-        return image.in_memory(check) if isinstance(image, UploadedImage) else nullcontext()
-
-    def _deadline(self, start: float) -> float | None:
-        return None if self._timeout_s is None else start + self._timeout_s
-
-    def _start(
-        self,
-        source: RequestImage,
-        instruction: str,
-        options: RequestOptions,
-        *,
-        stream_prior: bool = False,
-        start: float | None = None,
-        arrival: float | None = None,
-    ) -> Generator[StreamEvent, None, None]:
-        """Check the request and submit its image to the encoder; return the rest to be run."""
-        start = time.perf_counter() if start is None else start
-        arrival = start if arrival is None else arrival
-        prepared = self._prepare(source, instruction, options, start, arrival)
-        return self._run(prepared, stream_prior)
-
-    def _prepare(
-        self,
-        source: RequestImage,
-        instruction: str,
-        options: RequestOptions,
-        start: float,
-        arrival: float,
-    ) -> _Prepared:
-        """Check the request and submit its image to the encoder; the caller must release it."""
-        deadline = self._deadline(arrival)
-        image = self.decode(source)
-        request = PolicyRequest(
-            image.rgb,
-            instruction,
-            options.max_targets,
-            options.max_new_tokens,
-            deadline,
-            options.reasoning_budget,
-        )
-        pending = self._cache.get_or_submit(image)
-        try:
-            due = self._estimates.reasoning_deadline(
-                start, options.deadline_ms, is_cached=pending.is_cached
-            )
-        except ValueError:
-            pending.release()
-            raise
-        return _Prepared(start, image, replace(request, reasoning_deadline=due), pending)
 
     def decode(self, source: RequestImage) -> DecodedImage:
         """Decode and check an image ahead of its request.
@@ -547,104 +440,46 @@ class CoPRS(Closeable):
         Raises:
             ImageError: the image cannot be used, or its shape is outside the valid region.
         """
-        if isinstance(source, DecodedImage):
-            return source
-        start, waited_ms = time.perf_counter(), 0.0
-        if isinstance(source, UploadedImage):
-            rgb = source.decode()
-            start, waited_ms = source.decode_started, source.waited_ms
-        else:
-            rgb = load_image(source)
-        rgb.setflags(write=False)  # the encoder may still read it when the result is returned
-        resize = ResizeTransform.of(rgb, self._geometry)
-        check_valid_region(resize, self.valid_region)
-        key = content_key(rgb) if self._cache.capacity else ""
-        return DecodedImage(rgb, resize, key, 1e3 * (time.perf_counter() - start), waited_ms)
+        return self._pipeline.decode(source)
 
-    def _run(self, prepared: _Prepared, stream_prior: bool) -> Generator[StreamEvent, None, None]:
-        try:
-            policy_start = time.perf_counter()
-            answer = yield from self._run_policy(prepared.request)
-            yield from self._finish(prepared, answer, policy_start, stream_prior=stream_prior)
-        except Exception as error:
-            if self._is_closed and not isinstance(error, CoPRSError):
-                raise CoPRSError("CoPRS was closed during the request") from error
-            raise
-        finally:
-            prepared.pending.release()
+    def check_image(self, image: RgbArray) -> None:
+        """Check the shape of a decoded image, (H, W, 3), against ``valid_region``.
 
-    def _finish(
-        self,
-        prepared: _Prepared,
-        result: PolicyResult,
-        policy_start: float,
-        *,
-        stream_prior: bool = False,
-    ) -> Generator[StreamEvent, None, None]:
-        """Decode the masks of a response that has just ended; yield the result."""
-        policy_end = time.perf_counter()
-        image, request, pending = prepared.image, prepared.request, prepared.pending
-        decoded = DecodedTargets.none(image.resize, self._geometry)
-        encoder_ms = overlap_ms = reference_to_mask_ms = 0.0
-        if len(result.concentrations):
-            encoded = pending.wait(request)
-            decoded = yield from decode_targets(
-                self._graphs,
-                encoded.embedding,
-                result.concentrations,
-                image.resize,
-                self._geometry,
-                stream_prior=stream_prior,
-            )
-            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
-            waited = max(policy_end, encoded.finished)
-            self._estimates.masks.add(time.perf_counter() - waited)
-            if not pending.is_cached:
-                encoder_ms = encoded.duration_ms
-                overlap_ms = encoded.overlap_ms(policy_start, policy_end)
-                self._estimates.encoder.add(encoder_ms / 1e3)
-        self._estimates.prompt.add((result.preprocess_ms + result.prefill_ms) / 1e3)
-        num_tokens = len(result.token_ids)
-        timings = replace(
-            decoded.timings,
-            queue_ms=image.waited_ms + result.queue_ms,
-            image_decode_ms=image.decode_ms,
-            policy_preprocess_ms=result.preprocess_ms,
-            image_encoder_ms=encoder_ms,
-            image_encoder_overlap_ms=overlap_ms,
-            prefill_ms=result.prefill_ms,
-            decode_ms=result.decode_ms,
-            reference_to_mask_ms=reference_to_mask_ms,
-            total_ms=1e3 * (time.perf_counter() - prepared.start),
-            prompt_tokens=result.num_prompt_tokens,
-            cached_prompt_tokens=result.num_cached_tokens,
-            response_tokens=num_tokens,
-            tokens_per_second=1e3 * num_tokens / max(result.decode_ms, 1e-3),
-        )
-        yield SegmentationResult(
-            masks=decoded.masks,
-            reasoning=result.response.reasoning,
-            response=result.response.text,
-            stop_reason=result.stop_reason.value,
-            format_violations=tuple(v.value for v in result.response.format_violations),
-            instruction=request.instruction,
-            timings=timings,
-            runtime=self.description,
-            image=image.rgb,
-            _mask_logits=decoded.mask_logits,
-            _prior_logits=decoded.prior_logits,
-        )
+        Raises:
+            ImageSizeError: the image is outside the valid region.
+        """
+        check_valid_region(ResizeTransform.of(image, self._geometry), self.valid_region)
 
-    def _run_policy(self, request: PolicyRequest) -> Generator[TextDelta, None, PolicyResult]:
-        result: PolicyResult | None = None
-        for event in self._policy.stream(request):
-            if isinstance(event, TextDelta):
-                yield event
-            else:
-                result = event
-        if result is None:
-            raise PolicyError(f"{self._policy.description} ended without a result")
-        return result
+    def close(self) -> None:
+        """Free graphs and policy; running requests end with an error.
+
+        In a fork of the process that loaded them it does nothing: they belong to the other process.
+        """
+        self._pipeline.is_closed = True
+        if os.getpid() != self._process:
+            return
+        self._pipeline.close()
+
+    def __repr__(self) -> str:
+        return f"CoPRS({self.description})"
+
+    def _check_usable(self) -> None:
+        """Check that the runtime is open and belongs to this process."""
+        _check_process(self._process)
+        if self._pipeline.is_closed:
+            raise CoPRSError("CoPRS was closed; load it again with CoPRS.load")
+
+    def _in_memory(
+        self, image: RequestImage, instruction: str, start: float
+    ) -> AbstractContextManager[None]:
+        """Wait, up to the deadline, until there is memory for an uploaded image; hold it."""
+
+        def check() -> None:
+            remaining_s(self._pipeline.time_limit(start), instruction)
+            if self._pipeline.is_closed:
+                raise CoPRSError("CoPRS was closed during the request")
+
+        return image.in_memory(check) if isinstance(image, UploadedImage) else nullcontext()
 
 
 def _abandon(image: RequestImage) -> Callable[[], None]:
@@ -668,10 +503,3 @@ def _pair(request: object) -> tuple[ImageSource, str]:
             f"requests contains {reprlib.repr(request)}; accepted: pairs of image and instruction"
         )
     return request[0], request[1]
-
-
-def _last(events: Iterable[StreamEvent]) -> SegmentationResult:
-    """Run a stream to its end and return the result."""
-    (*_, result) = events
-    assert isinstance(result, SegmentationResult), "a stream ends with its result"
-    return result

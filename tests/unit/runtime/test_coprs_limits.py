@@ -197,7 +197,7 @@ def test_request_whose_runner_is_closed_meanwhile_ends_with_our_error(build):
     coprs, _ = build(runner_class=ClosedRunner)
     stream = coprs.stream(image_of(), "x")
     next(stream)
-    (embedding,) = coprs._cache._entries.values()
+    (embedding,) = coprs._pipeline.cache._entries.values()
     embedding.result(WAIT)
     coprs.close()
     with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):

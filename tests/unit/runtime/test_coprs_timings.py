@@ -42,7 +42,7 @@ class TestCache:
         assert first.timings.image_encoder_ms > 0
         assert second.timings.image_encoder_ms == second.timings.image_encoder_overlap_ms == 0
         assert np.array_equal(first.prior_logits, second.prior_logits)
-        assert len(coprs._cache) == 1
+        assert len(coprs._pipeline.cache) == 1
 
     def test_equal_pixels_of_another_shape_are_another_image(self, build):
         coprs, runners = build()
@@ -55,7 +55,7 @@ class TestCache:
         for _ in range(2):
             assert coprs.segment(image_of(), "x").timings.image_encoder_ms > 0
         assert runners["image_encoder"].calls == 2
-        assert len(coprs._cache) == 0
+        assert len(coprs._pipeline.cache) == 0
 
     def test_full_cache_evicts_the_least_recently_used_image(self, build):
         coprs, runners = build(max_cached_images=2)
@@ -111,7 +111,7 @@ class TestWarmUp:
         timings = coprs.warm_up()
         assert [runner.calls for runner in runners.values()] == [2, 2, 2]
         assert timings.decode_ms == 2.0
-        assert len(coprs._cache) == 0
+        assert len(coprs._pipeline.cache) == 0
 
     def test_warm_up_runs_every_batch_size_of_the_profile(self, build):
         sizes = []

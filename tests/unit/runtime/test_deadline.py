@@ -54,7 +54,7 @@ def test_request_with_a_deadline_reaches_the_policy_with_time_for_the_mask(build
     coprs, _ = build(policy)
     with pytest.raises(ValueError, match="call warm_up"):
         coprs.segment(image_of(), "x", deadline_ms=60_000)
-    assert len(coprs._cache._num_waiting) == 0
+    assert len(coprs._pipeline.cache._num_waiting) == 0
     coprs.warm_up()
     coprs.segment(image_of(), "x", deadline_ms=60_000)
     coprs.segment(image_of(), "x", reasoning="none")

@@ -113,7 +113,7 @@ def test_load_passes_options_to_graphs_and_policy(tiny_bundle, scene, tmp_path, 
     with CoPRS.load(tiny_bundle, options) as coprs:
         assert coprs.description.endswith("bfloat16 (as requested)")
         assert coprs.segment(scene, "the red disc").found
-        assert len(coprs._cache) == 0
+        assert len(coprs._pipeline.cache) == 0
     assert len(opened) == 3
     assert {(o.num_threads, o.cache_dir) for o in opened} == {(1, tmp_path)}
 

@@ -39,7 +39,7 @@ def test_requests_on_one_image_share_its_embedding_without_a_cache(build, is_dec
     found = coprs.segment_together([(image, "a"), (image, "b"), (image, "c")])
     assert [result.found for result in found] == [True] * 3
     assert runners["image_encoder"].calls == 1
-    assert not coprs._cache._num_waiting
+    assert not coprs._pipeline.cache._num_waiting
 
 
 def test_error_is_the_result_of_its_request(build):
@@ -60,7 +60,7 @@ def test_error_of_policy_or_encoder_is_the_result_of_its_request(build):
         coprs, _ = build(policy, encode)
         found = coprs.segment_together([(image_of(), "a"), (image_of(1), "b")])
         assert [str(error) for error in found] == ["out of memory"] * 2
-        assert not coprs._cache._num_waiting
+        assert not coprs._pipeline.cache._num_waiting
 
 
 def test_no_match_and_no_requests_are_results(build):
@@ -68,7 +68,7 @@ def test_no_match_and_no_requests_are_results(build):
     assert coprs.segment_together([]) == []
     (found,) = coprs.segment_together([(image_of(), "a")])
     assert not found.found
-    assert not coprs._cache._num_waiting
+    assert not coprs._pipeline.cache._num_waiting
 
 
 def test_closed_runtime_and_wrong_limits_are_refused(build):

@@ -125,7 +125,7 @@ def test_request_that_waits_ends_when_the_runtime_is_closed(build, held):
         await held.until(lambda: held.num_decoded == 1)
         other = asyncio.ensure_future(second.run(app))
         await held.until(lambda: coprs._limit.num_active == 2)
-        coprs._is_closed = True
+        coprs._pipeline.is_closed = True
         await other
         held.release.set()
         await one
