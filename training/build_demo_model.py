@@ -193,7 +193,7 @@ def _rows(report: Mapping[str, Any], preset: Preset) -> list[list[str]]:
 def _data(preset: Preset, num_scenes: int) -> list[str]:
     types = ", ".join(t.replace("_", " ") for t in preset.question_type_weights)
     return [
-        f"{num_scenes:,} synthetic scenes of the preset `{preset.name}`: "
+        f"Synthetic scenes of the preset `{preset.name}`, {num_scenes:,} in the second training: "
         f"{preset.num_objects[0]} to {preset.num_objects[1]} objects, {len(preset.shapes)} shapes, "
         f"{len(preset.textures)} textures, {len(preset.backgrounds)} kinds of background. Question "
         f"types: {types}; new questions in each step. `coprs-deploy synth --preset {preset.name} "

@@ -14,7 +14,7 @@ def read_report(name):
     return json.loads((REPORTS / name / "report.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["demo-model", "demo-model-seed-1"])
+@pytest.mark.parametrize("name", ["demo", "demo-seed-1", "demo-model", "demo-model-seed-1"])
 def test_demo_report_of_each_seed_reaches_the_thresholds(name):
     report = read_report(name)
     assert report["generated"]["giou"] >= 0.93
