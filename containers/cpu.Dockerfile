@@ -29,6 +29,7 @@ COPY --from=build /opt/coprs /opt/coprs
 ENV PATH=/opt/coprs/bin:$PATH \
     HOME=/tmp \
     COPRS_DEPLOY_CACHE=/cache \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # The root file system may be read-only; /tmp holds uploads, /cache compiled graphs.
