@@ -51,6 +51,7 @@ kind = {"Content-Type": "multipart/form-data; boundary=x"}
 result = json.loads(read(urllib.request.Request(url + "segment", body + b"\r\n--x--\r\n", kind)))
 assert result["found"], result
 assert b'path="/segment"' in read(url + "metrics")
+assert os.listdir("/tmp") == [], "uploads or the files of a library's telemetry are left"
 print(result["response"], result["runtime"], sep="\n")
 PYTHON
 docker stop --time 20 "$server" >/dev/null
