@@ -15,9 +15,10 @@ RUN /opt/coprs/bin/pip install --no-cache-dir --no-deps --only-binary :all: \
         --requirement /src/requirements-cpu.txt
 COPY pyproject.toml README.md /src/
 COPY coprs_deploy /src/coprs_deploy
+# With openvino-telemetry, each import of OpenVINO is reported to its makers.
 RUN /opt/coprs/bin/pip install --no-cache-dir --no-deps --no-build-isolation /src \
     && /opt/coprs/bin/pip check \
-    && /opt/coprs/bin/pip uninstall --yes setuptools pip
+    && /opt/coprs/bin/pip uninstall --yes openvino-telemetry setuptools pip
 
 FROM ${BASE}
 RUN apt-get update \
@@ -29,6 +30,7 @@ COPY --from=build /opt/coprs /opt/coprs
 ENV PATH=/opt/coprs/bin:$PATH \
     HOME=/tmp \
     COPRS_DEPLOY_CACHE=/cache \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # The root file system may be read-only; /tmp holds uploads, /cache compiled graphs.

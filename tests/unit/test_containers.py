@@ -98,7 +98,7 @@ def test_additions_change_the_server_only(name):
     assert (ROOT / dockerfile).is_file()
 
 
-@pytest.mark.parametrize("name", ["run_triton.sh", "build_in_chroot.sh"])
+@pytest.mark.parametrize("name", ["run_triton.sh", "check_image.sh"])
 def test_shell_scripts_have_no_syntax_error(name):
     assert subprocess.run(["sh", "-n", CONTAINERS / name], check=False).returncode == 0
 
