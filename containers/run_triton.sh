@@ -1,6 +1,5 @@
 #!/bin/sh
-# Serve a model repository in NVIDIA's Triton container. NEVER RUN: no container engine and no
-# Triton was at hand.
+# Serve a model repository in NVIDIA's Triton container. NEVER RUN: no Triton was at hand.
 #
 #   coprs-deploy export checkpoint --out bundle --triton models
 #   containers/run_triton.sh models            # with a GPU: GPUS=all containers/run_triton.sh models
