@@ -6,6 +6,8 @@ Importing this package loads no heavy library; names are resolved on first use.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from coprs_deploy.version import __version__
@@ -46,6 +48,12 @@ __all__ = [
 
 _HOMES = ("coprs_deploy.errors", "coprs_deploy.runtime")
 """Modules of the public names; errors can be imported without the runtime's libraries."""
+
+
+# ONNX Runtime and OpenVINO report their use to their makers, who read this variable, and do without
+# this module.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

@@ -136,3 +136,13 @@ def test_python_m_coprs_deploy_runs_the_command_line():
     command = [sys.executable, "-m", "coprs_deploy", "--version"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout == f"coprs-deploy {coprs_deploy.__version__}\n"
+
+
+def test_libraries_report_nothing_to_their_makers():
+    pytest.importorskip("openvino")
+    code = (
+        "import coprs_deploy, os, openvino.tools.ovc as ovc; "
+        "print(os.environ['ORT_DISABLE_TELEMETRY'], type(ovc.telemetry).__module__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1", "openvino.tools.ovc.telemetry_stub"]
