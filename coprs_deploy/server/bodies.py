@@ -155,6 +155,9 @@ class HealthBody(BaseModel):
     version: str
     runtime: str
     active_requests: int
+    requests_ahead: int | None = Field(
+        None, description="active requests that arrived before `request_id`"
+    )
 
 
 class SampleBody(BaseModel):
