@@ -138,7 +138,7 @@ export class Viewer extends EventTarget {
     const [x, y] = [left + x1 * across, top + y1 * down];
     const color = colorOf(this.selected), pad = 5 * ratio;
     const size = 0.875 * ratio * parseFloat(getComputedStyle(this.#canvas).fontSize);
-    for (const [style, lineWidth] of [["#000", 4 * ratio], [color, 2 * ratio]]) {
+    for (const [style, lineWidth] of [["#000", size / 3], [color, size / 6]]) {
       Object.assign(context, { strokeStyle: style, lineWidth });
       context.strokeRect(x, y, (x2 - x1) * across, (y2 - y1) * down);
     }
