@@ -106,11 +106,12 @@ class Client(Closeable):
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
-    ) -> list[RemoteResult]:
+    ) -> list[RemoteResult | Exception]:
         """Segment by several instructions on one image, which is sent and encoded once.
 
         Returns:
-            A result for each instruction, in their order; errors as in :meth:`segment`.
+            The result of each instruction, or its error, in their order. What fails for all raises
+            as in :meth:`segment`.
         """
         options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
         form = segment_form(image, list(instructions), options)
@@ -229,7 +230,7 @@ class AsyncClient:
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
-    ) -> list[RemoteResult]:
+    ) -> list[RemoteResult | Exception]:
         """Asynchronous :meth:`Client.segment_instructions`."""
         options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
         form = segment_form(image, list(instructions), options)

@@ -135,8 +135,8 @@ def segment_form(
     }
 
 
-def read_results(data: Mapping[str, Any]) -> list[RemoteResult]:
-    """Read the results of several instructions.
+def read_results(data: Mapping[str, Any]) -> list[RemoteResult | Exception]:
+    """Read the results of several instructions, or their errors.
 
     Raises:
         EndpointError: there are none.
@@ -145,7 +145,12 @@ def read_results(data: Mapping[str, Any]) -> list[RemoteResult]:
         raise EndpointError(
             "the server sent no list of results; check that client and server have the same version"
         )
-    return [RemoteResult.from_json(each) for each in listed]
+    return [
+        _error(each.get("type", ""), each["error"])
+        if isinstance(each, dict) and "error" in each
+        else RemoteResult.from_json(each)
+        for each in listed
+    ]
 
 
 def _image_bytes(image: RemoteImage) -> bytes:

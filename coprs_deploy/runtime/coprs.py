@@ -255,15 +255,17 @@ class CoPRS(Closeable):
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
-    ) -> Generator[tuple[int, StreamEvent], None, None]:
+    ) -> Generator[tuple[int, StreamEvent | CoPRSError | ValueError], None, None]:
         """Stream the events of several instructions on one image, which is encoded once.
 
         As many run at once as the policy decodes together. Each counts as a request in the queue,
         and its ``deadline_ms`` runs from its turn; the time limit is that of all. Other arguments
-        and errors are those of :meth:`segment`, and the first error ends all.
+        are those of :meth:`segment`. What is refused before the first begins raises as there: the
+        image, an instruction, a full queue.
 
         Yields:
-            Index of the instruction, and an event as :meth:`stream` yields it.
+            Index of the instruction, and an event as :meth:`stream` yields it. If an instruction
+            fails, its error is its last event, and the others go on.
         """
         self._check_usable()
         arrival = time.perf_counter()
@@ -298,7 +300,7 @@ class CoPRS(Closeable):
         max_targets: int = 1,
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
-    ) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+    ) -> AsyncGenerator[tuple[int, StreamEvent | CoPRSError | ValueError], None]:
         """Asynchronous :meth:`stream_instructions`."""
         events = self.stream_instructions(
             image, instructions, max_targets, max_new_tokens, **limits

@@ -10,6 +10,8 @@ from contextlib import closing
 from queue import SimpleQueue
 from typing import TypeVar
 
+from coprs_deploy.errors import CoPRSError
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ async def in_thread(
 
 def interleave(
     starts: Sequence[Callable[[], Generator[T, None, None]]], num_threads: int
-) -> Generator[tuple[int, T], None, None]:
+) -> Generator[tuple[int, T | CoPRSError | ValueError], None, None]:
     """Run streams, at most ``num_threads`` at once, and yield their events.
 
     Args:
@@ -48,24 +50,27 @@ def interleave(
         num_threads: number of streams that run at once.
 
     Yields:
-        Index of the stream, and its event. The first stream that fails raises, and ends the
-        others. Closing the generator waits for the running step of each stream.
+        Index of the stream, and its event. A ``CoPRSError`` or ``ValueError`` of a stream is its
+        last event; another error raises, and ends the others. Closing the generator waits for the
+        running step of each stream.
     """
-    events: SimpleQueue[tuple[int, T] | Future[None]] = SimpleQueue()
+    events: SimpleQueue[tuple[int, T | CoPRSError | ValueError] | Future[None]] = SimpleQueue()
     is_abandoned = threading.Event()
 
     def run(index: int) -> None:
         if is_abandoned.is_set():
             return
-        with closing(starts[index]()) as stream:
-            try:
+        try:
+            with closing(starts[index]()) as stream:
                 for event in stream:
                     if is_abandoned.is_set():
                         return
                     events.put((index, event))
-            except BaseException:
-                is_abandoned.set()  # the next stream does not begin
-                raise
+        except (CoPRSError, ValueError) as error:
+            events.put((index, error))
+        except BaseException:
+            is_abandoned.set()  # the next stream does not begin
+            raise
 
     num_threads = max(1, min(num_threads, len(starts)))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="instruction") as pool:

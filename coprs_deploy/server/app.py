@@ -17,7 +17,7 @@ client that disconnects cancels its request.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,7 +50,7 @@ from coprs_deploy.server.openapi import DESCRIPTION, SEGMENT_BODY, add_document
 from coprs_deploy.server.request_body import read_request
 from coprs_deploy.server.request_guard import RequestGuard
 from coprs_deploy.server.request_log import RequestLog
-from coprs_deploy.server.request_record import REQUEST_ID_HEADER
+from coprs_deploy.server.request_record import REQUEST_ID_HEADER, RequestRecord
 from coprs_deploy.server.segmentation import respond
 from coprs_deploy.version import __version__
 
@@ -126,6 +126,7 @@ def build_app(
     app.state.image_memory = ImageMemory(max_image_bytes)
     app.state.max_pixels = max_pixels
     app.state.is_stopping = False
+    app.state.active = []
     app.state.samples = _read_samples() if has_samples else []
     app.include_router(public)
     app.mount("/page", StaticFiles(packages=[("coprs_deploy.server", "page")]))
@@ -195,30 +196,31 @@ async def samples(request: Request) -> list[SampleBody]:
     return listed
 
 
-@_get("/health")
-async def health(request: Request) -> HealthBody:
-    """Report state, version, runtime, and how many requests are running or queued."""
-    coprs: CoPRS = request.app.state.coprs
-    status: ServerStatus = "stopping" if request.app.state.is_stopping else "ok"
-    return HealthBody(
-        status="closed" if coprs.is_closed else status,
-        version=__version__,
-        runtime=coprs.description,
-        active_requests=coprs.num_active,
-    )
+@_get("/health", response_model_exclude_none=True)
+async def health(request: Request, request_id: str = "") -> HealthBody:
+    """Report state, version, runtime, and how many requests are running or queued.
+
+    With `request_id`, the `X-Request-ID` of one that is active, it says how many are before it.
+    """
+    state = _health(request)
+    ids = [record.request_id for record in request.app.state.active]
+    if request_id in ids:
+        state.requests_ahead = ids.index(request_id)
+    return state
 
 
-@_get("/health/live")
+@_get("/health/live", response_model_exclude_none=True)
 async def live(request: Request) -> HealthBody:
     """Report that the process answers: for a liveness probe."""
-    return await health(request)
+    return _health(request)
 
 
 @_get("/health/ready", response_model=HealthBody, responses=STOPPING)
 async def ready(request: Request) -> Response:
     """Report whether requests are accepted: for a readiness probe and load balancers."""
-    state = await health(request)
-    return JSONResponse(state.model_dump(), 200 if state.status == "ok" else 503)
+    state = _health(request)
+    content = state.model_dump(exclude_none=True)
+    return JSONResponse(content, 200 if state.status == "ok" else 503)
 
 
 @_get(
@@ -233,8 +235,19 @@ async def metrics(request: Request) -> Response:
     return Response(content, media_type=media_type)
 
 
+async def _list_active(request: Request) -> AsyncIterator[None]:
+    """List a request among the active ones, in the order of arrival, until its response ends."""
+    record, active = RequestRecord.of(request.scope), request.app.state.active
+    active.append(record)
+    try:
+        yield
+    finally:
+        active[:] = [each for each in active if each is not record]
+
+
 @protected.post(
     "/segment",
+    dependencies=[Depends(_list_active)],
     response_model=ResultBody | ResultsBody,
     responses=SEGMENT_RESPONSES,
     openapi_extra=SEGMENT_BODY,
@@ -244,6 +257,17 @@ async def segment(request: Request) -> Response:
     request.app.state.coprs.check_queue()  # before the body is read
     async with read_request(request) as requested:
         return await respond(request, requested)
+
+
+def _health(request: Request) -> HealthBody:
+    coprs: CoPRS = request.app.state.coprs
+    status: ServerStatus = "stopping" if request.app.state.is_stopping else "ok"
+    return HealthBody(
+        status="closed" if coprs.is_closed else status,
+        version=__version__,
+        runtime=coprs.description,
+        active_requests=coprs.num_active,
+    )
 
 
 def _page(name: str) -> Response:

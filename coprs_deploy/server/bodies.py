@@ -133,14 +133,25 @@ class ResultBody(BaseModel):
     )
 
 
+EXAMPLE_ERROR: dict[str, Any] = {
+    "error": "the policy named a target without its hidden state",
+    "type": "HiddenStateError",
+}
+"""Error of one of several instructions."""
+
+
 class ResultsBody(BaseModel):
-    """The results of several instructions, in their order."""
+    """The result or the error of each of several instructions, in their order.
+
+    If all failed, the response is the error of the first that did, with its status.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"results": [EXAMPLE_RESULT]}]}
+        extra="forbid",
+        json_schema_extra={"examples": [{"results": [EXAMPLE_RESULT, EXAMPLE_ERROR]}]},
     )
 
-    results: list[ResultBody]
+    results: list[ResultBody | ErrorBody]
 
 
 ServerStatus: TypeAlias = Literal["ok", "stopping", "closed"]
@@ -155,6 +166,9 @@ class HealthBody(BaseModel):
     version: str
     runtime: str
     active_requests: int
+    requests_ahead: Annotated[
+        int | None, Field(description="active requests that arrived before `request_id`")
+    ] = None
 
 
 class SampleBody(BaseModel):
@@ -203,7 +217,7 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "text/event-stream` the events `text` (`{text}`, as the policy writes), `prior` "
         "(`{image}`, the heat map as a PNG in a `data:` URL) and `result`; with `instructions` "
         "their data have the `index` of the instruction. `error` (`{error, type}`) ends a stream "
-        "that fails.",
+        "that fails, or with `index` the events of one instruction.",
         "content": {
             EVENT_STREAM: {
                 "itemSchema": {

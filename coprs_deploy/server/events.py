@@ -5,9 +5,10 @@
     event: result   the result, its masks in the requested forms
     event: error    {"error", "type"}                           instead of the remaining events
 
-With several instructions, the data of the first three have the ``index`` of the instruction too.
-``image`` is a gray PNG as a ``data:`` URL: 0 to 255 for 0 to 1, the whole image on at most
-``MAX_PRIOR_SIDE_PX`` pixels a side. The stream ends after the last ``result``, or ``error``.
+With several instructions, the data have the ``index`` of the instruction too, and an ``error`` with
+``index`` ends the events of that one only. ``image`` is a gray PNG as a ``data:`` URL: 0 to 255 for
+0 to 1, the whole image on at most ``MAX_PRIOR_SIDE_PX`` pixels a side. The stream ends after the
+last ``result`` or ``error``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from coprs_deploy.runtime import PriorEvent, SegmentationResult
 from coprs_deploy.server.request_record import RequestRecord
 from coprs_deploy.server.steps import run_step
 
-StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult
+StreamEvent: TypeAlias = TextDelta | PriorEvent | SegmentationResult | CoPRSError | ValueError
 
 ResultWriter: TypeAlias = Callable[[SegmentationResult], dict[str, Any]]
 """Returns the JSON of a result."""
@@ -59,6 +60,8 @@ async def encode_events(
                 yield _write("text", {"text": event.text, **place})
             elif isinstance(event, PriorEvent):
                 yield await run_step(_encode_prior, event, place)
+            elif isinstance(event, Exception):
+                yield _write("error", {**error_body(event), **place})
             else:
                 yield await run_step(_encode_result, event, write_result, place)
             has_begun = True

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from coprs_deploy.errors import error_body
 from coprs_deploy.runtime import CoPRS, SegmentationResult
 from coprs_deploy.runtime.concurrency import UploadedImage
 from coprs_deploy.server.bodies import EVENT_STREAM
@@ -64,6 +65,8 @@ async def _observe(events: Events, metrics: ServerMetrics, record: RequestRecord
             if isinstance(event, SegmentationResult):
                 metrics.observe_result(event)
                 record.timings.append(event.timings)
+            elif isinstance(event, Exception):
+                record.error = type(event).__name__
             yield index, event
 
 
@@ -72,14 +75,23 @@ async def _return_result(events: Events, requested: SegmentRequest) -> Response:
         results = {
             index or 0: event
             async for index, event in events
-            if isinstance(event, SegmentationResult)
+            if isinstance(event, SegmentationResult | Exception)
         }
+    errors = [each for each in results.values() if isinstance(each, Exception)]
+    if len(errors) == len(results):
+        raise errors[0]
 
     def encode() -> Response:
-        contents = [result_json(results[i], requested.formats) for i in range(len(results))]
+        contents = [_content(results[i], requested) for i in range(len(results))]
         return JSONResponse({"results": contents} if requested.is_list else contents[0])
 
     return await run_step(encode)
+
+
+def _content(result: SegmentationResult | Exception, requested: SegmentRequest) -> dict[str, Any]:
+    if isinstance(result, Exception):
+        return dict(error_body(result))
+    return result_json(result, requested.formats)
 
 
 async def _stream_events(

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from coprs_deploy import CoPRS, demo
+from coprs_deploy.client import Client
 from coprs_deploy.data.rle import decode_segmentation, encode_mask
 from tests import ROOT
 from tests.browser.conftest import serving
@@ -38,6 +41,31 @@ def segment(page, image=SCENE, instruction=INSTRUCTION):
     page.fill("#instruction", instruction)
     page.click("#submit")
     page.wait_for_selector("#history button")
+
+
+def stream(page, text, end):
+    """Send a request whose response is a text, and then as `end` says: wait, close or fail."""
+    page.evaluate(
+        """([text, end]) => {
+            const send = fetch;
+            fetch = (to, init) => to !== "segment" ? send(to, init) : Promise.resolve(new Response(
+                new ReadableStream({
+                    start(controller) {
+                        controller.enqueue(new TextEncoder().encode(text));
+                        init.signal.addEventListener("abort", () =>
+                            controller.error(init.signal.reason));
+                    },
+                    pull(controller) {
+                        if (end === "close") controller.close();
+                        if (end === "fail") controller.error(new TypeError("network error"));
+                    },
+                })));
+        }""",
+        [text, end],
+    )
+    page.set_input_files("#file", SCENE)
+    page.fill("#instruction", INSTRUCTION)
+    page.click("#submit")
 
 
 def wait_for_text(page, selector, text):
@@ -241,17 +269,50 @@ def test_stop_ends_the_request(page):
     page.click("#submit")
     wait_for_text(page, "#status", "Running")
     page.click("#stop")
-    wait_for_text(page, "#status", "Stopped.")
+    wait_for_text(page, "#status", "Stopped")
     assert page.is_hidden("#stop")
 
 
-def test_other_requests_are_counted_while_one_waits(page):
+def test_another_image_ends_the_request_and_its_text(page):
+    stream(page, 'event: text\ndata: {"text": "<think>There is"}\n\n', "wait")
+    wait_for_text(page, "#reasoning", "There is")
+    page.set_input_files("#file", demo.SAMPLES / "scene-28.jpg")
+    wait_for_text(page, "#file-name", "scene-28.jpg")
+    page.wait_for_timeout(200)
+    texts = [page.text_content(each) for each in ("#status", "#elapsed", "#reasoning")]
+    assert texts == ["", "", ""]
+    assert page.is_hidden("#stop")
+
+
+def test_requests_ahead_are_counted_while_one_waits(page, address):
+    others = 20
+    page.set_input_files("#file", SCENE)
+    page.fill("#instruction", INSTRUCTION)
+    with Client(address) as client, ThreadPoolExecutor(others) as pool:
+        running = [pool.submit(client.segment, SCENE, INSTRUCTION) for _ in range(others)]
+        while client.health()["active_requests"] < others // 2:
+            time.sleep(0.01)
+        page.click("#submit")
+        wait_for_text(page, "#status", re.compile(r"^Waiting, \d+ earlier requests?$"))
+        assert all(each.result().found for each in running)
+
+
+def test_clock_is_no_live_region(page):
     page.route("**/segment", lambda route: None)
-    page.route("**/health", lambda route: route.fulfill(json={"active_requests": 3}))
+    page.evaluate(
+        """() => {
+            window.spoken = [];
+            const status = document.getElementById("status");
+            new MutationObserver(() => spoken.push(status.textContent)).observe(
+                status, {childList: true, characterData: true, subtree: true});
+        }"""
+    )
     page.set_input_files("#file", SCENE)
     page.fill("#instruction", INSTRUCTION)
     page.click("#submit")
-    wait_for_text(page, "#status", "2 other requests active")
+    wait_for_text(page, "#elapsed", re.compile(r"^0\.[5-9] s$"))
+    assert page.evaluate("spoken") == ["Running"]
+    assert page.get_attribute("#elapsed", "role") == "timer"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +339,108 @@ def test_budget_of_the_reasoning_is_sent(page, position, text, field):
     assert {name: fields[name] for name in names & set(fields)} == dict([field] if field else [])
 
 
+def test_trade_of_a_limit_is_shown_before_and_after_a_request(page):
+    move = "(e, at) => { e.value = at; e.dispatchEvent(new Event('input')); }"
+    assert page.text_content("#trade") == "The whole reasoning: slowest, most exact."
+    page.locator("#budget").evaluate(move, 2)
+    limited = "Reasoning cut after 10 tokens: faster, less exact. A mask always comes"
+    assert page.text_content("#trade").startswith(limited)
+    segment(page)
+    trade = page.text_content("#trade")
+    assert re.search(r"The last request: \d+ tokens, \d+\.\d\d s\.", trade)
+    assert re.search(r"With this limit: at most about \d+\.\d\d s\.$", trade)
+    page.locator("#budget").evaluate(move, 9)
+    page.fill("#deadline", "5000")
+    assert "mask 5000 ms after the request arrived" in page.text_content("#trade")
+    page.click("#submit")
+    page.wait_for_selector("#history li:nth-child(2)")
+    limits = page.locator("#history small").all_inner_texts()
+    assert [limit.partition(" · ")[0] for limit in limits] == ["5000 ms", "10 tokens"]
+
+
+def test_selected_target_has_its_box_on_the_canvas_but_not_in_the_download(
+    page, expected, tmp_path
+):
+    segment(page)
+    before = downloaded(page, "#download-overlay", tmp_path).read_bytes()
+    masks = canvas_pixels(page)
+    page.click("#targets .name")
+    selected = canvas_pixels(page)
+    height, width = masks.shape[:2]
+    scale = min(height, width) / 640
+    x1, _, _, y2 = (float(v) for v in expected.boxes[0])
+    corner = (
+        round(height / 2 + (y2 - 320) * scale),
+        round(width / 2 + (x1 - 320) * scale),
+    )
+    assert tuple(selected[corner][:3]) == (0xFF, 0x4D, 0x8D)
+    assert tuple(masks[corner][:3]) != (0xFF, 0x4D, 0x8D)
+    page.keyboard.press("c")
+    page.click("#targets .name")
+    assert (canvas_pixels(page) == masks).all()
+    assert downloaded(page, "#download-overlay", tmp_path).read_bytes() == before
+
+
+def test_colors_of_many_targets_are_distinct_and_readable(page):
+    colors = page.evaluate(
+        "async () => { const { colorOf } = await import('./page/masks.js');"
+        " return [...Array(64).keys()].map(colorOf); }"
+    )
+    assert len(set(colors)) == 64
+    channels = np.array(
+        [[int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)] for color in colors]
+    )
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    assert (luminance + 0.05).min() / 0.05 >= 4.5  # contrast with black text
+
+
 class TestErrors:
+    @pytest.mark.parametrize(("end", "reason"), [("close", "no result"), ("fail", "network error")])
+    def test_lost_connection_is_named(self, page, end, reason):
+        stream(page, 'event: text\ndata: {"text": "<think>There is"}\n\n', end)
+        page.wait_for_selector("#error:not([hidden])")
+        assert page.text_content("#error") == (
+            f"The server ended the connection before the result ({reason}). Check that it still "
+            "runs, then try again."
+        )
+        assert page.is_hidden("#stop")
+        assert page.text_content("#elapsed") == page.text_content("#status") == ""
+
+    def test_large_file_is_refused_with_the_limit(self, page, tmp_path):
+        path = tmp_path / "large.png"
+        path.write_bytes(bytes(33 << 20))
+        page.set_input_files("#file", path)
+        wait_for_text(page, "#file-name", "large.png")
+        page.fill("#instruction", "x")
+        page.click("#submit")
+        page.wait_for_selector("#error:not([hidden])")
+        assert "accepted: at most 32 MiB; send a smaller image" in page.text_content("#error")
+
+    def test_instruction_of_spaces_is_refused(self, page):
+        page.set_input_files("#file", SCENE)
+        page.fill("#instruction", "  ")
+        page.click("#submit")
+        wait_for_text(page, "#error", "the instruction is empty; say what to segment")
+
+    @pytest.mark.parametrize("way", ["drop", "paste"])
+    def test_what_is_no_file_is_refused_outside_the_fields_only(self, page, way):
+        was_prevented = page.evaluate(
+            """way => ["canvas", "instruction"].map((id) => {
+                const data = new DataTransfer();
+                data.setData("text/uri-list", "http://127.0.0.1/image.png");
+                const options = {bubbles: true, cancelable: true};
+                const event = way === "drop"
+                    ? new DragEvent("drop", {...options, dataTransfer: data})
+                    : new ClipboardEvent("paste", {...options, clipboardData: data});
+                document.getElementById(id).dispatchEvent(event);
+                return event.defaultPrevented;
+            })""",
+            way,
+        )
+        assert was_prevented == [way == "drop", False]
+        assert page.text_content("#error").startswith("That is no file; choose, drop or paste")
+
     def test_missing_image_is_requested(self, page):
         page.fill("#instruction", "x")
         page.click("#submit")
@@ -320,6 +482,10 @@ def test_api_key_is_requested_and_sent(open_page):
         page.set_input_files("#file", SCENE)
         page.fill("#instruction", INSTRUCTION)
         page.click("#submit")
+        wait_for_text(page, "#key-text", "This server needs an API key")
+        page.fill("#key", "wrong")
+        page.click("#key-dialog button[value=ok]")
+        wait_for_text(page, "#key-text", "does not accept this API key")
         page.fill("#key", "secret")
         page.click("#key-dialog button[value=ok]")
         page.wait_for_selector("#targets li")
@@ -333,6 +499,15 @@ def test_page_fits_its_window(open_page, address, width):
     overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
     assert overflow <= 0
     assert page.locator("#canvas").bounding_box()["width"] > 0.55 * min(width, 2000)
+
+
+def test_phone_shows_state_and_image_of_a_request(open_page, address):
+    page = open_page(address, viewport={"width": 360, "height": 740}, has_touch=True)
+    segment(page)
+    for name in ("#status", "#canvas"):
+        box = page.locator(name).bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= 740
 
 
 def test_page_is_used_by_keyboard_alone(page):

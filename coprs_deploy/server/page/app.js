@@ -25,6 +25,7 @@ let input = null;  // {blob, name, bitmap}
 let current = null;  // the entry of the history that is shown
 let running = null;  // AbortController of the request
 let apiKey = "";
+let speed = null;  // of the last result: {tokens, decode_ms, other_ms}
 
 // ---------------------------------------------------------------- elements
 
@@ -34,16 +35,22 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-function status(text) { at("status").textContent = text; }
+/** Say what happens. Only changes are written, since a screen reader speaks each of them. */
+function status(text) { if (at("status").textContent !== text) at("status").textContent = text; }
 
 function fail(message) {
   at("error").textContent = message;
   at("error").hidden = !message;
+  if (message) at("error").scrollIntoView({ block: "nearest" });
 }
+
+const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
 
 function showText(text) {
   const { reasoning, parts } = splitResponse(text);
   at("reasoning").textContent = reasoning;
+  at("reasoning").dataset.empty =
+    running ? "…" : current ? "None." : "It appears here while it is written.";
   at("response").replaceChildren(...parts.flatMap((part, index) => {
     if (index === parts.length - 1) return [part];
     const reference = element("span", { className: "reference", textContent: `${index + 1}` });
@@ -69,8 +76,7 @@ function showTargets({ scores, boxes, areas }) {
     const toggle = element("input", { type: "checkbox", checked: true, ariaLabel: `Show ${name}` });
     toggle.addEventListener("change", () => viewer.setVisible(index, toggle.checked));
     const [x1, y1, x2, y2] = boxes[index];
-    const numbers = `score ${score.toFixed(2)} · ${areas[index].toLocaleString("en")} px · ` +
-      `box ${x1}, ${y1} to ${x2}, ${y2}`;
+    const numbers = `${summary(score, areas[index])} · box ${x1}, ${y1} to ${x2}, ${y2}`;
     const button = element("button", { type: "button", className: "name" },
       element("span", { className: "swatch" }), name, element("small", { textContent: numbers }));
     button.addEventListener("click", () => viewer.select(viewer.selected === index ? -1 : index));
@@ -80,6 +86,12 @@ function showTargets({ scores, boxes, areas }) {
   }));
   markSelected(-1);
 }
+
+const summary = (score, area) => `score ${score.toFixed(2)} · ${area.toLocaleString("en")} px`;
+
+/** What the canvas shows of a selected target. */
+const labelsOf = ({ scores, boxes, areas }) => scores.map((score, index) =>
+  ({ box: boxes[index], text: `Target ${index + 1} · ${summary(score, areas[index])}` }));
 
 function markSelected(selected) {
   [...at("targets").children].forEach((item, index) => {
@@ -101,10 +113,22 @@ function describeCanvas() {
   at("file-name").textContent = input?.name ?? "Choose a file …";
 }
 
-function showBudget() {
-  const budget = BUDGETS[at("budget").value];
+/** Show the limits of the reasoning, and what they cost and save. */
+function showLimits() {
+  const budget = BUDGETS[at("budget").value], deadline = at("deadline").value;
   at("budget-text").textContent =
     budget === null ? "no limit" : budget === 0 ? "none" : `at most ${budget} tokens`;
+  const parts = [budget === null ? "The whole reasoning: slowest, most exact." :
+    budget === 0 ? "No reasoning: fastest, least exact." :
+      `Reasoning cut after ${budget} tokens: faster, less exact.`];
+  if (deadline) parts.push(`It is cut in time for a mask ${deadline} ms after the request arrived.`);
+  if (budget !== null || deadline) parts.push("A mask always comes, even if nothing fits.");
+  if (speed) {
+    parts.push(`The last request: ${speed.tokens} tokens, ${seconds(speed.decode_ms + speed.other_ms)}.`);
+    const ms = speed.other_ms + (budget ?? 0) * speed.decode_ms / Math.max(1, speed.tokens);
+    if (budget !== null) parts.push(`With this limit: at most about ${seconds(ms)}.`);
+  }
+  at("trade").textContent = parts.join(" ");
 }
 
 function setView(name) {
@@ -120,12 +144,13 @@ function clearResult() {
   showTimings(null);
   showTargets({ scores: [], boxes: [], areas: [] });
   status("");
+  at("elapsed").textContent = "";
 }
 
 // ---------------------------------------------------------------- image
 
 async function setInput(blob, name) {
-  running?.abort();
+  abandon();
   let bitmap;
   try {
     bitmap = await createImageBitmap(blob);
@@ -152,9 +177,10 @@ function chooseFile(file) {
 
 // ---------------------------------------------------------------- request
 
-async function post(body, signal) {
+async function post(body, id, signal) {
   const send = () => fetch("segment", { method: "POST", body, signal, headers: {
-    Accept: "text/event-stream", ...(apiKey && { Authorization: `Bearer ${apiKey}` }) } });
+    Accept: "text/event-stream", "X-Request-ID": id,
+    ...(apiKey && { Authorization: `Bearer ${apiKey}` }) } });
   let response = await send();
   while (response.status === 401 && (apiKey = await requestKey())) response = await send();
   return response;
@@ -162,6 +188,8 @@ async function post(body, signal) {
 
 function requestKey() {
   const dialog = at("key-dialog");
+  at("key-text").textContent = apiKey ? "The server does not accept this API key; enter another one" :
+    "This server needs an API key";
   at("key").value = dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => dialog.addEventListener("close", () =>
@@ -175,32 +203,55 @@ async function segment(event) {
     at("file").focus();
     return;
   }
-  running?.abort();
+  abandon();
   const stop = running = new AbortController();
   clearResult();
   viewer.setMasks([]);
   viewer.setPrior(null);
   setView("masks");
-  const entry = current = { input, instruction: at("instruction").value, text: "", prior: null };
-  const clock = startClock(stop.signal);
+  const entry = current = { input, instruction: at("instruction").value, limits: limitsOfForm(), text: "",
+    prior: null };
+  showText("");
+  const id = [...crypto.getRandomValues(new Uint32Array(4))].map((part) => part.toString(16)).join("-");
   at("stop").hidden = false;
+  if (matchMedia("(max-width: 56rem)").matches) document.querySelector("main").scrollIntoView();
+  const clock = startClock(id, stop.signal);
+  let response = null;
   try {
-    const response = await post(formOf(entry), stop.signal);
+    response = await post(formOf(entry), id, stop.signal);
     if (!response.ok) fail(await errorOf(response));
     else for await (const [name, data] of readEvents(response)) await receive(entry, name, data);
+    if (response.ok && !entry.result && at("error").hidden) throw new Error("no result");
   } catch (error) {
     if (!stop.signal.aborted) {
-      fail(`Cannot reach the server (${error.message}). Check that it still runs, then try again.`);
+      fail(`${response ? "The server ended the connection before the result" : "Cannot reach the server"} ` +
+        `(${error.message}). Check that it still runs, then try again.`);
     }
   } finally {
     clearInterval(clock);
     if (running === stop) {
       running = null;
       at("stop").hidden = true;
-      if (stop.signal.aborted) status("Stopped.");
+      if (!stop.signal.aborted) at("elapsed").textContent = "";
+      if (stop.signal.aborted) status("Stopped");
       else if (!entry.result) status("");
+      showText(entry.text);
     }
   }
+}
+
+/** The limits for the history. */
+function limitsOfForm() {
+  const budget = BUDGETS[at("budget").value], deadline = at("deadline").value;
+  const limits = [budget === 0 ? "no reasoning" : budget && `${budget} tokens`, deadline && `${deadline} ms`];
+  return limits.filter(Boolean).join(", ") || "no limit";
+}
+
+/** End the running request in favor of something else. */
+function abandon() {
+  running?.abort();
+  running = null;
+  at("stop").hidden = true;
 }
 
 function formOf({ input: { blob, name }, instruction }) {
@@ -215,17 +266,19 @@ function formOf({ input: { blob, name }, instruction }) {
   return body;
 }
 
-/** Show the time since the request began, and until its first event how many others are active. */
-function startClock(signal) {
+/** Show the time since the request began, and until its first event the requests before it. */
+function startClock(id, signal) {
   const start = performance.now();
-  let ahead = "", number = 0;
+  let ahead = 0, number = 0;
   const tick = async () => {
-    if (signal.aborted || !current) return;
-    const seconds = ((performance.now() - start) / 1000).toFixed(1);
-    status(`Running, ${seconds} s${current.text ? "" : ahead}`);
-    if (current.text || number++ % 10 !== 9) return;
-    const health = await fetch("health", { signal }).then((answer) => answer.json()).catch(() => null);
-    ahead = health?.active_requests > 1 ? `, ${health.active_requests - 1} other requests active` : "";
+    if (signal.aborted || current.result) return;
+    at("elapsed").textContent = `${((performance.now() - start) / 1000).toFixed(1)} s`;
+    status(current.text || !ahead ? "Running" :
+      `Waiting, ${ahead} earlier ${ahead === 1 ? "request" : "requests"}`);
+    if (current.text || number++ % 10 !== 2) return;
+    const health = await fetch(`health?request_id=${id}`, { signal }).then((answer) => answer.json())
+      .catch(() => null);
+    ahead = health?.requests_ahead ?? 0;
   };
   tick();
   return setInterval(tick, 100);
@@ -241,6 +294,9 @@ async function receive(entry, name, data) {
   }
   if (name === "result") {
     entry.result = data;
+    const { decode_ms, total_ms, response_tokens: tokens } = data.timings;
+    speed = { tokens, decode_ms, other_ms: total_ms - decode_ms };
+    showLimits();
     showResult(entry);
     remember(entry);
   }
@@ -257,11 +313,11 @@ function showResult(entry) {
   showTargets(result);
   showTimings(result.timings);
   viewer.setPrior(entry.prior);
-  viewer.setMasks(result.masks.map(decodeMask));
-  const seconds = (result.timings.total_ms / 1000).toFixed(2);
-  const cut = STOPS[result.stop_reason] ?? "";
-  status(result.found ? `${count} ${count === 1 ? "mask" : "masks"} in ${seconds} s${cut}` :
-    `Nothing in the image fits the instruction (${seconds} s).`);
+  viewer.setMasks(result.masks.map(decodeMask), labelsOf(result));
+  const cut = STOPS[result.stop_reason] ?? "", time = seconds(result.timings.total_ms);
+  at("elapsed").textContent = "";
+  status(result.found ? `${count} ${count === 1 ? "mask" : "masks"} in ${time}${cut}` :
+    `Nothing in the image fits the instruction (${time}).`);
   describeCanvas();
 }
 
@@ -306,8 +362,9 @@ function remember(entry) {
   history.length = Math.min(history.length, MAX_HISTORY);
   at("history-part").hidden = false;
   at("history").replaceChildren(...history.map((each) => {
-    const button = element("button", { type: "button" },
-      element("img", { src: each.thumbnail, alt: "" }), element("span", { textContent: each.instruction }));
+    const button = element("button", { type: "button", title: each.instruction },
+      element("img", { src: each.thumbnail, alt: "" }), element("span", { textContent: each.instruction }),
+      element("small", { textContent: `${each.limits} · ${seconds(each.result.timings.total_ms)}` }));
     button.addEventListener("click", () => recall(each));
     return element("li", {}, button);
   }));
@@ -320,7 +377,7 @@ function markHistory() {
 }
 
 function recall(entry) {
-  running?.abort();
+  abandon();
   input = entry.input;
   clearResult();
   current = entry;
@@ -354,7 +411,7 @@ at("file").addEventListener("change", () => chooseFile(at("file").files[0]));
 for (const choice of document.querySelectorAll("[name=view]")) {
   choice.addEventListener("change", () => setView(choice.value));
 }
-at("budget").addEventListener("input", showBudget);
+for (const name of ["budget", "deadline"]) at(name).addEventListener("input", showLimits);
 at("opacity").addEventListener("input", () => {
   viewer.opacity = at("opacity").value / 100;
   viewer.draw();
@@ -362,6 +419,7 @@ at("opacity").addEventListener("input", () => {
 
 function compare(on) { viewer.comparing = on; viewer.draw(); }
 at("compare").addEventListener("pointerdown", () => compare(true));
+at("compare").addEventListener("contextmenu", (event) => event.preventDefault());  // of a long touch
 for (const name of ["pointerup", "pointerleave", "pointercancel", "blur"]) {
   at("compare").addEventListener(name, () => compare(false));
 }
@@ -385,23 +443,30 @@ at("download-json").addEventListener("click", () =>
   download(new Blob([JSON.stringify(current.result, null, 2)], { type: "application/json" }), `${stem()}.json`));
 at("copy-rle").addEventListener("click", copyRle);
 
+// Text may be dropped or pasted into the fields.
+const NO_FILE = "That is no file; choose, drop or paste an image file.";
+const isText = (event, data) => isTyping(event) && !data.types.includes("Files");
 addEventListener("dragover", (event) => {
+  if (isText(event, event.dataTransfer)) return;
   event.preventDefault();
-  at("drop").hidden = false;
+  at("drop").hidden = !event.dataTransfer.types.includes("Files");
 });
 addEventListener("dragleave", (event) => { if (!event.relatedTarget) at("drop").hidden = true; });
 addEventListener("drop", (event) => {
-  event.preventDefault();
   at("drop").hidden = true;
-  chooseFile(event.dataTransfer.files[0]);
+  if (isText(event, event.dataTransfer)) return;
+  event.preventDefault();  // a link would be opened in place of the page
+  const [file] = event.dataTransfer.files;
+  if (file) chooseFile(file); else fail(NO_FILE);
 });
 addEventListener("paste", (event) => {
+  if (isText(event, event.clipboardData)) return;
   const [file] = event.clipboardData.files;
-  if (file) chooseFile(file);
+  if (file) chooseFile(file); else fail(NO_FILE);
 });
 
 fetch("health").then((response) => response.json()).then((health) => at("runtime").textContent = health.runtime);
 showSamples();
-showBudget();
+showLimits();
 clearResult();
 describeCanvas();

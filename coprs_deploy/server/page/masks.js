@@ -4,7 +4,16 @@ export const COLORS = [
   "#ff4d8d", "#35a7ff", "#ffb000", "#2ec27e", "#b186ff", "#ff7f3f", "#00c2cb", "#c6d300",
 ];
 
-export const colorOf = (index) => COLORS[index % COLORS.length];
+/** The color of a target as #rrggbb; further ones are spread over the hues, light enough for black text. */
+export function colorOf(index) {
+  if (index < COLORS.length) return COLORS[index];
+  const hue = (index * 137.5) % 360;
+  const channel = (offset) => {
+    const at = (offset + hue / 30) % 12;
+    return Math.round(255 * (0.72 - 0.22 * Math.max(-1, Math.min(at - 3, 9 - at, 1))));
+  };
+  return `#${[0, 8, 4].map((offset) => channel(offset).toString(16).padStart(2, "0")).join("")}`;
+}
 
 /** Decode {size: [height, width], counts} to one byte a pixel, row by row; 1 is inside. */
 export function decodeMask({ size: [height, width], counts }) {

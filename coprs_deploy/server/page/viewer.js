@@ -48,10 +48,11 @@ export class Viewer extends EventTarget {
 
   setPrior(canvas) { this.#prior = canvas; this.draw(); }
 
-  /** Show decoded masks; each may be hidden with setVisible. */
-  setMasks(decoded) {
+  /** Show decoded masks; each may be hidden with setVisible, and has its label when it is selected. */
+  setMasks(decoded, labels = []) {
     this.#targets = decoded.map((mask, index) => ({
       mask,
+      label: labels[index],
       visible: true,
       fill: maskCanvas(mask, colorOf(index)),
       outline: maskCanvas(mask, colorOf(index), { outline: true }),
@@ -87,7 +88,10 @@ export class Viewer extends EventTarget {
     const height = Math.round(canvas.clientHeight * ratio);
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     context.clearRect(0, 0, width, height);
-    if (this.#image) this.#paint(context, this.#rectangle());
+    if (this.#image) {
+      this.#paint(context, this.#rectangle());
+      if (!this.comparing && this.view === "masks") this.#paintSelected(context, ratio);
+    }
     this.dispatchEvent(new Event("draw"));
   }
 
@@ -123,6 +127,29 @@ export class Viewer extends EventTarget {
       context.globalAlpha = 1;
       context.drawImage(outline, left, top, width, height);
     });
+  }
+
+  // The box of the selected target, and its label inside the canvas.
+  #paintSelected(context, ratio) {
+    const target = this.#targets[this.selected];
+    if (!target?.visible) return;
+    const [left, top, width, height] = this.#rectangle(), { box: [x1, y1, x2, y2], text } = target.label;
+    const [across, down] = [width / this.#image.width, height / this.#image.height];
+    const [x, y] = [left + x1 * across, top + y1 * down];
+    const color = colorOf(this.selected), pad = 5 * ratio;
+    const size = 0.875 * ratio * parseFloat(getComputedStyle(this.#canvas).fontSize);
+    for (const [style, lineWidth] of [["#000", size / 3], [color, size / 6]]) {
+      Object.assign(context, { strokeStyle: style, lineWidth });
+      context.strokeRect(x, y, (x2 - x1) * across, (y2 - y1) * down);
+    }
+    context.font = `600 ${size}px system-ui, sans-serif`;
+    const box = [context.measureText(text).width + 2 * pad, size + 2 * pad];
+    const [labelX, labelY] = [x, y - box[1]].map((value, axis) =>
+      Math.max(0, Math.min(value, [this.#canvas.width, this.#canvas.height][axis] - box[axis])));
+    context.fillStyle = color;
+    context.fillRect(labelX, labelY, ...box);
+    Object.assign(context, { fillStyle: "#000", textBaseline: "middle" });
+    context.fillText(text, labelX + pad, labelY + box[1] / 2);
   }
 
   // Left, top, width and height of the image on the canvas.

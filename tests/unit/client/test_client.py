@@ -181,6 +181,20 @@ def test_several_instructions_on_one_image_give_results_in_their_order(serve):
             client.segment_instructions(png(), ["the cup", " "])
 
 
+def test_failed_instruction_has_its_error_among_the_results(serve):
+    steps = iter([PolicyError("no cup"), None, None])
+
+    def during():
+        if error := next(steps):
+            raise error
+
+    with Client(serve(FakePolicy(during=during))) as client:
+        failed, found = client.segment_instructions(png(), ["the cup", "the plate"])
+    assert isinstance(failed, PolicyError)
+    assert str(failed) == "no cup"
+    assert found.instruction == "the plate"
+
+
 def test_stream_yields_text_prior_and_result(serve):
     with Client(serve()) as client:
         events = list(client.stream(png(), "the cup"))

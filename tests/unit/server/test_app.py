@@ -14,6 +14,7 @@ from coprs_deploy.errors import PolicyError
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.server.app import PAGE
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
+from coprs_deploy.server.request_record import RequestRecord
 from coprs_deploy.server.segmentation import _accepts_stream
 from tests.unit.runtime_fakes import WAIT, FakePolicy
 from tests.unit.server.asgi import MAX_BYTES, png
@@ -144,6 +145,21 @@ class TestResults:
         client, _ = connect(FakePolicy(deltas=("text",), during=during))
         post(client)
         assert (seen, client.get("/health").json()["active_requests"]) == ([1], 0)
+
+    def test_health_counts_the_requests_before_a_named_one(self, connect):
+        seen = []
+
+        def during():
+            seen.append(client.get("/health", params={"request_id": "mine"}).json())
+
+        client, _ = connect(FakePolicy(deltas=("text",), during=during))
+        post(client, headers={"X-Request-ID": "mine"})
+        client.app.state.active = [RequestRecord("other"), RequestRecord("mine")]
+        during()
+        assert [health["requests_ahead"] for health in seen] == [0, 1]
+        client.app.state.active = []
+        during()
+        assert "requests_ahead" not in seen[-1]
 
     @pytest.mark.parametrize(
         ("accept", "expected"),

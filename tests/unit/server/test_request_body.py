@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from coprs_deploy.data.rle import decode_mask
+from coprs_deploy.errors import PolicyError, RequestTimeoutError
 from coprs_deploy.runtime import concurrency
-from coprs_deploy.server.bodies import EVENT_STREAM, ResultBody, ResultsBody
+from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody, ResultsBody
 from coprs_deploy.server.openapi import SEGMENT_BODY
 from coprs_deploy.server.request_body import MAX_INSTRUCTIONS
 from tests.unit.runtime_fakes import FakePolicy
@@ -97,6 +99,17 @@ class TestJson:
             body.model_validate(response.json())
 
 
+def failing_at(step, error):
+    """Return what raises an error before a text delta of a policy, counted from 1."""
+    steps = itertools.count(1)
+
+    def during():
+        if next(steps) == step:
+            raise error
+
+    return during
+
+
 class TestInstructions:
     @pytest.mark.parametrize("max_cached_images", [0, 8])
     def test_several_instructions_encode_the_image_once(self, build, max_cached_images):
@@ -149,16 +162,39 @@ class TestInstructions:
         assert part in response.json()["error"]
         assert policy.requests == []
 
-    def test_failure_of_one_instruction_ends_the_request(self, build):
-        steps = iter([None, None, ValueError("no cup")])
-
-        def fail_at_the_third():
-            if error := next(steps):
-                raise error
-
-        client, policy = connect_to(build, FakePolicy(during=fail_at_the_third))
+    def test_failure_of_one_instruction_leaves_the_others(self, build):
+        client, _ = connect_to(build, FakePolicy(during=failing_at(3, PolicyError("no cup"))))
         response = post_json(client, instructions=["a", "b", "c"])
-        assert (response.status_code, response.json()["error"]) == (422, "no cup")
+        assert response.status_code == 200
+        results = ResultsBody.model_validate(response.json()).results
+        assert results[1] == ErrorBody(error="no cup", type="PolicyError")
+        assert [results[0].instruction, results[2].instruction] == ["a", "c"]
+
+    def test_failure_of_one_instruction_is_an_event_with_its_index(self, build):
+        client, _ = connect_to(build, FakePolicy(during=failing_at(1, PolicyError("no cup"))))
+        headers = {"Accept": EVENT_STREAM}
+        events = events_of(post_json(client, headers, instructions=["a", "b"]))
+        assert events[0] == ("error", {"error": "no cup", "type": "PolicyError", "index": 0})
+        assert [name for name, _ in events[1:]] == ["text", "text", "prior", "result"]
+        assert {data["index"] for _, data in events[1:]} == {1}
+
+    @pytest.mark.parametrize(
+        ("error", "status"), [(RequestTimeoutError("too late"), 504), (ValueError("no"), 422)]
+    )
+    def test_failure_of_all_instructions_has_the_status_of_the_first(self, build, error, status):
+        def fail():
+            raise error
+
+        client, policy = connect_to(build, FakePolicy(during=fail))
+        response = post_json(client, instructions=["a", "b"])
+        expected = {"error": str(error), "type": type(error).__name__}
+        assert (response.status_code, response.json()) == (status, expected)
+        assert len(policy.requests) == 2
+
+    def test_bug_in_one_instruction_ends_the_request(self, build):
+        client, policy = connect_to(build, FakePolicy(during=failing_at(3, KeyError("bug"))))
+        response = post_json(client, instructions=["a", "b", "c"])
+        assert (response.status_code, response.json()["type"]) == (500, "KeyError")
         assert len(policy.requests) == 2
 
     def test_more_instructions_than_the_queue_takes_are_refused(self, build):

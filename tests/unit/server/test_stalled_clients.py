@@ -30,9 +30,11 @@ def test_disconnected_client_cancels_its_request(build, accept, num_deltas):
 
     policy = FakePolicy(deltas=("a",) * 4, during=during)
     coprs, _ = build(policy)
+    app = build_app(coprs, MAX_BYTES)
     exchange = Exchange(accept, leaving=lambda: asyncio.to_thread(begun.wait, WAIT))
-    asyncio.run(exchange.run(build_app(coprs, MAX_BYTES)))
+    asyncio.run(exchange.run(app))
     release.set()
+    assert app.state.active == []
     assert policy.was_abandoned.wait(WAIT)
     assert policy.num_abandoned == 1
     assert next(deltas) < 4  # the remaining deltas were not written
@@ -148,6 +150,7 @@ def test_client_that_leaves_during_its_body_ends_its_request(build, caplog):
     exchange.messages.append({"type": "http.disconnect"})
     asyncio.run(exchange.run(app))
     assert exchange.sent == []
+    assert app.state.active == []
     assert not any(record.levelno >= logging.WARNING for record in caplog.records)
     assert coprs.num_active == 0
 
@@ -178,6 +181,7 @@ def test_client_that_stops_reading_ends_its_request(build):
     exchange = Exchange(EVENT_STREAM, reads=lambda: len(exchange.sent) < 3)
     asyncio.run(exchange.run(app))
     assert len(exchange.sent) == 3
+    assert app.state.active == []
     assert policy.was_abandoned.wait(WAIT)
     join_stream_threads()
     assert coprs._limit.num_active == 0
