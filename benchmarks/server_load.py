@@ -7,11 +7,12 @@
 Starts `coprs-deploy serve` and `plain_server.py`, the peer, on free loopback ports. Part `load`
 raises the rate of an open loop of requests (Poisson arrivals, images of 128 x 128 to 4000 x 3000
 pixels, some clients leave) until a server no longer keeps up; both get the same rates in turn. Part
-`deadlines` sends requests with `deadline_ms` at shares of the capacity without one, and counts those
-that were answered in time, to the client's clock. Part `memory` sends mixed requests to both for 20 minutes, with bad bodies and slow clients, and fits the
-slope of the memory. Each part is added to the report of this kind of machine: JSON, Markdown and a
-chart. Exit code 1 if `coprs-deploy serve` loses a request, refuses one without a full queue or
-Retry-After, keeps requests after a load, or if its memory grows by over 2 % in the last half.
+`deadlines` sends requests with `deadline_ms` at shares of the capacity without one, and counts
+those that were answered in time by the client's clock. Part `memory` sends mixed requests to both
+for 20 minutes, with bad bodies and slow clients, and fits the slope of the memory. Each part is
+added to the report of this kind of machine: JSON, Markdown and a chart. Exit code 1 if
+`coprs-deploy serve` loses a request, refuses one without a full queue or Retry-After, keeps
+requests after a load, or if its memory grows by over 2 % in the last half.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python training/build_demo_model.py RUN [--reports DIRECTORY] [--only-report]
 
 ``make demo-model`` calls this after ``coprs-deploy train demo`` and, from its checkpoint,
-``coprs-deploy train demo_truncated``. ``--only-report`` copies the report of the run and leaves the package unchanged; ``--only-bundle`` exports the checkpoint of the
-package again and ``--only-card`` writes the model card again, both from the report in DIRECTORY.
+``coprs-deploy train demo_truncated``. ``--only-report`` copies the report of the run and leaves the
+package unchanged; ``--only-bundle`` exports the checkpoint of the package again and ``--only-card``
+writes the model card again, both from the report in DIRECTORY.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def model_card(report: Mapping[str, Any], environment: Mapping[str, Any], size_b
         f"{100 * metrics['no_match_recall']:.1f} % and the precision "
         f"{100 * metrics['no_match_precision']:.1f} %. Pearson correlation of prior IoU and mask "
         f"IoU: {metrics['pearson_r']:.3f}. Without reasoning gIoU is "
-        f"{short['no_reasoning_giou']:.3f} and P@0.5 {short['no_reasoning_precision_at_50']:.3f}, on "
-        f"the first {joint['num_eval_examples']} scenes. Thresholds of the recipe: "
+        f"{short['no_reasoning_giou']:.3f} and P@0.5 {short['no_reasoning_precision_at_50']:.3f} "
+        f"on the first {joint['num_eval_examples']} scenes. Thresholds of the recipe: "
         f"{_thresholds(report)}.",
         "",
         "## Limits",

@@ -21,9 +21,8 @@ from typing import Any
 BOUNDARY = "traffic-boundary"
 
 ANSWERED, REFUSED, REJECTED, LEFT, LOST = "answered", "refused", "rejected", "left", "lost"
-"""Outcomes: a result; a full queue (503 or 429); a bad body, or a deadline that cannot be met (4xx);
-the client left; none of these.
-"""
+"""Outcomes: a result; a full queue (503 or 429); a bad body or a deadline that cannot be met (4xx);
+the client left; none of these."""
 
 QUEUE_STATUSES = (429, 503)
 

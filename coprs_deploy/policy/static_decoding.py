@@ -107,8 +107,8 @@ def _check_available(device_type: str) -> None:
 
     if not isinstance(getattr(StaticLayer(1), "cumulative_length", None), torch.Tensor):
         raise RuntimeUnavailableError(
-            f"static_decoding needs a transformers whose StaticLayer counts its tokens in a tensor, "
-            f"and {__version__} is installed; pip install -U transformers, or leave it out"
+            "static_decoding needs a transformers whose StaticLayer counts its tokens in a tensor; "
+            f"installed: {__version__}; pip install -U transformers, or leave it out"
         )
     try:
         if device_type == "cpu":
