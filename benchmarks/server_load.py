@@ -474,8 +474,8 @@ def main(arguments: Sequence[str]) -> int:
     machine = machine_record()
     path = given.out / f"{NAME}-{machine.kind}.json"
     report = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    measured["date"] = date.today().isoformat()
-    report |= {"suite": NAME, "machine": machine.to_json(), given.part: measured}
+    measured |= {"date": date.today().isoformat(), "machine": machine.to_json()}
+    report |= {"suite": NAME, given.part: measured}
     write_json(path, report)
     write_outputs(path, report)
     print("\n".join([str(path), *measured["failures"]]))

@@ -29,19 +29,12 @@ def write_outputs(path: Path, report: Mapping[str, Any]) -> None:
 
 def render_markdown(report: Mapping[str, Any], chart: str) -> str:
     """Render the parts that were measured."""
-    machine = report["machine"]
     lines = [
         "# Load of the HTTP server",
         "",
         f"![results, latency and memory over rate and time]({chart})",
         "",
-        f"Measured on: {machine['processor']}, {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; clients and servers share the machine. "
-        f"{machine['system']}; commit {machine['commit'] or 'unknown'}; "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + ".",
-        "",
-        "The plain loop (`benchmarks/plain_server.py`) is FastAPI around transformers' `generate` "
+        "Clients and servers share the machine. The plain loop (`benchmarks/plain_server.py`) is FastAPI around transformers' `generate` "
         "and segment-anything's modules with the same weights in float32, one request at a time.",
         "",
     ]
@@ -56,8 +49,14 @@ def render_markdown(report: Mapping[str, Any], chart: str) -> str:
 
 def _head(part: Mapping[str, Any]) -> list[str]:
     capacity = ", ".join(f"{name} {value:.2f}" for name, value in part["capacities"].items())
+    machine = part["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"    {part['command']}",
+        "",
+        f"{part['date']}, {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {machine['system']}; commit "
+        f"{machine['commit'] or 'unknown'}; {versions}.",
         "",
         f"Results per second of two clients in turn: {capacity}.",
     ]
