@@ -34,7 +34,6 @@ from coprs_deploy.export.precision import FP32, INT8
 from coprs_deploy.export.samples import sample_inputs
 from coprs_deploy.machine import (
     describe_processor,
-    installed_versions,
     machine_record,
     peak_memory_bytes,
 )
@@ -68,7 +67,7 @@ def run(
     prepare_only: bool = False,
     progress: Progress = lambda step: None,
 ) -> dict[str, Any]:
-    """Measure and write ``image-encoders-MACHINE.json`` and ``.md``; return the report.
+    """Measure and write ``image-encoders.json`` and ``.md``; return the report.
 
     Args:
         out: folder of the report.
@@ -80,11 +79,9 @@ def run(
     rows: list[dict[str, Any]] = []
     for size in sizes:
         rows += _measure(size, work_dir / size, prepare_only, progress)
-    installed = installed_versions()
     report = {
         "suite": NAME,
         "machine": machine_record().to_json(),
-        "versions": {name: installed[name] for name in (*RUNTIMES, "torch") if name in installed},
         "weights": "random",
         "rows": rows,
     }
@@ -130,9 +127,9 @@ def make_checkpoint(folder: str, size: str) -> dict[str, Any]:
     """Write random weights, images for int8 and what PyTorch computes on one image."""
     import torch
     from PIL import Image
-    from torch.utils.flop_counter import FlopCounterMode
 
     from coprs_deploy.conversion import random_checkpoint
+    from coprs_deploy.training.distillation.estimate import encoder_cost
 
     made = random_checkpoint(Path(folder) / "checkpoint", "tiny", size)
     images = Path(folder) / IMAGES
@@ -142,13 +139,14 @@ def make_checkpoint(folder: str, size: str) -> dict[str, Any]:
         image = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
         image.save(images / f"{number}.png")
     encoder = load_segmentation_model(made).image_encoder
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode():
         embedding = encoder(torch.from_numpy(_image(made))).numpy()
     np.save(Path(folder) / REFERENCE, embedding)
+    cost = encoder_cost(made.config.model.sam)
     return {
-        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
-        "image_size": made.config.model.geometry.image_size,
+        "parameters": cost.parameters,
+        "multiply_adds": cost.multiply_adds,
+        "image_size": cost.image_size,
     }
 
 
@@ -222,7 +220,8 @@ def _image(source: Checkpoint) -> Any:
 
 def render(report: dict[str, Any]) -> str:
     """Render the report as Markdown."""
-    described = report["machine"] | report["versions"]
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rows = []
     for row in report["rows"]:
         base = _time(report, BASELINE, row["runtime"], FP32)
@@ -251,7 +250,9 @@ def render(report: dict[str, Any]) -> str:
         "One image through each image encoder, with **random weights**. Made by",
         "`python benchmarks/image_encoders.py --out benchmarks/reports --work-dir DIR`.",
         "",
-        ", ".join(f"{key} {value}" for key, value in described.items()) + ".",
+        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['vector_units'])}, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {machine['system']}; commit "
+        f"{machine['commit'] or 'unknown'}; {versions}.",
         "",
         f"Median and fastest of {MIN_RUNS} to {MAX_RUNS} runs after one warm-up, in a process of "
         "its own, whose peak resident memory is given. The share is of ViT-H's float32 median in "

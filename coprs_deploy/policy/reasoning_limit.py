@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from math import ceil
@@ -12,6 +13,9 @@ from coprs_deploy.prompts import REASONING_END, REASONING_START
 WINDOW = 32
 """Number of durations that an estimate is made from."""
 
+CURRENT_S = 10.0
+"""Age of the oldest duration of an estimate beside the newest: a busy moment is forgotten."""
+
 ESTIMATE_QUANTILE = 0.9
 """Share of the recent durations that an estimate covers."""
 
@@ -21,19 +25,32 @@ Clock = Callable[[], float]
 
 
 class RunningEstimate:
-    """Estimate of the next duration of a step from its recent ones, in seconds."""
+    """Estimate of the next duration of a step from its recent ones, in seconds.
 
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=WINDOW)
+    Args:
+        clock: ``time.perf_counter``, or its replacement in a test.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
     def add(self, seconds: float) -> None:
         """Record a duration."""
-        self._recent.append(seconds)
+        self._recent.append((self._clock(), seconds))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the newest duration was recorded a moment ago."""
+        return bool(self._recent) and self._clock() - self._recent[-1][0] <= CURRENT_S
 
     def quantile(self, share: float = ESTIMATE_QUANTILE) -> float | None:
         """Return a duration that this share of the recent ones do not exceed; None without any."""
-        ordered = sorted(self._recent)
-        return ordered[ceil(share * len(ordered)) - 1] if ordered else None
+        if not self._recent:
+            return None
+        oldest = self._recent[-1][0] - CURRENT_S
+        ordered = sorted(seconds for recorded, seconds in self._recent if recorded >= oldest)
+        return ordered[ceil(share * len(ordered)) - 1]
 
 
 class ReasoningLimit:

@@ -32,6 +32,9 @@ class DeadlineEstimates:
     ) -> float | None:
         """Return the clock's value by which the hidden state is due; None without a deadline.
 
+        What seems too short is tried where no request has been measured for a moment, so that a
+        busy moment does not refuse requests for ever.
+
         Args:
             start: arrival of the request.
             deadline_ms: time from the arrival to the mask.
@@ -52,7 +55,8 @@ class DeadlineEstimates:
         encoder = 0.0 if is_cached else self.encoder.quantile(TYPICAL) or 0.0
         passed = self.clock() - start
         least_ms = 1e3 * (passed + max(prompt, encoder) + typical)
-        if deadline_ms < least_ms:
+        has_passed = deadline_ms <= 1e3 * passed
+        if has_passed or (deadline_ms < least_ms and self.prompt.is_current):
             raise ValueError(
                 f"deadline_ms is {deadline_ms:g}; a mask without reasoning takes {least_ms:.0f} ms "
                 f"here: {1e3 * passed:.0f} until the request was read, {1e3 * prompt:.0f} for the "

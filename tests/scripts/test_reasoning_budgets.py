@@ -9,7 +9,7 @@ from coprs_deploy import demo
 from tests import ROOT
 from tests.scripts import load_script
 
-LATENCY = "benchmarks/reports/latency-cpu-2-cores-avx2-2026-11-29.json"
+LATENCY = "benchmarks/reports/latency-cpu-2-cores-avx512-2026-11-30.json"
 
 script = load_script("benchmarks/reasoning_budgets.py")
 
@@ -42,7 +42,7 @@ def measured(giou, **times):
 def test_times_of_a_latency_report_come_by_budget(tmp_path):
     report = json.loads((ROOT / LATENCY).read_text("utf-8"))
     times = script._times(ROOT / LATENCY)
-    assert list(times) == ["0", "10", "20", "30", "40", "all"]
+    assert list(times) == ["0", "5", "10", "15", "20", "30", "40", "all"]
     cases = {case["name"]: case["latency"] for case in report["groups"][0]["cases"]}
     assert times["10"] == {q: cases["10 tokens"][q] for q in ("p50", "p99")}
     table = script._table({"before": measured(0.4), "after": measured(0.9, p50=61.0, p99=90.0)})

@@ -49,6 +49,26 @@ def test_estimate_covers_nine_of_ten_recent_durations():
     assert estimate.quantile() == 2
 
 
+def test_deadline_refused_after_a_busy_moment_is_tried_again():
+    now = 100.0
+    clock = lambda: now  # noqa: E731
+    found = DeadlineEstimates(*(RunningEstimate(clock) for _ in range(3)), clock=clock)
+    for _ in range(40):  # more than the window
+        found.prompt.add(0.9)
+        found.masks.add(0.1)
+    with pytest.raises(ValueError, match="without reasoning takes 1000 ms"):
+        found.reasoning_deadline(now, 500, is_cached=True)
+    now += 11
+    assert found.reasoning_deadline(now, 500, is_cached=True) == pytest.approx(now + 0.4)
+    with pytest.raises(ValueError, match="600 until the request was read"):
+        found.reasoning_deadline(now - 0.6, 500, is_cached=True)  # too late in any case
+    found.prompt.add(0.2)
+    found.masks.add(0.1)
+    assert found.reasoning_deadline(now, 310, is_cached=True) == pytest.approx(now + 0.21)
+    with pytest.raises(ValueError, match="without reasoning takes 300 ms"):
+        found.reasoning_deadline(now, 290, is_cached=True)
+
+
 def test_request_with_a_deadline_reaches_the_policy_with_time_for_the_mask(build):
     policy = FakePolicy()
     coprs, _ = build(policy)
