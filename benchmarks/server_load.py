@@ -328,8 +328,8 @@ async def run_deadlines(
     """Send requests with each deadline at each rate."""
     levels = []
     for deadline_ms in (None, *given.deadline_ms):
-        asked = [replace(query, deadline_ms=deadline_ms) for query in queries]
-        traffic = Traffic(server.address, Mix(asked, {"json": 1}), given.seed)
+        timed = [replace(query, deadline_ms=deadline_ms) for query in queries]
+        traffic = Traffic(server.address, Mix(timed, {"json": 1}), given.seed)
         for share in DEADLINE_RATES:
             exchanges = await traffic.run(share * capacity, given.seconds)
             record = level_record(exchanges, share * capacity, given.seconds)

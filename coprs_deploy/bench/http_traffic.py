@@ -44,7 +44,7 @@ class Query:
     Attributes:
         image: bytes of an image file.
         instruction: what to segment.
-        deadline_ms: time in which the server is asked to answer; None for no limit.
+        deadline_ms: deadline of the request in milliseconds; None for no limit.
     """
 
     image: bytes

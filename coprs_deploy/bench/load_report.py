@@ -34,8 +34,9 @@ def render_markdown(report: Mapping[str, Any], chart: str) -> str:
         "",
         f"![results, latency and memory over rate and time]({chart})",
         "",
-        "Clients and servers share the machine. The plain loop (`benchmarks/plain_server.py`) is FastAPI around transformers' `generate` "
-        "and segment-anything's modules with the same weights in float32, one request at a time.",
+        "Clients and servers share the machine. The plain loop (`benchmarks/plain_server.py`) is "
+        "FastAPI around transformers' `generate` and segment-anything's modules with the same "
+        "weights in float32, one request at a time.",
         "",
     ]
     if load := report.get("load"):
