@@ -54,9 +54,8 @@ class ConcurrencyLimit:
 
     def full_message(self) -> str:
         """Return the message of a full queue."""
-        active = "1 request is" if self.num_active == 1 else f"{self.num_active} requests are"
         return (
-            f"{active} active: the policy serves {self._concurrency} at once "
+            f"{self.num_active} requests are active: the policy serves {self._concurrency} at once "
             f"and max_queue_size is {self._max_queue_size}; retry later, or raise max_queue_size"
         )
 

@@ -25,8 +25,6 @@ def test_slot_beyond_the_queue_is_refused_until_another_is_released():
 
 def test_slot_is_released_after_an_error():
     limit = ConcurrencyLimit(1, 0)
-    with limit.slot():
-        assert limit.full_message().startswith("1 request is active: the policy serves 1 at once")
     for _ in range(3):
         with pytest.raises(KeyError), limit.slot():
             raise KeyError
