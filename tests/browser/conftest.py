@@ -33,13 +33,13 @@ def serving(*arguments, **environment):
             server.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address():
     with serving("--runtime", "openvino", "--policy", "openvino") as address:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright's event loop would disturb the tests of other modules
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:
