@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,21 +53,6 @@ FIRST_LAYER_MODE = "int8"
 error of the trained policies that were measured came from the first."""
 
 
-@contextmanager
-def _without_telemetry() -> Iterator[None]:
-    """Keep OpenVINO and NNCF from reporting each conversion; they do so unless in a CI job."""
-    given = os.environ.get("CI")
-    os.environ["CI"] = "true"
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ["CI"]
-        else:
-            os.environ["CI"] = given
-
-
-@_without_telemetry()
 def export_policy_graphs(
     policy: Path, out: Path, precision: str, report: Callable[[str], None]
 ) -> PolicyGraphs:
@@ -109,7 +92,6 @@ def export_policy_graphs(
     return description
 
 
-@_without_telemetry()
 def refine_decoder(
     policy: Path,
     graphs: Path,

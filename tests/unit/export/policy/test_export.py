@@ -1,6 +1,5 @@
 """Bundles that hold the policy as graphs: manifest, check against PyTorch, whole requests."""
 
-import os
 import shutil
 
 import msgspec
@@ -166,18 +165,6 @@ def test_a_large_decoder_is_checked_on_few_tokens(bundle, tiny_checkpoint, monke
     samples = list(decode_samples(checkpoint, graphs, examples))
     assert [sample.num_written for sample in samples] == [3, 3]
     assert {len(sample.token_ids) for sample in samples} == {4}  # <REF_POS> is appended
-
-
-def test_conversion_sends_no_telemetry(tiny_checkpoint, tmp_path, monkeypatch):
-    from openvino_telemetry.utils.sender import TelemetrySender
-
-    sent = []
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(TelemetrySender, "send", lambda self, *message: sent.append(message))
-    policy = read_checkpoint(tiny_checkpoint).policy_path
-    export_policy_graphs(policy, tmp_path / "graphs", "fp32", lambda step: None)
-    assert sent == []
-    assert "CI" not in os.environ
 
 
 def test_layers_are_compressed_one_by_one(tiny_checkpoint, tmp_path, monkeypatch, capfd):
