@@ -173,7 +173,9 @@ def test_loaded_state_has_the_learning_rates_of_the_recipe(make_setup, tmp_path)
     ("mode", "is_trained"), [("joint", True), ("rl", False), ("segmentation", True)]
 )
 def test_training_step_updates_the_parts_of_the_mode(make_setup, mode, is_trained):
-    setup = make_setup(max_steps=1, mode=mode, segmentation_loss_weight=0.3, temperature=0.8)
+    # Equal completions would cancel in the policy gradient; four at this temperature differ.
+    sampling = {"temperature": 1.6, "num_generations": 4}
+    setup = make_setup(max_steps=1, mode=mode, segmentation_loss_weight=0.3, **sampling)
     vary_format_scores(setup)
     before = {n: p.detach().clone() for n, p in setup.trainer.model.named_parameters()}
     setup.trainer.train()
