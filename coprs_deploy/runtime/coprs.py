@@ -40,9 +40,7 @@ from coprs_deploy.policy import Policy, PolicyRequest, PolicyResult
 from coprs_deploy.policy.policy import remaining_s
 from coprs_deploy.prompts import check_instruction
 from coprs_deploy.runtime.concurrency import ConcurrencyLimit, UploadedImage
-from coprs_deploy.runtime.encoder import (
-    DecodedImage,
-)
+from coprs_deploy.runtime.encoder import DecodedImage
 from coprs_deploy.runtime.loading import Progress, choose_runtimes, load_parts
 from coprs_deploy.runtime.options import RequestLimits, RequestOptions, RuntimeOptions
 from coprs_deploy.runtime.pipeline import (
