@@ -43,7 +43,7 @@ _HALF_PRIOR = "only the keys and the query are rounded; scores and fusion are fl
 _HALF_DECODER = "two attention blocks in half precision; the last product is float32"
 _HALF_END = "random weights put many logits near zero, where a rounding flips the mask"
 _BFLOAT16_PRIOR = "eight bits of keys and query; the demo model's sharp prior measures 2.3e-2"
-_BFLOAT16_MASK = "a mask of a dozen cells may lose one: the demo model measures .917 at worst"
+_BFLOAT16_MASK = "all masks together, cIoU: examples/full, whose objects are small, measures .924"
 
 _INT8_ENCODER = "inputs of 127 steps in each block: ViT-B 2.8e-2, the demo model 5.2e-2 at worst"
 _INT8_END = "all masks together, cIoU: the demo model measures .984, random ViT-B .993"
@@ -63,8 +63,8 @@ _FLOAT16 = {
 _BFLOAT16 = {
     IMAGE_ENCODER: Tolerance(5e-2, 5e-4, 0.999, None, _HALF_ENCODER),
     PRIOR: Tolerance(5e-2, 5e-3, 0.999, None, _BFLOAT16_PRIOR),
-    MASK_DECODER: Tolerance(5e-2, 5.5e-3, 0.999, 0.91, _BFLOAT16_MASK),
-    END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.91, _BFLOAT16_MASK),
+    MASK_DECODER: Tolerance(5e-2, 5e-3, 0.999, 0.9, _BFLOAT16_MASK, pools_masks=True),
+    END_TO_END: Tolerance(8e-2, 8e-3, 0.998, 0.9, _BFLOAT16_MASK, pools_masks=True),
 }
 _INT8 = {
     IMAGE_ENCODER: Tolerance(0.1, 5e-3, 0.998, None, _INT8_ENCODER),

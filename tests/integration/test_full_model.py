@@ -1,4 +1,4 @@
-"""The model of the preset ``full`` in ``examples/``, exported and evaluated."""
+"""The model of the preset ``full`` in ``examples/``: exported, and evaluated."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def test_full_model_reaches_the_thresholds(tmp_path):
     required = [f"--require={name}={value}" for name, value in THRESHOLDS.items()]
     options = ["--preset", "full", "--num-examples", "48", "--num-no-match", "16"]
     assert main(["evaluate", str(bundle), *options, *required]) == 0
+
+
+@pytest.mark.slow
+def test_full_model_is_exported_in_bfloat16(tmp_path):
+    """One sample's mask has a few cells; alone it would fail for one that flips."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    options = ["--runtime", "openvino", "--precision", "bf16", "--external-policy"]
+    assert main(["export", str(CHECKPOINT), "--out", str(tmp_path / "bundle"), *options]) == 0

@@ -20,7 +20,7 @@ from coprs_deploy.policy.transformers_policy import TransformersPolicy
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("nncf", reason="NNCF is not installed")
 
-from coprs_deploy.export.policy.graphs import export_policy_graphs  # noqa: E402: needs OpenVINO
+from coprs_deploy.export.policy.graphs import export_policy_graphs
 
 pytestmark = pytest.mark.slow
 
