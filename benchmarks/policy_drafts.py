@@ -3,9 +3,12 @@
 Every response must be equal, token by token. Times are processor times of this process, from the
 first token on, so that other processes disturb them little. Without a bundle the demo model is
 measured, with OpenVINO and with transformers. The mode ``static`` is transformers' static decoding,
-without drafts.
+without drafts. With ``--replay`` the policy computes as ever, but writes the response of each
+scene's label: what drafts save for a policy of real size, whose random weights write nothing that
+repeats.
 
   python benchmarks/policy_drafts.py --count 1000
+  python benchmarks/policy_drafts.py BUNDLE --policy openvino --replay --preset full --count 10
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import argparse
 import json
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle
@@ -26,7 +31,7 @@ from coprs_deploy.console import format_ms, markdown_table
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.policy import PolicyRequest, PolicyResult
-from coprs_deploy.policy.greedy import GreedyPolicy
+from coprs_deploy.policy.greedy import Decoding, GreedyPolicy
 from coprs_deploy.runtime.options import RuntimeOptions
 from coprs_deploy.runtime.policy_loading import open_policy
 
@@ -52,6 +57,9 @@ def main(arguments: list[str]) -> int:
         type=lambda text: text.split(","),
         default=[mode for mode in MODES if mode != STATIC],
         help=f"some of {','.join(MODES)}; the first is none (default: all but {STATIC})",
+    )
+    parser.add_argument(
+        "--replay", action="store_true", help="the policy writes the responses of the labels"
     )
     parser.add_argument("--count", type=int, default=100, help="number of scenes (default: 100)")
     parser.add_argument("--num-no-match", type=int, default=0)
@@ -100,10 +108,11 @@ def _measure(parsed: argparse.Namespace, library: str) -> list[dict[str, Any]]:
                 assert isinstance(policy, GreedyPolicy)
                 policy.drafts_tail, has_lookup = MODES[mode]
                 policy.prompt_lookup_num_tokens = parsed.lookup * has_lookup
-                stream = policy.stream(request)
-                next(stream)  # after the prefill
-                start = time.process_time()
-                *_, result = stream
+                with replaying(policy, example.response if parsed.replay else None):
+                    stream = policy.stream(request)
+                    next(stream)  # after the prefill
+                    start = time.process_time()
+                    *_, result = stream
                 assert isinstance(result, PolicyResult)
                 found[mode].append((result, 1e3 * (time.process_time() - start)))
     plain = [result for result, _ in found["none"]]
@@ -125,6 +134,63 @@ def _measure(parsed: argparse.Namespace, library: str) -> list[dict[str, Any]]:
         }
         for mode, pairs in found.items()
     ]
+
+
+class Replay:
+    """A request in progress that writes a given response, whatever its decoder would write.
+
+    Args:
+        decoding: the request; it reads and computes all tokens.
+        token_ids: the response; its last token ends it.
+    """
+
+    def __init__(self, decoding: Decoding, token_ids: Sequence[int]) -> None:
+        self._decoding, self._token_ids = decoding, token_ids
+        self._num_read = 0
+
+    def prefill(self, response: Sequence[int] = ()) -> tuple[int, NDArray[np.float32]]:
+        """See :meth:`Decoding.prefill`."""
+        self._num_read = len(response)
+        _, hidden = self._decoding.prefill(response)
+        return self._token_ids[self._num_read], hidden
+
+    def feed(self, tokens: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """See :meth:`Decoding.feed`."""
+        _, states = self._decoding.feed(tokens)
+        first, end = self._num_read + 1, len(self._token_ids) - 1
+        self._num_read += len(tokens)
+        return [self._token_ids[min(first + i, end)] for i in range(len(tokens))], states
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the request in progress has."""
+        return getattr(self._decoding, name)
+
+    def drop(self, count: int) -> None:
+        """See :meth:`PromptState.drop`."""
+        self._num_read -= count
+        self._decoding.drop(count)
+
+
+@contextmanager
+def replaying(policy: GreedyPolicy, response: str | None) -> Iterator[None]:
+    """Make a policy write a response in this block; None leaves it as it is."""
+    if response is None:
+        yield
+        return
+    text = policy.tokens.tokenizer.backend_tokenizer.encode(response, add_special_tokens=False)
+    token_ids = [*text.ids, min(policy.tokens.end_ids)]
+    start = policy.start
+
+    @contextmanager
+    def replay(request: PolicyRequest) -> Iterator[Replay]:
+        with start(request) as decoding:
+            yield Replay(decoding, token_ids)
+
+    policy.start = replay  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del policy.start
 
 
 def _with_tail(result: PolicyResult) -> str:

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from coprs_deploy.policy import PolicyRequest, PolicyResult
 from tests.scripts import load_script
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
@@ -27,6 +29,25 @@ def test_modes_have_equal_responses_and_fewer_passes(capsys):
     assert max(tail, lookup) < both
     # With int8 units the inputs are rounded too, differently for several rows than for one.
     assert max(r["max_relative_error"] for r in results) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "tail and lookup"])
+def test_replay_writes_the_given_response(mode):
+    written = "<think> red red circle red red circle </think> <REF_POS>"
+    request = PolicyRequest(np.zeros((128, 128, 3), np.uint8), "the red circle")
+    bundle = script.open_bundle(script.demo.BUNDLE)
+    with script.open_policy(bundle, script.RuntimeOptions(), "openvino") as policy:
+        policy.drafts_tail, has_lookup = script.MODES[mode]
+        policy.prompt_lookup_num_tokens = 4 * has_lookup
+        with script.replaying(policy, written):
+            *_, result = policy.stream(request)
+        assert isinstance(result, PolicyResult)
+        assert result.response.text == written
+        assert len(result.concentrations) == 1
+        assert (result.num_passes < len(result.token_ids)) == has_lookup
+        *_, own = policy.stream(request)
+        assert own.response.text != written
 
 
 def test_modes_without_the_comparison_are_refused():
