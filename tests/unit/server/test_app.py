@@ -258,9 +258,10 @@ class TestOptions:
         assert response.json()["type"] == "Unauthorized"
         assert policy.requests == []
 
-    def test_request_with_the_api_key_is_served(self, connect):
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+    def test_request_with_the_api_key_is_served(self, connect, scheme):
         client, _ = connect(app_options={"api_key": "secret"})
-        response = post(client, headers={"Authorization": "Bearer secret"})
+        response = post(client, headers={"Authorization": f"{scheme} secret"})
         assert response.status_code == 200
         assert client.get("/health").status_code == client.get("/").status_code == 200
 
@@ -350,6 +351,15 @@ class TestRefusals:
     def test_unknown_path_of_any_length_has_a_short_message(self, connect):
         client, _ = connect()
         assert len(client.get("/" + "x" * 50_000).json()["error"]) < 400
+
+    def test_unknown_fields_of_any_number_have_a_short_message(self, connect):
+        client, _ = connect()
+        response = client.post("/segment", json={f"field-{number}": 0 for number in range(1000)})
+        assert response.status_code == 422
+        error = response.json()["error"]
+        assert error.startswith("image: Field required; field-0: Extra inputs")
+        assert error.endswith("reasoning, return")
+        assert len(error) < 2100
 
     @pytest.mark.parametrize("length", [f"{MAX_BYTES + 1:030}", "9" * 5_000])
     def test_content_length_of_many_digits_is_compared_with_the_limit(self, connect, length):
