@@ -14,6 +14,7 @@ from coprs_deploy.errors import PolicyError
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.server.app import PAGE
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
+from coprs_deploy.server.request_body import MAX_FORM_FIELDS
 from coprs_deploy.server.request_record import RequestRecord
 from coprs_deploy.server.segmentation import _accepts_stream
 from tests.unit.runtime_fakes import WAIT, FakePolicy
@@ -354,12 +355,18 @@ class TestRefusals:
 
     def test_unknown_fields_of_any_number_have_a_short_message(self, connect):
         client, _ = connect()
-        response = client.post("/segment", json={f"field-{number}": 0 for number in range(1000)})
+        response = post(client, **{f"{number:0100}": "" for number in range(60)})
         assert response.status_code == 422
         error = response.json()["error"]
-        assert error.startswith("image: Field required; field-0: Extra inputs")
+        assert error.startswith(f"{0:0100}: Extra inputs are not permitted; {1:0100}")
         assert error.endswith("reasoning, return")
         assert len(error) < 2100
+
+    def test_form_of_many_fields_is_refused(self, connect):
+        client, _ = connect()
+        response = post(client, **{str(number): "" for number in range(MAX_FORM_FIELDS)})
+        assert response.status_code == 400
+        assert "Maximum number of fields is 64" in response.json()["error"]
 
     @pytest.mark.parametrize("length", [f"{MAX_BYTES + 1:030}", "9" * 5_000])
     def test_content_length_of_many_digits_is_compared_with_the_limit(self, connect, length):
