@@ -101,6 +101,13 @@ class TestResults:
         for name in files:
             assert client.get(f"/{name}").status_code == 200
 
+    def test_files_of_the_page_are_as_new_as_the_page(self, connect):
+        client, _ = connect()
+        first = client.get("/page/app.js")
+        assert first.headers["cache-control"] == "no-cache"
+        headers = {"If-None-Match": first.headers["etag"]}
+        assert client.get("/page/app.js", headers=headers).status_code == 304
+
     @pytest.mark.parametrize(
         "path",
         [
