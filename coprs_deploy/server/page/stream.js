@@ -17,11 +17,8 @@ export async function* readEvents(response) {
 
 /** The message of a response that is not 200. */
 export async function errorOf(response) {
-  try {
-    return (await response.json()).error;
-  } catch {
-    return `The server answered with status ${response.status}.`;
-  }
+  const content = await response.json().catch(() => null);
+  return content?.error ?? `The server answered with status ${response.status}.`;
 }
 
 /** Split a response, complete or not, into the reasoning and the parts around its targets. */
