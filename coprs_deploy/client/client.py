@@ -77,7 +77,8 @@ class Client(Closeable):
         """Segment what an instruction describes.
 
         Args:
-            image: path or bytes of an image file, a Pillow image, or a uint8 array (H, W, 3).
+            image: path or bytes of an image file, or a Pillow image or an array as
+                :meth:`CoPRS.segment` takes them.
             instruction: what to segment.
             max_targets: maximum number of targets, one mask each.
             max_new_tokens: token budget of the response; None takes the checkpoint's.

@@ -15,7 +15,7 @@ import httpx2
 import numpy as np
 import pytest
 import uvicorn
-from PIL import Image
+from PIL import ExifTags, Image
 
 from coprs_deploy import client as client_module
 from coprs_deploy.client import AsyncClient, Client, RemotePrior, RemoteResult, TextDelta
@@ -156,6 +156,35 @@ def test_image_is_a_path_bytes_an_array_or_a_pillow_image(serve, tmp_path):
             assert client.segment(image, "the cup").image_size == (20, 30)
         with pytest.raises(FileNotFoundError):
             client.segment(tmp_path / "nowhere.png", "the cup")
+
+
+def turned_photo():
+    """Return a Pillow image of 30 x 20 pixels that its EXIF data turn by 90 degrees."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (30, 20)).save(file, "JPEG", exif=exif)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [
+        (turned_photo(), (30, 20)),
+        (Image.new("CMYK", (30, 20)), (20, 30)),
+        (np.zeros((20, 30, 1), np.uint8), (20, 30)),
+        (np.full((20, 30, 3), 0.5), (20, 30)),
+    ],
+    ids=["EXIF", "CMYK", "gray", "float"],
+)
+def test_image_is_read_as_by_the_runtime(serve, build, image, size):
+    with Client(serve()) as client:
+        assert client.segment(image, "the cup").image_size == size
+    assert build()[0].segment(image, "the cup").image.shape[:2] == size
+
+
+def test_image_of_another_type_is_refused():
+    with Client() as client, pytest.raises(ValueError, match="image is a int; accepted"):
+        client.segment(7, "the cup")
 
 
 def test_options_reach_the_policy_and_health_is_read(serve):
@@ -371,6 +400,24 @@ def test_stream_that_breaks_off_is_an_error_and_not_repeated(pauses):
         with pytest.raises(EndpointError, match="ended the stream before the result"):
             next(events)
     assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("text", "{cut"),
+        ("text", '{"words": "so"}'),
+        ("prior", '{"image": 3}'),
+        ("result", "[]"),
+        ("error", "{}"),
+    ],
+)
+def test_event_that_cannot_be_read_is_an_error_of_the_endpoint(name, data):
+    headers = {"Content-Type": "text/event-stream"}
+    text = f"event: {name}\ndata: {data}\n\n"
+    server = Flaky(httpx2.Response(200, text=text, headers=headers))
+    with server.client() as client, pytest.raises(EndpointError, match="the server sent"):
+        list(client.stream(png(), "the cup"))
 
 
 @pytest.mark.parametrize(
