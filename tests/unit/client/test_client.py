@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 
 from coprs_deploy import client as client_module
 from coprs_deploy.client import AsyncClient, Client, RemotePrior, RemoteResult, TextDelta
-from coprs_deploy.client.request import ClientOptions, error_of_response
+from coprs_deploy.client.request import ClientOptions, error_of_response, segment_form
 from coprs_deploy.errors import (
     CoPRSError,
     EndpointError,
@@ -304,6 +304,26 @@ def test_async_client_segments_together_and_streams(serve):
     assert [result.instruction for result in results] == ["a", "b", "c"]
     assert isinstance(events[-1], RemoteResult)
     assert health["status"] == "ok"
+
+
+def test_async_client_encodes_images_beside_the_event_loop(serve, monkeypatch):
+    threads = []
+
+    def encode(*args):
+        threads.append(threading.current_thread())
+        return segment_form(*args)
+
+    monkeypatch.setattr("coprs_deploy.client.client.segment_form", encode)
+
+    async def work(address):
+        async with AsyncClient(address) as client:
+            await client.segment(png(), "the cup")
+            await client.segment_instructions(png(), ["the cup"])
+            return [event async for event in client.stream(png(), "the cup")]
+
+    asyncio.run(work(serve()))
+    assert len(threads) == 3
+    assert threading.main_thread() not in threads
 
 
 def test_async_client_speaks_to_an_application_in_process(build):
