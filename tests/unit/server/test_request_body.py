@@ -4,11 +4,12 @@ import base64
 import io
 import itertools
 import json
+import subprocess
 import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from starlette.testclient import TestClient
 
 from coprs_deploy.data.rle import decode_mask
@@ -283,6 +284,16 @@ class TestLimits:
         response = post(client)
         assert (response.status_code, response.json()["type"]) == (422, "ImageSizeError")
         assert "600 pixels; accepted: at most 599" in response.json()["error"]
+
+    def test_postscript_is_not_run(self, build, monkeypatch):
+        run = []
+        monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+        monkeypatch.setattr(subprocess, "check_call", lambda *args, **_: run.append(args))
+        client, _ = connect_to(build)
+        program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
+        response = post(client, program)
+        assert (response.status_code, response.json()["type"]) == (422, "ImageDecodeError")
+        assert run == []
 
     def test_full_queue_is_refused_before_the_body_is_read(self, build, monkeypatch):
         client, _ = connect_to(build)
