@@ -200,8 +200,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, warm up, and listen until the process is interrupted."""
     if arguments.port not in PORTS:
         raise ValueError(f"--port is {arguments.port}; it must be from 0 to {PORTS[-1]}")
-    if arguments.max_upload <= 0:
-        raise ValueError(f"--max-upload is {arguments.max_upload}; it must be above 0 MiB")
+    if not 0 < arguments.max_upload < float("inf"):
+        raise ValueError(
+            f"--max-upload is {arguments.max_upload}; it must be above 0 MiB, and finite"
+        )
     for name in ("grace_period", "drain"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             option = f"--{name.replace('_', '-')}"
