@@ -52,6 +52,7 @@ def stream(page, text, end):
                         init.signal.addEventListener("abort", () =>
                             controller.error(init.signal.reason));
                     },
+                    cancel() { window.isCancelled = true; },
                     pull(controller) {
                         if (end === "close") controller.close();
                         if (end === "fail") controller.error(new TypeError("network error"));
@@ -448,6 +449,12 @@ class TestErrors:
         )
         assert page.is_hidden("#stop")
         assert page.text_content("#elapsed") == page.text_content("#status") == ""
+
+    def test_event_that_cannot_be_read_ends_the_request(self, page):
+        stream(page, "event: text\ndata: {cut\n\n", "wait")
+        page.wait_for_selector("#error:not([hidden])")
+        assert page.evaluate("isCancelled")
+        assert page.is_hidden("#stop")
 
     def test_large_file_is_refused_with_the_limit(self, page, tmp_path):
         path = tmp_path / "large.png"
