@@ -220,7 +220,7 @@ def _check_json(text: bytes) -> None:
     except msgspec.DecodeError as error:
         raise HTTPException(400, str(error)) from error
     image = memoryview(fields.image)
-    num_bytes = len(text) - (len(image) if image[:1] == b'"' else 0)
+    num_bytes = len(text) - (len(image) if bytes(image[:1]) == b'"' else 0)
     if num_bytes > MAX_JSON_BYTES:
         raise _invalid(
             f"the fields without the image have {num_bytes} bytes; accepted: at most "
