@@ -40,7 +40,7 @@ from coprs_deploy.cli.runtime_arguments import (
     add_bundle_argument,
     open_runtime,
 )
-from coprs_deploy.errors import import_failure, install_hint
+from coprs_deploy.errors import CoPRSError, import_failure, install_hint
 from coprs_deploy.images import MAX_IMAGE_PIXELS
 from coprs_deploy.runtime import RuntimeOptions
 from coprs_deploy.runtime.ray_cluster import RayOptions, read_ray_options
@@ -324,8 +324,12 @@ def _serve_on_ray(
                 if is_due.wait(POLL_S):
                     is_due.clear()
                     log("replicas are replaced")
-                    server.replace_replicas()
-                    log("replicas were replaced")
+                    try:
+                        server.replace_replicas()
+                    except CoPRSError as error:
+                        log(f"replicas were not replaced: {error}")
+                    else:
+                        log("replicas were replaced")
         except KeyboardInterrupt:
             log("stopped")
 
