@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coprs_deploy.artifacts import atomic_write
 from coprs_deploy.batch.rows import OutputRow
-from coprs_deploy.data.coco_results import coco_result
+from coprs_deploy.data.coco_results import coco_results
 
 
 def write_coco(path: Path, rows: Iterable[OutputRow]) -> int:
@@ -26,14 +26,9 @@ def write_coco(path: Path, rows: Iterable[OutputRow]) -> int:
     count = 0
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
-            for number, mask in enumerate(row.masks):
-                result = coco_result(
-                    image_id(row.image_id),
-                    mask.to_json(),
-                    row.boxes[number],
-                    row.areas[number],
-                    row.scores[number],
-                )
+            masks = [mask.to_json() for mask in row.masks]
+            image = image_id(row.image_id)
+            for result in coco_results(image, masks, row.boxes, row.areas, row.scores):
                 file.write(("[\n" if not count else ",\n") + json.dumps(result))
                 count += 1
         file.write("\n]\n" if count else "[]\n")

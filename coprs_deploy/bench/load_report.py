@@ -48,11 +48,13 @@ def render_markdown(report: Mapping[str, Any], chart: str) -> str:
     return "\n".join(lines)
 
 
-def _head(part: Mapping[str, Any]) -> list[str]:
+def _head(title: str, part: Mapping[str, Any]) -> list[str]:
     capacity = ", ".join(f"{name} {value:.2f}" for name, value in part["capacities"].items())
     machine = part["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
+        f"## {title}",
+        "",
         f"    {part['command']}",
         "",
         f"{part['date']}, {machine['processor']}, {machine['cores']} cores, "
@@ -70,8 +72,8 @@ def _head(part: Mapping[str, Any]) -> list[str]:
 
 
 def _load_lines(load: Mapping[str, Any]) -> list[str]:
-    lines = ["## Offered load", "", *_head(load)]
-    lines += [
+    lines = [
+        *_head("Offered load", load),
         f"Poisson arrivals for {load['seconds']:g} s a rate, without waiting for answers; latency "
         "counts from the time at which a request was due. Offered: requests per second that wait "
         "for a result; clients that leave come on top. Both servers get the same rates in turn, "
@@ -105,8 +107,8 @@ def _level_row(level: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _deadline_lines(part: Mapping[str, Any]) -> list[str]:
-    lines = ["## Deadlines", "", *_head(part)]
-    lines += [
+    lines = [
+        *_head("Deadlines", part),
         f"Poisson arrivals for {part['seconds']:g} s a row; the rate is a share of the results per "
         "second without a deadline. In time: answered within the deadline from the time at which "
         "the request was due, upload and download included. Not met: refused at once because a "
@@ -130,8 +132,8 @@ def _deadline_lines(part: Mapping[str, Any]) -> list[str]:
 
 
 def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
-    lines = ["## Memory", "", *_head(memory)]
-    lines += [
+    lines = [
+        *_head("Memory", memory),
         f"{memory['minutes']:g} minutes of mixed requests to {' and '.join(memory['servers'])} at "
         f"the same time: {memory['rate']:.2f} per second each that wait for a result; bad bodies, "
         "clients that leave and slow ones come on top. The slope of the last half is the median of "
@@ -213,7 +215,7 @@ def _draw_deadlines(axes: Any, report: Mapping[str, Any]) -> None:
     for deadline in sorted({level["deadline_ms"] for level in timed}):
         levels = [level for level in timed if level["deadline_ms"] == deadline]
         rates, shares = [x["share"] for x in levels], [x["in_time"] for x in levels]
-        axes.plot(rates, shares, "o-", label=f"{format_ms(deadline)}")
+        axes.plot(rates, shares, "o-", label=format_ms(deadline))
     axes.set(xlabel="rate, of the capacity", ylabel="answered in time", ylim=(0, 1.02))
 
 

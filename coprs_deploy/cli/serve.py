@@ -40,7 +40,7 @@ from coprs_deploy.cli.runtime_arguments import (
     add_bundle_argument,
     open_runtime,
 )
-from coprs_deploy.errors import import_failure, install_hint
+from coprs_deploy.errors import CoPRSError, import_failure, install_hint
 from coprs_deploy.images import MAX_IMAGE_PIXELS
 from coprs_deploy.runtime import RuntimeOptions
 from coprs_deploy.runtime.ray_cluster import RayOptions, read_ray_options
@@ -200,8 +200,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, warm up, and listen until the process is interrupted."""
     if arguments.port not in PORTS:
         raise ValueError(f"--port is {arguments.port}; it must be from 0 to {PORTS[-1]}")
-    if arguments.max_upload <= 0:
-        raise ValueError(f"--max-upload is {arguments.max_upload}; it must be above 0 MiB")
+    if not 0 < arguments.max_upload < float("inf"):
+        raise ValueError(
+            f"--max-upload is {arguments.max_upload}; it must be above 0 MiB, and finite"
+        )
     for name in ("grace_period", "drain"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             option = f"--{name.replace('_', '-')}"
@@ -322,8 +324,12 @@ def _serve_on_ray(
                 if is_due.wait(POLL_S):
                     is_due.clear()
                     log("replicas are replaced")
-                    server.replace_replicas()
-                    log("replicas were replaced")
+                    try:
+                        server.replace_replicas()
+                    except CoPRSError as error:
+                        log(f"replicas were not replaced: {error}")
+                    else:
+                        log("replicas were replaced")
         except KeyboardInterrupt:
             log("stopped")
 

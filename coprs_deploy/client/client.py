@@ -77,7 +77,8 @@ class Client(Closeable):
         """Segment what an instruction describes.
 
         Args:
-            image: path or bytes of an image file, a Pillow image, or a uint8 array (H, W, 3).
+            image: path or bytes of an image file, or a Pillow image or an array as
+                :meth:`CoPRS.segment` takes them.
             instruction: what to segment.
             max_targets: maximum number of targets, one mask each.
             max_new_tokens: token budget of the response; None takes the checkpoint's.
@@ -192,7 +193,10 @@ class Client(Closeable):
 
 
 class AsyncClient:
-    """Asynchronous :class:`Client`, with the same arguments: ``async with AsyncClient() as c``."""
+    """Asynchronous :class:`Client`, with the same arguments: ``async with AsyncClient() as c``.
+
+    Images are read and encoded in threads.
+    """
 
     def __init__(
         self,
@@ -219,7 +223,7 @@ class AsyncClient:
     ) -> RemoteResult:
         """Asynchronous :meth:`Client.segment`; cancelling the task cancels the request."""
         options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
-        form = segment_form(image, instruction, options)
+        form = await asyncio.to_thread(segment_form, image, instruction, options)
         response = await self._request("POST", "segment", headers=JSON, **form)
         return RemoteResult.from_json(await self._read(response))
 
@@ -233,7 +237,7 @@ class AsyncClient:
     ) -> list[RemoteResult | Exception]:
         """Asynchronous :meth:`Client.segment_instructions`."""
         options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
-        form = segment_form(image, list(instructions), options)
+        form = await asyncio.to_thread(segment_form, image, list(instructions), options)
         response = await self._request("POST", "segment", headers=JSON, **form)
         return read_results(await self._read(response))
 
@@ -247,7 +251,7 @@ class AsyncClient:
     ) -> AsyncGenerator[RemoteEvent, None]:
         """Asynchronous :meth:`Client.stream`."""
         options = {"max_targets": max_targets, "max_new_tokens": max_new_tokens, **limits}
-        form = segment_form(image, instruction, options)
+        form = await asyncio.to_thread(segment_form, image, instruction, options)
         response = await self._request("POST", "segment", headers=EVENT_STREAM, **form)
         event: RemoteEvent | None = None
         try:

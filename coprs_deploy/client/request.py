@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import httpx2
-    import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-RemoteImage: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
+RemoteImage: TypeAlias = "str | Path | bytes | Image.Image | NDArray[Any]"
 RemoteEvent: TypeAlias = TextDelta | RemotePrior | RemoteResult
 
 API_KEY_VARIABLE = "COPRS_API_KEY"
@@ -154,16 +153,22 @@ def read_results(data: Mapping[str, Any]) -> list[RemoteResult | Exception]:
 
 
 def _image_bytes(image: RemoteImage) -> bytes:
-    """Return the bytes of an image file; arrays and Pillow images as PNG."""
+    """Return the bytes of an image file; arrays and Pillow images as PNG, upright.
+
+    Raises:
+        ImageError, ValueError: an array or a Pillow image cannot be used.
+        OSError: the file cannot be read.
+    """
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
     from PIL import Image
 
-    given = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    from coprs_deploy.images import load_image
+
     file = io.BytesIO()
-    given.save(file, "PNG", compress_level=1)
+    Image.fromarray(load_image(image)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -172,17 +177,25 @@ def read_event(name: str, data: str) -> RemoteEvent | None:
 
     Raises:
         CoPRSError, ValueError: the event is an error of the server.
+        EndpointError: it is none of the server's.
     """
-    content = json.loads(data)
-    if name == "text":
-        return TextDelta(content["text"])
-    if name == "prior":
-        return RemotePrior.from_json(content)
-    if name == "result":
-        return RemoteResult.from_json(content)
-    if name == "error":
-        raise _error(content.get("type", ""), content.get("error", ""))
-    return None
+    try:
+        content = json.loads(data)
+        if name == "text":
+            return TextDelta(content["text"])
+        if name == "prior":
+            return RemotePrior.from_json(content)
+        if name == "result":
+            return RemoteResult.from_json(content)
+        if name != "error":
+            return None
+        failure = _error(content["type"], content["error"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise EndpointError(
+            f"the server sent an event {name} that cannot be read ({error!r}); check that client "
+            "and server have the same version"
+        ) from error
+    raise failure
 
 
 def error_of_response(url: str, status: int, content: bytes) -> Exception:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coprs_deploy.data.coco_results import coco_result
+from coprs_deploy.data.coco_results import coco_results
 from coprs_deploy.data.detections import detections
 from coprs_deploy.data.rle import decode_mask
 from coprs_deploy.errors import EndpointError
@@ -122,14 +122,8 @@ class RemoteResult:
 
     def to_coco(self, image_id: int | str = 0, category_id: int = 1) -> list[dict[str, Any]]:
         """Return the masks as COCO results; see :meth:`SegmentationResult.to_coco`."""
-        parts = zip(
-            self.masks_rle,
-            self.boxes.tolist(),
-            self.areas.tolist(),
-            self.scores.tolist(),
-            strict=True,
-        )
-        return [coco_result(image_id, *part, category_id=category_id) for part in parts]
+        numbers = (each.tolist() for each in (self.boxes, self.areas, self.scores))
+        return coco_results(image_id, self.masks_rle, *numbers, category_id=category_id)
 
     def to_supervision(self) -> sv.Detections:
         """Return the masks as ``supervision.Detections``, labeled with the instruction.

@@ -255,16 +255,10 @@ class SegmentationResult:
             One result per mask: ``image_id``, ``category_id``, ``segmentation`` (compressed RLE),
             ``bbox`` (x, y, width, height), ``area`` in pixels and ``score``.
         """
-        from coprs_deploy.data.coco_results import coco_result
+        from coprs_deploy.data.coco_results import coco_results
 
-        parts = zip(
-            self._rle(),
-            self.boxes.tolist(),
-            self.areas.tolist(),
-            self.scores.tolist(),
-            strict=True,
-        )
-        return [coco_result(image_id, *part, category_id=category_id) for part in parts]
+        numbers = (each.tolist() for each in (self.boxes, self.areas, self.scores))
+        return coco_results(image_id, self._rle(), *numbers, category_id=category_id)
 
     def to_supervision(self) -> sv.Detections:
         """Return the masks as ``supervision.Detections``, labeled with the instruction.

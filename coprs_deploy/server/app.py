@@ -26,6 +26,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from PIL import EpsImagePlugin
 from starlette.staticfiles import StaticFiles
 
 from coprs_deploy import demo
@@ -120,6 +121,7 @@ def build_app(
         redoc_url=None,
         responses=COMMON_RESPONSES,
     )
+    EpsImagePlugin.gs_binary = False  # PostScript is a program, which may never end
     if api_key:
         api_keys = ApiKeys(api_key)
     app.state.coprs = coprs

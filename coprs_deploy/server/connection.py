@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class TimedConnection(H11Protocol):
-    """Connection with a time limit for the head of a request.
+    """Connection with time limits for the head of a request and for reading its response.
 
-    uvicorn waits for it forever. The limit also holds for the rest of a body that was refused. The
-    body of a request that is being served is timed by ``RequestGuard``.
+    uvicorn waits for both forever. The first limit also holds for the rest of a body that was
+    refused. The body of a request that is being served is timed by ``RequestGuard``.
     """
 
     request_timeout_s: ClassVar[float] = 30.0
     """From the first byte of a request, or from the connection, to the end of its head."""
 
+    unread_timeout_s: ClassVar[float] = 30.0
+    """How long the client may read nothing while something is sent; then the kernel ends the
+    connection, and the rest of the response is freed."""
+
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the time limit of the first request."""
+        """Set the time limit for reading, and start that of the first request."""
         super().connection_made(transport)
+        milliseconds = round(1e3 * self.unread_timeout_s)
+        opened = transport.get_extra_info("socket")
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._update_timer()
 
     def data_received(self, data: bytes) -> None:

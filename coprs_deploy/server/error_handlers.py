@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from coprs_deploy.errors import (
+    MAX_MESSAGE_LENGTH,
     CoPRSError,
     QueueFullError,
     RequestTimeoutError,
@@ -101,4 +102,5 @@ def _allowed(request: Request) -> str:
 
 def _request_error(request: Request, message: str, status: int, headers: Any = None) -> Response:
     kind = RequestRecord.of(request.scope).error = "RequestError"
-    return JSONResponse({"error": message, "type": kind}, status, headers)
+    body = {"error": shorten(message, MAX_MESSAGE_LENGTH), "type": kind}
+    return JSONResponse(body, status, headers)

@@ -51,6 +51,7 @@ class DrainingServer(uvicorn.Server):
             http=TimedConnection,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # a client can send X-Forwarded-For itself
             server_header=False,
             timeout_graceful_shutdown=options.grace_period_s,  # type: ignore[arg-type]
             ssl_certfile=options.tls_cert,

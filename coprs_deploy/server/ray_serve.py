@@ -130,7 +130,11 @@ class RayServer(Closeable):
         connect(scale.address)
         self._options, self._scale = options, scale
         self._serve.start(http_options={"host": host, "port": port})
-        self._deploy()
+        try:
+            self._deploy()
+        except BaseException:  # also Ctrl-C: the cluster would go on loading
+            self.close()
+            raise
 
     def replace_replicas(self) -> None:
         """Replace each replica by a new one, without a lost request; return when it is done."""

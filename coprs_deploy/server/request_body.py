@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import IO, Annotated, Any, Literal, Self, TypeAlias
 
+import msgspec
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +20,17 @@ from coprs_deploy.docstrings import attribute_docs
 from coprs_deploy.errors import ImageDecodeError
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.runtime.options import RequestOptions
-from coprs_deploy.server.result_formats import MaskFormat
+from coprs_deploy.server.result_formats import MASK_FORMATS, MaskFormat
 from coprs_deploy.server.steps import run_step
 
 MAX_INSTRUCTIONS = 16
 """Instructions of one request."""
+
+MAX_FORM_FIELDS = 64
+"""Fields of a form, repeated ones included."""
+
+MAX_JSON_BYTES = 1 << 21
+"""Size of a JSON body without its image; ``MAX_INSTRUCTIONS`` of full length fit."""
 
 MAX_BYTES_IN_MEMORY = 1 << 20
 """Larger files are on the disk until they are decoded."""
@@ -39,6 +46,9 @@ FILE_EXPECTED = "a file is expected"
 _ABOUT = attribute_docs(RequestOptions)
 
 Instruction: TypeAlias = Annotated[str, Field(max_length=MAX_INSTRUCTION_CHARS)]
+MaskFormats: TypeAlias = Annotated[
+    list[MaskFormat], Field(min_length=1, max_length=len(MASK_FORMATS))
+]
 
 
 class SegmentFields(BaseModel):
@@ -64,7 +74,7 @@ class SegmentFields(BaseModel):
     max_reasoning_tokens: int | None = Field(None, ge=1, description=_ABOUT["max_reasoning_tokens"])
     deadline_ms: float | None = Field(None, gt=0, description=_ABOUT["deadline_ms"])
     reasoning: Literal["full", "none"] = Field("full", description=_ABOUT["reasoning"])
-    return_: MaskFormat | Annotated[list[MaskFormat], Field(min_length=1)] = Field(
+    return_: MaskFormat | MaskFormats = Field(
         "rle",
         alias="return",
         description="form of the masks, or several: RLE (masks), PNG files in base64 (mask_pngs), "
@@ -88,6 +98,15 @@ class SegmentJson(SegmentFields):
         min_length=1,
         json_schema_extra={"contentEncoding": "base64"},
     )
+
+
+_NAMES = {name: field.alias or name for name, field in SegmentJson.model_fields.items()}
+_RawJson = msgspec.defstruct(
+    "_RawJson",
+    [(name, msgspec.Raw, msgspec.Raw()) for name in _NAMES],
+    rename=_NAMES,
+    forbid_unknown_fields=True,
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ async def read_request(request: Request) -> AsyncIterator[SegmentRequest]:
         with image:
             yield SegmentRequest.of(image, fields)
     elif media_type in (MULTIPART, URL_ENCODED):
-        async with request.form(max_files=1) as form:
+        async with request.form(max_files=1, max_fields=MAX_FORM_FIELDS) as form:
             yield _read_form(form)
     else:
         raise HTTPException(
@@ -174,8 +193,10 @@ def _read_form(form: FormData) -> SegmentRequest:
 def _parse_json(body: IO[bytes]) -> tuple[SegmentJson, IO[bytes]]:
     """Parse a body and decode its image to a file of its own."""
     body.seek(0)
+    text = body.read()
+    _check_json(text)
     try:
-        fields = SegmentJson.model_validate_json(body.read(), strict=True)
+        fields = SegmentJson.model_validate_json(text, strict=True)
     except ValidationError as error:
         problems = error.errors()
         if problems[0]["type"] == "json_invalid":
@@ -185,6 +206,30 @@ def _parse_json(body: IO[bytes]) -> tuple[SegmentJson, IO[bytes]]:
     image = SpooledTemporaryFile(MAX_BYTES_IN_MEMORY)  # noqa: SIM115
     image.write(content)
     return fields.model_copy(update={"image": ""}), image
+
+
+def _check_json(text: bytes) -> None:
+    """Refuse malformed JSON, unknown fields and large ones before they become Python objects.
+
+    pydantic goes on after the first error: two million unknown fields take it 20 s and 3 GB.
+    """
+    try:
+        fields: Any = msgspec.json.decode(text, type=_RawJson)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise HTTPException(400, str(error)) from error
+    image = memoryview(fields.image)
+    num_bytes = len(text) - (len(image) if bytes(image[:1]) == b'"' else 0)
+    if num_bytes > MAX_JSON_BYTES:
+        raise _invalid(
+            f"the fields without the image have {num_bytes} bytes; accepted: at most "
+            f"{MAX_JSON_BYTES}"
+        )
+
+
+def _invalid(message: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": (), "msg": message, "input": None}])
 
 
 def _decode_base64(text: str) -> bytes:

@@ -130,8 +130,9 @@ class RequestGuard:
         with ExitStack() as stack:
             if self._api_keys is not None and scope["method"] == "POST":
                 authorization = Headers(scope=scope).get("authorization", "")
-                key = self._api_keys.find(authorization.removeprefix("Bearer "))
-                if key is None or not authorization.startswith("Bearer "):
+                scheme, _, given = authorization.partition(" ")
+                key = self._api_keys.find(given) if scheme.lower() == "bearer" else None
+                if key is None:
                     message = (
                         "the API key is missing or wrong; send the header Authorization: Bearer KEY"
                     )

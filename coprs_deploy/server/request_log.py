@@ -55,6 +55,8 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = record.request_id
                 headers.setdefault("X-Content-Type-Options", "nosniff")
+                # Else browsers keep a script of the page for days, beside another page.
+                headers.setdefault("Cache-Control", "no-cache")
             await send(message)
             is_complete = message["type"] == "http.response.body" and not message.get("more_body")
 

@@ -52,6 +52,7 @@ def stream(page, text, end):
                         init.signal.addEventListener("abort", () =>
                             controller.error(init.signal.reason));
                     },
+                    cancel() { window.isCancelled = true; },
                     pull(controller) {
                         if (end === "close") controller.close();
                         if (end === "fail") controller.error(new TypeError("network error"));
@@ -63,6 +64,20 @@ def stream(page, text, end):
     page.set_input_files("#file", SCENE)
     page.fill("#instruction", INSTRUCTION)
     page.click("#submit")
+
+
+def delay_next_image(page):
+    """Let the browser take longer to decode the next image than the one after it."""
+    page.evaluate(
+        """() => {
+            const decode = createImageBitmap;
+            createImageBitmap = async (source) => {
+                createImageBitmap = decode;
+                await new Promise(resolve => setTimeout(resolve, 500));
+                return decode(source);
+            };
+        }"""
+    )
 
 
 def wait_for_text(page, selector, text):
@@ -259,6 +274,28 @@ def test_image_is_dropped_or_pasted_anywhere(page, way):
     assert page.get_attribute("#canvas", "aria-label") == "other.png, 640 x 640 pixels"
 
 
+def test_image_that_was_chosen_last_is_shown(page):
+    delay_next_image(page)
+    page.set_input_files("#file", SCENE)
+    page.set_input_files("#file", demo.SAMPLES / "scene-28.jpg")
+    wait_for_text(page, "#file-name", "scene-28.jpg")
+    page.wait_for_timeout(700)
+    assert page.text_content("#file-name") == "scene-28.jpg"
+
+
+def test_request_has_the_image_that_is_still_loading(page):
+    page.set_input_files("#file", demo.SAMPLES / "scene-28.jpg")
+    wait_for_text(page, "#file-name", "scene-28.jpg")
+    delay_next_image(page)
+    page.set_input_files("#file", SCENE)
+    page.fill("#instruction", INSTRUCTION)
+    page.click("#submit")
+    page.wait_for_selector("#history button")
+    assert page.get_attribute("#canvas", "aria-label") == (
+        f"scene.png, 640 x 640 pixels, 1 mask: {INSTRUCTION}"
+    )
+
+
 def test_stop_ends_the_request(page):
     page.route("**/segment", lambda route: None)  # never answered
     page.set_input_files("#file", SCENE)
@@ -326,6 +363,7 @@ def test_budget_of_the_reasoning_is_sent(page, position, text, field):
         "(e, at) => { e.value = at; e.dispatchEvent(new Event('input')); }", position
     )
     assert page.text_content("#budget-text") == text
+    assert page.get_attribute("#budget", "aria-valuetext") == text
     page.evaluate(
         "() => { const send = fetch; fetch = (to, init) => {"
         "  if (init?.body) window.sent = [...init.body].filter(([, v]) => !v.size);"
@@ -412,6 +450,12 @@ class TestErrors:
         assert page.is_hidden("#stop")
         assert page.text_content("#elapsed") == page.text_content("#status") == ""
 
+    def test_event_that_cannot_be_read_ends_the_request(self, page):
+        stream(page, "event: text\ndata: {cut\n\n", "wait")
+        page.wait_for_selector("#error:not([hidden])")
+        assert page.evaluate("isCancelled")
+        assert page.is_hidden("#stop")
+
     def test_large_file_is_refused_with_the_limit(self, page, tmp_path):
         path = tmp_path / "large.png"
         path.write_bytes(bytes(33 << 20))
@@ -468,6 +512,20 @@ class TestErrors:
             page.click("#submit")
         page.wait_for_selector("#error:not([hidden])")
         assert page.text_content("#error") == response.value.json()["error"]
+
+    def test_sample_that_cannot_be_loaded_is_named(self, page):
+        page.wait_for_selector("#samples button")
+        page.route("**/samples/*", lambda route: route.abort())
+        page.click("#samples li:nth-child(1) button")
+        page.wait_for_selector("#error:not([hidden])")
+        assert page.text_content("#error").startswith("Cannot load scene-")
+
+    def test_response_of_a_proxy_is_named_by_its_status(self, page):
+        page.route("**/segment", lambda route: route.fulfill(status=502, json={"detail": "x"}))
+        page.set_input_files("#file", SCENE)
+        page.fill("#instruction", INSTRUCTION)
+        page.click("#submit")
+        wait_for_text(page, "#error", "The server answered with status 502.")
 
     def test_lost_server_is_named(self, open_page):
         with serving("--runtime", "openvino", "--policy", "openvino") as address:
@@ -558,6 +616,18 @@ class TestDocs:
         answer = health.locator(".live-responses-table tbody .response-col_description")
         answer.wait_for()
         assert '"status": "ok"' in answer.inner_text()
+
+    def test_colors_follow_those_of_the_system(self, open_page, address):
+        grounds = {}
+        for scheme in ("light", "dark"):
+            page = open_page(address, color_scheme=scheme)
+            page.goto(f"{address}/docs")
+            shown = page.locator(".opblock-summary-path").first
+            shown.wait_for()
+            grounds[scheme] = page.evaluate(
+                "getComputedStyle(document.querySelector('.swagger-ui')).backgroundColor"
+            )
+        assert grounds["light"] != grounds["dark"] == "rgb(28, 32, 34)"
 
 
 CONTRAST = """() => {

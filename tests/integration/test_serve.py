@@ -125,7 +125,8 @@ def test_serve_address_in_use_is_refused_before_loading(capsys):
     ("arguments", "part"),
     [
         (["--port", "70000"], "--port is 70000; it must be from 0 to 65535"),
-        (["--max-upload", "0"], "--max-upload is 0.0; it must be above 0 MiB"),
+        (["--max-upload", "0"], "--max-upload is 0.0; it must be above 0 MiB, and finite"),
+        (["--max-upload", "inf"], "--max-upload is inf; it must be above 0 MiB, and finite"),
         (["--timeout", "0"], "timeout_s is 0.0; it must be above 0"),
         (["--max-queue-size", "-1"], "max_queue_size is -1; it must be at least 0"),
         (["--policy", "vlm"], "policy is 'vlm'; accepted: "),

@@ -22,6 +22,7 @@ const at = (id) => document.getElementById(id);
 const viewer = new Viewer(at("canvas"));
 const history = [];
 let input = null;  // {blob, name, bitmap}
+let loading = null;  // promise of the blob and bitmap of the image that was chosen last
 let current = null;  // the entry of the history that is shown
 let running = null;  // AbortController of the request
 let apiKey = "";
@@ -45,6 +46,7 @@ function fail(message) {
 }
 
 const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 function showText(text) {
   const { reasoning, parts } = splitResponse(text);
@@ -105,8 +107,8 @@ function describeCanvas() {
   if (input) {
     const { width, height } = viewer.image;
     const masks = current?.result?.masks.length ?? 0;
-    text = `${input.name}, ${width} x ${height} pixels` + (masks ? `, ${masks} masks: ` +
-      `${current.result.instruction}` : "");
+    text = `${input.name}, ${width} x ${height} pixels` +
+      (masks ? `, ${counted(masks, "mask")}: ${current.result.instruction}` : "");
   }
   at("canvas").ariaLabel = text;
   at("hint").hidden = !!input;
@@ -116,7 +118,7 @@ function describeCanvas() {
 /** Show the limits of the reasoning, and what they cost and save. */
 function showLimits() {
   const budget = BUDGETS[at("budget").value], deadline = at("deadline").value;
-  at("budget-text").textContent =
+  at("budget-text").textContent = at("budget").ariaValueText =
     budget === null ? "no limit" : budget === 0 ? "none" : `at most ${budget} tokens`;
   const parts = [budget === null ? "The whole reasoning: slowest, most exact." :
     budget === 0 ? "No reasoning: fastest, least exact." :
@@ -149,15 +151,25 @@ function clearResult() {
 
 // ---------------------------------------------------------------- image
 
-async function setInput(blob, name) {
-  abandon();
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(blob);
-  } catch {
-    bitmap = null;  // a format that the server may read; its size comes with the result
+async function load(source) {
+  const blob = await source;
+  // null: a format that the server may read; its size comes with the result
+  return { blob, bitmap: await createImageBitmap(blob).catch(() => null) };
+}
+
+/** Show a file, or the promise of one, unless something else is chosen while it loads. */
+async function setInput(source, name) {
+  const chosen = loading = load(source);
+  const loaded = await chosen.catch(() => null);
+  if (chosen !== loading) return;
+  if (!loaded) {
+    loading = null;
+    fail(`Cannot load ${name}. Check that the server still runs, then try again.`);
+    return;
   }
-  input = { blob, name, bitmap };
+  abandon();
+  const { bitmap } = loaded;
+  input = { ...loaded, name };
   clearResult();
   viewer.setImage(bitmap ?? { width: 4, height: 3 });
   if (!bitmap) status("This browser cannot display the file; the server may still read it.");
@@ -198,6 +210,9 @@ function requestKey() {
 
 async function segment(event) {
   event?.preventDefault();
+  const chosen = loading;
+  await chosen?.catch(() => null);
+  if (chosen !== loading) return;
   if (!input) {
     fail("Choose an image first.");
     at("file").focus();
@@ -215,12 +230,15 @@ async function segment(event) {
   const id = [...crypto.getRandomValues(new Uint32Array(4))].map((part) => part.toString(16)).join("-");
   at("stop").hidden = false;
   if (matchMedia("(max-width: 56rem)").matches) document.querySelector("main").scrollIntoView();
-  const clock = startClock(id, stop.signal);
+  const clock = startClock(entry, id, stop.signal);
   let response = null;
   try {
     response = await post(formOf(entry), id, stop.signal);
     if (!response.ok) fail(await errorOf(response));
-    else for await (const [name, data] of readEvents(response)) await receive(entry, name, data);
+    else for await (const [name, data] of readEvents(response)) {
+      if (stop.signal.aborted) break;
+      await receive(entry, name, data);
+    }
     if (response.ok && !entry.result && at("error").hidden) throw new Error("no result");
   } catch (error) {
     if (!stop.signal.aborted) {
@@ -267,15 +285,14 @@ function formOf({ input: { blob, name }, instruction }) {
 }
 
 /** Show the time since the request began, and until its first event the requests before it. */
-function startClock(id, signal) {
+function startClock(entry, id, signal) {
   const start = performance.now();
   let ahead = 0, number = 0;
   const tick = async () => {
-    if (signal.aborted || current.result) return;
+    if (signal.aborted || entry.result) return;
     at("elapsed").textContent = `${((performance.now() - start) / 1000).toFixed(1)} s`;
-    status(current.text || !ahead ? "Running" :
-      `Waiting, ${ahead} earlier ${ahead === 1 ? "request" : "requests"}`);
-    if (current.text || number++ % 10 !== 2) return;
+    status(entry.text || !ahead ? "Running" : `Waiting, ${counted(ahead, "earlier request")}`);
+    if (entry.text || number++ % 10 !== 2) return;
     const health = await fetch(`health?request_id=${id}`, { signal }).then((answer) => answer.json())
       .catch(() => null);
     ahead = health?.requests_ahead ?? 0;
@@ -290,7 +307,7 @@ async function receive(entry, name, data) {
   if (name === "prior") {
     const blob = await (await fetch(data.image)).blob();
     entry.prior = priorCanvas(await createImageBitmap(blob));
-    viewer.setPrior(entry.prior);
+    if (entry === current) viewer.setPrior(entry.prior);
   }
   if (name === "result") {
     entry.result = data;
@@ -303,7 +320,7 @@ async function receive(entry, name, data) {
 }
 
 function showResult(entry) {
-  const { result } = entry, count = result.masks.length;
+  const { result } = entry;
   if (!entry.input.bitmap) {
     const [height, width] = result.image_size;
     viewer.setImage({ width, height });
@@ -316,7 +333,7 @@ function showResult(entry) {
   viewer.setMasks(result.masks.map(decodeMask), labelsOf(result));
   const cut = STOPS[result.stop_reason] ?? "", time = seconds(result.timings.total_ms);
   at("elapsed").textContent = "";
-  status(result.found ? `${count} ${count === 1 ? "mask" : "masks"} in ${time}${cut}` :
+  status(result.found ? `${counted(result.masks.length, "mask")} in ${time}${cut}` :
     `Nothing in the image fits the instruction (${time}).`);
   describeCanvas();
 }
@@ -378,6 +395,7 @@ function markHistory() {
 
 function recall(entry) {
   abandon();
+  loading = null;
   input = entry.input;
   clearResult();
   current = entry;
@@ -393,10 +411,9 @@ async function showSamples() {
   at("samples").querySelector("ul").append(...samples.map(({ image, instruction }) => {
     const button = element("button", { type: "button" },
       element("img", { src: image, alt: "" }), instruction);
-    button.addEventListener("click", async () => {
+    button.addEventListener("click", () => {
       at("instruction").value = instruction;
-      const response = await fetch(image);
-      await setInput(await response.blob(), image.split("/").at(-1));
+      setInput(fetch(image).then((response) => response.blob()), image.split("/").at(-1));
       segment();
     });
     return element("li", {}, button);

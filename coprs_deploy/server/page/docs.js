@@ -7,3 +7,8 @@ SwaggerUIBundle({
   displayRequestDuration: true,
   validatorUrl: null,  // no request to another server
 });
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const showColors = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
+dark.addEventListener("change", showColors);
+showColors();

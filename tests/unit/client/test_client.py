@@ -15,11 +15,11 @@ import httpx2
 import numpy as np
 import pytest
 import uvicorn
-from PIL import Image
+from PIL import ExifTags, Image
 
 from coprs_deploy import client as client_module
 from coprs_deploy.client import AsyncClient, Client, RemotePrior, RemoteResult, TextDelta
-from coprs_deploy.client.request import ClientOptions, error_of_response
+from coprs_deploy.client.request import ClientOptions, error_of_response, segment_form
 from coprs_deploy.errors import (
     CoPRSError,
     EndpointError,
@@ -158,6 +158,35 @@ def test_image_is_a_path_bytes_an_array_or_a_pillow_image(serve, tmp_path):
             client.segment(tmp_path / "nowhere.png", "the cup")
 
 
+def turned_photo():
+    """Return a Pillow image of 30 x 20 pixels that its EXIF data turn by 90 degrees."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (30, 20)).save(file, "JPEG", exif=exif)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [
+        (turned_photo(), (30, 20)),
+        (Image.new("CMYK", (30, 20)), (20, 30)),
+        (np.zeros((20, 30, 1), np.uint8), (20, 30)),
+        (np.full((20, 30, 3), 0.5), (20, 30)),
+    ],
+    ids=["EXIF", "CMYK", "gray", "float"],
+)
+def test_image_is_read_as_by_the_runtime(serve, build, image, size):
+    with Client(serve()) as client:
+        assert client.segment(image, "the cup").image_size == size
+    assert build()[0].segment(image, "the cup").image.shape[:2] == size
+
+
+def test_image_of_another_type_is_refused():
+    with Client() as client, pytest.raises(ValueError, match="image is a int; accepted"):
+        client.segment(7, "the cup")
+
+
 def test_options_reach_the_policy_and_health_is_read(serve):
     policy = FakePolicy()
     with Client(serve(policy)) as client:
@@ -277,6 +306,26 @@ def test_async_client_segments_together_and_streams(serve):
     assert health["status"] == "ok"
 
 
+def test_async_client_encodes_images_beside_the_event_loop(serve, monkeypatch):
+    threads = []
+
+    def encode(*args):
+        threads.append(threading.current_thread())
+        return segment_form(*args)
+
+    monkeypatch.setattr("coprs_deploy.client.client.segment_form", encode)
+
+    async def work(address):
+        async with AsyncClient(address) as client:
+            await client.segment(png(), "the cup")
+            await client.segment_instructions(png(), ["the cup"])
+            return [event async for event in client.stream(png(), "the cup")]
+
+    asyncio.run(work(serve()))
+    assert len(threads) == 3
+    assert threading.main_thread() not in threads
+
+
 def test_async_client_speaks_to_an_application_in_process(build):
     app = build_app(build()[0], MAX_BYTES)
 
@@ -371,6 +420,24 @@ def test_stream_that_breaks_off_is_an_error_and_not_repeated(pauses):
         with pytest.raises(EndpointError, match="ended the stream before the result"):
             next(events)
     assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("text", "{cut"),
+        ("text", '{"words": "so"}'),
+        ("prior", '{"image": 3}'),
+        ("result", "[]"),
+        ("error", "{}"),
+    ],
+)
+def test_event_that_cannot_be_read_is_an_error_of_the_endpoint(name, data):
+    headers = {"Content-Type": "text/event-stream"}
+    text = f"event: {name}\ndata: {data}\n\n"
+    server = Flaky(httpx2.Response(200, text=text, headers=headers))
+    with server.client() as client, pytest.raises(EndpointError, match="the server sent"):
+        list(client.stream(png(), "the cup"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from coprs_deploy.errors import PolicyError
 from coprs_deploy.prompts import MAX_INSTRUCTION_CHARS
 from coprs_deploy.server.app import PAGE
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody
+from coprs_deploy.server.request_body import MAX_FORM_FIELDS
 from coprs_deploy.server.request_record import RequestRecord
 from coprs_deploy.server.segmentation import _accepts_stream
 from tests.unit.runtime_fakes import WAIT, FakePolicy
@@ -99,6 +100,13 @@ class TestResults:
         assert not any(":" in name or name.startswith("/") for name in files)
         for name in files:
             assert client.get(f"/{name}").status_code == 200
+
+    def test_files_of_the_page_are_as_new_as_the_page(self, connect):
+        client, _ = connect()
+        first = client.get("/page/app.js")
+        assert first.headers["cache-control"] == "no-cache"
+        headers = {"If-None-Match": first.headers["etag"]}
+        assert client.get("/page/app.js", headers=headers).status_code == 304
 
     @pytest.mark.parametrize(
         "path",
@@ -258,9 +266,10 @@ class TestOptions:
         assert response.json()["type"] == "Unauthorized"
         assert policy.requests == []
 
-    def test_request_with_the_api_key_is_served(self, connect):
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+    def test_request_with_the_api_key_is_served(self, connect, scheme):
         client, _ = connect(app_options={"api_key": "secret"})
-        response = post(client, headers={"Authorization": "Bearer secret"})
+        response = post(client, headers={"Authorization": f"{scheme} secret"})
         assert response.status_code == 200
         assert client.get("/health").status_code == client.get("/").status_code == 200
 
@@ -350,6 +359,21 @@ class TestRefusals:
     def test_unknown_path_of_any_length_has_a_short_message(self, connect):
         client, _ = connect()
         assert len(client.get("/" + "x" * 50_000).json()["error"]) < 400
+
+    def test_unknown_fields_of_any_number_have_a_short_message(self, connect):
+        client, _ = connect()
+        response = post(client, **{f"{number:0100}": "" for number in range(60)})
+        assert response.status_code == 422
+        error = response.json()["error"]
+        assert error.startswith(f"{0:0100}: Extra inputs are not permitted; {1:0100}")
+        assert error.endswith("reasoning, return")
+        assert len(error) < 2100
+
+    def test_form_of_many_fields_is_refused(self, connect):
+        client, _ = connect()
+        response = post(client, **{str(number): "" for number in range(MAX_FORM_FIELDS)})
+        assert response.status_code == 400
+        assert "Maximum number of fields is 64" in response.json()["error"]
 
     @pytest.mark.parametrize("length", [f"{MAX_BYTES + 1:030}", "9" * 5_000])
     def test_content_length_of_many_digits_is_compared_with_the_limit(self, connect, length):

@@ -1,6 +1,7 @@
 """Connections whose requests are never finished, over real sockets."""
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -16,6 +17,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4\r\
 
 class ShortConnection(TimedConnection):
     request_timeout_s = 0.1
+    unread_timeout_s = 0.2
 
 
 async def app(scope, receive, send):
@@ -26,28 +28,33 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
+@contextlib.asynccontextmanager
+async def connected(app, **options):
+    """Run a server; yield it with the reader and the writer of a connection to it."""
+    config = uvicorn.Config(app, http=ShortConnection, port=0, log_level="critical", lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.ensure_future(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, **options)
+    try:
+        yield server, reader, writer
+    finally:
+        writer.close()
+        server.should_exit = True
+        await serving
+
+
 def answers(*pieces, pause_s=0.0, app=app):
     """Send pieces of a request to a server and return all that it sends until it closes."""
 
     async def exchange():
-        config = uvicorn.Config(
-            app, http=ShortConnection, port=0, log_level="critical", lifespan="off"
-        )
-        server = uvicorn.Server(config)
-        serving = asyncio.ensure_future(server._serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for piece in pieces:
-            writer.write(piece)
-            await asyncio.sleep(pause_s)
-        try:
+        async with connected(app) as (_, reader, writer):
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(pause_s)
             return await asyncio.wait_for(reader.read(), WAIT)
-        finally:
-            writer.close()
-            server.should_exit = True
-            await serving
 
     return asyncio.run(exchange())
 
@@ -103,3 +110,28 @@ def test_refusal_is_read_by_a_client_that_sends_a_large_body_first():
     answer = answers(head, *[bytes(1 << 20)] * 8, pause_s=0.02, app=guard)
     assert answer.startswith(b"HTTP/1.1 503")
     assert answer.endswith(b'{"type":"QueueFullError"}')
+
+
+@pytest.mark.parametrize("num_parts", [1, 20])
+def test_client_that_reads_nothing_frees_its_response(num_parts):
+    """Also what is complete for the application: the rest is in the buffer of the connection."""
+    part = bytes(20_000_000 // num_parts)
+
+    async def large(scope, receive, send):
+        headers = [(b"content-length", str(num_parts * len(part)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for number in reversed(range(num_parts)):
+            await send({"type": "http.response.body", "body": part, "more_body": number > 0})
+
+    async def exchange():
+        async with connected(large, limit=1) as (server, _, writer):
+            connections = server.server_state.connections
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            async with asyncio.timeout(WAIT):
+                while not connections:
+                    await asyncio.sleep(0.01)
+                while connections:
+                    await asyncio.sleep(0.01)
+            writer.transport.abort()
+
+    asyncio.run(exchange())

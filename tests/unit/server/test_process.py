@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import ssl
@@ -12,6 +13,7 @@ import pytest
 from coprs_deploy.cli.serve import check_tls
 from coprs_deploy.server.app import build_app
 from coprs_deploy.server.process import DrainingServer, ProcessOptions
+from coprs_deploy.server.request_log import ACCESS_LOGGER
 from tests.unit.runtime_fakes import WAIT, FakePolicy, join_stream_threads
 from tests.unit.server.asgi import MAX_BYTES, form
 
@@ -30,10 +32,12 @@ async def running(app, **options):
             await serving
 
 
-async def get(port, path, tls=None):
+async def get(port, path, tls=None, header="Accept: */*"):
     """Return status and body of a response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    writer.write(
+        f"GET {path} HTTP/1.1\r\nHost: a\r\n{header}\r\nConnection: close\r\n\r\n".encode()
+    )
     answer = await reader.read()
     writer.close()
     return int(answer.split()[1]), answer
@@ -84,6 +88,19 @@ class TestDrain:
         ready, live = asyncio.run(close())
         assert (ready[0], live[0]) == (503, 200)
         assert b'"status":"closed"' in ready[1]
+
+
+def test_log_has_the_address_of_the_connection(build, caplog):
+    app = build_app(build()[0], MAX_BYTES)
+
+    async def ask():
+        async with running(app) as (_, port):
+            await get(port, "/nowhere", header="X-Forwarded-For: 192.0.2.1")
+
+    with caplog.at_level(logging.INFO, logger=ACCESS_LOGGER):
+        asyncio.run(ask())
+    (record,) = (each for each in caplog.records if each.name == ACCESS_LOGGER)
+    assert record.fields["client"] == "127.0.0.1"
 
 
 class TestSlowClients:

@@ -4,14 +4,18 @@ import base64
 import io
 import itertools
 import json
+import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from starlette.testclient import TestClient
 
 from coprs_deploy.data.rle import decode_mask
 from coprs_deploy.errors import PolicyError, RequestTimeoutError
 from coprs_deploy.runtime import concurrency
+from coprs_deploy.server.app import build_app
 from coprs_deploy.server.bodies import EVENT_STREAM, ErrorBody, ResultBody, ResultsBody
 from coprs_deploy.server.openapi import SEGMENT_BODY
 from coprs_deploy.server.request_body import MAX_INSTRUCTIONS
@@ -58,9 +62,10 @@ class TestJson:
             ({"image": 3}, "RequestError", "image: Input should be a valid string"),
             ({"image": ""}, "RequestError", "image: String should have at least 1 character"),
             ({"max_targets": "2"}, "RequestError", "max_targets: Input should be a valid integer"),
-            ({"max_target": 2}, "RequestError", "max_target: Extra inputs are not permitted"),
+            ({"max_target": 2}, "RequestError", "unknown field `max_target`"),
             ({"return": "bmp"}, "RequestError", "Input should be 'rle', 'png'"),
             ({"return": []}, "RequestError", "return"),
+            ({"return": ["rle"] * 5}, "RequestError", "at most 4 items"),
             ({"instructions": ["a"]}, "RequestError", "instruction and instructions are given"),
         ],
     )
@@ -70,6 +75,27 @@ class TestJson:
         assert (response.status_code, response.json()["type"]) == (422, kind)
         assert part in response.json()["error"]
         assert policy.requests == []
+
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            (b'{"field-0":0' + b"".join(b',"f%d":0' % n for n in range(500_000)) + b"}", "field-0"),
+            (b'{"instruction":[' + b"[]," * 800_000 + b"[]]}", "accepted: at most 2097152"),
+            (b'{"image":[' + b"[]," * 800_000 + b"[]]}", "accepted: at most 2097152"),
+        ],
+        ids=["fields", "instruction", "image"],
+    )
+    def test_json_of_many_items_is_refused_without_parsing_each(self, build, content, part):
+        coprs, _ = build(FakePolicy())
+        client = TestClient(build_app(coprs, 1 << 25))
+        headers = {"Content-Type": "application/json"}
+        tracemalloc.start()
+        response = client.post("/segment", content=content, headers=headers)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert response.status_code == 422
+        assert part in response.json()["error"]
+        assert peak_bytes < 10 * len(content)
 
     @pytest.mark.parametrize("content", [b"", b"{", b'{"image": "\\ud800"}', b"\xff"])
     def test_malformed_json_is_refused_with_400(self, build, content):
@@ -258,6 +284,16 @@ class TestLimits:
         response = post(client)
         assert (response.status_code, response.json()["type"]) == (422, "ImageSizeError")
         assert "600 pixels; accepted: at most 599" in response.json()["error"]
+
+    def test_postscript_is_not_run(self, build, monkeypatch):
+        run = []
+        monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+        monkeypatch.setattr(subprocess, "check_call", lambda *args, **_: run.append(args))
+        client, _ = connect_to(build)
+        program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
+        response = post(client, program)
+        assert (response.status_code, response.json()["type"]) == (422, "ImageDecodeError")
+        assert run == []
 
     def test_full_queue_is_refused_before_the_body_is_read(self, build, monkeypatch):
         client, _ = connect_to(build)
