@@ -25,7 +25,7 @@ Clock = Callable[[], float]
 
 
 class RunningEstimate:
-    """Estimate of the next duration of a step from its recent ones, in seconds.
+    """Estimate of the next duration of a step from its recent ones, in seconds; thread-safe.
 
     Args:
         clock: ``time.perf_counter``, or its replacement in a test.
@@ -46,10 +46,11 @@ class RunningEstimate:
 
     def quantile(self, share: float = ESTIMATE_QUANTILE) -> float | None:
         """Return a duration that this share of the recent ones do not exceed; None without any."""
-        if not self._recent:
+        recent = list(self._recent)  # a copy, because other threads add durations meanwhile
+        if not recent:
             return None
-        oldest = self._recent[-1][0] - CURRENT_S
-        ordered = sorted(seconds for recorded, seconds in self._recent if recorded >= oldest)
+        oldest = recent[-1][0] - CURRENT_S
+        ordered = sorted(seconds for recorded, seconds in recent if recorded >= oldest)
         return ordered[ceil(share * len(ordered)) - 1]
 
 

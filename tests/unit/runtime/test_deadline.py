@@ -49,6 +49,18 @@ def test_estimate_covers_nine_of_ten_recent_durations():
     assert estimate.quantile() == 2
 
 
+def test_estimate_is_read_while_another_thread_adds_a_duration():
+    class Recorded(float):
+        def __ge__(self, oldest):
+            estimate.add(9)  # where another thread may run
+            return super().__ge__(oldest)
+
+    estimate = RunningEstimate(lambda: Recorded(100.0))
+    for value in (1, 2, 3):
+        estimate.add(value)
+    assert estimate.quantile(0.5) == 2
+
+
 def test_deadline_refused_after_a_busy_moment_is_tried_again():
     now = 100.0
     clock = lambda: now  # noqa: E731
