@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -147,15 +147,12 @@ class PendingEmbedding:
             RequestTimeoutError: the deadline passed.
             CoPRSError: the runtime was closed meanwhile.
         """
-        while True:
-            try:
-                return self.future.result(request.remaining_s())
-            except CancelledError as error:
-                raise CoPRSError("the runtime was closed during the request") from error
-            except TimeoutError:
-                if self.future.done():
-                    raise  # raised by the image encoder itself
-                request.remaining_s()
+        while not self.future.done():
+            wait([self.future], request.remaining_s())
+        try:
+            return self.future.result()
+        except CancelledError as error:
+            raise CoPRSError("the runtime was closed during the request") from error
 
     def release(self) -> None:
         """End the interest of the request; a computation that has not started is cancelled."""
@@ -194,7 +191,7 @@ class EncoderQueue:
             try:
                 self._thread.submit(self._encode_next)
             except RuntimeError as error:
-                self._queue.clear()
+                self._queue.pop()
                 raise CoPRSError("the runtime was closed") from error
         return future
 

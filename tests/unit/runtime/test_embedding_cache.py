@@ -1,15 +1,18 @@
 """The LRU cache of image embeddings."""
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.runtime.encoder import (
     DecodedImage,
     EmbeddingCache,
     ImageEmbedding,
+    PendingEmbedding,
     content_key,
 )
 from tests.unit.runtime_fakes import WAIT
@@ -193,6 +196,21 @@ def test_cache_computed_embedding_outlives_its_release(executor):
     executor.run_all()
     pending.release()
     assert cache.get_or_submit(image("a", not_computed)).is_cached
+
+
+def test_embedding_that_is_ready_as_the_wait_for_it_ends_is_returned(executor):
+    class ReadyAtTheEnd(Future):
+        def result(self, timeout=None):
+            if timeout is not None:
+                self.set_result("embedding")
+                raise TimeoutError
+            return super().result()
+
+    future = ReadyAtTheEnd()
+    pending = PendingEmbedding(future, is_cached=False, cache=EmbeddingCache(2, executor))
+    threading.Timer(0.02, future.set_result, ["embedding"]).start()
+    request = PolicyRequest(None, "x", deadline=time.perf_counter() + WAIT)
+    assert pending.wait(request) == "embedding"
 
 
 def test_content_key_depends_on_every_pixel_and_the_shape_only():
