@@ -203,7 +203,6 @@ class GreedyResponse:
     def steps(self) -> Steps:
         """Decode to the end."""
         yield from self._prefill()
-        self._first_token = time.perf_counter()
         while self.stop is None:
             self._request.remaining_s()
             yield from self._step()
@@ -232,14 +231,13 @@ class GreedyResponse:
 
     def _prefill(self) -> Steps:
         """Read the prompt, and the tail at once for a response without reasoning."""
-        if not self._limit.is_reached:
-            self._next, _ = yield Prefill()
-            return
-        tail = [*self._known.opening, *self._known.tail]
+        tail = [*self._known.opening, *self._known.tail] if self._limit.is_reached else []
         self._next, hidden = yield Prefill(tail)
-        yield from self._write(tail)
-        self._cut = StopReason.REASONING_BUDGET
-        self._add_reference(hidden)
+        self._first_token = time.perf_counter()
+        if tail:
+            yield from self._write(tail)
+            self._cut = StopReason.REASONING_BUDGET
+            self._add_reference(hidden)
 
     def _step(self) -> Steps:
         """Write the next token, and those that one pass confirms."""

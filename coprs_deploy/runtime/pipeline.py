@@ -184,9 +184,9 @@ class RequestPipeline:
                 self._geometry,
                 stream_prior=stream_prior,
             )
-            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
-            waited = max(policy_end, encoded.finished)
-            self._estimates.masks.add(time.perf_counter() - waited)
+            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end) - decoded.paused_ms
+            begin = max(policy_end, encoded.finished)
+            self._estimates.masks.add(time.perf_counter() - begin - decoded.paused_ms / 1e3)
             if not pending.is_cached:
                 encoder_ms = encoded.duration_ms
                 overlap_ms = encoded.overlap_ms(policy_start, policy_end)

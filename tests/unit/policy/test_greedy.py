@@ -229,6 +229,14 @@ def test_deadline_ends_the_reasoning_as_late_as_possible(monkeypatch, budget_s):
     assert due - clock.now < 0.5 + 1e-6  # another token would not have fitted
 
 
+def test_reader_of_the_text_does_not_count_as_time_of_the_prefill(monkeypatch):
+    clock = FakeClock(monkeypatch, 0.5)
+    policy = ScriptedPolicy(MATCH + END, clock.advance)
+    for event in policy.stream(PolicyRequest(IMAGE, "the cup", max_reasoning_tokens=0)):
+        clock.now += 10
+    assert event.prefill_ms == pytest.approx(500)
+
+
 def test_deadline_that_has_passed_after_the_prefill_still_has_a_mask(monkeypatch):
     clock = FakeClock(monkeypatch, 5.0)
     result = run(ScriptedPolicy(LONG, clock.advance), reasoning_deadline=clock.now + 1)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from coprs_deploy.engines.runner import HostTensor
+from coprs_deploy.runtime import PriorEvent
 from coprs_deploy.runtime.encoder import PendingEmbedding
 from coprs_deploy.specs import OptimizationProfile, graph_specs
 from tests.unit.runtime_fakes import DIMENSION, GEOMETRY, WAIT, FakePolicy, FakeRunner, image_of
@@ -87,6 +89,14 @@ class TestTimings:
         timings = coprs.segment(image_of(), "x").timings
         parts = timings.prior_ms + timings.mask_decoder_ms + timings.resize_ms
         assert 0 < parts <= timings.reference_to_mask_ms <= timings.total_ms
+
+    def test_reader_of_a_stream_does_not_count_as_time_of_the_masks(self, build):
+        coprs, _ = build()
+        for event in coprs.stream(image_of(), "x"):
+            if isinstance(event, PriorEvent):
+                time.sleep(0.2)
+        assert event.timings.reference_to_mask_ms < 200
+        assert coprs._pipeline._estimates.masks.quantile() < 0.2
 
     def test_policy_timings_and_token_counts_are_passed_on(self, build):
         class DetailedPolicy(FakePolicy):
