@@ -12,6 +12,7 @@ from typing import IO
 
 from coprs_deploy.errors import CoPRSError, ImageSizeError, QueueFullError
 from coprs_deploy.images import RgbArray, decoded_bytes, load_image
+from coprs_deploy.policy.fair_lock import FairLock
 
 
 class ConcurrencyLimit:
@@ -61,7 +62,7 @@ class ConcurrencyLimit:
 
 
 NUM_IMAGE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
-IMAGE_CORES = threading.BoundedSemaphore(NUM_IMAGE_CORES)
+IMAGE_CORES = FairLock(NUM_IMAGE_CORES)
 """Cores that decode uploaded images and encode results: half of them, so that the others answer."""
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -174,7 +175,7 @@ class UploadedImage:
             ImageError: it cannot be used.
             CoPRSError: the request was abandoned.
         """
-        with IMAGE_CORES:
+        with IMAGE_CORES.hold():
             self._require_interest()
             self.decode_started = time.perf_counter()
             self._file.seek(0)

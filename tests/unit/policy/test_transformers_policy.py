@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
@@ -20,6 +21,7 @@ from coprs_deploy.errors import (
     InstructionError,
     MissingDependencyError,
     PolicyError,
+    RequestTimeoutError,
     RuntimeUnavailableError,
     install_hint,
 )
@@ -396,6 +398,12 @@ def test_stream_unread_stream_blocks_no_other(policy, ask, noise):
         found = pool.submit(ask, policy).result(timeout=60)[1]
     assert found.stop_reason is StopReason.TARGETS_REACHED
     assert list(unread)[-1].stop_reason is StopReason.TARGETS_REACHED
+
+
+def test_stream_time_limit_ends_the_wait_for_other_requests(policy, ask):
+    with policy._lock.hold(), pytest.raises(RequestTimeoutError):
+        ask(policy, deadline=time.perf_counter() + 0.05)
+    assert ask(policy)[1].stop_reason is StopReason.TARGETS_REACHED
 
 
 def test_stream_concurrent_threads_get_their_own_results(policy, ask, scene, noise):

@@ -162,6 +162,15 @@ def test_a_deadline_that_passes_while_decoding_ends_the_stream(policies, example
         assert ask(policy, image, instruction)[1].token_ids == wanted
 
 
+def test_a_time_limit_ends_the_wait_for_other_requests(policies, examples):
+    policy, example = policies[0], examples[1]
+    for lock in (policy._vision._lock, policy._decoder._lock):
+        policy._cache.clear()
+        with lock.hold(), pytest.raises(RequestTimeoutError):
+            ask(policy, example.image, example.instruction, deadline=time.perf_counter() + 0.05)
+    assert ask(policy, example.image, example.instruction)[1].token_ids
+
+
 def test_an_aborted_stream_leaves_the_next_response_unchanged(policies, examples):
     image, instruction = examples[2].image, examples[2].instruction
     for policy in policies:
@@ -215,7 +224,7 @@ def test_a_second_question_does_no_vision_work_and_reads_only_the_new_tokens(
             lengths.append(len(embeddings))
             return feed(embeddings, positions, num_rows)
 
-        def refuse(image):
+        def refuse(image, remaining_s=None):
             raise AssertionError("the vision tower ran again")
 
         monkeypatch.setattr(decoding._running, "feed", counted)
