@@ -77,7 +77,7 @@ class _LimitedResponse:
                 "are needed, for a response without any"
             )
         self._limit = ReasoningLimit(
-            request, max_tokens - forced, policy.tail_time, time.perf_counter
+            request, max_tokens - len(self._known.tail), policy.tail_time, time.perf_counter
         )
         self.token_ids: list[int] = []
         self.text = TextStream(policy.tokens)
