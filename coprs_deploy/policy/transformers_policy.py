@@ -112,6 +112,8 @@ class TransformersPolicy(GreedyPolicy):
     @contextmanager
     def start(self, request: PolicyRequest) -> Iterator[_Decoding]:
         """See :meth:`GreedyPolicy.start`."""
+        if self._model is None:
+            raise PolicyError("the policy was closed")
         vision = self._vision(fit_pixel_count(request.image, *self._pixels))
         prompt_ids = encode_prompt(
             self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens
@@ -132,8 +134,8 @@ class TransformersPolicy(GreedyPolicy):
         return layers
 
     def close(self) -> None:
-        """Release the model."""
-        self._model = None
+        """Release the model; requests in progress end as usual."""
+        self._model = self._static = None
 
 
 class _Decoding:
