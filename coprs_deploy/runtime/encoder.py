@@ -123,6 +123,9 @@ class EmbeddingCache:
                 return
             del self._num_waiting[future]
             future.cancel()  # has no effect on a computation that has started
+            if _has_failed(future):  # an error would keep the images of its batch in memory
+                kept = [item for item in self._entries.items() if item[1] is not future]
+                self._entries = OrderedDict(kept)
 
     def __len__(self) -> int:
         return len(self._entries)

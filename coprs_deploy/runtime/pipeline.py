@@ -79,8 +79,10 @@ class RequestPipeline:
     def close(self) -> None:
         """Free graphs and policy."""
         self._queue.close()
-        self._policy.close()
-        self._graphs.close()
+        try:
+            self._policy.close()
+        finally:
+            self._graphs.close()
 
     def time_limit(self, arrival: float) -> float | None:
         """Return the clock's value at which a request ends with an error; None for no limit."""
@@ -227,6 +229,8 @@ class RequestPipeline:
         result: PolicyResult | None = None
         for event in self._policy.stream(request):
             if isinstance(event, TextDelta):
+                if self.is_closed:
+                    raise CoPRSError("CoPRS was closed during the request")
                 yield event
             else:
                 result = event

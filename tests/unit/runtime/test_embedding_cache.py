@@ -190,6 +190,22 @@ def test_cache_computation_released_by_every_request_is_cancelled(executor):
     assert third.future.result().duration_ms == 1.0
 
 
+def test_cache_failed_and_cancelled_computations_take_no_place_after_their_release(executor):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    cache = EmbeddingCache(2, executor)
+    cache.get_or_submit(image("a"))
+    executor.run_all()
+    failed = cache.get_or_submit(image("b", fail))
+    executor.run_all()
+    failed.release()
+    assert len(cache) == 1
+    cache.get_or_submit(image("c", not_computed)).release()
+    assert len(cache) == 1
+    assert cache.get_or_submit(image("a", not_computed)).is_cached
+
+
 def test_cache_computed_embedding_outlives_its_release(executor):
     cache = EmbeddingCache(2, executor)
     pending = cache.get_or_submit(image("a"))
