@@ -291,7 +291,8 @@ class GreedyResponse:
     def _write_next_reference(self) -> Steps:
         """After the answer to a limited request: write one more target if the policy would."""
         draft = self._known.next_reference
-        if draft[0] == self._next and len(self.token_ids) + len(draft) <= self._max_tokens:
+        fits = len(self.token_ids) + len(draft) <= self._max_tokens
+        if draft[0] == self._next and fits and not self._limit.is_due():
             following, states = yield self._feed(draft)
             if following[:-1] == draft[1:]:
                 yield from self._write(draft)

@@ -267,6 +267,18 @@ def test_deadline_that_has_passed_after_the_prefill_still_has_a_mask(monkeypatch
     assert result.stop_reason is StopReason.DEADLINE
 
 
+@pytest.mark.parametrize("budget_s", [5.0, 5.5, 6.0, 6.5, 7.0, 20.0])
+def test_deadline_also_ends_the_naming_of_targets(monkeypatch, budget_s):
+    clock = FakeClock(monkeypatch, 0.5)
+    policy = ScriptedPolicy(SEVERAL, clock.advance)
+    for _ in range(2):  # the second time the duration of the tail is known
+        due = clock.now + budget_s
+        result = run(policy, reasoning_deadline=due, max_targets=3)
+        assert clock.now <= due
+        assert len(result.concentrations) >= 1
+    assert len(result.concentrations) == 3 or due - clock.now < 1.0
+
+
 def test_deadline_with_time_to_spare_changes_nothing(monkeypatch):
     clock = FakeClock(monkeypatch, 0.5)
     policy = ScriptedPolicy(MATCH + END, clock.advance)
