@@ -123,6 +123,12 @@ class TestWarmUp:
         assert timings.decode_ms == 2.0
         assert len(coprs._pipeline.cache) == 0
 
+    def test_warm_up_requests_have_the_token_budget_of_others(self, build):
+        policy = FakePolicy()
+        build(policy)[0].warm_up()
+        limits = [(each.max_new_tokens, each.max_reasoning_tokens) for each in policy.requests]
+        assert limits == [(None, 4)] * 2
+
     def test_warm_up_runs_every_batch_size_of_the_profile(self, build):
         sizes = []
         specs = graph_specs(GEOMETRY, DIMENSION, images=OptimizationProfile(1, 2, 4))
