@@ -126,7 +126,7 @@ class RequestPipeline:
         pending = self.cache.get_or_submit(image)
         try:
             due = self._estimates.reasoning_deadline(
-                start, options.deadline_ms, is_cached=pending.is_cached
+                start, options.deadline_ms, is_encoded=pending.future.done()
             )
         except ValueError:
             pending.release()
