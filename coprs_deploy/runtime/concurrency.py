@@ -28,7 +28,8 @@ class ConcurrencyLimit:
         self._max_queue_size = max_queue_size
         self.max_active = concurrency + max_queue_size
         self.num_active = 0
-        self._lock = threading.Lock()
+        # Reentrant, because the garbage collector may end an abandoned stream at any time.
+        self._lock = threading.RLock()
 
     @contextmanager
     def slot(self, count: int = 1) -> Iterator[None]:

@@ -95,7 +95,8 @@ class EmbeddingCache:
         self._encoder = encoder
         self._entries: OrderedDict[str, Future[ImageEmbedding]] = OrderedDict()
         self._num_waiting: Counter[Future[ImageEmbedding]] = Counter()
-        self._lock = threading.Lock()
+        # Reentrant, because the garbage collector may end an abandoned stream at any time.
+        self._lock = threading.RLock()
 
     def get_or_submit(self, image: DecodedImage) -> PendingEmbedding:
         """Return the embedding of an image, cached or enqueued; the caller must release it."""

@@ -206,6 +206,27 @@ def test_cache_failed_and_cancelled_computations_take_no_place_after_their_relea
     assert cache.get_or_submit(image("a", not_computed)).is_cached
 
 
+def test_cache_release_while_another_image_is_submitted_does_not_wait():
+    class Collecting(PendingExecutor):
+        """Encoder during whose call the garbage collector ends an abandoned stream."""
+
+        def submit(self, compute):
+            if abandoned:
+                abandoned.pop().release()
+            return super().submit(compute)
+
+    abandoned = []
+    cache = EmbeddingCache(2, Collecting())
+    abandoned.append(cache.get_or_submit(image("a")))
+    future = abandoned[0].future
+    thread = threading.Thread(target=cache.get_or_submit, args=[image("b")], daemon=True)
+    thread.start()
+    thread.join(WAIT / 10)
+    assert not thread.is_alive()
+    assert future.cancelled()
+    assert len(cache) == 1
+
+
 def test_cache_computed_embedding_outlives_its_release(executor):
     cache = EmbeddingCache(2, executor)
     pending = cache.get_or_submit(image("a"))
