@@ -64,7 +64,7 @@ class ConcurrencyLimit:
 
 NUM_IMAGE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
 IMAGE_CORES = FairLock(NUM_IMAGE_CORES)
-"""Cores that decode uploaded images and encode results: half of them, so that the others answer."""
+"""Half of the cores: they decode uploaded images and encode results, the others run requests."""
 
 MAX_IMAGE_BYTES = 1 << 30
 """Memory of the decoded images of uploads; the largest image has a quarter of it."""
@@ -150,7 +150,7 @@ class UploadedImage:
         """Occupy the memory of its pixels inside the block; see :meth:`ImageMemory.hold`."""
 
         def check_all() -> None:
-            self._require_interest()
+            self._check_abandoned()
             check()
 
         with self._memory.hold(decoded_bytes(self._file), check_all):
@@ -177,7 +177,7 @@ class UploadedImage:
             CoPRSError: the request was abandoned.
         """
         with IMAGE_CORES.hold():
-            self._require_interest()
+            self._check_abandoned()
             self.decode_started = time.perf_counter()
             self._file.seek(0)
             self._rgb = load_image(self._file.read())
@@ -187,6 +187,6 @@ class UploadedImage:
         """End the wait."""
         self._is_abandoned = True
 
-    def _require_interest(self) -> None:
+    def _check_abandoned(self) -> None:
         if self._is_abandoned:
             raise CoPRSError("the request was abandoned")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from coprs_deploy.policy.reasoning_limit import Clock, RunningEstimate
 
 TYPICAL = 0.5
-"""Share of the recent requests that were as fast as a deadline requires at least."""
+"""Quantile of the recent durations that a deadline must allow for; a shorter one is refused."""
 
 
 @dataclass

@@ -117,7 +117,7 @@ class EmbeddingCache:
             return PendingEmbedding(future, is_cached, self)
 
     def release(self, future: Future[ImageEmbedding]) -> None:
-        """End the interest of one request in an embedding."""
+        """End the wait of one request for an embedding."""
         with self._lock:
             self._num_waiting[future] -= 1
             if self._num_waiting[future] > 0:
@@ -149,17 +149,17 @@ class PendingEmbedding:
 
         Raises:
             RequestTimeoutError: the deadline passed.
-            CoPRSError: the runtime was closed meanwhile.
+            CoPRSError: CoPRS was closed meanwhile.
         """
         while not self.future.done():
             wait([self.future], request.remaining_s())
         try:
             return self.future.result()
         except CancelledError as error:
-            raise CoPRSError("the runtime was closed during the request") from error
+            raise CoPRSError("CoPRS was closed during the request") from error
 
     def release(self) -> None:
-        """End the interest of the request; a computation that has not started is cancelled."""
+        """End the wait of the request; a computation that no other waits for is cancelled."""
         self.cache.release(self.future)
 
 
@@ -167,7 +167,7 @@ _Item: TypeAlias = tuple[RgbArray, Future[ImageEmbedding]]
 
 
 class EncoderQueue:
-    """FIFO queue in front of the image encoder, with a thread of its own.
+    """FIFO queue of the image encoder, with a thread of its own.
 
     Batching is opportunistic: a single request runs immediately, and images that arrive meanwhile
     form the next batch, as large as the graph accepts.
@@ -196,7 +196,7 @@ class EncoderQueue:
                 self._thread.submit(self._encode_next)
             except RuntimeError as error:
                 self._queue.pop()
-                raise CoPRSError("the runtime was closed") from error
+                raise CoPRSError("CoPRS was closed during the request") from error
         return future
 
     def _encode_next(self) -> None:

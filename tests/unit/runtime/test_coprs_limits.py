@@ -98,7 +98,7 @@ class TestClosing:
         assert begun.wait(WAIT)
         closing = threading.Thread(target=coprs.close)
         closing.start()
-        with pytest.raises(CoPRSError, match="the runtime was closed during the request"):
+        with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):
             for _ in second:
                 pass
         release.set()
