@@ -142,7 +142,10 @@ class CoPRS(Closeable):
 
     @property
     def num_active(self) -> int:
-        """Number of requests that are running or queued; ``segment_many`` is not counted."""
+        """Number of requests that are running or queued.
+
+        Those of :meth:`segment_many` and :meth:`segment_together` are not counted.
+        """
         return self._limit.num_active
 
     @property
