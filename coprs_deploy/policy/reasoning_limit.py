@@ -94,7 +94,7 @@ class ReasoningLimit:
     @property
     def remaining(self) -> int | None:
         """Tokens that the reasoning may still have; None without a limit, or behind it."""
-        return self._num_left() if self.is_set and self.is_reasoning else None
+        return max(0, self._num_left()) if self.is_set and self.is_reasoning else None
 
     @property
     def is_reasoning(self) -> bool:
