@@ -4,8 +4,10 @@ The demo model's response is known in advance, so that the graphs of the package
 its weights, without an export.
 """
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.errors import InstructionError, RequestTimeoutError
 from coprs_deploy.policy import PolicyRequest, PolicyResult, StopReason, TextDelta
+from coprs_deploy.policy.fair_lock import FairLock
 from coprs_deploy.policy.openvino_policy import graphs as graphs_module
 from coprs_deploy.policy.openvino_policy.decoder import MAX_IDLE_REQUESTS
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
@@ -191,6 +194,32 @@ def test_requests_of_several_threads_get_their_own_responses(policies, examples)
         found = [future.result()[1].token_ids for future in running]
     assert found == [*wanted, *wanted]
     assert len(policies[0]._decoder._idle) <= MAX_IDLE_REQUESTS
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["openvino", "transformers"])
+def test_waiting_requests_come_first_in_first_out(policies, examples, monkeypatch, index):
+    order = []
+
+    class Recording(FairLock):
+        @contextmanager
+        def hold(self, *limit):
+            with super().hold(*limit):
+                order.append(threading.current_thread().name)
+                yield
+
+    policy, lock, request = policies[index], Recording(), (examples[0].image, "the red circle")
+    ask(policy, *request)  # the vision tower does not run again
+    monkeypatch.setattr(policy if index else policy._decoder, "_lock", lock)
+    threads = [threading.Thread(target=ask, args=(policy, *request), name=n) for n in "abcd"]
+    with lock.hold():
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            while lock.num_waiting < number:
+                assert thread.is_alive()
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(60)
+    assert order[1:5] == ["a", "b", "c", "d"]
 
 
 def test_streams_that_are_read_in_turn_do_not_mix(policies, examples):
