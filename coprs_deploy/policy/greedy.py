@@ -184,7 +184,7 @@ class GreedyResponse:
         self._max_tokens = request.max_new_tokens or policy._prompt.max_response_tokens
         forced = len(self._known.opening) + len(self._known.tail)
         self._limit = ReasoningLimit(
-            request, self._max_tokens - forced, policy.tail_time, time.perf_counter
+            request, self._max_tokens - len(self._known.tail), policy.tail_time, time.perf_counter
         )
         if request.forces_answer and self._max_tokens < forced:
             raise ValueError(
@@ -203,7 +203,6 @@ class GreedyResponse:
     def steps(self) -> Steps:
         """Decode to the end."""
         yield from self._prefill()
-        self._first_token = time.perf_counter()
         while self.stop is None:
             self._request.remaining_s()
             yield from self._step()
@@ -232,22 +231,20 @@ class GreedyResponse:
 
     def _prefill(self) -> Steps:
         """Read the prompt, and the tail at once for a response without reasoning."""
-        if not self._limit.is_reached:
-            self._next, _ = yield Prefill()
-            return
-        tail = [*self._known.opening, *self._known.tail]
+        tail = self._rest_of_tail() if self._limit.is_reached else []
         self._next, hidden = yield Prefill(tail)
-        yield from self._write(tail)
-        self._cut = StopReason.REASONING_BUDGET
-        self._add_reference(hidden)
+        self._first_token = time.perf_counter()
+        if tail:
+            yield from self._write(tail)
+            self._cut = StopReason.REASONING_BUDGET
+            self._add_reference(hidden)
 
     def _step(self) -> Steps:
         """Write the next token, and those that one pass confirms."""
         if self._limit.is_set and self.concentrations:
             yield from self._write_next_reference()
         elif self._must_end():
-            opening = [] if self.token_ids else self._known.opening
-            yield from self._read([*opening, *self._known.tail], is_forced=True)
+            yield from self._read(self._rest_of_tail(), is_forced=True)
         elif self._next in self._tokens.end_ids:
             self.token_ids.append(self._next)
             self.stop = StopReason.END_OF_TEXT
@@ -264,16 +261,26 @@ class GreedyResponse:
                 self.stop = self.stop or StopReason.TOKEN_BUDGET
 
     def _must_end(self) -> bool:
-        """Whether the tail is forced in place of the next token."""
-        if not self._limit.is_set or not self._limit.is_reasoning:
+        """Whether the rest of the tail is forced in place of the next token."""
+        if not self._limit.is_set:
             return False
         if self._next in self._tokens.end_ids:
             self._cut = StopReason.END_OF_TEXT
+        elif not self._limit.is_reasoning:
+            return False
         elif self._limit.is_reached:  # by the last draft
             self._cut = StopReason.REASONING_BUDGET
         elif self._limit.is_due() and self._next != self._known.tail[0]:
             self._cut = StopReason.DEADLINE
         return self._cut is not None
+
+    def _rest_of_tail(self) -> list[int]:
+        """Return the tokens that the response lacks up to ``<REF_POS>``."""
+        if not self.token_ids:
+            return [*self._known.opening, *self._known.tail]
+        if self._limit.is_reasoning:
+            return self._known.tail
+        return self._known.draft(self._limit.text) or self._known.tail[-1:]
 
     @property
     def _is_forced(self) -> bool:
@@ -284,7 +291,8 @@ class GreedyResponse:
     def _write_next_reference(self) -> Steps:
         """After the answer to a limited request: write one more target if the policy would."""
         draft = self._known.next_reference
-        if draft[0] == self._next and len(self.token_ids) + len(draft) <= self._max_tokens:
+        fits = len(self.token_ids) + len(draft) <= self._max_tokens
+        if draft[0] == self._next and fits and not self._limit.is_due():
             following, states = yield self._feed(draft)
             if following[:-1] == draft[1:]:
                 yield from self._write(draft)
@@ -300,10 +308,10 @@ class GreedyResponse:
         if self._limit.is_reached and self._limit.is_reasoning and not is_reference:
             self._cut = StopReason.REASONING_BUDGET
             return self._known.tail
-        if policy.drafts_tail or self._is_forced:
+        if self._is_forced:
+            draft = self._rest_of_tail()
+        elif policy.drafts_tail:
             draft = self._known.draft(self._limit.text)
-        if self._is_forced and not draft:  # the policy began another tail
-            draft = self._known.tail[-1:]
         if not draft and (count := policy.prompt_lookup_num_tokens):
             draft = lookup_draft([*self._decoding.prompt_ids, *self.token_ids], count)
             draft = draft[: self._limit.remaining]
@@ -322,7 +330,8 @@ class GreedyResponse:
         """
         start = time.perf_counter()
         following, states = yield self._feed(tokens)
-        if self._cut is StopReason.REASONING_BUDGET and following[0] == self._known.tail[0]:
+        wanted = following[0] if is_written else self._next
+        if self._cut is StopReason.REASONING_BUDGET and wanted == self._known.tail[0]:
             self._cut = None  # the reasoning ended by itself, just at the limit
         if len(tokens) > 1 and tokens[-1] == self._tokens.reference_id:
             self._policy.tail_time.add(time.perf_counter() - start)

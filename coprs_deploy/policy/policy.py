@@ -131,9 +131,9 @@ class PolicyResult:
         num_prompt_tokens: prompt length, vision tokens included.
         prefill_ms: time from the start of the prefill to the first token.
         decode_ms: time from the first token to the last hidden state.
-        queue_ms: waiting time before the prefill.
+        queue_ms: waiting time before the prefill; 0 where requests wait within it.
         preprocess_ms: image preprocessing before queue and prefill.
-        num_cached_tokens: prompt tokens read from the prefix cache.
+        num_cached_tokens: prompt tokens that an earlier request had read.
         num_passes: passes of the decoder after the prefill; 0 where they are not counted.
     """
 

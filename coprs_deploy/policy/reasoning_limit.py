@@ -25,7 +25,7 @@ Clock = Callable[[], float]
 
 
 class RunningEstimate:
-    """Estimate of the next duration of a step from its recent ones, in seconds.
+    """Estimate of the next duration of a step from its recent ones, in seconds; thread-safe.
 
     Args:
         clock: ``time.perf_counter``, or its replacement in a test.
@@ -46,10 +46,11 @@ class RunningEstimate:
 
     def quantile(self, share: float = ESTIMATE_QUANTILE) -> float | None:
         """Return a duration that this share of the recent ones do not exceed; None without any."""
-        if not self._recent:
+        recent = list(self._recent)  # a copy, because other threads add durations meanwhile
+        if not recent:
             return None
-        oldest = self._recent[-1][0] - CURRENT_S
-        ordered = sorted(seconds for recorded, seconds in self._recent if recorded >= oldest)
+        oldest = recent[-1][0] - CURRENT_S
+        ordered = sorted(seconds for recorded, seconds in recent if recorded >= oldest)
         return ordered[ceil(share * len(ordered)) - 1]
 
 
@@ -58,13 +59,13 @@ class ReasoningLimit:
 
     Args:
         request: its ``max_reasoning_tokens`` and ``reasoning_deadline`` are the limits.
-        max_tokens: tokens that the whole response leaves for reasoning.
+        max_tokens: tokens of the response that its budget leaves before the tail.
         tail_time: durations of the pass that reads the tail.
         clock: ``time.perf_counter``, or its replacement in a test.
 
     Attributes:
         is_set: whether the request has a limit, and hence an answer is forced.
-        num_tokens: tokens of the reasoning so far.
+        num_tokens: tokens of the reasoning so far, without those that may begin its end.
         text: response so far.
     """
 
@@ -75,26 +76,25 @@ class ReasoningLimit:
         tail_time: RunningEstimate,
         clock: Clock,
     ) -> None:
-        given = request.max_reasoning_tokens
-        self._max_tokens = max_tokens if given is None else min(given, max_tokens)
+        self._max_reasoning, self._max_tokens = request.max_reasoning_tokens, max_tokens
         self._deadline = request.reasoning_deadline
         self.is_set = request.forces_answer
         self._tail_time = tail_time
         self._clock = clock
         self._token_times = RunningEstimate()
         self._last: float | None = None
-        self.num_tokens = 0
+        self.num_tokens = self._num_written = self._num_undecided = 0
         self.text = ""
 
     @property
     def is_reached(self) -> bool:
-        """Whether the reasoning has as many tokens as it may have."""
-        return self.is_set and self.num_tokens >= self._max_tokens
+        """Whether reasoning or response have as many tokens as they may have before the tail."""
+        return self.is_set and self._num_left() <= 0
 
     @property
     def remaining(self) -> int | None:
         """Tokens that the reasoning may still have; None without a limit, or behind it."""
-        return self._max_tokens - self.num_tokens if self.is_set and self.is_reasoning else None
+        return max(0, self._num_left()) if self.is_set and self.is_reasoning else None
 
     @property
     def is_reasoning(self) -> bool:
@@ -104,10 +104,22 @@ class ReasoningLimit:
     def add(self, text: str) -> None:
         """Record a token of the response and the text that it adds."""
         self.text += text
-        has_begun = not REASONING_START.startswith(self.text.strip())
-        is_ending = any(map(self.text.endswith, _BEGINNINGS))
-        if self.is_reasoning and has_begun and not is_ending:
+        self._num_written += 1
+        if not self.is_reasoning or REASONING_START.startswith(self.text.strip()):
+            return
+        begun = max((len(part) for part in _BEGINNINGS if self.text.endswith(part)), default=0)
+        if begun <= len(text):  # what came before did not begin the end
+            self.num_tokens += self._num_undecided
+            self._num_undecided = 0
+        if begun:
+            self._num_undecided += 1
+        else:
             self.num_tokens += 1
+
+    def _num_left(self) -> int:
+        left = self._max_tokens - self._num_written
+        given = self._max_reasoning
+        return left if given is None else min(left, given - self.num_tokens)
 
     def is_due(self) -> bool:
         """Whether another token of the reasoning would miss the deadline.

@@ -8,7 +8,7 @@ compile the step into few kernels, and on a GPU record them as one CUDA graph.
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ MIN_CACHE_TOKENS = 512
 """Length of the shortest cache; longer ones have twice the length of the one before, so that few
 steps are compiled, each in some 20 seconds."""
 
+MAX_IDLE_CACHES = 4
+"""Caches of each length that are kept for later requests."""
+
 
 class StaticDecoder:
     """Reads tokens on caches of fixed size, each of which serves later requests too.
@@ -42,7 +45,10 @@ class StaticDecoder:
     def __init__(self, model: Any) -> None:
         _check_available(model.device.type)
         self._model = model
-        self._free: dict[int, list[StaticCache]] = defaultdict(list)
+        # Append and pop of a deque are atomic.
+        self._idle: dict[int, deque[StaticCache]] = defaultdict(
+            functools.partial(deque, maxlen=MAX_IDLE_CACHES)
+        )
 
     @contextmanager
     def cache(self, num_tokens: int) -> Iterator[StaticCache]:
@@ -52,12 +58,15 @@ class StaticDecoder:
         length = MIN_CACHE_TOKENS
         while length < num_tokens:
             length *= 2
-        free = self._free[length]
-        cache = free.pop() if free else StaticCache(self._model.config, max_cache_len=length)
+        idle = self._idle[length]
+        try:
+            cache = idle.pop()
+        except IndexError:
+            cache = StaticCache(self._model.config, max_cache_len=length)
         try:
             yield cache
         finally:
-            free.append(cache)
+            idle.append(cache)
 
     def fill(self, cache: StaticCache, prefilled: DynamicCache) -> None:
         """Copy what a prefill cached."""

@@ -6,9 +6,9 @@ The hidden state of ``<REF_POS>`` is the post-norm output at the position where 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from coprs_deploy.errors import PolicyError, import_failure, install_hint
 from coprs_deploy.images import fit_pixel_count
 from coprs_deploy.policy.compressed_weights import check_readable, unpack_weights
+from coprs_deploy.policy.fair_lock import FairLock
 from coprs_deploy.policy.greedy import GreedyPolicy
 from coprs_deploy.policy.policy import PolicyRequest
 from coprs_deploy.policy.policy_dtype import choose_dtype
@@ -41,8 +42,8 @@ threads gain little, and beside another busy process each operator waits for the
 class TransformersPolicy(GreedyPolicy):
     """Qwen2.5-VL or LLaVA-1.5 policy from a transformers directory.
 
-    Requests from several threads alternate token by token: a stream that is not read blocks no
-    other.
+    Requests from several threads alternate token by token, in the order in which they came: a
+    stream that is not read blocks no other.
 
     Args:
         path: policy directory of a checkpoint or a bundle.
@@ -100,7 +101,7 @@ class TransformersPolicy(GreedyPolicy):
         self._prompt = prompt
         self.prompt_lookup_num_tokens = prompt_lookup_num_tokens
         self._pixels = (min_pixels, max_pixels)
-        self._lock = threading.Lock()
+        self._lock = FairLock()
         if num_threads is None and model.num_parameters() < SMALL_POLICY:
             num_threads = 1
         self._num_threads = num_threads
@@ -111,11 +112,14 @@ class TransformersPolicy(GreedyPolicy):
     @contextmanager
     def start(self, request: PolicyRequest) -> Iterator[_Decoding]:
         """See :meth:`GreedyPolicy.start`."""
+        if self._model is None:
+            raise PolicyError("the policy was closed")
         vision = self._vision(fit_pixel_count(request.image, *self._pixels))
         prompt_ids = encode_prompt(
             self._prompt, self.tokens.tokenizer, request.instruction, vision.num_tokens
         )
-        decoding = (self._model, self._lock, self._num_threads, prompt_ids, vision)
+        turn = partial(self._lock.hold, request.remaining_s)
+        decoding = (self._model, turn, self._num_threads, prompt_ids, vision)
         if self._static is None:
             yield _Decoding(*decoding)
             return
@@ -130,8 +134,8 @@ class TransformersPolicy(GreedyPolicy):
         return layers
 
     def close(self) -> None:
-        """Release the model."""
-        self._model = None
+        """Release the model; requests in progress end as usual."""
+        self._model = self._static = None
 
 
 class _Decoding:
@@ -142,13 +146,13 @@ class _Decoding:
     def __init__(
         self,
         model: Any,
-        lock: threading.Lock,
+        turn: Callable[[], AbstractContextManager[None]],
         num_threads: int | None,
         prompt_ids: list[int],
         vision: VisionInputs,
     ) -> None:
         self._model = model
-        self._lock = lock
+        self._turn = turn
         self._num_threads = num_threads
         self._vision = vision
         self.prompt_ids = prompt_ids
@@ -172,7 +176,7 @@ class _Decoding:
         if self._vision.marks_image_tokens:
             image_id = self._model.config.image_token_id
             inputs["mm_token_type_ids"] = (input_ids == image_id).int()
-        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
+        with self._turn(), torch_threads(self._num_threads), torch.inference_mode():
             output = self._model.model(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -191,7 +195,7 @@ class _Decoding:
         """See :meth:`Decoding.feed`."""
         import torch
 
-        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
+        with self._turn(), torch_threads(self._num_threads), torch.inference_mode():
             if self._position_offsets is not None:
                 self._model.model.rope_deltas = self._position_offsets
             output = self._model.model(
@@ -227,7 +231,7 @@ class _StaticDecoding(_Decoding):
         import torch
 
         hidden = super().read(ids)
-        with self._lock, torch.inference_mode():
+        with torch.inference_mode():
             self._decoder.fill(self._static_cache, self._cache)
         self._cache = None
         return hidden
@@ -236,7 +240,7 @@ class _StaticDecoding(_Decoding):
         """See :meth:`Decoding.feed`."""
         import torch
 
-        with self._lock, torch_threads(self._num_threads), torch.inference_mode():
+        with self._turn(), torch_threads(self._num_threads), torch.inference_mode():
             following, hidden = self._decoder.read(
                 self._static_cache, tokens, self._position_offsets
             )
@@ -244,8 +248,7 @@ class _StaticDecoding(_Decoding):
 
     def drop(self, count: int) -> None:
         """See :meth:`Decoding.drop`."""
-        with self._lock:
-            self._decoder.drop(self._static_cache, count)
+        self._decoder.drop(self._static_cache, count)
 
 
 def _array(hidden: torch.Tensor) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ from typing import IO
 
 from coprs_deploy.errors import CoPRSError, ImageSizeError, QueueFullError
 from coprs_deploy.images import RgbArray, decoded_bytes, load_image
+from coprs_deploy.policy.fair_lock import FairLock
 
 
 class ConcurrencyLimit:
@@ -27,7 +28,8 @@ class ConcurrencyLimit:
         self._max_queue_size = max_queue_size
         self.max_active = concurrency + max_queue_size
         self.num_active = 0
-        self._lock = threading.Lock()
+        # Reentrant, because the garbage collector may end an abandoned stream at any time.
+        self._lock = threading.RLock()
 
     @contextmanager
     def slot(self, count: int = 1) -> Iterator[None]:
@@ -61,8 +63,8 @@ class ConcurrencyLimit:
 
 
 NUM_IMAGE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
-IMAGE_CORES = threading.BoundedSemaphore(NUM_IMAGE_CORES)
-"""Cores that decode uploaded images and encode results: half of them, so that the others answer."""
+IMAGE_CORES = FairLock(NUM_IMAGE_CORES)
+"""Half of the cores: they decode uploaded images and encode results, the others run requests."""
 
 MAX_IMAGE_BYTES = 1 << 30
 """Memory of the decoded images of uploads; the largest image has a quarter of it."""
@@ -148,7 +150,7 @@ class UploadedImage:
         """Occupy the memory of its pixels inside the block; see :meth:`ImageMemory.hold`."""
 
         def check_all() -> None:
-            self._require_interest()
+            self._check_abandoned()
             check()
 
         with self._memory.hold(decoded_bytes(self._file), check_all):
@@ -174,8 +176,8 @@ class UploadedImage:
             ImageError: it cannot be used.
             CoPRSError: the request was abandoned.
         """
-        with IMAGE_CORES:
-            self._require_interest()
+        with IMAGE_CORES.hold():
+            self._check_abandoned()
             self.decode_started = time.perf_counter()
             self._file.seek(0)
             self._rgb = load_image(self._file.read())
@@ -185,6 +187,6 @@ class UploadedImage:
         """End the wait."""
         self._is_abandoned = True
 
-    def _require_interest(self) -> None:
+    def _check_abandoned(self) -> None:
         if self._is_abandoned:
             raise CoPRSError("the request was abandoned")

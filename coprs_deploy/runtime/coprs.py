@@ -142,7 +142,10 @@ class CoPRS(Closeable):
 
     @property
     def num_active(self) -> int:
-        """Number of requests that are running or queued; ``segment_many`` is not counted."""
+        """Number of requests that are running or queued.
+
+        Those of :meth:`segment_many` and :meth:`segment_together` are not counted.
+        """
         return self._limit.num_active
 
     @property
@@ -316,7 +319,8 @@ class CoPRS(Closeable):
         Args:
             requests: pairs of image and instruction, read one ahead of the results.
             max_targets: maximum number of targets of each request.
-            limits: limits of the reasoning of each request, as in :meth:`segment`.
+            limits: limits of the reasoning of each request, as in :meth:`segment`; ``deadline_ms``
+                and the time limit run from its turn.
 
         Yields:
             One result per request. The first request that fails raises, as in :meth:`segment`.
@@ -324,26 +328,36 @@ class CoPRS(Closeable):
         self._check_usable()
         check_type("requests", requests, Iterable)
         options = RequestOptions(max_targets, **limits)
-        concurrency = self.concurrency
-        with ThreadPoolExecutor(concurrency, thread_name_prefix="segment") as pool:
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="segment") as pool:
             pending: list[Future[SegmentationResult]] = []
             try:
                 for request in requests:
-                    try:
-                        image, instruction = _pair(request)
-                        events = self._pipeline.start(image, instruction, options)
-                    except Exception as error:  # raised when the turn of the request comes
-                        pending.append(Future())
-                        pending[-1].set_exception(error)
-                    else:
-                        pending.append(pool.submit(last_result, events))
-                    if len(pending) > concurrency:
+                    pending.append(self._segment_later(request, options, pool))
+                    if len(pending) > self.concurrency:
                         yield pending.pop(0).result()
                 while pending:
                     yield pending.pop(0).result()
             finally:
                 for future in pending:
                     future.cancel()
+
+    def _segment_later(
+        self, request: object, options: RequestOptions, pool: ThreadPoolExecutor
+    ) -> Future[SegmentationResult]:
+        """Encode the image of a request, and run the rest when a thread of the pool is free."""
+        try:
+            image, instruction = _pair(request)
+            check_instruction(instruction)
+            decoded = self.decode(image)
+            embedding = self._pipeline.cache.get_or_submit(decoded)
+        except Exception as error:  # raised when the turn of the request comes
+            failed: Future[SegmentationResult] = Future()
+            failed.set_exception(error)
+            return failed
+        held = replace(decoded, embedding=embedding)
+        future = pool.submit(lambda: last_result(self._pipeline.start(held, instruction, options)))
+        future.add_done_callback(lambda _: embedding.release())
+        return future
 
     def segment_together(
         self,
@@ -418,7 +432,8 @@ class CoPRS(Closeable):
         list(decode())
         if self._graphs.is_fused:  # `stream` runs the graphs separately
             list(decode(stream_prior=True))
-        request = PolicyRequest(image.rgb, "anything", max_new_tokens=4)
+        # With the token budget of other requests, for which static decoding compiles its step.
+        request = PolicyRequest(image.rgb, "anything", max_reasoning_tokens=4)
         start = time.perf_counter()
         (result,) = (e for e in self._policy.stream(request) if isinstance(e, PolicyResult))
         total_ms = 1e3 * (time.perf_counter() - start)

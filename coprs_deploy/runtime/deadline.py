@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from coprs_deploy.policy.reasoning_limit import Clock, RunningEstimate
 
 TYPICAL = 0.5
-"""Share of the recent requests that were as fast as a deadline requires at least."""
+"""Quantile of the recent durations that a deadline must allow for; a shorter one is refused."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class DeadlineEstimates:
     clock: Clock = time.perf_counter
 
     def reasoning_deadline(
-        self, start: float, deadline_ms: float | None, *, is_cached: bool
+        self, start: float, deadline_ms: float | None, *, is_encoded: bool
     ) -> float | None:
         """Return the clock's value by which the hidden state is due; None without a deadline.
 
@@ -38,7 +38,7 @@ class DeadlineEstimates:
         Args:
             start: arrival of the request.
             deadline_ms: time from the arrival to the mask.
-            is_cached: whether the image is encoded already.
+            is_encoded: whether the image is encoded already.
 
         Raises:
             ValueError: the deadline cannot be met, or nothing has been measured yet.
@@ -52,7 +52,7 @@ class DeadlineEstimates:
                 "deadline_ms needs the time of prompt and masks, which is measured: call "
                 "warm_up() before the first request with a deadline"
             )
-        encoder = 0.0 if is_cached else self.encoder.quantile(TYPICAL) or 0.0
+        encoder = 0.0 if is_encoded else self.encoder.quantile(TYPICAL) or 0.0
         passed = self.clock() - start
         least_ms = 1e3 * (passed + max(prompt, encoder) + typical)
         has_passed = deadline_ms <= 1e3 * passed

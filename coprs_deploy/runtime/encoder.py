@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -95,7 +95,8 @@ class EmbeddingCache:
         self._encoder = encoder
         self._entries: OrderedDict[str, Future[ImageEmbedding]] = OrderedDict()
         self._num_waiting: Counter[Future[ImageEmbedding]] = Counter()
-        self._lock = threading.Lock()
+        # Reentrant, because the garbage collector may end an abandoned stream at any time.
+        self._lock = threading.RLock()
 
     def get_or_submit(self, image: DecodedImage) -> PendingEmbedding:
         """Return the embedding of an image, cached or enqueued; the caller must release it."""
@@ -116,13 +117,16 @@ class EmbeddingCache:
             return PendingEmbedding(future, is_cached, self)
 
     def release(self, future: Future[ImageEmbedding]) -> None:
-        """End the interest of one request in an embedding."""
+        """End the wait of one request for an embedding."""
         with self._lock:
             self._num_waiting[future] -= 1
             if self._num_waiting[future] > 0:
                 return
             del self._num_waiting[future]
             future.cancel()  # has no effect on a computation that has started
+            if _has_failed(future):  # an error would keep the images of its batch in memory
+                kept = [item for item in self._entries.items() if item[1] is not future]
+                self._entries = OrderedDict(kept)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -145,20 +149,17 @@ class PendingEmbedding:
 
         Raises:
             RequestTimeoutError: the deadline passed.
-            CoPRSError: the runtime was closed meanwhile.
+            CoPRSError: CoPRS was closed meanwhile.
         """
-        while True:
-            try:
-                return self.future.result(request.remaining_s())
-            except CancelledError as error:
-                raise CoPRSError("the runtime was closed during the request") from error
-            except TimeoutError:
-                if self.future.done():
-                    raise  # raised by the image encoder itself
-                request.remaining_s()
+        while not self.future.done():
+            wait([self.future], request.remaining_s())
+        try:
+            return self.future.result()
+        except CancelledError as error:
+            raise CoPRSError("CoPRS was closed during the request") from error
 
     def release(self) -> None:
-        """End the interest of the request; a computation that has not started is cancelled."""
+        """End the wait of the request; a computation that no other waits for is cancelled."""
         self.cache.release(self.future)
 
 
@@ -166,7 +167,7 @@ _Item: TypeAlias = tuple[RgbArray, Future[ImageEmbedding]]
 
 
 class EncoderQueue:
-    """FIFO queue in front of the image encoder, with a thread of its own.
+    """FIFO queue of the image encoder, with a thread of its own.
 
     Batching is opportunistic: a single request runs immediately, and images that arrive meanwhile
     form the next batch, as large as the graph accepts.
@@ -194,8 +195,8 @@ class EncoderQueue:
             try:
                 self._thread.submit(self._encode_next)
             except RuntimeError as error:
-                self._queue.clear()
-                raise CoPRSError("the runtime was closed") from error
+                self._queue.pop()
+                raise CoPRSError("CoPRS was closed during the request") from error
         return future
 
     def _encode_next(self) -> None:

@@ -79,8 +79,10 @@ class RequestPipeline:
     def close(self) -> None:
         """Free graphs and policy."""
         self._queue.close()
-        self._policy.close()
-        self._graphs.close()
+        try:
+            self._policy.close()
+        finally:
+            self._graphs.close()
 
     def time_limit(self, arrival: float) -> float | None:
         """Return the clock's value at which a request ends with an error; None for no limit."""
@@ -124,7 +126,7 @@ class RequestPipeline:
         pending = self.cache.get_or_submit(image)
         try:
             due = self._estimates.reasoning_deadline(
-                start, options.deadline_ms, is_cached=pending.is_cached
+                start, options.deadline_ms, is_encoded=pending.future.done()
             )
         except ValueError:
             pending.release()
@@ -184,9 +186,9 @@ class RequestPipeline:
                 self._geometry,
                 stream_prior=stream_prior,
             )
-            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end)
-            waited = max(policy_end, encoded.finished)
-            self._estimates.masks.add(time.perf_counter() - waited)
+            reference_to_mask_ms = 1e3 * (decoded.finished - policy_end) - decoded.paused_ms
+            begin = max(policy_end, encoded.finished)
+            self._estimates.masks.add(time.perf_counter() - begin - decoded.paused_ms / 1e3)
             if not pending.is_cached:
                 encoder_ms = encoded.duration_ms
                 overlap_ms = encoded.overlap_ms(policy_start, policy_end)
@@ -227,6 +229,8 @@ class RequestPipeline:
         result: PolicyResult | None = None
         for event in self._policy.stream(request):
             if isinstance(event, TextDelta):
+                if self.is_closed:
+                    raise CoPRSError("CoPRS was closed during the request")
                 yield event
             else:
                 result = event

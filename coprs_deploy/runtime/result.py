@@ -92,7 +92,8 @@ class Timings:
     """Wall time of each part of a request in milliseconds, and token counts.
 
     Attributes:
-        queue_ms: wait for the policy, and of an image that was uploaded for memory and a core.
+        queue_ms: wait for vLLM, and of an image that was uploaded for memory and a core; the other
+            policies wait within ``prefill_ms`` and ``decode_ms``.
         image_decode_ms: decoding of the image, and its content hash if embeddings are cached.
         policy_preprocess_ms: image preprocessing of the policy; with vLLM only the resize, since
             its engine does the rest within ``prefill_ms``.
@@ -109,7 +110,7 @@ class Timings:
             the image encoder, prior, mask decoder and resize.
         total_ms: whole request.
         prompt_tokens: tokens of the prompt, including vision tokens.
-        cached_prompt_tokens: prompt tokens served from the prefix cache.
+        cached_prompt_tokens: prompt tokens that an earlier request had read.
         response_tokens: tokens of the response.
         tokens_per_second: response tokens per second of ``decode_ms``.
     """

@@ -39,6 +39,7 @@ class DecodedTargets:
         prior_logits: low-resolution logits of the priors.
         timings: durations of prior, mask decoder and resize.
         finished: ``time.perf_counter()`` when the masks were ready.
+        paused_ms: time from the prior's event until the next one was asked for.
     """
 
     masks: NDArray[np.bool_]
@@ -46,6 +47,7 @@ class DecodedTargets:
     prior_logits: LowResolutionLogits
     timings: Timings = field(default_factory=Timings)
     finished: float = 0.0
+    paused_ms: float = 0.0
 
     @classmethod
     def none(cls, resize: ResizeTransform, geometry: Geometry) -> DecodedTargets:
@@ -85,7 +87,7 @@ def decode_targets(
         return LowResolutionLogits(join_chunks(chunks, len(concentrations)), resize, geometry)
 
     clock = Clock()
-    prior_ms = 0.0
+    prior_ms = paused_ms = 0.0
     streamed: LowResolutionLogits | None = None
     if graphs.is_fused and not stream_prior:
         priors, masks = graphs.priors_and_masks(embedding, concentrations, resize.unpadded_size)
@@ -94,8 +96,9 @@ def decode_targets(
         prior_ms = clock.lap_ms()
         if stream_prior:
             streamed = on_host(priors)
-            yield PriorEvent(streamed)
             clock.lap_ms()
+            yield PriorEvent(streamed)
+            paused_ms = clock.lap_ms()
         masks = graphs.masks(embedding, priors, resize.unpadded_size)
     mask_decoder_ms = clock.lap_ms()
     masks_on_host = masks_at_original_size(masks, len(concentrations), resize, geometry)
@@ -106,4 +109,5 @@ def decode_targets(
         mask_logits=on_host(masks),
         prior_logits=streamed or on_host(priors),
         timings=Timings(prior_ms=prior_ms, mask_decoder_ms=mask_decoder_ms, resize_ms=resize_ms),
+        paused_ms=paused_ms,
     )

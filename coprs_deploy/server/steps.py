@@ -23,7 +23,7 @@ async def run_step(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     """Run a function in a thread of the pool; return its result."""
 
     def step() -> T:
-        with IMAGE_CORES:
+        with IMAGE_CORES.hold():
             return function(*args, **kwargs)
 
     return await asyncio.get_running_loop().run_in_executor(_POOL, step)

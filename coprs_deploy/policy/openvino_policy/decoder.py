@@ -6,10 +6,10 @@ mask lets each sequence attend to its own rows, and to a prefix that it shares w
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from coprs_deploy.engines.mapped_weights import MappedWeights
 from coprs_deploy.engines.openvino_runner import compile_file
+from coprs_deploy.policy.fair_lock import FairLock
 from coprs_deploy.policy.openvino_policy.graphs import (
     DECODER_FILE,
     EmbeddingTable,
@@ -94,18 +95,25 @@ class Decoder:
         self._compiled = compile_file(path / DECODER_FILE, settings, change=add_inputs)
         self.weights = MappedWeights((path / DECODER_FILE).with_suffix(".bin"))
         self._idle: deque[Any] = deque(maxlen=MAX_IDLE_REQUESTS)  # its append and pop are atomic
-        self._lock = threading.Lock()
+        self._lock = FairLock()
 
     @contextmanager
-    def request(self, num_sequences: int = 1) -> Iterator[DecoderRequest]:
-        """Lend an inference request with an empty cache for some sequences."""
+    def request(
+        self, num_sequences: int = 1, remaining_s: Callable[[], float | None] = lambda: None
+    ) -> Iterator[DecoderRequest]:
+        """Lend an inference request with an empty cache for some sequences.
+
+        Args:
+            num_sequences: number of sequences.
+            remaining_s: how long a pass may wait for those of others; see :meth:`FairLock.hold`.
+        """
         try:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
         request.reset_state()
         try:
-            yield DecoderRequest(request, self._lock, num_sequences)
+            yield DecoderRequest(request, partial(self._lock.hold, remaining_s), num_sequences)
         finally:
             self._idle.append(request)
 
@@ -131,11 +139,19 @@ RowResults = tuple[list[int], NDArray[np.float32]]
 
 
 class DecoderRequest:
-    """One inference request of the decoder, with the keys and values of what it has read."""
+    """One inference request of the decoder, with the keys and values of what it has read.
 
-    def __init__(self, request: Any, lock: threading.Lock, num_sequences: int = 1) -> None:
+    Args:
+        request: inference request of OpenVINO.
+        turn: waits until no other request runs, for the length of a block.
+        num_sequences: number of sequences.
+    """
+
+    def __init__(
+        self, request: Any, turn: Callable[[], AbstractContextManager[None]], num_sequences: int
+    ) -> None:
         self._request = request
-        self._lock = lock
+        self._turn = turn
         self._attended = np.zeros((num_sequences, FIRST_COLUMNS), dtype=np.bool_)
         self._num_columns = 0
 
@@ -159,7 +175,7 @@ class DecoderRequest:
     def read(self, parts: Sequence[NewRows]) -> list[RowResults]:
         """Read rows of several sequences in one pass.
 
-        Other requests may run between two calls, not during one.
+        Other requests run between two calls, in the order in which they wait, not during one.
 
         Args:
             parts: rows of each sequence, in the order in which they are kept.
@@ -175,7 +191,7 @@ class DecoderRequest:
             np.concatenate([part.positions for part in parts], axis=1),
         )
         inputs |= {ROWS: np.concatenate(rows), MASK: self._extend(parts, counts)[None, None]}
-        with self._lock:
+        with self._turn():
             outputs = self._request.infer(inputs, share_inputs=True)
             tokens: list[int] = outputs["logits"].argmax(-1).tolist()
             hidden: NDArray[np.float32] = outputs["hidden"].copy()

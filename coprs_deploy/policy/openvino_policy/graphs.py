@@ -10,8 +10,7 @@ tokenizer.json, preprocessor_config.json
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from PIL import Image
 from coprs_deploy.engines.mapped_weights import MappedWeights
 from coprs_deploy.engines.openvino_runner import compile_file
 from coprs_deploy.errors import PolicyError
+from coprs_deploy.policy.fair_lock import FairLock
 from coprs_deploy.policy.openvino_policy.positions import (
     QwenVision,
     prompt_positions,
@@ -121,7 +121,7 @@ class VisionTower:
         self._clip = None if description.vision else ClipPixels(config)
         self._compiled = compile_file(path / VISION_FILE, settings)
         self._weights = MappedWeights((path / VISION_FILE).with_suffix(".bin"))
-        self._lock = threading.Lock()
+        self._lock = FairLock()
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
         """Return rows and columns of the image's patches; (0, 0) if its size does not matter."""
@@ -139,8 +139,15 @@ class VisionTower:
             return self._description.num_image_tokens
         return grid[0] * grid[1] // vision.spatial_merge_size**2
 
-    def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """Return the (V, D) vision tokens of an RGB image."""
+    def __call__(
+        self, image: Image.Image, remaining_s: Callable[[], float | None] = lambda: None
+    ) -> NDArray[np.float32]:
+        """Return the (V, D) vision tokens of an RGB image.
+
+        Args:
+            image: the image.
+            remaining_s: how long to wait for other images; see :meth:`FairLock.hold`.
+        """
         if self._qwen is not None:
             assert self._description.vision is not None
             patches, grid = self._qwen(image)
@@ -148,7 +155,7 @@ class VisionTower:
         else:
             assert self._clip is not None
             inputs = {"pixel_values": self._clip(image)}
-        with self._lock:  # memory cannot be released while another request runs
+        with self._lock.hold(remaining_s):  # memory cannot be released while another request runs
             outputs = self._compiled.create_infer_request().infer(inputs)
             # The decoder runs next: at 3B, activations of the largest image take 0.3 GB.
             self._compiled.release_memory()

@@ -1,20 +1,22 @@
 """Policy in OpenVINO on the CPU: graphs, numpy and ``tokenizers``; no torch, no transformers.
 
-Requests from several threads alternate token by token. The vision tokens of recent images, and the
-keys and values of the prompt up to the instruction, are reused.
+Requests from several threads alternate token by token, in the order in which they came. The vision
+tokens of recent images, and the keys and values of the prompt up to the instruction, are reused.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from coprs_deploy.engines.openvino_runner import LATENCY, cache_settings
 from coprs_deploy.errors import PolicyError, RuntimeUnavailableError
@@ -130,8 +132,9 @@ class OpenVinoPolicy(GreedyPolicy):
         """See :meth:`GreedyPolicy.start`."""
         vision, decoder = self._graphs()
         prompt = self._prompt_of(request, self._fit(request.image, vision), vision)
-        with decoder.request() as running:
-            yield _Decoding(prompt, vision, decoder, running, self._cache)
+        with decoder.request(remaining_s=request.remaining_s) as running:
+            see = partial(vision, remaining_s=request.remaining_s)
+            yield _Decoding(prompt, see, decoder, running, self._cache)
 
     def answer_together(
         self, requests: Sequence[PolicyRequest]
@@ -210,7 +213,7 @@ class _Decoding:
     def __init__(
         self,
         prompt: Prompt,
-        vision: VisionTower,
+        vision: Callable[[Image.Image], NDArray[np.float32]],
         decoder: Decoder,
         running: DecoderRequest,
         cache: _PromptCache,

@@ -53,6 +53,7 @@ class EngineThread(Closeable):
         )
         self._thread.start()
         self._tasks: set[Future[None]] = set()  # its methods are atomic
+        self._lock = threading.Lock()  # of the loop's end
         try:
             self.engine = self.run(_start_engine(arguments))
         except BaseException:
@@ -64,9 +65,17 @@ class EngineThread(Closeable):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def submit(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        """Run a coroutine in the event loop without waiting for it; closing cancels it."""
-        task = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._tasks.add(task)
+        """Run a coroutine in the event loop without waiting for it; closing cancels it.
+
+        Raises:
+            PolicyError: the engine was closed.
+        """
+        with self._lock:
+            if self._loop.is_closed():
+                work.close()
+                raise PolicyError("the policy was closed")
+            task = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
@@ -74,8 +83,7 @@ class EngineThread(Closeable):
         """Cancel the submitted coroutines and end the engine's processes and the thread."""
         if self._loop.is_closed():
             return
-        for task in list(self._tasks):
-            task.cancel()
+        self._cancel_tasks()
         try:
             self.run(_stop_engine(self.engine))
         finally:
@@ -84,7 +92,13 @@ class EngineThread(Closeable):
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        with self._lock:
+            self._cancel_tasks()  # that were submitted meanwhile and will not run
+            self._loop.close()
+
+    def _cancel_tasks(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
 
 
 async def _start_engine(arguments: Any) -> AsyncLLM:

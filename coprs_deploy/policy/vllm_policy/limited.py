@@ -77,7 +77,7 @@ class _LimitedResponse:
                 "are needed, for a response without any"
             )
         self._limit = ReasoningLimit(
-            request, max_tokens - forced, policy.tail_time, time.perf_counter
+            request, max_tokens - len(self._known.tail), policy.tail_time, time.perf_counter
         )
         self.token_ids: list[int] = []
         self.text = TextStream(policy.tokens)
@@ -126,8 +126,8 @@ class _LimitedResponse:
         forced = self._known.tail if self.token_ids else [*self._known.opening, *self._known.tail]
         if not self._limit.is_reasoning:
             forced = self._known.draft(self._limit.text) or self._known.tail[-1:]
-        start = time.perf_counter()
         yield from self._write(forced)
+        start = time.perf_counter()
         with policy.running(self._request, self.token_ids) as running:
             self.requests.append(running)
             while not isinstance(states := running.next_event(self._request), np.ndarray):

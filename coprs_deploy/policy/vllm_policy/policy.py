@@ -7,7 +7,6 @@ a concentration is captured inside the engine.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import queue
@@ -296,6 +295,9 @@ class VllmPolicy(Policy):
         with self._transport.for_request() as path:
             running = self._encode(request, path, response)
             task = engine.submit(self._decode(engine.engine, running))
+            # Also of a task that is cancelled before it begins. Behind a result nobody reads it.
+            closed = PolicyError("the policy was closed during the request")
+            task.add_done_callback(lambda _: running.events.put(closed))
             try:
                 yield running
             finally:
@@ -369,9 +371,6 @@ class VllmPolicy(Policy):
             async for token_ids in self._new_tokens(engine, running):
                 running.events.put(token_ids)
             running.events.put(self._transport.take(running.path))
-        except asyncio.CancelledError:
-            running.events.put(PolicyError("the policy was closed during the request"))
-            raise
         except Exception as error:
             failure = PolicyError(f"{self.description} failed on the request: {error}")
             failure.__cause__ = error

@@ -135,9 +135,13 @@ def test_token_budget_is_exact_with_drafts(budget):
 REPEATED = "<think>The cup is at row2 col3. The cup is at row2 col3, the cup.</think> <REF_POS>"
 
 
+TWICE = "<think>The cup is at row2 col3. The cup is at row2 col3.</think> <REF_POS>"
+
+
+@pytest.mark.parametrize("text", [REPEATED, TWICE])
 @pytest.mark.parametrize("count", range(1, 18))
-def test_reasoning_budget_is_exact_with_drafts_by_lookup(count):
-    policy = ScriptedPolicy(REPEATED + END)
+def test_reasoning_budget_is_exact_with_drafts_by_lookup(text, count):
+    policy = ScriptedPolicy(text + END)
     expected = run(policy, max_reasoning_tokens=count)
     policy.prompt_lookup_num_tokens = 5
     found = run(policy, max_reasoning_tokens=count)
@@ -175,6 +179,24 @@ def test_a_limited_request_always_has_a_mask(text, count, max_targets):
     result = run(ScriptedPolicy(text), max_reasoning_tokens=count, max_targets=max_targets)
     assert 1 <= len(result.concentrations) <= max_targets
     assert result.response.text.endswith("<REF_POS>")
+
+
+@pytest.mark.parametrize("rest", ["", " is nowhere"])
+def test_a_limited_request_whose_draft_ends_the_reasoning_has_a_mask(rest, monkeypatch):
+    policy = ScriptedPolicy("<think>The cup</think>" + rest + END)
+    monkeypatch.setattr(ScriptedDecoding, "prompt_ids", policy.encode("<think>The cup</think>"))
+    policy.prompt_lookup_num_tokens = 5
+    result = run(policy, max_reasoning_tokens=50)
+    assert len(result.concentrations) == 1
+    assert result.response.reasoning == "The cup"
+
+
+@pytest.mark.parametrize("text", ["<think>" + 60 * " <" + "</think> <REF_POS>", 60 * "\n"])
+@pytest.mark.parametrize("budget", [4, 5, 20])
+def test_a_limited_request_has_a_mask_within_its_token_budget_whatever_it_writes(text, budget):
+    result = run(ScriptedPolicy(text), max_reasoning_tokens=50, max_new_tokens=budget)
+    assert len(result.token_ids) == budget
+    assert len(result.concentrations) == 1
 
 
 def test_a_limit_that_is_not_reached_changes_nothing():
@@ -229,11 +251,32 @@ def test_deadline_ends_the_reasoning_as_late_as_possible(monkeypatch, budget_s):
     assert due - clock.now < 0.5 + 1e-6  # another token would not have fitted
 
 
+def test_reader_of_the_text_does_not_count_as_time_of_the_prefill(monkeypatch):
+    clock = FakeClock(monkeypatch, 0.5)
+    policy = ScriptedPolicy(MATCH + END, clock.advance)
+    for event in policy.stream(PolicyRequest(IMAGE, "the cup", max_reasoning_tokens=0)):
+        clock.now += 10
+        result = event
+    assert result.prefill_ms == pytest.approx(500)
+
+
 def test_deadline_that_has_passed_after_the_prefill_still_has_a_mask(monkeypatch):
     clock = FakeClock(monkeypatch, 5.0)
     result = run(ScriptedPolicy(LONG, clock.advance), reasoning_deadline=clock.now + 1)
     assert result.response.text == "<think></think> <REF_POS>"
     assert result.stop_reason is StopReason.DEADLINE
+
+
+@pytest.mark.parametrize("budget_s", [5.0, 5.5, 6.0, 6.5, 7.0, 20.0])
+def test_deadline_also_ends_the_naming_of_targets(monkeypatch, budget_s):
+    clock = FakeClock(monkeypatch, 0.5)
+    policy = ScriptedPolicy(SEVERAL, clock.advance)
+    for _ in range(2):  # the second time the duration of the tail is known
+        due = clock.now + budget_s
+        result = run(policy, reasoning_deadline=due, max_targets=3)
+        assert clock.now <= due
+        assert len(result.concentrations) >= 1
+    assert len(result.concentrations) == 3 or due - clock.now < 1.0
 
 
 def test_deadline_with_time_to_spare_changes_nothing(monkeypatch):
@@ -260,3 +303,13 @@ def test_reasoning_limit_counts_neither_the_opening_nor_the_end():
         counts.append((limit.num_tokens, limit.is_reasoning))
     assert [count for count, _ in counts] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
     assert [reasoning for _, reasoning in counts] == [True] * 7 + [False] * 3
+
+
+def test_reasoning_limit_counts_what_only_began_like_the_end():
+    request = PolicyRequest(IMAGE, "the cup", max_reasoning_tokens=9)
+    limit = greedy.ReasoningLimit(request, 100, greedy.RunningEstimate(), lambda: 0.0)
+    counts = []
+    for piece in ("<think>", "a", " <", " <", "</", "b", "</", "think", ">", " "):
+        limit.add(piece)
+        counts.append(limit.num_tokens)
+    assert counts == [0, 1, 1, 2, 3, 5, 5, 5, 5, 5]

@@ -5,7 +5,10 @@ import re
 import shutil
 import sys
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import zip_longest
 
 import numpy as np
@@ -20,6 +23,7 @@ from coprs_deploy.errors import (
     InstructionError,
     MissingDependencyError,
     PolicyError,
+    RequestTimeoutError,
     RuntimeUnavailableError,
     install_hint,
 )
@@ -398,6 +402,12 @@ def test_stream_unread_stream_blocks_no_other(policy, ask, noise):
     assert list(unread)[-1].stop_reason is StopReason.TARGETS_REACHED
 
 
+def test_stream_time_limit_ends_the_wait_for_other_requests(policy, ask):
+    with policy._lock.hold(), pytest.raises(RequestTimeoutError):
+        ask(policy, deadline=time.perf_counter() + 0.05)
+    assert ask(policy)[1].stop_reason is StopReason.TARGETS_REACHED
+
+
 def test_stream_concurrent_threads_get_their_own_results(policy, ask, scene, noise):
     requests = [
         {"instruction": instruction, "image": image, "max_targets": max_targets}
@@ -561,6 +571,23 @@ def test_static_decoding_alternating_requests_have_caches_of_their_own(
     found = [[e for e in events if e is not None][-1] for events in zip(*streams, strict=True)]
     assert [r.token_ids for r in found] == [r.token_ids for r in expected]
     assert expected[0].token_ids != expected[1].token_ids
+
+
+def test_static_decoding_keeps_few_caches(static_policy):
+    decoder = static_policy._static
+    num_caches = static_decoding.MAX_IDLE_CACHES + 2
+    with ExitStack() as stack:
+        lent = [stack.enter_context(decoder.cache(10)) for _ in range(num_caches)]
+        assert len({id(cache) for cache in lent}) == num_caches
+    assert len(decoder._idle[static_decoding.MIN_CACHE_TOKENS]) == static_decoding.MAX_IDLE_CACHES
+
+
+def test_static_decoding_closed_policy_frees_its_caches_and_refuses_requests(static_policy, ask):
+    decoder = weakref.ref(static_policy._static)
+    static_policy.close()
+    assert decoder() is None
+    with pytest.raises(PolicyError, match="the policy was closed"):
+        ask(static_policy)
 
 
 def test_static_decoding_without_a_compiler_says_how_to_get_one(unscripted):

@@ -2,6 +2,9 @@
 
 import asyncio
 import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from coprs_deploy.errors import InstructionError
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import CoPRS, PriorEvent, SegmentationResult
+from coprs_deploy.runtime import coprs as coprs_module
 from tests.unit.runtime_fakes import WAIT, FakePolicy, image_of, join_stream_threads
 
 
@@ -79,6 +83,32 @@ class TestSegmentMany:
         assert next(results).found
         with pytest.raises(ValueError, match=r"not an image|instruction is empty"):
             next(results)
+
+    def test_segment_many_deadline_runs_from_the_turn_of_a_request(self, build):
+        policy = FakePolicy(deltas=("w",), during=lambda: time.sleep(0.05))
+        coprs, _ = build(policy)
+        coprs.warm_up()
+        policy.requests.clear()
+        list(coprs.segment_many([(image_of(i), "x") for i in range(3)], deadline_ms=60_000))
+        due = [request.reasoning_deadline for request in policy.requests]
+        assert all(later - earlier >= 0.05 for earlier, later in pairwise(due))
+
+    def test_segment_many_ended_before_the_turn_of_a_request_releases_its_image(
+        self, build, monkeypatch
+    ):
+        class BusyPool(ThreadPoolExecutor):
+            def submit(self, *work):
+                return Future()
+
+        def requests():
+            yield image_of(), "x"
+            raise KeyError
+
+        monkeypatch.setattr(coprs_module, "ThreadPoolExecutor", BusyPool)
+        coprs, _ = build()
+        with pytest.raises(KeyError):
+            list(coprs.segment_many(requests()))
+        assert not coprs._pipeline.cache._num_waiting
 
 
 class TestAsync:

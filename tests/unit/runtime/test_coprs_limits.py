@@ -92,18 +92,40 @@ class TestClosing:
             begun.set()
             release.wait(WAIT)
 
-        coprs, _ = build(encode=encode)
+        coprs, _ = build(FakePolicy(deltas=("w",)), encode=encode)
         first, second = (coprs.stream(image_of(value), "x") for value in (1, 2))
         next(first), next(second)
         assert begun.wait(WAIT)
         closing = threading.Thread(target=coprs.close)
         closing.start()
-        with pytest.raises(CoPRSError, match="the runtime was closed during the request"):
+        with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):
             for _ in second:
                 pass
         release.set()
         closing.join(WAIT)
         first.close()
+
+    def test_close_ends_a_response_that_is_being_written(self, build):
+        policy = FakePolicy(deltas=("w",) * 50)
+        coprs, _ = build(policy)
+        stream = coprs.stream(image_of(), "x")
+        next(stream)
+        coprs.close()
+        with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):
+            next(stream)
+        assert policy.num_abandoned == 1
+
+    def test_close_frees_the_graphs_after_an_error_of_the_policy(self, build):
+        class FailsOnce(FakePolicy):
+            def close(self):
+                if not self.is_closed:
+                    super().close()
+                    raise RuntimeError("the engine does not end")
+
+        coprs, runners = build(FailsOnce())
+        with pytest.raises(RuntimeError, match="the engine does not end"):
+            coprs.close()
+        assert all(runner.is_closed for runner in runners.values())
 
     def test_with_block_closes_graphs_policy_and_threads(self, build):
         policy = FakePolicy()
@@ -194,7 +216,7 @@ def test_request_whose_runner_is_closed_meanwhile_ends_with_our_error(build):
             assert not self.is_closed, "the runner was closed"
             return super()._run(inputs)
 
-    coprs, _ = build(runner_class=ClosedRunner)
+    coprs, _ = build(FakePolicy(deltas=("w",)), runner_class=ClosedRunner)
     stream = coprs.stream(image_of(), "x")
     next(stream)
     (embedding,) = coprs._pipeline.cache._entries.values()

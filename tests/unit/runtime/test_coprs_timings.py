@@ -2,11 +2,13 @@
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from coprs_deploy.engines.runner import HostTensor
+from coprs_deploy.runtime import PriorEvent
 from coprs_deploy.runtime.encoder import PendingEmbedding
 from coprs_deploy.specs import OptimizationProfile, graph_specs
 from tests.unit.runtime_fakes import DIMENSION, GEOMETRY, WAIT, FakePolicy, FakeRunner, image_of
@@ -88,6 +90,14 @@ class TestTimings:
         parts = timings.prior_ms + timings.mask_decoder_ms + timings.resize_ms
         assert 0 < parts <= timings.reference_to_mask_ms <= timings.total_ms
 
+    def test_reader_of_a_stream_does_not_count_as_time_of_the_masks(self, build):
+        coprs, _ = build()
+        for event in coprs.stream(image_of(), "x"):
+            if isinstance(event, PriorEvent):
+                time.sleep(0.2)
+        assert event.timings.reference_to_mask_ms < 200
+        assert coprs._pipeline._estimates.masks.quantile() < 0.2
+
     def test_policy_timings_and_token_counts_are_passed_on(self, build):
         class DetailedPolicy(FakePolicy):
             def stream(self, request):
@@ -112,6 +122,12 @@ class TestWarmUp:
         assert [runner.calls for runner in runners.values()] == [2, 2, 2]
         assert timings.decode_ms == 2.0
         assert len(coprs._pipeline.cache) == 0
+
+    def test_warm_up_requests_have_the_token_budget_of_others(self, build):
+        policy = FakePolicy()
+        build(policy)[0].warm_up()
+        limits = [(each.max_new_tokens, each.max_reasoning_tokens) for each in policy.requests]
+        assert limits == [(None, 4)] * 2
 
     def test_warm_up_runs_every_batch_size_of_the_profile(self, build):
         sizes = []

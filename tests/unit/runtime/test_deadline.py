@@ -1,10 +1,12 @@
 """Deadlines of requests, with a fake clock."""
 
+import threading
+
 import pytest
 
 from coprs_deploy.policy.reasoning_limit import RunningEstimate
 from coprs_deploy.runtime.deadline import DeadlineEstimates
-from tests.unit.runtime_fakes import FakePolicy, image_of
+from tests.unit.runtime_fakes import WAIT, FakePolicy, image_of
 
 
 @pytest.fixture
@@ -18,23 +20,23 @@ def estimates():
 
 
 def test_reasoning_deadline_reserves_a_slow_mask(estimates):
-    due = estimates.reasoning_deadline(100.0, 500, is_cached=False)
+    due = estimates.reasoning_deadline(100.0, 500, is_encoded=False)
     assert due == pytest.approx(100.45)
-    assert estimates.reasoning_deadline(100.0, None, is_cached=False) is None
+    assert estimates.reasoning_deadline(100.0, None, is_encoded=False) is None
 
 
 def test_deadline_that_cannot_be_met_is_refused_with_the_times(estimates):
     message = r"deadline_ms is 350; a mask without reasoning takes 351 ms here: 20 until .* 31 for"
     with pytest.raises(ValueError, match=message):
-        estimates.reasoning_deadline(100.0, 350, is_cached=False)
-    assert estimates.reasoning_deadline(100.0, 350, is_cached=True) == pytest.approx(100.3)
+        estimates.reasoning_deadline(100.0, 350, is_encoded=False)
+    assert estimates.reasoning_deadline(100.0, 350, is_encoded=True) == pytest.approx(100.3)
     with pytest.raises(ValueError, match="without reasoning takes 151 ms"):
-        estimates.reasoning_deadline(100.0, 150, is_cached=True)
+        estimates.reasoning_deadline(100.0, 150, is_encoded=True)
 
 
 def test_deadline_without_measurements_is_refused():
     with pytest.raises(ValueError, match=r"call warm_up\(\) before the first request with a dead"):
-        DeadlineEstimates().reasoning_deadline(0.0, 500, is_cached=False)
+        DeadlineEstimates().reasoning_deadline(0.0, 500, is_encoded=False)
 
 
 def test_estimate_covers_nine_of_ten_recent_durations():
@@ -49,6 +51,18 @@ def test_estimate_covers_nine_of_ten_recent_durations():
     assert estimate.quantile() == 2
 
 
+def test_estimate_is_read_while_another_thread_adds_a_duration():
+    class Recorded(float):
+        def __ge__(self, oldest):
+            estimate.add(9)  # where another thread may run
+            return super().__ge__(oldest)
+
+    estimate = RunningEstimate(lambda: Recorded(100.0))
+    for value in (1, 2, 3):
+        estimate.add(value)
+    assert estimate.quantile(0.5) == 2
+
+
 def test_deadline_refused_after_a_busy_moment_is_tried_again():
     now = 100.0
     clock = lambda: now  # noqa: E731
@@ -57,16 +71,16 @@ def test_deadline_refused_after_a_busy_moment_is_tried_again():
         found.prompt.add(0.9)
         found.masks.add(0.1)
     with pytest.raises(ValueError, match="without reasoning takes 1000 ms"):
-        found.reasoning_deadline(now, 500, is_cached=True)
+        found.reasoning_deadline(now, 500, is_encoded=True)
     now += 11
-    assert found.reasoning_deadline(now, 500, is_cached=True) == pytest.approx(now + 0.4)
+    assert found.reasoning_deadline(now, 500, is_encoded=True) == pytest.approx(now + 0.4)
     with pytest.raises(ValueError, match="600 until the request was read"):
-        found.reasoning_deadline(now - 0.6, 500, is_cached=True)  # too late in any case
+        found.reasoning_deadline(now - 0.6, 500, is_encoded=True)  # too late in any case
     found.prompt.add(0.2)
     found.masks.add(0.1)
-    assert found.reasoning_deadline(now, 310, is_cached=True) == pytest.approx(now + 0.21)
+    assert found.reasoning_deadline(now, 310, is_encoded=True) == pytest.approx(now + 0.21)
     with pytest.raises(ValueError, match="without reasoning takes 300 ms"):
-        found.reasoning_deadline(now, 290, is_cached=True)
+        found.reasoning_deadline(now, 290, is_encoded=True)
 
 
 def test_request_with_a_deadline_reaches_the_policy_with_time_for_the_mask(build):
@@ -102,3 +116,22 @@ def test_segment_unusable_limits_are_refused(build, limits, message):
     with pytest.raises(ValueError, match=message):
         coprs.segment(image_of(), "x", **limits)
     assert policy.requests == []
+
+
+def test_deadline_leaves_time_for_the_image_encoder_until_it_has_run(build, monkeypatch):
+    release = threading.Event()
+    coprs, _ = build(encode=lambda: release.wait(WAIT))
+    found = []
+
+    def record(start, deadline_ms, *, is_encoded):
+        found.append(is_encoded)
+
+    monkeypatch.setattr(coprs._pipeline._estimates, "reasoning_deadline", record)
+    streams = [coprs.stream(image_of(), "x") for _ in range(3)]
+    next(streams[0]), next(streams[1])
+    release.set()
+    list(streams[0])
+    next(streams[2])
+    assert found == [False, False, True]
+    for stream in streams:
+        stream.close()

@@ -1,15 +1,18 @@
 """The LRU cache of image embeddings."""
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from coprs_deploy.policy import PolicyRequest
 from coprs_deploy.runtime.encoder import (
     DecodedImage,
     EmbeddingCache,
     ImageEmbedding,
+    PendingEmbedding,
     content_key,
 )
 from tests.unit.runtime_fakes import WAIT
@@ -187,12 +190,64 @@ def test_cache_computation_released_by_every_request_is_cancelled(executor):
     assert third.future.result().duration_ms == 1.0
 
 
+def test_cache_failed_and_cancelled_computations_take_no_place_after_their_release(executor):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    cache = EmbeddingCache(2, executor)
+    cache.get_or_submit(image("a"))
+    executor.run_all()
+    failed = cache.get_or_submit(image("b", fail))
+    executor.run_all()
+    failed.release()
+    assert len(cache) == 1
+    cache.get_or_submit(image("c", not_computed)).release()
+    assert len(cache) == 1
+    assert cache.get_or_submit(image("a", not_computed)).is_cached
+
+
+def test_cache_release_while_another_image_is_submitted_does_not_wait():
+    class Collecting(PendingExecutor):
+        """Encoder during whose call the garbage collector ends an abandoned stream."""
+
+        def submit(self, compute):
+            if abandoned:
+                abandoned.pop().release()
+            return super().submit(compute)
+
+    abandoned = []
+    cache = EmbeddingCache(2, Collecting())
+    abandoned.append(cache.get_or_submit(image("a")))
+    future = abandoned[0].future
+    thread = threading.Thread(target=cache.get_or_submit, args=[image("b")], daemon=True)
+    thread.start()
+    thread.join(WAIT / 10)
+    assert not thread.is_alive()
+    assert future.cancelled()
+    assert len(cache) == 1
+
+
 def test_cache_computed_embedding_outlives_its_release(executor):
     cache = EmbeddingCache(2, executor)
     pending = cache.get_or_submit(image("a"))
     executor.run_all()
     pending.release()
     assert cache.get_or_submit(image("a", not_computed)).is_cached
+
+
+def test_embedding_that_is_ready_as_the_wait_for_it_ends_is_returned(executor):
+    class ReadyAtTheEnd(Future):
+        def result(self, timeout=None):
+            if timeout is not None:
+                self.set_result("embedding")
+                raise TimeoutError
+            return super().result()
+
+    future = ReadyAtTheEnd()
+    pending = PendingEmbedding(future, is_cached=False, cache=EmbeddingCache(2, executor))
+    threading.Timer(0.02, future.set_result, ["embedding"]).start()
+    request = PolicyRequest(None, "x", deadline=time.perf_counter() + WAIT)
+    assert pending.wait(request) == "embedding"
 
 
 def test_content_key_depends_on_every_pixel_and_the_shape_only():

@@ -134,9 +134,20 @@ def test_queue_close_cancels_waiting_images_and_finishes_the_running_one(start):
     assert not closing.is_alive()
     assert first.result(0).duration_ms > 0
     assert graphs.batches == [1]
-    with pytest.raises(CoPRSError, match="the runtime was closed"):
+    with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):
         queue.submit(image_of(3))
     queue.close()  # closing twice has no effect
+
+
+def test_queue_image_refused_while_it_closes_leaves_the_waiting_ones_to_be_cancelled(start):
+    graphs, queue, _ = start(1, 1, 1)
+    waiting = queue.submit(image_of(2))
+    queue._thread.shutdown(wait=False, cancel_futures=True)  # as close() begins
+    with pytest.raises(CoPRSError, match="CoPRS was closed during the request"):
+        queue.submit(image_of(3))
+    graphs.may_continue.set()
+    queue.close()
+    assert waiting.cancelled()
 
 
 def test_queue_without_close_ends_its_thread_with_the_last_reference():

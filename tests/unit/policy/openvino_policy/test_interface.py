@@ -4,8 +4,10 @@ The demo model's response is known in advance, so that the graphs of the package
 its weights, without an export.
 """
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.errors import InstructionError, RequestTimeoutError
 from coprs_deploy.policy import PolicyRequest, PolicyResult, StopReason, TextDelta
+from coprs_deploy.policy.fair_lock import FairLock
 from coprs_deploy.policy.openvino_policy import graphs as graphs_module
 from coprs_deploy.policy.openvino_policy.decoder import MAX_IDLE_REQUESTS
 from coprs_deploy.policy.openvino_policy.policy import OpenVinoPolicy
@@ -162,6 +165,15 @@ def test_a_deadline_that_passes_while_decoding_ends_the_stream(policies, example
         assert ask(policy, image, instruction)[1].token_ids == wanted
 
 
+def test_a_time_limit_ends_the_wait_for_other_requests(policies, examples):
+    policy, example = policies[0], examples[1]
+    for lock in (policy._vision._lock, policy._decoder._lock):
+        policy._cache.clear()
+        with lock.hold(), pytest.raises(RequestTimeoutError):
+            ask(policy, example.image, example.instruction, deadline=time.perf_counter() + 0.05)
+    assert ask(policy, example.image, example.instruction)[1].token_ids
+
+
 def test_an_aborted_stream_leaves_the_next_response_unchanged(policies, examples):
     image, instruction = examples[2].image, examples[2].instruction
     for policy in policies:
@@ -182,6 +194,32 @@ def test_requests_of_several_threads_get_their_own_responses(policies, examples)
         found = [future.result()[1].token_ids for future in running]
     assert found == [*wanted, *wanted]
     assert len(policies[0]._decoder._idle) <= MAX_IDLE_REQUESTS
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["openvino", "transformers"])
+def test_waiting_requests_come_first_in_first_out(policies, examples, monkeypatch, index):
+    order = []
+
+    class Recording(FairLock):
+        @contextmanager
+        def hold(self, *limit):
+            with super().hold(*limit):
+                order.append(threading.current_thread().name)
+                yield
+
+    policy, lock, request = policies[index], Recording(), (examples[0].image, "the red circle")
+    ask(policy, *request)  # the vision tower does not run again
+    monkeypatch.setattr(policy if index else policy._decoder, "_lock", lock)
+    threads = [threading.Thread(target=ask, args=(policy, *request), name=n) for n in "abcd"]
+    with lock.hold():
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            while lock.num_waiting < number:
+                assert thread.is_alive()
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(60)
+    assert order[1:5] == ["a", "b", "c", "d"]
 
 
 def test_streams_that_are_read_in_turn_do_not_mix(policies, examples):
@@ -215,7 +253,7 @@ def test_a_second_question_does_no_vision_work_and_reads_only_the_new_tokens(
             lengths.append(len(embeddings))
             return feed(embeddings, positions, num_rows)
 
-        def refuse(image):
+        def refuse(image, remaining_s=None):
             raise AssertionError("the vision tower ran again")
 
         monkeypatch.setattr(decoding._running, "feed", counted)
