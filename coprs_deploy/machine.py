@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -47,6 +48,9 @@ MATRIX_UNITS = {
 INT8_UNITS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 """Instruction sets that accumulate int8 products in 32 bits. Without one, some libraries add two
 products in 16 bits first, which may overflow."""
+
+_M_MMAP_THRESHOLD = -3
+"""Name of the setting in ``malloc.h``."""
 
 
 class Processor(Record, frozen=True):
@@ -120,6 +124,17 @@ def available_memory_bytes() -> int:
         statistics = dict(map(str.split, _system_text("/sys/fs/cgroup/memory.stat").splitlines()))
         available = min(available, int(limit) - used + int(statistics.get("inactive_file", 0)))
     return available
+
+
+def return_freed_blocks() -> None:
+    """Have the C library return blocks of 1 MiB and more to the system when they are freed.
+
+    glibc returns large blocks at first, but raises the size from which it does, up to 32 MiB, with
+    each larger one that is freed. The smaller ones then stay in pools of the threads, whose holes
+    do not fit the images of other sizes. Another C library is left as it is.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

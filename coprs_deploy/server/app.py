@@ -31,6 +31,7 @@ from starlette.staticfiles import StaticFiles
 
 from coprs_deploy import demo
 from coprs_deploy.images import MAX_IMAGE_PIXELS
+from coprs_deploy.machine import return_freed_blocks
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.runtime.concurrency import MAX_IMAGE_BYTES, ImageMemory
 from coprs_deploy.server.api_keys import ApiKeys
@@ -122,6 +123,7 @@ def build_app(
         responses=COMMON_RESPONSES,
     )
     EpsImagePlugin.gs_binary = False  # PostScript is a program, which may never end
+    return_freed_blocks()  # else images of many sizes fragment the memory, which grows for hours
     if api_key:
         api_keys = ApiKeys(api_key)
     app.state.coprs = coprs

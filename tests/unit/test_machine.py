@@ -1,6 +1,8 @@
 """Processor, memory and versions, with and without ``/proc``."""
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +102,33 @@ def test_environment_contains_versions_machine_and_commit():
     assert set(found) == {"versions", "python", "machine", "processor", "commit"}
     assert set(found["versions"]) <= {*TOOLCHAIN, "coprs-deploy"}
     assert found["versions"]["numpy"] == np.__version__
+
+
+MAPPED_BY_A_BLOCK = """
+import ctypes, sys
+from coprs_deploy.machine import return_freed_blocks
+
+class Statistics(ctypes.Structure):
+    _fields_ = [(f"field_{i}", ctypes.c_size_t) for i in range(4)] + [
+        ("mapped", ctypes.c_size_t)] + [(f"rest_{i}", ctypes.c_size_t) for i in range(5)]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Statistics
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+if sys.argv[1] == "returned":
+    return_freed_blocks()
+libc.free(libc.malloc(30 << 20))
+before = libc.mallinfo2().mapped
+libc.malloc(8 << 20)
+print(libc.mallinfo2().mapped - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@pytest.mark.parametrize("setting", ["default", "returned"])
+def test_freed_blocks_are_returned(setting):
+    """glibc no longer maps a block of 8 MiB once a larger one was freed."""
+    command = [sys.executable, "-c", MAPPED_BY_A_BLOCK, setting]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert (int(printed) >= 8 << 20) == (setting == "returned")
