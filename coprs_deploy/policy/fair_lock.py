@@ -34,7 +34,7 @@ class FairLock:
 
         Args:
             remaining_s: returns how many seconds to wait, None for any number; is called again
-                after them, and ends the wait by raising.
+                after them and at its turn, and ends the wait by raising.
         """
         self._acquire(remaining_s)
         try:
@@ -55,6 +55,7 @@ class FairLock:
         try:
             while not turn.acquire(timeout=-1 if seconds is None else seconds):
                 seconds = remaining_s()
+            remaining_s()
         except BaseException:
             with self._lock:
                 if turn in self._waiting:

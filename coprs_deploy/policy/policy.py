@@ -8,10 +8,11 @@ policy many; callers do not differ.
 from __future__ import annotations
 
 import reprlib
+import threading
 import time
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coprs_deploy.closing import Closeable
-from coprs_deploy.errors import RequestTimeoutError, check_number
+from coprs_deploy.errors import CoPRSError, RequestTimeoutError, check_number
 from coprs_deploy.images import RgbArray
 from coprs_deploy.prompts import Response, check_instruction
 
@@ -38,6 +39,7 @@ class PolicyRequest:
             reasoning, None for no limit.
         reasoning_deadline: ``time.perf_counter()`` value by which the hidden state of
             ``<REF_POS>`` is due, so that the answer is forced in time; None for none.
+        abandoned: set when nobody waits for the response any more.
     """
 
     image: RgbArray
@@ -47,6 +49,7 @@ class PolicyRequest:
     deadline: float | None = None
     max_reasoning_tokens: int | None = None
     reasoning_deadline: float | None = None
+    abandoned: threading.Event = field(default_factory=threading.Event, compare=False)
 
     def __post_init__(self) -> None:
         check_instruction(self.instruction)
@@ -65,8 +68,11 @@ class PolicyRequest:
         """Return the seconds until the deadline; None if there is none.
 
         Raises:
+            CoPRSError: the request was abandoned.
             RequestTimeoutError: the deadline has passed.
         """
+        if self.abandoned.is_set():
+            raise CoPRSError("the request was abandoned")
         return remaining_s(self.deadline, self.instruction)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import threading
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -217,12 +218,32 @@ class CoPRS(Closeable):
             ``TextDelta`` as the policy writes, ``PriorEvent`` (unless nothing was found), and the
             ``SegmentationResult``. Closing the generator abandons the request.
         """
+        abandoned = threading.Event()
+        yield from self._stream(
+            abandoned, image, instruction, max_targets, max_new_tokens, **limits
+        )
+
+    def _stream(
+        self,
+        abandoned: threading.Event,
+        image: RequestImage,
+        instruction: str,
+        max_targets: int,
+        max_new_tokens: int | None,
+        **limits: Unpack[RequestLimits],
+    ) -> Generator[StreamEvent, None, None]:
+        """:meth:`stream`, which another thread ends by ``abandoned`` where it waits."""
         self._check_usable()
         start = time.perf_counter()
         options = RequestOptions(max_targets, max_new_tokens, **limits)
         with self._limit.slot(), self._in_memory(image, instruction, start):
             yield from self._pipeline.start(
-                image, instruction, options, stream_prior=True, start=start
+                image,
+                instruction,
+                options,
+                stream_prior=True,
+                start=start,
+                abandoned=abandoned,
             )
 
     async def asegment(
@@ -246,8 +267,9 @@ class CoPRS(Closeable):
         **limits: Unpack[RequestLimits],
     ) -> AsyncGenerator[StreamEvent, None]:
         """Asynchronous :meth:`stream`."""
-        events = self.stream(image, instruction, max_targets, max_new_tokens, **limits)
-        return in_thread(events, _abandon(image))
+        abandoned = threading.Event()
+        events = self._stream(abandoned, image, instruction, max_targets, max_new_tokens, **limits)
+        return in_thread(events, partial(_abandon, image, abandoned))
 
     def stream_instructions(
         self,
@@ -268,6 +290,21 @@ class CoPRS(Closeable):
             Index of the instruction, and an event as :meth:`stream` yields it. If an instruction
             fails, its error is its last event, and the others go on.
         """
+        abandoned = threading.Event()
+        yield from self._stream_instructions(
+            abandoned, image, instructions, max_targets, max_new_tokens, **limits
+        )
+
+    def _stream_instructions(
+        self,
+        abandoned: threading.Event,
+        image: RequestImage,
+        instructions: Sequence[str],
+        max_targets: int,
+        max_new_tokens: int | None,
+        **limits: Unpack[RequestLimits],
+    ) -> Generator[tuple[int, StreamEvent | CoPRSError | ValueError], None, None]:
+        """:meth:`stream_instructions`, which another thread ends by ``abandoned``."""
         self._check_usable()
         arrival = time.perf_counter()
         options = RequestOptions(max_targets, max_new_tokens, **limits)
@@ -283,14 +320,20 @@ class CoPRS(Closeable):
             others = replace(decoded, embedding=replace(pending, is_cached=True))
             starts = [
                 partial(
-                    self._pipeline.start, each, text, options, stream_prior=True, arrival=arrival
+                    self._pipeline.start,
+                    each,
+                    text,
+                    options,
+                    stream_prior=True,
+                    arrival=arrival,
+                    abandoned=abandoned,
                 )
                 for each, text in zip(
                     [first] + [others] * (num_slots - 1), instructions, strict=True
                 )
             ]
             try:
-                yield from interleave(starts, self.concurrency)
+                yield from interleave(starts, self.concurrency, abandoned)
             finally:
                 pending.release()
 
@@ -303,10 +346,11 @@ class CoPRS(Closeable):
         **limits: Unpack[RequestLimits],
     ) -> AsyncGenerator[tuple[int, StreamEvent | CoPRSError | ValueError], None]:
         """Asynchronous :meth:`stream_instructions`."""
-        events = self.stream_instructions(
-            image, instructions, max_targets, max_new_tokens, **limits
+        abandoned = threading.Event()
+        events = self._stream_instructions(
+            abandoned, image, instructions, max_targets, max_new_tokens, **limits
         )
-        return in_thread(events, _abandon(image))
+        return in_thread(events, partial(_abandon, image, abandoned))
 
     def segment_many(
         self,
@@ -497,9 +541,11 @@ class CoPRS(Closeable):
         return image.in_memory(check) if isinstance(image, UploadedImage) else nullcontext()
 
 
-def _abandon(image: RequestImage) -> Callable[[], None]:
-    """Return what ends the wait of an uploaded image."""
-    return image.abandon if isinstance(image, UploadedImage) else lambda: None
+def _abandon(image: RequestImage, abandoned: threading.Event) -> None:
+    """End the waits of a request: for the memory of its image, and for its turn at the policy."""
+    abandoned.set()
+    if isinstance(image, UploadedImage):
+        image.abandon()
 
 
 def _check_process(loaded_in: int | None) -> None:

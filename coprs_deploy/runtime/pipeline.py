@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
@@ -111,6 +112,8 @@ class RequestPipeline:
         options: RequestOptions,
         start: float,
         arrival: float,
+        *,
+        abandoned: threading.Event | None = None,
     ) -> PreparedRequest:
         """Check the request and submit its image to the encoder; the caller must release it."""
         deadline = self.time_limit(arrival)
@@ -122,6 +125,7 @@ class RequestPipeline:
             options.max_new_tokens,
             deadline,
             options.reasoning_budget,
+            abandoned=abandoned or threading.Event(),
         )
         pending = self.cache.get_or_submit(image)
         try:
@@ -142,11 +146,12 @@ class RequestPipeline:
         stream_prior: bool = False,
         start: float | None = None,
         arrival: float | None = None,
+        abandoned: threading.Event | None = None,
     ) -> Generator[StreamEvent, None, None]:
         """Check the request and submit its image to the encoder; return the rest to be run."""
         start = time.perf_counter() if start is None else start
         arrival = start if arrival is None else arrival
-        prepared = self.prepare(source, instruction, options, start, arrival)
+        prepared = self.prepare(source, instruction, options, start, arrival, abandoned=abandoned)
         return self._run(prepared, stream_prior)
 
     def _run(

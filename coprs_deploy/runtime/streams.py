@@ -41,13 +41,16 @@ async def in_thread(
 
 
 def interleave(
-    starts: Sequence[Callable[[], Generator[T, None, None]]], num_threads: int
+    starts: Sequence[Callable[[], Generator[T, None, None]]],
+    num_threads: int,
+    abandoned: threading.Event,
 ) -> Generator[tuple[int, T | CoPRSError | ValueError], None, None]:
     """Run streams, at most ``num_threads`` at once, and yield their events.
 
     Args:
         starts: functions that begin a stream; each is called in the thread of its stream.
         num_threads: number of streams that run at once.
+        abandoned: set at the end, so that no stream goes on.
 
     Yields:
         Index of the stream, and its event. A ``CoPRSError`` or ``ValueError`` of a stream is its
@@ -55,21 +58,20 @@ def interleave(
         running step of each stream.
     """
     events: SimpleQueue[tuple[int, T | CoPRSError | ValueError] | Future[None]] = SimpleQueue()
-    is_abandoned = threading.Event()
 
     def run(index: int) -> None:
-        if is_abandoned.is_set():
+        if abandoned.is_set():
             return
         try:
             with closing(starts[index]()) as stream:
                 for event in stream:
-                    if is_abandoned.is_set():
+                    if abandoned.is_set():
                         return
                     events.put((index, event))
         except (CoPRSError, ValueError) as error:
             events.put((index, error))
         except BaseException:
-            is_abandoned.set()  # the next stream does not begin
+            abandoned.set()  # the next stream does not begin
             raise
 
     num_threads = max(1, min(num_threads, len(starts)))
@@ -87,6 +89,6 @@ def interleave(
                 else:
                     yield event
         finally:
-            is_abandoned.set()
+            abandoned.set()
             for future in running:
                 future.cancel()

@@ -104,6 +104,27 @@ def test_a_wait_that_ends_with_an_error_lets_the_next_one_in():
         assert lock.num_waiting == 0
 
 
+def test_a_wait_that_nobody_needs_any_more_ends_at_its_turn():
+    lock, order = FairLock(), []
+    abandoned = threading.Event()
+
+    def give_up():
+        def remaining_s():
+            if abandoned.is_set():
+                raise TimeoutError
+
+        with pytest.raises(TimeoutError), lock.hold(remaining_s):
+            order.append("given up")
+
+    def use():
+        with lock.hold():
+            order.append("next")
+
+    with waiting(lock, give_up, use):
+        abandoned.set()
+    assert order == ["next"]
+
+
 def test_a_turn_that_comes_while_the_wait_ends_is_passed_on():
     lock = FairLock()
     turn_is_given = threading.Event()

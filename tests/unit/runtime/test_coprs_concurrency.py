@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from coprs_deploy.errors import InstructionError
+from coprs_deploy.errors import CoPRSError, InstructionError
 from coprs_deploy.policy import TextDelta
 from coprs_deploy.runtime import CoPRS, PriorEvent, SegmentationResult
 from coprs_deploy.runtime import coprs as coprs_module
@@ -182,6 +182,43 @@ class TestAsync:
         assert result.instruction == "again"
         assert policy.num_abandoned == 1
         assert runners["prior"].calls == 1
+
+    @pytest.mark.parametrize("method", ["asegment", "astream_instructions"])
+    def test_cancelled_request_takes_no_further_turn(self, build, method):
+        begun, release = threading.Event(), threading.Event()
+        requests = []
+
+        def during():
+            begun.set()
+            assert release.wait(WAIT)
+
+        policy = FakePolicy(deltas=("w",), during=during)
+        stream = policy.stream
+        policy.stream = lambda request: requests.append(request) or stream(request)
+        coprs, _ = build(policy)
+
+        async def ask():
+            if method == "asegment":
+                await coprs.asegment(image_of(), "x")
+            else:
+                async for _ in coprs.astream_instructions(image_of(), ["x"]):
+                    pass
+
+        async def main():
+            task = asyncio.create_task(ask())
+            await asyncio.to_thread(begun.wait, WAIT)
+            assert requests[0].remaining_s() is None
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(CoPRSError, match="the request was abandoned"):
+                requests[0].remaining_s()
+
+        try:
+            asyncio.run(main())
+        finally:
+            release.set()
+        join_stream_threads()
 
     def test_asegment_cancelled_returns_while_the_policy_still_runs(self, build):
         begun, release = threading.Event(), threading.Event()
