@@ -49,8 +49,8 @@ INT8_UNITS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 """Instruction sets that accumulate int8 products in 32 bits. Without one, some libraries add two
 products in 16 bits first, which may overflow."""
 
-_M_MMAP_THRESHOLD = -3
-"""Name of the setting in ``malloc.h``."""
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+"""Names of settings in ``malloc.h``."""
 
 
 class Processor(Record, frozen=True):
@@ -130,11 +130,14 @@ def return_freed_blocks() -> None:
     """Have the C library return blocks of 1 MiB and more to the system when they are freed.
 
     glibc returns large blocks at first, but raises the size from which it does, up to 32 MiB, with
-    each larger one that is freed. The smaller ones then stay in pools of the threads, whose holes
-    do not fit the images of other sizes. Another C library is left as it is.
+    each larger one that is freed. The smaller ones then stay in pools of the threads, eight for
+    each core, whose holes do not fit the images of other sizes. Now the threads also share a pool
+    for each core. Another C library is left as it is.
     """
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(_M_ARENA_MAX, len(os.sched_getaffinity(0)))
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
