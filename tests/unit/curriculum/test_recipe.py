@@ -5,7 +5,8 @@ import pytest
 from coprs_deploy.curriculum.recipe import CurriculumRecipe, TinyPolicy
 from coprs_deploy.training.recipe import changed_keys, load_recipe, model_kind
 
-RECIPES = ["demo", "demo_truncated", "full", "full_further", "full_truncated"]
+FULL_RECIPES = ["full", "full_further", "full_truncated", "full_truncated_further"]
+RECIPES = ["demo", "demo_truncated", *FULL_RECIPES]
 
 
 def load(source, *settings):
