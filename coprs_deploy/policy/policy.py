@@ -39,7 +39,7 @@ class PolicyRequest:
             reasoning, None for no limit.
         reasoning_deadline: ``time.perf_counter()`` value by which the hidden state of
             ``<REF_POS>`` is due, so that the answer is forced in time; None for none.
-        abandoned: set when nobody waits for the response any more.
+        abandoned: set when no one waits for the response any more.
     """
 
     image: RgbArray

@@ -39,7 +39,7 @@ class DecodedTargets:
         prior_logits: low-resolution logits of the priors.
         timings: durations of prior, mask decoder and resize.
         finished: ``time.perf_counter()`` when the masks were ready.
-        paused_ms: time from the prior's event until the next one was asked for.
+        paused_ms: time from the prior's event until the next one was requested.
     """
 
     masks: NDArray[np.bool_]

@@ -295,7 +295,7 @@ class VllmPolicy(Policy):
         with self._transport.for_request() as path:
             running = self._encode(request, path, response)
             task = engine.submit(self._decode(engine.engine, running))
-            # Also of a task that is cancelled before it begins. Behind a result nobody reads it.
+            # Also of a task that is cancelled before it begins. Behind a result no one reads it.
             closed = PolicyError("the policy was closed during the request")
             task.add_done_callback(lambda _: running.events.put(closed))
             try:

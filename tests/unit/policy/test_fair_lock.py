@@ -104,7 +104,7 @@ def test_a_wait_that_ends_with_an_error_lets_the_next_one_in():
         assert lock.num_waiting == 0
 
 
-def test_a_wait_that_nobody_needs_any_more_ends_at_its_turn():
+def test_a_wait_that_no_one_needs_any_more_ends_at_its_turn():
     lock, order = FairLock(), []
     abandoned = threading.Event()
 
