@@ -32,6 +32,20 @@ def waiting(lock, *functions):
             future.result(WAIT)
 
 
+def giving_up_and_next(lock, remaining_s, order):
+    """Return a function whose wait ``remaining_s`` ends, and one that waits behind it."""
+
+    def give_up():
+        with pytest.raises(TimeoutError), lock.hold(remaining_s):
+            order.append("given up")
+
+    def use():
+        with lock.hold():
+            order.append("next")
+
+    return give_up, use
+
+
 def test_waiting_threads_come_in_the_order_in_which_they_began_to_wait():
     lock, order = FairLock(), []
 
@@ -81,23 +95,15 @@ def test_a_wait_that_ends_with_an_error_lets_the_next_one_in():
     lock, order = FairLock(), []
     has_ended = threading.Event()
 
-    def give_up():
-        ends = time.monotonic() + 0.05
+    ends = time.monotonic() + 0.05
 
-        def remaining_s():
-            if time.monotonic() >= ends:
-                has_ended.set()
-                raise TimeoutError
-            return ends - time.monotonic()
+    def remaining_s():
+        if time.monotonic() >= ends:
+            has_ended.set()
+            raise TimeoutError
+        return ends - time.monotonic()
 
-        with pytest.raises(TimeoutError), lock.hold(remaining_s):
-            order.append("given up")
-
-    def use():
-        with lock.hold():
-            order.append("next")
-
-    with waiting(lock, give_up, use):
+    with waiting(lock, *giving_up_and_next(lock, remaining_s, order)):
         assert has_ended.wait(WAIT)
     assert order == ["next"]
     with lock.hold():
@@ -108,19 +114,11 @@ def test_a_wait_that_no_one_needs_any_more_ends_at_its_turn():
     lock, order = FairLock(), []
     abandoned = threading.Event()
 
-    def give_up():
-        def remaining_s():
-            if abandoned.is_set():
-                raise TimeoutError
+    def remaining_s():
+        if abandoned.is_set():
+            raise TimeoutError
 
-        with pytest.raises(TimeoutError), lock.hold(remaining_s):
-            order.append("given up")
-
-    def use():
-        with lock.hold():
-            order.append("next")
-
-    with waiting(lock, give_up, use):
+    with waiting(lock, *giving_up_and_next(lock, remaining_s, order)):
         abandoned.set()
     assert order == ["next"]
 
