@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,8 @@ class CurriculumContext:
         assert isinstance(heads, AuxiliaryHeads), "a curriculum needs its auxiliary heads"
         return heads
 
-    def forward(self, torch_compile: bool) -> PackedForward:
-        """Build the policy's forward pass for training."""
+    def forward(self, torch_compile: bool, policy: Any = None) -> PackedForward:
+        """Build the forward pass for training, of the policy or of another one of its sizes."""
         image_size = self.training.preset.image_size
-        return PackedForward(self.state.policy.model, image_size, self.dtype, torch_compile)
+        model = policy or self.state.policy.model
+        return PackedForward(model, image_size, self.dtype, torch_compile)

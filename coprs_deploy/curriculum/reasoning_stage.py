@@ -8,6 +8,7 @@ that the policy's states give the queries that the segmentation path was trained
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -26,7 +27,12 @@ from coprs_deploy.curriculum.tiny_policy import END_TOKEN
 from coprs_deploy.data.synthetic import vocabulary
 from coprs_deploy.evaluation.summary import summarize
 from coprs_deploy.models import SegmentationModel
-from coprs_deploy.training.losses import IGNORED_LABEL, Mean, token_cross_entropy
+from coprs_deploy.training.losses import (
+    IGNORED_LABEL,
+    Mean,
+    token_cross_entropy,
+    token_kl_divergence,
+)
 from coprs_deploy.training.mask_decoding import encode_images
 from coprs_deploy.training.settings import MASK_METRICS
 from coprs_deploy.training.stage import StageOutput, TrainingStage
@@ -70,6 +76,23 @@ class ReasoningBatch(NamedTuple):
     labels: CellLabels
 
 
+class InitialPolicy:
+    """The policy as the stage finds it, which no training changes."""
+
+    def __init__(self, context: CurriculumContext, settings: ReasoningSettings) -> None:
+        self._policy = deepcopy(context.state.policy.model).requires_grad_(False)
+        self._states = context.forward(settings.torch_compile, self._policy)
+        self._image_start = context.packer.image_start
+
+    @torch.no_grad()
+    def logits(self, batch: ReasoningBatch, chosen: Tensor) -> Tensor:
+        """Compute logits (T, V) of the next token for the T chosen ones, bool (B, L)."""
+        hidden = self._states(batch.images, batch.rows, self._image_start, MIDDLE_LAYER).hidden
+        assert hidden is not None
+        logits: Tensor = self._policy.lm_head(hidden[chosen])
+        return logits
+
+
 class ReasoningObjective(nn.Module):
     """The policy on packed rows; heads and segmentation path where their losses have a weight."""
 
@@ -86,13 +109,16 @@ class ReasoningObjective(nn.Module):
         self.register_buffer("token_weights", weights, persistent=False)
         self._settings, self._packer = settings, context.packer
         self.policy_states = context.forward(settings.torch_compile)
+        self._initial_policy = (
+            InitialPolicy(context, settings) if settings.kl_loss_weight > 0 else None
+        )
 
     def forward(self, batch: ReasoningBatch) -> StageOutput:
         """Compute all losses with a weight."""
         packer, rows = self._packer, batch.rows
         states = self.policy_states(batch.images, rows, packer.image_start, MIDDLE_LAYER)
         assert states.hidden is not None
-        losses, metrics = self._language(states.hidden, rows)
+        losses, metrics = self._language(states.hidden, batch)
         metrics["frac_questions_dropped"] = Mean.of(batch.is_dropped)
         at_row, at_column = rows.references.T
         references = states.hidden[at_row, at_column]
@@ -112,14 +138,21 @@ class ReasoningObjective(nn.Module):
             metrics |= masks.metrics
         return StageOutput(losses, metrics)
 
-    def _language(self, hidden: Tensor, rows: PackedRows) -> StageOutput:
+    def _language(self, hidden: Tensor, batch: ReasoningBatch) -> StageOutput:
+        rows = batch.rows
         has_label = rows.labels != IGNORED_LABEL
         labels = rows.labels[has_label]
         logits = self.policy.lm_head(hidden[has_label])
+        losses = {"language": token_cross_entropy(logits, labels, self.token_weights)}
+        if self._initial_policy is not None:
+            is_complete = rows.truncations[has_label] == COMPLETE
+            initial = self._initial_policy.logits(batch, has_label)
+            weights = self.token_weights[labels[is_complete]]
+            losses["kl"] = token_kl_divergence(logits[is_complete], initial[is_complete], weights)
         is_location = (self.token_weights[labels] > 1).float()
         is_right = (logits.detach().argmax(-1) == labels).float()
         return StageOutput(
-            {"language": token_cross_entropy(logits, labels, self.token_weights)},
+            losses,
             {
                 "token_accuracy": Mean.of(is_right),
                 "location_accuracy": Mean.of(is_right, is_location),
@@ -177,6 +210,7 @@ class ReasoningStage(TrainingStage[ReasoningSettings]):
         weights = msgspec.structs.asdict(settings.loss_weights)
         return {
             "language": settings.language_loss_weight,
+            "kl": settings.kl_loss_weight,
             "auxiliary.*": settings.auxiliary_loss_weight * lr_factor,
             "reference_head.*": settings.reference_head_loss_weight,
             **{

@@ -152,6 +152,9 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
             ``<REF_POS>`` teach the best guess after it. No loss teaches to end the reasoning there.
             0 disables them.
         language_loss_weight: weight of the cross-entropy on the response.
+        kl_loss_weight: weight of the KL divergence of the next token from the policy as the stage
+            finds it, which keeps the responses while masks are trained; tokens of truncations have
+            none. 0 disables it, and with it one more forward pass per step.
         location_token_weight: weight of a token that names a row or column, as a label.
         reference_head_loss_weight: weight of the auxiliary head that reads the target from
             ``<REF_POS>``.
@@ -180,6 +183,7 @@ class ReasoningSettings(StageSettings, frozen=True, tag_field="kind", tag="reaso
     max_packed_length: int = 0
     num_truncations: Count = 0
     language_loss_weight: float = 1.0
+    kl_loss_weight: float = 0.0
     location_token_weight: float = 1.0
     reference_head_loss_weight: float = 0.0
     auxiliary_loss_weight: float = 0.0

@@ -142,5 +142,20 @@ def token_cross_entropy(
     return Mean.of(loss, None if token_weights is None else token_weights[labels])
 
 
+def token_kl_divergence(
+    logits: Tensor, reference_logits: Tensor, weights: Tensor | None = None
+) -> Mean:
+    """KL divergence of the next token from a reference, ``KL(reference || logits)``.
+
+    Args:
+        logits: (T, V) logits of the next token.
+        reference_logits: (T, V), those of the reference.
+        weights: (T,) weight of each token; 1 by default.
+    """
+    found, reference = (each.float().log_softmax(-1) for each in (logits, reference_logits))
+    divergence = F.kl_div(found, reference, reduction="none", log_target=True)
+    return Mean.of(divergence.sum(-1), weights)
+
+
 def _mean_inside(loss: Tensor, inside: Tensor) -> Tensor:
     return (loss * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1.0)

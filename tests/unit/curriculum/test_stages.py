@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from coprs_deploy.curriculum.reasoning_stage import ridge_regression
 from coprs_deploy.curriculum.recipe import CurriculumRecipe
 from coprs_deploy.curriculum.run import build_context, build_stage
+from coprs_deploy.training.losses import IGNORED_LABEL
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.runs.run import Run
 from coprs_deploy.training.runs.run_directory import RunDirectory
@@ -65,6 +66,30 @@ def test_reasoning_stage_with_truncations_supervises_their_references(recipe, co
     assert found.losses["reference_head.row"].weight == len(batch.targets)
     metrics = stage.evaluate(Accelerator(cpu=True), 2)
     assert {"giou", "no_reasoning_giou", "no_reasoning_precision_at_50"} <= set(metrics)
+
+
+def test_reasoning_stage_with_kl_loss_measures_the_drift_of_the_responses(recipe, context):
+    settings = msgspec.structs.replace(
+        recipe.stages["joint"], num_truncations=2, kl_loss_weight=2.0, max_packed_length=0
+    )
+    stage = build_stage("joint", settings, context)
+    batch = stage.batch(0, 0, 1)
+    kl = stage.objective(batch).losses["kl"]
+    is_complete = batch.rows.truncations == 0
+    labels = batch.rows.labels[is_complete & (batch.rows.labels != IGNORED_LABEL)]
+    assert torch.equal(kl.weight, stage.objective.token_weights[labels].sum())
+    assert float(kl.total) == pytest.approx(0.0, abs=1e-4)
+    assert stage.loss_coefficients(0.5)["kl"] == 2.0
+    weight = context.state.policy.model.model.language_model.norm.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(2.0)
+        assert stage.objective(batch).losses["kl"].total > 1.0
+    finally:
+        weight.data.copy_(before)
+    names = [name for name, _ in stage.objective.named_parameters()]
+    assert not any("initial" in name for name in names)
 
 
 def test_reasoning_stage_without_train_image_encoder_freezes_it(recipe, context):
