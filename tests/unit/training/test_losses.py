@@ -13,6 +13,7 @@ from coprs_deploy.training.losses import (
     inside_image,
     segmentation_losses,
     token_cross_entropy,
+    token_kl_divergence,
 )
 from coprs_deploy.training.settings import SegmentationLossWeights
 
@@ -90,6 +91,17 @@ def test_token_cross_entropy_of_double_weight_counts_twice():
     mean = token_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
     expected = (math.log(2) + 2 * math.log(1 + math.exp(2))) / 3
     assert (mean.total / mean.weight).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_token_kl_divergence_is_measured_from_the_reference():
+    logits, reference = (
+        torch.tensor([[0.0, 0.0], [1.0, 2.0]]),
+        torch.tensor([[2.0, 0.0], [1.0, 2.0]]),
+    )
+    mean = token_kl_divergence(logits, reference, torch.tensor([3.0, 1.0]))
+    likely = 1 / (1 + math.exp(-2))
+    entropy = -likely * math.log(likely) - (1 - likely) * math.log(1 - likely)
+    assert (mean.total / mean.weight).item() == pytest.approx(3 * (math.log(2) - entropy) / 4)
 
 
 def test_mean_of_parts_adds_up():
