@@ -218,24 +218,19 @@ class CoPRS(Closeable):
             ``TextDelta`` as the policy writes, ``PriorEvent`` (unless nothing was found), and the
             ``SegmentationResult``. Closing the generator abandons the request.
         """
-        abandoned = threading.Event()
-        yield from self._stream(
-            abandoned, image, instruction, max_targets, max_new_tokens, **limits
-        )
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
+        yield from self._stream(image, instruction, options, threading.Event())
 
     def _stream(
         self,
-        abandoned: threading.Event,
         image: RequestImage,
         instruction: str,
-        max_targets: int,
-        max_new_tokens: int | None,
-        **limits: Unpack[RequestLimits],
+        options: RequestOptions,
+        abandoned: threading.Event,
     ) -> Generator[StreamEvent, None, None]:
         """:meth:`stream`, which another thread ends by ``abandoned`` where it waits."""
         self._check_usable()
         start = time.perf_counter()
-        options = RequestOptions(max_targets, max_new_tokens, **limits)
         with self._limit.slot(), self._in_memory(image, instruction, start):
             yield from self._pipeline.start(
                 image,
@@ -266,9 +261,10 @@ class CoPRS(Closeable):
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Asynchronous :meth:`stream`."""
+        """Asynchronous :meth:`stream`; an option that is not accepted raises at once."""
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
         abandoned = threading.Event()
-        events = self._stream(abandoned, image, instruction, max_targets, max_new_tokens, **limits)
+        events = self._stream(image, instruction, options, abandoned)
         return in_thread(events, partial(_abandon, image, abandoned))
 
     def stream_instructions(
@@ -290,24 +286,19 @@ class CoPRS(Closeable):
             Index of the instruction, and an event as :meth:`stream` yields it. If an instruction
             fails, its error is its last event, and the others go on.
         """
-        abandoned = threading.Event()
-        yield from self._stream_instructions(
-            abandoned, image, instructions, max_targets, max_new_tokens, **limits
-        )
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
+        yield from self._stream_instructions(image, instructions, options, threading.Event())
 
     def _stream_instructions(
         self,
-        abandoned: threading.Event,
         image: RequestImage,
         instructions: Sequence[str],
-        max_targets: int,
-        max_new_tokens: int | None,
-        **limits: Unpack[RequestLimits],
+        options: RequestOptions,
+        abandoned: threading.Event,
     ) -> Generator[tuple[int, StreamEvent | CoPRSError | ValueError], None, None]:
         """:meth:`stream_instructions`, which another thread ends by ``abandoned``."""
         self._check_usable()
         arrival = time.perf_counter()
-        options = RequestOptions(max_targets, max_new_tokens, **limits)
         for instruction in instructions:
             check_instruction(instruction)
         if not instructions:
@@ -345,11 +336,10 @@ class CoPRS(Closeable):
         max_new_tokens: int | None = None,
         **limits: Unpack[RequestLimits],
     ) -> AsyncGenerator[tuple[int, StreamEvent | CoPRSError | ValueError], None]:
-        """Asynchronous :meth:`stream_instructions`."""
+        """Asynchronous :meth:`stream_instructions`; an option not accepted raises at once."""
+        options = RequestOptions(max_targets, max_new_tokens, **limits)
         abandoned = threading.Event()
-        events = self._stream_instructions(
-            abandoned, image, instructions, max_targets, max_new_tokens, **limits
-        )
+        events = self._stream_instructions(image, instructions, options, abandoned)
         return in_thread(events, partial(_abandon, image, abandoned))
 
     def segment_many(
