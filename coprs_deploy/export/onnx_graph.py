@@ -72,7 +72,8 @@ def export_onnx_graph(
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
-            example_inputs(spec, 2),  # torch.export would treat 0 or 1 as constants
+            # torch.export would treat 0 or 1 as constants
+            example_inputs(spec, max(2, spec.profile.min)),
             dynamo=True,
             opset_version=opset,
             input_names=[tensor.name for tensor in spec.inputs],

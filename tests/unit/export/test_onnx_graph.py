@@ -23,7 +23,13 @@ from coprs_deploy.export.onnx_graph import (
 )
 from coprs_deploy.model_config import SAM_SIZES, SegmentationConfig
 from coprs_deploy.models.prior import PositionalPrior
-from coprs_deploy.specs import GRAPH_NAMES, GraphSpec, TensorSpec, graph_specs
+from coprs_deploy.specs import (
+    GRAPH_NAMES,
+    GraphSpec,
+    OptimizationProfile,
+    TensorSpec,
+    graph_specs,
+)
 from coprs_deploy.version import __version__
 
 DEPTH = SAM_SIZES["tiny"].encoder_depth
@@ -114,6 +120,14 @@ def test_graph_attention_has_one_softmax(graphs):
     assert operators(graphs["image_encoder"])["Softmax"] == DEPTH
     # The first attention, of the tokens to each other, is a constant and folded.
     assert operators(graphs["mask_decoder"])["Softmax"] == 2 * 3 + 1 - 1
+
+
+def test_export_profile_that_starts_above_two_targets(prior, tmp_path):
+    spec = graph_specs(CONFIG.geometry, 256, OptimizationProfile(3, 4, 8))["prior"]
+    export_onnx_graph(prior, spec, tmp_path / "prior.onnx", {})
+    session = onnxruntime.InferenceSession(tmp_path / "prior.onnx")
+    inputs = {t.name: np.ones(t.shape_for(5), np.float32) for t in spec.inputs}
+    assert session.run(None, inputs)[0].shape == spec.outputs[0].shape_for(5)
 
 
 def test_export_large_weights_are_external(prior, tmp_path, monkeypatch):
