@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Export, and print the equivalence records."""
     options = read_options(arguments, ExportOptions, GRAPHS + ENGINES)
     if arguments.triton is not None:
-        check_model_repository(options.runtime, arguments.triton, options.overwrite)
+        check_model_repository(options.runtime, arguments.out, arguments.triton, options.overwrite)
     with StepPrinter() as progress:
         callbacks = BuildCallbacks(on_note=progress.note, on_progress=progress.progress)
         report = export_checkpoint(

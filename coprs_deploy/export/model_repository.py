@@ -13,12 +13,14 @@ policy, which writes the reasoning and gives the concentration, stays outside.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from coprs_deploy.artifacts import check_replaceable, new_directory, write_text
 from coprs_deploy.bundle import MANIFEST_FILE, Bundle, GraphRecord
+from coprs_deploy.errors import ArtifactError
 from coprs_deploy.specs import MODEL_NAME, MODEL_TENSORS, PRIOR, TensorSpec, model_of_graph
 
 CONFIG_FILE = "config.pbtxt"
@@ -48,17 +50,23 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def check_model_repository(runtime: str, out: Path, overwrite: bool) -> None:
+def check_model_repository(runtime: str, bundle: Path, out: Path, overwrite: bool) -> None:
     """Check early whether :func:`write_model_repository` can write a bundle of a runtime.
 
     Raises:
         ValueError: Triton has no backend for the runtime.
-        ArtifactError: ``out`` exists and is not to be replaced.
+        ArtifactError: ``out`` exists and is not to be replaced, or is not beside the bundle.
     """
     if runtime not in BACKENDS:
         raise ValueError(
             f"a model repository has no backend for the runtime {runtime!r}; accepted with "
             f"--triton: {', '.join(BACKENDS)}"
+        )
+    first, second = (Path(os.path.realpath(path)) for path in (bundle, out))
+    if first.is_relative_to(second) or second.is_relative_to(first):
+        raise ArtifactError(
+            f"the model repository {out} and the bundle {bundle} are the same directory, or one is "
+            "inside the other, and either is replaced as a whole; choose a directory beside it"
         )
     check_replaceable(out, MARKER, overwrite)
 
@@ -73,11 +81,11 @@ def write_model_repository(bundle: Bundle, out: Path, overwrite: bool = False) -
 
     Raises:
         ValueError: Triton has no backend for a graph's runtime.
-        ArtifactError: ``out`` exists and is not to be replaced.
+        ArtifactError: ``out`` exists and is not to be replaced, or is not beside the bundle.
     """
     graphs = bundle.manifest.graphs
     for graph in graphs.values():
-        check_model_repository(graph.runtime, out, overwrite)
+        check_model_repository(graph.runtime, bundle.path, out, overwrite)
     with new_directory(out, MARKER, overwrite) as root:
         for name, graph in graphs.items():
             folder = root / model_of_graph(name) / VERSION

@@ -152,6 +152,14 @@ def test_export_for_a_runtime_without_backend_writes_nothing(tiny_checkpoint, tm
     assert not out.exists() and not models.exists()
 
 
+@pytest.mark.parametrize(("out", "models"), [("a", "a"), ("a", "a/b"), ("a/b", "a")])
+def test_export_repository_that_is_not_beside_the_bundle_is_refused(out, models, tmp_path, capsys):
+    command = ["export", str(demo.CHECKPOINT), "--out", str(tmp_path / out)]
+    assert main([*command, "--triton", str(tmp_path / models), "--overwrite"]) == 2
+    assert "choose a directory beside it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_export_writes_a_repository_beside_the_bundle(tiny_checkpoint, tmp_path):
     out, models = tmp_path / "bundle", tmp_path / "models"
