@@ -17,6 +17,7 @@ from typing import Protocol, cast
 from coprs_deploy.bundle import Bundle, EngineRecord, GraphRecord
 from coprs_deploy.engines.graphs import SegmentationGraphs
 from coprs_deploy.engines.runner import Availability, DeviceTensor, Runner, RunnerOptions
+from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.specs import GraphSpec
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "default_runtime",
     "open_bundle_graph",
     "open_graph",
+    "require_runtime",
     "runtime_module",
     "runtime_names",
 ]
@@ -86,6 +88,17 @@ def runtime_module(name: str) -> RuntimeModule:
         availability=partial(module.trt_availability, variant),
     )
     return cast(RuntimeModule, bound)
+
+
+def require_runtime(name: str) -> None:
+    """Check early whether a runtime of ONNX files is installed.
+
+    Raises:
+        RuntimeUnavailableError: it is not; the message has the pip line that brings it.
+    """
+    on_cpu, *_ = runtime_module(name).availability()
+    if not on_cpu.is_available:
+        raise RuntimeUnavailableError(on_cpu.detail)
 
 
 def open_graph(

@@ -17,7 +17,14 @@ from coprs_deploy.bundle import (
     write_manifest,
 )
 from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
-from coprs_deploy.engines import Runner, RunnerOptions, check_runtime, open_bundle_graph
+from coprs_deploy.engines import (
+    ONNX_RUNTIMES,
+    Runner,
+    RunnerOptions,
+    check_runtime,
+    open_bundle_graph,
+    require_runtime,
+)
 from coprs_deploy.errors import EquivalenceError, MissingDependencyError
 from coprs_deploy.export.graph_check import GraphCheck, open_unverified
 from coprs_deploy.export.tolerances import POLICY_TOLERANCES, TOLERANCES
@@ -57,19 +64,23 @@ def verify_bundle(
         BundleIntegrityError: a file of the bundle was changed.
         EquivalenceError: the bundle was exported from another checkpoint.
         ValueError: the runtime cannot run these graphs.
+        RuntimeUnavailableError: it is not installed, or cannot use the device.
         EngineMismatchError: an engine does not fit the library or GPU, or carries host code.
     """
     bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
     _check_fingerprint(bundle, checkpoint)
-    if runtime is not None:
-        check_runtime(bundle.manifest.graphs[IMAGE_ENCODER], runtime)
+    encoder = bundle.manifest.graphs[IMAGE_ENCODER]
+    used = runtime or encoder.runtime
+    check_runtime(encoder, used)
+    if used in ONNX_RUNTIMES:
+        require_runtime(used)
     options = RunnerOptions(device=device, allow_engine_host_code=allow_engine_host_code)
     engines: dict[str, EngineRecord] = {}
 
     def candidate(name: str) -> Runner:
         graph = bundle.manifest.graphs[name]
         if graph.engine is None:
-            return open_bundle_graph(bundle, name, RunnerOptions(device=device), runtime)
+            return open_bundle_graph(bundle, name, options, used)
         runner, engines[name] = open_unverified(
             graph.runtime, bundle.graph_path(name), graph.spec, graph.engine, options
         )

@@ -2,16 +2,24 @@
 
 import json
 import shutil
+import sys
 
 import msgspec
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from coprs_deploy import demo
 from coprs_deploy.artifacts import FileRecord, hash_file
 from coprs_deploy.bundle import read_manifest, write_manifest
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
-from coprs_deploy.errors import BundleError, BundleIntegrityError, CheckpointError, EquivalenceError
+from coprs_deploy.errors import (
+    BundleError,
+    BundleIntegrityError,
+    CheckpointError,
+    EquivalenceError,
+    RuntimeUnavailableError,
+)
 from coprs_deploy.export import verify_bundle
 from coprs_deploy.specs import GRAPH_NAMES
 
@@ -45,6 +53,14 @@ def test_verify_other_checkpoint_names_both_fingerprints(tiny_bundle, tiny_check
         verify_bundle(tiny_bundle, other.path)
     assert other.fingerprint()[:12] in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_verify_without_the_runtime_of_the_export_takes_no_other(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    steps = []
+    with pytest.raises(RuntimeUnavailableError, match=r"ONNX Runtime .*pip install"):
+        verify_bundle(demo.BUNDLE, demo.CHECKPOINT, progress=steps.append)
+    assert steps == []
 
 
 def test_verify_changed_checkpoint_is_refused(tiny_bundle, tiny_checkpoint, tmp_path):
