@@ -56,7 +56,7 @@ from coprs_deploy.export.calibration import (
     find_calibration_images,
 )
 from coprs_deploy.export.calibration_examples import CalibrationExamples, split_examples
-from coprs_deploy.export.graph_check import GraphCheck
+from coprs_deploy.export.graph_check import GraphCheck, require_check_runtimes
 from coprs_deploy.export.graph_writer import write_graph, write_int8_graph
 from coprs_deploy.export.options import ExportOptions
 from coprs_deploy.export.policy.compression import MAX_CALIBRATION_EXAMPLES, MAX_HELD_OUT
@@ -123,8 +123,9 @@ def export_checkpoint(
         ValueError: there are too few calibration images, or the aspect ratio saves nothing.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
         EngineBuildError: an engine cannot be built; nothing is written.
-        RuntimeUnavailableError: engines of this variant cannot be built here, or the processor
-            cannot run the precision.
+        MissingDependencyError: a package that converts the policy is not installed.
+        RuntimeUnavailableError: engines of this variant cannot be built here, the runtime that
+            checks the graphs is not installed, or the processor cannot run the precision.
     """
     job = _Export(
         checkpoint, Path(out), options or ExportOptions(), progress, callbacks or BuildCallbacks()
@@ -163,12 +164,16 @@ class _Export:
             self.target = resolve_target(options.build_settings())
         if (options.runtime, options.precision) == ("openvino", INT8):
             openvino_runner.require_int8_units()
+        require_check_runtimes(options)
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = read_checkpoint(checkpoint)
         if options.policy_runtime != "transformers":
             require_float_weights(
                 checkpoint.policy_path, f"--policy-runtime {options.policy_runtime}"
             )
+            from coprs_deploy.export.policy.graphs import require_converters
+
+            require_converters(options.policy_precision)
         check_replaceable(out, MANIFEST_FILE, options.overwrite)
         self.images: CalibrationImages | None = None
         if options.calibration_images is not None:

@@ -16,7 +16,13 @@ import numpy as np
 
 from coprs_deploy.bundle import ENGINE_SUFFIX, EngineRecord, EquivalenceRecord
 from coprs_deploy.checkpoint import Checkpoint
-from coprs_deploy.engines import ONNX_RUNTIMES, Runner, RunnerOptions, open_graph
+from coprs_deploy.engines import (
+    ONNX_RUNTIMES,
+    Runner,
+    RunnerOptions,
+    open_graph,
+    require_runtime,
+)
 from coprs_deploy.engines.runner import Array
 from coprs_deploy.engines.trt.runner import TrtRunner, UnverifiedEngineWarning
 from coprs_deploy.export.equivalence import (
@@ -52,6 +58,24 @@ NO_TOLERANCE = Tolerance(
     "deliberately a different function; its masks have to be evaluated on images of its use",
     pools_masks=True,
 )
+
+
+def has_roundings(options: ExportOptions) -> bool:
+    """Whether graphs are compared with their roundings written out, on :data:`CPU_RUNTIME`."""
+    return rest_precision(options.runtime, options.precision) != FP32
+
+
+def require_check_runtimes(options: ExportOptions) -> None:
+    """Check early whether the runtimes of :meth:`GraphCheck.require_graphs` are installed.
+
+    Raises:
+        RuntimeUnavailableError: one is not.
+    """
+    runs_here = options.runtime in ONNX_RUNTIMES
+    if runs_here:
+        require_runtime(options.runtime)
+    if not runs_here or has_roundings(options):
+        require_runtime(CPU_RUNTIME)
 
 
 class GraphCheck:
@@ -118,7 +142,7 @@ class GraphCheck:
         """
         runs_here = options.runtime in ONNX_RUNTIMES
         runtime = options.runtime if runs_here else CPU_RUNTIME
-        is_rounded = rest_precision(options.runtime, options.precision) != FP32
+        is_rounded = has_roundings(options)
 
         def open_rounded(name: str) -> Runner:
             path = scratch / f"{name}.rounded.onnx"

@@ -70,7 +70,7 @@ def export_policy_graphs(
         MissingDependencyError: OpenVINO or NNCF is not installed.
         PolicyError: the family, or a setting of its image processor, is not supported.
     """
-    _import_converters(precision)
+    require_converters(precision)
     out.mkdir(parents=True)
     report("load policy")
     load = partial(_load, policy, precision)
@@ -348,7 +348,12 @@ def _save(graph: Any, path: Path) -> None:
     ov.save_model(graph, path, compress_to_fp16=False)
 
 
-def _import_converters(precision: str) -> None:
+def require_converters(precision: str) -> None:
+    """Check early whether the packages of a conversion are installed.
+
+    Raises:
+        MissingDependencyError: OpenVINO, or NNCF for ``int8`` and ``int4``, is not.
+    """
     needed = ["openvino"] if precision in ("fp32", "bf16") else ["openvino", "nncf"]
     for package in needed:
         try:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import sys
 
 import numpy as np
 import onnx
@@ -11,12 +12,18 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from coprs_deploy import demo
 from coprs_deploy.artifacts import record_files
 from coprs_deploy.bundle import open_bundle, read_manifest
 from coprs_deploy.checkpoint import load_segmentation_model, read_checkpoint
 from coprs_deploy.engines import RunnerOptions, SegmentationGraphs, open_graph
 from coprs_deploy.engines.torch_runner import TorchRunner
-from coprs_deploy.errors import ArtifactError, CheckpointError, EquivalenceError
+from coprs_deploy.errors import (
+    ArtifactError,
+    CheckpointError,
+    EnvironmentNotReadyError,
+    EquivalenceError,
+)
 from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer
 from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.images import prepare_image
@@ -297,6 +304,30 @@ class TestEquivalence:
             export_checkpoint(tiny_checkpoint, out, ExportOptions(overwrite=True))
         assert record_files(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+class TestMissingPackages:
+    @pytest.mark.parametrize(
+        ("package", "options", "message"),
+        [
+            ("onnxruntime", {}, "ONNX Runtime"),
+            ("onnxruntime", {"runtime": "openvino", "precision": "fp16"}, "ONNX Runtime"),
+            ("openvino", {"runtime": "openvino"}, "OpenVINO"),
+            ("nncf", {"policy_runtime": "openvino"}, "int8 graph needs nncf"),
+        ],
+    )
+    def test_export_names_them_before_the_first_step(
+        self, package, options, message, tmp_path, monkeypatch
+    ):
+        if options:
+            pytest.importorskip("openvino", reason="OpenVINO is not installed")
+        monkeypatch.setitem(sys.modules, package, None)
+        steps = []
+        with pytest.raises(EnvironmentNotReadyError, match=f"{message}.* is not installed; pip"):
+            export_checkpoint(
+                demo.CHECKPOINT, tmp_path / "bundle", ExportOptions(**options), steps.append
+            )
+        assert steps == []
 
 
 class TestOutput:
