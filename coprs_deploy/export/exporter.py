@@ -87,7 +87,7 @@ class ExportReport:
 
     Attributes:
         bundle: exported bundle.
-        seconds: wall time by step.
+        seconds: wall time by step; one that is repeated has the sum.
         weights_bytes: size of the segmentation weights in float32.
         peak_bytes_export: peak memory of the process after writing the graphs.
         peak_bytes_total: peak memory of the process at the end, equivalence check included.
@@ -401,7 +401,7 @@ class _Export:
 
 
 class _StepTimer:
-    """Announce consecutive steps and measure their wall time."""
+    """Announce consecutive steps and measure their wall time, as a sum if one is repeated."""
 
     def __init__(self, progress: Progress) -> None:
         self.seconds: dict[str, float] = {}
@@ -418,5 +418,6 @@ class _StepTimer:
     def stop(self) -> None:
         """Finish the current step."""
         if self._step:
-            self.seconds[self._step] = time.perf_counter() - self._started
+            seconds = time.perf_counter() - self._started
+            self.seconds[self._step] = self.seconds.get(self._step, 0.0) + seconds
             self._step = ""

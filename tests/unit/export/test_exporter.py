@@ -24,7 +24,7 @@ from coprs_deploy.errors import (
     EnvironmentNotReadyError,
     EquivalenceError,
 )
-from coprs_deploy.export import ExportOptions, export_checkpoint, graph_writer
+from coprs_deploy.export import ExportOptions, export_checkpoint, exporter, graph_writer
 from coprs_deploy.export.tolerances import TOLERANCES, Tolerance
 from coprs_deploy.images import prepare_image
 from coprs_deploy.specs import GRAPH_NAMES, OptimizationProfile, graph_specs
@@ -212,6 +212,15 @@ class TestReport:
         assert report.weights_bytes == sum(4 * p.numel() for p in model.parameters())
         assert report.weights_bytes < report.peak_bytes_export <= report.peak_bytes_total
         assert report.bundle.manifest == read_manifest(tmp_path / "bundle")
+
+    def test_export_report_has_the_sum_of_a_repeated_step(self, monkeypatch):
+        clock = iter([0.0, 1.0, 1.0, 3.0, 3.0, 7.0])
+        monkeypatch.setattr(exporter.time, "perf_counter", lambda: next(clock))
+        timer = exporter._StepTimer(lambda step: None)
+        for step in ("candidate policy", "write decoder", "candidate policy"):
+            timer.start(step)
+        timer.stop()
+        assert timer.seconds == {"candidate policy": 5.0, "write decoder": 2.0}
 
 
 class TestTargets:
