@@ -13,6 +13,9 @@ from coprs_deploy.specs import OptimizationProfile
 
 POLICY_RUNTIMES = ("transformers", "openvino", "both")
 
+POLICY_PRECISION = "int8"
+"""Default precision of the policy's graphs."""
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -54,7 +57,7 @@ class ExportOptions:
     aspect_ratio: tuple[int, int] | None = None
     drop_padding: bool = False
     policy_runtime: str = "transformers"
-    policy_precision: str = "int8"
+    policy_precision: str = POLICY_PRECISION
     policy_calibration: Path | None = None
     allow_inexact_policy: bool = False
     external_policy: bool = False
@@ -130,6 +133,12 @@ class ExportOptions:
                 f"policy_runtime and policy_precision are {self.policy_runtime!r} and "
                 f"{self.policy_precision!r}; accepted: --policy-calibration with --policy-runtime "
                 "openvino or both and --policy-precision int4"
+            )
+        if self.policy_runtime == "transformers" and self.policy_precision != POLICY_PRECISION:
+            raise ValueError(
+                f"policy_precision is {self.policy_precision!r}, which applies to the policy's "
+                "graphs, and policy_runtime is 'transformers', whose bundle has none; accepted: "
+                "--policy-precision with --policy-runtime openvino or both"
             )
         if self.external_policy and self.policy_runtime == "openvino":
             raise ValueError(

@@ -241,6 +241,7 @@ def test_16_bit_weights_are_read_in_float32_and_restored(tiny_checkpoint):
     [
         ({"policy_runtime": "onnx"}, "policy_runtime is 'onnx'; accepted: transformers, openvino"),
         ({"policy_precision": "fp16"}, "policy_precision is 'fp16'; accepted: fp32, bf16, int8"),
+        ({"policy_precision": "int4"}, "accepted: --policy-precision with --policy-runtime"),
         (
             {"policy_runtime": "openvino", "external_policy": True},
             "accepted: --policy-runtime both, or no --external-policy",
