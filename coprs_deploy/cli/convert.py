@@ -77,13 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert from the given source."""
     if arguments.policy_size and not arguments.random:
         raise ValueError("--policy-size requires --random")
-    if hasattr(arguments, "prompt") and arguments.random:
-        raise ValueError("--prompt-template cannot be combined with --random")
+    has_prompt = hasattr(arguments, "prompt") or hasattr(arguments, "reference_tail")
+    if has_prompt and (arguments.random or arguments.checkpoint):
+        source = "--random" if arguments.random else "CHECKPOINT"
+        raise ValueError(
+            f"--prompt-template and --reference-tail cannot be combined with {source}, whose "
+            "policy has its own"
+        )
     has_encoder = hasattr(arguments, "image_encoder")
     if arguments.checkpoint and not has_encoder:
         raise ValueError("--image-encoder is missing: name the encoder that CHECKPOINT gets")
-    if arguments.checkpoint and hasattr(arguments, "prompt"):
-        raise ValueError("--prompt-template cannot be combined with CHECKPOINT, which has one")
     if not arguments.random and not arguments.checkpoint and not arguments.sam:
         raise ValueError("--sam is missing: name the sam_vit_*.pth file")
 

@@ -260,6 +260,11 @@ class TestWrongUse:
             (["export", "nowhere", "--out", "b", "--targets", "4,1"], "min,opt,max"),
             (["convert", "--out", "c"], "one of the arguments CHECKPOINT --policy"),
             (["convert", "--random", "--sam", "vit_x", "--out", "c"], "vit_b, vit_l, vit_h"),
+            (["convert", "--random", "--reference-tail", "x", "--out", "c"], "be combined with"),
+            (
+                ["convert", "p", "--image-encoder", "f", "--reference-tail", "x", "--out", "c"],
+                "be combined with CHECKPOINT",
+            ),
             (["convert", "--policy", "p", "--out", "c"], "--sam is missing"),
             (["convert", "--policy", "p", "--sam", "s.pth", "--out", "c"], "no file s.pth"),
         ],
