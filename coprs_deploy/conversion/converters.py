@@ -80,11 +80,11 @@ class ConversionOptions:
 
     def template(self, model_type: str) -> PromptTemplate:
         """Return the prompt template for a type of policy."""
-        default = DEFAULT_PROMPTS[model_type]
+        default, tail = DEFAULT_PROMPTS[model_type], self.reference_tail
         return PromptTemplate(
-            text=self.prompt or default.text,
+            text=default.text if self.prompt is None else self.prompt,
             image_token=default.image_token,
-            reference_tail=self.reference_tail or default.reference_tail,
+            reference_tail=default.reference_tail if tail is None else tail,
         )
 
 

@@ -123,6 +123,12 @@ class TestPolicyAndSam:
             checkpoint_from_policy_and_sam(untuned_policy, sam_file, tmp_path / "c", options)
         assert list(tmp_path.iterdir()) == []
 
+    def test_options_empty_prompt_or_tail_is_refused(self):
+        with pytest.raises(ValueError, match=r"\{instruction\} 0 times"):
+            ConversionOptions(prompt="").template("llava")
+        with pytest.raises(ValueError, match="reference_tail is ''"):
+            ConversionOptions(reference_tail="").template("llava")
+
     def test_policy_and_sam_policy_may_be_on_the_hub(self, hub, checkpoint, sam_file, tmp_path):
         hub.repositories["lab/policy"] = Repository()
         files = {path.name: path.read_bytes() for path in checkpoint.policy_path.iterdir()}
