@@ -39,6 +39,7 @@ DEFAULT_PROMPTS: Mapping[str, PromptTemplate] = {
 """Default prompt template by model type, for policies trained without another one."""
 
 _SKIPPED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_SAFETENSORS_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
 def load_policy(path: Path, weights: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
@@ -196,9 +197,15 @@ def save_policy(model: Any, tokenizer: Any, source: Path | None, out: Path) -> N
 
 
 def copy_policy_files(source: Path, out: Path, with_weights: bool = False) -> None:
-    """Copy the files of a policy directory (not its subdirectories), optionally with weights."""
+    """Copy the files of a policy directory (not its subdirectories).
+
+    Of its weights, those in safetensors are copied on request, and pickles never.
+    """
     for path in sorted(source.iterdir()):
-        if path.is_file() and (with_weights or not path.name.endswith(_SKIPPED_SUFFIXES)):
+        is_copied = not path.name.endswith(_SKIPPED_SUFFIXES)
+        if with_weights:
+            is_copied |= path.name.endswith(_SAFETENSORS_SUFFIXES)
+        if path.is_file() and is_copied:
             shutil.copyfile(path, out / path.name)
 
 

@@ -249,11 +249,12 @@ def test_load_policy_without_tokenizer_is_refused(untuned_policy, tmp_path):
         load_policy(tmp_path / "policy")
 
 
-def test_copy_policy_files_skips_directories_and_optionally_weights(tmp_path):
+def test_copy_policy_files_skips_directories_pickles_and_optionally_weights(tmp_path):
     source = tmp_path / "source"
     (source / "cache").mkdir(parents=True)
-    weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "x.pt")
-    for name in ("config.json", "merges.txt", *weights):
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", "x.pt")
+    for name in ("config.json", "merges.txt", *weights, *pickles):
         (source / name).write_text(name)
     lean, whole = tmp_path / "lean", tmp_path / "whole"
     lean.mkdir()
