@@ -8,6 +8,7 @@ text and default come from the record. An option that is not given leaves the re
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,11 +48,11 @@ class Option:
 
 
 def gib(text: str) -> int:
-    """Convert a number of GiB above 0 to bytes."""
-    size = float(text)
-    if not size > 0:
-        raise ValueError(f"{text} GiB is not above 0")
-    return int(size * GIB)
+    """Convert a finite number of GiB above 0 to bytes."""
+    size_bytes = float(text) * GIB
+    if not 0 < size_bytes < math.inf:
+        raise ValueError(f"{text} GiB is not a finite number above 0")
+    return int(size_bytes)
 
 
 UNITS: Mapping[str, tuple[Callable[[str], Any], str]] = {

@@ -143,7 +143,7 @@ def test_read_options_lets_the_record_refuse_a_value(parser):
     [
         (["--only-sizes", "a"], "argument --only-sizes: sizes is 'a'; accepted: N,N"),
         (["--num-threads", "a"], "argument --num-threads: invalid int value: 'a'"),
-        (["--max-memory", "0"], "argument --max-memory: 0 GiB is not above 0"),
+        (["--max-memory", "0"], "argument --max-memory: 0 GiB is not a finite number above"),
     ],
 )
 def test_refused_value_shows_the_message_of_its_converter(parser, capsys, arguments, message):
@@ -168,7 +168,7 @@ def test_gib_converts_to_bytes():
     assert gib("1.5") == 3 * GIB // 2
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan"])
-def test_gib_not_above_zero_is_refused(text):
-    with pytest.raises(ValueError, match=f"{text} GiB is not above 0"):
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e999"])
+def test_gib_that_is_not_finite_and_above_zero_is_refused(text):
+    with pytest.raises(ValueError, match=f"{text} GiB is not a finite number above 0"):
         gib(text)
