@@ -86,5 +86,6 @@ def open_graphs(
             )
             for name in bundle.manifest.graphs
         }
+        graphs = SegmentationGraphs(runners)
         opened.pop_all()
-    return SegmentationGraphs(runners)
+    return graphs

@@ -6,8 +6,10 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 
+from coprs_deploy import demo
 from coprs_deploy.bundle import open_bundle
 from coprs_deploy.engines.autotune import RuntimeChoice
+from coprs_deploy.engines.onnxruntime_runner import OrtRunner
 from coprs_deploy.errors import RuntimeUnavailableError
 from coprs_deploy.policy.torch_settings import torch_threads
 from coprs_deploy.policy.vllm_policy.settings import VllmSettings
@@ -96,6 +98,19 @@ def test_open_graphs_failure_closes_the_graphs_before_it(bundle, monkeypatch):
     with pytest.raises(RuntimeUnavailableError, match="no more"):
         open_graphs(bundle, RuntimeOptions())
     assert closed == list(reversed(GRAPH_NAMES[:-1]))
+
+
+def test_open_graphs_that_cannot_be_fused_are_closed(monkeypatch):
+    closed = []
+
+    def failing(self, following):
+        raise RuntimeUnavailableError("no memory for another stream")
+
+    monkeypatch.setattr(OrtRunner, "fused_with", failing)
+    monkeypatch.setattr(OrtRunner, "close", lambda self: closed.append(self.spec.name))
+    with pytest.raises(RuntimeUnavailableError, match="no memory"):
+        open_graphs(open_bundle(demo.BUNDLE), RuntimeOptions(runtime="onnxruntime"))
+    assert closed == list(reversed(GRAPH_NAMES))
 
 
 def test_load_passes_options_to_graphs_and_policy(tiny_bundle, scene, tmp_path, monkeypatch):
