@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 from coprs_deploy.artifacts import check_writable
-from coprs_deploy.bundle import open_bundle
-from coprs_deploy.checkpoint import read_checkpoint
+from coprs_deploy.bundle import Bundle, open_bundle
+from coprs_deploy.checkpoint import Checkpoint, read_checkpoint
 from coprs_deploy.cli.options import Option, add_options, read_options
 from coprs_deploy.cli.parser import print_result
 from coprs_deploy.cli.tables import equivalence_table, movement_table
@@ -77,18 +77,24 @@ def run(arguments: argparse.Namespace) -> int:
     options = read_options(arguments, RuntimeOptions, OPTIONS)
     if arguments.report:
         check_writable(arguments.report, is_file=True)
-        require_onnx_graphs(open_bundle(arguments.bundle))  # before the long check
+    bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
+    if arguments.report:
+        require_onnx_graphs(bundle)  # before the long check
     with StepPrinter() as progress:
         records = verify_bundle(
-            arguments.bundle,
-            arguments.against,
+            bundle,
+            checkpoint,
             options.device,
             progress,
             runtime=options.runtime,
             allow_engine_host_code=options.allow_engine_host_code,
         )
-        policy = verify_policy_graphs(arguments.bundle, arguments.against, progress)
-        comparisons = _compare_backends(arguments, progress) if arguments.report else ()
+        policy = verify_policy_graphs(bundle, checkpoint, progress)
+        comparisons = (
+            _compare_backends(bundle, checkpoint, arguments.report, progress)
+            if arguments.report
+            else ()
+        )
     passed = all(record.passed for record in records) and all(c.passed for c in comparisons)
     passed = passed and (policy is None or policy.passed)
     shown = {"passed": passed, "equivalence": [record.to_json() for record in records]}
@@ -112,10 +118,9 @@ def _compare_encoders(arguments: argparse.Namespace) -> int:
 
 
 def _compare_backends(
-    arguments: argparse.Namespace, progress: StepPrinter
+    bundle: Bundle, checkpoint: Checkpoint, report: Path, progress: StepPrinter
 ) -> tuple[BackendComparison, ...]:
-    bundle, checkpoint = open_bundle(arguments.bundle), read_checkpoint(arguments.against)
     samples = verification(bundle, checkpoint, None, progress).samples
     comparisons = compare_backends(bundle, checkpoint, samples, progress)
-    write_comparison_page(arguments.report, bundle, comparisons, len(samples))
+    write_comparison_page(report, bundle, comparisons, len(samples))
     return comparisons

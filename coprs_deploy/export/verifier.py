@@ -35,8 +35,8 @@ SEED = 1
 
 
 def verify_bundle(
-    bundle_path: str | Path,
-    checkpoint_path: str | Path,
+    bundle_path: str | Path | Bundle,
+    checkpoint_path: str | Path | Checkpoint,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda step: None,
     *,
@@ -49,8 +49,8 @@ def verify_bundle(
     marks are removed. A bundle that cannot be written is a warning.
 
     Args:
-        bundle_path: bundle directory.
-        checkpoint_path: checkpoint that the bundle was exported from.
+        bundle_path: bundle directory, or the opened bundle.
+        checkpoint_path: checkpoint that the bundle was exported from, or the opened one.
         device: device of the graphs; PyTorch runs on the CPU in float32.
         progress: called with the name of each step as it starts.
         runtime: runtime of the graphs; None for the one that they were exported for.
@@ -67,7 +67,7 @@ def verify_bundle(
         RuntimeUnavailableError: it is not installed, or cannot use the device.
         EngineMismatchError: an engine does not fit the library or GPU, or carries host code.
     """
-    bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
+    bundle, checkpoint = _open(bundle_path, checkpoint_path)
     _check_fingerprint(bundle, checkpoint)
     encoder = bundle.manifest.graphs[IMAGE_ENCODER]
     used = runtime or encoder.runtime
@@ -95,8 +95,8 @@ def verify_bundle(
 
 
 def verify_policy_graphs(
-    bundle_path: str | Path,
-    checkpoint_path: str | Path,
+    bundle_path: str | Path | Bundle,
+    checkpoint_path: str | Path | Checkpoint,
     progress: Callable[[str], None] = lambda step: None,
 ) -> PolicyEquivalence | None:
     """Compare the policy's graphs of a bundle with PyTorch again, on other scenes than export's.
@@ -107,13 +107,13 @@ def verify_policy_graphs(
 
     Raises:
         BundleIntegrityError: a file of the bundle was changed.
-        EquivalenceError: the bundle was exported from another checkpoint.
+        EquivalenceError: the graphs were exported from another checkpoint.
     """
-    bundle, checkpoint = open_bundle(bundle_path), read_checkpoint(checkpoint_path)
-    _check_fingerprint(bundle, checkpoint)
+    bundle, checkpoint = _open(bundle_path, checkpoint_path)
     record = bundle.manifest.policy_graphs
     if record is None:
         return None
+    _check_fingerprint(bundle, checkpoint)
     from coprs_deploy.export.policy.check import NUM_SAMPLES, compare_policy
 
     try:
@@ -137,6 +137,16 @@ def verification(
     encoder = bundle.manifest.graphs[IMAGE_ENCODER]
     tolerances = TOLERANCES[runtime or encoder.runtime, encoder.precision]
     return GraphCheck(checkpoint, specs, tolerances, progress, seed=SEED)
+
+
+def _open(
+    bundle: str | Path | Bundle, checkpoint: str | Path | Checkpoint
+) -> tuple[Bundle, Checkpoint]:
+    """Open what is not open yet; opening a bundle reads all of its files."""
+    return (
+        bundle if isinstance(bundle, Bundle) else open_bundle(bundle),
+        checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint),
+    )
 
 
 def _check_fingerprint(bundle: Bundle, checkpoint: Checkpoint) -> None:

@@ -9,9 +9,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from coprs_deploy import demo
+from coprs_deploy import bundle, demo
 from coprs_deploy.artifacts import FileRecord, hash_file
 from coprs_deploy.bundle import read_manifest, write_manifest
+from coprs_deploy.cli.main import main
 from coprs_deploy.conversion import ConversionOptions, random_checkpoint
 from coprs_deploy.errors import (
     BundleError,
@@ -53,6 +54,16 @@ def test_verify_other_checkpoint_names_both_fingerprints(tiny_bundle, tiny_check
         verify_bundle(tiny_bundle, other.path)
     assert other.fingerprint()[:12] in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_verify_reads_each_file_of_the_bundle_once(
+    tiny_bundle, tiny_checkpoint, monkeypatch, capsys
+):
+    hashed = []
+    monkeypatch.setattr(bundle, "hash_file", lambda path: hashed.append(path) or hash_file(path))
+    assert main(["verify", str(tiny_bundle), "--against", str(tiny_checkpoint)]) == 0
+    assert hashed
+    assert sorted(hashed) == sorted(set(hashed))
 
 
 def test_verify_without_the_runtime_of_the_export_takes_no_other(monkeypatch):
