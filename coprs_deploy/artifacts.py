@@ -351,7 +351,8 @@ def hash_file(path: Path) -> str:
 def record_files(root: Path, parts: Collection[str] | None = None) -> tuple[FileRecord, ...]:
     """Hash the files below a directory in parallel; sorted by path.
 
-    Hidden files and directories do not count: a model hub keeps its own notes in them.
+    Links are followed, to directories too. Hidden files and directories do not count: a model hub
+    keeps its own notes in them.
 
     Args:
         root: the directory.
@@ -363,7 +364,9 @@ def record_files(root: Path, parts: Collection[str] | None = None) -> tuple[File
         is_hidden = any(name.startswith(".") for name in names)
         return path.is_file() and not is_hidden and (parts is None or names[0] in parts)
 
-    paths = sorted(filter(counts, root.rglob("*")))
+    walked = os.walk(root, followlinks=True)
+    found = (Path(folder, name) for folder, _, names in walked for name in names)
+    paths = sorted(filter(counts, found))
 
     def record(path: Path) -> FileRecord:
         name = path.relative_to(root).as_posix()

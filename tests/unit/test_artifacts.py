@@ -460,6 +460,16 @@ def test_record_files_below_directory_keeps_paths_from_root(tmp_path):
     for name in ("graph", "policy/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
+    assert [record.path for record in record_files(tmp_path, {"policy"})] == ["policy/config.json"]
+
+
+def test_record_files_follows_links_to_directories(tmp_path):
+    for name in ("shared/config.json", "checkpoint/weights"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    (tmp_path / "checkpoint" / "policy").symlink_to("../shared")
+    records = record_files(tmp_path / "checkpoint", {"policy", "weights"})
+    assert [record.path for record in records] == ["policy/config.json", "weights"]
 
 
 def test_fingerprint_depends_on_paths_and_contents_not_order():
