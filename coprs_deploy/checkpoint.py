@@ -182,7 +182,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         data = json.loads((root / CONFIG_FILE).read_text(encoding="utf-8"))
         config = CheckpointConfig.from_json(data)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{root / CONFIG_FILE} is not valid: {error}") from error
     return Checkpoint(root, config, lock)
 

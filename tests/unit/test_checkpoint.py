@@ -233,7 +233,10 @@ def test_read_checkpoint_missing_part_is_named(checkpoint, part):
         read_checkpoint(checkpoint.path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[]", b"{}", pytest.param(b"[" * 100_000, id="nested")],
+)
 def test_read_checkpoint_invalid_config_is_refused(checkpoint, content):
     (checkpoint.path / CONFIG_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json is not valid: ."):
