@@ -110,9 +110,11 @@ def find_calibration_images(directory: Path) -> CalibrationImages:
 def check_calibration_images(
     images: CalibrationImages, geometry: Geometry, valid_region: ValidRegion | None
 ) -> None:
-    """Raise :class:`ImageError` unless all images lie inside the valid region of an encoder."""
-    if valid_region is None:
-        return
+    """Check early that all images can be read and lie inside the valid region of an encoder.
+
+    Raises:
+        ImageError: one cannot be read, or lies outside.
+    """
     outside = []
     for path in (*images.used, *images.held_out):
         try:

@@ -15,6 +15,7 @@ from coprs_deploy.export.calibration import (
     ProductRange,
     cached_ranges,
     calibrate,
+    check_calibration_images,
     find_calibration_images,
 )
 from coprs_deploy.specs import Geometry
@@ -54,6 +55,12 @@ class TestImages:
         again = find_calibration_images(renamed)
         assert again.sha256 == found.sha256
         assert [p.read_bytes() for p in again.held_out] == [p.read_bytes() for p in found.held_out]
+
+    def test_check_images_unreadable_one_is_named(self, folder):
+        check_calibration_images(find_calibration_images(folder), GEOMETRY, None)
+        (folder / "broken.png").write_bytes((folder / "more/1.png").read_bytes()[:60])
+        with pytest.raises(ImageDecodeError, match=r"broken\.png"):
+            check_calibration_images(find_calibration_images(folder), GEOMETRY, None)
 
     def test_find_images_other_image_changes_hash(self, folder):
         before = find_calibration_images(folder).sha256
