@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -382,10 +383,10 @@ def read_manifest(path: str | Path) -> Manifest:
         HubError: it is on the hub and cannot be downloaded.
     """
     file = local_bundle(path) / MANIFEST_FILE
+    export = f"coprs-deploy export CHECKPOINT --out {shlex.quote(str(path))}"
     if not file.is_file():
         raise BundleError(
-            f"there is no bundle at {path} (no {MANIFEST_FILE}); "
-            f"`coprs-deploy export CHECKPOINT --out {path}` makes one"
+            f"there is no bundle at {path} (no {MANIFEST_FILE}); `{export}` makes one"
         )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -393,7 +394,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if version != SCHEMA_VERSION:
             raise BundleError(
                 f"schema_version is {version!r} in {file}; accepted: {SCHEMA_VERSION}; export the "
-                f"checkpoint again: `coprs-deploy export CHECKPOINT --out {path} --overwrite`"
+                f"checkpoint again: `{export} --overwrite`"
             )
         sha256 = data.pop("sha256", None)
         manifest = Manifest.from_json(data)

@@ -7,6 +7,7 @@ written and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,16 +94,15 @@ def _log_advice(report: ExportReport, checkpoint: Path) -> None:
         f"{report.peak_bytes_export / 1e6:,.0f} MB exporting, "
         f"{report.peak_bytes_total / 1e6:,.0f} MB with the equivalence check"
     )
-    graphs = bundle.manifest.graphs
+    graphs, path = bundle.manifest.graphs, shlex.quote(str(bundle.path))
     if graphs[IMAGE_ENCODER].spec.drops_padding:
         log(
             "An encoder without padding is a different function, for which there is no tolerance: "
-            f"evaluate it on your images with `coprs-deploy evaluate {bundle.path} "
-            "--dataset FILE`"
+            f"evaluate it on your images with `coprs-deploy evaluate {path} --dataset FILE`"
         )
     if any(graph.engine and graph.engine.verified_on is None for graph in graphs.values()):
         log(
             "The engines have never run: the table above is of the graphs that they were built "
             "from. On the machine that will run them: `coprs-deploy verify "
-            f"{bundle.path} --against {checkpoint} --device cuda`"
+            f"{path} --against {shlex.quote(str(checkpoint))} --device cuda`"
         )

@@ -6,6 +6,7 @@ concentrations that give masks of usual size with the old encoder; what counts i
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -175,5 +176,6 @@ def _require_same_rest(old: Checkpoint, new: Checkpoint) -> None:
     if different:
         raise EquivalenceError(
             f"{new.path} differs from {old.path} in more than its image encoder, first in "
-            f"{different[0]}; make it with `coprs-deploy convert {old.path} --image-encoder FILE`"
+            f"{different[0]}; make it with `coprs-deploy convert {shlex.quote(str(old.path))} "
+            "--image-encoder FILE`"
         )

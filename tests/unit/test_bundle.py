@@ -347,6 +347,11 @@ def test_open_bundle_wrong_manifest_field_is_named(root, change, message):
         open_bundle(root)
 
 
+def test_read_manifest_path_with_a_space_is_quoted_in_the_command(tmp_path):
+    with pytest.raises(BundleError, match=r"`coprs-deploy export CHECKPOINT --out '.*/my bundle'`"):
+        read_manifest(tmp_path / "my bundle")
+
+
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_read_manifest_missing_graph_is_named(root, name):
     change_manifest(root, lambda data: data["graphs"].pop(name))
