@@ -47,7 +47,7 @@ from coprs_deploy.engines.trt.cache import (
     check_build_resources,
     resolve_target,
 )
-from coprs_deploy.errors import EquivalenceError
+from coprs_deploy.errors import ArtifactError, EquivalenceError
 from coprs_deploy.export.block_errors import describe_int8_errors
 from coprs_deploy.export.calibration import (
     CalibrationImages,
@@ -68,6 +68,7 @@ from coprs_deploy.export.precision import (
     write_rounded_graph,
 )
 from coprs_deploy.export.tolerances import TOLERANCES
+from coprs_deploy.hub import hub_location
 from coprs_deploy.images import load_image, prepare_image
 from coprs_deploy.machine import installed_versions, peak_memory_bytes
 from coprs_deploy.policy.compressed_weights import require_float_weights
@@ -118,7 +119,7 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ArtifactError: ``out`` exists.
+        ArtifactError: ``out`` exists, or is on the hub.
         ImageError: a calibration image cannot be read, or lies outside the valid region.
         ValueError: there are too few calibration images, or the aspect ratio saves nothing.
         EquivalenceError: a graph is outside its tolerance; nothing is written.
@@ -157,6 +158,11 @@ class _Export:
         progress: Progress,
         callbacks: BuildCallbacks,
     ) -> None:
+        if location := hub_location(out):
+            raise ArtifactError(
+                f"out is {location}, a location on the hub; export to a directory, and upload it "
+                f"with `coprs-deploy push DIRECTORY {location}`"
+            )
         self.out, self.options, self.callbacks = out, options, callbacks
         self.timer = _StepTimer(progress)
         self.target: BuildTarget | None = None

@@ -364,6 +364,13 @@ class TestOutput:
         with pytest.raises(ArtifactError, match="it is not replaced"):
             export_checkpoint(tiny_checkpoint, tiny_checkpoint, ExportOptions(overwrite=True))
 
+    def test_export_to_the_hub_names_the_upload(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        message = "`coprs-deploy push DIRECTORY hf://lab/model`"
+        with pytest.raises(ArtifactError, match=message):
+            export_checkpoint(demo.CHECKPOINT, "hf://lab/model")
+        assert list(tmp_path.iterdir()) == []
+
     def test_export_missing_checkpoint_is_named(self, tmp_path):
         with pytest.raises(CheckpointError, match="there is no checkpoint directory"):
             export_checkpoint(tmp_path / "absent", tmp_path / "bundle")
