@@ -146,7 +146,7 @@ class Optimizer(Record, frozen=True):
         name: ``muon`` (Muon for hidden matrices, AdamW for the rest) or ``adamw``.
         weight_decay: decoupled weight decay.
         betas: AdamW's betas.
-        max_grad_norm: largest norm of the whole gradient.
+        max_grad_norm: largest norm of the whole gradient; 0 does not clip it.
         warmup_steps: steps of linear warm-up.
         lr_decay_type: ``linear`` or ``cosine``.
         lr_decay_ratio: share of the steps, at the end, over which the learning rate decays.
