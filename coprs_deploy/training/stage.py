@@ -101,13 +101,12 @@ def add_mean(sums: dict[str, Mean], name: str, mean: Mean) -> None:
 
 
 def reduce_means(accelerator: Accelerator, means: dict[str, Mean]) -> dict[str, float]:
-    """Combine means over all processes; NaN where a mean has no weight."""
+    """Combine means over all processes; one without weight is undefined and left out."""
     if not means:
         return {}
     names = sorted(means)
     parts = torch.stack([torch.stack([means[n].total, means[n].weight]) for n in names])
     total: torch.Tensor = accelerator.reduce(parts.detach().double(), "sum")
     return {
-        name: float(part[0] / part[1]) if part[1] else float("nan")
-        for name, part in zip(names, total, strict=True)
+        name: float(part[0] / part[1]) for name, part in zip(names, total, strict=True) if part[1]
     }

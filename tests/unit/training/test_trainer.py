@@ -52,3 +52,16 @@ def test_step_without_a_largest_norm_does_not_clip_the_gradient(trainer):
         trainer._step(stage, stage.objective, optimizers, torch.arange(3.0), 1.0)
     assert gradients[0.0][0].equal(gradients[1e6][0])
     assert gradients[0.5][0].norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_log_of_a_batch_without_targets_has_no_undefined_number(trainer):
+    lines = []
+    progress = SimpleNamespace(log=lambda step, line: lines.append(line))
+    nothing = Mean(torch.tensor(0.0), torch.tensor(0.0))
+    losses = {"language": Mean.of(torch.tensor([1.0, 3.0])), "mask_dice": nothing}
+    stage = stage_of()
+    stage.loss_coefficients = lambda factor: dict.fromkeys(losses, 1.0)
+    trainer._log(stage, progress, 1, 1.0, (StageOutput(losses, {"giou": nothing}), 1.0))
+    (line,) = lines
+    assert line["loss"] == line["loss/language"] == 2.0
+    assert not {"loss/mask_dice", "giou"} & line.keys()
