@@ -11,7 +11,7 @@ from coprs_deploy.errors import ArtifactError
 from coprs_deploy.training.recipe import Recipe, load_recipe
 from coprs_deploy.training.runs.progress import StageProgress, clear_finished
 from coprs_deploy.training.runs.run import resolve_precision
-from coprs_deploy.training.runs.run_directory import RunDirectory, all_passed
+from coprs_deploy.training.runs.run_directory import RunDirectory, all_passed, rewind_lines
 from coprs_deploy.training.settings import CheckpointModel, SupervisedSettings, SyntheticData
 
 
@@ -270,6 +270,15 @@ def test_rewind_log_removes_later_lines_of_the_stage(tmp_path):
     kept = [(line["stage"], line["step"]) for line in directory.read_log()]
     assert kept == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
     assert directory.rewind_log("two", 1) == 3, "a tracker has step 3 since the first run"
+
+
+def test_rewind_lines_of_texts_that_hold_other_line_separators(tmp_path):
+    file = tmp_path / "completions.jsonl"
+    lines = [{"step": step, "response": "a\u2028b\x85c é"} for step in (1, 2)]
+    whole = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    file.write_bytes(whole + b'{"step": 2, "response": "\xc3')  # a kill cuts bytes
+    rewind_lines(file, lambda line: line["step"] <= 1)
+    assert [json.loads(line) for line in file.read_bytes().splitlines()] == lines[:1]
 
 
 def progress_of(directory, limit=1, **settings):
