@@ -60,7 +60,8 @@ def evaluate_policy(
 
     def predict(batch: Sequence[Example]) -> list[Prediction]:
         predictions, samples = _predict(trainer, batch)
-        kept.update((i, each) for i, each in zip(position, samples, strict=False) if i in shown)
+        # Samples first: at their end, no position is taken.
+        kept.update((i, each) for each, i in zip(samples, position, strict=False) if i in shown)
         return predictions
 
     was_training = model.training
