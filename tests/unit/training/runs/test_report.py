@@ -113,6 +113,19 @@ def test_running_report_has_the_last_evaluation_and_the_position(tmp_path):
     assert not (tmp_path / "report.json").exists(), "it marks the end"
 
 
+def test_sample_counts_no_ignored_pixel_in_its_iou():
+    masks, ignored = np.zeros((2, 1, 40, 60), np.bool_)
+    masks[0, :, :20], ignored[0, :, 15:30] = True, True
+    image = np.zeros((40, 60, 3), np.uint8)
+    prediction = masks.copy()
+    prediction[0, :, 20:30] = True
+    found = [
+        Sample(Example("7", image, "it", masks, ignore_mask=each), "", "", None, prediction, 0, 0)
+        for each in (ignored[0], None)
+    ]
+    assert [sample.mask_iou for sample in found] == [1, pytest.approx(20 / 30)]
+
+
 def test_page_shows_a_dash_for_an_undefined_metric():
     assert "| reward | - | 0.7000 |" in page(
         report_of(STAGE | {"metrics": {"reward": 0.7}, "init_metrics": {"before/reward": math.nan}})
