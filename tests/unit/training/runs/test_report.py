@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from coprs_deploy.data.examples import Example
+from coprs_deploy.evaluation.reports.plots import pyplot
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.runs.gallery import TILE_PX, Sample, write_gallery
 from coprs_deploy.training.runs.report import (
@@ -70,6 +71,23 @@ def test_plot_stage_writes_an_image(tmp_path, line):
     lines = [{"stage": "one", "step": step, **line} for step in (1, 2)]
     plot_stage(tmp_path / "one.png", "one", [*lines, {"stage": "one", "step": 2, "eval/giou": 0.5}])
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_legend_hides_no_point_of_a_single_evaluation(tmp_path, monkeypatch):
+    plt = pyplot()
+    monkeypatch.setattr(plt, "close", lambda drawn: None)
+    lines = [{"stage": "one", "step": step, "loss": 1.0} for step in range(10, 101, 10)]
+    names = [f"eval/no_reasoning_precision_at_{n}" for n in range(5, 100, 8)]
+    values = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
+    plot_stage(tmp_path / "one.png", "one", [*lines, {"stage": "one", "step": 100, **values}])
+    drawn = plt.gcf()
+    (axes,) = (each for each in drawn.axes if each.get_title() == "evaluation")
+    legend = axes.get_legend().get_window_extent()
+    points = axes.transData.transform([(100, value) for value in values.values()])
+    hidden = [tuple(point) for point in points if legend.contains(*point)]
+    monkeypatch.undo()
+    plt.close(drawn)
+    assert not hidden
 
 
 def test_write_report_plots_prior_against_mask(tmp_path):
