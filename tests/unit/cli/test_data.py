@@ -237,6 +237,7 @@ def test_convert_without_images_is_refused_before_it_writes(root, tmp_path, caps
         (["check", "x", "--first-sentences"], "is an option of `data inspect` and `data convert`"),
         (["inspect", "x", "--num-examples", "0"], "--num-examples is 0; it must be at least 1"),
         (["inspect", "refcoko"], "did you mean refcoco?"),
+        (["inspect", "synthetic:plain"], "write them with `coprs-deploy synth --out FILE.parquet`"),
     ],
 )
 def test_wrong_use_is_refused_with_what_is_accepted(capsys, arguments, message):
