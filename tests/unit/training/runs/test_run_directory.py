@@ -61,7 +61,7 @@ def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
         (
             "grpo_7b",
             [
-                *("stages.grpo.per_device_train_batch_size=1", "stages.grpo.max_targets=2"),
+                "stages.grpo.per_device_train_batch_size=1",
                 *("stages.grpo.num_completions_to_print=2", "stages.grpo.max_steps=7"),
                 "stages.grpo.vllm_gpu_memory_utilization=0.2",
             ],
@@ -102,6 +102,16 @@ def test_open_with_other_settings_names_the_settings_that_resume(tmp_path):
         directory.open(load_recipe("grpo_demo", changes))
     words = shlex.split(str(caught.value).partition("add ")[2].partition(";")[0])
     assert directory.open(load_recipe("grpo_demo", [*changes, *words[1::2]])) == []
+
+
+def test_open_with_another_number_of_targets_raises(tmp_path):
+    """Of more <REF_POS> the last ones count, so that it changes rewards."""
+    directory = with_progress(RunDirectory(tmp_path / "run"))
+    directory.open(load_recipe("grpo_demo"))
+    changed = load_recipe("grpo_demo", ["stages.grpo.max_targets=2"])
+    with pytest.raises(ValueError, match=r"add --allow-change stages\.grpo\.max_targets"):
+        directory.open(changed)
+    assert directory.open(changed, ["stages.grpo.max_targets"])
 
 
 @pytest.mark.parametrize("setting", ["seed=5", "stages.grpo.beta=0.1", "data.kind=synthetic"])
