@@ -179,11 +179,13 @@ def _open_datasets(arguments: argparse.Namespace) -> list[_OpenedDataset]:
     if arguments.dataset:
         first = protocol.first_sentences if protocol else None
         scenes = {"options": SourceOptions(arguments.root, first_sentences=first)}
+    short = [source.rpartition("/")[2] or source for source in sources]
+    # Files of one name in several folders keep their paths.
+    names = [n if short.count(n) == 1 else s for s, n in zip(sources, short, strict=True)]
     opened = []
-    for source in sources:
+    for source, name in zip(sources, names, strict=True):
         examples = open_examples(source, arguments.num_examples, **scenes)
         counted = protocol or default_protocol(examples.examples)
-        name = source.rpartition("/")[2] or source
         task = EvaluationTask(name, examples.examples, examples.max_targets, counted)
         opened.append(_OpenedDataset(examples, task))
     return opened

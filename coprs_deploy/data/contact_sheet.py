@@ -62,7 +62,7 @@ def draw_targets(example: Example) -> Image.Image:
     """Resize an image to a long side of ``TILE_PX``; outline its targets and its ignore mask."""
     height, width = example.image.shape[:2]
     factor = TILE_PX / max(height, width)
-    size = (round(width * factor), round(height * factor))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
     image = Image.fromarray(example.image).resize(size, Image.Resampling.BICUBIC)
     canvas = np.array(image)
     if example.ignore_mask is not None:

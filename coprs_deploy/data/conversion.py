@@ -20,7 +20,8 @@ class ConversionReport:
         num_written: number of examples in the file.
         num_excluded: number of examples on excluded images.
         num_excluded_images: number of their images.
-        problems: one text for each example that cannot be decoded, which is left out.
+        problems: one text for each invalid row and each example that cannot be decoded; both are
+            left out.
     """
 
     num_written: int = 0
@@ -51,7 +52,8 @@ def convert_sources(
         ValueError: the suffix is not supported, or images cannot be compared by name.
         MissingDependencyError: the file is Parquet and pyarrow is not installed.
     """
-    report = ConversionReport()
+    problems = [f"{each.description}, {problem}" for each in sources for problem in each.problems]
+    report = ConversionReport(problems=problems)
     names: set[str] = set().union(*map(image_names, excluded))
     selections = [exclude_images(source, names) for source in sources]
     for source, selection in zip(sources, selections, strict=True):

@@ -13,7 +13,8 @@ Every source of examples is a ``Sequence[Example]``: generated scenes, the data 
     image or image_path            bytes of an image file (base64 in JSON), or the image of Hugging
                                    Face datasets, {"bytes": ..., "path": ...}; or the path of an
                                    image file, relative to the example file
-    ignore_mask                    COCO segmentation of the pixels that no metric counts, optional
+    ignore_mask                    COCO segmentation of the pixels that no loss, reward or metric
+                                   counts, optional
     response, question_type,       text, optional
     source
 

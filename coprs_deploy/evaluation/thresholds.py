@@ -108,7 +108,8 @@ def failed_thresholds(metrics: Mapping[str, float], thresholds: Mapping[str, flo
     failed = []
     for name, required in thresholds.items():
         if name not in metrics:
-            failed.append(f"{name} is undefined: {_UNDEFINED[name]}; required: {required:g}")
+            reason = _UNDEFINED.get(name, "no example that was decoded defines it")
+            failed.append(f"{name} is undefined: {reason}; required: {required:g}")
         elif metrics[name] < required:
             failed.append(f"{name} is {metrics[name]:.4f}; required: {required:g}")
     return failed

@@ -146,7 +146,7 @@ class Optimizer(Record, frozen=True):
         name: ``muon`` (Muon for hidden matrices, AdamW for the rest) or ``adamw``.
         weight_decay: decoupled weight decay.
         betas: AdamW's betas.
-        max_grad_norm: largest norm of the whole gradient.
+        max_grad_norm: largest norm of the whole gradient; 0 does not clip it.
         warmup_steps: steps of linear warm-up.
         lr_decay_type: ``linear`` or ``cosine``.
         lr_decay_ratio: share of the steps, at the end, over which the learning rate decays.
@@ -215,8 +215,9 @@ class SupervisedSettings(StageSettings, frozen=True, tag_field="kind", tag="supe
         segmentation_loss_weight: weight of the segmentation losses (lambda_SEG); 0 disables them.
         loss_weights: weights of the single segmentation losses.
         train_image_encoder: whether SAM's image encoder is trained.
-        truncation_ratio: share of the examples whose reasoning is truncated at a random length, so
-            that the masks of a best guess are learned; no loss teaches to end the reasoning there.
+        truncation_ratio: share of the examples with a target whose reasoning is truncated at a
+            random length, so that the masks of a best guess are learned; no loss teaches to end the
+            reasoning there.
         allow_missing_responses: whether examples without a response are trained on their
             ``<REF_POS>`` alone, which teaches answers without reasoning; else they are refused.
         num_completions_to_print: held-out examples whose generated responses the report shows.

@@ -73,20 +73,24 @@ def mean_metrics(
 ) -> dict[str, float]:
     """Average an objective's metrics over the first examples, without gradient.
 
-    ``collect`` maps indices to a batch. All processes take part and return the same means.
+    ``collect`` maps indices to a batch. All processes take part and return the same means; each
+    calls the objective equally often, as a sharded one requires.
     """
     from accelerate.utils import send_to_device
 
-    mine = list(range(num_examples))[accelerator.process_index :: accelerator.num_processes]
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    mine, most = range(rank, num_examples, num_ranks), -(-num_examples // num_ranks)
     sums: dict[str, Mean] = {}
     objective.eval()
     with torch.no_grad():
-        for start in range(0, len(mine), batch_size):
-            batch = send_to_device(collect(mine[start : start + batch_size]), accelerator.device)
+        for start in range(0, most, batch_size):
+            own = mine[start : start + batch_size]
+            # Without an example left, the first one is evaluated again and not counted.
+            batch = send_to_device(collect(list(own) or [0]), accelerator.device)
             with accelerator.autocast():  # on a CPU it cannot stack float16 embeddings
                 output: StageOutput = objective(batch)
             for name, mean in output.metrics.items():
-                add_mean(sums, name, mean)
+                add_mean(sums, name, mean if own else Mean(*map(torch.zeros_like, mean)))
     objective.train()
     return reduce_means(accelerator, sums)
 
@@ -97,13 +101,12 @@ def add_mean(sums: dict[str, Mean], name: str, mean: Mean) -> None:
 
 
 def reduce_means(accelerator: Accelerator, means: dict[str, Mean]) -> dict[str, float]:
-    """Combine means over all processes; NaN where a mean has no weight."""
+    """Combine means over all processes; one without weight is undefined and left out."""
     if not means:
         return {}
     names = sorted(means)
     parts = torch.stack([torch.stack([means[n].total, means[n].weight]) for n in names])
     total: torch.Tensor = accelerator.reduce(parts.detach().double(), "sum")
     return {
-        name: float(part[0] / part[1]) if part[1] else float("nan")
-        for name, part in zip(names, total, strict=True)
+        name: float(part[0] / part[1]) for name, part in zip(names, total, strict=True) if part[1]
     }

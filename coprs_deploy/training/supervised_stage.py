@@ -190,7 +190,8 @@ class ExampleCollector:
         response = example.response or " ".join([REFERENCE_TOKEN] * len(example.masks))
         ids = self._tokenizer(response, add_special_tokens=False)["input_ids"]
         cut = None
-        if generator is not None and (columns := self._truncator.columns(ids)):
+        has_targets = len(example.masks) > 0
+        if generator is not None and has_targets and (columns := self._truncator.columns(ids)):
             kept = columns.start + int(generator.integers(len(columns)))
             ids = [*ids[:kept], *ids[columns.stop :]]
             cut = len(prompt) + kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,9 @@ class Trainer:
         loss = self._total_loss(output.losses, stage.loss_coefficients(factor))
         accelerator.backward(loss)
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        norm = accelerator.clip_grad_norm_(trained, stage.settings.optimizer.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(
+            trained, stage.settings.optimizer.max_grad_norm or math.inf
+        )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -131,8 +131,6 @@ class ReasonSegExamples(ExampleSource):
         stems = set(self._stems)
         self.num_images = len(stems) if split == "explanatory" else len(paths)
         self.images = ImageFiles((f"{stem}{IMAGE_SUFFIX}" for stem in stems), [folder])
-        without = {path.stem for path in folder.glob(f"*{IMAGE_SUFFIX}")} - {p.stem for p in paths}
-        self.images_without_annotation = sorted(without)
 
     def _add_annotation(self, row: int, path: Path, first_sentences: bool) -> list[RowProblem]:
         try:

@@ -312,6 +312,12 @@ def _folder_splits(folder: Path) -> dict[str, list[Path]]:
 
 def _unknown(text: str) -> str:
     name = text.split(":", maxsplit=1)[0]
+    if name == "synthetic":
+        return (
+            f"source is {text!r}, and synthetic scenes are not read from disk: `evaluate` takes "
+            "synthetic:PRESET, a recipe data.kind = 'synthetic'; for all others, write them with "
+            "`coprs-deploy synth --out FILE.parquet`"
+        )
     known = [*SPLIT_BY, "reasonseg", "synthetic"]
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {text.replace(name, nearest[0], 1)}?" if nearest else ""

@@ -145,7 +145,8 @@ class DistillationObjective(nn.Module):
         is_training = torch.is_grad_enabled()
         losses = {"embedding": Mean.of(self._embedding_loss(embedding, target, cells))}
         metrics = {} if is_training else embedding_metrics(embedding, target, cells)
-        if len(batch.rows) and (settings.decoding_loss_weight or not is_training):
+        # Also without targets: all processes must have the same losses and metrics.
+        if settings.decoding_loss_weight or not is_training:
             of_student, of_teacher, inside = self._decode(batch, embedding, target)
             losses |= self._decoding_losses(of_student, of_teacher, inside)
             if not is_training:

@@ -60,7 +60,8 @@ def evaluate_policy(
 
     def predict(batch: Sequence[Example]) -> list[Prediction]:
         predictions, samples = _predict(trainer, batch)
-        kept.update((i, each) for i, each in zip(position, samples, strict=False) if i in shown)
+        # Samples first: at their end, no position is taken.
+        kept.update((i, each) for each, i in zip(samples, position, strict=False) if i in shown)
         return predictions
 
     was_training = model.training
@@ -74,16 +75,17 @@ def evaluate_policy(
 
 
 def summarize(scores: Sequence[EvaluationRow]) -> dict[str, float]:
-    """Average metrics over all examples; those of masks are nan if no example has a target."""
+    """Average metrics over all examples; an undefined metric is left out."""
     present = [score for score in scores if score.num_targets]
     of_masks = measure(present, TARGETS)
     means = {n: float(np.mean([score.extra[n] for score in scores])) for n in COMPLETION_METRICS}
-    return {
+    metrics = {
         **means,
-        **{n: of_masks[n].value if n in of_masks else math.nan for n in MASK_METRICS},
+        **{n: of_masks[n].value for n in MASK_METRICS if n in of_masks},
         "giou_stderr": standard_error([row_iou(score, TARGETS) for score in present]),
         "reward_stderr": standard_error([score.extra["reward"] for score in scores]),
     }
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _predict(

@@ -22,7 +22,9 @@ from PIL import Image
 
 from coprs_deploy.artifacts import write_json
 from coprs_deploy.data.examples import Example
-from coprs_deploy.evaluation.metrics import count_pixels, iou, union
+from coprs_deploy.evaluation.evaluator import Prediction, score_example
+from coprs_deploy.evaluation.protocols import TARGETS
+from coprs_deploy.evaluation.summary import row_iou
 from coprs_deploy.visualization import draw_grid, draw_heatmap, draw_overlay
 
 FOLDER, FILE = "gallery", "gallery.json"
@@ -59,10 +61,14 @@ class Sample:
 
     @property
     def mask_iou(self) -> float | None:
-        """IoU of the union of the masks with the ground truth; None without a target."""
+        """IoU of the union of the masks with the ground truth; None without a target.
+
+        Ignored pixels are not counted.
+        """
         if not len(self.example.masks):
             return None
-        return iou(count_pixels(self._predicted, union(self.example.masks)), empty=0.0)
+        prediction = Prediction(self.masks, self.masks[:0], self.response)
+        return row_iou(score_example(0, self.example, prediction), TARGETS)
 
     def to_json(self) -> dict[str, Any]:
         """Return texts and scores."""
@@ -86,11 +92,6 @@ class Sample:
         tiles.append(draw_heatmap(image, self.prior) if self.prior is not None else empty)
         tiles.append(draw_overlay(image, self.masks) if named else empty)
         return draw_grid([tiles], TILE_PX)
-
-    @property
-    def _predicted(self) -> NDArray[np.bool_]:
-        shape = self.example.image.shape[:2]
-        return union(self.masks) if len(self.masks) else np.zeros(shape, np.bool_)
 
 
 def spread_indices(total: int, count: int) -> list[int]:

@@ -206,7 +206,7 @@ def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> boo
         return False
     is_grpo = any("reward" in line for line in lines)
     panels = GRPO_PANELS if is_grpo else SUPERVISED_PANELS
-    plt = pyplot()
+    plt, last_step = pyplot(), max(line["step"] for line in lines)
     rows, columns = 2, len(panels) // 2
     mpl_figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns + 1, 3.5 * rows + 0.5))
     for axes, panel in zip(grid.flat, panels, strict=True):
@@ -216,6 +216,8 @@ def plot_stage(path: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> boo
                 axes.plot(*zip(*points, strict=True), **_style(key))
         axes.set(xlabel="step", title=panel.title, yscale="log" if panel.is_log else "linear")
         axes.set_ylim(panel.limits)
+        # One range in all panels, so that the legend has a place beside a single evaluation.
+        axes.set_xlim(-0.05 * last_step, 1.05 * last_step)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:

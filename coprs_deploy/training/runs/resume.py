@@ -37,7 +37,7 @@ FREE_KEYS = (
 
 FREE_STAGE_KEYS = (
     *("max_steps", "eval_steps", "num_eval_examples", "thresholds", "num_completions_to_print"),
-    *("best_metric", "per_device_train_batch_size", "max_targets", "allow_missing_responses"),
+    *("best_metric", "per_device_train_batch_size", "allow_missing_responses"),
     *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
     *("vllm_server_host", "vllm_server_port"),
 )

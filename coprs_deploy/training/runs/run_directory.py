@@ -261,8 +261,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """Read JSON lines without a truncated one; none if there is no file."""
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Bytes: a text may contain other characters that split lines, such as U+2028.
+    lines = file.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def rewind_lines(file: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

@@ -205,6 +205,18 @@ def test_convert_leaves_out_invalid_examples_and_returns_1(root, tmp_path, capsy
     assert result["problems"][0].startswith("refcoco:unc:train, example 11, masks: annotation 135")
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are invalid and skipped:UserWarning")
+def test_convert_of_a_source_with_an_invalid_row_returns_1(root, tmp_path, capsys):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    assert run(capsys, "convert", "refcoco:val", "--root", root, "--out", first)[0] == 0
+    with first.open("a") as file:
+        file.write('{"id": "last"}\n')
+    code, result = run(capsys, "convert", first, "--out", second)
+    assert (code, result["num_written"]) == (1, 2)
+    (problem,) = result["problems"]
+    assert problem.startswith(f"{first}, row 3, column instruction: ")
+
+
 def test_convert_without_images_is_refused_before_it_writes(root, tmp_path, capsys):
     (root / "images/mscoco/images/train2014" / coco_name(2)).unlink()
     out = tmp_path / "train.jsonl"
@@ -225,6 +237,7 @@ def test_convert_without_images_is_refused_before_it_writes(root, tmp_path, caps
         (["check", "x", "--first-sentences"], "is an option of `data inspect` and `data convert`"),
         (["inspect", "x", "--num-examples", "0"], "--num-examples is 0; it must be at least 1"),
         (["inspect", "refcoko"], "did you mean refcoco?"),
+        (["inspect", "synthetic:plain"], "write them with `coprs-deploy synth --out FILE.parquet`"),
     ],
 )
 def test_wrong_use_is_refused_with_what_is_accepted(capsys, arguments, message):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from coprs_deploy.data.contact_sheet import OUTLINE, TILE_PX, draw_contact_sheet, draw_targets
+from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic import FULL, SceneExamples
 
 
@@ -19,3 +20,9 @@ def test_contact_sheet_outlines_the_targets():
         draw_contact_sheet([])
     with pytest.raises(ValueError, match="0 columns"):
         draw_contact_sheet(examples[:1], columns=0)
+
+
+def test_contact_sheet_of_an_image_of_a_few_pixels_in_height():
+    thin = Example("thin", np.zeros((2, 2000, 3), np.uint8), "it", np.ones((1, 2, 2000), np.bool_))
+    assert draw_targets(thin).size == (TILE_PX, 1)
+    assert draw_contact_sheet([thin]).width > TILE_PX

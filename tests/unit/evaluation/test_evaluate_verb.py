@@ -144,7 +144,7 @@ def test_root_without_a_data_set_is_refused(tmp_path, capsys):
         (["--workers", "0"], "workers is 0; it must be at least 1"),
         (["--overwrite"], "--overwrite removes the rows in --out; name that directory"),
         (["--require", "n_acc=1"], "the protocol targets does not have it"),
-        (["--dataset", "rows.jsonl", "other/rows.jsonl"], "rows.jsonl is given twice"),
+        (["--dataset", "other/rows.jsonl", "other/rows.jsonl"], "rows.jsonl is given twice"),
     ],
 )
 def test_wrong_options_are_refused_before_the_work(
@@ -219,6 +219,19 @@ def test_several_data_sets_have_rows_and_metrics_each(runtime, data, tmp_path, c
     assert [row.num_targets for row in rows] == [1] * 12, "an empty annotation is a target"
     found = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert found["datasets"]["refcoco:val"]["metrics"] == shown["refcoco:val"]["metrics"]
+
+
+def test_files_of_one_name_in_two_folders_are_two_data_sets(runtime, tmp_path, capsys):
+    paths = [tmp_path / folder / "rows.jsonl" for folder in ("one", "two")]
+    for number, path in enumerate(paths, start=1):
+        path.parent.mkdir()
+        write_examples(path, SceneExamples(PLAIN, number))
+    sources = list(map(str, paths))
+    assert main(["evaluate", "--dataset", *sources, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["datasets"]
+    assert {name: each["num_rows"] for name, each in shown.items()} == dict(
+        zip(sources, (1, 2), strict=True)
+    )
 
 
 def test_sentences_on_an_image_are_neighbors_and_nothing_is_evaluated_twice(

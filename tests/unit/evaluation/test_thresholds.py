@@ -130,3 +130,12 @@ def test_metric_that_the_predictions_do_not_define_fails_with_the_reason():
         "no_match_precision is undefined: every example got a mask; required: 0",
         "pearson_r is undefined: the IoU of all priors, or of all masks, is the same; required: -1",
     ]
+
+
+def test_metric_that_no_decoded_example_defines_fails():
+    """The masks of all examples with a target may turn out to cover no pixel."""
+    metrics = summarize(scores())
+    assert failed_thresholds(metrics, {"giou": 0.5, "no_match_recall": 0.5}) == [
+        "giou is undefined: no example that was decoded defines it; required: 0.5",
+        "no_match_recall is 0.0000; required: 0.5",
+    ]

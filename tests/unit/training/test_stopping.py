@@ -198,7 +198,7 @@ def test_export_state_has_the_weights_of_the_state(tmp_path, recipe, stage):
 
 CHANGES = {
     "supervised": ("max_steps=3", "eval_steps=1", "num_eval_examples=1"),
-    "grpo": ("max_steps=3", "per_device_train_batch_size=2", "max_targets=2", "eval_steps=0"),
+    "grpo": ("max_steps=3", "per_device_train_batch_size=2", "eval_steps=0"),
 }
 """Settings of a stage that a resumed run changes."""
 

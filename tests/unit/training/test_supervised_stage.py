@@ -284,6 +284,19 @@ def test_truncated_examples_keep_the_tail_and_do_not_learn_to_end_the_reasoning(
     assert evaluated == stage.evaluate(Accelerator(cpu=True), 2)
 
 
+def test_examples_without_a_target_keep_their_whole_reasoning(checkpoint, examples):
+    state = state_from_checkpoint(checkpoint)
+    vision = VisionProcessor(checkpoint.policy_path, state.policy.model.config)
+    sets = ExampleSets(examples[1:2], examples[1:2], vision, seed=0)
+    settings = msgspec.structs.replace(SETTINGS, truncation_ratio=1.0)
+    whole, found = (
+        SupervisedStage("supervised", each, state, sets).batch(0, 0, 1)
+        for each in (SETTINGS, settings)
+    )
+    assert found.inputs["input_ids"].equal(whole.inputs["input_ids"])
+    assert found.labels.equal(whole.labels)
+
+
 def test_truncation_ratio_without_masks_is_refused():
     with pytest.raises(ValueError, match="only masks learn from truncated reasoning"):
         SupervisedSettings(max_steps=1, truncation_ratio=0.5)

@@ -128,7 +128,6 @@ def test_reasonseg_annotations_that_cannot_be_read_are_problems(tmp_path):
         (4, "shapes"),
         (5, "shapes"),
     ]
-    assert found.images_without_annotation == ["e"]
     assert found.images.missing == ["f.jpg"]
     assert (len(found), found.num_images, found.num_rows) == (2, 6, 6)
 

@@ -171,6 +171,23 @@ def test_images_without_instructions_are_compared_with_drawn_concentrations(stag
     assert evaluate(stage) == metrics  # the same concentrations each time
 
 
+def test_batch_without_targets_has_the_losses_and_metrics_of_others(stage_of, examples):
+    """They are added in all processes, of which one may have no target."""
+    stage, _ = stage_of(decoding_loss_weight=0.5)
+    concentrations, outputs = stage._sets.concentrations, []
+    for rows in (slice(0, 1), slice(1, 2)):  # two targets, none
+        batch = stage._collect(examples[rows], concentrations[rows], with_masks=True)
+        with torch.no_grad():
+            outputs.append(stage.objective(batch))
+    assert outputs[0].losses.keys() == outputs[1].losses.keys()
+    assert outputs[0].metrics.keys() == outputs[1].metrics.keys()
+    assert outputs[1].losses["mask_bce"] == outputs[1].metrics["giou"] == (0, 0)
+    output = stage.objective(stage._collect(examples[1:2], concentrations[1:2]))
+    sum(mean.total for mean in output.losses.values()).backward()
+    weights = stage.objective.segmentation.image_encoder.parameters()
+    assert all(weight.grad.isfinite().all() for weight in weights if weight.grad is not None)
+
+
 def test_student_of_another_input_size_sees_its_own_pixels(stage_of):
     stage, _ = stage_of(msgspec.structs.replace(VIT, patch_size=4))
     batch = stage.batch(0, 0, 1)

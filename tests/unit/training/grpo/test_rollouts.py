@@ -1,6 +1,7 @@
 """Prompts, ground gt, scores and evaluation, for both policy families."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from coprs_deploy.data.examples import Example
 from coprs_deploy.data.synthetic.examples import held_out_examples
 from coprs_deploy.data.synthetic.presets import PRESETS
 from coprs_deploy.demo import CHECKPOINT
-from coprs_deploy.evaluation.evaluator import evaluate, predict_with
+from coprs_deploy.evaluation.evaluator import Prediction, evaluate, predict_with
 from coprs_deploy.evaluation.protocols import TARGETS
 from coprs_deploy.evaluation.summary import row_iou
 from coprs_deploy.prompts import encode_prompt
 from coprs_deploy.runtime import CoPRS
 from coprs_deploy.training.features import FeatureStore, compute_features
+from coprs_deploy.training.grpo import evaluation
 from coprs_deploy.training.grpo.batch import GroundTruth, PromptCollator
 from coprs_deploy.training.grpo.evaluation import (
     evaluate_policy,
@@ -250,6 +252,22 @@ def test_write_samples_of_a_response_without_reference_shows_no_prior(
         pixel = (column * TILE_PX + TILE_PX // 2, TILE_PX // 2)
         assert sheet.getpixel(pixel) == (128, 128, 128), "a prior or mask was invented"
     assert sheet.height > 2 * TILE_PX, "the text is missing"
+
+
+def test_evaluate_policy_returns_the_samples_that_are_shown_from_every_batch(monkeypatch, scene):
+    mask = np.ones((1, *scene.shape[:2]), np.bool_)
+    examples = [Example(str(number), scene, "it", mask) for number in range(7)]
+
+    def predict(trainer, batch):
+        samples = [SimpleNamespace(example=each) for each in batch]
+        return [Prediction(each.masks, each.masks, "") for each in batch], samples
+
+    monkeypatch.setattr(evaluation, "_predict", predict)
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 2)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    trainer = SimpleNamespace(accelerator=accelerator, model=torch.nn.Identity())
+    _, samples = evaluate_policy(trainer, examples, [0, 2, 6])
+    assert [sample.example.id for sample in samples] == ["0", "2", "6"]
 
 
 @pytest.mark.slow

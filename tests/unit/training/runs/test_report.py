@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from coprs_deploy.data.examples import Example
+from coprs_deploy.evaluation.reports.plots import pyplot
 from coprs_deploy.training.recipe import load_recipe
 from coprs_deploy.training.runs.gallery import TILE_PX, Sample, write_gallery
 from coprs_deploy.training.runs.report import (
@@ -72,6 +73,23 @@ def test_plot_stage_writes_an_image(tmp_path, line):
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_legend_hides_no_point_of_a_single_evaluation(tmp_path, monkeypatch):
+    plt = pyplot()
+    monkeypatch.setattr(plt, "close", lambda drawn: None)
+    lines = [{"stage": "one", "step": step, "loss": 1.0} for step in range(10, 101, 10)]
+    names = [f"eval/no_reasoning_precision_at_{n}" for n in range(5, 100, 8)]
+    values = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
+    plot_stage(tmp_path / "one.png", "one", [*lines, {"stage": "one", "step": 100, **values}])
+    drawn = plt.gcf()
+    (axes,) = (each for each in drawn.axes if each.get_title() == "evaluation")
+    legend = axes.get_legend().get_window_extent()
+    points = axes.transData.transform([(100, value) for value in values.values()])
+    hidden = [tuple(point) for point in points if legend.contains(*point)]
+    monkeypatch.undo()
+    plt.close(drawn)
+    assert not hidden
+
+
 def test_write_report_plots_prior_against_mask(tmp_path):
     examples = [
         {"num_targets": targets, "prior_iou": iou, "mask_iou": iou / 2}
@@ -111,6 +129,19 @@ def test_running_report_has_the_last_evaluation_and_the_position(tmp_path):
     assert "Best evaluation of grpo: step 2, 0.7500." in text
     assert (tmp_path / "plots" / "grpo.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "report.json").exists(), "it marks the end"
+
+
+def test_sample_counts_no_ignored_pixel_in_its_iou():
+    masks, ignored = np.zeros((2, 1, 40, 60), np.bool_)
+    masks[0, :, :20], ignored[0, :, 15:30] = True, True
+    image = np.zeros((40, 60, 3), np.uint8)
+    prediction = masks.copy()
+    prediction[0, :, 20:30] = True
+    found = [
+        Sample(Example("7", image, "it", masks, ignore_mask=each), "", "", None, prediction, 0, 0)
+        for each in (ignored[0], None)
+    ]
+    assert [sample.mask_iou for sample in found] == [1, pytest.approx(20 / 30)]
 
 
 def test_page_shows_a_dash_for_an_undefined_metric():

@@ -11,7 +11,7 @@ from coprs_deploy.errors import ArtifactError
 from coprs_deploy.training.recipe import Recipe, load_recipe
 from coprs_deploy.training.runs.progress import StageProgress, clear_finished
 from coprs_deploy.training.runs.run import resolve_precision
-from coprs_deploy.training.runs.run_directory import RunDirectory, all_passed
+from coprs_deploy.training.runs.run_directory import RunDirectory, all_passed, rewind_lines
 from coprs_deploy.training.settings import CheckpointModel, SupervisedSettings, SyntheticData
 
 
@@ -61,7 +61,7 @@ def test_open_with_other_settings_before_the_first_state_starts_again(tmp_path):
         (
             "grpo_7b",
             [
-                *("stages.grpo.per_device_train_batch_size=1", "stages.grpo.max_targets=2"),
+                "stages.grpo.per_device_train_batch_size=1",
                 *("stages.grpo.num_completions_to_print=2", "stages.grpo.max_steps=7"),
                 "stages.grpo.vllm_gpu_memory_utilization=0.2",
             ],
@@ -102,6 +102,16 @@ def test_open_with_other_settings_names_the_settings_that_resume(tmp_path):
         directory.open(load_recipe("grpo_demo", changes))
     words = shlex.split(str(caught.value).partition("add ")[2].partition(";")[0])
     assert directory.open(load_recipe("grpo_demo", [*changes, *words[1::2]])) == []
+
+
+def test_open_with_another_number_of_targets_raises(tmp_path):
+    """Of more <REF_POS> the last ones count, so that it changes rewards."""
+    directory = with_progress(RunDirectory(tmp_path / "run"))
+    directory.open(load_recipe("grpo_demo"))
+    changed = load_recipe("grpo_demo", ["stages.grpo.max_targets=2"])
+    with pytest.raises(ValueError, match=r"add --allow-change stages\.grpo\.max_targets"):
+        directory.open(changed)
+    assert directory.open(changed, ["stages.grpo.max_targets"])
 
 
 @pytest.mark.parametrize("setting", ["seed=5", "stages.grpo.beta=0.1", "data.kind=synthetic"])
@@ -270,6 +280,15 @@ def test_rewind_log_removes_later_lines_of_the_stage(tmp_path):
     kept = [(line["stage"], line["step"]) for line in directory.read_log()]
     assert kept == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
     assert directory.rewind_log("two", 1) == 3, "a tracker has step 3 since the first run"
+
+
+def test_rewind_lines_of_texts_that_hold_other_line_separators(tmp_path):
+    file = tmp_path / "completions.jsonl"
+    lines = [{"step": step, "response": "a\u2028b\x85c é"} for step in (1, 2)]
+    whole = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    file.write_bytes(whole + b'{"step": 2, "response": "\xc3')  # a kill cuts bytes
+    rewind_lines(file, lambda line: line["step"] <= 1)
+    assert [json.loads(line) for line in file.read_bytes().splitlines()] == lines[:1]
 
 
 def progress_of(directory, limit=1, **settings):
