@@ -82,7 +82,7 @@ def test_legend_hides_no_point_of_a_single_evaluation(tmp_path, monkeypatch):
     plot_stage(tmp_path / "one.png", "one", [*lines, {"stage": "one", "step": 100, **values}])
     drawn = plt.gcf()
     (axes,) = (each for each in drawn.axes if each.get_title() == "evaluation")
-    legend = axes.get_legend().get_window_extent()
+    legend = axes.get_legend().get_tightbbox()
     points = axes.transData.transform([(100, value) for value in values.values()])
     hidden = [tuple(point) for point in points if legend.contains(*point)]
     monkeypatch.undo()
