@@ -1,11 +1,12 @@
 """Average the weights of checkpoints of one training lineage.
 
-    python training/average_checkpoints.py examples/full/checkpoint=0.5 \
-        runs/full-truncated-further/checkpoint=0.5 --out averaged
+    python training/average_checkpoints.py runs/full-further/checkpoint=0.5 \
+        runs/full-truncated/checkpoint=0.5 --out averaged
 
 A model and what further training made of it often average to one that has both abilities
 (https://arxiv.org/abs/2109.01903). Sizes and tokenizer must be equal; the other files are those of
-the first checkpoint. Weights are averaged in float32 and stored in the dtypes of the first one.
+the first checkpoint, and the provenance has that of all. Weights are averaged in float32 and stored
+in the dtypes of the first one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from coprs_deploy.artifacts import new_directory
+from coprs_deploy.artifacts import new_directory, write_json
 from coprs_deploy.checkpoint import CONFIG_FILE, Checkpoint, check_tensors, read_checkpoint
 
 TOKENIZER_FILE = "policy/tokenizer.json"
@@ -57,6 +59,12 @@ def average_checkpoints(
         for file in partial.rglob("*.safetensors"):
             name = file.relative_to(partial)
             _average_file([checkpoint.path / name for checkpoint in opened], shares, file)
+        origins = [
+            {"share": share, "fingerprint": each.fingerprint(), **each.config.provenance}
+            for each, share in zip(opened, shares, strict=True)
+        ]
+        config = msgspec.structs.replace(first.config, provenance={"average": origins})
+        write_json(partial / CONFIG_FILE, config.to_json())
     return read_checkpoint(out)
 
 

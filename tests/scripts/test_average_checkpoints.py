@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from coprs_deploy import demo
-from coprs_deploy.checkpoint import SEGMENTATION_FILE
+from coprs_deploy.checkpoint import SEGMENTATION_FILE, read_checkpoint
 from coprs_deploy.errors import CheckpointError
 from tests import ROOT
 from tests.scripts import load_script
@@ -35,6 +35,10 @@ def test_average_is_the_weighted_mean_in_the_stored_dtype(tmp_path, tiny_checkpo
     unchanged, averaged = load_file(first / policy), load_file(out / policy)
     for name, tensor in averaged.items():
         torch.testing.assert_close(tensor, unchanged[name])
+    origins = read_checkpoint(out).config.provenance["average"]
+    fingerprints = [read_checkpoint(path).fingerprint() for path in (first, second)]
+    assert [each["share"] for each in origins] == [0.25, 0.75]
+    assert [each["fingerprint"] for each in origins] == fingerprints
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.6), (1.5, -0.5), (1.0,)])

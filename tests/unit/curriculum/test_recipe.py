@@ -5,7 +5,7 @@ import pytest
 from coprs_deploy.curriculum.recipe import CurriculumRecipe, TinyPolicy
 from coprs_deploy.training.recipe import changed_keys, load_recipe, model_kind
 
-FULL_RECIPES = ["full", "full_further", "full_truncated", "full_truncated_further"]
+FULL_RECIPES = ["full", "full_further", "full_truncated"]
 RECIPES = ["demo", "demo_truncated", *FULL_RECIPES]
 
 

@@ -55,7 +55,7 @@ def test_recipe_survives_json(source):
 
 
 def test_package_has_the_recipes():
-    supervised = ["full", "full_further", "full_truncated", "full_truncated_further"]
+    supervised = ["full", "full_further", "full_truncated"]
     distill = ["distill", "distill_demo", "distill_masks"]
     checkpoint = ["grpo_7b", "grpo_demo", "supervised_7b"]
     assert recipe_names() == ["demo", "demo_truncated", *distill, *supervised, *checkpoint]
