@@ -5,7 +5,7 @@
 
 A model and what further training made of it often average to one that has both abilities
 (https://arxiv.org/abs/2109.01903). Sizes and tokenizer must be equal; the other files are those of
-the first checkpoint, and the provenance has that of all. Weights are averaged in float32 and stored
+the first checkpoint, and the provenance names all of them. Weights are averaged in float32 and stored
 in the dtypes of the first one.
 """
 
@@ -59,11 +59,17 @@ def average_checkpoints(
         for file in partial.rglob("*.safetensors"):
             name = file.relative_to(partial)
             _average_file([checkpoint.path / name for checkpoint in opened], shares, file)
+        provenances = [each.config.provenance for each in opened]
+        common = {
+            key: value
+            for key, value in provenances[0].items()
+            if all(other.get(key) == value for other in provenances)
+        }
         origins = [
             {"share": share, "fingerprint": each.fingerprint(), **each.config.provenance}
             for each, share in zip(opened, shares, strict=True)
         ]
-        config = msgspec.structs.replace(first.config, provenance={"average": origins})
+        config = msgspec.structs.replace(first.config, provenance=common | {"average": origins})
         write_json(partial / CONFIG_FILE, config.to_json())
     return read_checkpoint(out)
 
