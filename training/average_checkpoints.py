@@ -5,8 +5,8 @@
 
 A model and what further training made of it often average to one that has both abilities
 (https://arxiv.org/abs/2109.01903). Sizes and tokenizer must be equal; the other files are those of
-the first checkpoint, and the provenance names all of them. Weights are averaged in float32 and stored
-in the dtypes of the first one.
+the first checkpoint, and the provenance names all of them. Weights are averaged in float32 and
+stored in the dtypes of the first one.
 """
 
 from __future__ import annotations
