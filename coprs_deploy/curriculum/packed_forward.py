@@ -123,7 +123,7 @@ class PackedForward:
             in all blocks of the vision tower.
         image_size: side of the images in pixels.
         dtype: dtype of matrix products.
-        torch_compile: whether the blocks are compiled.
+        torch_compile: whether the blocks are compiled for training passes.
 
     Raises:
         ValueError: the policy has grouped keys or windows.
@@ -149,7 +149,7 @@ class PackedForward:
         self._dtype = dtype
         self._patches = image_size // vision.patch_size
         self._vision_rotation = self._patch_rotation()
-        self._block: Callable[..., Tensor] = (
+        self._compiled: Callable[..., Tensor] = (
             torch.compile(transformer_block, dynamic=False) if torch_compile else transformer_block
         )
 
@@ -199,7 +199,8 @@ class PackedForward:
         return features.float()
 
     def _run_block(self, *tensors: Any, **settings: Any) -> Tensor:
-        return self._block(*tensors, **settings, dtype=self._dtype)
+        run = self._compiled if torch.is_grad_enabled() else transformer_block
+        return run(*tensors, **settings, dtype=self._dtype)
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """Embed patches in Qwen's order: the four of an image token are adjacent."""

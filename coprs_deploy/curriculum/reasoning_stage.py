@@ -77,16 +77,15 @@ class ReasoningBatch(NamedTuple):
 
 
 class InitialPolicy:
-    """The policy as the stage finds it, which no training changes."""
+    """Frozen copy of the policy as the stage finds it."""
 
     def __init__(self, context: CurriculumContext, settings: ReasoningSettings) -> None:
         self._policy = deepcopy(context.state.policy.model).requires_grad_(False)
         self._states = context.forward(settings.torch_compile, self._policy)
         self._image_start = context.packer.image_start
 
-    @torch.no_grad()
     def logits(self, batch: ReasoningBatch, chosen: Tensor) -> Tensor:
-        """Compute logits (T, V) of the next token for the T chosen ones, bool (B, L)."""
+        """Compute logits (T, V) of the next token at the T chosen tokens, bool (B, L)."""
         hidden = self._states(batch.images, batch.rows, self._image_start, MIDDLE_LAYER).hidden
         assert hidden is not None
         logits: Tensor = self._policy.lm_head(hidden[chosen])
@@ -145,10 +144,10 @@ class ReasoningObjective(nn.Module):
         logits = self.policy.lm_head(hidden[has_label])
         losses = {"language": token_cross_entropy(logits, labels, self.token_weights)}
         if self._initial_policy is not None:
-            is_complete = rows.truncations[has_label] == COMPLETE
-            initial = self._initial_policy.logits(batch, has_label)
-            weights = self.token_weights[labels[is_complete]]
-            losses["kl"] = token_kl_divergence(logits[is_complete], initial[is_complete], weights)
+            chosen = has_label & (rows.truncations == COMPLETE)
+            initial, is_chosen = self._initial_policy.logits(batch, chosen), chosen[has_label]
+            weights = self.token_weights[labels[is_chosen]]
+            losses["kl"] = token_kl_divergence(logits[is_chosen], initial, weights)
         is_location = (self.token_weights[labels] > 1).float()
         is_right = (logits.detach().argmax(-1) == labels).float()
         return StageOutput(
